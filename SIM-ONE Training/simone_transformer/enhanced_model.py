@@ -1,0 +1,266 @@
+"""Enhanced SIM-ONE: a decoder with rotary positions, SwiGLU, RMSNorm and governed attention, as a transformers model.
+
+This file and the two beside it travel inside every exported model, so they import nothing else of this repository.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .modern_layers import RMSNorm, SwiGLU, swiglu_width
+from .rope_attention import EnhancedGovernanceAttention, rotary_tables
+
+
+class EnhancedSIMONEConfig(PreTrainedConfig):
+    """Shape and switches of the model.
+
+    Args:
+        intermediate_size: SwiGLU's own inner width (``swiglu_width`` gives it from a classic width).
+        policy_head, memory_head: the governance heads that have weights; off costs nothing.
+        trace_head: whether ``output_traces=True`` may be asked for.
+        hidden_dropout: on the embedding and on what each half layer adds, in training only.
+        attention_backend: "sdpa", "flash_attn", "xformers" or "eager".
+    """
+
+    model_type = "simone_enhanced"
+    keys_to_ignore_at_inference = ["past_key_values", "policy_logits", "memory_signals", "traces"]
+
+    def __init__(
+        self,
+        vocab_size: int = 32000,
+        hidden_size: int = 768,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        intermediate_size: int | None = None,
+        max_position_embeddings: int = 1024,
+        rope_theta: float = 10000.0,
+        rms_norm_eps: float = 1e-6,
+        initializer_range: float = 0.02,
+        hidden_dropout: float = 0.0,
+        policy_head: bool = True,
+        memory_head: bool = True,
+        trace_head: bool = True,
+        attention_backend: str = "sdpa",
+        use_cache: bool = True,
+        tie_word_embeddings: bool = True,
+        pad_token_id: int | None = None,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        **kwargs,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = swiglu_width(4 * hidden_size) if intermediate_size is None else intermediate_size
+        self.max_position_embeddings = max_position_embeddings
+        self.rope_theta = rope_theta
+        self.rms_norm_eps = rms_norm_eps
+        self.initializer_range = initializer_range
+        self.hidden_dropout = hidden_dropout
+        self.policy_head = policy_head
+        self.memory_head = memory_head
+        self.trace_head = trace_head
+        self.attention_backend = attention_backend
+        self.use_cache = use_cache
+        super().__init__(
+            tie_word_embeddings=tie_word_embeddings,
+            pad_token_id=pad_token_id,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            **kwargs,
+        )
+
+
+@dataclass
+class EnhancedSIMONEOutput(CausalLMOutputWithPast):
+    """As any causal language model's output, and, with ``output_traces=True``, a tuple per layer of
+
+    - ``policy_logits``: ``[batch, seq, heads]``, or None where the head is off,
+    - ``memory_signals``: ``[batch, seq, heads]``, or None (always in the first layer),
+    - ``traces``: ``[batch, seq, heads, 4]``, fields as in ``rope_attention.TRACE_FIELDS``.
+    """
+
+    policy_logits: tuple[Tensor | None, ...] | None = None
+    memory_signals: tuple[Tensor | None, ...] | None = None
+    traces: tuple[Tensor, ...] | None = None
+
+
+class EnhancedSIMONEBlock(GradientCheckpointingLayer):
+    """One layer: governed attention, then SwiGLU, each on the normalised stream and added back to it."""
+
+    def __init__(self, config: EnhancedSIMONEConfig, layer_index: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = EnhancedGovernanceAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            layer_index,
+            policy_head=config.policy_head,
+            memory_head=config.memory_head,
+            norm_eps=config.rms_norm_eps,
+            backend=config.attention_backend,
+        )
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.feed_forward = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.dropout = config.hidden_dropout
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, first_values: Tensor | None, **attention_arguments):
+        attended, first_values, said = self.attention(
+            self.attention_norm(x), cos, sin, first_values, **attention_arguments
+        )
+        x = x + F.dropout(attended, self.dropout, self.training)
+        fed = self.feed_forward(self.feed_forward_norm(x))
+        return x + F.dropout(fed, self.dropout, self.training), first_values, said
+
+
+class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
+    """The causal language model."""
+
+    config_class = EnhancedSIMONEConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EnhancedSIMONEBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
+
+    def __init__(self, config: EnhancedSIMONEConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(EnhancedSIMONEBlock(config, index) for index in range(config.num_hidden_layers))
+        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Through torch.nn.init, which transformers patches while it loads weights: what came from a file stays.
+        if isinstance(module, EnhancedGovernanceAttention):
+            nn.init.zeros_(module.o_proj.weight)
+            for head in (module.policy_head, module.memory_head):
+                if head is not None:
+                    nn.init.zeros_(head.weight)
+                    nn.init.zeros_(head.bias)
+        elif isinstance(module, SwiGLU):
+            nn.init.zeros_(module.down_proj.weight)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head = value
+
+    def hidden_states(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        trace: bool = False,
+    ) -> tuple[Tensor, list[dict[str, Tensor | None]]]:
+        """The normalised last hidden states ``[batch, seq, hidden]`` and what each layer's heads said."""
+        embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if position_ids is None:
+            position_ids = torch.arange(embeddings.shape[1], device=embeddings.device)[None] + seen
+        mask = None
+        if attention_mask is not None or past_key_values is not None:
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        config = self.config
+        x = F.dropout(self.embed_norm(embeddings), config.hidden_dropout, self.training)
+        cos, sin = rotary_tables(position_ids, config.hidden_size // config.num_attention_heads, config.rope_theta, x.dtype)
+        first_values, said = None, []
+        for layer in self.layers:
+            x, first_values, heads_said = layer(
+                x, cos, sin, first_values, mask=mask, past_key_values=past_key_values, trace=trace
+            )
+            said.append(heads_said)
+        return self.final_norm(x), said
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_traces: bool = False,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> EnhancedSIMONEOutput | tuple:
+        """Next-token logits ``[batch, seq, vocab]`` (of the last ``logits_to_keep`` positions where given).
+
+        Args:
+            labels: ``[batch, seq]`` as ``input_ids``, -100 ignored; shifted here, as in every transformers model.
+            output_traces: fill ``policy_logits``, ``memory_signals`` and ``traces``.
+        Raises:
+            ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``; traces asked of a model without them.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if output_traces and not self.config.trace_head:
+            raise ValueError("this model was made with trace_head=False: it reports no traces")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = DynamicCache(config=self.config)
+        hidden, said = self.hidden_states(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            trace=output_traces,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        logits = self.lm_head(hidden if isinstance(keep, int) else hidden[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        output = EnhancedSIMONEOutput(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
+        if output_traces:
+            for name in ("policy_logits", "memory_signals", "traces"):
+                setattr(output, name, tuple(layer[name] for layer in said))
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if wants_dict else output.to_tuple()
+
+
+EnhancedSIMONEConfig.register_for_auto_class()
+EnhancedSIMONEModel.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,191 @@
+"""Causal self-attention with rotary positions and three governance heads: policy, memory and trace."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .modern_layers import RMSNorm
+
+TRACE_FIELDS = ("policy", "memory", "entropy", "distance")
+_TRACE_QUERY_ROWS = 128
+
+
+def rotary_tables(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary embedding (Su et al., arXiv 2104.09864).
+
+    Computed in each forward pass, never kept in a buffer: transformers 5 replaces non-persistent buffers with
+    uninitialised memory when it loads a model (transformers#48892). It costs one table per pass, not per layer.
+
+    Args:
+        position_ids: ``[batch or 1, seq]``.
+    Returns:
+        Two tensors ``[batch or 1, 1, seq, head_dim]``, computed in float32 and given in ``dtype``.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
+    angles = position_ids[:, None, :, None].float() * theta**-exponents
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate ``[batch, heads, seq, head_dim]`` by its positions; pairs are ``(i, i + head_dim / 2)``."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, backend: str = "sdpa") -> Tensor:
+    """Softmax attention, all tensors ``[batch, heads, seq, head_dim]``.
+
+    Without a mask it is causal over equal lengths, or one new query over everything cached: the calls that fused
+    kernels serve without an S×S matrix. A mask (padding, a static cache) always goes through PyTorch's own SDPA.
+    """
+    causal = query.shape[2] > 1
+    if mask is not None or backend == "sdpa":
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal and mask is None)
+    if backend == "flash_attn":
+        attention = importlib.import_module("flash_attn").flash_attn_func
+        return attention(*(x.transpose(1, 2) for x in (query, key, value)), causal=causal).transpose(1, 2)
+    if backend == "xformers":
+        operations = importlib.import_module("xformers.ops")
+        bias = operations.LowerTriangularMask() if causal else None
+        inputs = (x.transpose(1, 2) for x in (query, key, value))
+        return operations.memory_efficient_attention(*inputs, attn_bias=bias).transpose(1, 2)
+    if backend == "eager":
+        return _attention_rows(query, key, 0, causal).to(value.dtype) @ value
+    raise ValueError(f"unknown attention backend {backend!r}")
+
+
+def _attention_rows(query: Tensor, key: Tensor, first_position: int, causal: bool) -> Tensor:
+    """Attention probabilities ``[batch, heads, rows, keys]`` of some query rows, in float32."""
+    scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
+    if causal:
+        rows = torch.arange(query.shape[2], device=query.device) + first_position
+        columns = torch.arange(key.shape[2], device=query.device)
+        scores = scores.masked_fill(columns[None, :] > rows[:, None], float("-inf"))
+    return scores.softmax(dim=-1)
+
+
+class EnhancedGovernanceAttention(nn.Module):
+    """Multi-head causal attention whose heads are governed.
+
+    - The **policy** head decides, per token and head, how much of that head's reading is let through: a gate in
+      (0, 2) on the attention output (after gated attention, arXiv 2505.06708; it starts at 1, so that training begins
+      from plain attention).
+    - The **memory** head carries the first layer's values forward and decides, per token and head, how much of them
+      to use in place of this layer's own: value residual learning (arXiv 2410.17897) with a mix that depends on the
+      token. The first layer has none: there is nothing earlier.
+    - The **trace** head has no weights. On request it reports per token what the other two and the attention did.
+
+    Queries and keys are normalised before the rotation (arXiv 2010.04245), which bounds the attention logits.
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        num_heads: int,
+        layer_index: int,
+        *,
+        policy_head: bool = True,
+        memory_head: bool = True,
+        norm_eps: float = 1e-6,
+        backend: str = "sdpa",
+    ) -> None:
+        super().__init__()
+        if hidden_dim % num_heads or (hidden_dim // num_heads) % 2:
+            raise ValueError(f"hidden_dim {hidden_dim} must split into {num_heads} heads of an even width")
+        self.num_heads, self.head_dim = num_heads, hidden_dim // num_heads
+        self.layer_index, self.backend = layer_index, backend
+        self.q_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
+        self.k_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
+        self.v_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
+        self.o_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, norm_eps)
+        self.policy_head = nn.Linear(hidden_dim, num_heads) if policy_head else None
+        self.memory_head = nn.Linear(hidden_dim, num_heads) if memory_head and layer_index > 0 else None
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        first_values: Tensor | None = None,
+        mask: Tensor | None = None,
+        past_key_values=None,
+        trace: bool = False,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+        """Attend.
+
+        Args:
+            x: ``[batch, seq, hidden_dim]``, normalised.
+            cos, sin: from ``rotary_tables``.
+            first_values: the first layer's values of these tokens, ``[batch, heads, seq, head_dim]``.
+            mask: broadcastable to ``[batch, heads, seq, keys]``; None means causal.
+            past_key_values: a transformers ``Cache``; mixed values are cached, so no earlier layer is needed again.
+            trace: also report ``traces``.
+        Returns:
+            The output ``[batch, seq, hidden_dim]``; the first layer's values; and what the heads said:
+            ``policy_logits`` and ``memory_signals`` ``[batch, seq, heads]`` (None where switched off) and ``traces``
+            ``[batch, seq, heads, 4]`` with the fields of ``TRACE_FIELDS``.
+        """
+        query = self.q_norm(self._split(self.q_proj(x)))
+        key = self.k_norm(self._split(self.k_proj(x)))
+        value = self._split(self.v_proj(x))
+        first_values = value if first_values is None else first_values
+
+        memory_signals = None
+        if self.memory_head is not None:
+            memory_signals = self.memory_head(x).sigmoid()
+            value = torch.lerp(value, first_values, memory_signals.transpose(1, 2).unsqueeze(-1).to(value.dtype))
+
+        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_index)
+        heads = causal_attention(query, key, value, mask, self.backend).transpose(1, 2)
+
+        policy_logits = None
+        if self.policy_head is not None:
+            policy_logits = self.policy_head(x)
+            heads = heads * (2 * policy_logits.sigmoid()).unsqueeze(-1).to(heads.dtype)
+        output = self.o_proj(heads.reshape(x.shape))
+
+        said = {"policy_logits": policy_logits, "memory_signals": memory_signals, "traces": None}
+        if trace:
+            said["traces"] = self._trace(query, key, mask, policy_logits, memory_signals)
+        return output, first_values, said
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
+
+    @torch.no_grad()
+    def _trace(
+        self, query: Tensor, key: Tensor, mask: Tensor | None, policy_logits: Tensor | None, signals: Tensor | None
+    ) -> Tensor:
+        """The gate, the share of first-layer values, the attention's entropy (nats) and mean distance (tokens).
+
+        The probabilities are formed for a few query rows at a time: here too there is no S×S matrix.
+        """
+        queries, keys = query.shape[2], key.shape[2]
+        shift = keys - queries
+        columns = torch.arange(keys, device=query.device)
+        entropy, distance = [], []
+        for start in range(0, queries, _TRACE_QUERY_ROWS):
+            rows = query[:, :, start : start + _TRACE_QUERY_ROWS]
+            if mask is None:
+                probabilities = _attention_rows(rows, key, shift + start, causal=True)
+            else:
+                scores = (rows @ key.transpose(-1, -2)).float() * self.head_dim**-0.5
+                part = mask[:, :, start : start + _TRACE_QUERY_ROWS]
+                scores = scores.masked_fill(~part, float("-inf")) if part.dtype == torch.bool else scores + part
+                probabilities = scores.softmax(dim=-1)
+            positions = torch.arange(rows.shape[2], device=query.device) + shift + start
+            entropy.append(torch.special.entr(probabilities).sum(-1))
+            distance.append((probabilities * (positions[:, None] - columns[None, :]).clamp(min=0)).sum(-1))
+        entropy, distance = (torch.cat(parts, dim=2).transpose(1, 2) for parts in (entropy, distance))
+        policy = torch.ones_like(entropy) if policy_logits is None else 2 * policy_logits.float().sigmoid()
+        memory = torch.zeros_like(entropy) if signals is None else signals.float()
+        return torch.stack((policy, memory, entropy, distance), dim=-1)

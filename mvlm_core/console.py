@@ -1,0 +1,82 @@
+"""What a person sees while it runs: log lines on the console and in a file, and a progress bar."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+log = logging.getLogger("mvlm")
+
+
+class UnbreakableStream:
+    """A stream that goes quiet when its reader is gone: a closed terminal must not end a night's training."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._broken = False
+
+    def write(self, text: str) -> int:
+        if not self._broken:
+            try:
+                self._stream.write(text)
+            except (OSError, ValueError):
+                self._broken = True
+        return len(text)
+
+    def flush(self) -> None:
+        if not self._broken:
+            try:
+                self._stream.flush()
+            except (OSError, ValueError):
+                self._broken = True
+
+    def isatty(self) -> bool:
+        return not self._broken and self._stream.isatty()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def outlive_terminal() -> None:
+    """Ignore SIGHUP and make stdout and stderr unbreakable: work goes on into the log files."""
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, UnbreakableStream):
+            setattr(sys, name, UnbreakableStream(stream))
+
+
+class _BarFriendlyHandler(logging.Handler):
+    """Prints above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def setup_logging(log_file: Path | str | None = None) -> logging.Logger:
+    """Send the ``mvlm`` log to stdout and, where given, to a file as well (appended, one plain line each)."""
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.handlers.clear()
+    handlers: list[logging.Handler] = [_BarFriendlyHandler()]
+    handlers[0].setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    if log_file is not None:
+        Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+        handlers[1].setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
+    for handler in handlers:
+        log.addHandler(handler)
+    return log
+
+
+def progress(total: int | None, desc: str, unit: str, *, initial: int = 0, quiet: bool = False, **bar: Any) -> tqdm:
+    """A progress bar on stderr; none where stderr is no terminal, since bars do not read well in files."""
+    hidden = quiet or not sys.stderr.isatty()
+    return tqdm(total=total, desc=desc, unit=unit, initial=initial, disable=hidden, dynamic_ncols=True, **bar)

@@ -1,0 +1,52 @@
+"""How a program of this repository ends: the exit codes and the exceptions that lead to them."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
+
+
+class UserError(Exception):
+    """Bad arguments or bad input: told in full, without a traceback, with exit code 2.
+
+    Args:
+        problems: one sentence, or all of them: a user should not have to run again to learn the next one.
+    """
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("; ".join(self.problems))
+
+
+class TrainingFailed(Exception):
+    """The run cannot go on, through no fault of its arguments: exit code 1, told in one sentence."""
+
+
+class Stopped(Exception):
+    """A signal ended the run after its checkpoint was written: exit code 128 + the signal's number."""
+
+    def __init__(self, signal_number: int) -> None:
+        self.signal_number = signal_number
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+
+
+def run_main(main: Callable[[], int | None]) -> NoReturn:
+    """Run ``main`` and leave with the exit code that fits how it ended."""
+    try:
+        sys.exit(main() or EXIT_DONE)
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except TrainingFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
+    except Stopped as stop:
+        print(f"{stop}; run the same command again to go on from here", file=sys.stderr)
+        sys.exit(128 + stop.signal_number)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

@@ -1,0 +1,156 @@
+"""Files that are whole or not there: atomic writes, hashes, and the lock that keeps two runs apart."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from mvlm_core.errors import UserError
+
+LOCK_NAME = "run.lock"
+log = logging.getLogger("mvlm")
+
+
+def sha256_file(path: Path | str) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_path(path: Path | str) -> None:
+    """Flush a file or a folder's entries to the disk: a rename is only durable after its folder is."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path | str, data: bytes | str) -> None:
+    """Write a file so that a reader sees the old content or the new one, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_path(path.parent)
+
+
+def write_json_atomic(path: Path | str, value: Any) -> None:
+    """``write_atomic`` of readable JSON. NaN and infinity are refused: other readers cannot parse them."""
+    write_atomic(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def output_folder_problems(folder: Path | str, flag: str = "--output_dir") -> list[str]:
+    """Why nothing can be written in ``folder`` (made later, perhaps): a file stands in the way, no permission."""
+    folder = Path(folder).absolute()
+    for part in [folder, *folder.parents]:
+        if part.is_dir():
+            return [] if os.access(part, os.W_OK | os.X_OK) else [f"{flag} {folder}: {part} cannot be written to"]
+        if part.exists() or part.is_symlink():
+            where = "is a file" if part == folder else f"lies below {part}, which is no folder"
+            return [f"{flag} {folder} {where}; name a folder"]
+    return [f"{flag} {folder}: no such place"]
+
+
+class RunLock:
+    """One run per folder, as a context manager.
+
+    The file holds the process id, the host and the process's start time, so that a person can see who has it. The
+    kernel's advisory lock on it decides between two runs that start at the same moment and vanishes with its
+    process; the text decides where that lock does not reach, as on some network file systems.
+    """
+
+    def __init__(self, folder: Path, what: str) -> None:
+        self.path = Path(folder) / LOCK_NAME
+        self.what = what
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> RunLock:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        while self._descriptor is None:
+            self._descriptor = self._try_acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.path.unlink(missing_ok=True)
+        os.close(self._descriptor)
+        self._descriptor = None
+
+    def _try_acquire(self) -> int | None:
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            held = os.pread(descriptor, 4096, 0)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise
+                raise self._refusal(_parse_lock(held)) from None
+            if not os.path.exists(self.path) or os.fstat(descriptor).st_ino != os.stat(self.path).st_ino:
+                os.close(descriptor)  # the holder removed the file between our open and our lock
+                return None
+            self._check_holder(held)
+            me = {"pid": os.getpid(), "host": socket.gethostname(), "process_started": psutil.Process().create_time()}
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(me).encode(), 0)
+            os.fsync(descriptor)
+            return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def _check_holder(self, held: bytes) -> None:
+        holder = _parse_lock(held)
+        if not holder:
+            return
+        if holder.get("host", socket.gethostname()) != socket.gethostname():
+            raise self._refusal(holder)
+        if _is_alive(holder):
+            raise self._refusal(holder)
+        log.info("took over the stale lock %s of process %s, which is gone", self.path, holder.get("pid"))
+
+    def _refusal(self, holder: dict[str, Any]) -> UserError:
+        return UserError(
+            f"{self.what} is in use by process {holder.get('pid', 'unknown')} on {holder.get('host', 'this machine')}; "
+            f"wait for it or stop it first (if no such run exists, delete {self.path})"
+        )
+
+
+def _parse_lock(held: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(held)
+    except ValueError:
+        return {}
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = {"pid": value}
+    return value if isinstance(value, dict) else {}
+
+
+def _is_alive(holder: dict[str, Any]) -> bool:
+    pid = holder.get("pid")
+    if not isinstance(pid, int) or pid <= 0 or pid == os.getpid():
+        return False
+    try:
+        process = psutil.Process(pid)
+        started = holder.get("process_started")
+        # A process id is used again after a while; the start time tells the two apart.
+        return not isinstance(started, int | float) or abs(process.create_time() - started) < 2.0
+    except (psutil.NoSuchProcess, OverflowError):
+        return False
+    except psutil.AccessDenied:
+        return True
