@@ -60,19 +60,23 @@ class _BarFriendlyHandler(logging.Handler):
         sys.stdout.flush()
 
 
-def setup_logging(log_file: Path | str | None = None) -> logging.Logger:
-    """Send the ``mvlm`` log to stdout and, where given, to a file as well (appended, one plain line each)."""
-    log.setLevel(logging.INFO)
+def setup_logging(log_file: Path | str | None = None, *, quiet: bool = False) -> logging.Logger:
+    """Send the ``mvlm`` log to stdout and, where given, to a file as well (appended, plain lines).
+
+    Lines about single steps (level DEBUG) always go into the file, and to the console only where no progress bar
+    says the same: not in a terminal, and not when ``quiet``.
+    """
+    log.setLevel(logging.DEBUG)
     log.propagate = False
     log.handlers.clear()
-    handlers: list[logging.Handler] = [_BarFriendlyHandler()]
-    handlers[0].setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    console = _BarFriendlyHandler(logging.INFO if quiet or sys.stderr.isatty() else logging.DEBUG)
+    console.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    log.addHandler(console)
     if log_file is not None:
         Path(log_file).parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
-        handlers[1].setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
-    for handler in handlers:
-        log.addHandler(handler)
+        file = logging.FileHandler(log_file, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
+        log.addHandler(file)
     return log
 
 

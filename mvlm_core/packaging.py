@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from mvlm_core.files import fsync_directory, sha256_file
 from mvlm_core.errors import UserError
+from mvlm_core.files import fsync_path, sha256_file
 
 __all__ = ["ArchiveError", "MANIFEST", "check_archive", "extract_archive", "matches_export", "read_manifest",
            "sha256_file", "verify_folder", "write_archive"]
@@ -133,9 +133,7 @@ def verify_folder(model_dir: Path) -> list[str]:
     for name, digest in sorted(manifest["files"].items()):
         path = model_dir / name
         try:
-            inside = [model_dir.joinpath(*path.relative_to(model_dir).parts[:n + 1])
-                      for n in range(len(path.relative_to(model_dir).parts))]
-            if any(part.is_symlink() for part in inside):
+            if any((model_dir / part).is_symlink() for part in (name, *PurePosixPath(name).parents)):
                 problems.append(f"{path}: a symbolic link, not a file of the export")
             elif not path.is_file():
                 problems.append(f"{path}: missing")
@@ -213,7 +211,7 @@ def write_archive(model_dir: Path, archive: Path) -> str:
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise
-    fsync_directory(archive.parent)
+    fsync_path(archive.parent)
     return target.hash.hexdigest()
 
 
@@ -449,7 +447,7 @@ def extract_archive(archive: Path, destination: Path) -> Path:
         if second.problems or second.manifest_bytes != first.manifest_bytes:
             raise ArchiveError([f"{archive.name}: {p}" for p in second.problems or ["changed while it was read"]])
         os.rename(partial / first.manifest["name"], top)
-        fsync_directory(destination)
+        fsync_path(destination)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return top

@@ -10,7 +10,7 @@ import argparse
 import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self, get_args, get_type_hints
+from typing import Any, ClassVar, Self, TypeVar, get_args, get_type_hints
 
 from mvlm_core.errors import Stopped, UserError, run_main
 from mvlm_core.files import output_folder_problems
@@ -24,6 +24,8 @@ CACHE_DIR = REPOSITORY_ROOT / ".cache"
 PRESET_NAMES = ("auto", "h200", "cpu", "smoke")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 OPTIMIZERS = ("adamw", "muon")
+LENGTHS = ("num_epochs", "max_steps", "max_tokens", "max_bytes")
+Settings = TypeVar("Settings", bound="TrainingSettings")
 SMALLEST_VOCABULARY = 260  # 256 bytes and four special tokens
 
 
@@ -114,7 +116,7 @@ class TrainingSettings:
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 switches it off", "optimisation", minimum=0, identity=True)
     optimizer: str = option("adamw", "adamw, or muon for the matrices and adamw for the rest", "optimisation", choices=OPTIMIZERS, identity=True)
 
-    num_epochs: float = option(1.0, "passes over the training text", "length", above=0)
+    num_epochs: float | None = option(1.0, "passes over the training text", "length", above=0)
     max_steps: int | None = option(None, "stop after this many optimizer steps", "length", minimum=1)
     max_tokens: int | None = option(None, "stop after this many tokens", "length", minimum=1)
     max_bytes: int | None = option(None, "stop after this many bytes of training text", "length", minimum=1)
@@ -141,7 +143,13 @@ class TrainingSettings:
         if self.preset in (None, "auto"):
             self.preset = "cpu" if self.device == "cpu" else resolve_preset("auto")[0]
         chosen = self.preset_values(self.preset)
+        # Lengths that are asked for replace the preset's altogether: --max_steps 5000 means 5,000 steps, not the
+        # preset's one epoch. Several given at once hold together: the first one reached ends the run.
+        lengths = [name for name in LENGTHS if getattr(self, name) is not None]
+        preset_lengths = [name for name in LENGTHS if name in chosen]
         for entry in fields(self):
+            if entry.name in LENGTHS and (lengths or preset_lengths) and entry.name not in (lengths or preset_lengths):
+                continue
             if getattr(self, entry.name) is None:
                 setattr(self, entry.name, chosen.get(entry.name, entry.metadata["default"]))
 
@@ -235,7 +243,7 @@ def _metavar(kind: type) -> str:
     return {int: "N", float: "X"}.get(kind, "TEXT")
 
 
-def parse_settings[Settings: TrainingSettings](
+def parse_settings(
     cls: type[Settings], arguments: list[str] | None, *, description: str, epilog: str, output_dir: Path
 ) -> Settings:
     """Settings of class ``cls`` from a command line, checked.

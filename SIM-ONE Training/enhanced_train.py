@@ -1,0 +1,35 @@
+#!/usr/bin/env python3
+"""Train model 2, Enhanced SIM-ONE: rotary positions, SwiGLU, RMSNorm and governed attention."""
+
+from __future__ import annotations
+
+import sys
+
+from mvlm_core.console import outlive_terminal, setup_logging
+from mvlm_core.errors import run_main
+from mvlm_core.hardware import set_allocator_environment
+from mvlm_core.settings import REPOSITORY_ROOT, parse_settings
+from prioritary_mvlm.config import PrioritaryConfig
+
+OUTPUT_DIR = REPOSITORY_ROOT / "models" / "simone_enhanced"
+EXAMPLES = """examples:
+  python enhanced_train.py                       train with the preset that fits this machine
+  python enhanced_train.py --preset smoke        a minute, to see that everything works
+  python enhanced_train.py --no_policy_head --coherence_weight 0.2
+Run it again after an interruption: it goes on from the newest checkpoint.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    config = parse_settings(PrioritaryConfig, arguments, description=__doc__, epilog=EXAMPLES, output_dir=OUTPUT_DIR)
+    outlive_terminal()
+    set_allocator_environment()
+    setup_logging(config.log_file, quiet=config.quiet)
+    from prioritary_mvlm.enhanced_trainer import EnhancedPrioritaryTrainer
+
+    EnhancedPrioritaryTrainer(config, config.data_dir, config.output_dir).train()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,47 @@
+"""Model 2's tokenizer: byte-level BPE, 32,000 entries by default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar, Self
+
+from tokenizers import Regex, pre_tokenizers
+
+from mvlm_core.byte_level_bpe import ByteLevelBPE
+
+DEFAULT_VOCABULARY = 32_000
+
+# A word takes the blank before it along; digits go by threes at most; punctuation stays together, with the line break
+# behind it: a verse's end is one token more often than two.
+_PIECES = r" ?\p{L}+(?:['\u2019]\p{L}+)?| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+class AdvancedBPETokenizer(ByteLevelBPE):
+    """``train(texts, vocab_size)``, ``encode(str)``, ``decode(ids)``, ``save(dir)``, ``load(dir)``.
+
+    The corpus marks verses and chapters by line breaks, which are ordinary text, so there are no structural tokens
+    beside ``<bos>`` and ``<eos>`` around each document.
+    """
+
+    SPECIAL_TOKENS: ClassVar[dict[str, str]] = {
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+    }
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int = DEFAULT_VOCABULARY, *, show_progress: bool = False) -> Self:
+        return super().train(texts, vocab_size, show_progress=show_progress)
+
+    @classmethod
+    def pre_tokenizer(cls) -> pre_tokenizers.PreTokenizer:
+        return pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+
+
+BiblicalBPETokenizer = AdvancedBPETokenizer

@@ -1,0 +1,48 @@
+"""Settings of model 2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from mvlm_core.settings import TrainingSettings, option
+
+
+@dataclass
+class PrioritaryConfig(TrainingSettings):
+    """Everything that a run of Enhanced SIM-ONE can be told.
+
+    ``PrioritaryConfig()`` is the preset that fits this machine; ``PrioritaryConfig(preset="smoke", max_steps=10)``
+    changes one value. See ``TrainingSettings`` for what both models share.
+    """
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "h200": {"vocab_size": 32000, "optimizer": "muon", "learning_rate": 0.02, "lr_schedule": "linear"},
+        "cpu": {"optimizer": "muon", "learning_rate": 0.02, "lr_schedule": "linear"},
+        "smoke": {"optimizer": "muon", "learning_rate": 0.02, "lr_schedule": "linear"},
+    }
+
+    adamw_learning_rate: float = option(
+        3e-3, "peak rate of what muon leaves to adamw: embeddings, heads, vectors", "optimisation", above=0, identity=True
+    )  # fmt: skip
+    untied_head: bool = option(False, "give the output its own matrix instead of the input embedding", "model", identity=True)
+    no_policy_head: bool = option(False, "switch the policy head off (per-head gate on what attention read)", "governance", identity=True)
+    no_memory_head: bool = option(False, "switch the memory head off (mix-in of the first layer's values)", "governance", identity=True)
+    no_trace_head: bool = option(False, "export a model that reports no traces", "governance", identity=True)
+    accuracy_weight: float = option(1.0, "weight of next-token cross-entropy", "loss", minimum=0, identity=True)
+    alignment_weight: float = option(0.0, "weight of the same, weighted by document quality", "loss", minimum=0, identity=True)
+    coherence_weight: float = option(0.0, "starting weight of predicting the token after the next", "loss", minimum=0, identity=True)
+    coherence_until: float = option(0.5, "share of the run after which coherence weighs 0", "loss", above=0, maximum=1, identity=True)
+    z_loss_weight: float = option(1e-4, "weight of the squared log partition function", "loss", minimum=0, identity=True)
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if isinstance(self.hidden_dim, int) and self.num_heads > 0 and self.hidden_dim % self.num_heads == 0:
+            if (self.hidden_dim // self.num_heads) % 2:
+                found.append(
+                    f"--hidden_dim {self.hidden_dim} over --num_heads {self.num_heads} gives heads of an odd width; "
+                    "rotary positions need an even one"
+                )
+        if self.accuracy_weight == 0 and self.alignment_weight == 0:
+            found.append("--accuracy_weight and --alignment_weight are both 0: nothing would predict the next token")
+        return found

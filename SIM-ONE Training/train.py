@@ -1,0 +1,12 @@
+#!/usr/bin/env python3
+"""Train model 2, Enhanced SIM-ONE, with its defaults. enhanced_train.py has every setting."""
+
+import argparse
+import sys
+
+from enhanced_train import main
+from mvlm_core.errors import run_main
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    sys.exit(run_main(lambda: main([])))

@@ -1,0 +1,92 @@
+"""Which tokens make batch number N: a pure function of the seed and N, so the data order *is* the step counter.
+
+Every epoch the documents are put in a new random order and strung together, the string is cut into sequences from a
+random start, and the sequences are visited in a random order. Nothing is kept between batches but a cache of the
+current epoch's order, so a resumed run reads exactly what an undisturbed one would have read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mvlm_core.errors import UserError
+from mvlm_core.token_store import TokenStore
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some sequences of training text.
+
+    Attributes:
+        inputs, targets: ``[sequences, context]`` int64; targets are the inputs shifted by one.
+        weights: ``[sequences, context]`` float32, the content-alignment weight of each target's document.
+        text_bytes: UTF-8 bytes the targets stand for.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    text_bytes: int
+
+
+class BatchSource:
+    """Batches of ``sequences`` sequences of ``context`` tokens.
+
+    Raises:
+        UserError: less text than one sequence.
+    """
+
+    def __init__(self, store: TokenStore, *, context: int, sequences: int, seed: int) -> None:
+        self.store, self.context, self.sequences, self.seed = store, context, sequences, seed
+        self.sequences_per_epoch = (len(store.tokens) - 1) // context
+        if self.sequences_per_epoch < 1:
+            raise UserError(
+                f"the training text has {len(store.tokens)} tokens, less than one sequence of --max_length {context}: "
+                "add text or choose a shorter --max_length"
+            )
+        self._epoch = -1
+
+    @property
+    def tokens_per_batch(self) -> int:
+        return self.sequences * self.context
+
+    def epoch_at(self, step: int) -> float:
+        """Passes over the training text after ``step`` batches."""
+        return step * self.sequences / self.sequences_per_epoch
+
+    def steps_for_epochs(self, epochs: float) -> int:
+        return max(1, round(epochs * self.sequences_per_epoch / self.sequences))
+
+    def batch(self, number: int, first: int = 0, count: int | None = None) -> Batch:
+        """Sequences ``first … first + count`` of batch ``number`` (all of it by default)."""
+        count = self.sequences - first if count is None else count
+        start = number * self.sequences + first
+        rows = [self._sequence(start + offset) for offset in range(count)]
+        tokens = np.stack([row[0] for row in rows]).astype(np.int64)
+        weights = np.stack([row[1] for row in rows]).astype(np.float32)
+        text_bytes = int(self.store.token_bytes[tokens[:, 1:]].sum())
+        return Batch(tokens[:, :-1], tokens[:, 1:], weights[:, 1:], text_bytes)
+
+    def _sequence(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ``context + 1`` tokens of a sequence, counted from the start of training, and their weights."""
+        epoch, place = divmod(number, self.sequences_per_epoch)
+        self._enter(epoch)
+        begin = self._shift + int(self._order[place]) * self.context
+        positions = np.arange(begin, begin + self.context + 1) % len(self.store.tokens)
+        documents = np.searchsorted(self._starts, positions, side="right") - 1
+        source = positions - self._starts[documents] + self.store.starts[self._documents[documents]]
+        return self.store.tokens[source], self.store.weights[self._documents[documents]]
+
+    def _enter(self, epoch: int) -> None:
+        if epoch == self._epoch:
+            return
+        random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+        lengths = np.diff(self.store.starts)
+        self._documents = random.permutation(len(lengths))
+        self._starts = np.concatenate(([0], np.cumsum(lengths[self._documents])))[:-1]
+        # The string is a ring: with a random cut no token is left out for good and none is read twice in an epoch.
+        self._shift = int(random.integers(len(self.store.tokens)))
+        self._order = random.permutation(self.sequences_per_epoch)
+        self._epoch = epoch

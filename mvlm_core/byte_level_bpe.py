@@ -1,0 +1,185 @@
+"""Byte-level BPE: any text goes in and comes back to the byte. Both models' tokenizers are kinds of it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from mvlm_core.errors import UserError
+from mvlm_core.files import write_atomic
+
+# Byte-level BPE writes each byte as one visible character (Radford et al. 2019): 256 of them, and the length of a
+# token in characters is the number of bytes it stands for.
+_ROUND_TRIP_SAMPLE = "In the beginning  God\tcreated\n\n\u2018heaven\u2019 \u00e9\U0001f54a <eos> <|endoftext|>\r\n"
+log = logging.getLogger("mvlm")
+
+
+class ByteLevelBPE:
+    """A byte-level BPE tokenizer with the special tokens and the splitting rule of its subclass.
+
+    The text of a special token inside a document is ordinary text: special tokens come from ids, never from words.
+    """
+
+    SPECIAL_TOKENS: ClassVar[dict[str, str]] = {}
+    """Role (as transformers names it: ``bos_token``, …) to text, in the order of their ids."""
+    SPECIAL_TOKENS_LAST: ClassVar[bool] = False
+    """Whether their ids follow the ordinary ones (as GPT-2 has it) or come first."""
+    START_ROLE: ClassVar[str] = "bos_token"
+    END_ROLE: ClassVar[str | None] = "eos_token"
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        tokenizer.encode_special_tokens = True
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def pre_tokenizer(cls) -> pre_tokenizers.PreTokenizer:
+        """How text is cut into pieces that no token crosses."""
+        raise NotImplementedError
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, *, show_progress: bool = False) -> Self:
+        """Learn a vocabulary of ``vocab_size`` entries, special tokens included (fewer where the text has no more).
+
+        Raises:
+            UserError: a size too small for the 256 bytes and the special tokens.
+        """
+        specials = list(cls.SPECIAL_TOKENS.values())
+        if vocab_size < 256 + len(specials):
+            raise UserError(f"a vocabulary of {vocab_size} is too small: 256 bytes and {len(specials)} special tokens")
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = cls.pre_tokenizer()
+        tokenizer.decoder = decoders.ByteLevel()
+        added = [AddedToken(text, special=True, normalized=False) for text in specials]
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - len(specials) if cls.SPECIAL_TOKENS_LAST else vocab_size,
+            special_tokens=[] if cls.SPECIAL_TOKENS_LAST else added,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=show_progress,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        if cls.SPECIAL_TOKENS_LAST:
+            tokenizer.add_special_tokens(added)
+        return cls(tokenizer)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """A tokenizer from ``tokenizer.json``, a folder with it, or a folder with GPT-2's ``vocab.json`` and ``merges.txt``.
+
+        Raises:
+            UserError: no such file, a file that is no tokenizer, or one that does not give back what it got.
+        """
+        path = Path(path)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        vocabulary, merges = path / "vocab.json", path / "merges.txt"
+        try:
+            if not file.is_file() and vocabulary.is_file() and merges.is_file():
+                tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+                tokenizer.pre_tokenizer, tokenizer.decoder = cls.pre_tokenizer(), decoders.ByteLevel()
+                tokenizer.add_special_tokens([AddedToken(text, special=True) for text in cls.SPECIAL_TOKENS.values()])
+            elif file.is_file():
+                tokenizer = Tokenizer.from_file(str(file))
+            else:
+                raise UserError(f"no tokenizer at {path}: expected tokenizer.json, or vocab.json and merges.txt")
+        except UserError:
+            raise
+        except Exception as error:  # the library raises bare Exception for a malformed file
+            raise UserError(f"{file} is no tokenizer that can be read: {error}") from None
+        loaded = cls(tokenizer)
+        loaded._check(path)
+        return loaded
+
+    def _check(self, path: Path) -> None:
+        missing = [text for text in self.SPECIAL_TOKENS.values() if self.tokenizer.token_to_id(text) is None]
+        if missing:
+            raise UserError(f"the tokenizer {path} lacks the special tokens {' '.join(missing)}")
+        if self.decode(self.encode(_ROUND_TRIP_SAMPLE)) != _ROUND_TRIP_SAMPLE:
+            raise UserError(f"the tokenizer {path} does not give back the text it got: a byte-level BPE is needed")
+
+    def save(self, folder: Path | str) -> Path:
+        """Write ``tokenizer.json`` into ``folder`` (made if missing); returns its path."""
+        file = Path(folder) / "tokenizer.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, self._json)
+        return file
+
+    def encode(self, text: str) -> list[int]:
+        """Token numbers of ``text``, nothing added."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """``encode`` of several texts on all cores."""
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token numbers; special tokens give none."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return self.tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def start_id(self) -> int:
+        return self.tokenizer.token_to_id(self.SPECIAL_TOKENS[self.START_ROLE])
+
+    @property
+    def end_id(self) -> int | None:
+        return None if self.END_ROLE is None else self.tokenizer.token_to_id(self.SPECIAL_TOKENS[self.END_ROLE])
+
+    def token_id(self, role: str) -> int | None:
+        """The id of the special token with this role (``pad_token``, …), or None where there is none."""
+        text = self.SPECIAL_TOKENS.get(role)
+        return None if text is None else self.tokenizer.token_to_id(text)
+
+    @cached_property
+    def _json(self) -> str:
+        return self.tokenizer.to_str()
+
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self._json.encode()).hexdigest()
+
+    def token_bytes(self) -> np.ndarray:
+        """``[vocab]`` int64: the UTF-8 bytes each token stands for, 0 for special tokens."""
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        special = set(self.SPECIAL_TOKENS.values())
+        for text, number in self.tokenizer.get_vocab(with_added_tokens=True).items():
+            lengths[number] = 0 if text in special else len(text)
+        return lengths
+
+    def for_transformers(self, context: int) -> Any:
+        """The same tokenizer as transformers' ``PreTrainedTokenizerFast``."""
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(self._json),
+            model_max_length=context,
+            split_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+            padding_side="left",
+            **self.SPECIAL_TOKENS,
+        )
+
+
+def cached_tokenizer(
+    kind: type[ByteLevelBPE], texts: Iterator[str], fingerprint: str, vocab_size: int, cache_dir: Path | str, *, quiet: bool
+) -> ByteLevelBPE:
+    """The tokenizer for this train text, from the cache where the text is the same to the byte, else trained now."""
+    name = hashlib.sha256(f"{kind.__name__}:{fingerprint}:{vocab_size}".encode()).hexdigest()[:32]
+    folder = Path(cache_dir) / "tokenizers" / name
+    if (folder / "tokenizer.json").exists():
+        return kind.load(folder)
+    log.info("training a byte-level BPE of %s entries on the train text", f"{vocab_size:,}")
+    tokenizer = kind.train(texts, vocab_size, show_progress=not quiet and sys.stderr.isatty())
+    if tokenizer.vocab_size < vocab_size:
+        log.info("the text gives %s entries, fewer than --vocab_size %s", f"{tokenizer.vocab_size:,}", f"{vocab_size:,}")
+    tokenizer.save(folder)
+    return tokenizer

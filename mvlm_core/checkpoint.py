@@ -1,0 +1,199 @@
+"""Checkpoints that are whole or not there: a folder per step, its manifest of SHA-256 written last.
+
+``checkpoints/step-00000500/`` holds ``model.safetensors``, ``optimizer.safetensors``, ``state.json`` and
+``manifest.json``. It is written under a temporary name and renamed, so a run that dies leaves the ones before it as
+they were. No pickle: tensors are safetensors, everything else is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mvlm_core.errors import UserError
+from mvlm_core.files import fsync_path, sha256_file, write_json_atomic
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{8,})")
+_TEMPORARY_PREFIX, _DAMAGED_SUFFIX, _LATER_SUFFIX = ".writing-", ".damaged", ".superseded"
+log = logging.getLogger("mvlm")
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint folder that is not what its manifest says; the message names file and reason."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint.
+
+    Attributes:
+        state: what ``save_checkpoint`` was given, plus ``step``.
+    """
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors saved under ``name`` ("model", "optimizer"), on the CPU.
+
+        Raises:
+            DamagedCheckpoint: a file that safetensors cannot read.
+        """
+        try:
+            return load_file(self.folder / f"{name}.safetensors")
+        except (SafetensorError, OSError) as error:
+            raise DamagedCheckpoint(f"{self.folder / name}.safetensors cannot be read: {error}") from None
+
+
+def save_checkpoint(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
+    """Write one checkpoint, whole or not at all, and return its folder.
+
+    Args:
+        tensors: file name (without ending) to named tensors.
+        state: JSON-serialisable.
+    Raises:
+        OSError: no room, for one; earlier checkpoints are untouched.
+    """
+    final = root / f"step-{step:08d}"
+    temporary = root / f"{_TEMPORARY_PREFIX}{final.name}"
+    root.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        for name, named in tensors.items():
+            path = temporary / f"{name}.safetensors"
+            save_file({key: value.detach().contiguous() for key, value in named.items()}, path)
+            fsync_path(path)
+        write_json_atomic(temporary / "state.json", {"step": step, **state})
+        hashes = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
+        write_json_atomic(temporary / "manifest.json", {"format": FORMAT, "step": step, "files": hashes})
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        fsync_path(root)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in ``folder``, every file checked against the manifest.
+
+    Raises:
+        DamagedCheckpoint: no checkpoint, or a damaged one.
+    """
+    folder = Path(folder)
+    manifest = _read_json(folder / "manifest.json")
+    files = manifest.get("files")
+    if manifest.get("format") != FORMAT or not isinstance(files, dict) or not {"state.json", "model.safetensors"} <= set(files):
+        raise DamagedCheckpoint(f"{folder / 'manifest.json'} is not the manifest of a checkpoint of format {FORMAT}")
+    for name, expected in files.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            raise DamagedCheckpoint(f"{path} is missing")
+        if sha256_file(path) != expected:
+            raise DamagedCheckpoint(f"{path} is not as it was written (its SHA-256 differs)")
+    state = _read_json(folder / "state.json")
+    if not isinstance(state.get("step"), int):
+        raise DamagedCheckpoint(f"{folder / 'state.json'} names no step")
+    return Checkpoint(folder, state["step"], state)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise DamagedCheckpoint(f"{path} holds no JSON object")
+    return value
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """The checkpoints below ``root``, oldest first, not yet checked."""
+    if not root.is_dir():
+        return []
+    found = [path for path in root.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
+
+
+def newest_checkpoint(root: Path, *, may_use: Callable[[Checkpoint], None] = lambda checkpoint: None) -> Checkpoint | None:
+    """The newest whole checkpoint, or None; damaged ones are named and set aside under another name.
+
+    Args:
+        may_use: called with the checkpoint; raises what should stop the run (another corpus, another shape).
+    """
+    for leftover in root.glob(f"{_TEMPORARY_PREFIX}*") if root.is_dir() else []:
+        shutil.rmtree(leftover, ignore_errors=True)
+    for folder in reversed(checkpoint_folders(root)):
+        try:
+            checkpoint = open_checkpoint(folder)
+        except DamagedCheckpoint as damage:
+            _set_aside(folder, _DAMAGED_SUFFIX)
+            log.warning("set aside a damaged checkpoint: %s", damage)
+            continue
+        may_use(checkpoint)
+        return checkpoint
+    return None
+
+
+def named_checkpoint(folder: Path | str) -> Checkpoint:
+    """The checkpoint a user named with ``--resume_from``.
+
+    Raises:
+        UserError: it is none, or damaged: what was asked for by name is not silently replaced.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"--resume_from {folder}: no such checkpoint folder")
+    try:
+        return open_checkpoint(Path(folder))
+    except DamagedCheckpoint as damage:
+        raise UserError(f"--resume_from {folder}: {damage}") from None
+
+
+def set_aside_later(root: Path, step: int) -> None:
+    """Rename the checkpoints after ``step``: the run goes back there, and rotation must not take them for its newest."""
+    for folder in checkpoint_folders(root):
+        if int(_NAME.fullmatch(folder.name)[1]) > step:
+            _set_aside(folder, _LATER_SUFFIX)
+            log.info("set aside %s: the run goes back to step %s", folder, step)
+
+
+def _set_aside(folder: Path, suffix: str) -> None:
+    aside = folder.with_name(folder.name + suffix)
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+
+
+def rotate_checkpoints(root: Path, keep: int) -> None:
+    """Delete all but the ``keep`` newest checkpoints and the best ones those point to (``best_step``)."""
+    folders = checkpoint_folders(root)
+    newest = folders[-keep:]
+    wanted = {folder.name for folder in newest}
+    for folder in newest:
+        try:
+            best = _read_json(folder / "state.json").get("best_step")
+        except DamagedCheckpoint:
+            continue
+        if isinstance(best, int):
+            wanted.add(f"step-{best:08d}")
+    for folder in folders:
+        if folder.name not in wanted:
+            (folder / "manifest.json").unlink(missing_ok=True)  # a half-deleted folder must not look whole
+            shutil.rmtree(folder)

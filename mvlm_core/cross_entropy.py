@@ -1,0 +1,82 @@
+"""Next-token loss straight from hidden states: the logits of a whole batch never exist at once."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# A block of logits that stays in a processor's last-level cache, or that is small beside a GPU's memory.
+_BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Both gradients are formed while a block's logits exist, so the backward pass has nothing to recompute."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, token_weights, z_loss, rows):
+        count = targets.numel()
+        matrix = weight.to(hidden.dtype)
+        nll = torch.empty(count, dtype=torch.float32, device=hidden.device)
+        log_partition = torch.empty_like(nll)
+        wanted = any(ctx.needs_input_grad[:2])
+        grad_hidden = torch.empty_like(hidden) if wanted else None
+        grad_weight = torch.zeros_like(weight) if wanted else None
+        for start in range(0, count, rows):
+            part = slice(start, min(start + rows, count))
+            logits = (hidden[part] @ matrix.t()).float()
+            log_partition[part] = logits.logsumexp(dim=-1)
+            nll[part] = log_partition[part] - logits.gather(1, targets[part, None]).squeeze(1)
+            if not wanted:
+                continue
+            # d/dlogits of w·(nll + z·lse²) is w·(p·(1 + 2z·lse) − onehot).
+            slope = token_weights[part] / count
+            probabilities = logits.sub_(log_partition[part, None]).exp_()
+            probabilities.mul_((slope * (1 + 2 * z_loss * log_partition[part]))[:, None])
+            probabilities.scatter_add_(1, targets[part, None], -slope[:, None])
+            gradient = probabilities.to(hidden.dtype)
+            torch.mm(gradient, matrix, out=grad_hidden[part])
+            grad_weight.addmm_(gradient.t().to(weight.dtype), hidden[part].to(weight.dtype))
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.mark_non_differentiable(nll)
+        loss = (token_weights * (nll + z_loss * log_partition.square())).sum() / count
+        return loss, nll
+
+    @staticmethod
+    def backward(ctx, grad_loss, _grad_nll):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss, None, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor | None = None,
+    z_loss: float = 0.0,
+    block_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Weighted mean cross-entropy of ``hidden @ weight.T`` against ``targets``.
+
+    Args:
+        hidden: ``[..., dim]``, in the training precision.
+        weight: ``[vocab, dim]``, the output embedding.
+        targets: ``[...]`` token numbers.
+        token_weights: ``[...]``, mean 1 over the training text; None means 1 everywhere.
+        z_loss: weight of the squared log partition function (PaLM, arXiv 2204.02311), which keeps logits from drifting.
+        block_rows: rows of logits that exist at a time; chosen for the device where not given.
+    Returns:
+        The loss (nats a token, differentiable) and each token's own negative log-likelihood in nats (detached, float32).
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    flat_targets = targets.reshape(-1)
+    if token_weights is None:
+        token_weights = torch.ones_like(flat_targets, dtype=torch.float32)
+    rows = block_rows or max(128, _BLOCK_BYTES.get(hidden.device.type, 64 << 20) // (4 * weight.shape[0]))
+    loss, nll = _LinearCrossEntropy.apply(flat, weight, flat_targets, token_weights.reshape(-1), z_loss, rows)
+    return loss, nll.view(targets.shape)
+
+
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood in nats of ``targets [...]`` under ``logits [..., vocab]``, in float32."""
+    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)

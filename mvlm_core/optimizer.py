@@ -1,0 +1,176 @@
+"""How the weights move: parameter groups, AdamW, Muon, and the course of the learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+# Newton–Schulz iteration of Muon (Jordan et al. 2024, github.com/KellerJordan/Muon): a quintic whose slope at zero is
+# large, so that five rounds bring every singular value near 1.
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_COSINE_FLOOR = 0.1
+
+
+def learning_rate_scale(step: int, total_steps: int, warmup_steps: int, schedule: str) -> float:
+    """Share of the peak learning rate in optimizer step ``step`` (from 0): linear warm-up, then ``schedule``.
+
+    ``linear`` falls to zero, which beats a cosine to a tenth by about 0.8 % (arXiv 2502.15938); ``wsd`` is stable
+    and falls linearly to zero in the last third; ``cosine`` falls to a tenth, as GPT-2's successors did it.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    share = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    if schedule == "linear":
+        return 1 - share
+    if schedule == "cosine":
+        return _COSINE_FLOOR + (1 - _COSINE_FLOOR) * 0.5 * (1 + math.cos(math.pi * share))
+    if schedule == "wsd":
+        return min(1.0, (1 - share) * 3)
+    return 1.0
+
+
+@torch.no_grad()
+def orthogonalize(matrices: Tensor, rounds: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrices, roughly, of ``[count, rows, columns]``.
+
+    In bfloat16 on CUDA, where it is fast and enough; in float32 elsewhere, because a bfloat16 matrix product on a
+    processor without hardware for it is some hundred times slower (see benchmarks/RESULTS.md).
+    """
+    a, b, c = _NEWTON_SCHULZ
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(rounds):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised, for matrices; matrices of one shape go through one batched product.
+
+    Follows Jordan et al. (2024): Nesterov momentum, step scaled by sqrt(max(1, rows / columns)), decoupled weight
+    decay. Give it each of Q, K and V as a matrix of its own: orthogonalised together they would share one spectrum.
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor], lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(list(params), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            shapes: dict[tuple[int, ...], list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    shapes.setdefault(tuple(parameter.shape), []).append(parameter)
+            for parameters in shapes.values():
+                self._step_together(parameters, group)
+
+    def _step_together(self, parameters: list[Tensor], group: dict) -> None:
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters]
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+        updates = orthogonalize(torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"])))
+        rows, columns = parameters[0].shape
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parameters, list(updates.unbind()), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+
+
+class Optimizers:
+    """AdamW alone, or Muon for the matrices and AdamW for the rest, behind one face.
+
+    Each parameter group keeps its own peak rate (``peak_lr``); ``set_scale`` moves all of them along the schedule.
+    """
+
+    def __init__(self, parts: list[torch.optim.Optimizer], names: dict[Tensor, str]) -> None:
+        self.parts, self._names = parts, names
+        for group in self.groups():
+            group["peak_lr"] = group["lr"]
+
+    def groups(self) -> list[dict]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def set_scale(self, scale: float) -> float:
+        """Set every group's rate to ``scale`` of its peak; returns the first group's rate, the one that is logged."""
+        for group in self.groups():
+            group["lr"] = group["peak_lr"] * scale
+        return self.groups()[0]["lr"]
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The whole state as named tensors: ``<parameter>/<quantity>``."""
+        return {
+            f"{self._names[parameter]}/{quantity}": value
+            for part in self.parts
+            for parameter, state in part.state.items()
+            for quantity, value in state.items()
+        }
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what ``state_tensors`` gave.
+
+        Raises:
+            KeyError: a name that belongs to no parameter.
+        """
+        owners = {self._names[p]: (part, p) for part in self.parts for group in part.param_groups for p in group["params"]}
+        for name, value in tensors.items():
+            parameter_name, quantity = name.rsplit("/", 1)
+            part, parameter = owners[parameter_name]
+            part.state[parameter][quantity] = value.to(parameter.device)
+
+
+def build_optimizers(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    kind: str,
+    learning_rate: float,
+    weight_decay: float,
+    adamw_learning_rate: float | None = None,
+    betas: tuple[float, float] = (0.9, 0.95),
+    embedding_names: tuple[str, ...] = (),
+) -> Optimizers:
+    """Optimizers for named parameters.
+
+    Args:
+        kind: "adamw": all by AdamW at ``learning_rate``. "muon": matrices by Muon at ``learning_rate``; embeddings,
+            heads of a few rows and vectors by AdamW at ``adamw_learning_rate``.
+        weight_decay: on matrices, not on vectors; under Muon not on embeddings either.
+        embedding_names: parts of names that mark an embedding or output matrix, which is never Muon's.
+    """
+    named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    names = {parameter: name for name, parameter in named}
+    vectors = [p for _, p in named if p.ndim < 2]
+    matrices = [(name, p) for name, p in named if p.ndim >= 2]
+    if kind == "adamw":
+        decayed = [p for _, p in matrices]
+        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        return Optimizers([_adamw(groups, learning_rate, betas)], names)
+
+    def is_inner(name: str, p: Tensor) -> bool:
+        return p.ndim == 2 and min(p.shape) >= 32 and not any(part in name for part in embedding_names)
+
+    inner = [p for name, p in matrices if is_inner(name, p)]
+    outer = [p for name, p in matrices if not is_inner(name, p)]
+    groups = [{"params": outer, "weight_decay": 0.0}, {"params": vectors, "weight_decay": 0.0}]
+    muon = Muon(inner, lr=learning_rate, weight_decay=weight_decay)
+    return Optimizers([muon, _adamw(groups, adamw_learning_rate or learning_rate, betas)], names)
+
+
+def _adamw(groups: list[dict], learning_rate: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, betas=betas, fused=True)

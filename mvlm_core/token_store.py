@@ -1,0 +1,146 @@
+"""Documents to tokens, once: memory-mapped token files, kept between runs under the hash of what made them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from mvlm_core.console import progress
+from mvlm_core.corpus import Corpus, Document
+from mvlm_core.files import fsync_path, write_json_atomic
+
+FORMAT = 2
+_ENCODE_BYTES = 4 << 20  # text handed to the tokenizer at a time: enough to keep all cores busy, little memory
+log = logging.getLogger("mvlm")
+
+
+class Tokenizer(Protocol):
+    """What token files need of a tokenizer."""
+
+    start_id: int
+    """The token before each document."""
+    end_id: int | None
+    """The token after each document, where there is one of its own."""
+    vocab_size: int
+
+    @property
+    def sha256(self) -> str: ...
+    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+    def token_bytes(self) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """The training text as one run of token numbers, document after document.
+
+    Attributes:
+        tokens: ``[total]``, memory-mapped; each document is ``start, its tokens, end`` (end where there is one).
+        starts: ``[documents + 1]``, where each document begins; the last entry is the total.
+        weights: ``[documents]`` float64, content-alignment weights whose mean over the tokens is 1.
+        token_bytes: ``[vocab]``, UTF-8 bytes each token stands for (0 for special ones).
+        text_bytes: UTF-8 bytes of all documents.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    weights: np.ndarray
+    token_bytes: np.ndarray
+    text_bytes: int
+    fingerprint: str
+
+    @cached_property
+    def bytes_per_token(self) -> float:
+        return self.text_bytes / max(1, len(self.tokens))
+
+
+def alignment_weights(documents: list[Document], lengths: np.ndarray) -> np.ndarray:
+    """Each document's weight: ``quality_score × biblical_alignment``, scaled to a mean of 1 over all tokens.
+
+    A text whose every document is scored 0 says nothing about which to prefer: then all weigh the same.
+    """
+    raw = np.array([document.quality_score * document.biblical_alignment for document in documents], dtype=np.float64)
+    mean = float((raw * lengths).sum() / max(1, lengths.sum()))
+    return raw / mean if mean > 0 else np.ones_like(raw)
+
+
+def texts(documents: Iterable[Document], batch_bytes: int = _ENCODE_BYTES) -> Iterator[list[str]]:
+    """The documents' texts in groups of about ``batch_bytes``: memory stays flat however large the corpus."""
+    group, size = [], 0
+    for document in documents:
+        group.append(document.read())
+        size += document.size
+        if size >= batch_bytes:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def build_token_store(corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path | str, *, quiet: bool = False) -> TokenStore:
+    """Tokens of the corpus's train split, read from the cache where corpus and tokenizer are the same to the byte."""
+    documents = corpus.split("train")
+    key = hashlib.sha256(f"{FORMAT}:{corpus.fingerprint}:{tokenizer.sha256}".encode()).hexdigest()[:32]
+    folder = Path(cache_dir) / "tokens" / key
+    if not (folder / "index.json").exists():
+        _write(documents, tokenizer, folder, quiet)
+    return _read(folder, documents, tokenizer, key)
+
+
+def _write(documents: list[Document], tokenizer: Tokenizer, folder: Path, quiet: bool) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    lengths: list[int] = []
+    try:
+        total = sum(document.size for document in documents)
+        with (
+            open(temporary / "tokens.bin", "wb") as file,
+            progress(total, "tokens", "B", quiet=quiet, unit_scale=True) as bar,
+        ):
+            for group in texts(documents):
+                for ids in tokenizer.encode_batch(group):
+                    ids = [tokenizer.start_id, *ids, *([] if tokenizer.end_id is None else [tokenizer.end_id])]
+                    np.asarray(ids, dtype=dtype).tofile(file)
+                    lengths.append(len(ids))
+                bar.update(sum(len(text.encode()) for text in group))
+            file.flush()
+            os.fsync(file.fileno())
+        write_json_atomic(temporary / "index.json", {"dtype": np.dtype(dtype).name, "lengths": lengths})
+        _move_into_place(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_into_place(temporary: Path, folder: Path) -> None:
+    if folder.exists():  # without an index: something else than this function was interrupted here
+        shutil.rmtree(folder)
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        if not (folder / "index.json").exists():  # otherwise another run finished the same work first
+            raise
+    fsync_path(folder.parent)
+
+
+def _read(folder: Path, documents: list[Document], tokenizer: Tokenizer, key: str) -> TokenStore:
+    index: dict[str, Any] = json.loads((folder / "index.json").read_text())
+    lengths = np.array(index["lengths"], dtype=np.int64)
+    return TokenStore(
+        tokens=np.memmap(folder / "tokens.bin", dtype=index["dtype"], mode="r"),
+        starts=np.concatenate(([0], np.cumsum(lengths))),
+        weights=alignment_weights(documents, lengths),
+        token_bytes=tokenizer.token_bytes(),
+        text_bytes=sum(document.size for document in documents),
+        fingerprint=key,
+    )

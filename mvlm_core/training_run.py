@@ -1,0 +1,315 @@
+"""What both trainers do, in order: corpus → tokenizer → token files → training loop → export → test scores."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mvlm_core.batches import BatchSource
+from mvlm_core.byte_level_bpe import ByteLevelBPE, cached_tokenizer
+from mvlm_core.checkpoint import DamagedCheckpoint, open_checkpoint
+from mvlm_core.console import progress
+from mvlm_core.corpus import Corpus, load_corpus, validation_subset
+from mvlm_core.errors import UserError
+from mvlm_core.evaluation import Score, score_documents, score_export
+from mvlm_core.export import finish_export, model_card, read_training_config, remove_export, software_versions, stage_model
+from mvlm_core.files import RunLock
+from mvlm_core.hardware import Hardware, choose_hardware, describe, peak_memory
+from mvlm_core.optimizer import Optimizers
+from mvlm_core.packaging import verify_folder
+from mvlm_core.settings import TrainingSettings
+from mvlm_core.token_store import TokenStore, build_token_store, texts
+from mvlm_core.training_loop import (
+    HISTORY_NAME,
+    LoopState,
+    StopRequest,
+    TrainingLoop,
+    TrainingTask,
+    identity_differences,
+    read_history,
+    total_steps,
+)
+
+log = logging.getLogger("mvlm")
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A fresh model with all that trains it.
+
+    Attributes:
+        model: a transformers causal language model.
+        modules: as in ``TrainingTask``; holds the model as "model".
+        loss: as in ``TrainingTask``.
+    """
+
+    model: Any
+    modules: dict[str, Any]
+    loss: Callable[..., Any]
+    optimizers: Optimizers
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The part of a run that belongs to one model.
+
+    Attributes:
+        name: of the export folder and the archive.
+        build: (settings, tokenizer, hardware) → the model with fresh weights; random numbers are already seeded.
+    """
+
+    name: str
+    title: str
+    description: str
+    remote_code: bool
+    tokenizer_class: type[ByteLevelBPE]
+    build: Callable[[Any, ByteLevelBPE, Hardware], BuiltModel]
+
+
+@dataclass(frozen=True)
+class PreparedText:
+    """Corpus, tokenizer and tokens of a run."""
+
+    corpus: Corpus
+    tokenizer: ByteLevelBPE
+    store: TokenStore
+
+
+def prepare_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) -> PreparedText:
+    """Read the corpus and bring its train text to tokens (both from the cache where nothing changed).
+
+    Raises:
+        UserError: no corpus, no usable text, a tokenizer that cannot be read.
+    """
+    corpus = load_corpus(
+        settings.data_dir,
+        validation_split=settings.validation_split,
+        validation_dir=settings.validation_dir,
+        only=settings.data_subset,
+    )
+    train = corpus.split("train")
+    log.info("corpus %s: %s documents, %.1f MB to train on", corpus.root, len(corpus.documents), sum(d.size for d in train) / 1e6)
+    for skipped in corpus.skipped[:20]:
+        log.warning("left out %s: %s", skipped.path, skipped.reason)
+    if len(corpus.skipped) > 20:
+        log.warning("left out %s more files", len(corpus.skipped) - 20)
+    if settings.tokenizer_path:
+        tokenizer = tokenizer_class.load(settings.tokenizer_path)
+    else:
+        pieces = (text for group in texts(train) for text in group)
+        tokenizer = cached_tokenizer(
+            tokenizer_class, pieces, corpus.fingerprint, settings.vocab_size, settings.cache_dir, quiet=settings.quiet
+        )
+    store = build_token_store(corpus, tokenizer, settings.cache_dir, quiet=settings.quiet)
+    log.info("%s tokens to train on, %.2f bytes each", f"{len(store.tokens):,}", store.bytes_per_token)
+    return PreparedText(corpus, tokenizer, store)
+
+
+def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
+    """Train, export and score one model; returns the export folder.
+
+    Raises:
+        UserError: bad settings or input. Nothing has been written to the output folder then.
+        Stopped: a signal; the same call goes on from the checkpoint.
+        TrainingFailed: the run cannot go on.
+    """
+    settings.check()
+    output_dir = Path(settings.output_dir)
+    hardware = choose_hardware(
+        device=settings.device,
+        precision=settings.precision,
+        attention_backend=settings.attention_backend,
+        no_mixed_precision=settings.no_mixed_precision,
+        no_compile=settings.no_compile,
+    )
+    hardware.apply()
+    for line in describe(hardware):
+        log.info(line)
+    text = prepare_text(settings, recipe.tokenizer_class)
+    batches = BatchSource(
+        text.store, context=settings.max_length, sequences=settings.sequences_per_step, seed=settings.seed
+    )
+    steps = total_steps(settings, batches)
+    identity = run_identity(settings, text)
+    stop = StopRequest()
+    with RunLock(output_dir, str(output_dir)):
+        if settings.fresh:
+            _clear(output_dir)
+        elif _is_finished(output_dir, identity, steps):
+            log.info("already finished: %s (use --fresh to train it again)", output_dir)
+            return output_dir
+        stop.raise_at_once()
+        built, task = build_task(recipe, settings, hardware, text, batches, identity)
+        loop = TrainingLoop(task, settings, hardware, output_dir, steps)
+        log.info(
+            "%s: %s parameters, %s steps of %s sequences of %s tokens (%.2f epochs)",
+            recipe.title,
+            f"{built.model.num_parameters():,}",
+            f"{steps:,}",
+            settings.sequences_per_step,
+            settings.max_length,
+            batches.epoch_at(steps),
+        )
+        state = loop.run(stop)
+        stop.raise_at_once()
+        _export(recipe, settings, hardware, text, built, task, state, output_dir)
+    return output_dir
+
+
+def build_task(
+    recipe: Recipe,
+    settings: TrainingSettings,
+    hardware: Hardware,
+    text: PreparedText,
+    batches: BatchSource,
+    identity: dict[str, Any],
+) -> tuple[BuiltModel, TrainingTask]:
+    """The model with fresh weights, and the task that trains it."""
+    import torch
+
+    torch.manual_seed(settings.seed)
+    built = recipe.build(settings, text.tokenizer, hardware)
+    for module in built.modules.values():
+        module.train()
+    validation = [(document.path, part) for document, part in validation_subset(text.corpus)]
+
+    def evaluate() -> float:
+        score = score_documents(
+            built.model,
+            text.tokenizer.encode,
+            validation,
+            start_id=text.tokenizer.start_id,
+            context=settings.max_length,
+            device=hardware.device,
+        )
+        return score.bits_per_byte
+
+    return built, TrainingTask(built.modules, built.loss, built.optimizers, batches, evaluate, identity)
+
+
+def run_identity(settings: TrainingSettings, text: PreparedText) -> dict[str, Any]:
+    """What makes this run this run; a checkpoint of another is refused with the list of differences."""
+    preset = {"--preset": settings.preset}
+    flags = {f"--{name}": value for name, value in settings.identity().items()}
+    return preset | flags | {"corpus": text.corpus.fingerprint, "tokenizer": text.tokenizer.sha256}
+
+
+def _is_finished(output_dir: Path, identity: dict[str, Any], steps: int) -> bool:
+    """Whether a whole export of this run is there already.
+
+    Raises:
+        UserError: one of another run is.
+    """
+    config = read_training_config(output_dir)
+    if config is None:
+        return False
+    differences = identity_differences(config.get("identity", {}), identity)
+    if differences:
+        raise UserError(
+            [f"{output_dir} holds a finished model of another run: {difference}" for difference in differences]
+            + ["choose another --output_dir, or train it anew with --fresh"]
+        )
+    results = config.get("results", {})
+    enough = results.get("stopped_early") or results.get("steps", 0) >= steps
+    return bool(enough) and not verify_folder(output_dir)
+
+
+def _clear(output_dir: Path) -> None:
+    """Delete what an earlier run left in the folder, and nothing else."""
+    remove_export(output_dir)
+    shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
+    (output_dir / HISTORY_NAME).unlink(missing_ok=True)
+
+
+def _export(
+    recipe: Recipe,
+    settings: TrainingSettings,
+    hardware: Hardware,
+    text: PreparedText,
+    built: BuiltModel,
+    task: TrainingTask,
+    state: LoopState,
+    output_dir: Path,
+) -> None:
+    """Export the best weights by validation and score them on the test text, from the exported files."""
+    _load_best(task, state, output_dir)
+    history = read_history(output_dir / HISTORY_NAME)
+    tokenizer = text.tokenizer.for_transformers(settings.max_length)
+    staging = stage_model(built.model, tokenizer, history, recipe.title, output_dir)
+    score = _score_test(staging, text.corpus, hardware, settings.quiet)
+    kjv_paths = {document.path for document in text.corpus.split("test") if document.translation == "kjv"}
+    kjv = score.part(lambda path: path in kjv_paths)
+    results = {
+        "parameters": built.model.num_parameters(),
+        "steps": state.step,
+        "tokens": state.tokens,
+        "bytes": state.bytes,
+        "seconds": state.seconds,
+        "tokens_per_second": state.tokens / state.seconds,
+        "validation_bpb": state.best_bpb,
+        "best_step": state.best_step,
+        "test_bpb": score.bits_per_byte if score.bytes else None,
+        "test_bpb_kjv": kjv.bits_per_byte if kjv.bytes else None,
+        "peak_memory_bytes": peak_memory(hardware.device),
+        "micro_batch": state.micro_batch,
+        "stopped_early": state.stopped_early,
+    }
+    config = {
+        "model": recipe.name,
+        "preset": settings.preset,
+        "settings": settings.as_dict(),
+        "identity": task.identity,
+        "data": {
+            "fingerprint": text.corpus.fingerprint,
+            "data_dir": str(text.corpus.root),
+            "only": settings.data_subset,
+            "train_documents": len(text.corpus.split("train")),
+            "train_bytes": text.store.text_bytes,
+        },
+        "tokenizer": {"sha256": text.tokenizer.sha256, "vocab_size": text.tokenizer.vocab_size},
+        "hardware": {"device": hardware.device, "name": hardware.name, "precision": hardware.precision, "threads": hardware.threads},
+        "software": software_versions(),
+        "results": results,
+    }
+    sources = _describe_sources(text.corpus)
+    card = model_card(
+        config, title=recipe.title, description=recipe.description, sources=sources, remote_code=recipe.remote_code
+    )
+    finish_export(staging, config, card, output_dir)
+    log.info("validation %.4f bits per byte at step %s", state.best_bpb, state.best_step)
+    if score.bytes:
+        beside = f", King James Version {kjv.bits_per_byte:.4f}" if kjv.bytes else ""
+        log.info("test %.4f bits per byte over %.2f MB%s", score.bits_per_byte, score.bytes / 1e6, beside)
+    log.info("exported to %s", output_dir)
+
+
+def _load_best(task: TrainingTask, state: LoopState, output_dir: Path) -> None:
+    """Put the best weights by validation into the model; the last ones stay in the newest checkpoint."""
+    if state.best_step is None or state.best_step == state.step:
+        return
+    folder = output_dir / "checkpoints" / f"step-{state.best_step:08d}"
+    try:
+        task.load_weights(open_checkpoint(folder).tensors("model"))
+    except DamagedCheckpoint as damage:
+        raise UserError(f"the best checkpoint is damaged: {damage}; run again with --fresh") from None
+
+
+def _score_test(export: Path, corpus: Corpus, hardware: Hardware, quiet: bool) -> Score:
+    total = sum(document.size for document in corpus.split("test"))
+    with progress(total, "test score", "B", quiet=quiet, unit_scale=True) as bar:
+        return score_export(export, corpus, split="test", device=hardware.device, progress=bar.update)
+
+
+def _describe_sources(corpus: Corpus) -> str:
+    train = corpus.split("train")
+    translations = sorted({document.translation for document in train if document.translation})
+    sentence = f"{len(train)} documents, {sum(document.size for document in train) / 1e6:.1f} MB of English text."
+    if not translations:
+        return sentence
+    licenses = sorted({str(d.metadata.get("license")) for d in train if d.metadata.get("license")})
+    listed = f" Licences as the corpus names them: {'; '.join(licenses)}." if licenses else ""
+    return f"{sentence} Bible translations: {', '.join(translations)}.{listed}"

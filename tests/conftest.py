@@ -1,0 +1,130 @@
+"""What the tests share: offline, two threads, and real text that does not need the corpus to be built."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+# Before transformers or tokenizers are imported anywhere: they read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SAMPLE = REPOSITORY / "tests" / "data" / "kjv_sample.txt"
+# The sample's books and the part each has in `tiny_corpus`, held out as in the real corpus.
+BOOKS = (
+    (1, "genesis", "train"),
+    (8, "ruth", "validation"),
+    (19, "psalms", "train"),
+    (21, "ecclesiastes", "test"),
+    (40, "matthew", "train"),
+    (43, "john", "train"),
+)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The repository's root folder."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads() -> None:
+    """The same thread count everywhere: sums are split by it, and golden numbers depend on how."""
+    import torch
+
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Nothing in this process may reach beyond the machine; an integration test may (it installs)."""
+    if "integration" in request.keywords:
+        return
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: object) -> None:
+        local = self.family == socket.AF_UNIX or (isinstance(address, tuple) and address[0] in LOCAL)
+        if not local:
+            raise AssertionError(f"a test tried to reach the network: {address}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+LOCAL = ("127.0.0.1", "::1", "localhost")
+
+
+def sample_books() -> dict[str, str]:
+    """Book name → its text in the sample: a verse a line, a blank line between chapters."""
+    books: dict[str, str] = {}
+    for part in SAMPLE.read_text(encoding="utf-8").split("=== ")[1:]:
+        name, _, text = part.partition("\n")
+        books[name.strip()] = text.strip() + "\n"
+    return books
+
+
+@pytest.fixture(scope="session")
+def real_text() -> list[str]:
+    """Passages of the King James Bible, each of one to four kilobytes, about 60 KB in all."""
+    passages = []
+    for text in sample_books().values():
+        chapters = text.split("\n\n")
+        passages += [chapter.strip() + "\n" for chapter in chapters if len(chapter) > 500]
+    return passages
+
+
+def write_document(file: Path, text: str, metadata: dict) -> None:
+    """Write a text with its metadata beside it, as the built corpus does."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8", newline="")
+    metadata = {
+        **metadata,
+        "word_count": len(text.split()),
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
+    file.with_suffix(".json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+
+
+def modernised(text: str) -> str:
+    """Another wording of the same verses, standing in for a second translation."""
+    for old, new in (("thou", "you"), ("thee", "you"), ("thy", "your"), ("unto", "to"), ("hath", "has")):
+        text = text.replace(f" {old} ", f" {new} ")
+    return text
+
+
+@pytest.fixture
+def tiny_corpus(tmp_path: Path) -> Path:
+    """Two translations, laid out like the real corpus, with train, validation and test books."""
+    folder = tmp_path / "corpus"
+    books = sample_books()
+    for translation, change, quality in (("kjv", str, 10.0), ("plain", modernised, 8.0)):
+        for number, book, split in BOOKS:
+            text = change(books[book])
+            chapters = text.strip().split("\n\n")
+            verses = [
+                f"{chapter}:{verse}"
+                for chapter, lines in enumerate(chapters, start=1)
+                for verse in range(1, len(lines.split("\n")) + 1)
+            ]
+            metadata = {
+                "title": f"{book.title()} ({translation.upper()})",
+                "author": "King James Version, 1769 text",
+                "source": "tests/data/kjv_sample.txt",
+                "license": "Public domain",
+                "category": "bible",
+                "split": split,
+                "quality_score": quality,
+                "biblical_alignment": 10.0,
+                "translation": translation,
+                "book": book,
+                "verses": verses,
+            }
+            write_document(folder / "bible" / translation / f"{number:02d}-{book}.txt", text, metadata)
+    return folder

@@ -1,0 +1,363 @@
+"""setup_environment.sh and .ci/run: their decisions, with stand-ins for Python, pip and nvidia-smi.
+
+The script under test is the real one, in a copy of the files it reads, in a folder with a space in its name.
+The stand-in for Python runs `-c` programs for real and writes down what would install something.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TOOLS = "bash sh sed awk df uname flock timeout rm mkdir cp cat head dirname env".split()
+
+PYTHON_STAND_IN = """#!/bin/bash
+export PYTHONPATH="$CHECKOUT:$CHECKOUT/SIM-ONE Training" PYTHONDONTWRITEBYTECODE=1
+case "$1 $2" in
+    "-c "*urllib*) exit 1 ;;
+    "-c "*"torch.cuda"*) [ -z "$STAND_IN_CUDA" ] || { echo "torch uses $STAND_IN_CUDA"; exit; } ;;
+    "-c "*"import flash_attn"*) exit 1 ;;
+    "-m venv") echo "$*" >> "$LOG"; rm -rf "$4"; mkdir -p "$4/bin"; cp "$0" "$4/bin/python"; exit ;;
+    "-m "*)
+        echo "$*" >> "$LOG"
+        case "$*" in *$STAND_IN_FAILS*) [ -z "$STAND_IN_FAILS" ] || { echo "it failed" >&2; exit 1; } ;; esac
+        exit ;;
+    *prepare_dataset.py*)
+        echo "prepare_dataset.py $2" >> "$LOG"
+        if [ "$2" = --check ]; then [ -e "$CHECKOUT/corpus_is_there" ]; exit; fi
+        : > "$CHECKOUT/corpus_is_there"
+        exit ;;
+esac
+exec REAL_PYTHON "$@"
+"""
+
+
+def executable(file: Path, text: str) -> Path:
+    file.write_text(text, encoding="utf-8")
+    file.chmod(0o755)
+    return file
+
+
+class Machine:
+    """A checkout, a PATH with only the tools the script may rely on, and an empty home folder."""
+
+    def __init__(self, folder: Path, repository: Path) -> None:
+        self.checkout = folder / "a checkout"
+        self.bin = folder / "bin"
+        self.home = folder / "home"
+        self.log = folder / "log"
+        for path in (self.checkout / ".ci", self.bin, self.home):
+            path.mkdir(parents=True)
+        for name in ("setup_environment.sh", "pyproject.toml", "requirements.txt", "requirements-dev.txt",
+                     "requirements-gpu.txt", ".ci/run"):  # fmt: skip
+            shutil.copy(repository / name, self.checkout / name)
+        shutil.copytree(repository / "mvlm_core", self.checkout / "mvlm_core")
+        for name in ("prioritary_mvlm", "simone_transformer"):
+            package = self.checkout / "SIM-ONE Training" / name
+            package.mkdir(parents=True)
+            (package / "__init__.py").touch()
+        for tool in TOOLS:
+            if found := shutil.which(tool):
+                (self.bin / tool).symlink_to(found)
+
+    def add_python(self, name: str = "python3") -> Path:
+        return executable(self.bin / name, PYTHON_STAND_IN.replace("REAL_PYTHON", f"'{sys.executable}'"))
+
+    def add_gpu(self, driver: str) -> None:
+        executable(self.bin / "nvidia-smi", f"#!/bin/bash\necho '{driver}, NVIDIA H200'\n")
+
+    def run(
+        self, *arguments: str, script: str = "setup_environment.sh", **environment: str
+    ) -> subprocess.CompletedProcess:
+        everything = {
+            "PATH": str(self.bin),
+            "HOME": str(self.home),
+            "CHECKOUT": str(self.checkout),
+            "LOG": str(self.log),
+            **environment,
+        }
+        return subprocess.run(
+            ["bash", str(self.checkout / script), *arguments],
+            env=everything, cwd="/", capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def logged(self) -> list[str]:
+        return self.log.read_text(encoding="utf-8").splitlines() if self.log.exists() else []
+
+    def files(self) -> dict[str, tuple[int, int]]:
+        found = (path for path in self.checkout.rglob("*") if path.is_file())
+        return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in found}
+
+
+@pytest.fixture
+def machine(tmp_path: Path, repository: Path) -> Machine:
+    return Machine(tmp_path, repository)
+
+
+def test_help_is_quick_and_names_every_option(machine: Machine) -> None:
+    started = time.monotonic()
+    answer = machine.run("--help")
+    assert time.monotonic() - started < 1
+    assert answer.returncode == 0
+    for option in ("--python", "--torch_index", "--no_corpus", "--help"):
+        assert option in answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"), [(["--no_corpse"], "--no_corpse"), (["--python"], "needs a value")]
+)
+def test_bad_options_are_exit_2(machine: Machine, arguments: list[str], says: str) -> None:
+    answer = machine.run(*arguments)
+    assert answer.returncode == 2
+    assert says in answer.stderr
+    assert not (machine.checkout / ".venv").exists()
+
+
+def test_set_up_then_nothing_changes(machine: Machine) -> None:
+    machine.add_python()
+    first = machine.run()
+    assert first.returncode == 0, first.stderr
+    logged = machine.logged()
+    assert logged[0].startswith("-m venv")
+    assert any(line.startswith("-m pip install") and "requirements-dev.txt" in line for line in logged)
+    assert any("--no-deps -e" in line for line in logged)
+    assert logged[-2:] == ["prepare_dataset.py --check", "prepare_dataset.py "]
+    assert "train_all_models.py" in first.stdout and "-m pytest" in first.stdout
+
+    files = machine.files()
+    second = machine.run()
+    assert second.returncode == 0, second.stderr
+    assert "Packages: all there." in second.stdout and "Corpus: whole." in second.stdout
+    assert machine.logged() == [*logged, "prepare_dataset.py --check"]
+    assert machine.files() == files
+    assert list(machine.home.iterdir()) == []
+
+
+def test_no_corpus(machine: Machine) -> None:
+    machine.add_python()
+    assert machine.run("--no_corpus").returncode == 0
+    assert not any("prepare_dataset" in line for line in machine.logged())
+
+
+def test_no_usable_python_says_what_to_install(machine: Machine) -> None:
+    executable(machine.bin / "python3", "#!/bin/bash\necho 'launcher: python3: not found' >&2; exit 127\n")
+    executable(machine.bin / "python3.12", "#!/bin/bash\necho '3 9 venv'\n")
+    answer = machine.run()
+    assert answer.returncode == 1
+    assert "python3 does not run" in answer.stderr
+    assert "python3.12 is Python 3.9" in answer.stderr
+    assert re.search(r"apt-get install|packages none", answer.stderr)
+    assert not (machine.checkout / ".venv").exists()
+
+
+def test_python_without_venv_names_its_package(machine: Machine) -> None:
+    executable(machine.bin / "python3", "#!/bin/bash\necho '3 12 bare'\n")
+    answer = machine.run()
+    assert answer.returncode == 1
+    assert "apt-get install python3.12-venv" in answer.stderr
+
+
+def test_broken_launcher_is_passed_over(machine: Machine) -> None:
+    executable(machine.bin / "python3", "#!/bin/bash\nexit 127\n")
+    executable(machine.bin / "python3.13", "#!/bin/bash\necho '3 10 venv'\n")
+    good = machine.add_python("python3.11")
+    answer = machine.run("--no_corpus")
+    assert answer.returncode == 0, answer.stderr
+    assert f"Making .venv with {good}" in answer.stdout
+
+
+def test_interrupted_set_up_is_repaired(machine: Machine) -> None:
+    machine.add_python()
+    broken = machine.run("--no_corpus", STAND_IN_FAILS="requirements-dev.txt")
+    assert broken.returncode == 1
+    assert "requirements-dev.txt" in broken.stderr and "Run the same command again" in broken.stderr
+    machine.log.unlink()
+    again = machine.run("--no_corpus")
+    assert again.returncode == 0, again.stderr
+    assert "an earlier set-up was interrupted" in again.stdout
+    assert machine.logged()[0].startswith("-m venv --clear")
+    assert "Packages: all there." in machine.run("--no_corpus").stdout
+
+
+@pytest.mark.parametrize("damage", ["no python", "python that fails", "a file in its place"])
+def test_broken_environment_is_rebuilt(machine: Machine, damage: str) -> None:
+    machine.add_python()
+    assert machine.run("--no_corpus").returncode == 0
+    python = machine.checkout / ".venv" / "bin" / "python"
+    python.unlink()
+    if damage == "python that fails":
+        executable(python, "#!/bin/bash\nexit 1\n")
+    elif damage == "a file in its place":
+        shutil.rmtree(machine.checkout / ".venv")
+        (machine.checkout / ".venv").touch()
+    again = machine.run("--no_corpus")
+    assert again.returncode == 0, again.stderr
+    assert "Making .venv" in again.stdout
+
+
+def test_changed_requirements_are_installed_over(machine: Machine) -> None:
+    machine.add_python()
+    machine.run("--no_corpus")
+    machine.log.unlink()
+    with open(machine.checkout / "requirements-dev.txt", "a", encoding="utf-8") as file:
+        file.write("# another line\n")
+    answer = machine.run("--no_corpus")
+    assert "the requirements have changed" in answer.stdout
+    assert not any("-m venv" in line for line in machine.logged())
+    assert any("requirements-dev.txt" in line for line in machine.logged())
+
+
+def test_moved_folder_is_rebuilt(machine: Machine) -> None:
+    machine.add_python()
+    machine.run("--no_corpus")
+    machine.checkout = machine.checkout.rename(machine.checkout.with_name("elsewhere"))
+    answer = machine.run("--no_corpus")
+    assert answer.returncode == 0, answer.stderr
+    assert "root was" in answer.stdout and "Making .venv" in answer.stdout
+
+
+def test_full_disk_is_told_before_anything_is_made(machine: Machine) -> None:
+    machine.add_python()
+    (machine.bin / "df").unlink()
+    executable(machine.bin / "df", "#!/bin/bash\necho head\necho '/dev/x 9000000 8500000 500000 95% /'\n")
+    answer = machine.run()
+    assert answer.returncode == 1
+    assert "0 GB free" in answer.stderr
+    assert not (machine.checkout / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("driver", "index", "wanted", "offers_cuda_12"),
+    [("550.54.15", None, 580, True), ("470.1", None, 580, False), ("470.1", "whl/cu126", 525, False)],
+)
+def test_old_driver(
+    machine: Machine, driver: str, index: str | None, wanted: int, offers_cuda_12: bool
+) -> None:
+    machine.add_python()
+    machine.add_gpu(driver)
+    answer = machine.run(*(["--torch_index", f"https://example.org/{index}"] if index else []))
+    assert answer.returncode == 1
+    assert driver in answer.stderr and f"driver {wanted} or newer" in answer.stderr
+    assert ("--torch_index https://download.pytorch.org/whl/cu126" in answer.stderr) == offers_cuda_12
+    assert machine.logged() == []
+
+
+def test_hidden_or_silent_gpu_is_the_cpu(machine: Machine) -> None:
+    machine.add_python()
+    machine.add_gpu("470.1")
+    assert "hides every GPU" in machine.run("--no_corpus", CUDA_VISIBLE_DEVICES="").stdout
+    executable(machine.bin / "nvidia-smi", "#!/bin/bash\necho 'no driver'; exit 9\n")
+    answer = machine.run("--no_corpus")
+    assert answer.returncode == 0, answer.stderr
+    assert "does not answer" in answer.stdout and "no driver" in answer.stdout
+
+
+def test_torch_index_is_used_and_remembered(machine: Machine) -> None:
+    machine.add_python()
+    machine.add_gpu("550.54.15")
+    index = "https://example.org/whl/cu126"
+    first = machine.run("--no_corpus", "--torch_index", index + "/", STAND_IN_CUDA="NVIDIA H200")
+    assert first.returncode == 0, first.stderr
+    torch_line = next(line for line in machine.logged() if "--index-url" in line)
+    assert f"--index-url {index} torch==" in torch_line
+    second = machine.run("--no_corpus", STAND_IN_CUDA="NVIDIA H200")
+    assert second.returncode == 0 and "Packages: all there." in second.stdout, second.stderr
+    other = machine.run("--no_corpus", "--torch_index", "https://example.org/whl/cpu")
+    assert "torch_source was" in other.stdout
+
+
+def test_gpu_that_torch_cannot_use_is_an_error(machine: Machine) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("torch can use CUDA on this machine, so the failure cannot be shown")
+    machine.add_python()
+    machine.add_gpu("580.65.06")
+    answer = machine.run("--no_corpus")
+    assert answer.returncode == 1
+    assert "without CUDA" in answer.stderr or "cannot use the GPU" in answer.stderr
+    assert "--torch_index" in answer.stderr
+
+
+def test_gpu_extras_may_fail_and_are_tried_once(machine: Machine) -> None:
+    machine.add_python()
+    machine.add_gpu("580.65.06")
+    answer = machine.run("--no_corpus", STAND_IN_CUDA="NVIDIA H200", STAND_IN_FAILS="xformers")
+    assert answer.returncode == 0, answer.stderr
+    lines = [line for line in answer.stdout.splitlines() if line.startswith("Optional")]
+    assert [line.split(":")[0] for line in lines] == ["Optional flash-attn", "Optional xformers"]
+    assert all("no wheel that fits" in line for line in lines)
+    tried = [line for line in machine.logged() if "--only-binary=:all:" in line]
+    assert len(tried) == 2 and all("--constraint" in line for line in tried)
+    again = machine.run("--no_corpus", STAND_IN_CUDA="NVIDIA H200")
+    assert "Optional" not in again.stdout
+
+
+def test_gpu_that_appears_later_gets_a_cuda_build(machine: Machine) -> None:
+    machine.add_python()
+    machine.run("--no_corpus")
+    machine.add_gpu("580.65.06")
+    answer = machine.run("--no_corpus", STAND_IN_CUDA="NVIDIA H200")
+    assert answer.returncode == 0, answer.stderr
+    assert "torch_source was cpu, now default" in answer.stdout
+
+
+def test_two_at_once_wait_for_each_other(machine: Machine) -> None:
+    if shutil.which("flock") is None:
+        pytest.skip("no flock on this machine")
+    machine.add_python()
+    machine.run("--no_corpus")
+    with subprocess.Popen(["flock", str(machine.checkout), "sleep", "1.5"]) as holder:
+        time.sleep(0.3)
+        started = time.monotonic()
+        answer = machine.run("--no_corpus")
+        assert "waiting for it" in answer.stdout
+        assert answer.returncode == 0 and time.monotonic() - started > 0.5
+        holder.wait()
+
+
+def test_ci_run_stops_at_a_red_style_check(machine: Machine) -> None:
+    machine.add_python()
+    red = machine.run(script=".ci/run", STAND_IN_FAILS="ruff")
+    assert red.returncode != 0
+    assert machine.logged()[-1] == "-m ruff check ."
+    green = machine.run(script=".ci/run")
+    assert green.returncode == 0, green.stderr
+    assert machine.logged()[-2:] == ["-m ruff check .", "-m pytest"]
+
+
+def test_requirements_are_exact(repository: Path) -> None:
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        for line in (repository / name).read_text(encoding="utf-8").splitlines():
+            if line and not line.startswith(("#", "-r ")):
+                assert re.fullmatch(r"[\w.-]+==[\d.]+", line), f"{name}: {line}"
+
+
+@pytest.mark.integration
+def test_real_installation(tmp_path: Path, repository: Path) -> None:
+    """Takes minutes and the network: all installed for real, from a copy, with an empty home folder."""
+    checkout, home = tmp_path / "a checkout", tmp_path / "home"
+    home.mkdir()
+    left_out = (".venv", ".git", ".cache", "__pycache__", "bible", "*.egg-info", "models*", "logs")
+    shutil.copytree(repository, checkout, ignore=shutil.ignore_patterns(*left_out))
+    environment = {**os.environ, "HOME": str(home), "PYTHONPATH": ""}
+    command = ["bash", str(checkout / "setup_environment.sh"), "--no_corpus", "--python", sys.executable]
+    first = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=3000)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert not (checkout / ".cache" / "pip").exists()
+    started = time.monotonic()
+    second = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=60)
+    assert second.returncode == 0 and "Packages: all there." in second.stdout, second.stdout + second.stderr
+    assert time.monotonic() - started < 20
+    assert list(home.iterdir()) == []
+    program = "import mvlm_core, prioritary_mvlm, simone_transformer as s; print(s.__file__)"
+    python = str(checkout / ".venv" / "bin" / "python")
+    found = subprocess.run([python, "-c", program], cwd="/", capture_output=True, text=True, timeout=120)
+    assert found.stdout.startswith(str(checkout)), found.stderr
