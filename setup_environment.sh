@@ -334,7 +334,6 @@ install_packages() {
     pip_install --no-deps -e "$ROOT"
     in_venv -c "$STATE_PROGRAM" record "$ROOT" "$TORCH_SOURCE"
     rm -f "$STARTED"
-    rm -rf "$PIP_CACHE_DIR"
     state="$(environment_state)"
     if [ "$state" != ready ]; then die "error: after installation the environment is not whole: ${state#*: }"; fi
 }
@@ -406,6 +405,7 @@ main() {
     check_cuda
     try_extras
     build_corpus
+    rm -rf "$PIP_CACHE_DIR"
     say_what_next
 }
 

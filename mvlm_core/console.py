@@ -84,3 +84,11 @@ def progress(total: int | None, desc: str, unit: str, *, initial: int = 0, quiet
     """A progress bar on stderr; none where stderr is no terminal, since bars do not read well in files."""
     hidden = quiet or not sys.stderr.isatty()
     return tqdm(total=total, desc=desc, unit=unit, initial=initial, disable=hidden, dynamic_ncols=True, **bar)
+
+
+def hush_transformers() -> None:
+    """Switch off transformers' own bars and its warnings that do not apply: what matters is logged here."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

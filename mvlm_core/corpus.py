@@ -102,6 +102,8 @@ def load_corpus(
     documents, skipped = _read_folder(root, "data folder", only or "", validation_split)
     if validation_dir is not None:
         own, more_skipped = _read_folder(Path(validation_dir).resolve(), "validation folder", "", 0.0)
+        theirs = {d.file.resolve() for d in own}  # a validation folder inside the data folder is not trained on
+        documents = [d for d in documents if d.file.resolve() not in theirs]
         documents = [replace(d, split="train") if d.split == "validation" else d for d in documents]
         documents += [replace(d, path=f"validation_dir/{d.path}", split="validation") for d in own]
         skipped += [SkippedFile(f"validation_dir/{s.path}", s.reason) for s in more_skipped]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mvlm_core.console import hush_transformers
 from mvlm_core.corpus import Corpus
 from mvlm_core.cross_entropy import token_nll
 
@@ -146,8 +147,11 @@ def load_export(model_dir: Path | str, device: str = "cpu") -> tuple[Any, Any]:
     """Model and tokenizer of an export folder, from local files only; model 2 brings its code along."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    hush_transformers()
     model = AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=True, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    # The tokenizer needs no code of its own, but transformers reads the model's configuration on the way to it and
+    # would stop to ask about that.
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=True, local_files_only=True)
     return model.to(device).eval(), tokenizer
 
 

@@ -60,6 +60,10 @@ def split_verses(markup: str, verse_ids: Iterable[int]) -> tuple[dict[int, str],
     return verses, unnumbered
 
 
+# Translations whose text carries its own verse marks.
+RENUMBERED = frozenset({"wbs"})
+
+
 def renumber(verses: Mapping[int, str]) -> dict[int, str]:
     r"""Follow the `\\chapter:verse\\` marks that wbs carries where its ids follow Hebrew chapters.
 
@@ -341,7 +345,7 @@ MENDS: dict[tuple[str, int], tuple[str, str]] = {
 
 def clean_verse(translation: str, verse_id: int, text: str) -> str:
     """One verse of `translation` by its rules; "" when nothing is left of it."""
-    text = re.sub(r"\s+", lambda gap: "  " if len(gap[0]) > 1 else " ", text)
+    text = re.sub(r"\s\s+", "  ", text.replace("\n", " "))
     wrong, right = MENDS.get((translation, verse_id), ("", ""))
     text = CLEANERS[translation](text.replace(wrong, right) if wrong else text)
     if verse_id // 10**6 in _ACROSTIC_BOOKS:
@@ -437,9 +441,25 @@ def without_borrowed(verses: Mapping[int, str], donors: Iterable[Mapping[int, st
 
     def is_borrowed(verse_id: int, text: str) -> bool:
         words = set(re.findall(r"[a-z]+", text.lower()))
-        if not all(word in known for word in words):
+        if not all(word in known for word in re.findall(r"\b[a-z]+", text)):  # names are spelt in many ways
             return False
         others = (set(re.findall(r"[a-z]+", donor.get(verse_id, "").lower())) for donor in donors)
         return any(10 * len(words & other) >= 7 * len(words | other) for other in others)
 
     return {verse_id: text for verse_id, text in verses.items() if not is_borrowed(verse_id, text)}
+
+
+def mend_across(bibles: dict[str, dict[int, str]], dropped: dict[str, Counter[str]]) -> None:
+    """Apply the rules that compare translations, in place; those they need must be among `bibles`."""
+    known: Counter[str] = Counter()
+    for name in VOCABULARY_SOURCES:
+        for word, count in count_words(bibles.get(name, {}).values()).items():
+            known[word.lower()] += count
+    for name in JOINED_BY.keys() & bibles.keys():
+        own = count_words(bibles[name].values())
+        bibles[name] = {v: split_joined_words(text, known, own, JOINED_BY[name]) for v, text in bibles[name].items()}
+    if "gb" in bibles:
+        donors = [bibles[name] for name in ("kjv", "wbs", "rwebster") if name in bibles]
+        genuine = without_borrowed(bibles["gb"], donors, known)
+        dropped["gb"]["taken from the King James or Webster Bible"] += len(bibles["gb"]) - len(genuine)
+        bibles["gb"] = genuine

@@ -12,7 +12,7 @@ from typing import Any
 from mvlm_core.batches import BatchSource
 from mvlm_core.byte_level_bpe import ByteLevelBPE, cached_tokenizer
 from mvlm_core.checkpoint import DamagedCheckpoint, open_checkpoint
-from mvlm_core.console import progress
+from mvlm_core.console import hush_transformers, progress
 from mvlm_core.corpus import Corpus, load_corpus, validation_subset
 from mvlm_core.errors import UserError
 from mvlm_core.evaluation import Score, score_documents, score_export
@@ -127,6 +127,7 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
         no_compile=settings.no_compile,
     )
     hardware.apply()
+    hush_transformers()
     for line in describe(hardware):
         log.info(line)
     text = prepare_text(settings, recipe.tokenizer_class)

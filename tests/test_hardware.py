@@ -336,8 +336,12 @@ def test_memory_respects_the_container(machine: dict[str, Path]) -> None:
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel resets no peak here")
 def test_peak_memory_sees_what_was_freed() -> None:
     size = 128 * 2**20
+    earlier = bytearray(2 * size)
+    earlier_peak = peak_memory()
+    del earlier
     with PeakMemory() as small:
         pass
+    assert small.bytes < earlier_peak - size
     before = memory_in_use()
     with PeakMemory() as large:
         block = bytearray(size)

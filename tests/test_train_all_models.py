@@ -90,7 +90,7 @@ sys.exit(any(name in bad for name in found) or len(found) < len(asked))
 class Job:
     """The real train_all_models.py in a process of its own, with the stand-ins in its table."""
 
-    def __init__(self, folder: Path, data_dir: Path):
+    def __init__(self, folder: Path, data_dir: Path, whole: bool = False):
         self.work_dir, self.data_dir = folder / "work", data_dir
         self.layout = Layout(self.work_dir)
         (folder / "trainer.py").write_text(TRAINER)
@@ -105,6 +105,10 @@ class Job:
             job.TRAINERS = dict.fromkeys(job.TRAINERS, Path({str(folder / "trainer.py")!r}))
             job.VALIDATOR = Path({str(folder / "validator.py")!r})
             job.CACHE_DIR = Path({str(folder / "cache")!r})
+            if not {whole}:     # torch and matplotlib take seconds to import; one test has them
+                job.probe_hardware = lambda options: {{"device": "cpu: some", "lines": []}}
+                from mvlm_core import comparison
+                comparison.plot = comparison.compressor_anchors = lambda *given: {{}}
             run_main(job.main)
         """))
 
@@ -139,7 +143,8 @@ def job(tmp_path, tiny_corpus):
     return Job(tmp_path, tiny_corpus)
 
 
-def test_whole_run_then_everything_is_kept(job):
+def test_whole_run_then_everything_is_kept(tmp_path, tiny_corpus):
+    job = Job(tmp_path, tiny_corpus, whole=True)
     done = job.run()
     assert done.returncode == 0, done.stdout + done.stderr
     summary = job.summary()
@@ -194,8 +199,7 @@ def test_killed_trainer_and_bad_input(job):
     assert job.run(MODE_mvlm_gpt2="bad", MODE_simone_enhanced="bad").returncode == 2
 
 
-@pytest.mark.parametrize("name", ["mvlm_gpt2", "simone_enhanced"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name, number", [("mvlm_gpt2", signal.SIGINT), ("simone_enhanced", signal.SIGTERM)])
 def test_signal_is_handed_on_once_and_the_next_call_goes_on(job, name, number):
     running = job.start(**{f"MODE_{name}": "slow"})
     job.wait_for(name, "waiting")

@@ -1,0 +1,147 @@
+"""Enhanced SIM-ONE: strict causality, cache equality, switches that cost nothing, traces, and a whole export."""
+
+import itertools
+
+import pytest
+import torch
+
+from simone_transformer import (
+    TRACE_FIELDS,
+    EnhancedGovernanceAttention,
+    EnhancedSIMONEConfig,
+    EnhancedSIMONEModel,
+    swiglu_width,
+)
+
+SWITCHES = list(itertools.product([True, False], repeat=2))
+
+
+def make_model(**changes):
+    """A model whose every weight matters: the zero matrices it starts with are filled."""
+    torch.manual_seed(0)
+    config = EnhancedSIMONEConfig(
+        **{
+            "vocab_size": 300,
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "pad_token_id": 0,
+            "bos_token_id": 2,
+            "eos_token_id": 3,
+            **changes,
+        }
+    )
+    model = EnhancedSIMONEModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.abs().sum() == 0:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def tokens(*shape, seed=1):
+    return torch.randint(4, 300, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("policy", "memory"), SWITCHES)
+@torch.no_grad()
+def test_later_tokens_never_change_earlier_logits(policy, memory):
+    model = make_model(policy_head=policy, memory_head=memory)
+    before, after = tokens(2, 20), tokens(2, 20)
+    after[:, 12:] = tokens(2, 8, seed=9)
+    for cached in (False, True):
+        a, b = (model(ids, use_cache=cached).logits for ids in (before, after))
+        assert torch.equal(a[:, :12], b[:, :12])
+        assert not torch.allclose(a[:, 12:], b[:, 12:])
+
+
+@pytest.mark.parametrize(("policy", "memory"), SWITCHES)
+@torch.no_grad()
+def test_cached_logits_equal_uncached(policy, memory):
+    model, ids = make_model(policy_head=policy, memory_head=memory), tokens(2, 24)
+    whole = model(ids, use_cache=False).logits
+    cache, parts = None, []
+    for begin, end in ((0, 9), (9, 15), (15, 16), (16, 24)):
+        output = model(ids[:, begin:end], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        parts.append(output.logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_generation_is_the_same_with_any_cache_and_left_padding():
+    model, ids = make_model(), tokens(1, 10)
+    greedy = {"max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(ids, use_cache=False, **greedy)[:, 10:]
+    assert torch.equal(model.generate(ids, **greedy)[:, 10:], expected)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **greedy)[:, 10:], expected)
+    padded = torch.cat((torch.zeros(1, 5, dtype=torch.long), ids), dim=1)
+    mask = torch.cat((torch.zeros(1, 5, dtype=torch.long), torch.ones_like(ids)), dim=1)
+    assert torch.equal(model.generate(padded, attention_mask=mask, **greedy)[:, 15:], expected)
+
+
+@torch.no_grad()
+def test_eager_attention_gives_the_same_logits():
+    model, ids = make_model(), tokens(2, 20)
+    expected = model(ids, use_cache=False).logits
+    for layer in model.layers:
+        layer.attention.backend = "eager"
+    torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_switched_off_heads_have_no_weights():
+    def count(**changes):
+        return make_model(**changes).num_parameters()
+
+    both, heads, width, layers = count(), 4, 32, 3
+    assert both - count(policy_head=False) == layers * heads * (width + 1)
+    assert both - count(memory_head=False) == (layers - 1) * heads * (width + 1)
+    assert both == count(trace_head=False)
+
+
+@torch.no_grad()
+def test_traces_report_what_the_heads_did():
+    model, ids = make_model(), tokens(2, 20)
+    plain, traced = model(ids, use_cache=False), model(ids, use_cache=False, output_traces=True)
+    assert torch.equal(plain.logits, traced.logits), "a trace must not change what it watches"
+    assert plain.traces is None and len(traced.traces) == 3
+    assert traced.memory_signals[0] is None and traced.memory_signals[1].shape == (2, 20, 4)
+    fields = dict(zip(TRACE_FIELDS, traced.traces[1].unbind(-1), strict=True))
+    torch.testing.assert_close(fields["policy"], 2 * traced.policy_logits[1].sigmoid())
+    torch.testing.assert_close(fields["memory"], traced.memory_signals[1])
+    assert torch.all(fields["entropy"][:, 0] == 0), "the first token can only look at itself"
+    positions = torch.arange(20).view(1, 20, 1)
+    assert torch.all(fields["entropy"] <= (positions + 1).log() + 1e-5)
+    assert torch.all(fields["distance"] <= positions + 1e-4) and fields["distance"].max() > 1
+
+
+@torch.no_grad()
+def test_traces_are_the_same_with_a_cache_and_refused_when_off():
+    model, ids = make_model(), tokens(1, 20)
+    whole = model(ids, use_cache=False, output_traces=True).traces
+    first = model(ids[:, :12], use_cache=True)
+    second = model(ids[:, 12:], past_key_values=first.past_key_values, output_traces=True).traces
+    for a, b in zip(whole, second, strict=True):
+        torch.testing.assert_close(a[:, 12:], b, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="no traces"):
+        make_model(trace_head=False)(ids, output_traces=True)
+
+
+def test_swiglu_spends_what_the_classic_layer_spends():
+    assert swiglu_width(3072) == 2048
+    assert swiglu_width(1024) == 704
+    for ff_dim in (256, 768, 1024, 3072):
+        assert 2 * ff_dim <= 3 * swiglu_width(ff_dim) < 2 * ff_dim + 3 * 64
+
+
+def test_heads_of_an_odd_width_are_refused():
+    with pytest.raises(ValueError, match="even width"):
+        EnhancedGovernanceAttention(30, 10, 0)
+
+
+def test_saved_and_loaded_weights_give_the_same_logits(tmp_path):
+    model, ids = make_model(tie_word_embeddings=False), tokens(1, 8)
+    model.save_pretrained(tmp_path)
+    again = EnhancedSIMONEModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(ids).logits, model(ids).logits)

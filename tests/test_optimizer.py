@@ -1,0 +1,96 @@
+"""Schedules by their values, Muon by its singular values, and state that survives a save."""
+
+import pytest
+import torch
+from torch import nn
+
+from mvlm_core.optimizer import Muon, build_optimizers, learning_rate_scale, orthogonalize
+
+
+def test_schedules_at_known_points():
+    def at(step, schedule):
+        return learning_rate_scale(step, total_steps=110, warmup_steps=10, schedule=schedule)
+
+    for schedule in ("linear", "cosine", "wsd", "constant"):
+        assert at(0, schedule) == pytest.approx(0.1)
+        assert at(9, schedule) == pytest.approx(1.0)
+    assert at(60, "linear") == pytest.approx(0.5)
+    assert at(110, "linear") == 0
+    assert at(60, "cosine") == pytest.approx(0.55)
+    assert at(110, "cosine") == pytest.approx(0.1)
+    assert at(60, "wsd") == 1
+    assert at(90, "wsd") == pytest.approx(0.6)
+    assert at(110, "constant") == 1
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 32, 96), (2, 96, 32)])
+def test_orthogonalize_brings_singular_values_near_one(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    before = torch.linalg.svdvals(matrices)
+    after = torch.linalg.svdvals(orthogonalize(matrices))
+    assert before.max() / before.min() > 2
+    assert 0.6 < after.min() and after.max() < 1.3
+
+
+def test_batched_muon_equals_one_matrix_at_a_time():
+    torch.manual_seed(0)
+    together = [nn.Parameter(torch.randn(8, 12)) for _ in range(3)]
+    apart = [nn.Parameter(p.detach().clone()) for p in together]
+    one, several = Muon(together, lr=0.1, weight_decay=0.3), [Muon([p], lr=0.1, weight_decay=0.3) for p in apart]
+    for _ in range(3):
+        for p, q in zip(together, apart, strict=True):
+            p.grad = torch.randn(8, 12)
+            q.grad = p.grad.clone()
+        one.step()
+        for muon in several:
+            muon.step()
+    for p, q in zip(together, apart, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def named_weights():
+    torch.manual_seed(0)
+    return [
+        ("embed.weight", nn.Parameter(torch.randn(40, 32))),
+        ("layer.weight", nn.Parameter(torch.randn(32, 32))),
+        ("norm.weight", nn.Parameter(torch.randn(32))),
+    ]
+
+
+def test_muon_takes_inner_matrices_only():
+    optimizers = build_optimizers(
+        named_weights(), kind="muon", learning_rate=0.02, weight_decay=0.1, adamw_learning_rate=1e-3, embedding_names=("embed",)
+    )
+    muon, adamw = optimizers.parts
+    assert [p.shape for group in muon.param_groups for p in group["params"]] == [(32, 32)]
+    assert {tuple(p.shape) for group in adamw.param_groups for p in group["params"]} == {(40, 32), (32,)}
+    assert optimizers.set_scale(0.5) == pytest.approx(0.01)
+    assert adamw.param_groups[0]["lr"] == pytest.approx(5e-4)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_state_goes_out_and_comes_back_to_the_bit(kind):
+    def fresh():
+        named = named_weights()
+        return named, build_optimizers(named, kind=kind, learning_rate=0.01, weight_decay=0.1, embedding_names=("embed",))
+
+    def step(named, optimizers, seed):
+        torch.manual_seed(seed)
+        for _, p in named:
+            p.grad = torch.randn_like(p)
+        optimizers.step()
+
+    named, optimizers = fresh()
+    step(named, optimizers, 1)
+    weights = [p.detach().clone() for _, p in named]
+    state = {name: value.clone() for name, value in optimizers.state_tensors().items()}
+    step(named, optimizers, 2)
+
+    again, restored = fresh()
+    with torch.no_grad():
+        for (_, p), saved in zip(again, weights, strict=True):
+            p.copy_(saved)
+    restored.load_state_tensors(state)
+    step(again, restored, 2)
+    for (_, p), (_, q) in zip(named, again, strict=True):
+        assert torch.equal(p, q)
