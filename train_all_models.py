@@ -3,11 +3,12 @@
 
     corpus -> model 1 -> model 2 -> test scores and comparison -> archives -> validation
 
-Run it again after an interruption and it goes on where it stopped: finished stages are kept, a stopped training is resumed
-from its last checkpoint. Ctrl-C (or SIGTERM) lets the running trainer write a checkpoint first; Ctrl-C twice ends at once.
-A closed terminal ends nothing: the work goes on, into the log files.
+Run it again after an interruption and it goes on where it stopped: finished stages are kept, a stopped
+training is resumed from its last checkpoint. Ctrl-C (or SIGTERM) lets the running trainer write a checkpoint
+first; Ctrl-C twice ends at once. A closed terminal ends nothing: the work goes on, into the log files.
 
-Exit codes: 0 done, 1 something failed (the other model still ran), 2 bad arguments or input, 130/143 stopped by a signal.
+Exit codes: 0 done, 1 something failed (the other model still ran), 2 bad arguments or input, 130/143 stopped
+by a signal.
 """
 
 import argparse
@@ -21,16 +22,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+from mvlm_core.child_process import ResourceLog, Signals, keep_streams_open, note
 from mvlm_core.console import outlive_terminal, setup_logging
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.files import RunLock, output_folder_problems
 from mvlm_core.hardware import resolve_preset
 from mvlm_core.pipeline import (
     Layout,
-    ResourceLog,
-    Signals,
     Summary,
-    keep_streams_open,
     log,
     pack_models,
     train_model,
@@ -47,37 +46,83 @@ TRAINERS = {
 }
 VALIDATOR = REPOSITORY_ROOT / "validate_models.py"
 # Settings of both trainers that this command hands on as they are given.
-HANDED_ON = ("batch_size", "max_length", "max_steps", "max_tokens", "max_bytes", "num_epochs", "seed", "device", "precision",
-             "attention_backend", "validation_split", "eval_interval", "log_interval", "checkpoint_interval",
-             "keep_checkpoints", "no_mixed_precision", "no_compile", "quiet")
+HANDED_ON = (
+    "batch_size",
+    "max_length",
+    "max_steps",
+    "max_tokens",
+    "max_bytes",
+    "num_epochs",
+    "seed",
+    "device",
+    "precision",
+    "attention_backend",
+    "validation_split",
+    "eval_interval",
+    "log_interval",
+    "checkpoint_interval",
+    "keep_checkpoints",
+    "no_mixed_precision",
+    "no_compile",
+    "quiet",
+)
 
 
-# --- arguments ------------------------------------------------------------------------------------------------------
+# --- arguments ----------------------------------------------------------------------------------------------
+
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.add_argument("--preset", default="auto", metavar="TEXT",
-                        help=f"one of {', '.join(PRESET_NAMES)}; auto: h200 with a CUDA device, else cpu [default auto]")
-    parser.add_argument("--data_dir", default=str(DEFAULT_DATA_DIR), metavar="TEXT",
-                        help="folder of .txt files; the default one is built when it is missing or damaged")
-    parser.add_argument("--work_dir", default=str(REPOSITORY_ROOT), metavar="TEXT",
-                        help="where models/, logs/ and models_for_download/ go [default: this repository]")
-    parser.add_argument("--models", default=",".join(TRAINERS), metavar="TEXT",
-                        help=f"which ones, with commas between [default {','.join(TRAINERS)}]")
-    parser.add_argument("--fresh", action="store_true", help="throw away what there is of these models and start again")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--preset",
+        default="auto",
+        metavar="TEXT",
+        help=f"one of {', '.join(PRESET_NAMES)}; auto: h200 with a CUDA device, else cpu [default auto]",
+    )
+    parser.add_argument(
+        "--data_dir",
+        default=str(DEFAULT_DATA_DIR),
+        metavar="TEXT",
+        help="folder of .txt files; the default one is built when it is missing or damaged",
+    )
+    parser.add_argument(
+        "--work_dir",
+        default=str(REPOSITORY_ROOT),
+        metavar="TEXT",
+        help="where models/, logs/ and models_for_download/ go [default: this repository]",
+    )
+    parser.add_argument(
+        "--models",
+        default=",".join(TRAINERS),
+        metavar="TEXT",
+        help=f"which ones, with commas between [default {','.join(TRAINERS)}]",
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="throw away what there is of these models and start again"
+    )
     parser.add_argument("--dry_run", action="store_true", help="show what would run, and run nothing")
     group = parser.add_argument_group("handed on to both trainers (their --help tells defaults and presets)")
     hints = get_type_hints(TrainingSettings)
     for entry in fields(TrainingSettings):
         if entry.name not in HANDED_ON:
             continue
-        kind = next((part for part in get_args(hints[entry.name]) if part is not type(None)), hints[entry.name])
+        kind = next(
+            (part for part in get_args(hints[entry.name]) if part is not type(None)), hints[entry.name]
+        )
         if kind is bool:
-            group.add_argument(f"--{entry.name}", action="store_true", default=None, help=entry.metadata["help"])
+            group.add_argument(
+                f"--{entry.name}", action="store_true", default=None, help=entry.metadata["help"]
+            )
         else:
-            group.add_argument(f"--{entry.name}", type=kind, default=None, metavar={int: "N", float: "X"}.get(kind, "TEXT"),
-                               help=entry.metadata["help"])
+            group.add_argument(
+                f"--{entry.name}",
+                type=kind,
+                default=None,
+                metavar={int: "N", float: "X"}.get(kind, "TEXT"),
+                help=entry.metadata["help"],
+            )
     return parser
 
 
@@ -89,7 +134,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.preset not in PRESET_NAMES:
         problems.append(f"--preset {options.preset}: unknown; choose one of {', '.join(PRESET_NAMES)}")
     names = [name.strip() for name in options.models.split(",") if name.strip()]
-    problems += [f"--models {name}: unknown; choose from {', '.join(TRAINERS)}" for name in names if name not in TRAINERS]
+    problems += [
+        f"--models {name}: unknown; choose from {', '.join(TRAINERS)}"
+        for name in names
+        if name not in TRAINERS
+    ]
     if not names:
         problems.append(f"--models: names no model; choose from {', '.join(TRAINERS)}")
     options.names = [name for name in TRAINERS if name in names]
@@ -104,8 +153,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             problems += output_folder_problems(folder, "--work_dir:")
     if problems:
         raise UserError(problems)
-    options.preset, options.preset_reason = resolve_preset(options.preset if options.handed_on.get("device") != "cpu"
-                                                           or options.preset != "auto" else "cpu")
+    options.preset, options.preset_reason = resolve_preset(
+        options.preset if options.handed_on.get("device") != "cpu" or options.preset != "auto" else "cpu"
+    )
     options.layout = layout
     return options
 
@@ -116,14 +166,25 @@ def _is_default(data_dir: str) -> bool:
 
 def trainer_command(name: str, options: argparse.Namespace) -> list[str]:
     """The command line of one trainer."""
-    command = [sys.executable, str(TRAINERS[name]), "--preset", options.preset, "--data_dir", options.data_dir,
-               "--output_dir", str(options.layout.export(name)), "--log_file", str(options.layout.log_file(name))]
+    command = [
+        sys.executable,
+        str(TRAINERS[name]),
+        "--preset",
+        options.preset,
+        "--data_dir",
+        options.data_dir,
+        "--output_dir",
+        str(options.layout.export(name)),
+        "--log_file",
+        str(options.layout.log_file(name)),
+    ]
     for flag, value in options.handed_on.items():
         command += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
     return [*command, "--fresh"] if options.fresh else command
 
 
-# --- before anything runs -------------------------------------------------------------------------------------------
+# --- before anything runs -----------------------------------------------------------------------------------
+
 
 def differences(options: argparse.Namespace, load) -> list[str]:
     """How the finished models differ from what is asked for now; `load(only)` gives the corpus."""
@@ -134,17 +195,24 @@ def differences(options: argparse.Namespace, load) -> list[str]:
             continue
         settings, data = config.get("settings") or {}, config.get("data") or {}
         if config.get("preset") != options.preset:
-            found.append(f"{name}: finished with --preset {config.get('preset')}, asked for now: {options.preset}")
+            found.append(
+                f"{name}: finished with --preset {config.get('preset')}, asked for now: {options.preset}"
+            )
         for flag in ("seed", "max_length"):
             asked, made = options.handed_on.get(flag), settings.get(flag)
             if asked is not None and made is not None and asked != made:
                 found.append(f"{name}: finished with --{flag} {made}, asked for now: {asked}")
         if config.get("preset") == options.preset and (corpus := load(data.get("only"))) is not None:
             if data.get("fingerprint") != corpus.fingerprint:
-                found.append(f"{name}: finished with other text ({data.get('train_documents')} training documents of "
-                             f"{data.get('data_dir')}), asked for now: {len(corpus.split('train'))} of {options.data_dir}")
+                found.append(
+                    f"{name}: finished with other text ({data.get('train_documents')} training documents of "
+                    f"{data.get('data_dir')}), asked for now: {len(corpus.split('train'))} of "
+                    f"{options.data_dir}"
+                )
     if found:
-        found.append("give --fresh to throw these models away and start again, or another --work_dir to keep them")
+        found.append(
+            "give --fresh to throw these models away and start again, or another --work_dir to keep them"
+        )
     return found
 
 
@@ -154,18 +222,22 @@ from mvlm_core.errors import UserError
 from mvlm_core.hardware import choose_hardware, describe
 try:
     hardware = choose_hardware(**json.loads(sys.argv[1]))
-    print(json.dumps({"device": f"{hardware.device}: {hardware.name}", "lines": describe(hardware), "problems": []}))
-except UserError as error:
-    print(json.dumps({"problems": error.problems}))
+    print(json.dumps({"device": f"{hardware.device}: {hardware.name}", "lines": describe(hardware),
+    "problems": []})) except UserError as error: print(json.dumps({"problems": error.problems}))
 """
 
 
 def probe_hardware(options: argparse.Namespace) -> dict:
-    """What the trainers will run on. In a process of its own: asking CUDA here would hold GPU memory all along."""
+    """What the trainers will run on. Asked in another process: CUDA would hold GPU memory in this one."""
     keys = ("device", "precision", "attention_backend", "no_mixed_precision", "no_compile")
     asked = json.dumps({key: options.handed_on[key] for key in keys if key in options.handed_on})
-    answer = subprocess.run([sys.executable, "-c", HARDWARE_PROBE, asked], cwd=REPOSITORY_ROOT, stdout=subprocess.PIPE,
-                            text=True, check=False).stdout
+    answer = subprocess.run(
+        [sys.executable, "-c", HARDWARE_PROBE, asked],
+        cwd=REPOSITORY_ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    ).stdout
     try:
         found = json.loads(answer.strip().splitlines()[-1])
     except (ValueError, IndexError):
@@ -191,7 +263,7 @@ class CorpusLoader:
         return self._loaded[only]
 
 
-def ensure_default_corpus() -> None:
+def ensure_default_corpus(quiet: bool) -> None:
     """Build the corpus that ships with this repository where it is missing or not whole."""
     import prepare_dataset
 
@@ -199,13 +271,16 @@ def ensure_default_corpus() -> None:
     if problems:
         log.info("corpus: %s%s", problems[0], f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
         log.info("corpus: building it; this takes a few minutes once")
-        prepare_dataset.build_corpus(DEFAULT_DATA_DIR)
+        prepare_dataset.build_corpus(DEFAULT_DATA_DIR, quiet=quiet)
 
 
 def show_plan(options: argparse.Namespace) -> None:
     """What would run. Spends nothing and writes nothing."""
     print(f"preset:   {options.preset} ({options.preset_reason})")
-    print(f"corpus:   {options.data_dir}" + ("" if Path(options.data_dir).is_dir() else " (to be built)"))
+    import prepare_dataset
+
+    missing = _is_default(options.data_dir) and prepare_dataset.corpus_problems(DEFAULT_DATA_DIR)
+    print(f"corpus:   {options.data_dir}{' (to be built)' if missing else ''}")
     for name in options.names:
         export = options.layout.export(name)
         results = training_config(export).get("results")
@@ -213,22 +288,31 @@ def show_plan(options: argparse.Namespace) -> None:
         if options.fresh:
             state = "starts from nothing (--fresh)"
         elif results:
-            state = f"finished: {results.get('parameters'):,} parameters, {results.get('steps'):,} steps; kept"
+            state = (
+                f"finished: {results.get('parameters'):,} parameters, {results.get('steps'):,} steps; kept"
+            )
         else:
-            state = f"goes on from its checkpoints ({len(checkpoints)})" if checkpoints else "starts from nothing"
+            state = (
+                f"goes on from its checkpoints ({len(checkpoints)})" if checkpoints else "starts from nothing"
+            )
         print(f"\n{name}: {state}\n  output:  {export}\n  log:     {options.layout.log_file(name)}")
         print(f"  command: {shlex.join(trainer_command(name, options))}")
-    print(f"\nthen:     comparison -> {options.layout.plot}\n          archives   -> {options.layout.downloads}")
+    print(
+        f"\nthen:     comparison -> {options.layout.plot}\n          archives   -> {options.layout.downloads}"
+    )
     print(f"          validation -> {options.layout.report}")
 
 
-# --- the run --------------------------------------------------------------------------------------------------------
+# --- the run ------------------------------------------------------------------------------------------------
+
 
 def score_and_compare(options: argparse.Namespace, summary: Summary, corpus_of: CorpusLoader) -> list[str]:
     """Comparison and plot of the finished models into the summary; returns the table's lines."""
     from mvlm_core import comparison
 
-    configs = {name: training_config(options.layout.export(name)) for name in TRAINERS if name in summary.finished()}
+    configs = {
+        name: training_config(options.layout.export(name)) for name in TRAINERS if name in summary.finished()
+    }
     configs = {name: config for name, config in configs.items() if config.get("preset") == options.preset}
     data = {name: config["data"] for name, config in configs.items()}
     first = next((data[name] for name in options.names if name in data), None)
@@ -239,29 +323,39 @@ def score_and_compare(options: argparse.Namespace, summary: Summary, corpus_of: 
     result = comparison.compare(summary.models, names, anchors)
     summary.value["comparison"] = result
     summary.save()
-    histories = {name: json.loads((options.layout.export(name) / "training_history.json").read_text()) for name in names}
+    histories = {
+        name: json.loads((options.layout.export(name) / "training_history.json").read_text())
+        for name in names
+    }
     comparison.plot(result, histories, options.layout.plot)
     return comparison.table(result, names)
 
 
-def run_stages(options: argparse.Namespace, log_file: Path, signals: Signals, hardware: dict, corpus_of: CorpusLoader) -> int:
+def run_stages(
+    options: argparse.Namespace, log_file: Path, signals: Signals, hardware: dict, corpus_of: CorpusLoader
+) -> int:
     layout = options.layout
     log.info("preset %s (%s)", options.preset, options.preset_reason)
     for line in hardware["lines"]:
         log.info("%s", line)
     if _is_default(options.data_dir):
-        ensure_default_corpus()
+        ensure_default_corpus(options.handed_on.get("quiet", False))
         signals.check()
         if problems := differences(options, corpus_of):
             raise UserError(problems)
     corpus = corpus_of()
-    log.info("corpus: %d documents for training, %d for validation, %d for the test; %d files skipped",
-             *(len(corpus.split(split)) for split in ("train", "validation", "test")), len(corpus.skipped))
+    log.info(
+        "corpus: %d documents for training, %d for validation, %d for the test; %d files skipped",
+        *(len(corpus.split(split)) for split in ("train", "validation", "test")),
+        len(corpus.skipped),
+    )
     summary = Summary(layout, options.names, preset=options.preset, device=hardware["device"])
     codes = []
     with ResourceLog(log_file):
         for number, name in enumerate(options.names, 1):
-            log.info("=== training %d of %d: %s (log: %s)", number, len(options.names), name, layout.log_file(name))
+            log.info(
+                "=== training %d of %d: %s (log: %s)", number, len(options.names), name, layout.log_file(name)
+            )
             codes.append(train_model(name, trainer_command(name, options), layout, summary, signals))
             signals.check()
     log.info("=== comparison")
@@ -287,24 +381,32 @@ def report_end(layout: Layout, summary: Summary, lines: list[str], log_file: Pat
             log.error("FAILED: %s: %s", name, entry["error"].splitlines()[-1])
         elif entry["archive"]:
             log.info("archive: %s", layout.root / entry["archive"])
-    log.info("summary: %s, plot: %s, validation: %s, log: %s", layout.summary, layout.plot, layout.report, log_file)
+    log.info(
+        "summary: %s, plot: %s, validation: %s, log: %s", layout.summary, layout.plot, layout.report, log_file
+    )
     if any(entry["archive"] for entry in summary.models.values()):
-        log.info("next, on your own machine:  scp -r %s@%s:%s .", os.environ.get("USER", "root"), os.uname().nodename,
-                 shlex.quote(str(layout.downloads)))
+        log.info(
+            "next, on your own machine:  scp -r %s@%s:%s .",
+            os.environ.get("USER", "root"),
+            os.uname().nodename,
+            shlex.quote(str(layout.downloads)),
+        )
         log.info("then follow %s", layout.downloads / "DOWNLOAD_INSTRUCTIONS.md")
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    keep_streams_open()
+    outlive_terminal()
     if options.dry_run:
         show_plan(options)
         return 0
-    keep_streams_open()
-    outlive_terminal()
     with Signals() as signals:
         hardware = probe_hardware(options)
         corpus_of = CorpusLoader(options)
-        if not _is_default(options.data_dir):       # a folder of the user's own is judged before anything is written
+        if not _is_default(
+            options.data_dir
+        ):  # a folder of the user's own is judged before anything is written
             corpus_of()
             if problems := differences(options, corpus_of):
                 raise UserError(problems)
@@ -314,7 +416,11 @@ def main(arguments: list[str] | None = None) -> int:
             log_file = layout.logs / f"h200_training_{datetime.now():%Y%m%d_%H%M%S}.log"
             setup_logging(log_file)
             log.info("train_all_models.py in %s, process %d", layout.root, os.getpid())
-            return run_stages(options, log_file, signals, hardware, corpus_of)
+            try:
+                return run_stages(options, log_file, signals, hardware, corpus_of)
+            except BaseException as error:  # the console gets it anyway, but may be closed by now
+                note(log_file, f"=== ended: {type(error).__name__}: {error}")
+                raise
 
 
 if __name__ == "__main__":

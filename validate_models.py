@@ -1,312 +1,58 @@
 #!/usr/bin/env python3
 """Check trained models and their archives; say what was checked, and exit 0 only if all of it is good.
 
-Without arguments: every model that the last run of train_all_models.py was asked to make. With folders: those. Each export is
-copied elsewhere under another name and loaded by a fresh process that has no network and nothing of this repository. The
-findings go to models/validation_report.json.
+Without arguments: every model that the last run of train_all_models.py was asked to make. With folders:
+those. Each export is copied elsewhere under another name and loaded by a fresh process that has no network
+and nothing of this repository. The findings go to models/validation_report.json.
 
 Exit codes: 0 every check passed, 1 a check failed (named), 2 bad arguments, 130/143 stopped by a signal.
 """
 
 import argparse
-import ast
-import json
-import math
-import os
-import secrets
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from mvlm_core.errors import Stopped, UserError, run_main
+from mvlm_core.export_checks import Checks, check_files, check_loading, check_packed, check_scores, rescore
 from mvlm_core.files import output_folder_problems, write_json_atomic
 from mvlm_core.hardware import DEVICES
-from mvlm_core.packaging import (
-    MANIFEST,
-    ArchiveError,
-    check_archive,
-    matches_export,
-    read_manifest,
-    sha256_file,
-    verify_folder,
-)
-from mvlm_core.pipeline import Layout, now, read_checksums, read_json
+from mvlm_core.packaging import MANIFEST
+from mvlm_core.pipeline import Layout, now, read_json
 from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
 
 MODELS = ("mvlm_gpt2", "simone_enhanced")
-PROMPTS = ("In the beginning God", "The LORD is my shepherd", "Blessed are the", "And it came to pass",
-           "For God so loved the world", "Thou shalt not")
-VERSES = ("In the beginning God created the heaven and the earth.\nAnd the earth was without form, and void;",
-          "The LORD is my shepherd; I shall not want.\nHe maketh me to lie down in green pastures:",
-          "Jesus wept.\n\nThen said the Jews, Behold how he loved him!")
-ODD_TEXTS = ("", " ", "  two  spaces  ", "\n\n\ttab\r\n", "<eos> is text, and so are <pad><bos><unk> and <|endoftext|>",
-             "\U0001f54a\ufe0f \U0001f468\u200d\U0001f469\u200d\U0001f467", "\x00\x01\x1b[31m\x7f", "Ἐν ἀρχῇ ἦν ὁ λόγος",
-             "בְּרֵאשִׁית", "don't  “quote” — dash…", "a" * 300, "1 + 1 = 2")
-EXPECTED_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-                  "README.md", "training_config.json", "training_history.json", "training_plots.png")
-# What may lie in an export folder beside the manifest's files; none of it goes into an archive.
-BESIDE = {MANIFEST, "checkpoints", "training_history.jsonl", "run.lock", ".export"}
-PICKLE_SUFFIXES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
-WEIGHTS_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")     # torch's zip, pickle 2 to 5
-SAME_MACHINE, OTHER_MACHINE = 1e-4, 1e-3        # relative; sums are ordered otherwise on another device or precision
-PROBE = REPOSITORY_ROOT / "mvlm_core" / "load_probe.py"
 
 
-@dataclass
-class Check:
-    group: str
-    name: str
-    passed: bool
-    detail: str
-
-
-class Checks(list):
-    """The checks of one model, in the order in which they were made."""
-
-    def add(self, group: str, name: str, passed: bool, detail: str = "") -> bool:
-        self.append(Check(group, name, bool(passed), detail))
-        return bool(passed)
-
-    def add_problems(self, group: str, name: str, problems: list[str], good: str) -> bool:
-        return self.add(group, name, not problems, "; ".join(problems[:20]) if problems else good)
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
-
-def check_files(folder: Path, checks: Checks) -> dict | None:
-    """Manifest, expected files, nothing else, nothing that could run code by itself; returns the manifest."""
-    try:
-        manifest = read_manifest(folder)
-    except ArchiveError as error:
-        checks.add("files", "manifest", False, str(error))
-        return None
-    files = manifest["files"]
-    checks.add("files", "manifest", True, f"{len(files)} files")
-    checks.add_problems("files", "hashes", verify_folder(folder), "every SHA-256 equals the manifest's")
-    code = modelling_files(folder, read_json(folder / "config.json"))
-    missing = [f"{name} is missing" for name in (*EXPECTED_FILES, *sorted(code)) if name not in files]
-    checks.add_problems("files", "expected files", missing, "all there")
-    extra = sorted(set(files) - set(EXPECTED_FILES) - code)
-    extra += sorted(path.name for path in folder.iterdir()
-                    if path.name not in BESIDE and path.name not in {name.split("/")[0] for name in files})
-    checks.add_problems("files", "no extra files", [f"{name} does not belong there" for name in extra], "none")
-    checks.add_problems("files", "no pickle", pickles(folder, files), "none")
-    remote = [f"{file}: auto_map leads to {target}" for file in ("config.json", "tokenizer_config.json", "generation_config.json")
-              for target in _targets(read_json(folder / file).get("auto_map")) if "--" in target or "/" in target]
-    checks.add_problems("files", "no remote code", remote, "auto_map stays inside the folder")
-    size = sum((folder / name).stat().st_size for name in files if (folder / name).is_file())
-    checks.add("files", "size", size > 0, f"{size / 1e6:.1f} MB")
-    return manifest
-
-
-def modelling_files(folder: Path, config: dict) -> set[str]:
-    """The Python files that `auto_map` names, and those that they import from beside them."""
-    waiting = [target.split(".")[0] for target in _targets(config.get("auto_map"))]
-    found: set[str] = set()
-    while waiting:
-        file = f"{waiting.pop()}.py"
-        if file in found:
-            continue
-        found.add(file)
-        try:
-            tree = ast.parse((folder / file).read_bytes())
-        except (OSError, SyntaxError, ValueError, RecursionError):
-            continue                    # missing or no Python: other checks name it
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                waiting += [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
-    return found
-
-
-def part(config: dict, key: str) -> dict:
-    """A section of `training_config.json`, {} when it is missing or something else."""
-    value = config.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def _targets(value) -> list[str]:
-    """Every string in an `auto_map`, however it is nested."""
-    if isinstance(value, dict):
-        return [text for part in value.values() for text in _targets(part)]
-    if isinstance(value, list):
-        return [text for part in value for text in _targets(part)]
-    return [value] if isinstance(value, str) else []
-
-
-def pickles(folder: Path, files: dict) -> list[str]:
-    """Files that torch or pickle would unpack, by name or by their first bytes, under whatever name."""
-    found = []
-    for name in (*files, *(path.name for path in folder.iterdir() if path.is_file())):
-        path = folder / name
-        if path.suffix.lower() in PICKLE_SUFFIXES:
-            found.append(f"{name}: a pickle by its name")
-        elif path.is_file():
-            with path.open("rb") as file:
-                start = file.read(9)
-            # A safetensors file starts with the length of its header, which may look like a pickle; then comes the "{".
-            if start.startswith(WEIGHTS_MAGIC) and not (path.suffix == ".safetensors" and start[8:] == b"{"):
-                found.append(f"{name}: a pickle by its first bytes")
-    return sorted(set(found))
-
-
-# --- loading --------------------------------------------------------------------------------------------------------
-
-def copy_export(folder: Path, manifest: dict, target: Path) -> None:
-    """Only the manifest's files, as hard links where the file system allows it."""
-    for name in (*manifest["files"], MANIFEST):
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(folder / name, target / name, follow_symlinks=False)
-        except OSError:
-            shutil.copyfile(folder / name, target / name, follow_symlinks=False)
-
-
-def run_python(arguments: list[str], cwd: Path, **extra: str) -> tuple[int, str]:
-    """A fresh Python without network for the Hugging Face libraries; returns its exit code and the end of its output."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MVLM_PARENT_PID")}
-    environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error",
-                    "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"} | extra
-    process = subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, stdin=subprocess.DEVNULL, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace", check=False)
-    return process.returncode, "\n".join(process.stdout.strip().splitlines()[-8:])
-
-
-def check_loading(folder: Path, manifest: dict, texts: list[str], checks: Checks) -> list[dict]:
-    """What a stranger's process finds in a copy of the export; returns the generated texts."""
-    with tempfile.TemporaryDirectory(prefix="mvlm-validate-") as place:
-        place = Path(place)
-        copy = place / f"another_name_{secrets.token_hex(4)}"
-        copy_export(folder, manifest, copy)
-        request, answer, elsewhere = place / "request.json", place / "answer.json", place / "cwd"
-        elsewhere.mkdir()
-        request.write_text(json.dumps({"prompts": PROMPTS, "texts": [*VERSES, *texts, *ODD_TEXTS],
-                                       "specials": ["<eos>", "<bos>", "<|endoftext|>"]}), encoding="utf-8")
-        code, output = run_python(["-I", str(PROBE), str(copy), str(request), str(answer)], elsewhere,
-                                  HF_MODULES_CACHE=str(place / "modules"), HF_HOME=str(place / "home"))
-        found = read_json(answer)
-    if not checks.add("loading", "loads elsewhere, offline, by itself", code == 0 and bool(found),
-                      f"as {found['weights']['class']}" if found else f"exit code {code}: {output}"):
-        return []
-    config = read_json(folder / "training_config.json")
-    _check_weights(found["weights"], config, checks)
-    _check_tokenizer(found["tokenizer"], found["weights"]["rows"], config, checks)
-    bad = [f"{sample['prompt']!r} gave {sample['new_tokens']} tokens" + ("" if sample["finite"] else ", logits not finite")
-           for sample in found["samples"] if not (sample["whole"] and sample["finite"] and sample["within_vocabulary"])]
-    checks.add_problems("generation", "generates", bad, f"{len(found['samples'])} prompts, greedy")
-    return [{key: sample[key] for key in ("prompt", "text", "new_tokens")} for sample in found["samples"]]
-
-
-def _check_weights(found: dict, config: dict, checks: Checks) -> None:
-    checks.add_problems("weights", "finite", found["not_finite"], "all values finite")
-    checks.add_problems("weights", "fit the architecture", found["unfilled"], "no missing, unexpected or mismatched weight")
-    said = part(config, "results").get("parameters")
-    checks.add("weights", "parameter count", found["parameters"] == said, f"{found['parameters']:,}, training said {said}")
-
-
-def _check_tokenizer(found: dict, rows: int, config: dict, checks: Checks) -> None:
-    checks.add_problems("tokenizer", "round trip", [ascii(text[:40]) for text in found["failed"]], "exact on every text")
-    checks.add("tokenizer", "vocabulary fits the embedding", max(found["size"], found["highest_id"] + 1) <= rows,
-               f"{found['size']:,} entries, highest id {found['highest_id']:,}, {rows:,} rows")
-    said = part(config, "tokenizer").get("vocab_size")
-    checks.add("tokenizer", "vocabulary size", found["size"] == said, f"{found['size']:,}, training said {said}")
-    wanted = [role for role in ("bos_token", "eos_token") if not found["specials"].get(role)]
-    if found["start_id"] is None or found["end_id"] is None:
-        wanted.append("ids of start and end")
-    strange = [str(number) for number in found["config_ids"] if number is not None and number not in found["special_ids"]]
-    checks.add_problems("tokenizer", "special tokens", [f"{role} missing" for role in wanted]
-                        + [f"generation_config names {number}, no special token" for number in strange],
-                        ", ".join(sorted(set(map(str, found["specials"].values())))))
-    checks.add_problems("tokenizer", "special words are ordinary text", found["taken"], "none is turned into a special token")
-
-
-# --- scores ---------------------------------------------------------------------------------------------------------
-
-def rescore(folder: str, data_dir: str, device: str, answer: str) -> int:
-    """In a process of its own: test bits per byte of an export, all translations and KJV, in one pass."""
-    from mvlm_core.corpus import load_corpus
-    from mvlm_core.evaluation import score_export
-    from mvlm_core.hardware import choose_hardware
-
-    config = read_json(Path(folder) / "training_config.json")
-    settings, data = part(config, "settings"), part(config, "data")
-    corpus = load_corpus(data_dir, validation_split=settings.get("validation_split", 0.05),
-                         validation_dir=settings.get("validation_dir"), only=data.get("only"))
-    hardware = choose_hardware(device=device)
-    hardware.apply()
-    result = {"fingerprint": corpus.fingerprint, "device": hardware.device, "test_bpb": None, "test_bpb_kjv": None}
-    if corpus.fingerprint == data.get("fingerprint") and corpus.split("test"):
-        score = score_export(folder, corpus, split="test", device=hardware.device)
-        kjv = {document.path for document in corpus.split("test") if document.translation == "kjv"}
-        result["test_bpb"] = score.bits_per_byte
-        result["test_bpb_kjv"] = score.part(lambda path: path in kjv).bits_per_byte if kjv else None
-    write_json_atomic(answer, result)
-    return 0
-
-
-def check_scores(folder: Path, data_dir: str, device: str, checks: Checks) -> None:
-    config = read_json(folder / "training_config.json")
-    with tempfile.TemporaryDirectory(prefix="mvlm-validate-") as place:
-        answer = Path(place) / "answer.json"
-        code, output = run_python([str(Path(__file__).resolve()), "--rescore", str(answer), "--data_dir", data_dir, "--device",
-                                   device, str(folder)], REPOSITORY_ROOT, HF_MODULES_CACHE=str(Path(place) / "modules"))
-        found = read_json(answer)
-    if not checks.add("scores", "recomputed", code == 0 and bool(found),
-                      f"on {found['device']}" if found else f"exit code {code}: {output}"):
-        return
-    same_text = found["fingerprint"] == part(config, "data").get("fingerprint")
-    if not checks.add("scores", "same text", same_text, "the corpus is the one it was trained and scored on" if same_text else
-                      f"the text in {data_dir} is not the one it was trained and scored on: no score can be compared"):
-        return
-    trained_on = part(config, "hardware").get("device")
-    tolerance = SAME_MACHINE if trained_on == found["device"] == "cpu" else OTHER_MACHINE
-    for key in ("test_bpb", "test_bpb_kjv"):
-        said, now_found = part(config, "results").get(key), found[key]
-        if said is None and now_found is None:
-            checks.add("scores", key, True, "no such text")
-            continue
-        numbers = all(isinstance(value, int | float) for value in (said, now_found))
-        close = numbers and math.isclose(said, now_found, rel_tol=tolerance)
-        checks.add("scores", key, close, f"{now_found} from the files, training said {said}")
-
-
-# --- archives -------------------------------------------------------------------------------------------------------
-
-def check_packed(name: str, folder: Path, layout: Layout, checks: Checks) -> None:
-    archive = layout.archive(name)
-    if not archive.is_file():
-        checks.add("archive", "there", False, f"{archive} is missing")
-        return
-    checks.add("archive", "there", True, f"{archive.stat().st_size / 1e6:.1f} MB")
-    good = checks.add_problems("archive", "opens and holds what its manifest says", check_archive(archive), "good")
-    said = read_checksums(layout.checksums).get(archive.name)
-    found = sha256_file(archive)
-    checks.add("archive", "SHA256SUMS", said == found, "equal" if said == found else
-               f"{archive.name}: {layout.checksums.name} says {said or 'nothing'}, the file gives {found}")
-    if good:
-        equal = matches_export(archive, folder)
-        checks.add("archive", "equals the export", equal, "the same files" if equal else
-                   f"{archive.name} does not hold what is in {folder}")
-
-
-# --- the whole ------------------------------------------------------------------------------------------------------
-
-def validate_model(folder: Path, layout: Layout, options: argparse.Namespace, texts: list[str]) -> tuple[Checks, list[dict]]:
+def validate_model(
+    folder: Path, layout: Layout, options: argparse.Namespace, texts: list[str]
+) -> tuple[Checks, list[dict]]:
     checks, samples = Checks(), []
-    if not checks.add("files", "export", (folder / MANIFEST).is_file(), str(folder) if (folder / MANIFEST).is_file() else
-                      f"{folder} holds no finished export"):
+    if not checks.add(
+        "files",
+        "export",
+        (folder / MANIFEST).is_file(),
+        str(folder) if (folder / MANIFEST).is_file() else f"{folder} holds no finished export",
+    ):
         return checks, samples
     manifest = check_files(folder, checks)
-    safe = all(check.passed for check in checks if check.name in ("manifest", "hashes", "no pickle", "no remote code"))
-    if safe:                # what was tampered with is not loaded: its code would run
+    safe = all(
+        check.passed
+        for check in checks
+        if check.name in ("manifest", "hashes", "no pickle", "no remote code")
+    )
+    if safe:  # what was tampered with is not loaded: its code would run
         samples = check_loading(folder, manifest, texts, checks)
         if not options.quick and samples:
             check_scores(folder, options.data_dir, options.device, checks)
     else:
-        checks.add("loading", "loads elsewhere, offline, by itself", False, "not tried: its files are not what they should be")
+        checks.add(
+            "loading",
+            "loads elsewhere, offline, by itself",
+            False,
+            "not tried: its files are not what they should be",
+        )
     if folder.parent == layout.models:
         check_packed(folder.name, folder, layout, checks)
     return checks, samples
@@ -319,7 +65,7 @@ def verses_of(data_dir: str) -> list[str]:
         try:
             texts.append(file.read_text(encoding="utf-8", errors="ignore")[:2000])
         except OSError:
-            continue                    # what the corpus holds is not judged here
+            continue  # what the corpus holds is not judged here
     return texts
 
 
@@ -337,11 +83,18 @@ def tell(name: str, checks: Checks) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.add_argument("folders", nargs="*", metavar="MODEL_DIR", help="export folders [default: what the last run made]")
-    parser.add_argument("--work_dir", default=str(REPOSITORY_ROOT), help="where models/ and models_for_download/ are")
-    parser.add_argument("--data_dir", default=str(DEFAULT_DATA_DIR), help="the corpus, to compute the test scores again")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "folders", nargs="*", metavar="MODEL_DIR", help="export folders [default: what the last run made]"
+    )
+    parser.add_argument(
+        "--work_dir", default=str(REPOSITORY_ROOT), help="where models/ and models_for_download/ are"
+    )
+    parser.add_argument(
+        "--data_dir", default=str(DEFAULT_DATA_DIR), help="the corpus, to compute the test scores again"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda, for the scores [default auto]")
     parser.add_argument("--quick", action="store_true", help="do not compute the test scores again")
     parser.add_argument("--rescore", metavar="ANSWER", help=argparse.SUPPRESS)
@@ -350,7 +103,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.device not in DEVICES:
         problems.append(f"--device {options.device}: unknown; choose one of {', '.join(DEVICES)}")
     if not options.quick and not Path(options.data_dir).is_dir():
-        problems.append(f"--data_dir {options.data_dir}: no such folder (or give --quick to leave the scores out)")
+        problems.append(
+            f"--data_dir {options.data_dir}: no such folder (or give --quick to leave the scores out)"
+        )
     if not Path(options.work_dir).is_dir():
         problems.append(f"--work_dir {options.work_dir}: no such folder")
     problems += output_folder_problems(Path(options.work_dir) / "models", "--work_dir:")
@@ -364,14 +119,16 @@ def wanted_folders(options: argparse.Namespace, layout: Layout) -> dict[str, Pat
     """What to check, by the name it has in the report."""
     if options.folders:
         folders = [Path(folder).absolute() for folder in options.folders]
-        return {folder.name if sum(other.name == folder.name for other in folders) == 1 else str(folder): folder
-                for folder in folders}
+        return {
+            folder.name if sum(other.name == folder.name for other in folders) == 1 else str(folder): folder
+            for folder in folders
+        }
     asked = read_json(layout.summary).get("models")
     return {name: layout.export(name) for name in (asked if isinstance(asked, dict) and asked else MODELS)}
 
 
 def stop(number, _frame):
-    raise Stopped(number)       # subprocess.run ends its child when an exception passes through it
+    raise Stopped(number)  # run_python ends its child when an exception passes through it
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -381,14 +138,21 @@ def main(arguments: list[str] | None = None) -> int:
     if options.rescore:
         return rescore(options.folders[0], options.data_dir, options.device, options.rescore)
     layout = Layout(Path(options.work_dir).absolute())
-    report, failed = {"passed": False, "checked": now(), "rescored": not options.quick, "models": {}, "failed": []}, []
+    report, failed = (
+        {"passed": False, "checked": now(), "rescored": not options.quick, "models": {}, "failed": []},
+        [],
+    )
     texts = verses_of(options.data_dir)
     for name, folder in wanted_folders(options, layout).items():
         checks, samples = validate_model(folder, layout, options, texts)
         tell(name, checks)
         failed += [f"{name}: {check.name}: {check.detail}" for check in checks if not check.passed]
-        report["models"][name] = {"passed": all(check.passed for check in checks), "folder": str(folder),
-                                  "checks": [asdict(check) for check in checks], "samples": samples}
+        report["models"][name] = {
+            "passed": all(check.passed for check in checks),
+            "folder": str(folder),
+            "checks": [asdict(check) for check in checks],
+            "samples": samples,
+        }
     report["failed"], report["passed"] = failed, not failed
     layout.models.mkdir(parents=True, exist_ok=True)
     write_json_atomic(layout.report, report)

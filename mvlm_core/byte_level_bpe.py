@@ -51,7 +51,7 @@ class ByteLevelBPE:
         Raises:
             UserError: a size too small for the 256 bytes and the special tokens.
         """
-        specials = list(cls.SPECIAL_TOKENS.values())
+        specials = list(dict.fromkeys(cls.SPECIAL_TOKENS.values()))  # one text may have several roles
         if vocab_size < 256 + len(specials):
             raise UserError(f"a vocabulary of {vocab_size} is too small: 256 bytes and {len(specials)} special tokens")
         tokenizer = Tokenizer(models.BPE())
@@ -83,7 +83,7 @@ class ByteLevelBPE:
             if not file.is_file() and vocabulary.is_file() and merges.is_file():
                 tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
                 tokenizer.pre_tokenizer, tokenizer.decoder = cls.pre_tokenizer(), decoders.ByteLevel()
-                tokenizer.add_special_tokens([AddedToken(text, special=True) for text in cls.SPECIAL_TOKENS.values()])
+                tokenizer.add_special_tokens([AddedToken(text, special=True) for text in dict.fromkeys(cls.SPECIAL_TOKENS.values())])
             elif file.is_file():
                 tokenizer = Tokenizer.from_file(str(file))
             else:

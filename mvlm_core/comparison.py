@@ -1,7 +1,7 @@
 """Two models side by side on the same held-out text, with compressors as anchors.
 
-Bits per byte is the one number that compares models with different tokenizers, and compressors with models. What is said in
-words here is what one run of one seed can carry, not more.
+Bits per byte is the one number that compares models with different tokenizers, and compressors with models.
+What is said in words here is what one run of one seed can carry, not more.
 """
 
 import hashlib
@@ -15,15 +15,16 @@ from pathlib import Path
 from mvlm_core.corpus import Corpus
 from mvlm_core.files import write_atomic, write_json_atomic
 
-NOISE_NATS = 0.005      # nats per token; single runs that differ by less say nothing in this field
-SIZE_TOLERANCE = 0.02   # "equal parameters"
-TEXT_TOLERANCE = 0.01   # "equal budget of training text"
+NOISE_NATS = 0.005  # nats per token; single runs that differ by less say nothing in this field
+SIZE_TOLERANCE = 0.02  # "equal parameters"
+TEXT_TOLERANCE = 0.01  # "equal budget of training text"
 ANCHOR_TEXT_LIMIT = 64 << 20
 ANCHORS = {"xz": "xz -9e", "ppmd_order_6": "PPMd order 6", "ppmd_order_16": "PPMd order 16"}
-ANCHOR_VERSION = 1      # part of the cache's key: raise it when the measurement changes
+ANCHOR_VERSION = 1  # part of the cache's key: raise it when the measurement changes
 
 
-# --- compressors ----------------------------------------------------------------------------------------------------
+# --- compressors --------------------------------------------------------------------------------------------
+
 
 def _xz(data: bytes) -> int:
     return len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
@@ -32,13 +33,14 @@ def _xz(data: bytes) -> int:
 def _ppmd(data: bytes, order: int) -> int:
     import pyppmd
 
-    # 256 MB hold every context of 4 MB of text at order 16 (measured; more changes no bit). Once full, PPMd forgets.
+    # 256 MB hold every context of 4 MB of text at order 16 (measured; more changes no bit). Once full, PPMd
+    # forgets.
     encoder = pyppmd.Ppmd7Encoder(order, min(max(256 << 20, 64 * len(data)), 2 << 30))
     return len(encoder.encode(data)) + len(encoder.flush())
 
 
 def _anchor_text(corpus: Corpus) -> tuple[str, list, list] | None:
-    """What the compressors read: the KJV part, or all of a corpus without one; None when there is no such text."""
+    """What the compressors read: the KJV part, or all of a corpus without one; None for no such text."""
     train, test = corpus.split("train"), corpus.split("test")
     name = "all"
     if any(document.translation == "kjv" for document in test):
@@ -53,8 +55,9 @@ def _anchor_text(corpus: Corpus) -> tuple[str, list, list] | None:
 def compressor_anchors(corpus: Corpus, cache_dir: Path) -> dict:
     """Bits per byte of the test text for compressors primed with the train text.
 
-    Each code length is size(train + test) - size(train) in bits over the bytes of the test text. Kept in `cache_dir` by the
-    hash of the text: on 4 MB it takes about ten seconds. {} when there is no suitable text.
+    Each code length is size(train + test) - size(train) in bits over the bytes of the test text. Kept in
+    `cache_dir` by the hash of the text: on 4 MB it takes about ten seconds. {} when there is no suitable
+    text.
     """
     chosen = _anchor_text(corpus)
     if chosen is None:
@@ -69,21 +72,38 @@ def compressor_anchors(corpus: Corpus, cache_dir: Path) -> dict:
     except (OSError, ValueError):
         pass
     methods: dict[str, Callable[[bytes], int]] = {
-        "xz": _xz, "ppmd_order_6": lambda data: _ppmd(data, 6), "ppmd_order_16": lambda data: _ppmd(data, 16)}
-    with ThreadPoolExecutor(2) as pool:         # both libraries release Python's lock while they work
-        sizes = {method: [pool.submit(size, data) for data in (train + test, train)] for method, size in methods.items()}
+        "xz": _xz,
+        "ppmd_order_6": lambda data: _ppmd(data, 6),
+        "ppmd_order_16": lambda data: _ppmd(data, 16),
+    }
+    with ThreadPoolExecutor(2) as pool:  # both libraries release Python's lock while they work
+        sizes = {
+            method: [pool.submit(size, data) for data in (train + test, train)]
+            for method, size in methods.items()
+        }
         anchors = {"text": name, "train_bytes": len(train), "test_bytes": len(test)} | {
-            method: (both.result() - alone.result()) * 8 / len(test) for method, (both, alone) in sizes.items()}
+            method: (both.result() - alone.result()) * 8 / len(test)
+            for method, (both, alone) in sizes.items()
+        }
     cache.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomic(cache, anchors)
     return anchors
 
 
-# --- numbers and sentences ------------------------------------------------------------------------------------------
+# --- numbers and sentences ----------------------------------------------------------------------------------
 
-COMPARED = {"parameters": "parameters", "bytes": "training_bytes", "tokens": "training_tokens", "seconds": "seconds",
-            "tokens_per_second": "tokens_per_second", "validation_bpb": "validation_bpb", "test_bpb": "test_bpb",
-            "test_bpb_kjv": "test_bpb_kjv", "peak_memory_bytes": "peak_memory_bytes", "size_bytes": "size_bytes"}
+COMPARED = {
+    "parameters": "parameters",
+    "bytes": "training_bytes",
+    "tokens": "training_tokens",
+    "seconds": "seconds",
+    "tokens_per_second": "tokens_per_second",
+    "validation_bpb": "validation_bpb",
+    "test_bpb": "test_bpb",
+    "test_bpb_kjv": "test_bpb_kjv",
+    "peak_memory_bytes": "peak_memory_bytes",
+    "size_bytes": "size_bytes",
+}
 
 
 def compare(models: dict[str, dict], names: list[str], anchors: dict) -> dict:
@@ -91,7 +111,8 @@ def compare(models: dict[str, dict], names: list[str], anchors: dict) -> dict:
 
     Args:
         models: the summary's entries by name.
-        names: which of them finished, in the order of training; `ratio` is the second's value over the first's.
+        names: which of them finished, in the order of training; `ratio` is the second's value over the
+        first's.
     """
     result: dict = {}
     for key, title in COMPARED.items():
@@ -119,22 +140,36 @@ def _sentences(result: dict, models: dict, names: list[str]) -> list[str]:
     found = []
     if len(names) == 2:
         found += _verdict(result, models, names)
-        for title, words, equal in (("parameters", "parameters", "equal_within_2_percent"),
-                                    ("training_bytes", "bytes of training text", "equal_within_1_percent")):
+        for title, words, equal in (
+            ("parameters", "parameters", "equal_within_2_percent"),
+            ("training_bytes", "bytes of training text", "equal_within_1_percent"),
+        ):
             part = result[title]
             if part["ratio"] is not None:
-                fair = "equal for this purpose" if part[equal] else "NOT equal, so the scores do not compare like with like"
+                fair = (
+                    "equal for this purpose"
+                    if part[equal]
+                    else "NOT equal, so the scores do not compare like with like"
+                )
                 found.append(f"{names[1]} has {part['ratio']:.3f} times the {words} of {names[0]}: {fair}.")
-        found.append(f"One seed each: this says how these two runs ended, not how often they would end so; differences "
-                     f"under {NOISE_NATS} nats a token are noise.")
+        found.append(
+            f"One seed each: this says how these two runs ended, not how often they would end so; "
+            f"differences under {NOISE_NATS} nats a token are noise."
+        )
     anchors = result["compressors"]
     for name in names if anchors else ():
         score = models[name].get("test_bpb_kjv" if anchors["text"] == "kjv" else "test_bpb")
         if score is not None:
             best = anchors["ppmd_order_16"]
-            found.append(f"{name} needs {score:.3f} bits a byte on the {_anchor_words(anchors)}, {ANCHORS['ppmd_order_16']} "
-                         f"{best:.3f}: " + ("the model predicts this text better." if score < best else
-                                            "the model loses to a compressor, so it is not yet trained."))
+            found.append(
+                f"{name} needs {score:.3f} bits a byte on the {_anchor_words(anchors)}, "
+                f"{ANCHORS['ppmd_order_16']} {best:.3f}: "
+                + (
+                    "the model predicts this text better."
+                    if score < best
+                    else "the model loses to a compressor, so it is not yet trained."
+                )
+            )
     return found
 
 
@@ -143,29 +178,44 @@ def _verdict(result: dict, models: dict, names: list[str]) -> list[str]:
     if None in scores:
         return []
     difference = scores[1] - scores[0]
-    per_token = [models[name]["bytes"] / models[name]["tokens"] for name in names
-                 if models[name].get("bytes") and models[name].get("tokens")]
+    per_token = [
+        models[name]["bytes"] / models[name]["tokens"]
+        for name in names
+        if models[name].get("bytes") and models[name].get("tokens")
+    ]
     nats = abs(difference) * math.log(2) * (sum(per_token) / len(per_token)) if per_token else None
     if nats is not None and nats < NOISE_NATS:
-        return [f"On the test text both score the same within noise ({scores[0]:.4f} and {scores[1]:.4f} bits a byte)."]
+        return [
+            f"On the test text both score the same within noise "
+            f"({scores[0]:.4f} and {scores[1]:.4f} bits a byte)."
+        ]
     worse, better = (names[0], names[1]) if difference < 0 else (names[1], names[0])
     share = abs(difference) / result["test_bpb"][worse] * 100
     amount = f", about {nats:.3f} nats a token" if nats is not None else ""
-    return [f"On the test text {better} needs {result['test_bpb'][better]:.4f} bits a byte, {worse} "
-            f"{result['test_bpb'][worse]:.4f}: {share:.1f} % less{amount}."]
+    return [
+        f"On the test text {better} needs {result['test_bpb'][better]:.4f} bits a byte, {worse} "
+        f"{result['test_bpb'][worse]:.4f}: {share:.1f} % less{amount}."
+    ]
 
 
 def _anchor_words(anchors: dict) -> str:
     return "KJV part of the test books" if anchors["text"] == "kjv" else "test text"
 
 
-# --- for the eye ----------------------------------------------------------------------------------------------------
+# --- for the eye --------------------------------------------------------------------------------------------
 
-TABLE_ROWS = (("parameters", "parameters", "{:,.0f}"), ("training text, bytes", "training_bytes", "{:,.0f}"),
-              ("training tokens", "training_tokens", "{:,.0f}"), ("seconds", "seconds", "{:,.0f}"),
-              ("tokens per second", "tokens_per_second", "{:,.0f}"), ("peak memory, bytes", "peak_memory_bytes", "{:,.0f}"),
-              ("model files, bytes", "size_bytes", "{:,.0f}"), ("validation bits/byte", "validation_bpb", "{:.4f}"),
-              ("test bits/byte", "test_bpb", "{:.4f}"), ("test bits/byte, KJV", "test_bpb_kjv", "{:.4f}"))
+TABLE_ROWS = (
+    ("parameters", "parameters", "{:,.0f}"),
+    ("training text, bytes", "training_bytes", "{:,.0f}"),
+    ("training tokens", "training_tokens", "{:,.0f}"),
+    ("seconds", "seconds", "{:,.0f}"),
+    ("tokens per second", "tokens_per_second", "{:,.0f}"),
+    ("peak memory, bytes", "peak_memory_bytes", "{:,.0f}"),
+    ("model files, bytes", "size_bytes", "{:,.0f}"),
+    ("validation bits/byte", "validation_bpb", "{:.4f}"),
+    ("test bits/byte", "test_bpb", "{:.4f}"),
+    ("test bits/byte, KJV", "test_bpb_kjv", "{:.4f}"),
+)
 
 
 def table(comparison: dict, names: list[str]) -> list[str]:
@@ -174,38 +224,59 @@ def table(comparison: dict, names: list[str]) -> list[str]:
     for words, key, form in TABLE_ROWS:
         values = [comparison[key].get(name) for name in names]
         ratio = comparison[key]["ratio"]
-        rows.append([words, *("-" if v is None else form.format(v) for v in values), "" if ratio is None else f"{ratio:.3f}"])
+        rows.append(
+            [
+                words,
+                *("-" if v is None else form.format(v) for v in values),
+                "" if ratio is None else f"{ratio:.3f}",
+            ]
+        )
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-             for row in rows]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
     lines.insert(1, "-" * len(lines[0]))
     if anchors := comparison["compressors"]:
         values = ", ".join(f"{words} {anchors[key]:.3f}" for key, words in ANCHORS.items())
-        lines.append(f"compressors primed with the train text, on the {_anchor_words(anchors)} "
-                     f"({anchors['test_bytes']:,} bytes): {values}")
+        lines.append(
+            f"compressors primed with the train text, on the {_anchor_words(anchors)} "
+            f"({anchors['test_bytes']:,} bytes): {values}"
+        )
     return [*lines, "", *comparison["sentences"]]
 
 
 # Okabe and Ito's blue and orange: apart for every kind of colour vision, and dark and light in grey.
-STYLES = ({"color": "#0072B2", "linestyle": "-", "marker": "o", "hatch": ""},
-          {"color": "#E69F00", "linestyle": "--", "marker": "s", "hatch": "//"})
+STYLES = (
+    {"color": "#0072B2", "linestyle": "-", "marker": "o", "hatch": ""},
+    {"color": "#E69F00", "linestyle": "--", "marker": "s", "hatch": "//"},
+)
 
 
 def plot(comparison: dict, histories: dict[str, list[dict]], path: Path) -> None:
-    """`comparison.png`: validation curves against text and time, and the test scores with the compressors' lines."""
+    """`comparison.png`: validation curves by text and by time, test scores with the compressors' lines."""
     import io
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)                     # no pyplot: no display is asked for and no global state is left
+    FigureCanvasAgg(figure)  # no pyplot: no display is asked for and no global state is left
     by_text, by_time, scores = figure.subplots(1, 3)
     for style, (name, history) in zip(STYLES, histories.items(), strict=False):
         points = [record for record in history if record.get("validation_bpb") is not None]
         for axes, key, unit in ((by_text, "bytes", 1e6), (by_time, "seconds", 1)):
-            axes.plot([record[key] / unit for record in points], [record["validation_bpb"] for record in points], label=name,
-                      color=style["color"], linestyle=style["linestyle"], marker=style["marker"], markersize=4)
+            axes.plot(
+                [record[key] / unit for record in points],
+                [record["validation_bpb"] for record in points],
+                label=name,
+                color=style["color"],
+                linestyle=style["linestyle"],
+                marker=style["marker"],
+                markersize=4,
+            )
     by_text.set(xlabel="training text seen, MB", ylabel="bits per byte", title="Validation, by text")
     by_time.set(xlabel="seconds of training", ylabel="bits per byte", title="Validation, by time")
     for axes in (by_text, by_time):
@@ -219,20 +290,36 @@ def plot(comparison: dict, histories: dict[str, list[dict]], path: Path) -> None
 
 
 def _bars(axes, comparison: dict, names: list[str]) -> None:
-    groups = [(words, key) for words, key in (("test, all", "test_bpb"), ("test, KJV", "test_bpb_kjv"))
-              if any(comparison[key].get(name) is not None for name in names)]
+    from matplotlib.patheffects import withStroke
+
+    groups = [
+        (words, key)
+        for words, key in (("test, all", "test_bpb"), ("test, KJV", "test_bpb_kjv"))
+        if any(comparison[key].get(name) is not None for name in names)
+    ]
     width = 0.8 / max(len(names), 1)
     for number, (style, name) in enumerate(zip(STYLES, names, strict=False)):
         places = [group + (number - (len(names) - 1) / 2) * width for group in range(len(groups))]
         heights = [comparison[key].get(name) or 0 for _, key in groups]
-        bars = axes.bar(places, heights, width, label=name, color=style["color"], hatch=style["hatch"], edgecolor="black")
+        bars = axes.bar(
+            places, heights, width, label=name, color=style["color"], hatch=style["hatch"], edgecolor="black"
+        )
         axes.bar_label(bars, fmt="%.3f", fontsize=8)
     axes.set_xticks(range(len(groups)), [words for words, _ in groups])
     axes.set(ylabel="bits per byte", title="Test scores (lower is better)")
     anchors = comparison["compressors"]
     if anchors and groups:
-        last = len(groups) - 1
-        for key, words in ANCHORS.items():
-            axes.plot([last - 0.48, last + 0.55], [anchors[key]] * 2, color="black", linewidth=1, linestyle=":")
-            axes.annotate(f"{words} {anchors[key]:.2f}", (last + 0.57, anchors[key]), va="center", fontsize=7)
-        axes.set_xlim(-0.6, last + 1.15)
+        last = len(groups) - 1  # the compressors read the KJV part, or all of a corpus without one
+        for key in ("xz", "ppmd_order_16"):
+            axes.plot(
+                [last - 0.48, last + 0.5],
+                [anchors[key]] * 2,
+                color="black",
+                linewidth=1.5,
+                linestyle=":",
+                path_effects=[withStroke(linewidth=3, foreground="white")],
+            )
+            axes.annotate(
+                f"{ANCHORS[key]}\n{anchors[key]:.3f}", (last + 0.54, anchors[key]), va="center", fontsize=8
+            )
+        axes.set_xlim(-0.6, last + 1.3)

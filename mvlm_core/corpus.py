@@ -11,7 +11,6 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import math
 import os
 import unicodedata
 from collections.abc import Iterator
@@ -97,7 +96,9 @@ def load_corpus(
         UserError: no such folder, no readable text in it, or no text left to train on or to validate with.
     """
     if not 0 <= validation_split <= 0.5:
-        raise UserError(f"--validation_split must lie between 0 and 0.5 (as much again is kept for test), not {validation_split}")
+        raise UserError(
+            f"--validation_split must lie between 0 and 0.5 (as much again is kept for test), not {validation_split}"
+        )
     root = Path(data_dir).resolve()
     documents, skipped = _read_folder(root, "data folder", only or "", validation_split)
     if validation_dir is not None:
@@ -299,7 +300,8 @@ def _score(metadata: dict[str, Any], key: str, problems: list[str]) -> float:
     value = metadata.get(key)
     if value is None:
         return HIGHEST_SCORE
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not 0 <= value <= 10:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= HIGHEST_SCORE:  # NaN is in no range
         problems.append(f"{key} {value!r} is no number from 0 to 10")
         return HIGHEST_SCORE
     return float(value)

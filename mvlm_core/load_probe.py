@@ -2,9 +2,9 @@
 
     python -I mvlm_core/load_probe.py MODEL_DIR REQUEST.json ANSWER.json
 
-Run by `validate_models.py` in a process of its own, on a copy of the export. Needs torch and transformers only and refuses to
-import anything of this repository, so it proves that the folder stands by itself. The request holds `prompts`, `texts` for
-the round trip and `specials`, words that must be ordinary text.
+Run by `validate_models.py` in a process of its own, on a copy of the export. Needs torch and transformers
+only and refuses to import anything of this repository, so it proves that the folder stands by itself. The
+request holds `prompts`, `texts` for the round trip and `specials`, words that must be ordinary text.
 """
 
 import importlib.abc
@@ -12,8 +12,15 @@ import json
 import sys
 from pathlib import Path
 
-OURS = {"mvlm_core", "mvlm_trainer", "prioritary_mvlm", "simone_transformer", "train_all_models", "validate_models",
-        "prepare_dataset"}
+OURS = {
+    "mvlm_core",
+    "mvlm_trainer",
+    "prioritary_mvlm",
+    "simone_transformer",
+    "train_all_models",
+    "validate_models",
+    "prepare_dataset",
+}
 NEW_TOKENS = 40
 
 
@@ -29,12 +36,22 @@ class Barrier(importlib.abc.MetaPathFinder):
 def weights_part(model, info) -> dict:
     import torch
 
-    bad = [name for name, value in model.state_dict().items()
-           if value.is_floating_point() and not torch.isfinite(value).all()]
-    return {"not_finite": bad, "parameters": sum(value.numel() for value in model.parameters()),
-            "unfilled": sorted(str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-                               for key in info.get(kind, ())),
-            "rows": model.get_input_embeddings().weight.shape[0], "class": type(model).__name__}
+    bad = [
+        name
+        for name, value in model.state_dict().items()
+        if value.is_floating_point() and not torch.isfinite(value).all()
+    ]
+    return {
+        "not_finite": bad,
+        "parameters": sum(value.numel() for value in model.parameters()),
+        "unfilled": sorted(
+            str(key)
+            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+            for key in info.get(kind, ())
+        ),
+        "rows": model.get_input_embeddings().weight.shape[0],
+        "class": type(model).__name__,
+    }
 
 
 def round_trips(tokenizer, texts: list[str]) -> list[str]:
@@ -51,30 +68,52 @@ def round_trips(tokenizer, texts: list[str]) -> list[str]:
 
 def tokenizer_part(tokenizer, model, request: dict) -> dict:
     specials = tokenizer.special_tokens_map
-    taken = [word for word in (*request["specials"], *map(str, specials.values()))
-             if set(tokenizer(word, add_special_tokens=False).input_ids) & set(tokenizer.all_special_ids)]
-    return {"size": len(tokenizer), "highest_id": max(tokenizer.get_vocab().values()), "specials": specials,
-            "special_ids": tokenizer.all_special_ids, "failed": round_trips(tokenizer, request["texts"]), "taken": taken,
-            "start_id": tokenizer.bos_token_id, "end_id": tokenizer.eos_token_id,
-            "config_ids": [getattr(model.generation_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")]}
+    taken = [
+        word
+        for word in (*request["specials"], *map(str, specials.values()))
+        if set(tokenizer(word, add_special_tokens=False).input_ids) & set(tokenizer.all_special_ids)
+    ]
+    return {
+        "size": len(tokenizer),
+        "highest_id": max(tokenizer.get_vocab().values()),
+        "specials": specials,
+        "special_ids": tokenizer.all_special_ids,
+        "failed": round_trips(tokenizer, request["texts"]),
+        "taken": taken,
+        "start_id": tokenizer.bos_token_id,
+        "end_id": tokenizer.eos_token_id,
+        "config_ids": [
+            getattr(model.generation_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+        ],
+    }
 
 
 def generated(model, tokenizer, prompts: list[str]) -> list[dict]:
     """Greedy continuations, asked for as the documentation of transformers asks."""
     import torch
 
-    found = []
+    found, context = [], model.config.max_position_embeddings  # GPT-2's n_positions answers to this name too
     for prompt in prompts:
-        inputs = tokenizer(prompt, return_tensors="pt")
+        ids = tokenizer(prompt, return_tensors="pt").input_ids[:, : context - 1]
+        wanted = min(NEW_TOKENS, context - ids.shape[1])  # a learned position embedding ends there
         with torch.inference_mode():
-            finite = bool(torch.isfinite(model(input_ids=inputs.input_ids).logits).all())
-            output = model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask,
-                                    max_new_tokens=NEW_TOKENS, do_sample=False)[0]
-        new = output[inputs.input_ids.shape[1]:].tolist()
+            finite = bool(torch.isfinite(model(input_ids=ids).logits).all())
+            output = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=wanted, do_sample=False
+            )[0]
+        new = output[ids.shape[1] :].tolist()
         end = model.generation_config.eos_token_id
-        whole = len(new) == NEW_TOKENS or bool(new) and new[-1] in (end if isinstance(end, list) else [end])
-        found.append({"prompt": prompt, "text": tokenizer.decode(output, skip_special_tokens=True), "new_tokens": len(new),
-                      "whole": whole, "finite": finite, "within_vocabulary": max(new, default=0) < len(tokenizer)})
+        whole = len(new) == wanted or bool(new) and new[-1] in (end if isinstance(end, list) else [end])
+        found.append(
+            {
+                "prompt": prompt,
+                "text": tokenizer.decode(output, skip_special_tokens=True),
+                "new_tokens": len(new),
+                "whole": whole,
+                "finite": finite,
+                "within_vocabulary": max(new, default=0) < len(tokenizer),
+            }
+        )
     return found
 
 
@@ -82,12 +121,17 @@ def probe(model_dir: str, request: dict) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config = json.loads((Path(model_dir) / "config.json").read_text(encoding="utf-8"))
-    own_code = "auto_map" in config         # a model that transformers knows must load without trusting any code
-    model, info = AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=own_code, output_loading_info=True)
+    own_code = "auto_map" in config  # a model that transformers knows must load without trusting any code
+    model, info = AutoModelForCausalLM.from_pretrained(
+        model_dir, trust_remote_code=own_code, output_loading_info=True
+    )
     model.eval()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    return {"weights": weights_part(model, info), "tokenizer": tokenizer_part(tokenizer, model, request),
-            "samples": generated(model, tokenizer, request["prompts"])}
+    return {
+        "weights": weights_part(model, info),
+        "tokenizer": tokenizer_part(tokenizer, model, request),
+        "samples": generated(model, tokenizer, request["prompts"]),
+    }
 
 
 def main() -> int:

@@ -1,10 +1,8 @@
 """Archives of exported models: reproducible to the byte, self-checking, safe to open.
 
-An archive is a `.tar.gz` with one top folder (the model's name) that holds `manifest.json` and exactly the files this
-manifest lists with their SHA-256. The reader below is deliberately small and strict instead of `tarfile`: it knows regular
-files and folders only, so links, devices, sparse files and extended headers have no code path here at all, and the tar
-parsing faults of the standard library (CVE-2024-6232, CVE-2025-4517, CVE-2025-8194) cannot be reached. What it does
-not accept it names, with the reason; hostile bytes never end in a traceback.
+An archive is a `.tar.gz` with one top folder (the model's name) that holds `manifest.json` and exactly the
+files this manifest lists with their SHA-256. It is read by `strict_tar`, never by `tarfile`; what is not
+accepted is named, with the reason, and hostile bytes never end in a traceback.
 """
 
 import gzip
@@ -15,57 +13,48 @@ import re
 import shutil
 import tarfile
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from mvlm_core.errors import UserError
 from mvlm_core.files import fsync_path, sha256_file
+from mvlm_core.strict_tar import (
+    ENTRY_LIMIT,
+    PROBLEM_LIMIT,
+    BoundedStream,
+    Damaged,
+    Entry,
+    entries,
+    name_problem,
+)
 
-__all__ = ["ArchiveError", "MANIFEST", "check_archive", "extract_archive", "matches_export", "read_manifest",
-           "sha256_file", "verify_folder", "write_archive"]
+__all__ = [
+    "ArchiveError",
+    "MANIFEST",
+    "check_archive",
+    "extract_archive",
+    "matches_export",
+    "read_manifest",
+    "sha256_file",
+    "verify_folder",
+    "write_archive",
+]
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
-MANIFEST_LIMIT = 1 << 20            # bytes; a real one has a few kilobytes
-ENTRY_LIMIT = 10_000
-PROBLEM_LIMIT = 50                  # a hostile archive may hold millions of bad entries: naming some is enough
-# Weights hardly compress (about 0.9), texts and tokenizers 5- to 10-fold; gzip's own limit is about 1,030-fold. What
-# unpacks to more than this is a bomb, and reading stops there.
+MANIFEST_LIMIT = 1 << 20  # bytes; a real one has a few kilobytes
+# Weights hardly compress (about 0.9), texts and tokenizers 5- to 10-fold; gzip's own limit is about
+# 1,030-fold. What unpacks to more than this is a bomb, and reading stops there.
 SIZE_ALLOWANCE = 64 << 20
 EXPANSION_LIMIT = 50
-BLOCK = 512
-CHUNK = 1 << 20
-
-SAFE_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._+-]*[A-Za-z0-9_+-])?", re.ASCII)
-WINDOWS_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
-ENTRY_KINDS = {b"1": "hard link", b"2": "symbolic link", b"3": "character device", b"4": "block device", b"6": "named pipe",
-               b"7": "contiguous file", b"S": "sparse file", b"L": "GNU long name", b"K": "GNU long link",
-               b"x": "PAX extended header", b"g": "PAX global header", b"X": "extended header", b"D": "GNU dump folder",
-               b"M": "continued file", b"V": "volume label"}
 
 
 class ArchiveError(UserError):
     """An archive or an export folder that must not be used; `.problems` says why."""
 
 
-# --- manifest -------------------------------------------------------------------------------------------------------
-
-def name_problem(name: str) -> str | None:
-    """Why `name` cannot be a path inside an archive, on any system; None when it can."""
-    shown = ascii(name if len(name) <= 80 else name[:80] + "...")
-    if not name or name.startswith("/"):
-        return f"{shown}: empty or absolute name"
-    if "\\" in name or ":" in name:
-        return f"{shown}: backslash or drive name"
-    parts = name.split("/")
-    if ".." in parts:
-        return f"{shown}: name leads out of the archive ('..')"
-    for part in parts:
-        if not SAFE_PART.fullmatch(part) or part.split(".")[0].lower() in WINDOWS_DEVICES:
-            return f"{shown}: name holds something else than plain letters, digits and . _ + -"
-    return None
+# --- manifest -----------------------------------------------------------------------------------------------
 
 
 def _no_repeats(pairs):
@@ -91,7 +80,7 @@ def parse_manifest(data: bytes) -> dict:
         problems.append(f"{MANIFEST}: 'name' is no plain folder name")
     if not isinstance(files, dict) or not files or len(files) > ENTRY_LIMIT:
         raise ArchiveError([*problems, f"{MANIFEST}: 'files' is no list of names with their SHA-256"])
-    folded = {}
+    folded = {MANIFEST: MANIFEST}
     for file, digest in files.items():
         if (reason := name_problem(file)) or file == MANIFEST:
             problems.append(f"{MANIFEST}: {reason or 'lists itself'}")
@@ -123,7 +112,7 @@ def read_manifest(model_dir: Path) -> dict:
 
 
 def verify_folder(model_dir: Path) -> list[str]:
-    """What differs between an export folder and its manifest; [] = every listed file is there with its hash."""
+    """What differs between an export folder and its manifest; [] = every listed file has its hash."""
     model_dir = Path(model_dir)
     try:
         manifest = read_manifest(model_dir)
@@ -144,7 +133,8 @@ def verify_folder(model_dir: Path) -> list[str]:
     return problems
 
 
-# --- writing --------------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------------------
+
 
 class _Hashing:
     """A file with a running SHA-256 of what passes through `read` or `write`."""
@@ -166,7 +156,7 @@ class _Hashing:
 
 
 def _add_file(tar: tarfile.TarFile, path: Path, name: str, digest: str | None) -> None:
-    info = tarfile.TarInfo(name)        # owner, group, times: 0 and empty, so that equal models give equal bytes
+    info = tarfile.TarInfo(name)  # owner, group, times: 0 and empty, so that equal models give equal bytes
     info.mode = 0o644
     with path.open("rb") as file:
         info.size = os.fstat(file.fileno()).st_size
@@ -179,8 +169,9 @@ def _add_file(tar: tarfile.TarFile, path: Path, name: str, digest: str | None) -
 def write_archive(model_dir: Path, archive: Path) -> str:
     """Pack the files of `model_dir`'s manifest; returns the archive's SHA-256.
 
-    The same files give the same bytes (with the same zlib). Written under a temporary name and renamed when whole, so a
-    crash leaves the old archive or none. Raises ArchiveError when a file is not what the manifest says.
+    The same files give the same bytes (with the same zlib). Written under a temporary name and renamed when
+    whole, so a crash leaves the old archive or none. Raises ArchiveError when a file is not what the manifest
+    says.
     """
     model_dir, archive = Path(model_dir), Path(archive)
     if problems := verify_folder(model_dir):
@@ -215,68 +206,15 @@ def write_archive(model_dir: Path, archive: Path) -> str:
     return target.hash.hexdigest()
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
-
-class _Damaged(Exception):
-    """The archive cannot be read any further."""
-
-
-class _Bounded:
-    """The unpacked bytes of an archive, never more than `limit` of them."""
-
-    def __init__(self, file, limit: int):
-        self.file, self.limit, self.seen = file, limit, 0
-
-    def read(self, size: int) -> bytes:
-        """Exactly `size` bytes, fewer only at the end."""
-        data = b""
-        while len(data) < size:
-            try:
-                more = self.file.read(size - len(data))
-            except (EOFError, OSError, zlib.error, ValueError) as error:
-                raise _Damaged(f"damaged or cut off ({error})") from None
-            if not more:
-                break
-            data += more
-            self.seen += len(more)
-            if self.seen > self.limit:
-                raise _Damaged(f"unpacks to more than {self.limit:,} bytes: refused as a bomb")
-        return data
-
-
-@dataclass
-class _Entry:
-    name: str
-    kind: bytes
-    size: int
-    mode: int
-
-
-def _number(raw: bytes) -> int:
-    """A number of a tar header: octal text, or GNU's binary form for large sizes."""
-    if raw[0] == 0x80:
-        return int.from_bytes(raw[1:], "big")
-    text = raw.strip(b" \0")
-    if not re.fullmatch(rb"[0-7]*", text):
-        raise _Damaged("damaged entry header (bad number)")
-    return int(text or b"0", 8)
-
-
-def _parse_header(header: bytes) -> _Entry:
-    checksum = sum(header) - sum(header[148:156]) + 8 * 0x20
-    if _number(header[148:156]) != checksum:
-        raise _Damaged("damaged entry header (checksum)")
-    name = header[:100].split(b"\0", 1)[0]
-    if header[257:263] == b"ustar\0" and (prefix := header[345:500].split(b"\0", 1)[0]):
-        name = prefix + b"/" + name
-    return _Entry(name.decode("utf-8", "backslashreplace"), header[156:157], _number(header[124:136]), _number(header[100:108]))
+# --- reading ------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Scan:
     """What one pass over an archive found."""
+
     problems: list[str] = field(default_factory=list)
-    digests: dict[str, str] = field(default_factory=dict)      # name with the top folder -> SHA-256
+    digests: dict[str, str] = field(default_factory=dict)  # name with the top folder -> SHA-256
     folders: set[str] = field(default_factory=set)
     manifest_bytes: bytes | None = None
     manifest: dict | None = None
@@ -285,41 +223,12 @@ class _Scan:
 Sink = Callable[[str, Iterator[bytes]], None]
 
 
-def _entry_problem(entry: _Entry, seen: dict[str, str]) -> str | None:
-    name = entry.name.removesuffix("/") if entry.kind == b"5" else entry.name
-    if entry.kind not in (b"0", b"\0", b"5"):
-        return f"{ascii(name[:80])}: {ENTRY_KINDS.get(entry.kind, 'unknown kind of entry')}; only files and folders are accepted"
-    if reason := name_problem(name):
-        return reason
-    earlier = seen.get(name.lower())
-    if earlier is not None:
-        return f"{name}: stands there twice" if earlier == name else f"{name}: differs from {earlier} only in capital letters"
-    if entry.mode & 0o7000:
-        return f"{name}: set-uid, set-gid or sticky bit"
-    if entry.kind == b"5" and entry.size:
-        return f"{name}: a folder with a size"
-    return None
-
-
-def _content(stream: _Bounded, entry: _Entry) -> Iterator[bytes]:
-    left = entry.size
-    while left:
-        data = stream.read(min(left, CHUNK))
-        if not data:
-            raise _Damaged(f"cut off inside {ascii(entry.name[:80])}")
-        left -= len(data)
-        yield data
-    padding = -entry.size % BLOCK
-    if len(stream.read(padding)) != padding:
-        raise _Damaged(f"cut off after {ascii(entry.name[:80])}")
-
-
-def _take_file(scan: _Scan, stream: _Bounded, entry: _Entry, sink: Sink | None) -> None:
+def _take_file(scan: _Scan, entry: Entry, content: Iterator[bytes], sink: Sink | None) -> None:
     digest, kept = hashlib.sha256(), []
     is_manifest = entry.name.count("/") == 1 and entry.name.endswith("/" + MANIFEST)
 
     def chunks():
-        for data in _content(stream, entry):
+        for data in content:
             digest.update(data)
             if is_manifest and entry.size <= MANIFEST_LIMIT:
                 kept.append(data)
@@ -335,33 +244,6 @@ def _take_file(scan: _Scan, stream: _Bounded, entry: _Entry, sink: Sink | None) 
         scan.manifest_bytes = b"".join(kept)
 
 
-def _walk(scan: _Scan, stream: _Bounded, sink: Sink | None) -> None:
-    seen: dict[str, str] = {}
-    for count in range(ENTRY_LIMIT + 2):
-        header = stream.read(BLOCK)
-        if len(header) != BLOCK:
-            raise _Damaged("cut off: no end mark")
-        if header == bytes(BLOCK):
-            break
-        entry = _parse_header(header)
-        if problem := _entry_problem(entry, seen):
-            scan.problems.append(problem)
-            for _ in _content(stream, entry):
-                pass
-        else:
-            name = entry.name.removesuffix("/") if entry.kind == b"5" else entry.name
-            seen[name.lower()] = name
-            if entry.kind == b"5":
-                scan.folders.add(name)
-            else:
-                _take_file(scan, stream, entry, sink)
-        if count >= ENTRY_LIMIT or len(scan.problems) >= PROBLEM_LIMIT:
-            raise _Damaged("too many entries or problems: reading stopped")
-    while rest := stream.read(CHUNK):
-        if rest.strip(b"\0"):
-            raise _Damaged("data after the end mark")
-
-
 def _compare_with_manifest(scan: _Scan) -> None:
     """Exactly the manifest's files, with its hashes, below one folder of its name."""
     if scan.manifest_bytes is None:
@@ -373,7 +255,8 @@ def _compare_with_manifest(scan: _Scan) -> None:
         scan.problems += error.problems
         return
     top = scan.manifest["name"]
-    wanted = {f"{top}/{file}": digest for file, digest in scan.manifest["files"].items()} | {f"{top}/{MANIFEST}": None}
+    wanted = {f"{top}/{file}": digest for file, digest in scan.manifest["files"].items()}
+    wanted[f"{top}/{MANIFEST}"] = None
     for name in sorted(scan.digests.keys() - wanted.keys()):
         scan.problems.append(f"{name}: not in the manifest of {top}")
     for name in sorted(wanted.keys() - scan.digests.keys()):
@@ -382,19 +265,24 @@ def _compare_with_manifest(scan: _Scan) -> None:
         if wanted[name] not in (None, scan.digests[name]):
             scan.problems.append(f"{name}: SHA-256 differs from the manifest's")
     useful = {str(parent) for name in wanted for parent in PurePosixPath(name).parents}
-    scan.problems += [f"{folder}/: a folder without files of the manifest" for folder in sorted(scan.folders - useful)]
+    for folder in sorted(scan.folders - useful):
+        scan.problems.append(f"{folder}/: a folder without files of the manifest")
 
 
 def _scan(archive: Path, sink: Sink | None = None) -> _Scan:
     scan = _Scan()
     try:
         if archive.is_symlink() or not archive.is_file():
-            raise _Damaged("no regular file")
+            raise Damaged("no regular file")
         limit = SIZE_ALLOWANCE + EXPANSION_LIMIT * archive.stat().st_size
         with gzip.open(archive, "rb") as packed:
-            _walk(scan, _Bounded(packed, limit), sink)
+            for entry, content in entries(BoundedStream(packed, limit), scan.problems):
+                if entry.is_folder:
+                    scan.folders.add(entry.name)
+                else:
+                    _take_file(scan, entry, content, sink)
         _compare_with_manifest(scan)
-    except _Damaged as error:
+    except Damaged as error:
         scan.problems.append(str(error))
     except OSError as error:
         scan.problems.append(f"cannot be read ({error.strerror or error})")
@@ -420,8 +308,8 @@ def matches_export(archive: Path, model_dir: Path) -> bool:
 def extract_archive(archive: Path, destination: Path) -> Path:
     """Check an archive, then unpack it below `destination`; returns the top folder.
 
-    Nothing is written before the whole archive was found good; the second pass checks again while it writes into a
-    temporary folder, so an archive swapped in between is refused too. Raises ArchiveError.
+    Nothing is written before the whole archive was found good; the second pass checks again while it writes
+    into a temporary folder, so an archive swapped in between is refused too. Raises ArchiveError.
     """
     archive, destination = Path(archive), Path(destination)
     first = _scan(archive)
@@ -445,7 +333,9 @@ def extract_archive(archive: Path, destination: Path) -> Path:
     try:
         second = _scan(archive, write)
         if second.problems or second.manifest_bytes != first.manifest_bytes:
-            raise ArchiveError([f"{archive.name}: {p}" for p in second.problems or ["changed while it was read"]])
+            raise ArchiveError(
+                [f"{archive.name}: {p}" for p in second.problems or ["changed while it was read"]]
+            )
         os.rename(partial / first.manifest["name"], top)
         fsync_path(destination)
     finally:

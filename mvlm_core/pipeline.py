@@ -1,38 +1,38 @@
-"""What the main job is made of: child processes with their signals, the run's record, archives, validation.
+"""What the main job is made of: its folders, its record, training, archives, validation.
 
-Knows no model: names and commands come from the entry script. Everything it writes is whole or not there, so the job can
-be stopped or killed at any place and be started again.
+Knows no model: names and commands come from the entry script. Everything it writes is whole or not there, so
+the job can be stopped or killed at any place and be started again.
 """
 
-import contextlib
-import fcntl
 import json
 import logging
 import math
-import os
-import pty
 import re
 import signal
-import subprocess
 import sys
-import termios
-import threading
 import time
-from collections import deque
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
 
+from mvlm_core.child_process import TAIL_LINES, Signals, run_child
 from mvlm_core.errors import Stopped
 from mvlm_core.files import sha256_file, write_atomic, write_json_atomic
-from mvlm_core.hardware import ResourceSampler
 from mvlm_core.packaging import ArchiveError, matches_export, read_manifest, write_archive
 
-TAIL_LINES = 40
-RESULT_KEYS = ("parameters", "tokens", "bytes", "seconds", "tokens_per_second", "validation_bpb", "test_bpb",
-               "test_bpb_kjv", "peak_memory_bytes")
+RESULT_KEYS = (
+    "parameters",
+    "tokens",
+    "bytes",
+    "seconds",
+    "tokens_per_second",
+    "validation_bpb",
+    "test_bpb",
+    "test_bpb_kjv",
+    "peak_memory_bytes",
+)
 log = logging.getLogger("mvlm")
 
 
@@ -94,192 +94,8 @@ def training_config(export: Path) -> dict:
     return read_json(export / "training_config.json") if (export / "manifest.json").is_file() else {}
 
 
-# --- signals and child processes ------------------------------------------------------------------------------------
+# --- the run's record ---------------------------------------------------------------------------------------
 
-class Signals:
-    """SIGINT and SIGTERM, as a context manager: handed on once to the running child, else the job stops at once.
-
-    A second SIGINT kills the child's whole process group and leaves.
-    """
-
-    def __init__(self):
-        self.number: int | None = None
-        self._child: subprocess.Popen | None = None
-        self._starting = False
-        self._before = {}
-
-    def __enter__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number, _frame):
-        # No logging here: a handler may interrupt a half-written log line.
-        if self.number is None:
-            self.number = number
-            if self._child is not None:
-                self._child.send_signal(number)
-            elif not self._starting:
-                raise Stopped(number)
-        elif number == signal.SIGINT:
-            if self._child is not None:
-                _kill_group(self._child)
-            raise Stopped(number)
-
-    def check(self) -> None:
-        """Raise Stopped when a signal has come."""
-        if self.number is not None:
-            raise Stopped(self.number)
-
-    def start(self, command: list[str], **options) -> subprocess.Popen:
-        """Start a child in a session of its own: the terminal's Ctrl-C reaches it through here, and only once."""
-        self.check()
-        self._starting = True
-        try:
-            self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, **options)
-        finally:
-            self._starting = False
-        if self.number is not None:
-            self._child.send_signal(self.number)
-        return self._child
-
-    def wait(self) -> int:
-        """Wait for the child; returns its exit code, 128 + n for signal n."""
-        told = False
-        while (code := _poll(self._child)) is None:
-            if self.number is not None and not told:
-                told = True
-                log.info("%s: handed on; waiting for the checkpoint (Ctrl-C once more ends at once)",
-                         signal.Signals(self.number).name)
-        self._child = None
-        return 128 - code if code < 0 else code
-
-
-def _poll(child: subprocess.Popen) -> int | None:
-    try:
-        return child.wait(timeout=0.5)
-    except subprocess.TimeoutExpired:
-        return None
-
-
-def _kill_group(child: subprocess.Popen) -> None:
-    # Called from a signal handler, perhaps in the middle of `child.wait()`, whose lock is not to be waited for.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-
-
-def keep_streams_open() -> None:
-    """Give closed standard streams a place to write to: the next file opened would take their number."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)      # takes the lowest free number, this one
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
-
-
-class Relay:
-    """Copies a child's output to the console as it comes and keeps the last lines of it.
-
-    On a terminal the child gets a terminal too, so that its progress bars stay bars; otherwise a pipe. The reading end is
-    drained even when our own console is gone, so the child never notices.
-    """
-
-    def __init__(self):
-        self.console = 2 if os.isatty(2) else 1
-        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
-        self._rest = b""
-        if os.isatty(2):
-            self._reader, self.child_end = pty.openpty()
-            settings = termios.tcgetattr(self.child_end)
-            settings[1] &= ~termios.OPOST       # the real terminal does the line ends
-            termios.tcsetattr(self.child_end, termios.TCSANOW, settings)
-            try:
-                size = fcntl.ioctl(2, termios.TIOCGWINSZ, bytes(8))
-                fcntl.ioctl(self.child_end, termios.TIOCSWINSZ, size)
-            except OSError:
-                pass                            # a terminal without a size: bars use their default width
-        else:
-            self._reader, self.child_end = os.pipe()
-        self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
-
-    def start(self) -> None:
-        """Call after the child has inherited its end."""
-        os.close(self.child_end)
-        self._thread.start()
-
-    def finish(self) -> list[str]:
-        """The last lines. A grandchild may hold the pipe open for ever, hence the limit."""
-        self._thread.join(timeout=5)
-        if self._rest:
-            self._keep(self._rest + b"\n")
-        return list(self.tail)
-
-    def _run(self) -> None:
-        broken = False
-        while True:
-            try:
-                data = os.read(self._reader, 1 << 16)
-            except OSError:             # a pseudo-terminal ends with EIO
-                data = b""
-            if not data:
-                os.close(self._reader)
-                return
-            self._keep(data)
-            while data and not broken:
-                try:
-                    data = data[os.write(self.console, data):]
-                except BlockingIOError:
-                    time.sleep(0.05)
-                except OSError:
-                    broken = True
-
-    def _keep(self, data: bytes) -> None:
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        self._rest = self._rest[-4096:]
-        for line in lines:
-            text = line.rstrip(b"\r").rsplit(b"\r", 1)[-1].decode("utf-8", "replace")
-            text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).rstrip()
-            if text:
-                self.tail.append(text)
-
-
-def run_child(command: list[str], signals: Signals) -> tuple[int, list[str]]:
-    """Run a command to its end with its output on the console; returns its exit code and last lines."""
-    environment = os.environ | {"MVLM_PARENT_PID": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
-    relay = Relay()
-    try:
-        signals.start(command, env=environment, stdout=relay.child_end, stderr=relay.child_end)
-    finally:
-        relay.start()
-    code = signals.wait()
-    return code, relay.finish()
-
-
-class ResourceLog:
-    """GPU or CPU statistics in the run's log file only: on the console they would break the progress bar."""
-
-    def __init__(self, log_file: Path, seconds: float = 30.0):
-        self._log_file, self._sampler, self._seconds = log_file, None, seconds
-
-    def __enter__(self):
-        self._sampler = ResourceSampler(self._write, self._seconds)
-        return self
-
-    def __exit__(self, *_):
-        self._sampler.stop()
-
-    def _write(self, line: str) -> None:
-        with self._log_file.open("a", encoding="utf-8") as file:
-            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")
-
-
-# --- the run's record -----------------------------------------------------------------------------------------------
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
@@ -296,12 +112,25 @@ class Summary:
     def __init__(self, layout: Layout, names: list[str], *, preset: str, device: str):
         before = read_json(layout.summary).get("models", {})
         self.layout = layout
-        # A model of an earlier run that this one was not asked for stays in the record while its export is there.
-        kept = {name: entry for name, entry in before.items() if name not in names and isinstance(entry, dict)
-                and entry.get("status") == "finished" and training_config(layout.export(name))}
+        # A model of an earlier run that this one was not asked for stays in the record while its export is
+        # there.
+        kept = {
+            name: entry
+            for name, entry in before.items()
+            if name not in names
+            and isinstance(entry, dict)
+            and entry.get("status") == "finished"
+            and training_config(layout.export(name))
+        }
         self.models = kept | {name: self._empty() for name in names}
-        self.value = {"device": device, "preset": preset, "started": now(), "finished": None, "models": self.models,
-                      "comparison": {}}
+        self.value = {
+            "device": device,
+            "preset": preset,
+            "started": now(),
+            "finished": None,
+            "models": self.models,
+            "comparison": {},
+        }
         self.save()
 
     @staticmethod
@@ -328,7 +157,8 @@ class Summary:
         write_json_atomic(self.layout.downloads / self.layout.summary.name, self.value)
 
 
-# --- stages ---------------------------------------------------------------------------------------------------------
+# --- stages -------------------------------------------------------------------------------------------------
+
 
 def take_results(name: str, layout: Layout, summary: Summary) -> None:
     """What a finished trainer wrote about itself, into the summary."""
@@ -337,15 +167,19 @@ def take_results(name: str, layout: Layout, summary: Summary) -> None:
     results = config.get("results") or {}
     files = [export / file for file in (*read_manifest(export)["files"], "manifest.json")]
     summary.models[name].pop("error", None)
-    summary.update(name, status="finished", size_bytes=sum(file.stat().st_size for file in files),
-                   **{key: results.get(key) for key in RESULT_KEYS})
+    summary.update(
+        name,
+        status="finished",
+        size_bytes=sum(file.stat().st_size for file in files),
+        **{key: results.get(key) for key in RESULT_KEYS},
+    )
     if (hardware := config.get("hardware") or {}).get("device"):
         summary.value["device"] = f"{hardware['device']}: {hardware.get('name', 'unknown')}"
         summary.save()
 
 
 def train_model(name: str, command: list[str], layout: Layout, summary: Summary, signals: Signals) -> int:
-    """Run one trainer and record how it ended; returns its exit code. Raises Stopped when a signal ended it."""
+    """Run one trainer and record how it ended; returns its exit code. Raises Stopped after a signal."""
     log_file = layout.log_file(name)
     summary.update(name, status="running")
     start = time.monotonic()
@@ -368,7 +202,9 @@ def train_model(name: str, command: list[str], layout: Layout, summary: Summary,
     if code > 128:
         tail.append(f"ended by {_signal_name(code - 128)}")
         if code == 128 + signal.SIGKILL:
-            tail.append("(the system kills a process this way when memory runs out: try a smaller --batch_size)")
+            tail.append(
+                "(the system kills a process this way when memory runs out: try a smaller --batch_size)"
+            )
     keep_last_words(log_file, code, tail)
     summary.update(name, status="failed", error="\n".join(tail[-TAIL_LINES:]))
     log.error("%s: FAILED with exit code %d; the end of its output:", name, code)
@@ -378,12 +214,14 @@ def train_model(name: str, command: list[str], layout: Layout, summary: Summary,
 
 
 def wait_for_orphan(export: Path) -> None:
-    """A trainer whose pipeline was killed stops by itself after a checkpoint: let it, instead of failing on its lock."""
+    """A trainer whose pipeline was killed ends by itself after a checkpoint: wait, or its lock is in the way."""
     pid = read_json(export / "run.lock").get("pid")
     told = False
     while isinstance(pid, int) and _is_orphan(pid):
         if not told:
-            log.info("waiting for process %d, left over from an earlier run, to write its checkpoint and end", pid)
+            log.info(
+                "waiting for process %d, left over from an earlier run, to write its checkpoint and end", pid
+            )
             told = True
         time.sleep(0.5)
 
@@ -393,7 +231,11 @@ def _is_orphan(pid: int) -> bool:
     try:
         process = psutil.Process(pid)
         starter = process.environ().get("MVLM_PARENT_PID", "")
-        return starter.isdecimal() and process.ppid() != int(starter) and process.status() != psutil.STATUS_ZOMBIE
+        return (
+            starter.isdecimal()
+            and process.ppid() != int(starter)
+            and process.status() != psutil.STATUS_ZOMBIE
+        )
     except (psutil.Error, ValueError, OverflowError):
         return False
 
@@ -447,7 +289,7 @@ def pack_models(layout: Layout, summary: Summary, signals: Signals) -> None:
 def write_download_notes(layout: Layout, summary: Summary) -> None:
     """SHA256SUMS, the summary and the instructions beside the archives that are there."""
     offered = [name for name in summary.finished() if layout.archive(name).is_file()]
-    for name in summary.failed():           # never offer the archive of an earlier run as this one's
+    for name in summary.failed():  # never offer the archive of an earlier run as this one's
         layout.archive(name).unlink(missing_ok=True)
     sums = "".join(f"{sha256_file(layout.archive(name))}  {layout.archive(name).name}\n" for name in offered)
     if offered:
@@ -471,16 +313,27 @@ def validate(layout: Layout, summary: Summary, command: list[str], signals: Sign
             continue
         checks = found.get(name, {}).get("checks", [])
         failed = [f"{check['name']}: {check['detail']}" for check in checks if not check["passed"]]
-        summary.update(name, status="failed", archive=None,
-                       error="validation: " + ("; ".join(failed) or "\n".join(tail) or "no report was written"))
+        summary.update(
+            name,
+            status="failed",
+            archive=None,
+            error="validation: " + ("; ".join(failed) or "\n".join(tail) or "no report was written"),
+        )
         log.error("%s: failed its validation and was withdrawn from %s", name, layout.downloads)
     write_download_notes(layout, summary)
     return code == 0
 
 
 def validation_command(script: Path, layout: Layout, data_dir: str, device: str | None) -> list[str]:
-    return [sys.executable, str(script), "--work_dir", str(layout.root), "--data_dir", data_dir,
-            *(["--device", device] if device else [])]
+    return [
+        sys.executable,
+        str(script),
+        "--work_dir",
+        str(layout.root),
+        "--data_dir",
+        data_dir,
+        *(["--device", device] if device else []),
+    ]
 
 
 def download_instructions(names: list[str], layout: Layout) -> str:
@@ -488,8 +341,11 @@ def download_instructions(names: list[str], layout: Layout) -> str:
     archives = [layout.archive(name).name for name in names]
     unpack = "\n".join(f"tar -xzf {archive}" for archive in archives)
     coded = [name for name in names if list(layout.export(name).glob("*.py"))]
-    remote = (f"`trust_remote_code=True` lets `{coded[0]}` use the modelling files inside its folder; nothing is downloaded.\n"
-              if coded else "")
+    remote = (
+        f"`trust_remote_code=True` lets `{coded[0]}` use the modelling files in its folder; nothing is fetched.\n"
+        if coded
+        else ""
+    )
     return f"""# Downloading and using the models
 
 Copy this folder from the training machine (`USER@HOST` is yours):
@@ -518,10 +374,9 @@ for folder in {json.dumps([f"./{name}" for name in names])}:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     prompt = tokenizer("In the beginning God", return_tensors="pt")
-    output = model.generate(prompt.input_ids, attention_mask=prompt.attention_mask, max_new_tokens=40, do_sample=False)
-    print(folder, tokenizer.decode(output[0], skip_special_tokens=True), sep="\\n")
-END
-```
+    output = model.generate(prompt.input_ids, attention_mask=prompt.attention_mask, max_new_tokens=40,
+    do_sample=False) print(folder, tokenizer.decode(output[0], skip_special_tokens=True), sep="\\n") END ```
 
-{remote}`training_summary.json` holds what was trained and how well it scored; each model's `README.md` is its model card.
+{remote}`training_summary.json` holds what was trained and how well it scored; each model's `README.md` is its
+model card.
 """

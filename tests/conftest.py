@@ -99,7 +99,11 @@ def modernised(text: str) -> str:
 @pytest.fixture
 def tiny_corpus(tmp_path: Path) -> Path:
     """Two translations, laid out like the real corpus, with train, validation and test books."""
-    folder = tmp_path / "corpus"
+    return build_tiny_corpus(tmp_path / "corpus")
+
+
+def build_tiny_corpus(folder: Path) -> Path:
+    """Write the tiny corpus into ``folder`` and return it."""
     books = sample_books()
     for translation, change, quality in (("kjv", str, 10.0), ("plain", modernised, 8.0)):
         for number, book, first_chapter, split in BOOKS:

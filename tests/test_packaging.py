@@ -117,7 +117,9 @@ def test_nested_files_survive(tmp_path):
     export = make_export(tmp_path / "e", {"a/b/c.json": b"{}", "a/d.json": b"1"})
     write_archive(export, tmp_path / "x.tar.gz")
     assert check_archive(tmp_path / "x.tar.gz") == []
-    assert (extract_archive(tmp_path / "x.tar.gz", tmp_path / "o") / "a" / "b" / "c.json").read_bytes() == b"{}"
+    assert (
+        extract_archive(tmp_path / "x.tar.gz", tmp_path / "o") / "a" / "b" / "c.json"
+    ).read_bytes() == b"{}"
 
 
 def test_damaged_export_is_not_packed_and_the_old_archive_stays(export, archive, monkeypatch):
@@ -126,7 +128,9 @@ def test_damaged_export_is_not_packed_and_the_old_archive_stays(export, archive,
     assert [p for p in verify_folder(export) if "config.json" in p and "SHA-256" in p]
     with pytest.raises(ArchiveError, match="config.json"):
         write_archive(export, archive)
-    monkeypatch.setattr(packaging, "verify_folder", lambda folder: [])      # changed between the check and the read
+    monkeypatch.setattr(
+        packaging, "verify_folder", lambda folder: []
+    )  # changed between the check and the read
     with pytest.raises(ArchiveError, match="config.json"):
         write_archive(export, archive)
     assert archive.read_bytes() == before
@@ -144,31 +148,34 @@ def test_verify_folder_names_each_fault(export, tmp_path):
     assert verify_folder(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("extra, reason", [
-    (entry("mvlm_gpt2/config.json"), "twice"),
-    (entry("mvlm_gpt2/CONFIG.json"), "capital letters"),
-    (entry("mvlm_gpt2/extra.json"), "not in the manifest"),
-    (entry("mvlm_gpt2/../../evil"), "'..'"),
-    (entry("../evil"), "'..'"),
-    (entry("/etc/passwd"), "absolute"),
-    (entry("mvlm_gpt2\\evil"), "backslash"),
-    (entry("C:evil"), "drive"),
-    (entry("mvlm_gpt2/aux.json"), "plain letters"),
-    (entry("mvlm_gpt2/x\n.json"), "plain letters"),
-    (entry("mvlm_gpt2/x."), "plain letters"),
-    (entry("mvlm_gpt2/.hidden"), "plain letters"),
-    (entry("mvlm_gpt2//x"), "plain letters"),
-    (entry("mvlm_gpt2/x", kind=tarfile.SYMTYPE, link="/etc/passwd"), "symbolic link"),
-    (entry("mvlm_gpt2/x", kind=tarfile.LNKTYPE, link="mvlm_gpt2/config.json"), "hard link"),
-    (entry("mvlm_gpt2/x", kind=tarfile.FIFOTYPE), "named pipe"),
-    (entry("mvlm_gpt2/x", kind=tarfile.CHRTYPE), "character device"),
-    (entry("mvlm_gpt2/x", kind=tarfile.BLKTYPE), "block device"),
-    (entry("mvlm_gpt2/x", kind=tarfile.CONTTYPE), "contiguous"),
-    (entry("mvlm_gpt2/x", kind=b"S"), "sparse"),
-    (entry("mvlm_gpt2/x", kind=b"?"), "unknown kind"),
-    (entry("other", kind=tarfile.DIRTYPE), "folder without files"),
-    (entry("mvlm_gpt2/" + "y" * 150), "long name"),
-])
+@pytest.mark.parametrize(
+    "extra, reason",
+    [
+        (entry("mvlm_gpt2/config.json"), "twice"),
+        (entry("mvlm_gpt2/CONFIG.json"), "capital letters"),
+        (entry("mvlm_gpt2/extra.json"), "not in the manifest"),
+        (entry("mvlm_gpt2/../../evil"), "'..'"),
+        (entry("../evil"), "'..'"),
+        (entry("/etc/passwd"), "absolute"),
+        (entry("mvlm_gpt2\\evil"), "backslash"),
+        (entry("C:evil"), "drive"),
+        (entry("mvlm_gpt2/aux.json"), "plain letters"),
+        (entry("mvlm_gpt2/x\n.json"), "plain letters"),
+        (entry("mvlm_gpt2/x."), "plain letters"),
+        (entry("mvlm_gpt2/.hidden"), "plain letters"),
+        (entry("mvlm_gpt2//x"), "plain letters"),
+        (entry("mvlm_gpt2/x", kind=tarfile.SYMTYPE, link="/etc/passwd"), "symbolic link"),
+        (entry("mvlm_gpt2/x", kind=tarfile.LNKTYPE, link="mvlm_gpt2/config.json"), "hard link"),
+        (entry("mvlm_gpt2/x", kind=tarfile.FIFOTYPE), "named pipe"),
+        (entry("mvlm_gpt2/x", kind=tarfile.CHRTYPE), "character device"),
+        (entry("mvlm_gpt2/x", kind=tarfile.BLKTYPE), "block device"),
+        (entry("mvlm_gpt2/x", kind=tarfile.CONTTYPE), "contiguous"),
+        (entry("mvlm_gpt2/x", kind=b"S"), "sparse"),
+        (entry("mvlm_gpt2/x", kind=b"?"), "unknown kind"),
+        (entry("other", kind=tarfile.DIRTYPE), "folder without files"),
+        (entry("mvlm_gpt2/" + "y" * 150), "long name"),
+    ],
+)
 def test_odd_entries_are_named_and_nothing_is_written(archive, tmp_path, extra, reason):
     repack(archive, [*members(archive), extra])
     problems = check_archive(archive)
@@ -206,7 +213,7 @@ def test_bomb_stops_early(archive, monkeypatch):
     monkeypatch.setattr(packaging, "SIZE_ALLOWANCE", 1 << 20)
     repack(archive, [*members(archive), entry("mvlm_gpt2/zeros", bytes(64 << 20))])
     assert any("bomb" in p for p in check_archive(archive))
-    archive.write_bytes(gzip.compress(bytes(64 << 20)))         # nothing but end marks
+    archive.write_bytes(gzip.compress(bytes(64 << 20)))  # nothing but end marks
     assert any("bomb" in p for p in check_archive(archive))
 
 
@@ -242,15 +249,27 @@ def test_archive_changed_between_check_and_extraction(archive, tmp_path, monkeyp
     assert list((tmp_path / "o").iterdir()) == []
 
 
-@pytest.mark.parametrize("data", [
-    b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"format": 1}', b'{"format": 1' + b"1" * 5000 + b"}",
-    b'{"format": 1, "name": "../x", "files": {"a": "0"}}', b'{"format": 1, "name": "m", "files": {"a": 3}}',
-    b'{"format": 1, "name": "m", "name": "n", "files": {}}', b'{"format": 1, "name": "m", "files": {"manifest.json": "0"}}',
-    json.dumps({"format": 1, "name": "m", "files": {"../a": "0" * 64}}).encode(),
-    json.dumps({"format": 1, "name": "m", "files": {"a": "0" * 64, "A": "0" * 64}}).encode(),
-    json.dumps({"format": 1, "name": "m", "files": {"a": "0" * 64, "a/b": "0" * 64}}).encode(),
-    b" " * (packaging.MANIFEST_LIMIT + 1),
-])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"format": 1}',
+        b'{"format": 1' + b"1" * 5000 + b"}",
+        b'{"format": 1, "name": "../x", "files": {"a": "0"}}',
+        b'{"format": 1, "name": "m", "files": {"a": 3}}',
+        b'{"format": 1, "name": "m", "name": "n", "files": {}}',
+        b'{"format": 1, "name": "m", "files": {"manifest.json": "0"}}',
+        json.dumps({"format": 1, "name": "m", "files": {"../a": "0" * 64}}).encode(),
+        json.dumps({"format": 1, "name": "m", "files": {"a": "0" * 64, "A": "0" * 64}}).encode(),
+        json.dumps({"format": 1, "name": "m", "files": {"a": "0" * 64, "a/b": "0" * 64}}).encode(),
+        b" " * (packaging.MANIFEST_LIMIT + 1),
+    ],
+)
 def test_bad_manifests(data):
     with pytest.raises(ArchiveError, match="manifest.json"):
         parse_manifest(data)
@@ -259,7 +278,7 @@ def test_bad_manifests(data):
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32), inside=st.booleans())
 def test_changed_bytes_never_pass_and_never_crash(archive, tmp_path, seed, inside):
-    """Flip, cut or insert somewhere, in the packed or in the unpacked bytes: problems or the same content, no traceback."""
+    """Flip, cut or insert somewhere, packed or unpacked: problems or the same content, no traceback."""
     chance = random.Random(seed)
     whole = archive.read_bytes()
     data = bytearray(gzip.decompress(whole) if inside else whole)
@@ -272,7 +291,7 @@ def test_changed_bytes_never_pass_and_never_crash(archive, tmp_path, seed, insid
         case 2:
             data[place:place] = chance.randbytes(chance.randrange(1, 600))
         case 3:
-            data[place:place + 512] = bytes(min(512, len(data) - place))
+            data[place : place + 512] = bytes(min(512, len(data) - place))
     broken = tmp_path / "broken.tar.gz"
     broken.write_bytes(gzip.compress(bytes(data), mtime=0) if inside else bytes(data))
     problems = check_archive(broken)
@@ -281,7 +300,7 @@ def test_changed_bytes_never_pass_and_never_crash(archive, tmp_path, seed, insid
         with pytest.raises(ArchiveError):
             extract_archive(broken, out)
         assert not out.exists()
-    else:       # only bytes that carry no content (gzip's time, a header's owner, padding) may differ unnoticed
+    else:  # only bytes that carry no content (gzip's time, a header's owner, padding) may differ unnoticed
         top = extract_archive(broken, out)
         assert {p.name: p.read_bytes() for p in top.iterdir() if p.name != "manifest.json"} == FILES
         packaging.shutil.rmtree(out)
@@ -296,9 +315,18 @@ def test_any_bytes_are_refused_with_a_reason(tmp_path, data, packed):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=8),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-                        st.sampled_from(["format", "name", "files", "a", "../b", "A"]), inner, max_size=4), max_leaves=8))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(["format", "name", "files", "a", "../b", "A"]), inner, max_size=4
+            )
+        ),
+        max_leaves=8,
+    )
+)
 def test_any_json_manifest(value):
     with pytest.raises(ArchiveError):
         parse_manifest(json.dumps(value).encode())

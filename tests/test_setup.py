@@ -24,7 +24,7 @@ case "$1 $2" in
     "-c "*urllib*) exit 1 ;;
     "-c "*"torch.cuda"*) [ -z "$STAND_IN_CUDA" ] || { echo "torch uses $STAND_IN_CUDA"; exit; } ;;
     "-c "*"import flash_attn"*) exit 1 ;;
-    "-m venv") echo "$*" >> "$LOG"; rm -rf "$4"; mkdir -p "$4/bin"; cp "$0" "$4/bin/python"; exit ;;
+    "-m venv") echo "$*" >> "$LOG"; rm -rf "$4"/*; mkdir -p "$4/bin" || exit; cp "$0" "$4/bin/python"; exit ;;
     "-m "*)
         echo "$*" >> "$LOG"
         case "$*" in *$STAND_IN_FAILS*) [ -z "$STAND_IN_FAILS" ] || { echo "it failed" >&2; exit 1; } ;; esac

@@ -24,7 +24,7 @@ from mvlm_core.pipeline import Layout, read_checksums
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Behaves like a trainer towards its caller; what it does is told by MODE_<model> in the environment.
-TRAINER = '''
+TRAINER = """
 import hashlib, json, os, signal, sys, time
 from pathlib import Path
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
@@ -57,22 +57,19 @@ sys.path.insert(0, os.environ["REPOSITORY"])
 from mvlm_core.corpus import load_corpus
 second = name == "simone_enhanced"
 results = {"parameters": 1010 if second else 1000, "steps": 9, "tokens": 500, "bytes": 2000, "seconds": 3.0,
-           "tokens_per_second": 166.0, "validation_bpb": 2.0, "test_bpb": 1.8 if second else 1.9, "test_bpb_kjv": 1.7,
-           "peak_memory_bytes": 10**8}
-files = {
-    "training_config.json": json.dumps({"model": name, "preset": flags["--preset"], "settings": {"seed": 0}, "results": results,
-        "data": {"fingerprint": load_corpus(flags["--data_dir"]).fingerprint, "only": None}, "hardware": {"device": "cpu"}}),
-    "training_history.json": json.dumps([{"bytes": 1000, "seconds": 1.0, "train_loss": 5.0},
-        {"bytes": 2000, "seconds": 3.0, "train_loss": 4.0, "validation_bpb": 2.0}]),
-    "model.safetensors": name}
-for file, text in files.items():
-    (out / file).write_text(text)
-digests = {file: hashlib.sha256(text.encode()).hexdigest() for file, text in files.items()}
-(out / "manifest.json").write_text(json.dumps({"format": 1, "name": name, "files": digests}))
-say("finished")
-'''
+           "tokens_per_second": 166.0, "validation_bpb": 2.0, "test_bpb": 1.8 if second else 1.9,
+           "test_bpb_kjv": 1.7, "peak_memory_bytes": 10**8} files = { "training_config.json":
+           json.dumps({"model": name, "preset": flags["--preset"], "settings": {"seed": 0}, "results":
+           results, "data": {"fingerprint": load_corpus(flags["--data_dir"]).fingerprint, "only": None},
+           "hardware": {"device": "cpu"}}), "training_history.json": json.dumps([{"bytes": 1000, "seconds":
+           1.0, "train_loss": 5.0}, {"bytes": 2000, "seconds": 3.0, "train_loss": 4.0, "validation_bpb":
+           2.0}]), "model.safetensors": name} for file, text in files.items(): (out / file).write_text(text)
+           digests = {file: hashlib.sha256(text.encode()).hexdigest() for file, text in files.items()} (out /
+           "manifest.json").write_text(json.dumps({"format": 1, "name": name, "files": digests}))
+           say("finished")
+"""
 
-VALIDATOR = '''
+VALIDATOR = """
 import json, os, sys
 from pathlib import Path
 models = Path(sys.argv[sys.argv.index("--work_dir") + 1]) / "models"
@@ -80,11 +77,11 @@ if os.environ.get("VALIDATOR") == "crash":
     sys.exit("out of luck")
 bad = os.environ.get("VALIDATOR", "").split(",")
 asked = json.loads((models / "training_summary.json").read_text())["models"]
-found = {name: {"passed": name not in bad, "checks": [{"name": "hashes", "passed": name not in bad, "detail": "differs"}]}
-         for name, entry in asked.items() if entry["status"] == "finished"}
-(models / "validation_report.json").write_text(json.dumps({"models": found}))
-sys.exit(any(name in bad for name in found) or len(found) < len(asked))
-'''
+found = {name: {"passed": name not in bad, "checks": [{"name": "hashes", "passed": name not in bad, "detail":
+"differs"}]} for name, entry in asked.items() if entry["status"] == "finished"} (models /
+"validation_report.json").write_text(json.dumps({"models": found})) sys.exit(any(name in bad for name in
+found) or len(found) < len(asked))
+"""
 
 
 class Job:
@@ -96,7 +93,8 @@ class Job:
         (folder / "trainer.py").write_text(TRAINER)
         (folder / "validator.py").write_text(VALIDATOR)
         self.runner = folder / "runner.py"
-        self.runner.write_text(textwrap.dedent(f"""
+        self.runner.write_text(
+            textwrap.dedent(f"""
             import sys
             sys.path.insert(0, {str(REPOSITORY)!r})
             from pathlib import Path
@@ -110,21 +108,38 @@ class Job:
                 from mvlm_core import comparison
                 comparison.plot = comparison.compressor_anchors = lambda *given: {{}}
             run_main(job.main)
-        """))
+        """)
+        )
 
     def command(self, *flags: str) -> list[str]:
-        return [sys.executable, str(self.runner), "--preset", "smoke", "--data_dir", str(self.data_dir), "--work_dir",
-                str(self.work_dir), *flags]
+        return [
+            sys.executable,
+            str(self.runner),
+            "--preset",
+            "smoke",
+            "--data_dir",
+            str(self.data_dir),
+            "--work_dir",
+            str(self.work_dir),
+            *flags,
+        ]
 
     def environment(self, **extra: str) -> dict:
         return os.environ | {"REPOSITORY": str(REPOSITORY)} | extra
 
     def run(self, *flags: str, **extra: str) -> subprocess.CompletedProcess:
-        return subprocess.run(self.command(*flags), env=self.environment(**extra), text=True, capture_output=True, timeout=60)
+        return subprocess.run(
+            self.command(*flags), env=self.environment(**extra), text=True, capture_output=True, timeout=60
+        )
 
     def start(self, *flags: str, stdout=subprocess.PIPE, **extra: str) -> subprocess.Popen:
-        return subprocess.Popen(self.command(*flags), env=self.environment(**extra), text=True, stdout=stdout,
-                                stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            self.command(*flags),
+            env=self.environment(**extra),
+            text=True,
+            stdout=stdout,
+            stderr=subprocess.STDOUT,
+        )
 
     def summary(self) -> dict:
         return json.loads(self.layout.summary.read_text())
@@ -149,21 +164,45 @@ def test_whole_run_then_everything_is_kept(tmp_path, tiny_corpus):
     assert done.returncode == 0, done.stdout + done.stderr
     summary = job.summary()
     assert list(summary) == ["device", "preset", "started", "finished", "models", "comparison"]
-    assert summary["preset"] == "smoke" and summary["device"].startswith("cpu") and summary["finished"] >= summary["started"]
+    assert (
+        summary["preset"] == "smoke"
+        and summary["device"].startswith("cpu")
+        and summary["finished"] >= summary["started"]
+    )
     assert list(summary["models"]) == ["mvlm_gpt2", "simone_enhanced"]
     for name, entry in summary["models"].items():
-        assert set(entry) == {"status", "parameters", "tokens", "bytes", "seconds", "tokens_per_second", "validation_bpb",
-                              "test_bpb", "test_bpb_kjv", "peak_memory_bytes", "size_bytes", "archive"}
-        assert entry["status"] == "finished" and entry["archive"] == f"models_for_download/{name}_model.tar.gz"
+        assert set(entry) == {
+            "status",
+            "parameters",
+            "tokens",
+            "bytes",
+            "seconds",
+            "tokens_per_second",
+            "validation_bpb",
+            "test_bpb",
+            "test_bpb_kjv",
+            "peak_memory_bytes",
+            "size_bytes",
+            "archive",
+        }
+        assert (
+            entry["status"] == "finished" and entry["archive"] == f"models_for_download/{name}_model.tar.gz"
+        )
         assert check_archive(job.work_dir / entry["archive"]) == []
         files = [path for path in job.layout.export(name).iterdir() if path.name != "pid"]
         assert entry["size_bytes"] == sum(path.stat().st_size for path in files)
     assert summary["comparison"]["test_bpb"]["ratio"] == pytest.approx(1.8 / 1.9)
     assert summary["comparison"]["parameters"]["equal_within_2_percent"] is True
     assert {path.name for path in job.layout.downloads.iterdir()} == {
-        "mvlm_gpt2_model.tar.gz", "simone_enhanced_model.tar.gz", "SHA256SUMS", "training_summary.json",
-        "DOWNLOAD_INSTRUCTIONS.md"}
-    subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=job.layout.downloads, check=True, capture_output=True)
+        "mvlm_gpt2_model.tar.gz",
+        "simone_enhanced_model.tar.gz",
+        "SHA256SUMS",
+        "training_summary.json",
+        "DOWNLOAD_INSTRUCTIONS.md",
+    }
+    subprocess.run(
+        ["sha256sum", "-c", "SHA256SUMS"], cwd=job.layout.downloads, check=True, capture_output=True
+    )
     assert json.loads((job.layout.downloads / "training_summary.json").read_text()) == summary
     assert job.layout.plot.read_bytes().startswith(b"\x89PNG")
     assert done.stdout.index("mvlm_gpt2 starts") < done.stdout.index("simone_enhanced starts")
@@ -171,10 +210,14 @@ def test_whole_run_then_everything_is_kept(tmp_path, tiny_corpus):
     (log,) = job.layout.logs.glob("h200_training_*.log")
     assert "=== validation" in log.read_text()
 
-    before = {path.name: (path.stat().st_mtime_ns, sha256_file(path)) for path in job.layout.downloads.glob("*.gz")}
-    again = job.run()
+    before = {
+        path.name: (path.stat().st_mtime_ns, sha256_file(path)) for path in job.layout.downloads.glob("*.gz")
+    }
+    again = Job(tmp_path, tiny_corpus).run()
     assert again.returncode == 0 and again.stdout.count("kept, it holds this export already") == 2
-    assert {p.name: (p.stat().st_mtime_ns, sha256_file(p)) for p in job.layout.downloads.glob("*.gz")} == before
+    assert {
+        p.name: (p.stat().st_mtime_ns, sha256_file(p)) for p in job.layout.downloads.glob("*.gz")
+    } == before
 
 
 def test_failing_model_is_recorded_and_the_other_runs(job):
@@ -237,7 +280,7 @@ def test_hangup_and_a_closed_console_end_nothing(job):
     running = job.start(stdout=write_end, MODE_mvlm_gpt2="ok", SECONDS_EACH="1")
     os.close(write_end)
     job.wait_for("mvlm_gpt2", "starts")
-    os.close(read_end)                          # whoever read the output is gone
+    os.close(read_end)  # whoever read the output is gone
     running.send_signal(signal.SIGHUP)
     assert running.wait(timeout=60) == 0
     assert {entry["status"] for entry in job.summary()["models"].values()} == {"finished"}
@@ -251,7 +294,9 @@ def test_closed_standard_streams(job):
 
 def test_a_terminal_is_passed_on_to_the_trainers(job):
     leader, follower = pty.openpty()
-    running = subprocess.Popen(job.command("--models", "mvlm_gpt2"), env=job.environment(), stdout=follower, stderr=follower)
+    running = subprocess.Popen(
+        job.command("--models", "mvlm_gpt2"), env=job.environment(), stdout=follower, stderr=follower
+    )
     os.close(follower)
     seen = b""
     while True:
@@ -280,7 +325,7 @@ def test_failed_validation_withdraws_the_archive(job):
     entry = job.summary()["models"]["simone_enhanced"]
     assert entry["status"] == "failed" and "hashes: differs" in entry["error"] and entry["archive"] is None
     assert [path.name for path in job.layout.downloads.glob("*.gz")] == ["mvlm_gpt2_model.tar.gz"]
-    assert job.run(VALIDATOR="crash").returncode == 1       # what was not validated is not offered
+    assert job.run(VALIDATOR="crash").returncode == 1  # what was not validated is not offered
     assert not list(job.layout.downloads.glob("*.gz")) and not job.layout.checksums.exists()
 
 
@@ -302,22 +347,29 @@ def test_other_preset_or_text_over_finished_models(job):
     assert done.returncode == 2 and "other text" in done.stderr and "--fresh" in done.stderr
     done = job.run("--preset", "cpu", "--seed", "3")
     assert done.returncode == 2
-    for words in ("mvlm_gpt2: finished with --preset smoke", "simone_enhanced: finished with --preset smoke", "--seed 0"):
+    for words in (
+        "mvlm_gpt2: finished with --preset smoke",
+        "simone_enhanced: finished with --preset smoke",
+        "--seed 0",
+    ):
         assert words in done.stderr
     assert job.summary() == before
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--preset", "huge"], "--preset huge"),
-    (["--models", "gpt5"], "gpt5"),
-    (["--models", ","], "--models"),
-    (["--data_dir", "/no/such/folder"], "/no/such/folder"),
-    (["--max_length", "0"], "--max_length 0"),
-    (["--batch_size", "0"], "--batch_size 0"),
-    (["--validation_split", "1.5"], "--validation_split 1.5"),
-    (["--device", "abacus"], "--device abacus"),
-    (["--seed", "-1"], "--seed -1"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--preset", "huge"], "--preset huge"),
+        (["--models", "gpt5"], "gpt5"),
+        (["--models", ","], "--models"),
+        (["--data_dir", "/no/such/folder"], "/no/such/folder"),
+        (["--max_length", "0"], "--max_length 0"),
+        (["--batch_size", "0"], "--batch_size 0"),
+        (["--validation_split", "1.5"], "--validation_split 1.5"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--seed", "-1"], "--seed -1"),
+    ],
+)
 def test_bad_arguments_write_nothing(tmp_path, tiny_corpus, flags, words):
     with pytest.raises(UserError) as caught:
         train_all_models.main(["--work_dir", str(tmp_path / "w"), "--data_dir", str(tiny_corpus), *flags])
@@ -328,58 +380,122 @@ def test_bad_arguments_write_nothing(tmp_path, tiny_corpus, flags, words):
 def test_every_problem_in_one_message(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError) as caught:
-        train_all_models.parse(["--preset", "x", "--models", "a,b", "--batch_size", "0", "--data_dir", str(tmp_path / "no"),
-                                "--work_dir", str(tmp_path / "file" / "below")])
+        train_all_models.parse(
+            [
+                "--preset",
+                "x",
+                "--models",
+                "a,b",
+                "--batch_size",
+                "0",
+                "--data_dir",
+                str(tmp_path / "no"),
+                "--work_dir",
+                str(tmp_path / "file" / "below"),
+            ]
+        )
     assert len(caught.value.problems) == 6
 
 
-def test_empty_and_binary_data_folders(tmp_path):
+def test_empty_and_binary_data_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_all_models, "probe_hardware", lambda options: {})
     data = tmp_path / "data"
     data.mkdir()
     for content in (None, bytes(range(256)) * 20):
         if content:
             (data / "picture.txt").write_bytes(content)
         with pytest.raises(UserError):
-            train_all_models.main(["--work_dir", str(tmp_path / "w"), "--data_dir", str(data), "--preset", "smoke"])
+            train_all_models.main(
+                ["--work_dir", str(tmp_path / "w"), "--data_dir", str(data), "--preset", "smoke"]
+            )
         assert not (tmp_path / "w").exists()
 
 
 def test_dry_run_writes_nothing(tmp_path, tiny_corpus, capsys):
-    flags = ["--dry_run", "--preset", "smoke", "--work_dir", str(tmp_path / "w"), "--data_dir", str(tiny_corpus), "--quiet",
-             "--max_steps", "7", "--fresh"]
+    flags = [
+        "--dry_run",
+        "--preset",
+        "smoke",
+        "--work_dir",
+        str(tmp_path / "w"),
+        "--data_dir",
+        str(tiny_corpus),
+        "--quiet",
+        "--max_steps",
+        "7",
+        "--fresh",
+    ]
     assert train_all_models.main(flags) == 0
     shown = capsys.readouterr().out
-    assert shown.count("--max_steps 7 --quiet") + shown.count("--quiet --max_steps 7") == 2 and "--fresh" in shown
+    assert (
+        shown.count("--max_steps 7 --quiet") + shown.count("--quiet --max_steps 7") == 2
+        and "--fresh" in shown
+    )
     assert not (tmp_path / "w").exists()
 
 
-# --- comparison -----------------------------------------------------------------------------------------------------
+# --- comparison ---------------------------------------------------------------------------------------------
+
 
 def entry(parameters=1000, text=10**6, score=1.5, **more):
-    return {"parameters": parameters, "bytes": text, "tokens": text // 4, "seconds": 10.0, "tokens_per_second": 25000.0,
-            "validation_bpb": score, "test_bpb": score, "test_bpb_kjv": score, "peak_memory_bytes": 1, "size_bytes": 1} | more
+    return {
+        "parameters": parameters,
+        "bytes": text,
+        "tokens": text // 4,
+        "seconds": 10.0,
+        "tokens_per_second": 25000.0,
+        "validation_bpb": score,
+        "test_bpb": score,
+        "test_bpb_kjv": score,
+        "peak_memory_bytes": 1,
+        "size_bytes": 1,
+    } | more
 
 
 def test_comparison_says_what_is_equal_and_what_is_noise():
     names = ["mvlm_gpt2", "simone_enhanced"]
-    anchors = {"text": "kjv", "train_bytes": 9, "test_bytes": 9, "xz": 1.88, "ppmd_order_6": 1.58, "ppmd_order_16": 1.51}
+    anchors = {
+        "text": "kjv",
+        "train_bytes": 9,
+        "test_bytes": 9,
+        "xz": 1.88,
+        "ppmd_order_6": 1.58,
+        "ppmd_order_16": 1.51,
+    }
     result = comparison.compare({names[0]: entry(), names[1]: entry(1019, 1_009_000, 1.4)}, names, anchors)
-    assert result["parameters"]["equal_within_2_percent"] and result["training_bytes"]["equal_within_1_percent"]
+    assert (
+        result["parameters"]["equal_within_2_percent"] and result["training_bytes"]["equal_within_1_percent"]
+    )
     words = " ".join(result["sentences"])
-    assert "6.7 % less" in words and "one seed" in words.lower() and words.count("predicts this text better") == 2
+    assert (
+        "6.7 % less" in words
+        and "one seed" in words.lower()
+        and words.count("predicts this text better") == 2
+    )
     # 0.001 bits a byte are 0.0028 nats a token at 4 bytes each: noise
-    result = comparison.compare({names[0]: entry(), names[1]: entry(1030, 1_020_000, 1.501)}, names, anchors | {
-        "ppmd_order_16": 1.4})
+    result = comparison.compare(
+        {names[0]: entry(), names[1]: entry(1030, 1_020_000, 1.501)}, names, anchors | {"ppmd_order_16": 1.4}
+    )
     words = " ".join(result["sentences"])
-    assert "within noise" in words and words.count("NOT equal") == 2 and words.count("loses to a compressor") == 2
-    assert not result["parameters"]["equal_within_2_percent"] and not result["training_bytes"]["equal_within_1_percent"]
+    assert (
+        "within noise" in words
+        and words.count("NOT equal") == 2
+        and words.count("loses to a compressor") == 2
+    )
+    assert (
+        not result["parameters"]["equal_within_2_percent"]
+        and not result["training_bytes"]["equal_within_1_percent"]
+    )
     lines = comparison.table(result, names)
     assert any("PPMd order 16 1.400" in line for line in lines)
 
 
 def test_comparison_of_one_model_or_missing_numbers():
     result = comparison.compare({"mvlm_gpt2": entry(test_bpb=None, test_bpb_kjv=None)}, ["mvlm_gpt2"], {})
-    assert result["test_bpb"] == {"mvlm_gpt2": None, "ratio": None} and result["parameters"]["equal_within_2_percent"] is None
+    assert (
+        result["test_bpb"] == {"mvlm_gpt2": None, "ratio": None}
+        and result["parameters"]["equal_within_2_percent"] is None
+    )
     assert comparison.table(result, ["mvlm_gpt2"])
     json.dumps(result, allow_nan=False)
 
@@ -393,9 +509,10 @@ def test_compressors_are_primed_with_the_train_text(tiny_corpus, tmp_path):
     test = "".join(d.read() for d in corpus.split("test") if d.translation == "kjv").encode()
     assert (anchors["text"], anchors["train_bytes"], anchors["test_bytes"]) == ("kjv", len(train), len(test))
     primed = len(lzma.compress(train + test, preset=9 | lzma.PRESET_EXTREME)) - len(
-        lzma.compress(train, preset=9 | lzma.PRESET_EXTREME))
+        lzma.compress(train, preset=9 | lzma.PRESET_EXTREME)
+    )
     assert anchors["xz"] == pytest.approx(primed * 8 / len(test))
-    assert anchors["xz"] < len(gzip.compress(test)) * 8 / len(test)         # priming helps
+    assert anchors["xz"] < len(gzip.compress(test)) * 8 / len(test)  # priming helps
     assert anchors["ppmd_order_16"] < anchors["xz"] and anchors["ppmd_order_6"] < anchors["xz"]
     assert comparison.compressor_anchors(corpus, tmp_path / "cache") == anchors
 

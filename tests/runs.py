@@ -1,0 +1,77 @@
+"""Tiny real runs of both models, for the tests of the loop, the export and the golden losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mvlm_trainer
+from mvlm_core.batches import BatchSource
+from mvlm_core.hardware import choose_hardware
+from mvlm_core.training_loop import StopRequest, TrainingLoop, total_steps
+from mvlm_core.training_run import build_task, prepare_text, run_identity
+from prioritary_mvlm import PrioritaryConfig
+from prioritary_mvlm.enhanced_trainer import RECIPE
+
+TINY = {
+    "preset": "smoke",
+    "data_subset": "bible/kjv",
+    "hidden_dim": 32,
+    "num_heads": 2,
+    "ff_dim": 64,
+    "num_layers": 2,
+    "max_length": 32,
+    "vocab_size": 400,
+    "batch_size": 4,
+    "max_steps": 12,
+    "eval_interval": 4,
+    "checkpoint_interval": 5,
+    "log_interval": 2,
+    "device": "cpu",
+    "quiet": True,
+}
+EVERYTHING_ON = {"dropout": 0.1, "gradient_accumulation_steps": 2}
+MODELS = ("mvlm_gpt2", "simone_enhanced")
+
+
+def tiny_settings(model: str, data_dir: Path, work: Path, **changes: Any) -> Any:
+    """Settings of a run of a second or two; its output folder is ``work/<model>``."""
+    values = {**TINY, "data_dir": str(data_dir), "output_dir": str(work / model), "cache_dir": str(work / "cache"), **changes}
+    if model == "mvlm_gpt2":
+        return mvlm_trainer.GPT2Settings(**values)
+    return PrioritaryConfig(**values)
+
+
+def recipe_of(model: str) -> Any:
+    return mvlm_trainer.recipe() if model == "mvlm_gpt2" else RECIPE
+
+
+def make_loop(model: str, settings: Any) -> TrainingLoop:
+    """The loop of a run as the trainers put it together, not yet started."""
+    recipe, hardware = recipe_of(model), choose_hardware(device="cpu")
+    text = prepare_text(settings, recipe.tokenizer_class)
+    batches = BatchSource(
+        text.store, context=settings.max_length, sequences=settings.sequences_per_step, seed=settings.seed
+    )
+    _, task = build_task(recipe, settings, hardware, text, batches, run_identity(settings, text))
+    output_dir = Path(settings.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    return TrainingLoop(task, settings, hardware, output_dir, total_steps(settings, batches))
+
+
+class StopAfter(StopRequest):
+    """A signal that comes in the ``steps``-th step of this process."""
+
+    def __init__(self, steps: int | None = None) -> None:
+        super().__init__()
+        self.steps, self.asked = steps, 0
+
+    def defer(self) -> None:
+        pass
+
+    def wanted(self) -> bool:
+        # The loop asks twice a step: whether to write a checkpoint, and whether to leave.
+        self.asked += 1
+        if self.steps is not None and self.asked >= 2 * self.steps:
+            self.signal_number = 15
+        return self.signal_number is not None

@@ -1,0 +1,185 @@
+"""The loop: resume to the bit, early stopping, out-of-memory back-off, limits, and losses that must not move."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from runs import EVERYTHING_ON, MODELS, StopAfter, make_loop, tiny_settings
+
+from mvlm_core.checkpoint import checkpoint_folders, newest_checkpoint
+from mvlm_core.errors import Stopped, TrainingFailed, UserError
+from mvlm_core.training_loop import read_history, total_steps, warmup_steps
+
+TIMES = ("seconds", "tokens_per_second", "memory_bytes")
+GOLDEN = Path(__file__).parent / "data" / "golden_losses.json"
+
+
+def everything_on(model):
+    parts = {"alignment_weight": 0.5, "coherence_weight": 0.3} if model == "simone_enhanced" else {}
+    return {**EVERYTHING_ON, **parts}
+
+
+def final_state(loop):
+    checkpoint = newest_checkpoint(loop.checkpoint_root)
+    history = [{k: v for k, v in record.items() if k not in TIMES} for record in read_history(loop.history_path)]
+    state = {k: v for k, v in checkpoint.state.items() if k != "seconds"}
+    return checkpoint.tensors("model"), checkpoint.tensors("optimizer"), history, state
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_stopped_and_resumed_equals_undisturbed_to_the_bit(model, tiny_corpus, tmp_path):
+    changes = {**everything_on(model), "max_steps": 24}  # 8 sequences a step: more than one epoch
+    whole = make_loop(model, tiny_settings(model, tiny_corpus, tmp_path / "a", **changes))
+    whole.run(StopAfter())
+    settings = tiny_settings(model, tiny_corpus, tmp_path / "b", **changes)
+    for steps in (3, 7, 1):
+        with pytest.raises(Stopped):
+            make_loop(model, settings).run(StopAfter(steps))
+    last = make_loop(model, settings)
+    state = last.run(StopAfter())
+    assert state.finished and state.step == 24
+    for expected, found in zip(final_state(whole)[:2], final_state(last)[:2], strict=True):
+        assert expected.keys() == found.keys() and expected
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert final_state(whole)[2:] == final_state(last)[2:]
+    assert [record["step"] for record in read_history(last.history_path)] == list(range(1, 25))
+
+
+def test_history_records_what_the_contract_says(tiny_corpus, tmp_path):
+    loop = make_loop("simone_enhanced", tiny_settings("simone_enhanced", tiny_corpus, tmp_path, coherence_weight=0.3))
+    loop.run(StopAfter())
+    records = read_history(loop.history_path)
+    wanted = {"step", "epoch", "tokens", "bytes", "seconds", "train_loss", "learning_rate", "grad_norm", "tokens_per_second"}
+    for record in records:
+        assert wanted <= record.keys() and None not in record.values()
+        assert record["tokens"] == record["step"] * 4 * 32
+        assert ("validation_bpb" in record) == (record["step"] % 4 == 0)
+        assert ("coherence_loss" in record) == (record["step"] <= 6)
+    assert records[0]["train_loss"] == pytest.approx(math.log(400), abs=0.3)
+    assert records[-1]["train_loss"] < records[0]["train_loss"] - 0.05
+    sizes = [record["bytes"] for record in records]
+    assert sizes == sorted(sizes) and 1.2 < sizes[-1] / records[-1]["tokens"] < 4
+
+
+def test_a_larger_max_steps_goes_on_from_the_end(tiny_corpus, tmp_path):
+    make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path)).run(StopAfter())
+    longer = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=15))
+    assert longer.run(StopAfter()).step == 15
+    assert [record["step"] for record in read_history(longer.history_path)] == list(range(1, 16))
+    same = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=15))
+    assert same.run(StopAfter(1)).finished, "nothing is left to do"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"seed": 1}, "--seed was 0, now 1"), ({"hidden_dim": 64}, "--hidden_dim was 32, now 64"), ({"batch_size": 8}, "batch_size")],
+)
+def test_another_run_is_not_continued(tiny_corpus, tmp_path, change, named):
+    make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=3)).run(StopAfter())
+    with pytest.raises(UserError, match=named):
+        make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **change)).run(StopAfter())
+
+
+def test_harmless_changes_are_accepted(tiny_corpus, tmp_path):
+    make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=3)).run(StopAfter())
+    changes = {"log_interval": 1, "batch_size": 2, "gradient_accumulation_steps": 2, "keep_checkpoints": 1}
+    assert make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **changes)).run(StopAfter()).step == 12
+
+
+def test_resume_from_an_older_checkpoint(tiny_corpus, tmp_path):
+    loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, keep_checkpoints=9))
+    loop.run(StopAfter())
+    expected = final_state(loop)
+    older = [folder for folder in checkpoint_folders(loop.checkpoint_root) if folder.name.endswith("5")][0]
+    again = make_loop(
+        "mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, keep_checkpoints=9, resume_from=str(older))
+    )
+    again.run(StopAfter())
+    found = final_state(again)
+    assert all(torch.equal(expected[0][name], found[0][name]) for name in expected[0])
+    assert expected[2:] == found[2:]
+
+
+def test_accumulation_changes_the_losses_by_rounding_only(tiny_corpus, tmp_path):
+    curves = []
+    for name, changes in (("whole", {"batch_size": 8}), ("parts", {"batch_size": 2, "gradient_accumulation_steps": 4})):
+        loop = make_loop("simone_enhanced", tiny_settings("simone_enhanced", tiny_corpus, tmp_path / name, **changes))
+        loop.run(StopAfter())
+        curves.append([record["train_loss"] for record in read_history(loop.history_path)])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def run_with_memory_for(limit, tiny_corpus, folder, batch_size=8):
+    loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, folder, batch_size=batch_size, max_steps=6))
+    real = loop.task.loss
+
+    def loss(inputs, *rest):
+        if inputs.shape[0] > limit:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(inputs, *rest)
+
+    object.__setattr__(loop.task, "loss", loss)
+    state = loop.run(StopAfter())
+    return state, [record["train_loss"] for record in read_history(loop.history_path)]
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_curve(tiny_corpus, tmp_path):
+    plenty, expected = run_with_memory_for(8, tiny_corpus, tmp_path / "plenty")
+    scarce, found = run_with_memory_for(3, tiny_corpus, tmp_path / "scarce")
+    assert (plenty.micro_batch, scarce.micro_batch) == (8, 2)
+    assert found == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(TrainingFailed, match="--max_length"):
+        run_with_memory_for(0, tiny_corpus, tmp_path / "none")
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tiny_corpus, tmp_path):
+    loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path))
+    with torch.no_grad():
+        loop.task.modules["model"].transformer.wpe.weight[3] = math.nan
+    with pytest.raises(TrainingFailed, match="step 1 is no finite"):
+        loop.run(StopAfter())
+    assert not checkpoint_folders(loop.checkpoint_root)
+
+
+def test_early_stopping_waits_for_patience_and_min_epochs(tiny_corpus, tmp_path):
+    settings = tiny_settings(
+        "mvlm_gpt2", tiny_corpus, tmp_path, max_steps=40, eval_interval=1, patience=2, min_epochs=0.5, keep_checkpoints=1
+    )
+    loop = make_loop("mvlm_gpt2", settings)
+    values = iter([3.0, 2.0, 2.5, 2.6, 2.7, 2.8, 2.9] + [3.0] * 40)
+    object.__setattr__(loop.task, "evaluate", lambda: next(values))
+    state = loop.run(StopAfter())
+    half = next(step for step in range(1, 41) if loop.task.batches.epoch_at(step) >= 0.5)
+    assert state.stopped_early and state.best_step == 2 and state.step == max(4, half)
+    assert {folder.name[-2:] for folder in checkpoint_folders(loop.checkpoint_root)} == {"02", f"{state.step:02d}"}
+
+
+def test_the_first_limit_ends_the_run(tiny_corpus, tmp_path):
+    def steps(**limits):
+        settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **{"max_steps": None, **limits})
+        return total_steps(settings, make_loop("mvlm_gpt2", settings).task.batches)
+
+    assert steps() == 120, "the preset's own limit"
+    assert steps(max_tokens=128 * 7) == 7
+    assert steps(max_tokens=128 * 7, max_steps=5) == 5
+    batches = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path)).task.batches
+    assert steps(num_epochs=2) == round(2 * batches.sequences_per_epoch / 4)
+    assert steps(max_bytes=20_000) == round(20_000 / batches.store.bytes_per_token / 128)
+
+
+def test_warm_up_is_a_share_of_the_run_and_never_longer(tiny_corpus, tmp_path):
+    assert warmup_steps(tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path), 1000) == 20
+    with pytest.raises(UserError, match="not shorter than the run of 12 steps"):
+        warmup_steps(tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, warmup_steps=12), 12)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_golden_losses(model, tiny_corpus, tmp_path):
+    """The first 20 losses as recorded by ``python tests/record_golden_losses.py``: a refactoring must not move them."""
+    loop = make_loop(model, tiny_settings(model, tiny_corpus, tmp_path, max_steps=20, **{**everything_on(model), "dropout": 0.0}))
+    loop.run(StopAfter())
+    golden = json.loads(GOLDEN.read_text())
+    losses = [record["train_loss"] for record in read_history(loop.history_path)]
+    assert losses == pytest.approx(golden[model], rel=golden["relative_tolerance"])
