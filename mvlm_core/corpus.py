@@ -145,8 +145,8 @@ def validation_subset(corpus: Corpus) -> list[tuple[Document, str]]:
 def decode(data: bytes) -> str:
     """The text of a file's bytes: NFC, no byte-order mark, lines ending in "\\n". Raises ValueError with the reason.
 
-    UTF-8, with or without a mark, and UTF-16 or UTF-32 with a mark are certain. Anything else that is not UTF-8 could be
-    any of a dozen one-byte encodings, which differ in exactly the characters that matter: it is not guessed.
+    UTF-8, with or without a mark, and UTF-16 or UTF-32 with a mark are certain. Anything else that is not UTF-8 could
+    be any of a dozen one-byte encodings, which differ in exactly the characters that matter: it is not guessed.
     """
     for mark, encoding in (
         (codecs.BOM_UTF8, "utf-8"),

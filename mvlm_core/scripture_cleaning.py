@@ -20,15 +20,16 @@ RULES_VERSION = 1
 
 ALLOWED_PUNCTUATION = frozenset(" .,;:!?'\"()-\u2013\u2014\u2018\u2019\u201c\u201d")
 
-# Windows-1252 characters that stand as C1 control characters (leeser), as what Windows meant by them; no-break space and the soft hyphen are typesetting, not text.
+# Windows-1252 characters that stand as C1 control characters (leeser), as what Windows meant by them;
+# no-break space and the soft hyphen are typesetting, not text.
 _CHARACTERS = {code: bytes([code]).decode("cp1252", errors="ignore") for code in range(0x80, 0xA0)}
-_CHARACTERS |= {0xA0: " ", 0xAD: "", 0x200B: "", 0x2060: "", 0xFEFF: "", 0x2026: "..."}
+_CHARACTERS |= {0xA0: " ", 0xAD: "", 0x200B: "", 0x2060: "", 0xFEFF: "", 0x85: "...", 0x2026: "..."}
 
 # Names of the Hebrew letters that head the parts of an acrostic poem, in every spelling the packages use.
 _LETTERS = (
-    "ALEPH BETH BET BEIT GIMEL GHIMEL DALETH DALET DALED HE HEY HEH VAU VAV WAW ZAIN ZAYIN CHETH HETH CHET HET TETH TET "
-    "JOD YOD YODH YUD CAPH KAPH KAF LAMED MEM NUN SAMECH SAMEKH AIN AYIN PE PEY PHE TSADDI TZADDI TZADE TZADI TZADDE "
-    "ZADHE SADE KOPH COPH QOPH KUF RESH RES SCHIN SHIN SIN TAU TAV THAU"
+    "ALEPH BETH BET BEIT GIMEL GHIMEL DALETH DALET DALED HE HEY HEH VAU VAV WAW ZAIN ZAYIN CHETH HETH CHET HET TETH "
+    "TET JOD YOD YODH YUD CAPH KAPH KAF LAMED MEM NUN SAMECH SAMEKH AIN AYIN PE PEY PHE TSADDI TZADDI TZADE TZADI "
+    "TZADDE ZADHE SADE KOPH COPH QOPH KUF RESH RES SCHIN SHIN SIN TAU TAV THAU"
 ).split()
 _ACROSTIC_BOOKS = {19, 20, 25}
 _ANY_LETTER = "|".join(sorted(_LETTERS, key=len, reverse=True))
@@ -169,7 +170,7 @@ def _leeser(text: str) -> str:
 
 
 def _lont(text: str) -> str:
-    """Guillemets wrap whole verses that hold a quotation; the quotation has its own marks, sometimes without a space."""
+    """Guillemets wrap whole verses that hold a quotation; the quotation has its own marks, some without a space."""
     text = re.sub(r"[«»]|OMITTED TEXT", "", text)
     return re.sub(r"(?<=[a-z,;:.])'(?=[A-Z])", " '", _with_dashes(text))
 

@@ -1,6 +1,7 @@
 """Faults of the packages' texts that no rule finds in a verse alone: single slips, words run together, borrowed verses.
 
-`MENDS` is applied to single verses by `scripture_cleaning`; `mend_across` to all translations at once, when they are clean.
+`MENDS` is applied to single verses by `scripture_cleaning`; `mend_across` to all translations at once, when they
+are clean.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ def _joined(words: str) -> dict[str, str]:
     return {re.sub(r"[|-]", "", word): word for word in words.split()}
 
 
-# Words that run together and that no rule of `split_joined_words` parts, or that stand too often for it, by translation:
-# "|" marks the place of what was lost, "-" a hyphen.
+# Words that run together and that no rule of `split_joined_words` parts, or that stand too often for it, by
+# translation: "|" marks the place of what was lost, "-" a hyphen.
 JOINED: dict[str, dict[str, str]] = {
     "dr": _joined("was|morning sending|for rest|in the|strength and|have to|them hath|loved in|all "),
     "etheridge": _joined("thirty|and men|in"),
@@ -108,18 +109,18 @@ VOCABULARY_SOURCES = ("kjv", "asv", "dar", "ylt", "web", "wbs", "leeser", "wmth"
 
 _FUNCTION_WORDS = frozenset(
     "a an the and or but nor for to of in on at by with from unto upon into as if when then than that this these those "
-    "there thy thee thou my mine his her our your their its he she it we ye you they him them us me i is are was were be "
-    "been am shall shalt will wilt hath have has had hast do did not no so all who whom which what where whose one "
+    "there thy thee thou my mine his her our your their its he she it we ye you they him them us me i is are was were "
+    "be been am shall shalt will wilt hath have has had hast do did not no so all who whom which what where whose one "
     "before because according until through also even let may yet now how saying said neither yea lo every again till "
     "between among against like whether would could should two three forty some any after above without".split()
 )
 _PREFIXES = frozenset(
-    "a an at as be by for in me no not of on one or so to up us we he i his all re un out over under fore en dis off ad ir "
-    "well ill half self sea sun pre non sub mis ab am ho ra ba pr".split()
+    "a an at as be by for in me no not of on one or so to up us we he i his all re un out over under fore en dis off "
+    "ad ir well ill half self sea sun pre non sub mis ab am ho ra ba pr".split()
 )
 _SUFFIXES = frozenset(
-    "a an i all like at me am as us he one or able less er en ed es ess ful fully fulness ship ness al age ward wards man "
-    "men ring ate ant ants eth seth land lands ten tens ther most".split()
+    "a an i all like at me am as us he one or able less er en ed es ess ful fully fulness ship ness al age ward wards "
+    "man men ring ate ant ants eth seth land lands ten tens ther most".split()
 )
 
 

@@ -79,6 +79,15 @@ class PreparedText:
     store: TokenStore
 
 
+def data_subset(settings: TrainingSettings) -> str | None:
+    """The part of the data folder to use; a preset's own choice only where the folder has such a part."""
+    from_preset = settings.data_subset == settings.preset_values(settings.preset).get("data_subset")
+    if settings.data_subset and from_preset and not (Path(settings.data_dir) / settings.data_subset).is_dir():
+        log.info("no %s below %s: using all of it", settings.data_subset, settings.data_dir)
+        return None
+    return settings.data_subset
+
+
 def prepare_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) -> PreparedText:
     """Read the corpus and bring its train text to tokens (both from the cache where nothing changed).
 
@@ -89,7 +98,7 @@ def prepare_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]
         settings.data_dir,
         validation_split=settings.validation_split,
         validation_dir=settings.validation_dir,
-        only=settings.data_subset,
+        only=data_subset(settings),
     )
     train = corpus.split("train")
     log.info("corpus %s: %s documents, %.1f MB to train on", corpus.root, len(corpus.documents), sum(d.size for d in train) / 1e6)

@@ -56,17 +56,30 @@ time.sleep(float(os.environ.get("SECONDS_EACH", 0)))
 sys.path.insert(0, os.environ["REPOSITORY"])
 from mvlm_core.corpus import load_corpus
 second = name == "simone_enhanced"
-results = {"parameters": 1010 if second else 1000, "steps": 9, "tokens": 500, "bytes": 2000, "seconds": 3.0,
-           "tokens_per_second": 166.0, "validation_bpb": 2.0, "test_bpb": 1.8 if second else 1.9,
-           "test_bpb_kjv": 1.7, "peak_memory_bytes": 10**8} files = { "training_config.json":
-           json.dumps({"model": name, "preset": flags["--preset"], "settings": {"seed": 0}, "results":
-           results, "data": {"fingerprint": load_corpus(flags["--data_dir"]).fingerprint, "only": None},
-           "hardware": {"device": "cpu"}}), "training_history.json": json.dumps([{"bytes": 1000, "seconds":
-           1.0, "train_loss": 5.0}, {"bytes": 2000, "seconds": 3.0, "train_loss": 4.0, "validation_bpb":
-           2.0}]), "model.safetensors": name} for file, text in files.items(): (out / file).write_text(text)
-           digests = {file: hashlib.sha256(text.encode()).hexdigest() for file, text in files.items()} (out /
-           "manifest.json").write_text(json.dumps({"format": 1, "name": name, "files": digests}))
-           say("finished")
+results = {
+    "parameters": 1010 if second else 1000, "steps": 9, "tokens": 500, "bytes": 2000, "seconds": 3.0,
+    "tokens_per_second": 166.0, "validation_bpb": 2.0, "test_bpb": 1.8 if second else 1.9,
+    "test_bpb_kjv": 1.7, "peak_memory_bytes": 10**8,
+}
+config = {
+    "model": name, "preset": flags["--preset"], "settings": {"seed": 0}, "results": results,
+    "data": {"fingerprint": load_corpus(flags["--data_dir"]).fingerprint, "only": None},
+    "hardware": {"device": "cpu"},
+}
+history = [
+    {"bytes": 1000, "seconds": 1.0, "train_loss": 5.0},
+    {"bytes": 2000, "seconds": 3.0, "train_loss": 4.0, "validation_bpb": 2.0},
+]
+files = {
+    "training_config.json": json.dumps(config),
+    "training_history.json": json.dumps(history),
+    "model.safetensors": name,
+}
+for file, text in files.items():
+    (out / file).write_text(text)
+digests = {file: hashlib.sha256(text.encode()).hexdigest() for file, text in files.items()}
+(out / "manifest.json").write_text(json.dumps({"format": 1, "name": name, "files": digests}))
+say("finished")
 """
 
 VALIDATOR = """
@@ -77,10 +90,13 @@ if os.environ.get("VALIDATOR") == "crash":
     sys.exit("out of luck")
 bad = os.environ.get("VALIDATOR", "").split(",")
 asked = json.loads((models / "training_summary.json").read_text())["models"]
-found = {name: {"passed": name not in bad, "checks": [{"name": "hashes", "passed": name not in bad, "detail":
-"differs"}]} for name, entry in asked.items() if entry["status"] == "finished"} (models /
-"validation_report.json").write_text(json.dumps({"models": found})) sys.exit(any(name in bad for name in
-found) or len(found) < len(asked))
+found = {}
+for name, entry in asked.items():
+    if entry["status"] == "finished":
+        check = {"name": "hashes", "passed": name not in bad, "detail": "differs"}
+        found[name] = {"passed": name not in bad, "checks": [check]}
+(models / "validation_report.json").write_text(json.dumps({"models": found}))
+sys.exit(any(name in bad for name in found) or len(found) < len(asked))
 """
 
 

@@ -1,0 +1,82 @@
+"""Files that are whole or not there, and the lock that keeps two runs apart."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from mvlm_core.errors import UserError
+from mvlm_core.files import LOCK_NAME, RunLock, output_folder_problems, sha256_file, write_atomic, write_json_atomic
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_json_atomic(path, {"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json_atomic(path, {"a": float("nan")})
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises(OSError, match="disk"):
+        write_atomic(path, "half")
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_sha256_is_that_of_the_bytes(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    assert sha256_file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_output_folder_problems(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert output_folder_problems(tmp_path / "new" / "deep") == []
+    assert "is a file" in output_folder_problems(tmp_path / "file")[0]
+    assert "lies below" in output_folder_problems(tmp_path / "file" / "x" / "y")[0]
+
+
+def lock_text(tmp_path, **values):
+    (tmp_path / LOCK_NAME).write_text(json.dumps(values))
+
+
+def test_the_lock_is_there_while_it_is_held(tmp_path):
+    with RunLock(tmp_path, "the folder"):
+        assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
+    assert not (tmp_path / LOCK_NAME).exists()
+
+
+def test_a_second_process_is_refused_and_told_by_whom(tmp_path):
+    code = f"from mvlm_core.files import RunLock; RunLock({str(tmp_path)!r}, 'it').__enter__(); print('held', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"in use by process {holder.pid}"), RunLock(tmp_path, "it"):
+            pass
+        holder.kill()
+    with RunLock(tmp_path, "it"):  # killed, it left its file behind: stale
+        assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
+
+
+def test_a_live_process_named_in_the_file_is_respected(tmp_path):
+    lock_text(tmp_path, pid=os.getppid(), host=socket.gethostname())
+    with pytest.raises(UserError, match="in use by process"), RunLock(tmp_path, "it"):
+        pass
+
+
+def test_a_lock_of_another_machine_is_respected(tmp_path):
+    lock_text(tmp_path, pid=1, host="elsewhere")
+    with pytest.raises(UserError, match="on elsewhere"), RunLock(tmp_path, "it"):
+        pass
+
+
+@pytest.mark.parametrize("content", ['{"pid": 4000000}', "4000000", "", "garbage", '{"pid": "x"}', "[1]"])
+def test_stale_and_broken_locks_are_taken_over(tmp_path, content):
+    (tmp_path / LOCK_NAME).write_text(content)
+    with RunLock(tmp_path, "it"):
+        assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
+
+
+def test_a_process_id_that_was_given_out_again_is_stale(tmp_path):
+    lock_text(tmp_path, pid=os.getppid(), host=socket.gethostname(), process_started=1.0)
+    with RunLock(tmp_path, "it"):
+        pass

@@ -1,0 +1,88 @@
+"""Settings: precedence, ranges, and one message that names every problem."""
+
+import subprocess
+import sys
+import time
+from dataclasses import fields
+
+import pytest
+
+from mvlm_core.errors import UserError
+from mvlm_core.settings import parse_settings
+from mvlm_trainer import GPT2Settings
+from prioritary_mvlm import PrioritaryConfig
+
+CONTRACT = """data_dir output_dir tokenizer_path preset batch_size gradient_accumulation_steps max_length learning_rate
+lr_schedule warmup_steps num_epochs max_steps max_tokens weight_decay dropout max_grad_norm optimizer patience min_epochs seed
+device precision attention_backend validation_split validation_dir eval_interval log_interval checkpoint_interval
+keep_checkpoints resume_from fresh no_mixed_precision no_compile log_file quiet vocab_size hidden_dim num_heads ff_dim
+num_layers""".split()
+
+
+def parse(cls, *arguments, output_dir="models/x"):
+    return parse_settings(cls, list(arguments), description="", epilog="", output_dir=output_dir)
+
+
+@pytest.mark.parametrize("cls", [GPT2Settings, PrioritaryConfig])
+def test_every_flag_of_the_contract_is_there(cls):
+    assert set(CONTRACT) <= {entry.name for entry in fields(cls)}
+
+
+def test_a_flag_beats_the_preset_and_the_preset_the_default():
+    assert parse(GPT2Settings, "--preset", "smoke").hidden_dim == 64
+    assert parse(GPT2Settings, "--preset", "smoke", "--hidden_dim", "96").hidden_dim == 96
+    assert parse(GPT2Settings, "--preset", "h200").hidden_dim == 768
+    assert PrioritaryConfig(preset="smoke", num_layers=3).num_layers == 3
+    assert PrioritaryConfig(preset="smoke", no_policy_head=False).no_policy_head is False
+
+
+def test_the_h200_preset_is_the_briefs_shape():
+    for cls, vocabulary in ((GPT2Settings, 50257), (PrioritaryConfig, 32000)):
+        s = cls(preset="h200")
+        assert (s.hidden_dim, s.num_layers, s.num_heads, s.ff_dim, s.max_length) == (768, 12, 12, 3072, 1024)
+        assert s.vocab_size == vocabulary
+
+
+def test_lengths_that_are_given_replace_the_presets():
+    assert (PrioritaryConfig(preset="smoke").max_steps, PrioritaryConfig(preset="smoke").num_epochs) == (120, None)
+    given = PrioritaryConfig(preset="smoke", num_epochs=2)
+    assert (given.max_steps, given.num_epochs) == (None, 2)
+
+
+def test_one_message_names_every_problem(tmp_path):
+    (tmp_path / "file").write_text("")
+    bad = "--hidden_dim 100 --num_heads 12 --learning_rate -1 --vocab_size 10 --max_length 0 --batch_size 0 --validation_split 1.5"
+    with pytest.raises(UserError) as caught:
+        parse(PrioritaryConfig, "--preset", "giant", *bad.split(), "--output_dir", str(tmp_path / "file" / "below"))
+    named = "\n".join(caught.value.problems)
+    for word in ("--preset giant", "--num_heads 12", "--learning_rate -1", "--vocab_size 10", "--max_length 0", "--batch_size 0"):
+        assert word in named
+    assert "--validation_split 1.5" in named and "no folder" in named
+    assert len(caught.value.problems) == 8
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--learning_rate", "nan"), ("--weight_decay", "-0.1"), ("--dropout", "1"), ("--seed", "-1"), ("--patience", "0")],
+)
+def test_values_out_of_range_are_refused(flag, value):
+    with pytest.raises(UserError, match=flag):
+        parse(GPT2Settings, "--preset", "smoke", flag, value)
+
+
+def test_heads_of_an_odd_width_and_losses_of_no_weight_are_refused():
+    with pytest.raises(UserError, match="odd width"):
+        parse(PrioritaryConfig, "--preset", "smoke", "--hidden_dim", "60", "--num_heads", "4")
+    with pytest.raises(UserError, match="both 0"):
+        parse(PrioritaryConfig, "--preset", "smoke", "--accuracy_weight", "0")
+
+
+@pytest.mark.parametrize("script", ["mvlm_trainer.py", "SIM-ONE Training/enhanced_train.py", "SIM-ONE Training/train.py"])
+def test_help_needs_no_heavy_import(repository, script):
+    code = f"import sys, runpy; sys.argv = ['x', '--help']; sys.path.insert(0, {str((repository / script).parent)!r})\n"
+    code += f"try: runpy.run_path({str(repository / script)!r}, run_name='__main__')\n"
+    code += "finally: assert not {'torch', 'transformers', 'matplotlib'} & sys.modules.keys()\n"
+    started = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "usage:" in result.stdout and time.perf_counter() - started < 30
