@@ -99,22 +99,16 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help=f"which ones, with commas between [default {','.join(TRAINERS)}]",
     )
-    parser.add_argument(
-        "--fresh", action="store_true", help="throw away what there is of these models and start again"
-    )
+    parser.add_argument("--fresh", action="store_true", help="throw away what there is of these models and start again")
     parser.add_argument("--dry_run", action="store_true", help="show what would run, and run nothing")
     group = parser.add_argument_group("handed on to both trainers (their --help tells defaults and presets)")
     hints = get_type_hints(TrainingSettings)
     for entry in fields(TrainingSettings):
         if entry.name not in HANDED_ON:
             continue
-        kind = next(
-            (part for part in get_args(hints[entry.name]) if part is not type(None)), hints[entry.name]
-        )
+        kind = next((part for part in get_args(hints[entry.name]) if part is not type(None)), hints[entry.name])
         if kind is bool:
-            group.add_argument(
-                f"--{entry.name}", action="store_true", default=None, help=entry.metadata["help"]
-            )
+            group.add_argument(f"--{entry.name}", action="store_true", default=None, help=entry.metadata["help"])
         else:
             group.add_argument(
                 f"--{entry.name}",
@@ -135,9 +129,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         problems.append(f"--preset {options.preset}: unknown; choose one of {', '.join(PRESET_NAMES)}")
     names = [name.strip() for name in options.models.split(",") if name.strip()]
     problems += [
-        f"--models {name}: unknown; choose from {', '.join(TRAINERS)}"
-        for name in names
-        if name not in TRAINERS
+        f"--models {name}: unknown; choose from {', '.join(TRAINERS)}" for name in names if name not in TRAINERS
     ]
     if not names:
         problems.append(f"--models: names no model; choose from {', '.join(TRAINERS)}")
@@ -195,9 +187,7 @@ def differences(options: argparse.Namespace, load) -> list[str]:
             continue
         settings, data = config.get("settings") or {}, config.get("data") or {}
         if config.get("preset") != options.preset:
-            found.append(
-                f"{name}: finished with --preset {config.get('preset')}, asked for now: {options.preset}"
-            )
+            found.append(f"{name}: finished with --preset {config.get('preset')}, asked for now: {options.preset}")
         for flag in ("seed", "max_length"):
             asked, made = options.handed_on.get(flag), settings.get(flag)
             if asked is not None and made is not None and asked != made:
@@ -210,9 +200,7 @@ def differences(options: argparse.Namespace, load) -> list[str]:
                     f"{options.data_dir}"
                 )
     if found:
-        found.append(
-            "give --fresh to throw these models away and start again, or another --work_dir to keep them"
-        )
+        found.append("give --fresh to throw these models away and start again, or another --work_dir to keep them")
     return found
 
 
@@ -288,18 +276,12 @@ def show_plan(options: argparse.Namespace) -> None:
         if options.fresh:
             state = "starts from nothing (--fresh)"
         elif results:
-            state = (
-                f"finished: {results.get('parameters'):,} parameters, {results.get('steps'):,} steps; kept"
-            )
+            state = f"finished: {results.get('parameters'):,} parameters, {results.get('steps'):,} steps; kept"
         else:
-            state = (
-                f"goes on from its checkpoints ({len(checkpoints)})" if checkpoints else "starts from nothing"
-            )
+            state = f"goes on from its checkpoints ({len(checkpoints)})" if checkpoints else "starts from nothing"
         print(f"\n{name}: {state}\n  output:  {export}\n  log:     {options.layout.log_file(name)}")
         print(f"  command: {shlex.join(trainer_command(name, options))}")
-    print(
-        f"\nthen:     comparison -> {options.layout.plot}\n          archives   -> {options.layout.downloads}"
-    )
+    print(f"\nthen:     comparison -> {options.layout.plot}\n          archives   -> {options.layout.downloads}")
     print(f"          validation -> {options.layout.report}")
 
 
@@ -310,9 +292,7 @@ def score_and_compare(options: argparse.Namespace, summary: Summary, corpus_of: 
     """Comparison and plot of the finished models into the summary; returns the table's lines."""
     from mvlm_core import comparison
 
-    configs = {
-        name: training_config(options.layout.export(name)) for name in TRAINERS if name in summary.finished()
-    }
+    configs = {name: training_config(options.layout.export(name)) for name in TRAINERS if name in summary.finished()}
     configs = {name: config for name, config in configs.items() if config.get("preset") == options.preset}
     data = {name: config["data"] for name, config in configs.items()}
     first = next((data[name] for name in options.names if name in data), None)
@@ -324,8 +304,7 @@ def score_and_compare(options: argparse.Namespace, summary: Summary, corpus_of: 
     summary.value["comparison"] = result
     summary.save()
     histories = {
-        name: json.loads((options.layout.export(name) / "training_history.json").read_text())
-        for name in names
+        name: json.loads((options.layout.export(name) / "training_history.json").read_text()) for name in names
     }
     comparison.plot(result, histories, options.layout.plot)
     return comparison.table(result, names)
@@ -353,9 +332,7 @@ def run_stages(
     codes = []
     with ResourceLog(log_file):
         for number, name in enumerate(options.names, 1):
-            log.info(
-                "=== training %d of %d: %s (log: %s)", number, len(options.names), name, layout.log_file(name)
-            )
+            log.info("=== training %d of %d: %s (log: %s)", number, len(options.names), name, layout.log_file(name))
             codes.append(train_model(name, trainer_command(name, options), layout, summary, signals))
             signals.check()
     log.info("=== comparison")
@@ -381,9 +358,7 @@ def report_end(layout: Layout, summary: Summary, lines: list[str], log_file: Pat
             log.error("FAILED: %s: %s", name, entry["error"].splitlines()[-1])
         elif entry["archive"]:
             log.info("archive: %s", layout.root / entry["archive"])
-    log.info(
-        "summary: %s, plot: %s, validation: %s, log: %s", layout.summary, layout.plot, layout.report, log_file
-    )
+    log.info("summary: %s, plot: %s, validation: %s, log: %s", layout.summary, layout.plot, layout.report, log_file)
     if any(entry["archive"] for entry in summary.models.values()):
         log.info(
             "next, on your own machine:  scp -r %s@%s:%s .",
@@ -404,9 +379,7 @@ def main(arguments: list[str] | None = None) -> int:
     with Signals() as signals:
         hardware = probe_hardware(options)
         corpus_of = CorpusLoader(options)
-        if not _is_default(
-            options.data_dir
-        ):  # a folder of the user's own is judged before anything is written
+        if not _is_default(options.data_dir):  # a folder of the user's own is judged before anything is written
             corpus_of()
             if problems := differences(options, corpus_of):
                 raise UserError(problems)

@@ -37,11 +37,7 @@ def validate_model(
     ):
         return checks, samples
     manifest = check_files(folder, checks)
-    safe = all(
-        check.passed
-        for check in checks
-        if check.name in ("manifest", "hashes", "no pickle", "no remote code")
-    )
+    safe = all(check.passed for check in checks if check.name in ("manifest", "hashes", "no pickle", "no remote code"))
     if safe:  # what was tampered with is not loaded: its code would run
         samples = check_loading(folder, manifest, texts, checks)
         if not options.quick and samples:
@@ -89,9 +85,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "folders", nargs="*", metavar="MODEL_DIR", help="export folders [default: what the last run made]"
     )
-    parser.add_argument(
-        "--work_dir", default=str(REPOSITORY_ROOT), help="where models/ and models_for_download/ are"
-    )
+    parser.add_argument("--work_dir", default=str(REPOSITORY_ROOT), help="where models/ and models_for_download/ are")
     parser.add_argument(
         "--data_dir", default=str(DEFAULT_DATA_DIR), help="the corpus, to compute the test scores again"
     )
@@ -103,9 +97,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.device not in DEVICES:
         problems.append(f"--device {options.device}: unknown; choose one of {', '.join(DEVICES)}")
     if not options.quick and not Path(options.data_dir).is_dir():
-        problems.append(
-            f"--data_dir {options.data_dir}: no such folder (or give --quick to leave the scores out)"
-        )
+        problems.append(f"--data_dir {options.data_dir}: no such folder (or give --quick to leave the scores out)")
     if not Path(options.work_dir).is_dir():
         problems.append(f"--work_dir {options.work_dir}: no such folder")
     problems += output_folder_problems(Path(options.work_dir) / "models", "--work_dir:")

@@ -68,9 +68,7 @@ class Signals:
         self.check()
         self._starting = True
         try:
-            self._child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, start_new_session=True, **options
-            )
+            self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, **options)
         finally:
             self._starting = False
         if self.number is not None:

@@ -78,12 +78,10 @@ def compressor_anchors(corpus: Corpus, cache_dir: Path) -> dict:
     }
     with ThreadPoolExecutor(2) as pool:  # both libraries release Python's lock while they work
         sizes = {
-            method: [pool.submit(size, data) for data in (train + test, train)]
-            for method, size in methods.items()
+            method: [pool.submit(size, data) for data in (train + test, train)] for method, size in methods.items()
         }
         anchors = {"text": name, "train_bytes": len(train), "test_bytes": len(test)} | {
-            method: (both.result() - alone.result()) * 8 / len(test)
-            for method, (both, alone) in sizes.items()
+            method: (both.result() - alone.result()) * 8 / len(test) for method, (both, alone) in sizes.items()
         }
     cache.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomic(cache, anchors)
@@ -185,10 +183,7 @@ def _verdict(result: dict, models: dict, names: list[str]) -> list[str]:
     ]
     nats = abs(difference) * math.log(2) * (sum(per_token) / len(per_token)) if per_token else None
     if nats is not None and nats < NOISE_NATS:
-        return [
-            f"On the test text both score the same within noise "
-            f"({scores[0]:.4f} and {scores[1]:.4f} bits a byte)."
-        ]
+        return [f"On the test text both score the same within noise ({scores[0]:.4f} and {scores[1]:.4f} bits a byte)."]
     worse, better = (names[0], names[1]) if difference < 0 else (names[1], names[0])
     share = abs(difference) / result["test_bpb"][worse] * 100
     amount = f", about {nats:.3f} nats a token" if nats is not None else ""
@@ -233,9 +228,7 @@ def table(comparison: dict, names: list[str]) -> list[str]:
         )
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-        )
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
     lines.insert(1, "-" * len(lines[0]))
@@ -319,7 +312,5 @@ def _bars(axes, comparison: dict, names: list[str]) -> None:
                 linestyle=":",
                 path_effects=[withStroke(linewidth=3, foreground="white")],
             )
-            axes.annotate(
-                f"{ANCHORS[key]}\n{anchors[key]:.3f}", (last + 0.54, anchors[key]), va="center", fontsize=8
-            )
+            axes.annotate(f"{ANCHORS[key]}\n{anchors[key]:.3f}", (last + 0.54, anchors[key]), va="center", fontsize=8)
         axes.set_xlim(-0.6, last + 1.3)

@@ -127,9 +127,7 @@ def check_files(folder: Path, checks: Checks) -> dict | None:
         for path in folder.iterdir()
         if path.name not in BESIDE and path.name not in {name.split("/")[0] for name in files}
     )
-    checks.add_problems(
-        "files", "no extra files", [f"{name} does not belong there" for name in extra], "none"
-    )
+    checks.add_problems("files", "no extra files", [f"{name} does not belong there" for name in extra], "none")
     checks.add_problems("files", "no pickle", pickles(folder, files), "none")
     remote = [
         f"{file}: auto_map leads to {target}"
@@ -158,9 +156,7 @@ def modelling_files(folder: Path, config: dict) -> set[str]:
             continue  # missing or no Python: other checks name it
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.level:
-                waiting += (
-                    [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
-                )
+                waiting += [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
     return found
 
 
@@ -211,9 +207,7 @@ def copy_export(folder: Path, manifest: dict, target: Path) -> None:
 
 def run_python(arguments: list[str], cwd: Path, **extra: str) -> tuple[int, str]:
     """A fresh Python, Hugging Face's libraries offline; returns its exit code and last lines of output."""
-    environment = {
-        key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MVLM_PARENT_PID")
-    }
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MVLM_PARENT_PID")}
     environment |= {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
@@ -286,8 +280,7 @@ def check_loading(folder: Path, manifest: dict, texts: list[str], checks: Checks
     _check_weights(found["weights"], config, checks)
     _check_tokenizer(found["tokenizer"], found["weights"]["rows"], config, checks)
     bad = [
-        f"{sample['prompt']!r} gave {sample['new_tokens']} tokens"
-        + ("" if sample["finite"] else ", logits not finite")
+        f"{sample['prompt']!r} gave {sample['new_tokens']} tokens" + ("" if sample["finite"] else ", logits not finite")
         for sample in found["samples"]
         if not (sample["whole"] and sample["finite"] and sample["within_vocabulary"])
     ]
@@ -320,16 +313,12 @@ def _check_tokenizer(found: dict, rows: int, config: dict, checks: Checks) -> No
         f"{found['size']:,} entries, highest id {found['highest_id']:,}, {rows:,} rows",
     )
     said = part(config, "tokenizer").get("vocab_size")
-    checks.add(
-        "tokenizer", "vocabulary size", found["size"] == said, f"{found['size']:,}, training said {said}"
-    )
+    checks.add("tokenizer", "vocabulary size", found["size"] == said, f"{found['size']:,}, training said {said}")
     wanted = [role for role in ("bos_token", "eos_token") if not found["specials"].get(role)]
     if found["start_id"] is None or found["end_id"] is None:
         wanted.append("ids of start and end")
     strange = [
-        str(number)
-        for number in found["config_ids"]
-        if number is not None and number not in found["special_ids"]
+        str(number) for number in found["config_ids"] if number is not None and number not in found["special_ids"]
     ]
     checks.add_problems(
         "tokenizer",
@@ -434,9 +423,7 @@ def check_packed(name: str, folder: Path, layout: Layout, checks: Checks) -> Non
         checks.add("archive", "there", False, f"{archive} is missing")
         return
     checks.add("archive", "there", True, f"{archive.stat().st_size / 1e6:.1f} MB")
-    good = checks.add_problems(
-        "archive", "opens and holds what its manifest says", check_archive(archive), "good"
-    )
+    good = checks.add_problems("archive", "opens and holds what its manifest says", check_archive(archive), "good")
     said = read_checksums(layout.checksums).get(archive.name)
     found = sha256_file(archive)
     checks.add(

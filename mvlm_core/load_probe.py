@@ -122,9 +122,7 @@ def probe(model_dir: str, request: dict) -> dict:
 
     config = json.loads((Path(model_dir) / "config.json").read_text(encoding="utf-8"))
     own_code = "auto_map" in config  # a model that transformers knows must load without trusting any code
-    model, info = AutoModelForCausalLM.from_pretrained(
-        model_dir, trust_remote_code=own_code, output_loading_info=True
-    )
+    model, info = AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=own_code, output_loading_info=True)
     model.eval()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     return {

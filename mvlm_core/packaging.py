@@ -333,9 +333,7 @@ def extract_archive(archive: Path, destination: Path) -> Path:
     try:
         second = _scan(archive, write)
         if second.problems or second.manifest_bytes != first.manifest_bytes:
-            raise ArchiveError(
-                [f"{archive.name}: {p}" for p in second.problems or ["changed while it was read"]]
-            )
+            raise ArchiveError([f"{archive.name}: {p}" for p in second.problems or ["changed while it was read"]])
         os.rename(partial / first.manifest["name"], top)
         fsync_path(destination)
     finally:

@@ -184,7 +184,7 @@ def train_model(name: str, command: list[str], layout: Layout, summary: Summary,
     summary.update(name, status="running")
     start = time.monotonic()
     try:
-        wait_for_orphan(layout.export(name))
+        wait_for_orphans(layout.export(name))
         code, tail = run_child(command, signals)
     except Stopped:
         summary.update(name, status="interrupted")
@@ -202,9 +202,7 @@ def train_model(name: str, command: list[str], layout: Layout, summary: Summary,
     if code > 128:
         tail.append(f"ended by {_signal_name(code - 128)}")
         if code == 128 + signal.SIGKILL:
-            tail.append(
-                "(the system kills a process this way when memory runs out: try a smaller --batch_size)"
-            )
+            tail.append("(the system kills a process this way when memory runs out: try a smaller --batch_size)")
     keep_last_words(log_file, code, tail)
     summary.update(name, status="failed", error="\n".join(tail[-TAIL_LINES:]))
     log.error("%s: FAILED with exit code %d; the end of its output:", name, code)
@@ -213,30 +211,24 @@ def train_model(name: str, command: list[str], layout: Layout, summary: Summary,
     return code
 
 
-def wait_for_orphan(export: Path) -> None:
+def wait_for_orphans(export: Path) -> None:
     """A trainer whose pipeline was killed ends by itself after a checkpoint: wait, or its lock is in the way."""
-    pid = read_json(export / "run.lock").get("pid")
     told = False
-    while isinstance(pid, int) and _is_orphan(pid):
+    while orphans := [process.pid for process in psutil.process_iter() if _is_orphan(process, export)]:
         if not told:
-            log.info(
-                "waiting for process %d, left over from an earlier run, to write its checkpoint and end", pid
-            )
+            log.info("waiting for process %d, left over from a killed run, to end after a checkpoint", orphans[0])
             told = True
         time.sleep(0.5)
 
 
-def _is_orphan(pid: int) -> bool:
-    """Whether this process was started by a pipeline that is gone."""
+def _is_orphan(process: psutil.Process, export: Path) -> bool:
+    """Whether a pipeline that is gone started this process to write into `export`."""
     try:
-        process = psutil.Process(pid)
+        if str(export) not in process.cmdline():
+            return False
         starter = process.environ().get("MVLM_PARENT_PID", "")
-        return (
-            starter.isdecimal()
-            and process.ppid() != int(starter)
-            and process.status() != psutil.STATUS_ZOMBIE
-        )
-    except (psutil.Error, ValueError, OverflowError):
+        return starter.isdecimal() and process.ppid() != int(starter)
+    except (psutil.Error, OSError):
         return False
 
 

@@ -117,9 +117,7 @@ def test_nested_files_survive(tmp_path):
     export = make_export(tmp_path / "e", {"a/b/c.json": b"{}", "a/d.json": b"1"})
     write_archive(export, tmp_path / "x.tar.gz")
     assert check_archive(tmp_path / "x.tar.gz") == []
-    assert (
-        extract_archive(tmp_path / "x.tar.gz", tmp_path / "o") / "a" / "b" / "c.json"
-    ).read_bytes() == b"{}"
+    assert (extract_archive(tmp_path / "x.tar.gz", tmp_path / "o") / "a" / "b" / "c.json").read_bytes() == b"{}"
 
 
 def test_damaged_export_is_not_packed_and_the_old_archive_stays(export, archive, monkeypatch):
@@ -128,9 +126,7 @@ def test_damaged_export_is_not_packed_and_the_old_archive_stays(export, archive,
     assert [p for p in verify_folder(export) if "config.json" in p and "SHA-256" in p]
     with pytest.raises(ArchiveError, match="config.json"):
         write_archive(export, archive)
-    monkeypatch.setattr(
-        packaging, "verify_folder", lambda folder: []
-    )  # changed between the check and the read
+    monkeypatch.setattr(packaging, "verify_folder", lambda folder: [])  # changed between the check and the read
     with pytest.raises(ArchiveError, match="config.json"):
         write_archive(export, archive)
     assert archive.read_bytes() == before
@@ -320,9 +316,7 @@ def test_any_bytes_are_refused_with_a_reason(tmp_path, data, packed):
         st.none() | st.booleans() | st.integers() | st.text(max_size=8),
         lambda inner: (
             st.lists(inner, max_size=3)
-            | st.dictionaries(
-                st.sampled_from(["format", "name", "files", "a", "../b", "A"]), inner, max_size=4
-            )
+            | st.dictionaries(st.sampled_from(["format", "name", "files", "a", "../b", "A"]), inner, max_size=4)
         ),
         max_leaves=8,
     )

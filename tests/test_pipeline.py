@@ -43,8 +43,7 @@ def run(command, cwd=REPOSITORY, **extra) -> subprocess.CompletedProcess:
 
 def weights(layout: Layout) -> dict[str, str]:
     return {
-        name: hashlib.sha256((layout.export(name) / "model.safetensors").read_bytes()).hexdigest()
-        for name in TRAINERS
+        name: hashlib.sha256((layout.export(name) / "model.safetensors").read_bytes()).hexdigest() for name in TRAINERS
     }
 
 
@@ -96,11 +95,7 @@ def test_everything_the_design_promises_is_there(reference):
     assert compressors["xz"] == pytest.approx(1.88, abs=0.03)
     assert compressors["ppmd_order_16"] == pytest.approx(1.51, abs=0.03)
     report = json.loads(reference.report.read_text())
-    assert (
-        report["passed"]
-        and report["rescored"]
-        and all(len(m["samples"]) == 6 for m in report["models"].values())
-    )
+    assert report["passed"] and report["rescored"] and all(len(m["samples"]) == 6 for m in report["models"].values())
     assert run(["sha256sum", "-c", "SHA256SUMS"], cwd=reference.downloads).returncode == 0
     assert json.loads((reference.downloads / "training_summary.json").read_text()) == summary
     assert len(list(reference.logs.glob("h200_training_*.log"))) == 1 and reference.plot.is_file()
@@ -109,9 +104,7 @@ def test_everything_the_design_promises_is_there(reference):
 def test_interrupted_in_both_models_gives_the_same_bits(reference, tmp_path):
     layout = Layout(tmp_path)
     for name, number in (("mvlm_gpt2", signal.SIGINT), ("simone_enhanced", signal.SIGTERM)):
-        job = subprocess.Popen(
-            [*JOB, "--work_dir", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
-        )
+        job = subprocess.Popen([*JOB, "--work_dir", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
         wait_for(layout.log_file(name), r"step 45/", job)
         job.send_signal(number)
         assert job.wait(timeout=LIMIT) == 128 + number
@@ -122,10 +115,7 @@ def test_interrupted_in_both_models_gives_the_same_bits(reference, tmp_path):
     assert done.returncode == 0, done.stdout
     for name in TRAINERS:
         assert "continuing from" in layout.log_file(name).read_text()
-        steps = [
-            record["step"]
-            for record in json.loads((layout.export(name) / "training_history.json").read_text())
-        ]
+        steps = [record["step"] for record in json.loads((layout.export(name) / "training_history.json").read_text())]
         assert steps == list(range(1, len(steps) + 1))
     assert weights(layout) == weights(reference)
 
@@ -144,9 +134,7 @@ def test_closed_terminal_ends_nothing_and_a_second_job_leaves(tmp_path):
         os.execv(command[0], command)
     deadline, seen = time.monotonic() + LIMIT, b""
     os.set_blocking(terminal, False)
-    while (
-        b"tok/s" not in seen and b"tok" not in seen[seen.find(b"steps of") :] and time.monotonic() < deadline
-    ):
+    while b"tok/s" not in seen and b"tok" not in seen[seen.find(b"steps of") :] and time.monotonic() < deadline:
         try:
             seen += os.read(terminal, 65536)
         except BlockingIOError:
@@ -174,16 +162,11 @@ def test_killed_job_takes_its_trainer_along_and_can_be_started_at_once(tmp_path)
 def test_failing_model_does_not_stop_the_other(tmp_path):
     layout = Layout(tmp_path)
     layout.export("mvlm_gpt2").mkdir(parents=True)
-    (layout.export("mvlm_gpt2") / "run.lock").write_text(
-        json.dumps({"pid": os.getpid()})
-    )  # "another run has it"
+    (layout.export("mvlm_gpt2") / "run.lock").write_text(json.dumps({"pid": os.getpid()}))  # "another run has it"
     done = run([*JOB, "--work_dir", tmp_path, "--max_steps", "20"])
     assert done.returncode == 1, done.stdout
     summary = json.loads(layout.summary.read_text())
-    assert (
-        summary["models"]["mvlm_gpt2"]["status"] == "failed"
-        and "in use" in summary["models"]["mvlm_gpt2"]["error"]
-    )
+    assert summary["models"]["mvlm_gpt2"]["status"] == "failed" and "in use" in summary["models"]["mvlm_gpt2"]["error"]
     assert summary["models"]["simone_enhanced"]["status"] == "finished"
     assert [path.name for path in layout.downloads.glob("*.gz")] == ["simone_enhanced_model.tar.gz"]
 

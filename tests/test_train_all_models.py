@@ -201,9 +201,7 @@ def test_whole_run_then_everything_is_kept(tmp_path, tiny_corpus):
             "size_bytes",
             "archive",
         }
-        assert (
-            entry["status"] == "finished" and entry["archive"] == f"models_for_download/{name}_model.tar.gz"
-        )
+        assert entry["status"] == "finished" and entry["archive"] == f"models_for_download/{name}_model.tar.gz"
         assert check_archive(job.work_dir / entry["archive"]) == []
         files = [path for path in job.layout.export(name).iterdir() if path.name != "pid"]
         assert entry["size_bytes"] == sum(path.stat().st_size for path in files)
@@ -216,9 +214,7 @@ def test_whole_run_then_everything_is_kept(tmp_path, tiny_corpus):
         "training_summary.json",
         "DOWNLOAD_INSTRUCTIONS.md",
     }
-    subprocess.run(
-        ["sha256sum", "-c", "SHA256SUMS"], cwd=job.layout.downloads, check=True, capture_output=True
-    )
+    subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=job.layout.downloads, check=True, capture_output=True)
     assert json.loads((job.layout.downloads / "training_summary.json").read_text()) == summary
     assert job.layout.plot.read_bytes().startswith(b"\x89PNG")
     assert done.stdout.index("mvlm_gpt2 starts") < done.stdout.index("simone_enhanced starts")
@@ -226,14 +222,10 @@ def test_whole_run_then_everything_is_kept(tmp_path, tiny_corpus):
     (log,) = job.layout.logs.glob("h200_training_*.log")
     assert "=== validation" in log.read_text()
 
-    before = {
-        path.name: (path.stat().st_mtime_ns, sha256_file(path)) for path in job.layout.downloads.glob("*.gz")
-    }
+    before = {path.name: (path.stat().st_mtime_ns, sha256_file(path)) for path in job.layout.downloads.glob("*.gz")}
     again = Job(tmp_path, tiny_corpus).run()
     assert again.returncode == 0 and again.stdout.count("kept, it holds this export already") == 2
-    assert {
-        p.name: (p.stat().st_mtime_ns, sha256_file(p)) for p in job.layout.downloads.glob("*.gz")
-    } == before
+    assert {p.name: (p.stat().st_mtime_ns, sha256_file(p)) for p in job.layout.downloads.glob("*.gz")} == before
 
 
 def test_failing_model_is_recorded_and_the_other_runs(job):
@@ -421,9 +413,7 @@ def test_empty_and_binary_data_folders(tmp_path, monkeypatch):
         if content:
             (data / "picture.txt").write_bytes(content)
         with pytest.raises(UserError):
-            train_all_models.main(
-                ["--work_dir", str(tmp_path / "w"), "--data_dir", str(data), "--preset", "smoke"]
-            )
+            train_all_models.main(["--work_dir", str(tmp_path / "w"), "--data_dir", str(data), "--preset", "smoke"])
         assert not (tmp_path / "w").exists()
 
 
@@ -443,10 +433,7 @@ def test_dry_run_writes_nothing(tmp_path, tiny_corpus, capsys):
     ]
     assert train_all_models.main(flags) == 0
     shown = capsys.readouterr().out
-    assert (
-        shown.count("--max_steps 7 --quiet") + shown.count("--quiet --max_steps 7") == 2
-        and "--fresh" in shown
-    )
+    assert shown.count("--max_steps 7 --quiet") + shown.count("--quiet --max_steps 7") == 2 and "--fresh" in shown
     assert not (tmp_path / "w").exists()
 
 
@@ -479,29 +466,16 @@ def test_comparison_says_what_is_equal_and_what_is_noise():
         "ppmd_order_16": 1.51,
     }
     result = comparison.compare({names[0]: entry(), names[1]: entry(1019, 1_009_000, 1.4)}, names, anchors)
-    assert (
-        result["parameters"]["equal_within_2_percent"] and result["training_bytes"]["equal_within_1_percent"]
-    )
+    assert result["parameters"]["equal_within_2_percent"] and result["training_bytes"]["equal_within_1_percent"]
     words = " ".join(result["sentences"])
-    assert (
-        "6.7 % less" in words
-        and "one seed" in words.lower()
-        and words.count("predicts this text better") == 2
-    )
+    assert "6.7 % less" in words and "one seed" in words.lower() and words.count("predicts this text better") == 2
     # 0.001 bits a byte are 0.0028 nats a token at 4 bytes each: noise
     result = comparison.compare(
         {names[0]: entry(), names[1]: entry(1030, 1_020_000, 1.501)}, names, anchors | {"ppmd_order_16": 1.4}
     )
     words = " ".join(result["sentences"])
-    assert (
-        "within noise" in words
-        and words.count("NOT equal") == 2
-        and words.count("loses to a compressor") == 2
-    )
-    assert (
-        not result["parameters"]["equal_within_2_percent"]
-        and not result["training_bytes"]["equal_within_1_percent"]
-    )
+    assert "within noise" in words and words.count("NOT equal") == 2 and words.count("loses to a compressor") == 2
+    assert not result["parameters"]["equal_within_2_percent"] and not result["training_bytes"]["equal_within_1_percent"]
     lines = comparison.table(result, names)
     assert any("PPMd order 16 1.400" in line for line in lines)
 

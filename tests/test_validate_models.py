@@ -56,9 +56,7 @@ def staged(tmp_path_factory, real_text):
         )
     )
     history = [{"step": 1, "bytes": 10, "seconds": 0.1, "train_loss": 6.0, "validation_bpb": 2.0}]
-    folder = stage_model(
-        model, tokenizer.for_transformers(32), history, "tiny", tmp_path_factory.mktemp("staged")
-    )
+    folder = stage_model(model, tokenizer.for_transformers(32), history, "tiny", tmp_path_factory.mktemp("staged"))
     return folder, model.num_parameters(), tokenizer.vocab_size
 
 
@@ -127,9 +125,7 @@ def in_this_process(monkeypatch):
             if "--rescore" in arguments:
                 return validate_models.main(arguments[1:]), ""
             folder, request, answer = arguments[2:]
-            Path(answer).write_text(
-                json.dumps(load_probe.probe(folder, json.loads(Path(request).read_text())))
-            )
+            Path(answer).write_text(json.dumps(load_probe.probe(folder, json.loads(Path(request).read_text()))))
         except Exception as error:
             return 1, repr(error)
         return 0, ""
@@ -151,11 +147,7 @@ def failed(capsys, *arguments) -> dict[str, str]:
         for check in model["checks"]
         if not check["passed"]
     }
-    assert (
-        code == (1 if found else 0)
-        and report["passed"] == (not found)
-        and len(report["failed"]) >= len(found)
-    )
+    assert code == (1 if found else 0) and report["passed"] == (not found) and len(report["failed"]) >= len(found)
     return found
 
 
@@ -197,18 +189,13 @@ def test_export_that_needs_this_repository_does_not_load(export, tiny_corpus, tm
     }
     (export / "config.json").write_text(json.dumps(config))
     seal(export)
-    found = failed(
-        capsys, str(export), "--quick", "--work_dir", str(tmp_path / "work"), "--data_dir", str(tiny_corpus)
-    )
+    found = failed(capsys, str(export), "--quick", "--work_dir", str(tmp_path / "work"), "--data_dir", str(tiny_corpus))
     assert (
-        "loads elsewhere, offline, by itself" in found
-        and "mvlm_core" in found["loads elsewhere, offline, by itself"]
+        "loads elsewhere, offline, by itself" in found and "mvlm_core" in found["loads elsewhere, offline, by itself"]
     )
 
 
-def test_weights_tokenizer_and_counts_that_are_not_as_said(
-    export, tiny_corpus, tmp_path, capsys, in_this_process
-):
+def test_weights_tokenizer_and_counts_that_are_not_as_said(export, tiny_corpus, tmp_path, capsys, in_this_process):
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -225,9 +212,7 @@ def test_weights_tokenizer_and_counts_that_are_not_as_said(
     assert name in found["finite"] and "training said 7" in found["parameter count"]
 
 
-def test_tokenizer_that_changes_text_or_reads_special_words(
-    export, tiny_corpus, tmp_path, capsys, in_this_process
-):
+def test_tokenizer_that_changes_text_or_reads_special_words(export, tiny_corpus, tmp_path, capsys, in_this_process):
     config = json.loads((export / "tokenizer_config.json").read_text())
     (export / "tokenizer_config.json").write_text(json.dumps(config | {"split_special_tokens": False}))
     tokenizer = json.loads((export / "tokenizer.json").read_text())
@@ -319,12 +304,8 @@ def test_safetensors_whose_header_length_looks_like_a_pickle(export):
     assert export_checks.pickles(export, {}) == []
 
 
-@pytest.mark.parametrize(
-    "config", [[], {"results": 3, "data": [], "settings": None}, {"results": {"test_bpb": "low"}}]
-)
-def test_odd_training_configs_are_failed_checks(
-    export, tiny_corpus, tmp_path, capsys, in_this_process, config
-):
+@pytest.mark.parametrize("config", [[], {"results": 3, "data": [], "settings": None}, {"results": {"test_bpb": "low"}}])
+def test_odd_training_configs_are_failed_checks(export, tiny_corpus, tmp_path, capsys, in_this_process, config):
     (export / "training_config.json").write_text(json.dumps(config))
     seal(export)
     assert failed(capsys, str(export), "--work_dir", str(tmp_path / "other"), "--data_dir", str(tiny_corpus))
@@ -378,7 +359,5 @@ def test_help_is_quick_and_light():
         code += f"try: runpy.run_path({str(REPOSITORY / script)!r}, run_name='__main__')\n"
         code += "except SystemExit: pass\n"
         code += "print([name for name in ('torch', 'transformers', 'matplotlib') if name in sys.modules])"
-        done = subprocess.run(
-            [sys.executable, "-c", code], text=True, capture_output=True, env=os.environ, timeout=30
-        )
+        done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, env=os.environ, timeout=30)
         assert done.stdout.rstrip().endswith("[]"), done.stdout + done.stderr
