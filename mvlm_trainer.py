@@ -48,7 +48,9 @@ def tokenizer_class() -> type[ByteLevelBPE]:
     from mvlm_core.byte_level_bpe import ByteLevelBPE
 
     class GPT2BPETokenizer(ByteLevelBPE):
-        SPECIAL_TOKENS: ClassVar[dict[str, str]] = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>")
+        SPECIAL_TOKENS: ClassVar[dict[str, str]] = dict.fromkeys(
+            ("bos_token", "eos_token", "pad_token"), "<|endoftext|>"
+        )
         SPECIAL_TOKENS_LAST: ClassVar[bool] = True
         END_ROLE: ClassVar[str | None] = None  # the next document's <|endoftext|> ends this one
 

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from mvlm_core import scripture_cleaning as cleaning
 from mvlm_core import scripture_mends
+from mvlm_core.console import progress
 from mvlm_core.errors import TrainingFailed, UserError, run_main
 from mvlm_core.files import output_folder_problems, sha256_file, write_json_atomic
 
@@ -197,14 +198,12 @@ def clean_translations(
     sources: Mapping[str, dict], wheels: Mapping[str, Path], quiet: bool
 ) -> tuple[dict[str, Verses], dict[str, Counter[str]], dict[str, int]]:
     """By translation: the clean verses, what was dropped and why, and how many verses were repaired."""
-    from tqdm import tqdm
-
     bibles: dict[str, Verses] = {}
     dropped: dict[str, Counter[str]] = {}
     repaired: dict[str, int] = {}
     # Two processes: twice as fast, and reading one package takes up to 0.3 GB. "spawn" is safe beside threads.
     pool = ProcessPoolExecutor(min(2, os.cpu_count() or 1), multiprocessing.get_context("spawn"))
-    with pool, tqdm(total=len(sources), desc="cleaning", unit="translation", disable=quiet) as bar:
+    with pool, progress(len(sources), "cleaning", "translation", quiet=quiet) as bar:
         for name, *result in pool.map(_read_and_clean, [(name, wheels[name]) for name in sources]):
             bibles[name], dropped[name], repaired[name] = result
             bar.update()
@@ -288,7 +287,6 @@ def leak_audit(bibles: Mapping[str, Verses], quiet: bool = True) -> dict[str, di
     (against the train text of all translations); `train_books` that hold most of them, with the number each holds.
     """
     import numpy as np
-    from tqdm import tqdm
 
     numbers: dict[str, int] = {}
     # Odd multipliers of a fixed generator: a 64-bit hash of 13 word numbers, which collides about once in 10**6 builds.
@@ -313,14 +311,14 @@ def leak_audit(bibles: Mapping[str, Verses], quiet: bool = True) -> dict[str, di
     if not held:
         return {}
     all_held = np.unique(np.concatenate(list(held.values())))
-    seen = np.zeros(len(all_held), bool)
-    hits: dict[int, np.ndarray] = {}
     by_number: dict[int, list[np.ndarray]] = defaultdict(list)
     train = {key: texts for key, texts in books.items() if key not in held}
-    for (_, number), texts in tqdm(train.items(), desc="leak audit", unit="book", disable=quiet):
-        values = sequences(texts)
-        places = np.minimum(np.searchsorted(all_held, values), len(all_held) - 1)
-        by_number[number].append(np.unique(places[all_held[places] == values]))
+    with progress(len(train), "leak audit", "book", quiet=quiet) as bar:
+        for (_, number), texts in train.items():
+            values = sequences(texts)
+            places = np.minimum(np.searchsorted(all_held, values), len(all_held) - 1)
+            by_number[number].append(np.unique(places[all_held[places] == values]))
+            bar.update()
     seen = np.zeros(len(all_held), bool)
     hits: dict[int, np.ndarray] = {}
     for number, found in by_number.items():

@@ -153,7 +153,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _is_default(data_dir: str) -> bool:
-    return Path(data_dir).absolute() == DEFAULT_DATA_DIR
+    return Path(data_dir).resolve() == DEFAULT_DATA_DIR.resolve()
 
 
 def trainer_command(name: str, options: argparse.Namespace) -> list[str]:

@@ -5,6 +5,7 @@ import argparse
 import sys
 
 from enhanced_train import main
+
 from mvlm_core.errors import run_main
 
 if __name__ == "__main__":

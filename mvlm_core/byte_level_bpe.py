@@ -71,7 +71,7 @@ class ByteLevelBPE:
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
-        """A tokenizer from ``tokenizer.json``, a folder with it, or a folder with GPT-2's ``vocab.json`` and ``merges.txt``.
+        """A tokenizer from ``tokenizer.json``, its folder, or a folder with GPT-2's ``vocab.json`` and ``merges.txt``.
 
         Raises:
             UserError: no such file, a file that is no tokenizer, or one that does not give back what it got.
@@ -83,7 +83,9 @@ class ByteLevelBPE:
             if not file.is_file() and vocabulary.is_file() and merges.is_file():
                 tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
                 tokenizer.pre_tokenizer, tokenizer.decoder = cls.pre_tokenizer(), decoders.ByteLevel()
-                tokenizer.add_special_tokens([AddedToken(text, special=True) for text in dict.fromkeys(cls.SPECIAL_TOKENS.values())])
+                tokenizer.add_special_tokens(
+                    [AddedToken(text, special=True) for text in dict.fromkeys(cls.SPECIAL_TOKENS.values())]
+                )
             elif file.is_file():
                 tokenizer = Tokenizer.from_file(str(file))
             else:
@@ -170,7 +172,13 @@ class ByteLevelBPE:
 
 
 def cached_tokenizer(
-    kind: type[ByteLevelBPE], texts: Iterator[str], fingerprint: str, vocab_size: int, cache_dir: Path | str, *, quiet: bool
+    kind: type[ByteLevelBPE],
+    texts: Iterator[str],
+    fingerprint: str,
+    vocab_size: int,
+    cache_dir: Path | str,
+    *,
+    quiet: bool,
 ) -> ByteLevelBPE:
     """The tokenizer for this train text, from the cache where the text is the same to the byte, else trained now."""
     name = hashlib.sha256(f"{kind.__name__}:{fingerprint}:{vocab_size}".encode()).hexdigest()[:32]
@@ -180,6 +188,8 @@ def cached_tokenizer(
     log.info("training a byte-level BPE of %s entries on the train text", f"{vocab_size:,}")
     tokenizer = kind.train(texts, vocab_size, show_progress=not quiet and sys.stderr.isatty())
     if tokenizer.vocab_size < vocab_size:
-        log.info("the text gives %s entries, fewer than --vocab_size %s", f"{tokenizer.vocab_size:,}", f"{vocab_size:,}")
+        log.info(
+            "the text gives %s entries, fewer than --vocab_size %s", f"{tokenizer.vocab_size:,}", f"{vocab_size:,}"
+        )
     tokenizer.save(folder)
     return tokenizer

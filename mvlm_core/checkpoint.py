@@ -99,7 +99,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     folder = Path(folder)
     manifest = _read_json(folder / "manifest.json")
     files = manifest.get("files")
-    if manifest.get("format") != FORMAT or not isinstance(files, dict) or not {"state.json", "model.safetensors"} <= set(files):
+    if (
+        manifest.get("format") != FORMAT
+        or not isinstance(files, dict)
+        or not {"state.json", "model.safetensors"} <= set(files)
+    ):
         raise DamagedCheckpoint(f"{folder / 'manifest.json'} is not the manifest of a checkpoint of format {FORMAT}")
     for name, expected in files.items():
         path = folder / name
@@ -133,7 +137,9 @@ def checkpoint_folders(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
 
 
-def newest_checkpoint(root: Path, *, may_use: Callable[[Checkpoint], None] = lambda checkpoint: None) -> Checkpoint | None:
+def newest_checkpoint(
+    root: Path, *, may_use: Callable[[Checkpoint], None] = lambda checkpoint: None
+) -> Checkpoint | None:
     """The newest whole checkpoint, or None; damaged ones are named and set aside under another name.
 
     Args:
@@ -168,7 +174,7 @@ def named_checkpoint(folder: Path | str) -> Checkpoint:
 
 
 def set_aside_later(root: Path, step: int) -> None:
-    """Rename the checkpoints after ``step``: the run goes back there, and rotation must not take them for its newest."""
+    """Rename the checkpoints after ``step``: the run goes back there; rotation must not keep them for it."""
     for folder in checkpoint_folders(root):
         if int(_NAME.fullmatch(folder.name)[1]) > step:
             _set_aside(folder, _LATER_SUFFIX)

@@ -66,7 +66,7 @@ def linear_cross_entropy(
         z_loss: weight of the squared log partition function (PaLM, arXiv 2204.02311), which keeps logits from drifting.
         block_rows: rows of logits that exist at a time; chosen for the device where not given.
     Returns:
-        The loss (nats a token, differentiable) and each token's own negative log-likelihood in nats (detached, float32).
+        The loss (nats a token, differentiable) and each token's negative log-likelihood in nats (detached, float32).
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     flat_targets = targets.reshape(-1)

@@ -139,11 +139,12 @@ tags: [bible, small-language-model, {config["model"].replace("_", "-")}]
 | validation, bits per byte | {number("validation_bpb")} (weights of step {results["best_step"]:,}) |
 | test, bits per byte, all translations | {number("test_bpb")} |
 | test, bits per byte, King James Version | {number("test_bpb_kjv")} |
-| training time | {results["seconds"]:.0f} s at {results["tokens_per_second"]:,.0f} tokens/s on {config["hardware"]["name"]} |
+| training time | {results["seconds"]:.0f} s, {results["tokens_per_second"]:,.0f} tokens/s, {config["hardware"]["name"]} |
 
-Bits per byte: total negative log-likelihood over ln 2 times the UTF-8 bytes of the text, every token scored once, windows
-of the training context half of it apart. The test books (Esther, Ecclesiastes, Habakkuk, Galatians, 1 Peter) were held out
-in every translation. `validate_models.py` of the training repository measures the test figures again from these files.
+Bits per byte: total negative log-likelihood over ln 2 times the UTF-8 bytes of the text, every token scored once,
+windows of the training context half of it apart. The corpus says which documents are validation and test text;
+of the Bible, whole books are held out in every translation. `validate_models.py` of the training repository measures the
+test figures again from these files.
 
 ## Data
 
@@ -155,7 +156,7 @@ in every translation. `validate_models.py` of the training repository measures t
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # this folder
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
 model = AutoModelForCausalLM.from_pretrained(folder{trust})
 start = tokenizer(tokenizer.bos_token + "In the beginning God", split_special_tokens=False, return_tensors="pt")
 print(tokenizer.decode(model.generate(**start, max_new_tokens=40)[0], skip_special_tokens=True))
@@ -163,6 +164,6 @@ print(tokenizer.decode(model.generate(**start, max_new_tokens=40)[0], skip_speci
 
 ## Limits
 
-A small model of one kind of text: it writes archaic English, knows nothing else, makes up verses that do not exist and is no
-authority on doctrine. What it writes is not scripture, even where it reads like it.
+A small model of one kind of text: it writes archaic English, knows nothing else, makes up verses that do not exist and
+is no authority on doctrine. What it writes is not scripture, even where it reads like it.
 """

@@ -128,7 +128,9 @@ class Optimizers:
         Raises:
             KeyError: a name that belongs to no parameter.
         """
-        owners = {self._names[p]: (part, p) for part in self.parts for group in part.param_groups for p in group["params"]}
+        owners = {
+            self._names[p]: (part, p) for part in self.parts for group in part.param_groups for p in group["params"]
+        }
         for name, value in tensors.items():
             parameter_name, quantity = name.rsplit("/", 1)
             part, parameter = owners[parameter_name]

@@ -48,7 +48,9 @@ def option(
         identity: part of what the run *is*: a checkpoint made with another value is not continued.
     """
     rules = {"choices": choices, "minimum": minimum, "above": above, "maximum": maximum, "below": below}
-    return field(default=None, metadata={"default": default, "help": help, "group": group, "identity": identity, **rules})
+    return field(
+        default=None, metadata={"default": default, "help": help, "group": group, "identity": identity, **rules}
+    )
 
 
 @dataclass
@@ -91,14 +93,18 @@ class TrainingSettings:
     data_subset: str | None = option(None, "use only this folder below --data_dir", "data")
     output_dir: str | None = option(None, "where the finished model and its checkpoints go", "data")
     cache_dir: str = option(str(CACHE_DIR), "where tokenizers and tokens are kept between runs", "data")
-    tokenizer_path: str | None = option(None, "a ready tokenizer (folder or tokenizer.json) instead of training one", "data")
+    tokenizer_path: str | None = option(
+        None, "a ready tokenizer (folder or tokenizer.json) instead of training one", "data"
+    )
     validation_split: float = option(
         0.05, "share of documents without a split of their own held out for validation; as much again for the test",
         "data", above=0, below=0.5, identity=True,
     )  # fmt: skip
     validation_dir: str | None = option(None, "a folder whose files are the validation text", "data")
 
-    vocab_size: int = option(32000, "tokenizer entries", "model", minimum=SMALLEST_VOCABULARY, maximum=1_000_000, identity=True)
+    vocab_size: int = option(
+        32000, "tokenizer entries", "model", minimum=SMALLEST_VOCABULARY, maximum=1_000_000, identity=True
+    )
     hidden_dim: int = option(768, "width of the model", "model", minimum=2, identity=True)
     num_heads: int = option(12, "attention heads a layer", "model", minimum=1, identity=True)
     ff_dim: int = option(3072, "classic width of the feed-forward layer", "model", minimum=1, identity=True)
@@ -106,15 +112,31 @@ class TrainingSettings:
     max_length: int = option(1024, "training context in tokens", "model", minimum=2, identity=True)
     dropout: float = option(0.1, "dropout", "model", minimum=0, below=1, identity=True)
 
-    preset: str = option("auto", "sizes and budget to start from; auto: h200 with a CUDA device, else cpu", "run", choices=PRESET_NAMES)
+    preset: str = option(
+        "auto", "sizes and budget to start from; auto: h200 with a CUDA device, else cpu", "run", choices=PRESET_NAMES
+    )
     batch_size: int = option(32, "sequences in a device's micro-batch", "optimisation", minimum=1)
     gradient_accumulation_steps: int = option(1, "micro-batches an optimizer step", "optimisation", minimum=1)
     learning_rate: float = option(1e-3, "peak learning rate", "optimisation", above=0, identity=True)
-    lr_schedule: str = option("cosine", "course of the learning rate after warm-up", "optimisation", choices=SCHEDULES, identity=True)
-    warmup_steps: int | None = option(None, "steps of linear warm-up (default: 2 %% of the run)", "optimisation", minimum=0, identity=True)
-    weight_decay: float = option(0.1, "decoupled weight decay of the matrices", "optimisation", minimum=0, identity=True)
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 switches it off", "optimisation", minimum=0, identity=True)
-    optimizer: str = option("adamw", "adamw, or muon for the matrices and adamw for the rest", "optimisation", choices=OPTIMIZERS, identity=True)
+    lr_schedule: str = option(
+        "cosine", "course of the learning rate after warm-up", "optimisation", choices=SCHEDULES, identity=True
+    )
+    warmup_steps: int | None = option(
+        None, "steps of linear warm-up (default: 2 %% of the run)", "optimisation", minimum=0, identity=True
+    )
+    weight_decay: float = option(
+        0.1, "decoupled weight decay of the matrices", "optimisation", minimum=0, identity=True
+    )
+    max_grad_norm: float = option(
+        1.0, "gradients are scaled down to this norm; 0 switches it off", "optimisation", minimum=0, identity=True
+    )
+    optimizer: str = option(
+        "adamw",
+        "adamw, or muon for the matrices and adamw for the rest",
+        "optimisation",
+        choices=OPTIMIZERS,
+        identity=True,
+    )
 
     num_epochs: float | None = option(1.0, "passes over the training text", "length", above=0)
     max_steps: int | None = option(None, "stop after this many optimizer steps", "length", minimum=1)
@@ -126,7 +148,9 @@ class TrainingSettings:
     seed: int = option(0, "seed of weights, data order and dropout", "run", minimum=0, maximum=2**32 - 1, identity=True)
     device: str = option("auto", "auto, cpu or cuda", "hardware", choices=("auto", "cpu", "cuda"))
     precision: str = option("auto", "auto, fp32 or bf16", "hardware", choices=("auto", "fp32", "bf16"))
-    attention_backend: str = option("auto", "attention kernel", "hardware", choices=("auto", "sdpa", "flash_attn", "xformers", "eager"))
+    attention_backend: str = option(
+        "auto", "attention kernel", "hardware", choices=("auto", "sdpa", "flash_attn", "xformers", "eager")
+    )
     no_mixed_precision: bool = option(False, "train in fp32 wherever it runs", "hardware")
     no_compile: bool = option(False, "do not use torch.compile", "hardware")
 
@@ -134,7 +158,9 @@ class TrainingSettings:
     log_interval: int = option(10, "steps between log lines", "run", minimum=1)
     checkpoint_interval: int = option(200, "steps between checkpoints", "run", minimum=1)
     keep_checkpoints: int = option(2, "newest checkpoints kept, beside the best", "run", minimum=1)
-    resume_from: str | None = option(None, "continue from this checkpoint folder (default: the newest valid one)", "run")
+    resume_from: str | None = option(
+        None, "continue from this checkpoint folder (default: the newest valid one)", "run"
+    )
     fresh: bool = option(False, "throw away what --output_dir holds and start again", "run")
     log_file: str | None = option(None, "also write log lines here", "run")
     quiet: bool = option(False, "no progress bar", "run")
@@ -166,7 +192,9 @@ class TrainingSettings:
         found = [sentence for entry in fields(self) if (sentence := _range_problem(entry, getattr(self, entry.name)))]
         if _is_number(self.hidden_dim) and _is_number(self.num_heads) and self.num_heads > 0:
             if self.hidden_dim % self.num_heads:
-                found.append(f"--hidden_dim {self.hidden_dim} does not split into --num_heads {self.num_heads} equal heads")
+                found.append(
+                    f"--hidden_dim {self.hidden_dim} does not split into --num_heads {self.num_heads} equal heads"
+                )
         if self.output_dir is not None:
             found += output_folder_problems(self.output_dir)
         return found
@@ -201,7 +229,11 @@ def _range_problem(entry: Any, value: Any) -> str | None:
     if value is None:
         return None
     if rules["choices"]:
-        return None if value in rules["choices"] else f"{flag} {value}: unknown; choose one of {', '.join(rules['choices'])}"
+        return (
+            None
+            if value in rules["choices"]
+            else f"{flag} {value}: unknown; choose one of {', '.join(rules['choices'])}"
+        )
     wanted = []
     if rules["minimum"] is not None:
         wanted.append((f"at least {rules['minimum']}", lambda x: x >= rules["minimum"]))
@@ -223,7 +255,9 @@ def add_options(parser: argparse.ArgumentParser, cls: type[TrainingSettings]) ->
     hints, groups = get_type_hints(cls), {}
     for entry in fields(cls):
         meta = entry.metadata
-        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]) if meta["group"] not in groups else None)
+        group = groups.setdefault(
+            meta["group"], parser.add_argument_group(meta["group"]) if meta["group"] not in groups else None
+        )
         kind = next((part for part in get_args(hints[entry.name]) if part is not type(None)), hints[entry.name])
         text = meta["help"]
         if kind is bool:
@@ -231,7 +265,11 @@ def add_options(parser: argparse.ArgumentParser, cls: type[TrainingSettings]) ->
             continue
         presets = {name: cls.preset_values(name).get(entry.name, MISSING) for name in PRESET_NAMES}
         notes = [f"{name} {value}" for name, value in presets.items() if value is not MISSING]
-        default = [] if meta["default"] is None or kind is str and "/" in str(meta["default"]) else [f"default {meta['default']}"]
+        default = (
+            []
+            if meta["default"] is None or kind is str and "/" in str(meta["default"])
+            else [f"default {meta['default']}"]
+        )
         if meta["choices"]:
             text += f" ({', '.join(meta['choices'])})" if not all(choice in text for choice in meta["choices"]) else ""
         if default or notes:

@@ -87,7 +87,9 @@ def texts(documents: Iterable[Document], batch_bytes: int = _ENCODE_BYTES) -> It
         yield group
 
 
-def build_token_store(corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path | str, *, quiet: bool = False) -> TokenStore:
+def build_token_store(
+    corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path | str, *, quiet: bool = False
+) -> TokenStore:
     """Tokens of the corpus's train split, read from the cache where corpus and tokenizer are the same to the byte."""
     documents = corpus.split("train")
     key = hashlib.sha256(f"{FORMAT}:{corpus.fingerprint}:{tokenizer.sha256}".encode()).hexdigest()[:32]

@@ -178,7 +178,12 @@ class TrainingLoop:
         stop.defer()
         tokens = self.task.batches.tokens_per_batch
         with progress(
-            self.total_steps * tokens, "training", "tok", initial=state.step * tokens, quiet=self.settings.quiet, unit_scale=True
+            self.total_steps * tokens,
+            "training",
+            "tok",
+            initial=state.step * tokens,
+            quiet=self.settings.quiet,
+            unit_scale=True,
         ) as bar:
             while not state.finished:
                 self._step()
@@ -195,7 +200,9 @@ class TrainingLoop:
                     self._flush(bar)
                     self.save()
                 if stop.wanted() and not state.finished:
-                    log.info("stopped at step %s of %s; the same command goes on from here", state.step, self.total_steps)
+                    log.info(
+                        "stopped at step %s of %s; the same command goes on from here", state.step, self.total_steps
+                    )
                     raise Stopped(stop.signal_number)
         return state
 
@@ -255,7 +262,7 @@ class TrainingLoop:
         self.task.optimizers.zero_grad()
         if self.state.micro_batch == 1:
             raise TrainingFailed(
-                "out of memory with a single sequence at a time: choose a smaller --max_length, --hidden_dim or --num_layers"
+                "out of memory with one sequence at a time: choose a smaller --max_length, --hidden_dim or --num_layers"
             )
         self.state.micro_batch = -(-self.state.micro_batch // 2)
         if self.hardware.device == "cuda":
@@ -308,8 +315,8 @@ class TrainingLoop:
 
     def _not_finite(self, line: dict[str, Any]) -> str:
         return (
-            f"the loss ({line['train_loss']}) or the gradient norm ({line['grad_norm']}) of step {line['step']} is no finite "
-            f"number; the last checkpoint in {self.checkpoint_root} is good: start again with a lower --learning_rate"
+            f"the loss ({line['train_loss']}) or the gradient norm ({line['grad_norm']}) of step {line['step']} is no "
+            f"finite number; the last checkpoint in {self.checkpoint_root} is good: start again with a lower --learning_rate"
         )
 
     def _evaluate(self, bar: Any) -> bool:
@@ -325,7 +332,13 @@ class TrainingLoop:
             state.best_step, state.best_bpb, state.evaluations_since_best = state.step, value, 0
         else:
             state.evaluations_since_best += 1
-        log.info("step %d/%d  validation %.4f bits per byte%s", state.step, self.total_steps, value, "  (best)" if improved else "")
+        log.info(
+            "step %d/%d  validation %.4f bits per byte%s",
+            state.step,
+            self.total_steps,
+            value,
+            "  (best)" if improved else "",
+        )
         return improved
 
     def _should_stop_early(self) -> bool:
@@ -350,7 +363,9 @@ class TrainingLoop:
         except OSError as error:
             log.error("no checkpoint at step %s (%s); training goes on and tries again later", self.state.step, error)
             if self.state.finished:
-                raise TrainingFailed(f"the last checkpoint could not be written: {error}; free some space and run again") from None
+                raise TrainingFailed(
+                    f"the last checkpoint could not be written: {error}; free some space and run again"
+                ) from None
             return
         self._saved_step = self.state.step
         checkpoints.rotate_checkpoints(self.checkpoint_root, self.settings.keep_checkpoints)

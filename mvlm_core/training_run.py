@@ -16,7 +16,14 @@ from mvlm_core.console import hush_transformers, progress
 from mvlm_core.corpus import Corpus, load_corpus, validation_subset
 from mvlm_core.errors import UserError
 from mvlm_core.evaluation import Score, score_documents, score_export
-from mvlm_core.export import finish_export, model_card, read_training_config, remove_export, software_versions, stage_model
+from mvlm_core.export import (
+    finish_export,
+    model_card,
+    read_training_config,
+    remove_export,
+    software_versions,
+    stage_model,
+)
 from mvlm_core.files import RunLock
 from mvlm_core.hardware import Hardware, choose_hardware, describe, peak_memory
 from mvlm_core.optimizer import Optimizers
@@ -101,7 +108,12 @@ def prepare_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]
         only=data_subset(settings),
     )
     train = corpus.split("train")
-    log.info("corpus %s: %s documents, %.1f MB to train on", corpus.root, len(corpus.documents), sum(d.size for d in train) / 1e6)
+    log.info(
+        "corpus %s: %s documents, %.1f MB to train on",
+        corpus.root,
+        len(corpus.documents),
+        sum(d.size for d in train) / 1e6,
+    )
     for skipped in corpus.skipped[:20]:
         log.warning("left out %s: %s", skipped.path, skipped.reason)
     if len(corpus.skipped) > 20:
@@ -281,7 +293,12 @@ def _export(
             "train_bytes": text.store.text_bytes,
         },
         "tokenizer": {"sha256": text.tokenizer.sha256, "vocab_size": text.tokenizer.vocab_size},
-        "hardware": {"device": hardware.device, "name": hardware.name, "precision": hardware.precision, "threads": hardware.threads},
+        "hardware": {
+            "device": hardware.device,
+            "name": hardware.name,
+            "precision": hardware.precision,
+            "threads": hardware.threads,
+        },
         "software": software_versions(),
         "results": results,
     }

@@ -1,4 +1,4 @@
-"""Record the golden losses of both models anew: ``python tests/record_golden_losses.py``, then say in the commit why."""
+"""Record the golden losses anew: ``python tests/record_golden_losses.py``, then say in the commit why."""
 
 from __future__ import annotations
 

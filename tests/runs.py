@@ -36,7 +36,13 @@ MODELS = ("mvlm_gpt2", "simone_enhanced")
 
 def tiny_settings(model: str, data_dir: Path, work: Path, **changes: Any) -> Any:
     """Settings of a run of a second or two; its output folder is ``work/<model>``."""
-    values = {**TINY, "data_dir": str(data_dir), "output_dir": str(work / model), "cache_dir": str(work / "cache"), **changes}
+    values = {
+        **TINY,
+        "data_dir": str(data_dir),
+        "output_dir": str(work / model),
+        "cache_dir": str(work / "cache"),
+        **changes,
+    }
     if model == "mvlm_gpt2":
         return mvlm_trainer.GPT2Settings(**values)
     return PrioritaryConfig(**values)

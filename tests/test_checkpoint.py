@@ -52,7 +52,9 @@ def test_a_damaged_newest_one_is_set_aside_for_the_one_before(tmp_path, file, da
 
 def test_an_interrupted_write_is_no_checkpoint(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    monkeypatch.setattr("mvlm_core.checkpoint.sha256_file", lambda path: (_ for _ in ()).throw(OSError("no space left")))
+    monkeypatch.setattr(
+        "mvlm_core.checkpoint.sha256_file", lambda path: (_ for _ in ()).throw(OSError("no space left"))
+    )
     with pytest.raises(OSError, match="no space"):
         save(tmp_path, 2)
     monkeypatch.undo()

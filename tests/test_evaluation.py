@@ -52,9 +52,7 @@ def by_hand(model, tokenizer, text, context):
 def test_equals_scoring_by_hand(small, real_text):
     model, tokenizer = small
     documents = [(str(number), text[: 40 + 67 * number]) for number, text in enumerate(real_text[:6])] + [("empty", "")]
-    score = score_documents(
-        model, tokenizer.encode, documents, start_id=tokenizer.start_id, context=16, batch_size=3
-    )
+    score = score_documents(model, tokenizer.encode, documents, start_id=tokenizer.start_id, context=16, batch_size=3)
     for key, text in documents:
         nats, size, tokens = score.documents[key]
         assert (size, tokens) == (len(text.encode()), len(tokenizer.encode(text)))

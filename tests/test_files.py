@@ -47,8 +47,11 @@ def test_the_lock_is_there_while_it_is_held(tmp_path):
 
 
 def test_a_second_process_is_refused_and_told_by_whom(tmp_path):
-    code = f"from mvlm_core.files import RunLock; RunLock({str(tmp_path)!r}, 'it').__enter__(); print('held', flush=True); input()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+    code = f"from mvlm_core.files import RunLock; RunLock({str(tmp_path)!r}, 'it').__enter__()\n"
+    code += "print('held', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=f"in use by process {holder.pid}"), RunLock(tmp_path, "it"):
             pass

@@ -87,9 +87,7 @@ def test_everything_missing_is_named_at_once() -> None:
 
 
 @pytest.mark.parametrize("backend", ["flash_attn", "xformers"])
-def test_installed_backend_still_needs_cuda(
-    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_installed_backend_still_needs_cuda(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / f"{backend}.py").write_text("", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="CUDA device only"):
@@ -314,9 +312,7 @@ def test_threads_respect_cgroup_version_1(machine: dict[str, Path], quota: str, 
     assert available_threads(**machine)[0] == expected
 
 
-@pytest.mark.parametrize(
-    ("asked", "expected"), [("3", 3), ("16,2", 16), ("none", 4), ("0", 4), ("-2", 4), ("", 4)]
-)
+@pytest.mark.parametrize(("asked", "expected"), [("3", 3), ("16,2", 16), ("none", 4), ("0", 4), ("-2", 4), ("", 4)])
 def test_threads_asked_for(
     machine: dict[str, Path], monkeypatch: pytest.MonkeyPatch, asked: str, expected: int
 ) -> None:
@@ -409,9 +405,7 @@ def test_sampling_by_nvml() -> None:
     assert source == "NVML" and "GPU 0: memory" in line and "busy" in line
 
 
-def test_a_failing_callback_ends_sampling_with_a_line(
-    empty_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_failing_callback_ends_sampling_with_a_line(empty_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def fail(line: str) -> None:
         raise OSError("disk full")
 

@@ -59,7 +59,12 @@ def named_weights():
 
 def test_muon_takes_inner_matrices_only():
     optimizers = build_optimizers(
-        named_weights(), kind="muon", learning_rate=0.02, weight_decay=0.1, adamw_learning_rate=1e-3, embedding_names=("embed",)
+        named_weights(),
+        kind="muon",
+        learning_rate=0.02,
+        weight_decay=0.1,
+        adamw_learning_rate=1e-3,
+        embedding_names=("embed",),
     )
     muon, adamw = optimizers.parts
     assert [p.shape for group in muon.param_groups for p in group["params"]] == [(32, 32)]
@@ -72,7 +77,9 @@ def test_muon_takes_inner_matrices_only():
 def test_state_goes_out_and_comes_back_to_the_bit(kind):
     def fresh():
         named = named_weights()
-        return named, build_optimizers(named, kind=kind, learning_rate=0.01, weight_decay=0.1, embedding_names=("embed",))
+        return named, build_optimizers(
+            named, kind=kind, learning_rate=0.01, weight_decay=0.1, embedding_names=("embed",)
+        )
 
     def step(named, optimizers, seed):
         torch.manual_seed(seed)

@@ -13,8 +13,8 @@ from mvlm_trainer import GPT2Settings
 from prioritary_mvlm import PrioritaryConfig
 
 CONTRACT = """data_dir output_dir tokenizer_path preset batch_size gradient_accumulation_steps max_length learning_rate
-lr_schedule warmup_steps num_epochs max_steps max_tokens weight_decay dropout max_grad_norm optimizer patience min_epochs seed
-device precision attention_backend validation_split validation_dir eval_interval log_interval checkpoint_interval
+lr_schedule warmup_steps num_epochs max_steps max_tokens weight_decay dropout max_grad_norm optimizer patience min_epochs
+seed device precision attention_backend validation_split validation_dir eval_interval log_interval checkpoint_interval
 keep_checkpoints resume_from fresh no_mixed_precision no_compile log_file quiet vocab_size hidden_dim num_heads ff_dim
 num_layers""".split()
 
@@ -51,11 +51,19 @@ def test_lengths_that_are_given_replace_the_presets():
 
 def test_one_message_names_every_problem(tmp_path):
     (tmp_path / "file").write_text("")
-    bad = "--hidden_dim 100 --num_heads 12 --learning_rate -1 --vocab_size 10 --max_length 0 --batch_size 0 --validation_split 1.5"
+    bad = "--hidden_dim 100 --num_heads 12 --learning_rate -1 --vocab_size 10 --max_length 0 --batch_size 0"
+    bad += " --validation_split 1.5"
     with pytest.raises(UserError) as caught:
         parse(PrioritaryConfig, "--preset", "giant", *bad.split(), "--output_dir", str(tmp_path / "file" / "below"))
     named = "\n".join(caught.value.problems)
-    for word in ("--preset giant", "--num_heads 12", "--learning_rate -1", "--vocab_size 10", "--max_length 0", "--batch_size 0"):
+    for word in (
+        "--preset giant",
+        "--num_heads 12",
+        "--learning_rate -1",
+        "--vocab_size 10",
+        "--max_length 0",
+        "--batch_size 0",
+    ):
         assert word in named
     assert "--validation_split 1.5" in named and "no folder" in named
     assert len(caught.value.problems) == 8
@@ -77,7 +85,9 @@ def test_heads_of_an_odd_width_and_losses_of_no_weight_are_refused():
         parse(PrioritaryConfig, "--preset", "smoke", "--accuracy_weight", "0")
 
 
-@pytest.mark.parametrize("script", ["mvlm_trainer.py", "SIM-ONE Training/enhanced_train.py", "SIM-ONE Training/train.py"])
+@pytest.mark.parametrize(
+    "script", ["mvlm_trainer.py", "SIM-ONE Training/enhanced_train.py", "SIM-ONE Training/train.py"]
+)
 def test_help_needs_no_heavy_import(repository, script):
     code = f"import sys, runpy; sys.argv = ['x', '--help']; sys.path.insert(0, {str((repository / script).parent)!r})\n"
     code += f"try: runpy.run_path({str(repository / script)!r}, run_name='__main__')\n"

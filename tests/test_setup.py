@@ -110,9 +110,7 @@ def test_help_is_quick_and_names_every_option(machine: Machine) -> None:
         assert option in answer.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"), [(["--no_corpse"], "--no_corpse"), (["--python"], "needs a value")]
-)
+@pytest.mark.parametrize(("arguments", "says"), [(["--no_corpse"], "--no_corpse"), (["--python"], "needs a value")])
 def test_bad_options_are_exit_2(machine: Machine, arguments: list[str], says: str) -> None:
     answer = machine.run(*arguments)
     assert answer.returncode == 2
@@ -237,9 +235,7 @@ def test_full_disk_is_told_before_anything_is_made(machine: Machine) -> None:
     ("driver", "index", "wanted", "offers_cuda_12"),
     [("550.54.15", None, 580, True), ("470.1", None, 580, False), ("470.1", "whl/cu126", 525, False)],
 )
-def test_old_driver(
-    machine: Machine, driver: str, index: str | None, wanted: int, offers_cuda_12: bool
-) -> None:
+def test_old_driver(machine: Machine, driver: str, index: str | None, wanted: int, offers_cuda_12: bool) -> None:
     machine.add_python()
     machine.add_gpu(driver)
     answer = machine.run(*(["--torch_index", f"https://example.org/{index}"] if index else []))

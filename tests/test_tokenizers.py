@@ -11,7 +11,16 @@ from mvlm_core.errors import UserError
 from mvlm_core.token_store import alignment_weights, build_token_store, texts
 from prioritary_mvlm import AdvancedBPETokenizer, BiblicalBPETokenizer
 
-ODD = ["", " ", "\n\n\n", "a  b\t\r\n", "<eos> <bos><|endoftext|><pad>", "\u2018Selah\u2019", "é\u0301 🕊️ \x00\x7f", "ﬁ Å"]
+ODD = [
+    "",
+    " ",
+    "\n\n\n",
+    "a  b\t\r\n",
+    "<eos> <bos><|endoftext|><pad>",
+    "\u2018Selah\u2019",
+    "é\u0301 🕊️ \x00\x7f",
+    "ﬁ Å",
+]
 KINDS = {"simone": AdvancedBPETokenizer, "gpt2": mvlm_trainer.tokenizer_class()}
 
 
@@ -107,7 +116,7 @@ def biblical_32k(repository, tmp_path_factory):
     if not (data / "bible" / "kjv").is_dir():
         pytest.skip("the corpus is not built: run prepare_dataset.py")
     corpus = load_corpus(data, only="bible/kjv")
-    return AdvancedBPETokenizer.train((text for group in texts(corpus.split("train")) for text in group))
+    return AdvancedBPETokenizer.train(text for group in texts(corpus.split("train")) for text in group)
 
 
 def test_token_store_holds_the_documents_and_is_read_again(tiny_corpus, tmp_path):

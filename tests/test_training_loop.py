@@ -51,7 +51,17 @@ def test_history_records_what_the_contract_says(tiny_corpus, tmp_path):
     loop = make_loop("simone_enhanced", tiny_settings("simone_enhanced", tiny_corpus, tmp_path, coherence_weight=0.3))
     loop.run(StopAfter())
     records = read_history(loop.history_path)
-    wanted = {"step", "epoch", "tokens", "bytes", "seconds", "train_loss", "learning_rate", "grad_norm", "tokens_per_second"}
+    wanted = {
+        "step",
+        "epoch",
+        "tokens",
+        "bytes",
+        "seconds",
+        "train_loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_second",
+    }
     for record in records:
         assert wanted <= record.keys() and None not in record.values()
         assert record["tokens"] == record["step"] * 4 * 32
@@ -74,7 +84,11 @@ def test_a_larger_max_steps_goes_on_from_the_end(tiny_corpus, tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"seed": 1}, "--seed was 0, now 1"), ({"hidden_dim": 64}, "--hidden_dim was 32, now 64"), ({"batch_size": 8}, "batch_size")],
+    [
+        ({"seed": 1}, "--seed was 0, now 1"),
+        ({"hidden_dim": 64}, "--hidden_dim was 32, now 64"),
+        ({"batch_size": 8}, "batch_size"),
+    ],
 )
 def test_another_run_is_not_continued(tiny_corpus, tmp_path, change, named):
     make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=3)).run(StopAfter())
@@ -85,7 +99,9 @@ def test_another_run_is_not_continued(tiny_corpus, tmp_path, change, named):
 def test_harmless_changes_are_accepted(tiny_corpus, tmp_path):
     make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=3)).run(StopAfter())
     changes = {"log_interval": 1, "batch_size": 2, "gradient_accumulation_steps": 2, "keep_checkpoints": 1}
-    assert make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **changes)).run(StopAfter()).step == 12
+    assert (
+        make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **changes)).run(StopAfter()).step == 12
+    )
 
 
 def test_resume_from_an_older_checkpoint(tiny_corpus, tmp_path):
@@ -145,7 +161,14 @@ def test_a_loss_that_is_no_number_ends_the_run(tiny_corpus, tmp_path):
 
 def test_early_stopping_waits_for_patience_and_min_epochs(tiny_corpus, tmp_path):
     settings = tiny_settings(
-        "mvlm_gpt2", tiny_corpus, tmp_path, max_steps=40, eval_interval=1, patience=2, min_epochs=0.5, keep_checkpoints=1
+        "mvlm_gpt2",
+        tiny_corpus,
+        tmp_path,
+        max_steps=40,
+        eval_interval=1,
+        patience=2,
+        min_epochs=0.5,
+        keep_checkpoints=1,
     )
     loop = make_loop("mvlm_gpt2", settings)
     values = iter([3.0, 2.0, 2.5, 2.6, 2.7, 2.8, 2.9] + [3.0] * 40)
@@ -178,7 +201,9 @@ def test_warm_up_is_a_share_of_the_run_and_never_longer(tiny_corpus, tmp_path):
 @pytest.mark.parametrize("model", MODELS)
 def test_golden_losses(model, tiny_corpus, tmp_path):
     """The first 20 losses as recorded by ``python tests/record_golden_losses.py``: a refactoring must not move them."""
-    loop = make_loop(model, tiny_settings(model, tiny_corpus, tmp_path, max_steps=20, **{**everything_on(model), "dropout": 0.0}))
+    loop = make_loop(
+        model, tiny_settings(model, tiny_corpus, tmp_path, max_steps=20, **{**everything_on(model), "dropout": 0.0})
+    )
     loop.run(StopAfter())
     golden = json.loads(GOLDEN.read_text())
     losses = [record["train_loss"] for record in read_history(loop.history_path)]

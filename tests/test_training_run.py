@@ -83,7 +83,9 @@ def test_another_run_over_a_finished_model_is_refused_unless_fresh(trained, tiny
 
 def test_the_best_weights_are_exported_and_the_last_kept(tiny_corpus, tmp_path, monkeypatch):
     values = iter([2.0, 3.0, 4.0])
-    monkeypatch.setattr("mvlm_core.training_run.score_documents", lambda *_, **__: type("S", (), {"bits_per_byte": next(values)}))
+    monkeypatch.setattr(
+        "mvlm_core.training_run.score_documents", lambda *_, **__: type("S", (), {"bits_per_byte": next(values)})
+    )
     settings = tiny_settings("simone_enhanced", tiny_corpus, tmp_path)
     folder = EnhancedPrioritaryTrainer(settings, tiny_corpus, tmp_path / "out").train()
     monkeypatch.undo()

@@ -60,7 +60,9 @@ class ComprehensiveTrainingLoss(nn.Module):
         if min(accuracy_weight, alignment_weight, coherence_weight, z_loss_weight) < 0:
             raise ValueError("loss weights must not be negative")
         if accuracy_weight + alignment_weight == 0:
-            raise ValueError("accuracy_weight and alignment_weight must not both be 0: nothing would predict the next token")
+            raise ValueError(
+                "accuracy_weight and alignment_weight must not both be 0: nothing would predict the next token"
+            )
         self.accuracy_weight, self.alignment_weight = accuracy_weight, alignment_weight
         self.coherence_weight, self.coherence_until = coherence_weight, coherence_until
         self.z_loss_weight = z_loss_weight

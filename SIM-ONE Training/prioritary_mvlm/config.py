@@ -23,17 +23,35 @@ class PrioritaryConfig(TrainingSettings):
     }
 
     adamw_learning_rate: float = option(
-        3e-3, "peak rate of what muon leaves to adamw: embeddings, heads, vectors", "optimisation", above=0, identity=True
+        3e-3,
+        "peak rate of what muon leaves to adamw: embeddings, heads, vectors",
+        "optimisation",
+        above=0,
+        identity=True,
     )  # fmt: skip
-    untied_head: bool = option(False, "give the output its own matrix instead of the input embedding", "model", identity=True)
-    no_policy_head: bool = option(False, "switch the policy head off (per-head gate on what attention read)", "governance", identity=True)
-    no_memory_head: bool = option(False, "switch the memory head off (mix-in of the first layer's values)", "governance", identity=True)
+    untied_head: bool = option(
+        False, "give the output its own matrix instead of the input embedding", "model", identity=True
+    )
+    no_policy_head: bool = option(
+        False, "switch the policy head off (per-head gate on what attention read)", "governance", identity=True
+    )
+    no_memory_head: bool = option(
+        False, "switch the memory head off (mix-in of the first layer's values)", "governance", identity=True
+    )
     no_trace_head: bool = option(False, "export a model that reports no traces", "governance", identity=True)
     accuracy_weight: float = option(1.0, "weight of next-token cross-entropy", "loss", minimum=0, identity=True)
-    alignment_weight: float = option(0.0, "weight of the same, weighted by document quality", "loss", minimum=0, identity=True)
-    coherence_weight: float = option(0.0, "starting weight of predicting the token after the next", "loss", minimum=0, identity=True)
-    coherence_until: float = option(0.5, "share of the run after which coherence weighs 0", "loss", above=0, maximum=1, identity=True)
-    z_loss_weight: float = option(1e-4, "weight of the squared log partition function", "loss", minimum=0, identity=True)
+    alignment_weight: float = option(
+        0.0, "weight of the same, weighted by document quality", "loss", minimum=0, identity=True
+    )
+    coherence_weight: float = option(
+        0.0, "starting weight of predicting the token after the next", "loss", minimum=0, identity=True
+    )
+    coherence_until: float = option(
+        0.5, "share of the run after which coherence weighs 0", "loss", above=0, maximum=1, identity=True
+    )
+    z_loss_weight: float = option(
+        1e-4, "weight of the squared log partition function", "loss", minimum=0, identity=True
+    )
 
     def problems(self) -> list[str]:
         found = super().problems()

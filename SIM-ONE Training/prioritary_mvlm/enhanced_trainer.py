@@ -20,7 +20,9 @@ from simone_transformer import EnhancedSIMONEConfig, EnhancedSIMONEModel, swiglu
 NAME = "simone_enhanced"
 
 
-def model_config(config: PrioritaryConfig, tokenizer: ByteLevelBPE, attention_backend: str = "sdpa") -> EnhancedSIMONEConfig:
+def model_config(
+    config: PrioritaryConfig, tokenizer: ByteLevelBPE, attention_backend: str = "sdpa"
+) -> EnhancedSIMONEConfig:
     """The model's shape from the run's settings."""
     return EnhancedSIMONEConfig(
         vocab_size=tokenizer.vocab_size,
@@ -74,8 +76,8 @@ RECIPE = Recipe(
     name=NAME,
     title="Enhanced SIM-ONE",
     description=(
-        "A decoder with rotary positions, SwiGLU, RMSNorm and governed attention (policy, memory and trace heads), trained "
-        "from nothing on English Bible translations in the public domain."
+        "A decoder with rotary positions, SwiGLU, RMSNorm and governed attention (policy, memory and trace heads), "
+        "trained from nothing on English Bible translations in the public domain."
     ),
     remote_code=True,
     tokenizer_class=AdvancedBPETokenizer,

@@ -203,7 +203,9 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
             )
         config = self.config
         x = F.dropout(self.embed_norm(embeddings), config.hidden_dropout, self.training)
-        cos, sin = rotary_tables(position_ids, config.hidden_size // config.num_attention_heads, config.rope_theta, x.dtype)
+        cos, sin = rotary_tables(
+            position_ids, config.hidden_size // config.num_attention_heads, config.rope_theta, x.dtype
+        )
         first_values, said = None, []
         for layer in self.layers:
             x, first_values, heads_said = layer(
