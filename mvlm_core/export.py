@@ -110,7 +110,7 @@ def plot_history(history: list[dict[str, Any]], title: str, path: Path) -> None:
 
 def model_card(config: dict[str, Any], *, title: str, description: str, sources: str, remote_code: bool) -> str:
     """The export's README.md, with Hugging Face metadata and nothing that was not measured."""
-    results = config["results"]
+    results, hardware = config["results"], config["hardware"]
     trust = ", trust_remote_code=True" if remote_code else ""
 
     def number(key: str, form: Callable[[Any], str] = lambda value: f"{value:.4f}") -> str:
@@ -139,12 +139,12 @@ tags: [bible, small-language-model, {config["model"].replace("_", "-")}]
 | validation, bits per byte | {number("validation_bpb")} (weights of step {results["best_step"]:,}) |
 | test, bits per byte, all translations | {number("test_bpb")} |
 | test, bits per byte, King James Version | {number("test_bpb_kjv")} |
-| training time | {results["seconds"]:.0f} s, {results["tokens_per_second"]:,.0f} tokens/s, {config["hardware"]["name"]} |
+| training time | {results["seconds"]:.0f} s, {results["tokens_per_second"]:,.0f} tokens/s, {hardware["name"]} |
 
 Bits per byte: total negative log-likelihood over ln 2 times the UTF-8 bytes of the text, every token scored once,
 windows of the training context half of it apart. The corpus says which documents are validation and test text;
-of the Bible, whole books are held out in every translation. `validate_models.py` of the training repository measures the
-test figures again from these files.
+of the Bible, whole books are held out in every translation. `validate_models.py` of the training repository measures
+the test figures again from these files.
 
 ## Data
 

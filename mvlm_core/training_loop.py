@@ -316,7 +316,8 @@ class TrainingLoop:
     def _not_finite(self, line: dict[str, Any]) -> str:
         return (
             f"the loss ({line['train_loss']}) or the gradient norm ({line['grad_norm']}) of step {line['step']} is no "
-            f"finite number; the last checkpoint in {self.checkpoint_root} is good: start again with a lower --learning_rate"
+            f"finite number; the last checkpoint in {self.checkpoint_root} is good: start again with a lower "
+            "--learning_rate"
         )
 
     def _evaluate(self, bar: Any) -> bool:

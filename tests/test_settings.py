@@ -12,11 +12,13 @@ from mvlm_core.settings import parse_settings
 from mvlm_trainer import GPT2Settings
 from prioritary_mvlm import PrioritaryConfig
 
-CONTRACT = """data_dir output_dir tokenizer_path preset batch_size gradient_accumulation_steps max_length learning_rate
-lr_schedule warmup_steps num_epochs max_steps max_tokens weight_decay dropout max_grad_norm optimizer patience min_epochs
-seed device precision attention_backend validation_split validation_dir eval_interval log_interval checkpoint_interval
-keep_checkpoints resume_from fresh no_mixed_precision no_compile log_file quiet vocab_size hidden_dim num_heads ff_dim
-num_layers""".split()
+CONTRACT = """
+data_dir output_dir tokenizer_path preset batch_size gradient_accumulation_steps max_length learning_rate
+lr_schedule warmup_steps num_epochs max_steps max_tokens weight_decay dropout max_grad_norm optimizer patience
+min_epochs seed device precision attention_backend validation_split validation_dir eval_interval log_interval
+checkpoint_interval keep_checkpoints resume_from fresh no_mixed_precision no_compile log_file quiet vocab_size
+hidden_dim num_heads ff_dim num_layers
+""".split()
 
 
 def parse(cls, *arguments, output_dir="models/x"):
