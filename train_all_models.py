@@ -145,9 +145,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             problems += output_folder_problems(folder, "--work_dir:")
     if problems:
         raise UserError(problems)
-    options.preset, options.preset_reason = resolve_preset(
-        options.preset if options.handed_on.get("device") != "cpu" or options.preset != "auto" else "cpu"
-    )
+    if options.preset == "auto" and options.handed_on.get("device") == "cpu":
+        options.preset, options.preset_reason = "cpu", "--device cpu"
+    else:
+        options.preset, options.preset_reason = resolve_preset(options.preset)
     options.layout = layout
     return options
 

@@ -40,10 +40,11 @@ class BatchSource:
 
     def __init__(self, store: TokenStore, *, context: int, sequences: int, seed: int) -> None:
         self.store, self.context, self.sequences, self.seed = store, context, sequences, seed
-        self.sequences_per_epoch = (len(store.tokens) - 1) // context
+        self.tokens_per_epoch = int((np.diff(store.starts) * store.repeats).sum())
+        self.sequences_per_epoch = (self.tokens_per_epoch - 1) // context
         if self.sequences_per_epoch < 1:
             raise UserError(
-                f"the training text has {len(store.tokens)} tokens, less than one sequence of --max_length {context}: "
+                f"the training text has {self.tokens_per_epoch} tokens, less than one --max_length of {context}: "
                 "add text or choose a shorter --max_length"
             )
         self._epoch = -1
@@ -74,7 +75,7 @@ class BatchSource:
         epoch, place = divmod(number, self.sequences_per_epoch)
         self._enter(epoch)
         begin = self._shift + int(self._order[place]) * self.context
-        positions = np.arange(begin, begin + self.context + 1) % len(self.store.tokens)
+        positions = np.arange(begin, begin + self.context + 1) % self.tokens_per_epoch
         documents = np.searchsorted(self._starts, positions, side="right") - 1
         source = positions - self._starts[documents] + self.store.starts[self._documents[documents]]
         return self.store.tokens[source], self.store.weights[self._documents[documents]]
@@ -84,9 +85,9 @@ class BatchSource:
             return
         random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         lengths = np.diff(self.store.starts)
-        self._documents = random.permutation(len(lengths))
+        self._documents = random.permutation(np.repeat(np.arange(len(lengths)), self.store.repeats))
         self._starts = np.concatenate(([0], np.cumsum(lengths[self._documents])))[:-1]
         # The string is a ring: with a random cut no token is left out for good and none is read twice in an epoch.
-        self._shift = int(random.integers(len(self.store.tokens)))
+        self._shift = int(random.integers(self.tokens_per_epoch))
         self._order = random.permutation(self.sequences_per_epoch)
         self._epoch = epoch

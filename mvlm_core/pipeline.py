@@ -363,11 +363,13 @@ python - <<'END'
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 for folder in {json.dumps([f"./{name}" for name in names])}:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     prompt = tokenizer("In the beginning God", return_tensors="pt")
-    output = model.generate(prompt.input_ids, attention_mask=prompt.attention_mask, max_new_tokens=40,
-    do_sample=False) print(folder, tokenizer.decode(output[0], skip_special_tokens=True), sep="\\n") END ```
+    output = model.generate(**prompt, max_new_tokens=40, do_sample=False)
+    print(folder, tokenizer.decode(output[0], skip_special_tokens=True), sep="\\n")
+END
+```
 
 {remote}`training_summary.json` holds what was trained and how well it scored; each model's `README.md` is its
 model card.

@@ -91,6 +91,9 @@ class TrainingSettings:
 
     data_dir: str = option(str(DEFAULT_DATA_DIR), "folder of .txt files (with optional .json beside them)", "data")
     data_subset: str | None = option(None, "use only this folder below --data_dir", "data")
+    train_mix: str | None = option(
+        None, "times a pass reads the train text of a folder, such as bible/kjv=8,bible/web=2", "data", identity=True
+    )
     output_dir: str | None = option(None, "where the finished model and its checkpoints go", "data")
     cache_dir: str = option(str(CACHE_DIR), "where tokenizers and tokens are kept between runs", "data")
     tokenizer_path: str | None = option(

@@ -10,7 +10,6 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +17,7 @@ import numpy as np
 
 from mvlm_core.console import progress
 from mvlm_core.corpus import Corpus, Document
+from mvlm_core.errors import UserError
 from mvlm_core.files import fsync_path, write_json_atomic
 
 FORMAT = 2
@@ -47,21 +47,54 @@ class TokenStore:
     Attributes:
         tokens: ``[total]``, memory-mapped; each document is ``start, its tokens, end`` (end where there is one).
         starts: ``[documents + 1]``, where each document begins; the last entry is the total.
-        weights: ``[documents]`` float64, content-alignment weights whose mean over the tokens is 1.
+        repeats: ``[documents]``, how many times one pass over the text reads each document.
+        weights: ``[documents]`` float64, content-alignment weights whose mean over the tokens of a pass is 1.
         token_bytes: ``[vocab]``, UTF-8 bytes each token stands for (0 for special ones).
-        text_bytes: UTF-8 bytes of all documents.
+        text_bytes: UTF-8 bytes of all documents, each counted once.
+        bytes_per_token: UTF-8 bytes over tokens, in the mix that a pass reads.
     """
 
     tokens: np.ndarray
     starts: np.ndarray
+    repeats: np.ndarray
     weights: np.ndarray
     token_bytes: np.ndarray
     text_bytes: int
+    bytes_per_token: float
     fingerprint: str
 
-    @cached_property
-    def bytes_per_token(self) -> float:
-        return self.text_bytes / max(1, len(self.tokens))
+
+def parse_mix(mix: str | None) -> dict[str, int]:
+    """``"bible/kjv=8,bible/web=2"`` as folder → repeats.
+
+    Raises:
+        UserError: not of that form, or a negative number.
+    """
+    repeats = {}
+    for part in mix.split(",") if mix else []:
+        folder, _, number = part.strip().rpartition("=")
+        if not folder or not number.isdecimal():
+            raise UserError(f"--train_mix {mix}: expected FOLDER=TIMES, with commas between, such as bible/kjv=8")
+        repeats[folder.strip("/")] = int(number)
+    return repeats
+
+
+def document_repeats(documents: list[Document], mix: str | None) -> np.ndarray:
+    """How many times a pass reads each document: as ``mix`` says for its folder (the longest that fits), else once.
+
+    Raises:
+        UserError: a folder that holds no train document, or nothing left to train on.
+    """
+    wanted = parse_mix(mix)
+    repeats = np.ones(len(documents), dtype=np.int64)
+    for folder in sorted(wanted, key=len):
+        inside = np.array([document.path.startswith(f"{folder}/") for document in documents], dtype=bool)
+        if not inside.any():
+            raise UserError(f"--train_mix {folder}={wanted[folder]}: no train document below {folder}")
+        repeats[inside] = wanted[folder]
+    if not repeats.any():
+        raise UserError(f"--train_mix {mix}: leaves no text to train on")
+    return repeats
 
 
 def alignment_weights(documents: list[Document], lengths: np.ndarray) -> np.ndarray:
@@ -88,15 +121,19 @@ def texts(documents: Iterable[Document], batch_bytes: int = _ENCODE_BYTES) -> It
 
 
 def build_token_store(
-    corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path | str, *, quiet: bool = False
+    corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path | str, *, mix: str | None = None, quiet: bool = False
 ) -> TokenStore:
-    """Tokens of the corpus's train split, read from the cache where corpus and tokenizer are the same to the byte."""
+    """Tokens of the corpus's train split, read from the cache where corpus and tokenizer are the same to the byte.
+
+    Args:
+        mix: how many times a pass reads what; see ``document_repeats``.
+    """
     documents = corpus.split("train")
     key = hashlib.sha256(f"{FORMAT}:{corpus.fingerprint}:{tokenizer.sha256}".encode()).hexdigest()[:32]
     folder = Path(cache_dir) / "tokens" / key
     if not (folder / "index.json").exists():
         _write(documents, tokenizer, folder, quiet)
-    return _read(folder, documents, tokenizer, key)
+    return _read(folder, documents, tokenizer, key, document_repeats(documents, mix))
 
 
 def _write(documents: list[Document], tokenizer: Tokenizer, folder: Path, quiet: bool) -> None:
@@ -135,14 +172,17 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
     fsync_path(folder.parent)
 
 
-def _read(folder: Path, documents: list[Document], tokenizer: Tokenizer, key: str) -> TokenStore:
+def _read(folder: Path, documents: list[Document], tokenizer: Tokenizer, key: str, repeats: np.ndarray) -> TokenStore:
     index: dict[str, Any] = json.loads((folder / "index.json").read_text())
     lengths = np.array(index["lengths"], dtype=np.int64)
+    sizes = np.array([document.size for document in documents], dtype=np.int64)
     return TokenStore(
         tokens=np.memmap(folder / "tokens.bin", dtype=index["dtype"], mode="r"),
         starts=np.concatenate(([0], np.cumsum(lengths))),
-        weights=alignment_weights(documents, lengths),
+        repeats=repeats,
+        weights=alignment_weights(documents, lengths * repeats),
         token_bytes=tokenizer.token_bytes(),
-        text_bytes=sum(document.size for document in documents),
+        text_bytes=int(sizes.sum()),
+        bytes_per_token=float((sizes * repeats).sum() / (lengths * repeats).sum()),
         fingerprint=key,
     )

@@ -29,7 +29,7 @@ from mvlm_core.hardware import Hardware, choose_hardware, describe, peak_memory
 from mvlm_core.optimizer import Optimizers
 from mvlm_core.packaging import verify_folder
 from mvlm_core.settings import TrainingSettings
-from mvlm_core.token_store import TokenStore, build_token_store, texts
+from mvlm_core.token_store import TokenStore, build_token_store, parse_mix, texts
 from mvlm_core.training_loop import (
     HISTORY_NAME,
     LoopState,
@@ -86,13 +86,16 @@ class PreparedText:
     store: TokenStore
 
 
-def data_subset(settings: TrainingSettings) -> str | None:
-    """The part of the data folder to use; a preset's own choice only where the folder has such a part."""
-    from_preset = settings.data_subset == settings.preset_values(settings.preset).get("data_subset")
-    if settings.data_subset and from_preset and not (Path(settings.data_dir) / settings.data_subset).is_dir():
-        log.info("no %s below %s: using all of it", settings.data_subset, settings.data_dir)
-        return None
-    return settings.data_subset
+def fitting(settings: TrainingSettings, name: str) -> str | None:
+    """``data_subset`` or ``train_mix`` as set; a preset's own value only where the data folder has what it names."""
+    value = getattr(settings, name)
+    if value is None or value != settings.preset_values(settings.preset).get(name):
+        return value
+    folders = [value] if name == "data_subset" else parse_mix(value)
+    if all((Path(settings.data_dir) / folder).is_dir() for folder in folders):
+        return value
+    log.info("%s has no %s: the preset's --%s does not apply", settings.data_dir, ", ".join(folders), name)
+    return None
 
 
 def prepare_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) -> PreparedText:
@@ -105,7 +108,7 @@ def prepare_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]
         settings.data_dir,
         validation_split=settings.validation_split,
         validation_dir=settings.validation_dir,
-        only=data_subset(settings),
+        only=fitting(settings, "data_subset"),
     )
     train = corpus.split("train")
     log.info(
@@ -125,7 +128,8 @@ def prepare_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]
         tokenizer = cached_tokenizer(
             tokenizer_class, pieces, corpus.fingerprint, settings.vocab_size, settings.cache_dir, quiet=settings.quiet
         )
-    store = build_token_store(corpus, tokenizer, settings.cache_dir, quiet=settings.quiet)
+    mix = fitting(settings, "train_mix")
+    store = build_token_store(corpus, tokenizer, settings.cache_dir, mix=mix, quiet=settings.quiet)
     log.info("%s tokens to train on, %.2f bytes each", f"{len(store.tokens):,}", store.bytes_per_token)
     return PreparedText(corpus, tokenizer, store)
 

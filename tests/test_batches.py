@@ -10,14 +10,16 @@ from mvlm_core.token_store import TokenStore
 CONTEXT = 16
 
 
-def make_store(lengths=(100, 37, 250, 8, 90)):
+def make_store(lengths=(100, 37, 250, 8, 90), repeats=None):
     total = sum(lengths)
     return TokenStore(
         tokens=np.arange(total, dtype=np.uint16),  # each token is its own number, so it can be recognised
         starts=np.concatenate(([0], np.cumsum(lengths))),
+        repeats=np.array(repeats or [1] * len(lengths)),
         weights=np.linspace(0.5, 1.5, len(lengths)),
         token_bytes=np.full(total, 3),
         text_bytes=3 * total,
+        bytes_per_token=3.0,
         fingerprint="x",
     )
 
@@ -64,6 +66,16 @@ def test_targets_follow_inputs_and_carry_their_documents_weight():
     assert np.all((batch.targets[:, 1:] == batch.targets[:, :-1] + 1)[inside]), "documents must stay in one piece"
 
 
+def test_a_mix_reads_documents_as_often_as_it_says():
+    store = make_store(repeats=[1, 0, 2, 3, 1])
+    batches = BatchSource(store, context=CONTEXT, sequences=1, seed=0)
+    assert batches.tokens_per_epoch == 100 + 2 * 250 + 3 * 8 + 90
+    targets = np.concatenate([batches.batch(number).targets.ravel() for number in range(batches.sequences_per_epoch)])
+    times = np.bincount(targets, minlength=485)
+    wanted = np.repeat(store.repeats, np.diff(store.starts))
+    assert np.all(times <= wanted) and wanted.sum() - times.sum() <= CONTEXT
+
+
 def test_epochs_are_counted_in_sequences():
     batches = source()
     assert batches.sequences_per_epoch == (485 - 1) // CONTEXT == 30
@@ -72,5 +84,5 @@ def test_epochs_are_counted_in_sequences():
 
 
 def test_too_little_text_is_told():
-    with pytest.raises(UserError, match="less than one sequence"):
+    with pytest.raises(UserError, match="less than one --max_length"):
         BatchSource(make_store((5, 4)), context=CONTEXT, sequences=1, seed=0)

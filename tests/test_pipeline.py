@@ -235,6 +235,7 @@ def test_download_instructions_work_as_written(reference, stranger, tmp_path):
         )
         assert done.returncode == 0, done.stdout
     assert done.stdout.count("In the beginning God") == 2
+    assert "[y/N]" not in done.stdout  # transformers asks before it runs code, and a script must not wait for that
 
 
 def test_validator_finds_a_changed_byte_in_a_real_export(reference, tmp_path):
