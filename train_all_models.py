@@ -211,8 +211,10 @@ from mvlm_core.errors import UserError
 from mvlm_core.hardware import choose_hardware, describe
 try:
     hardware = choose_hardware(**json.loads(sys.argv[1]))
-    print(json.dumps({"device": f"{hardware.device}: {hardware.name}", "lines": describe(hardware),
-    "problems": []})) except UserError as error: print(json.dumps({"problems": error.problems}))
+    device = f"{hardware.device}: {hardware.name}"
+    print(json.dumps({"device": device, "lines": describe(hardware), "problems": []}))
+except UserError as error:
+    print(json.dumps({"problems": error.problems}))
 """
 
 
