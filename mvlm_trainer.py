@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mvlm_core.console import outlive_terminal, setup_logging
 from mvlm_core.errors import run_main
-from mvlm_core.hardware import Hardware, set_allocator_environment
+from mvlm_core.hardware import Hardware, set_process_environment
 from mvlm_core.settings import REPOSITORY_ROOT, TrainingSettings, parse_settings
 
 if TYPE_CHECKING:  # heavy imports wait until the arguments are known: --help answers at once
@@ -151,7 +151,7 @@ def train(settings: GPT2Settings) -> Path:
 def main() -> int:
     settings = parse_settings(GPT2Settings, None, description=__doc__, epilog=EXAMPLES, output_dir=OUTPUT_DIR)
     outlive_terminal()
-    set_allocator_environment()
+    set_process_environment()
     setup_logging(settings.log_file, quiet=settings.quiet)
     train(settings)
     return 0

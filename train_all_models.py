@@ -22,11 +22,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-from mvlm_core.child_process import ResourceLog, Signals, keep_streams_open, note
+from mvlm_core.child_process import ResourceLog, Signals, note
 from mvlm_core.console import outlive_terminal, setup_logging
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.files import RunLock, output_folder_problems
-from mvlm_core.hardware import resolve_preset
+from mvlm_core.hardware import resolve_preset, set_process_environment
 from mvlm_core.pipeline import (
     Layout,
     Summary,
@@ -374,8 +374,8 @@ def report_end(layout: Layout, summary: Summary, lines: list[str], log_file: Pat
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    keep_streams_open()
     outlive_terminal()
+    set_process_environment()
     if options.dry_run:
         show_plan(options)
         return 0

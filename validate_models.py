@@ -17,7 +17,7 @@ from pathlib import Path
 from mvlm_core.errors import Stopped, UserError, run_main
 from mvlm_core.export_checks import Checks, check_files, check_loading, check_packed, check_scores, rescore
 from mvlm_core.files import output_folder_problems, write_json_atomic
-from mvlm_core.hardware import DEVICES
+from mvlm_core.hardware import DEVICES, set_process_environment
 from mvlm_core.packaging import MANIFEST
 from mvlm_core.pipeline import Layout, now, read_json
 from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
@@ -125,6 +125,7 @@ def stop(number, _frame):
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    set_process_environment()
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     if options.rescore:

@@ -7,7 +7,7 @@ import sys
 
 from mvlm_core.console import outlive_terminal, setup_logging
 from mvlm_core.errors import run_main
-from mvlm_core.hardware import set_allocator_environment
+from mvlm_core.hardware import set_process_environment
 from mvlm_core.settings import REPOSITORY_ROOT, parse_settings
 from prioritary_mvlm.config import PrioritaryConfig
 
@@ -23,7 +23,7 @@ Run it again after an interruption: it goes on from the newest checkpoint.
 def main(arguments: list[str] | None = None) -> int:
     config = parse_settings(PrioritaryConfig, arguments, description=__doc__, epilog=EXAMPLES, output_dir=OUTPUT_DIR)
     outlive_terminal()
-    set_allocator_environment()
+    set_process_environment()
     setup_logging(config.log_file, quiet=config.quiet)
     from prioritary_mvlm.enhanced_trainer import EnhancedPrioritaryTrainer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -42,8 +43,20 @@ class UnbreakableStream:
         return getattr(self._stream, name)
 
 
+def _keep_streams_open() -> None:
+    """Give closed standard streams a place to write to: the next file opened would take their number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
+
+
 def outlive_terminal() -> None:
     """Ignore SIGHUP and make stdout and stderr unbreakable: work goes on into the log files."""
+    _keep_streams_open()
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for name in ("stdout", "stderr"):

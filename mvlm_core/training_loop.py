@@ -14,6 +14,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,8 @@ class StopRequest:
         if self.signal_number is not None and number == signal.SIGINT:
             os._exit(128 + number)
         self.signal_number = number
-        log.info("%s: finishing this step, then a checkpoint", signal.Signals(number).name)
+        with suppress(OSError):  # the log may be in the middle of a line; a plain write is safe in a handler
+            os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then a checkpoint\n".encode())
 
     def _raise(self, number: int, _frame: Any) -> None:
         raise Stopped(number)

@@ -27,7 +27,7 @@ from mvlm_core.hardware import (
     peak_memory,
     processor_has_bf16,
     resolve_preset,
-    set_allocator_environment,
+    set_process_environment,
 )
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -207,7 +207,7 @@ def test_hidden_gpu_counts_as_none(empty_path: Path, monkeypatch: pytest.MonkeyP
 def test_module_and_preset_do_not_import_torch(tmp_path: Path) -> None:
     program = (
         "import sys; from mvlm_core import hardware; hardware.NVIDIA_TRACES = ();"
-        "hardware.resolve_preset('auto'); hardware.set_allocator_environment(); print('torch' in sys.modules)"
+        "hardware.resolve_preset('auto'); hardware.set_process_environment(); print('torch' in sys.modules)"
     )
     environment = {**os.environ, "PATH": str(tmp_path)}
     answer = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
@@ -219,14 +219,14 @@ def test_allocator_advice_gives_way_to_the_users(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv(new, raising=False)
     monkeypatch.setenv(old, "placeholder")  # so that the value set below is taken back after the test
     monkeypatch.delenv(old)
-    set_allocator_environment()
+    set_process_environment()
     assert os.environ[old] == "max_split_size_mb:512"
     monkeypatch.setenv(old, "expandable_segments:True")
-    set_allocator_environment()
+    set_process_environment()
     assert os.environ[old] == "expandable_segments:True"
     monkeypatch.delenv(old)
     monkeypatch.setenv(new, "expandable_segments:True")
-    set_allocator_environment()
+    set_process_environment()
     assert old not in os.environ
 
 
