@@ -36,8 +36,9 @@ class GPT2Settings(TrainingSettings):
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "h200": {"vocab_size": 50257, "learning_rate": 6e-4},
-        "cpu": {"learning_rate": 2e-3},
-        "smoke": {"learning_rate": 2e-3},
+        # Layers and ff_dim: as many parameters as model 2 has with its second embedding matrix.
+        "cpu": {"learning_rate": 4e-3, "num_layers": 6, "ff_dim": 616},
+        "smoke": {"learning_rate": 4e-3, "num_layers": 3, "ff_dim": 304},
     }
 
 

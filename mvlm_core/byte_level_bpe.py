@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
+import tokenizers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mvlm_core.errors import UserError
@@ -45,6 +47,20 @@ class ByteLevelBPE:
         raise NotImplementedError
 
     @classmethod
+    def _untrained(cls) -> Tokenizer:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = cls.pre_tokenizer()
+        tokenizer.decoder = decoders.ByteLevel()
+        return tokenizer
+
+    @classmethod
+    def rules(cls) -> str:
+        """All that decides what ``train`` makes of a text, as one string: a cached tokenizer of other rules is stale."""
+        return json.dumps(
+            [tokenizers.__version__, cls._untrained().to_str(), cls.SPECIAL_TOKENS, cls.SPECIAL_TOKENS_LAST]
+        )
+
+    @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, *, show_progress: bool = False) -> Self:
         """Learn a vocabulary of ``vocab_size`` entries, special tokens included (fewer where the text has no more).
 
@@ -54,9 +70,7 @@ class ByteLevelBPE:
         specials = list(dict.fromkeys(cls.SPECIAL_TOKENS.values()))  # one text may have several roles
         if vocab_size < 256 + len(specials):
             raise UserError(f"a vocabulary of {vocab_size} is too small: 256 bytes and {len(specials)} special tokens")
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = cls.pre_tokenizer()
-        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer = cls._untrained()
         added = [AddedToken(text, special=True, normalized=False) for text in specials]
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - len(specials) if cls.SPECIAL_TOKENS_LAST else vocab_size,
@@ -181,7 +195,7 @@ def cached_tokenizer(
     quiet: bool,
 ) -> ByteLevelBPE:
     """The tokenizer for this train text, from the cache where the text is the same to the byte, else trained now."""
-    name = hashlib.sha256(f"{kind.__name__}:{fingerprint}:{vocab_size}".encode()).hexdigest()[:32]
+    name = hashlib.sha256(f"{kind.rules()}:{fingerprint}:{vocab_size}".encode()).hexdigest()[:32]
     folder = Path(cache_dir) / "tokenizers" / name
     if (folder / "tokenizer.json").exists():
         return kind.load(folder)

@@ -79,9 +79,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class PreparedText:
-    """Corpus, tokenizer and tokens of a run."""
+    """Corpus (all of a folder, or the part ``only`` of it), tokenizer and tokens of a run."""
 
     corpus: Corpus
+    only: str | None
     tokenizer: ByteLevelBPE
     store: TokenStore
 
@@ -104,11 +105,12 @@ def prepare_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]
     Raises:
         UserError: no corpus, no usable text, a tokenizer that cannot be read.
     """
+    only = fitting(settings, "data_subset")
     corpus = load_corpus(
         settings.data_dir,
         validation_split=settings.validation_split,
         validation_dir=settings.validation_dir,
-        only=fitting(settings, "data_subset"),
+        only=only,
     )
     train = corpus.split("train")
     log.info(
@@ -131,7 +133,7 @@ def prepare_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]
     mix = fitting(settings, "train_mix")
     store = build_token_store(corpus, tokenizer, settings.cache_dir, mix=mix, quiet=settings.quiet)
     log.info("%s tokens to train on, %.2f bytes each", f"{len(store.tokens):,}", store.bytes_per_token)
-    return PreparedText(corpus, tokenizer, store)
+    return PreparedText(corpus, only, tokenizer, store)
 
 
 def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
@@ -292,7 +294,7 @@ def _export(
         "data": {
             "fingerprint": text.corpus.fingerprint,
             "data_dir": str(text.corpus.root),
-            "only": settings.data_subset,
+            "only": text.only,
             "train_documents": len(text.corpus.split("train")),
             "train_bytes": text.store.text_bytes,
         },

@@ -16,7 +16,7 @@ def built():
         preset="smoke", hidden_dim=48, num_heads=4, ff_dim=192, num_layers=3, max_length=32, dropout=0.0, device="cpu"
     )
     tokenizer = SimpleNamespace(vocab_size=300, start_id=299)
-    built = mvlm_trainer.build(settings, tokenizer, choose_hardware(device="cpu"))
+    built = mvlm_trainer.build(settings, tokenizer, choose_hardware(device="cpu", precision="fp32"))
     with torch.no_grad():
         for parameter in built.model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)

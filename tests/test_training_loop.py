@@ -167,15 +167,15 @@ def test_early_stopping_waits_for_patience_and_min_epochs(tiny_corpus, tmp_path)
         max_steps=40,
         eval_interval=1,
         patience=2,
-        min_epochs=0.5,
         keep_checkpoints=1,
     )
     loop = make_loop("mvlm_gpt2", settings)
+    settings.min_epochs = loop.task.batches.epoch_at(6)
     values = iter([3.0, 2.0, 2.5, 2.6, 2.7, 2.8, 2.9] + [3.0] * 40)
     object.__setattr__(loop.task, "evaluate", lambda: next(values))
     state = loop.run(StopAfter())
-    half = next(step for step in range(1, 41) if loop.task.batches.epoch_at(step) >= 0.5)
-    assert state.stopped_early and state.best_step == 2 and state.step == max(4, half)
+    assert state.stopped_early and state.best_step == 2
+    assert state.step == 6, "patience alone would have stopped at step 4"
     assert {folder.name[-2:] for folder in checkpoint_folders(loop.checkpoint_root)} == {"02", f"{state.step:02d}"}
 
 

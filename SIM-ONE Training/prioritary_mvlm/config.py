@@ -7,6 +7,14 @@ from typing import Any, ClassVar
 
 from mvlm_core.settings import TrainingSettings, option
 
+SMALL = {
+    "optimizer": "muon",
+    "learning_rate": 0.03,
+    "adamw_learning_rate": 0.03,
+    "lr_schedule": "linear",
+    "untied_head": True,
+}
+
 
 @dataclass
 class PrioritaryConfig(TrainingSettings):
@@ -18,8 +26,8 @@ class PrioritaryConfig(TrainingSettings):
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "h200": {"vocab_size": 32000, "optimizer": "muon", "learning_rate": 0.02, "lr_schedule": "linear"},
-        "cpu": {"optimizer": "muon", "learning_rate": 0.02, "lr_schedule": "linear"},
-        "smoke": {"optimizer": "muon", "learning_rate": 0.02, "lr_schedule": "linear"},
+        "cpu": SMALL,
+        "smoke": SMALL,
     }
 
     adamw_learning_rate: float = option(
