@@ -35,7 +35,7 @@ class GPT2Settings(TrainingSettings):
     """Settings of model 1: GPT-2's shape and its classic recipe, AdamW with warm-up and cosine."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "h200": {"vocab_size": 50257, "learning_rate": 6e-4},
+        "h200": {"vocab_size": 50257, "learning_rate": 6e-4, "weight_decay": 0.8},
         # Layers and ff_dim: as many parameters as model 2 has with its second embedding matrix.
         "cpu": {"learning_rate": 4e-3, "num_layers": 6, "ff_dim": 616},
         "smoke": {"learning_rate": 4e-3, "num_layers": 3, "ff_dim": 304},

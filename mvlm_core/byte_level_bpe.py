@@ -55,7 +55,7 @@ class ByteLevelBPE:
 
     @classmethod
     def rules(cls) -> str:
-        """All that decides what ``train`` makes of a text, as one string: a cached tokenizer of other rules is stale."""
+        """All that decides what ``train`` makes of a text, as one string: a cached tokenizer of others is stale."""
         return json.dumps(
             [tokenizers.__version__, cls._untrained().to_str(), cls.SPECIAL_TOKENS, cls.SPECIAL_TOKENS_LAST]
         )

@@ -25,7 +25,13 @@ class PrioritaryConfig(TrainingSettings):
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "h200": {"vocab_size": 32000, "optimizer": "muon", "learning_rate": 0.02, "lr_schedule": "linear"},
+        "h200": {
+            "vocab_size": 32000,
+            "optimizer": "muon",
+            "learning_rate": 0.02,
+            "lr_schedule": "linear",
+            "weight_decay": 0.2,
+        },
         "cpu": SMALL,
         "smoke": SMALL,
     }
