@@ -12,17 +12,25 @@ import codecs
 import hashlib
 import json
 import os
+import reprlib
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mvlm_core.errors import UserError
+import psutil
+
+from mvlm_core.errors import UserError, printable
+from mvlm_core.files import read_regular
 
 SPLITS = ("train", "validation", "test")
 HIGHEST_SCORE = 10.0
 VALIDATION_SUBSET_BYTES = 65_536
+METADATA_LIMIT = 16 << 20  # bytes; the built corpus's largest has 60 kilobytes
+# Putting combining marks in their order takes time quadratic in the length of their run (a minute for 0.3 MB). Text
+# has a few in a row; Unicode's stream-safe format allows 30 (UAX 15).
+MARKS_LIMIT = 256
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class Document:
     def read(self) -> str:
         """The text: NFC, no byte-order mark, lines ending in "\\n". Raises UserError if it is no longer that text."""
         try:
-            text = decode(self.file.read_bytes())
+            text = decode(read_regular(self.file))
         except (OSError, ValueError) as error:
             raise UserError(f"{self.file} can no longer be read: {_reason(error)}") from error
         if hashlib.sha256(text.encode()).hexdigest() != self.sha256:
@@ -166,7 +174,24 @@ def decode(data: bytes) -> str:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     if "\0" in text:
         raise ValueError("not text (a binary file)")
+    if text.isascii():
+        return text
+    if (place := _long_run_of_marks(text)) is not None:
+        raise ValueError(f"not text ({MARKS_LIMIT} combining marks in a row at character {place})")
     return text if unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
+
+
+def _long_run_of_marks(text: str) -> int | None:
+    """Where ``MARKS_LIMIT`` combining marks in a row begin; None for nowhere."""
+    for place in range(0, len(text), MARKS_LIMIT):  # a run that long covers one of these places
+        first = last = place
+        while first >= 0 and last - first <= MARKS_LIMIT and unicodedata.combining(text[first]):
+            first -= 1
+        while last < len(text) and last - first <= MARKS_LIMIT and unicodedata.combining(text[last]):
+            last += 1
+        if last - first > MARKS_LIMIT:
+            return first + 1
+    return None
 
 
 def _decode_as(data: bytes, encoding: str) -> str:
@@ -186,6 +211,8 @@ def _decode_as(data: bytes, encoding: str) -> str:
 
 def _read_folder(root: Path, what: str, only: str, validation_split: float) -> tuple[list[Document], list[SkippedFile]]:
     start = root / only
+    if printable(str(root)) != str(root):  # the name goes into logs and the export's record
+        raise UserError(f"{what} {root}: a folder name with control characters or not in UTF-8; rename it")
     if not root.is_dir():
         missing = "is not a folder" if root.exists() else "does not exist"
         raise UserError(f"{what} {root} {missing}; build the corpus with `python prepare_dataset.py` or name another")
@@ -197,6 +224,7 @@ def _read_folder(root: Path, what: str, only: str, validation_split: float) -> t
         document = _read_document(file, root, validation_split, skipped)
         if document is not None:
             documents.append(document)
+    skipped = [SkippedFile(printable(s.path), s.reason) for s in skipped]
     if not documents:
         lines = [f"{what} {start} holds no readable .txt file"]
         lines += [f"{s.path}: {s.reason}" for s in skipped[:10]]
@@ -253,9 +281,9 @@ def _read_document(file: Path, root: Path, validation_split: float, skipped: lis
     path = _relative(file, root)
     try:
         path.encode()
-        text = decode(file.read_bytes())
+        text = decode(read_regular(file, psutil.virtual_memory().total // 4))  # it is needed several times over
     except UnicodeEncodeError:
-        skipped.append(SkippedFile(ascii(path), "a file name that is not UTF-8"))
+        skipped.append(SkippedFile(path, "a file name that is not UTF-8"))
         return None
     except (OSError, ValueError) as error:
         skipped.append(SkippedFile(path, _reason(error)))
@@ -267,7 +295,7 @@ def _read_document(file: Path, root: Path, validation_split: float, skipped: lis
     problems: list[str] = []
     split = metadata.get("split")
     if split is not None and split not in SPLITS:
-        problems.append(f"split {split!r} is none of {', '.join(SPLITS)}")
+        problems.append(f"split {reprlib.repr(split)} is none of {', '.join(SPLITS)}")
         split = None
     quality = _score(metadata, "quality_score", problems)
     alignment = _score(metadata, "biblical_alignment", problems)
@@ -287,9 +315,16 @@ def _read_metadata(file: Path, root: Path, skipped: list[SkippedFile]) -> dict[s
     try:
         if not file.resolve(strict=True).is_relative_to(root):
             raise ValueError("a symbolic link out of the data folder")
-        metadata = json.loads(decode(file.read_bytes()))
+        text = decode(read_regular(file, METADATA_LIMIT))
+        metadata = json.loads(text)
         if not isinstance(metadata, dict):
             raise ValueError("not a JSON object")
+        if "\\u" in text:
+            json.dumps(metadata, ensure_ascii=False).encode()  # an escape may name half a character
+    except UnicodeEncodeError:
+        reason = "metadata not used: a lone surrogate in a string; the text is used"
+        skipped.append(SkippedFile(_relative(file, root), reason))
+        return {}
     except (OSError, ValueError, RecursionError) as error:
         skipped.append(SkippedFile(_relative(file, root), f"metadata not used: {_reason(error)}; the text is used"))
         return {}
@@ -302,7 +337,7 @@ def _score(metadata: dict[str, Any], key: str, problems: list[str]) -> float:
         return HIGHEST_SCORE
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 <= value <= HIGHEST_SCORE:  # NaN is in no range
-        problems.append(f"{key} {value!r} is no number from 0 to 10")
+        problems.append(f"{key} {reprlib.repr(value)} is no number from 0 to 10")
         return HIGHEST_SCORE
     return float(value)
 
@@ -310,7 +345,7 @@ def _score(metadata: dict[str, Any], key: str, problems: list[str]) -> float:
 def _name(metadata: dict[str, Any], key: str, problems: list[str]) -> str | None:
     value = metadata.get(key)
     if value is not None and not isinstance(value, str):
-        problems.append(f"{key} {value!r} is no text")
+        problems.append(f"{key} {reprlib.repr(value)} is no text")
         return None
     return value
 

@@ -10,6 +10,19 @@ from typing import NoReturn
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
 
+def printable(text: str, limit: int = 4000) -> str:
+    """``text`` as a terminal, a log and a JSON file can hold it, at most ``limit`` characters and a mark.
+
+    Names and values from damaged files may hold control sequences, which a terminal obeys, and lone surrogates, which
+    UTF-8 cannot hold: both are written as escapes.
+    """
+    text = text if len(text) <= limit else text[:limit] + "…"
+    return "".join(
+        character if character.isprintable() or character == "\n" else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
 class UserError(Exception):
     """Bad arguments or bad input: told in full, without a traceback, with exit code 2.
 
@@ -40,7 +53,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(main() or EXIT_DONE)
     except UserError as error:
         for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+            print(f"error: {printable(problem)}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except TrainingFailed as error:
         print(f"failed: {error}", file=sys.stderr)

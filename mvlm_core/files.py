@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import socket
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,22 @@ def sha256_file(path: Path | str) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_regular(path: Path | str, limit: int | None = None) -> bytes:
+    """The bytes of a regular file. Unlike ``read_bytes`` it never waits: for a pipe's other end, for one.
+
+    Raises:
+        OSError: missing, a folder, no permission.
+        ValueError: not a regular file, or more than ``limit`` bytes.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file")
+        if limit is not None and status.st_size > limit:
+            raise ValueError(f"{status.st_size:,} bytes, more than the {limit:,} that are read")
+        return file.read()
 
 
 def fsync_path(path: Path | str) -> None:
