@@ -14,15 +14,18 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from mvlm_core.errors import Stopped, UserError, run_main
-from mvlm_core.export_checks import Checks, check_files, check_loading, check_packed, check_scores, rescore
+from mvlm_core.errors import Stopped, UserError, printable, run_main
+from mvlm_core.export_checks import check_loading, check_packed, check_scores, rescore
+from mvlm_core.export_files import Checks, check_files
 from mvlm_core.files import output_folder_problems, write_json_atomic
 from mvlm_core.hardware import DEVICES, set_process_environment
 from mvlm_core.packaging import MANIFEST
 from mvlm_core.pipeline import Layout, now, read_json
 from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
+from mvlm_core.strict_tar import name_problem
 
 MODELS = ("mvlm_gpt2", "simone_enhanced")
+MODELLING_SOURCES = REPOSITORY_ROOT / "SIM-ONE Training" / "simone_transformer"  # the only code an export may hold
 
 
 def validate_model(
@@ -36,9 +39,11 @@ def validate_model(
         str(folder) if (folder / MANIFEST).is_file() else f"{folder} holds no finished export",
     ):
         return checks, samples
-    manifest = check_files(folder, checks)
-    safe = all(check.passed for check in checks if check.name in ("manifest", "hashes", "no pickle", "no remote code"))
-    if safe:  # what was tampered with is not loaded: its code would run
+    try:
+        manifest = check_files(folder, checks, MODELLING_SOURCES)
+    except OSError as error:
+        checks.add("files", "manifest", False, f"{folder} cannot be read: {error}")
+    if all(check.passed for check in checks):  # what was tampered with is not loaded: its code would run
         samples = check_loading(folder, manifest, texts, checks)
         if not options.quick and samples:
             check_scores(folder, options.data_dir, options.device, checks)
@@ -59,7 +64,9 @@ def verses_of(data_dir: str) -> list[str]:
     texts, files = [], sorted(Path(data_dir).rglob("*.txt"))
     for file in files[:: max(1, len(files) // 12)][:12]:
         try:
-            texts.append(file.read_text(encoding="utf-8", errors="ignore")[:2000])
+            if file.is_file():  # a pipe would be waited for
+                with file.open(encoding="utf-8", errors="ignore") as text:
+                    texts.append(text.read(2000))
         except OSError:
             continue  # what the corpus holds is not judged here
     return texts
@@ -116,7 +123,10 @@ def wanted_folders(options: argparse.Namespace, layout: Layout) -> dict[str, Pat
             for folder in folders
         }
     asked = read_json(layout.summary).get("models")
-    return {name: layout.export(name) for name in (asked if isinstance(asked, dict) and asked else MODELS)}
+    asked = list(asked) if isinstance(asked, dict) and asked else MODELS
+    if odd := [name for name in asked if "/" in name or name_problem(name)]:
+        raise UserError(f"{layout.summary}: {ascii(odd[0])} is no name of a model; name the folders to check instead")
+    return {name: layout.export(name) for name in asked}
 
 
 def stop(number, _frame):
@@ -142,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
         failed += [f"{name}: {check.name}: {check.detail}" for check in checks if not check.passed]
         report["models"][name] = {
             "passed": all(check.passed for check in checks),
-            "folder": str(folder),
+            "folder": printable(str(folder)),
             "checks": [asdict(check) for check in checks],
             "samples": samples,
         }

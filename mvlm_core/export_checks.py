@@ -4,7 +4,6 @@ What is looked at is not trusted: files are judged before anything is loaded, an
 in processes of their own.
 """
 
-import ast
 import json
 import math
 import os
@@ -14,19 +13,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+import time
 from pathlib import Path
 
-from mvlm_core.errors import Stopped
+from mvlm_core.errors import Stopped, UserError
+from mvlm_core.export_files import Checks, part
 from mvlm_core.files import sha256_file, write_json_atomic
-from mvlm_core.packaging import (
-    MANIFEST,
-    ArchiveError,
-    check_archive,
-    matches_export,
-    read_manifest,
-    verify_folder,
-)
+from mvlm_core.packaging import MANIFEST, check_archive, matches_export
 from mvlm_core.pipeline import Layout, read_checksums, read_json
 from mvlm_core.settings import REPOSITORY_ROOT
 
@@ -57,139 +50,13 @@ ODD_TEXTS = (
     "a" * 300,
     "1 + 1 = 2",
 )
-EXPECTED_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "README.md",
-    "training_config.json",
-    "training_history.json",
-    "training_plots.png",
-)
-# What may lie in an export folder beside the manifest's files; none of it goes into an archive.
-BESIDE = {MANIFEST, "checkpoints", "training_history.jsonl", "run.lock", ".export"}
-PICKLE_SUFFIXES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
-WEIGHTS_MAGIC = (
-    b"PK\x03\x04",
-    b"\x80\x02",
-    b"\x80\x03",
-    b"\x80\x04",
-    b"\x80\x05",
-)  # torch's zip, pickle 2 to 5
 SAME_MACHINE, OTHER_MACHINE = (
     1e-4,
     1e-3,
 )  # relative; sums are ordered otherwise on another device or precision
+LOADING_SECONDS = 900  # a real model takes a few; a hostile configuration may ask for endless layers
 PROBE = REPOSITORY_ROOT / "mvlm_core" / "load_probe.py"
 VALIDATOR = REPOSITORY_ROOT / "validate_models.py"
-
-
-@dataclass
-class Check:
-    group: str
-    name: str
-    passed: bool
-    detail: str
-
-
-class Checks(list):
-    """The checks of one model, in the order in which they were made."""
-
-    def add(self, group: str, name: str, passed: bool, detail: str = "") -> bool:
-        self.append(Check(group, name, bool(passed), detail))
-        return bool(passed)
-
-    def add_problems(self, group: str, name: str, problems: list[str], good: str) -> bool:
-        return self.add(group, name, not problems, "; ".join(problems[:20]) if problems else good)
-
-
-# --- files --------------------------------------------------------------------------------------------------
-
-
-def check_files(folder: Path, checks: Checks) -> dict | None:
-    """Manifest, expected files, nothing else, nothing that could run code by itself; returns the manifest."""
-    try:
-        manifest = read_manifest(folder)
-    except ArchiveError as error:
-        checks.add("files", "manifest", False, str(error))
-        return None
-    files = manifest["files"]
-    checks.add("files", "manifest", True, f"{len(files)} files")
-    checks.add_problems("files", "hashes", verify_folder(folder), "every SHA-256 equals the manifest's")
-    code = modelling_files(folder, read_json(folder / "config.json"))
-    missing = [f"{name} is missing" for name in (*EXPECTED_FILES, *sorted(code)) if name not in files]
-    checks.add_problems("files", "expected files", missing, "all there")
-    extra = sorted(set(files) - set(EXPECTED_FILES) - code)
-    extra += sorted(
-        path.name
-        for path in folder.iterdir()
-        if path.name not in BESIDE and path.name not in {name.split("/")[0] for name in files}
-    )
-    checks.add_problems("files", "no extra files", [f"{name} does not belong there" for name in extra], "none")
-    checks.add_problems("files", "no pickle", pickles(folder, files), "none")
-    remote = [
-        f"{file}: auto_map leads to {target}"
-        for file in ("config.json", "tokenizer_config.json", "generation_config.json")
-        for target in _targets(read_json(folder / file).get("auto_map"))
-        if "--" in target or "/" in target
-    ]
-    checks.add_problems("files", "no remote code", remote, "auto_map stays inside the folder")
-    size = sum((folder / name).stat().st_size for name in files if (folder / name).is_file())
-    checks.add("files", "size", size > 0, f"{size / 1e6:.1f} MB")
-    return manifest
-
-
-def modelling_files(folder: Path, config: dict) -> set[str]:
-    """The Python files that `auto_map` names, and those that they import from beside them."""
-    waiting = [target.split(".")[0] for target in _targets(config.get("auto_map"))]
-    found: set[str] = set()
-    while waiting:
-        file = f"{waiting.pop()}.py"
-        if file in found:
-            continue
-        found.add(file)
-        try:
-            tree = ast.parse((folder / file).read_bytes())
-        except (OSError, SyntaxError, ValueError, RecursionError):
-            continue  # missing or no Python: other checks name it
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                waiting += [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
-    return found
-
-
-def part(config: dict, key: str) -> dict:
-    """A section of `training_config.json`, {} when it is missing or something else."""
-    value = config.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def _targets(value) -> list[str]:
-    """Every string in an `auto_map`, however it is nested."""
-    if isinstance(value, dict):
-        return [text for part in value.values() for text in _targets(part)]
-    if isinstance(value, list):
-        return [text for part in value for text in _targets(part)]
-    return [value] if isinstance(value, str) else []
-
-
-def pickles(folder: Path, files: dict) -> list[str]:
-    """Files that torch or pickle would unpack, by name or by their first bytes, under whatever name."""
-    found = []
-    for name in (*files, *(path.name for path in folder.iterdir() if path.is_file())):
-        path = folder / name
-        if path.suffix.lower() in PICKLE_SUFFIXES:
-            found.append(f"{name}: a pickle by its name")
-        elif path.is_file():
-            with path.open("rb") as file:
-                start = file.read(9)
-            # A safetensors file starts with the length of its header, which may look like a pickle; then
-            # comes the "{".
-            if start.startswith(WEIGHTS_MAGIC) and not (path.suffix == ".safetensors" and start[8:] == b"{"):
-                found.append(f"{name}: a pickle by its first bytes")
-    return sorted(set(found))
 
 
 # --- loading ------------------------------------------------------------------------------------------------
@@ -205,8 +72,12 @@ def copy_export(folder: Path, manifest: dict, target: Path) -> None:
             shutil.copyfile(folder / name, target / name, follow_symlinks=False)
 
 
-def run_python(arguments: list[str], cwd: Path, **extra: str) -> tuple[int, str]:
-    """A fresh Python, Hugging Face's libraries offline; returns its exit code and last lines of output."""
+def run_python(arguments: list[str], cwd: Path, *, seconds: float = math.inf, **extra: str) -> tuple[int, str]:
+    """A fresh Python, Hugging Face's libraries offline; returns its exit code and last lines of output.
+
+    Args:
+        seconds: after so many it is killed.
+    """
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MVLM_PARENT_PID")}
     environment |= {
         "HF_HUB_OFFLINE": "1",
@@ -226,20 +97,23 @@ def run_python(arguments: list[str], cwd: Path, **extra: str) -> tuple[int, str]
         errors="replace",
     ) as process:
         try:
-            output = _output_unless_orphaned(process)
+            output = _output_in_time(process, seconds)
         except BaseException:
             process.kill()
             raise
     return process.returncode, "\n".join(output.strip().splitlines()[-8:])
 
 
-def _output_unless_orphaned(process: subprocess.Popen) -> str:
+def _output_in_time(process: subprocess.Popen, seconds: float) -> str:
     """The child's output; raises Stopped when the pipeline that started this process is gone."""
-    parent = os.environ.get("MVLM_PARENT_PID", "")
+    parent, end = os.environ.get("MVLM_PARENT_PID", ""), time.monotonic() + seconds
     while True:
         try:
             return process.communicate(timeout=1)[0]
         except subprocess.TimeoutExpired:
+            if time.monotonic() > end:
+                process.kill()
+                return f"{process.communicate()[0]}\nkilled: not done after {seconds:.0f} seconds"
             if parent.isdecimal() and os.getppid() != int(parent):
                 raise Stopped(signal.SIGTERM) from None
 
@@ -265,6 +139,7 @@ def check_loading(folder: Path, manifest: dict, texts: list[str], checks: Checks
         code, output = run_python(
             ["-I", str(PROBE), str(copy), str(request), str(answer)],
             elsewhere,
+            seconds=LOADING_SECONDS,
             HF_MODULES_CACHE=str(place / "modules"),
             HF_HOME=str(place / "home"),
         )
@@ -341,14 +216,9 @@ def rescore(folder: str, data_dir: str, device: str, answer: str) -> int:
     from mvlm_core.evaluation import score_export
     from mvlm_core.hardware import choose_hardware
 
-    config = read_json(Path(folder) / "training_config.json")
-    settings, data = part(config, "settings"), part(config, "data")
-    corpus = load_corpus(
-        data_dir,
-        validation_split=settings.get("validation_split", 0.05),
-        validation_dir=settings.get("validation_dir"),
-        only=data.get("only"),
-    )
+    config = Path(folder) / "training_config.json"
+    data = part(read_json(config), "data")
+    corpus = load_corpus(data_dir, **_corpus_choice(config))
     hardware = choose_hardware(device=device)
     hardware.apply()
     result = {
@@ -364,6 +234,25 @@ def rescore(folder: str, data_dir: str, device: str, answer: str) -> int:
         result["test_bpb_kjv"] = score.part(lambda path: path in kjv).bits_per_byte if kjv else None
     write_json_atomic(answer, result)
     return 0
+
+
+def _corpus_choice(config: Path) -> dict:
+    """Which part of the corpus a model was trained on, as `load_corpus` takes it. Raises UserError."""
+    settings, data = part(read_json(config), "settings"), part(read_json(config), "data")
+    choice = {
+        "validation_split": settings.get("validation_split", 0.05),
+        "validation_dir": settings.get("validation_dir"),
+        "only": data.get("only"),
+    }
+    problems = []
+    if not isinstance(choice["validation_split"], int | float):
+        problems.append(f"{config}: validation_split is no number")
+    for key in ("validation_dir", "only"):
+        if choice[key] is not None and (not isinstance(choice[key], str) or "\0" in choice[key]):
+            problems.append(f"{config}: {key} is no path")
+    if problems:
+        raise UserError(problems)
+    return choice
 
 
 def check_scores(folder: Path, data_dir: str, device: str, checks: Checks) -> None:
@@ -409,7 +298,7 @@ def check_scores(folder: Path, data_dir: str, device: str, checks: Checks) -> No
         if said is None and now_found is None:
             checks.add("scores", key, True, "no such text")
             continue
-        numbers = all(isinstance(value, int | float) for value in (said, now_found))
+        numbers = all(isinstance(value, float) for value in (said, now_found))  # an int may be too large for one
         close = numbers and math.isclose(said, now_found, rel_tol=tolerance)
         checks.add("scores", key, close, f"{now_found} from the files, training said {said}")
 
@@ -425,7 +314,10 @@ def check_packed(name: str, folder: Path, layout: Layout, checks: Checks) -> Non
     checks.add("archive", "there", True, f"{archive.stat().st_size / 1e6:.1f} MB")
     good = checks.add_problems("archive", "opens and holds what its manifest says", check_archive(archive), "good")
     said = read_checksums(layout.checksums).get(archive.name)
-    found = sha256_file(archive)
+    try:
+        found = sha256_file(archive)
+    except OSError as error:
+        found = f"nothing ({error.strerror})"
     checks.add(
         "archive",
         "SHA256SUMS",

@@ -7,8 +7,11 @@ only and refuses to import anything of this repository, so it proves that the fo
 request holds `prompts`, `texts` for the round trip and `specials`, words that must be ordinary text.
 """
 
+import contextlib
 import importlib.abc
 import json
+import os
+import resource
 import sys
 from pathlib import Path
 
@@ -22,6 +25,22 @@ OURS = {
     "prepare_dataset",
 }
 NEW_TOKENS = 40
+
+
+class Unusable(Exception):
+    """What in the export does not work, and why."""
+
+
+@contextlib.contextmanager
+def concerning(what: str):
+    """Whatever goes wrong in here is said of ``what``."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic inside the tokenizers library is no Exception
+        lines = str(error).strip().splitlines() or ["no reason given"]
+        raise Unusable(f"{what}: {type(error).__name__}: {' '.join(lines[:5])}") from None
 
 
 class Barrier(importlib.abc.MetaPathFinder):
@@ -120,22 +139,42 @@ def generated(model, tokenizer, prompts: list[str]) -> list[dict]:
 def probe(model_dir: str, request: dict) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    config = json.loads((Path(model_dir) / "config.json").read_text(encoding="utf-8"))
-    own_code = "auto_map" in config  # a model that transformers knows must load without trusting any code
-    model, info = AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=own_code, output_loading_info=True)
-    model.eval()
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    return {
-        "weights": weights_part(model, info),
-        "tokenizer": tokenizer_part(tokenizer, model, request),
-        "samples": generated(model, tokenizer, request["prompts"]),
-    }
+    with concerning("config.json, generation_config.json or model.safetensors"):
+        config = json.loads((Path(model_dir) / "config.json").read_text(encoding="utf-8"))
+        own_code = "auto_map" in config  # a model that transformers knows must load without trusting any code
+        model, info = AutoModelForCausalLM.from_pretrained(
+            model_dir, trust_remote_code=own_code, output_loading_info=True
+        )
+        model.eval()
+        weights = weights_part(model, info)
+    with concerning("tokenizer.json or tokenizer_config.json"):
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        words = tokenizer_part(tokenizer, model, request)
+    with concerning("config.json, generation_config.json or tokenizer.json, while generating"):
+        samples = generated(model, tokenizer, request["prompts"])
+    return {"weights": weights, "tokenizer": words, "samples": samples}
+
+
+def limit_memory(model_dir: str) -> None:
+    """A hostile configuration may ask for any amount; loading needs a few times the size of the files.
+
+    The limit on private memory makes the asking fail here, before the machine runs short.
+    """
+    files = sum(path.stat().st_size for path in Path(model_dir).iterdir())
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = min(16 << 30, machine // 2) + 20 * files
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def main() -> int:
     model_dir, request, answer = sys.argv[1:4]
     sys.meta_path.insert(0, Barrier())
-    result = probe(model_dir, json.loads(Path(request).read_text(encoding="utf-8")))
+    limit_memory(model_dir)
+    try:
+        result = probe(model_dir, json.loads(Path(request).read_text(encoding="utf-8")))
+    except Unusable as error:
+        print(error)
+        return 1
     Path(answer).write_text(json.dumps(result), encoding="utf-8")
     return 0
 

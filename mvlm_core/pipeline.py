@@ -19,8 +19,9 @@ import psutil
 
 from mvlm_core.child_process import TAIL_LINES, Signals, run_child
 from mvlm_core.errors import Stopped
-from mvlm_core.files import sha256_file, write_atomic, write_json_atomic
+from mvlm_core.files import read_regular, sha256_file, write_atomic, write_json_atomic
 from mvlm_core.packaging import ArchiveError, matches_export, read_manifest, write_archive
+from mvlm_core.strict_tar import name_problem
 
 RESULT_KEYS = (
     "parameters",
@@ -83,15 +84,33 @@ class Layout:
 def read_json(path: Path) -> dict:
     """A JSON object from a file that a run wrote, {} when there is none or it is damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_regular(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
 
 def training_config(export: Path) -> dict:
-    """`training_config.json` of a finished export, {} when the export is not finished."""
-    return read_json(export / "training_config.json") if (export / "manifest.json").is_file() else {}
+    """`training_config.json` of a finished export, {} when the export is not finished or its record is damaged."""
+    config = read_json(export / "training_config.json") if (export / "manifest.json").is_file() else {}
+    if not all(isinstance(config.get(section, {}), dict) for section in ("settings", "data", "hardware", "results")):
+        return {}
+    return config if isinstance(config.get("data", {}).get("only", ""), str | None) else {}
+
+
+def training_history(export: Path) -> list[dict]:
+    """The records of `training_history.json` with what a plot needs; what is damaged is left out."""
+    try:
+        records = json.loads(read_regular(export / "training_history.json"))
+    except (OSError, ValueError, RecursionError):
+        return []
+    whole = [record for record in records if isinstance(record, dict)] if isinstance(records, list) else []
+    return [
+        record
+        for record in whole
+        if all(_number(record.get(key)) is not None for key in ("bytes", "seconds"))
+        and _number(record.get("validation_bpb", 0.0)) is not None
+    ]
 
 
 # --- the run's record ---------------------------------------------------------------------------------------
@@ -106,18 +125,25 @@ def _plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _number(value):
+    """A finite number of ordinary size, or None for whatever else a damaged record holds."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and abs(value) < 1e18 else None
+
+
 class Summary:
     """`models/training_summary.json`, written after every change so that a crash leaves a true record."""
 
     def __init__(self, layout: Layout, names: list[str], *, preset: str, device: str):
-        before = read_json(layout.summary).get("models", {})
+        before = read_json(layout.summary).get("models")
         self.layout = layout
         # A model of an earlier run that this one was not asked for stays in the record while its export is
         # there.
         kept = {
-            name: entry
-            for name, entry in before.items()
+            name: self._known(entry)
+            for name, entry in (before.items() if isinstance(before, dict) else ())
             if name not in names
+            and not ("/" in name or name_problem(name))
             and isinstance(entry, dict)
             and entry.get("status") == "finished"
             and training_config(layout.export(name))
@@ -136,6 +162,13 @@ class Summary:
     @staticmethod
     def _empty() -> dict:
         return {"status": "waiting"} | dict.fromkeys((*RESULT_KEYS, "size_bytes", "archive"))
+
+    @classmethod
+    def _known(cls, entry: dict) -> dict:
+        """A finished model's entry of an earlier run, with null for what is damaged."""
+        numbers = {key: _number(entry.get(key)) for key in (*RESULT_KEYS, "size_bytes")}
+        archive = entry.get("archive") if isinstance(entry.get("archive"), str) else None
+        return cls._empty() | numbers | {"status": "finished", "archive": archive}
 
     def update(self, name: str, **values) -> None:
         self.models[name].update({key: _plain(value) for key, value in values.items()})
@@ -171,7 +204,7 @@ def take_results(name: str, layout: Layout, summary: Summary) -> None:
         name,
         status="finished",
         size_bytes=sum(file.stat().st_size for file in files),
-        **{key: results.get(key) for key in RESULT_KEYS},
+        **{key: _number(results.get(key)) for key in RESULT_KEYS},
     )
     if (hardware := config.get("hardware") or {}).get("device"):
         summary.value["device"] = f"{hardware['device']}: {hardware.get('name', 'unknown')}"
@@ -250,8 +283,8 @@ def keep_last_words(log_file: Path, code: int, tail: list[str]) -> None:
 def read_checksums(path: Path) -> dict[str, str]:
     """Archive name -> SHA-256 from a file in the format of `sha256sum`."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        lines = read_regular(path).decode("utf-8").splitlines()
+    except (OSError, ValueError):
         return {}
     pairs = (re.fullmatch(r"([0-9a-f]{64}) [ *](\S+)", line) for line in lines)
     return {pair[2]: pair[1] for pair in pairs if pair}

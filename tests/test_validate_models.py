@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import validate_models
-from mvlm_core import export_checks, load_probe
+from mvlm_core import export_checks, export_files, load_probe
 from mvlm_core.errors import UserError
 from mvlm_core.files import sha256_file
-from mvlm_core.packaging import write_archive
+from mvlm_core.packaging import read_manifest, write_archive
 from mvlm_core.pipeline import Layout
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -118,7 +118,7 @@ def pack(folder):
 def in_this_process(monkeypatch):
     """Spare the seconds that a fresh process takes to import torch; another test has the real thing."""
 
-    def run(arguments, cwd, **extra):
+    def run(arguments, cwd, seconds=None, **extra):
         for key, value in extra.items():
             monkeypatch.setenv(key, value)
         try:
@@ -180,7 +180,7 @@ def test_good_export_in_real_fresh_processes(export, tiny_corpus):
     assert all(sample["text"].startswith(sample["prompt"]) for sample in samples)
 
 
-def test_export_that_needs_this_repository_does_not_load(export, tiny_corpus, tmp_path, capsys):
+def test_export_that_needs_this_repository_does_not_load(export):
     (export / "modeling.py").write_text("import mvlm_core.packaging\nclass Model: ...\n")
     config = json.loads((export / "config.json").read_text())
     config |= {
@@ -189,10 +189,10 @@ def test_export_that_needs_this_repository_does_not_load(export, tiny_corpus, tm
     }
     (export / "config.json").write_text(json.dumps(config))
     seal(export)
-    found = failed(capsys, str(export), "--quick", "--work_dir", str(tmp_path / "work"), "--data_dir", str(tiny_corpus))
-    assert (
-        "loads elsewhere, offline, by itself" in found and "mvlm_core" in found["loads elsewhere, offline, by itself"]
-    )
+    checks = export_files.Checks()
+    export_checks.check_loading(export, read_manifest(export), [], checks)
+    (found,) = checks
+    assert not found.passed and "needs a module of the repository" in found.detail and "config.json" in found.detail
 
 
 def test_weights_tokenizer_and_counts_that_are_not_as_said(export, tiny_corpus, tmp_path, capsys, in_this_process):
@@ -284,8 +284,8 @@ def prepare_problem(folder, kind):
 )
 def test_file_problems_are_named(export, kind, check, words):
     prepare_problem(export, kind)
-    checks = export_checks.Checks()
-    export_checks.check_files(export, checks)
+    checks = export_files.Checks()
+    export_files.check_files(export, checks, validate_models.MODELLING_SOURCES)
     found = {member.name: member.detail for member in checks if not member.passed}
     assert words in found[check], found
 
@@ -301,7 +301,7 @@ def test_safetensors_whose_header_length_looks_like_a_pickle(export):
     header = b'{"__metadata__":{"format":"pt"}}'.ljust(0x280)
     (export / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     assert (export / "model.safetensors").read_bytes().startswith(b"\x80\x02")
-    assert export_checks.pickles(export, {}) == []
+    assert export_files.pickles(export, {}) == []
 
 
 @pytest.mark.parametrize("config", [[], {"results": 3, "data": [], "settings": None}, {"results": {"test_bpb": "low"}}])
@@ -315,7 +315,7 @@ def test_archives_are_compared(export, monkeypatch):
     layout = pack(export)
 
     def found():
-        checks = export_checks.Checks()
+        checks = export_files.Checks()
         export_checks.check_packed("mvlm_gpt2", export, layout, checks)
         return {check.name for check in checks if not check.passed}
 
