@@ -34,6 +34,7 @@ from mvlm_core.pipeline import (
     pack_models,
     train_model,
     training_config,
+    training_history,
     validate,
     validation_command,
 )
@@ -274,12 +275,12 @@ def show_plan(options: argparse.Namespace) -> None:
     print(f"corpus:   {options.data_dir}{' (to be built)' if missing else ''}")
     for name in options.names:
         export = options.layout.export(name)
-        results = training_config(export).get("results")
+        results = training_config(export).get("results", {})
         checkpoints = sorted(path.name for path in (export / "checkpoints").glob("*") if path.is_dir())
         if options.fresh:
             state = "starts from nothing (--fresh)"
-        elif results:
-            state = f"finished: {results.get('parameters'):,} parameters, {results.get('steps'):,} steps; kept"
+        elif all(isinstance(results.get(key), int) for key in ("parameters", "steps")):
+            state = f"finished: {results['parameters']:,} parameters, {results['steps']:,} steps; kept"
         else:
             state = f"goes on from its checkpoints ({len(checkpoints)})" if checkpoints else "starts from nothing"
         print(f"\n{name}: {state}\n  output:  {export}\n  log:     {options.layout.log_file(name)}")
@@ -297,7 +298,7 @@ def score_and_compare(options: argparse.Namespace, summary: Summary, corpus_of: 
 
     configs = {name: training_config(options.layout.export(name)) for name in TRAINERS if name in summary.finished()}
     configs = {name: config for name, config in configs.items() if config.get("preset") == options.preset}
-    data = {name: config["data"] for name, config in configs.items()}
+    data = {name: config.get("data", {}) for name, config in configs.items()}
     first = next((data[name] for name in options.names if name in data), None)
     if first is None:
         return ["no finished model to compare"]
@@ -306,9 +307,7 @@ def score_and_compare(options: argparse.Namespace, summary: Summary, corpus_of: 
     result = comparison.compare(summary.models, names, anchors)
     summary.value["comparison"] = result
     summary.save()
-    histories = {
-        name: json.loads((options.layout.export(name) / "training_history.json").read_text()) for name in names
-    }
+    histories = {name: training_history(options.layout.export(name)) for name in names}
     comparison.plot(result, histories, options.layout.plot)
     return comparison.table(result, names)
 

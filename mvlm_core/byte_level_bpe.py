@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -18,6 +19,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from mvlm_core.errors import UserError
 from mvlm_core.files import write_atomic
 
+_LONGEST_WORD = 1000  # characters; learning from a word takes time quadratic in its length
+_TOO_LONG = re.compile(rf"\S{{{_LONGEST_WORD}}}")
 # Byte-level BPE writes each byte as one visible character (Radford et al. 2019): 256 of them, and the length of a
 # token in characters is the number of bytes it stands for.
 _ROUND_TRIP_SAMPLE = "In the beginning  God\tcreated\n\n\u2018heaven\u2019 \u00e9\U0001f54a <eos> <|endoftext|>\r\n"
@@ -78,7 +81,7 @@ class ByteLevelBPE:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=show_progress,
         )
-        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.train_from_iterator(_in_learnable_pieces(texts), trainer)
         if cls.SPECIAL_TOKENS_LAST:
             tokenizer.add_special_tokens(added)
         return cls(tokenizer)
@@ -102,6 +105,8 @@ class ByteLevelBPE:
                 )
             elif file.is_file():
                 tokenizer = Tokenizer.from_file(str(file))
+                tokenizer.no_truncation()  # settings of whoever made the file: text must come through whole
+                tokenizer.no_padding()
             else:
                 raise UserError(f"no tokenizer at {path}: expected tokenizer.json, or vocab.json and merges.txt")
         except UserError:
@@ -116,6 +121,9 @@ class ByteLevelBPE:
         missing = [text for text in self.SPECIAL_TOKENS.values() if self.tokenizer.token_to_id(text) is None]
         if missing:
             raise UserError(f"the tokenizer {path} lacks the special tokens {' '.join(missing)}")
+        numbers = self.tokenizer.get_vocab(with_added_tokens=True).values()
+        if set(numbers) != set(range(self.vocab_size)):
+            raise UserError(f"the tokenizer {path} does not number its {self.vocab_size} entries from 0 without gaps")
         if self.decode(self.encode(_ROUND_TRIP_SAMPLE)) != _ROUND_TRIP_SAMPLE:
             raise UserError(f"the tokenizer {path} does not give back the text it got: a byte-level BPE is needed")
 
@@ -183,6 +191,17 @@ class ByteLevelBPE:
             padding_side="left",
             **self.SPECIAL_TOKENS,
         )
+
+
+def _in_learnable_pieces(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, cut inside words that no language has; any other text comes through as it is."""
+    for text in texts:
+        start = 0
+        if max(map(len, text.split("\n"))) >= _LONGEST_WORD:
+            for word in _TOO_LONG.finditer(text):
+                yield text[start : word.end()]
+                start = word.end()
+        yield text[start:]
 
 
 def cached_tokenizer(

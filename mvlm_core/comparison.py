@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mvlm_core.corpus import Corpus
-from mvlm_core.files import write_atomic, write_json_atomic
+from mvlm_core.files import read_regular, write_atomic, write_json_atomic
 
 NOISE_NATS = 0.005  # nats per token; single runs that differ by less say nothing in this field
 SIZE_TOLERANCE = 0.02  # "equal parameters"
@@ -67,10 +67,8 @@ def compressor_anchors(corpus: Corpus, cache_dir: Path) -> dict:
     test = "".join(document.read() for document in test_documents).encode()
     key = hashlib.sha256(b"%d %d " % (ANCHOR_VERSION, len(train)) + train + test).hexdigest()
     cache = Path(cache_dir) / "compressors" / f"{key[:32]}.json"
-    try:
-        return json.loads(cache.read_text())
-    except (OSError, ValueError):
-        pass
+    if found := _cached_anchors(cache):
+        return found
     methods: dict[str, Callable[[bytes], int]] = {
         "xz": _xz,
         "ppmd_order_6": lambda data: _ppmd(data, 6),
@@ -86,6 +84,16 @@ def compressor_anchors(corpus: Corpus, cache_dir: Path) -> dict:
     cache.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomic(cache, anchors)
     return anchors
+
+
+def _cached_anchors(cache: Path) -> dict | None:
+    """What was measured before; None when there is nothing, or something else than such a measurement."""
+    try:
+        found = json.loads(read_regular(cache))
+        whole = all(isinstance(found[key], float) and math.isfinite(found[key]) for key in ANCHORS)
+        return found if whole and isinstance(found["test_bytes"], int) and found["text"] in ("kjv", "all") else None
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return None
 
 
 # --- numbers and sentences ----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import shutil
@@ -12,10 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mvlm_core.files import fsync_path, sha256_file, write_json_atomic
+from mvlm_core.files import LOCK_NAME, fsync_path, read_regular, sha256_file, write_json_atomic
+from mvlm_core.packaging import ArchiveError, read_manifest
 
 MANIFEST_NAME = "manifest.json"
 _STAGING_NAME = ".export"
+log = logging.getLogger("mvlm")
 
 
 def software_versions() -> dict[str, str]:
@@ -25,13 +28,23 @@ def software_versions() -> dict[str, str]:
 
 
 def read_training_config(folder: Path) -> dict[str, Any] | None:
-    """``training_config.json`` of a complete export, or None where there is none."""
-    try:
-        manifest = json.loads((folder / MANIFEST_NAME).read_text())
-        config = json.loads((folder / "training_config.json").read_text())
-    except (OSError, ValueError):
+    """``training_config.json`` of a complete export, or None where there is none.
+
+    A damaged one is None as well, with a line in the log: identity and results are needed to go on from it.
+    """
+    if not (folder / MANIFEST_NAME).exists():
         return None
-    return config if isinstance(manifest, dict) and isinstance(config, dict) else None
+    try:
+        read_manifest(folder)
+        config = json.loads(read_regular(folder / "training_config.json"))
+    except (ArchiveError, OSError, ValueError, RecursionError) as error:
+        log.warning("the export in %s is damaged and does not count as finished: %s", folder, error)
+        return None
+    parts = [config.get(key) for key in ("identity", "results")] if isinstance(config, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts) or not isinstance(parts[1].get("steps", 0), int):
+        log.warning("%s/training_config.json has no identity and results: not counted as finished", folder)
+        return None
+    return config
 
 
 def stage_model(model: Any, tokenizer: Any, history: list[dict[str, Any]], title: str, output_dir: Path) -> Path:
@@ -75,11 +88,12 @@ def remove_export(output_dir: Path) -> None:
     """Delete an earlier export's files, manifest first; nothing that the manifest does not name."""
     manifest = output_dir / MANIFEST_NAME
     names: list[str] = []
-    with suppress(OSError, ValueError, AttributeError):
-        names = [name for name in json.loads(manifest.read_text()).get("files", {}) if Path(name).name == name]
+    with suppress(ArchiveError):  # a damaged manifest names nothing that could be trusted
+        names = [name for name in read_manifest(output_dir)["files"] if name != LOCK_NAME and "/" not in name]
     manifest.unlink(missing_ok=True)
     for name in names:
-        (output_dir / name).unlink(missing_ok=True)
+        if not (output_dir / name).is_dir():
+            (output_dir / name).unlink(missing_ok=True)
 
 
 def plot_history(history: list[dict[str, Any]], title: str, path: Path) -> None:

@@ -18,9 +18,9 @@ import numpy as np
 from mvlm_core.console import progress
 from mvlm_core.corpus import Corpus, Document
 from mvlm_core.errors import UserError
-from mvlm_core.files import fsync_path, write_json_atomic
+from mvlm_core.files import fsync_path, read_regular, sha256_file, write_json_atomic
 
-FORMAT = 2
+FORMAT = 3
 _ENCODE_BYTES = 4 << 20  # text handed to the tokenizer at a time: enough to keep all cores busy, little memory
 log = logging.getLogger("mvlm")
 
@@ -131,9 +131,13 @@ def build_token_store(
     documents = corpus.split("train")
     key = hashlib.sha256(f"{FORMAT}:{corpus.fingerprint}:{tokenizer.sha256}".encode()).hexdigest()[:32]
     folder = Path(cache_dir) / "tokens" / key
-    if not (folder / "index.json").exists():
+    index = _whole_index(folder, len(documents))
+    if index is None:
         _write(documents, tokenizer, folder, quiet)
-    return _read(folder, documents, tokenizer, key, document_repeats(documents, mix))
+        index = _whole_index(folder, len(documents))
+        if index is None:
+            raise UserError(f"{folder} changed while it was read; start the run again")
+    return _read(folder, index, documents, tokenizer, key, document_repeats(documents, mix))
 
 
 def _write(documents: list[Document], tokenizer: Tokenizer, folder: Path, quiet: bool) -> None:
@@ -155,15 +159,15 @@ def _write(documents: list[Document], tokenizer: Tokenizer, folder: Path, quiet:
                 bar.update(sum(len(text.encode()) for text in group))
             file.flush()
             os.fsync(file.fileno())
-        write_json_atomic(temporary / "index.json", {"dtype": np.dtype(dtype).name, "lengths": lengths})
+        index = {"dtype": np.dtype(dtype).name, "lengths": lengths, "sha256": sha256_file(temporary / "tokens.bin")}
+        write_json_atomic(temporary / "index.json", index)
         _move_into_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _move_into_place(temporary: Path, folder: Path) -> None:
-    if folder.exists():  # without an index: something else than this function was interrupted here
-        shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # damaged, or else it would have been used
     try:
         os.rename(temporary, folder)
     except OSError:
@@ -172,8 +176,34 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
     fsync_path(folder.parent)
 
 
-def _read(folder: Path, documents: list[Document], tokenizer: Tokenizer, key: str, repeats: np.ndarray) -> TokenStore:
-    index: dict[str, Any] = json.loads((folder / "index.json").read_text())
+def _whole_index(folder: Path, documents: int) -> dict[str, Any] | None:
+    """What ``_write`` noted about the tokens in ``folder``; None where there are none, or damaged ones."""
+    file = folder / "index.json"
+    if not file.exists():
+        return None
+    try:
+        index = json.loads(read_regular(file))
+        if not isinstance(index, dict) or index.get("dtype") not in ("uint16", "uint32"):
+            raise ValueError(f"{file.name} is no index of tokens")
+        lengths = index.get("lengths")
+        if not isinstance(lengths, list) or len(lengths) != documents or not all(type(n) is int for n in lengths):
+            raise ValueError(f"{file.name} does not give the lengths of {documents} documents")
+        if index.get("sha256") != sha256_file(folder / "tokens.bin"):
+            raise ValueError("tokens.bin is not as it was written (its SHA-256 differs)")
+    except (OSError, ValueError, RecursionError) as error:
+        log.warning("tokens in %s are damaged and made again: %s", folder, error)
+        return None
+    return index
+
+
+def _read(
+    folder: Path,
+    index: dict[str, Any],
+    documents: list[Document],
+    tokenizer: Tokenizer,
+    key: str,
+    repeats: np.ndarray,
+) -> TokenStore:
     lengths = np.array(index["lengths"], dtype=np.int64)
     sizes = np.array([document.size for document in documents], dtype=np.int64)
     return TokenStore(
