@@ -7,6 +7,7 @@ they were. No pickle: tensors are safetensors, everything else is JSON.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -27,6 +28,8 @@ from mvlm_core.files import fsync_path, sha256_file, write_json_atomic
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY_PREFIX, _DAMAGED_SUFFIX, _LATER_SUFFIX = ".writing-", ".damaged", ".superseded"
+_SPARE_BYTES = 1 << 20  # for the JSON files
+_LEAST_KEPT = 2
 log = logging.getLogger("mvlm")
 
 
@@ -71,11 +74,15 @@ def save_checkpoint(root: Path, step: int, tensors: dict[str, dict[str, Tensor]]
     temporary = root / f"{_TEMPORARY_PREFIX}{final.name}"
     root.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)
+    _check_space(root, sum(tensor.nbytes for named in tensors.values() for tensor in named.values()) + _SPARE_BYTES)
     temporary.mkdir()
     try:
         for name, named in tensors.items():
             path = temporary / f"{name}.safetensors"
-            save_file({key: value.detach().contiguous() for key, value in named.items()}, path)
+            try:
+                save_file({key: value.detach().contiguous() for key, value in named.items()}, path)
+            except SafetensorError as error:  # how the library tells of a full disk
+                raise OSError(f"{path}: {error}") from None
             fsync_path(path)
         write_json_atomic(temporary / "state.json", {"step": step, **state})
         hashes = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
@@ -88,6 +95,13 @@ def save_checkpoint(root: Path, step: int, tensors: dict[str, dict[str, Tensor]]
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
+
+
+def _check_space(root: Path, needed: int) -> None:
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        message = f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB free"
+        raise OSError(errno.ENOSPC, message, str(root))
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -159,6 +173,19 @@ def newest_checkpoint(
     return None
 
 
+def newest_good_checkpoint(root: Path, before: int | None) -> Checkpoint | None:
+    """The newest whole checkpoint from before step ``before`` that an undisturbed run would have written as well."""
+    for folder in reversed(checkpoint_folders(root)):
+        try:
+            checkpoint = open_checkpoint(folder)
+        except DamagedCheckpoint as damage:
+            log.warning("passed over a damaged checkpoint: %s", damage)
+            continue
+        if not checkpoint.state.get("for_signal_only") and (before is None or checkpoint.step < before):
+            return checkpoint
+    return None
+
+
 def named_checkpoint(folder: Path | str) -> Checkpoint:
     """The checkpoint a user named with ``--resume_from``.
 
@@ -188,18 +215,23 @@ def _set_aside(folder: Path, suffix: str) -> None:
 
 
 def rotate_checkpoints(root: Path, keep: int) -> None:
-    """Delete all but the ``keep`` newest checkpoints and the best ones those point to (``best_step``)."""
+    """Delete all but the ``keep`` newest checkpoints (two at least) and the best ones those point to (``best_step``).
+
+    Those written for a signal only do not count, and go as soon as there is a newer one.
+    """
     folders = checkpoint_folders(root)
-    newest = folders[-keep:]
-    wanted = {folder.name for folder in newest}
-    for folder in newest:
-        try:
-            best = _read_json(folder / "state.json").get("best_step")
-        except DamagedCheckpoint:
-            continue
-        if isinstance(best, int):
-            wanted.add(f"step-{best:08d}")
+    states = {folder: _state_or_nothing(folder) for folder in folders}
+    regular = [folder for folder in folders if not states[folder].get("for_signal_only")]
+    kept = {*folders[-1:], *regular[-max(keep, _LEAST_KEPT) :]}
+    best = {f"step-{step:08d}" for folder in kept if isinstance(step := states[folder].get("best_step"), int)}
     for folder in folders:
-        if folder.name not in wanted:
+        if folder not in kept and folder.name not in best:
             (folder / "manifest.json").unlink(missing_ok=True)  # a half-deleted folder must not look whole
             shutil.rmtree(folder)
+
+
+def _state_or_nothing(folder: Path) -> dict[str, Any]:
+    try:
+        return _read_json(folder / "state.json")
+    except DamagedCheckpoint:
+        return {}

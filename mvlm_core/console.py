@@ -82,6 +82,7 @@ def setup_logging(log_file: Path | str | None = None, *, quiet: bool = False) ->
     log.setLevel(logging.DEBUG)
     log.propagate = False
     log.handlers.clear()
+    logging.raiseExceptions = False  # a log file on a full disk must not fill the console with tracebacks
     console = _BarFriendlyHandler(logging.INFO if quiet or sys.stderr.isatty() else logging.DEBUG)
     console.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
     log.addHandler(console)

@@ -17,14 +17,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, token_weights, z_loss, rows):
         count = targets.numel()
         matrix = weight.to(hidden.dtype)
-        nll = torch.empty(count, dtype=torch.float32, device=hidden.device)
+        exact = torch.promote_types(hidden.dtype, torch.float32)  # sums over the vocabulary need float32 at least
+        token_weights = token_weights.to(exact)
+        nll = torch.empty(count, dtype=exact, device=hidden.device)
         log_partition = torch.empty_like(nll)
         wanted = any(ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if wanted else None
         grad_weight = torch.zeros_like(weight) if wanted else None
         for start in range(0, count, rows):
             part = slice(start, min(start + rows, count))
-            logits = (hidden[part] @ matrix.t()).float()
+            logits = (hidden[part] @ matrix.t()).to(exact)
             log_partition[part] = logits.logsumexp(dim=-1)
             nll[part] = log_partition[part] - logits.gather(1, targets[part, None]).squeeze(1)
             if not wanted:
@@ -66,7 +68,8 @@ def linear_cross_entropy(
         z_loss: weight of the squared log partition function (PaLM, arXiv 2204.02311), which keeps logits from drifting.
         block_rows: rows of logits that exist at a time; chosen for the device where not given.
     Returns:
-        The loss (nats a token, differentiable) and each token's negative log-likelihood in nats (detached, float32).
+        The loss (nats a token, differentiable) and each token's negative log-likelihood in nats (detached, in float32
+        at least).
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     flat_targets = targets.reshape(-1)

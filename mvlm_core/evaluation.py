@@ -42,12 +42,16 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        """Total nats over (ln 2 × bytes); lower is better. NaN for no text."""
-        return self.nats / (math.log(2) * self.bytes) if self.bytes else math.nan
+        return bits_per_byte(self.nats, self.bytes)
 
     def part(self, keep: Callable[[str], bool]) -> Score:
         """The score of the documents whose key ``keep`` accepts."""
         return Score({key: value for key, value in self.documents.items() if keep(key)})
+
+
+def bits_per_byte(nats: float, size: float) -> float:
+    """Total nats over (ln 2 × bytes of text); lower is better. NaN for no text."""
+    return nats / (math.log(2) * size) if size else math.nan
 
 
 @dataclass(frozen=True)

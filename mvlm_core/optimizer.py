@@ -36,11 +36,11 @@ def learning_rate_scale(step: int, total_steps: int, warmup_steps: int, schedule
 def orthogonalize(matrices: Tensor, rounds: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrices, roughly, of ``[count, rows, columns]``.
 
-    In bfloat16 on CUDA, where it is fast and enough; in float32 elsewhere, because a bfloat16 matrix product on a
-    processor without hardware for it is some hundred times slower (see benchmarks/RESULTS.md).
+    In bfloat16 on CUDA, where it is fast and enough; in the matrices' own precision elsewhere, because a bfloat16
+    matrix product on a processor without hardware for it is some hundred times slower (see benchmarks/RESULTS.md).
     """
     a, b, c = _NEWTON_SCHULZ
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -64,24 +64,35 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
+        """One step; does nothing where the attribute ``found_inf`` is 1, as in PyTorch's own fused optimizers."""
+        found_inf = getattr(self, "found_inf", None)
         for group in self.param_groups:
             shapes: dict[tuple[int, ...], list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     shapes.setdefault(tuple(parameter.shape), []).append(parameter)
             for parameters in shapes.values():
-                self._step_together(parameters, group)
+                self._step_together(parameters, group, found_inf)
 
-    def _step_together(self, parameters: list[Tensor], group: dict) -> None:
+    def _step_together(self, parameters: list[Tensor], group: dict, found_inf: Tensor | None) -> None:
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in parameters]
         buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        decay = 1 - group["lr"] * group["weight_decay"]
+        if found_inf is not None:
+            # Decided on the device, without a wait: the buffer in place of a gradient leaves the buffer as it is, and
+            # a decay of 1 and an update of 0 the weights. In a good step every factor is what it is without this.
+            bad = found_inf.bool()
+            gradients = [torch.where(bad, b, g) for b, g in zip(buffers, gradients, strict=True)]
+            decay = torch.full_like(found_inf, decay, dtype=parameters[0].dtype).masked_fill_(bad, 1.0)
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         updates = orthogonalize(torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"])))
+        if found_inf is not None:
+            updates.mul_((1 - found_inf).to(updates.dtype))
         rows, columns = parameters[0].shape
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(parameters, decay)
         torch._foreach_add_(parameters, list(updates.unbind()), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
 
 
@@ -105,8 +116,14 @@ class Optimizers:
             group["lr"] = group["peak_lr"] * scale
         return self.groups()[0]["lr"]
 
-    def step(self) -> None:
+    def step(self, found_inf: Tensor | None = None) -> None:
+        """One step of every part.
+
+        Args:
+            found_inf: 0-dim float32 on the parameters' device; where it is 1, weights and state stay as they are.
+        """
         for part in self.parts:
+            part.found_inf = found_inf
             part.step()
 
     def zero_grad(self) -> None:

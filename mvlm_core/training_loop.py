@@ -7,14 +7,10 @@ counters, and a resumed run equals an undisturbed one to the bit.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
-import signal
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,14 +21,16 @@ from torch import Tensor, nn
 from mvlm_core import checkpoint as checkpoints
 from mvlm_core.batches import BatchSource
 from mvlm_core.console import progress
+from mvlm_core.distributed import ALONE, Ranks
 from mvlm_core.errors import Stopped, TrainingFailed, UserError
 from mvlm_core.files import fsync_path
 from mvlm_core.hardware import Hardware, memory_in_use
+from mvlm_core.history import HISTORY_NAME, append_records, truncate_history
 from mvlm_core.optimizer import Optimizers, learning_rate_scale
 from mvlm_core.settings import TrainingSettings
+from mvlm_core.step_guard import ROLLBACKS_AT_MOST, GuardState, is_finite
+from mvlm_core.stop_request import StopRequest
 
-HISTORY_NAME = "training_history.jsonl"
-PARENT_VARIABLE = "MVLM_PARENT_PID"
 _WARMUP_SHARE = 0.02
 log = logging.getLogger("mvlm")
 
@@ -91,6 +89,7 @@ class LoopState:
         evaluations_since_best: for early stopping.
         micro_batch: sequences that fit the device at a time.
         finished: the run reached its end (or stopped early) at this step.
+        guard: what the guard against broken numbers remembers.
     """
 
     step: int = 0
@@ -103,46 +102,17 @@ class LoopState:
     micro_batch: int = 0
     finished: bool = False
     stopped_early: bool = False
+    guard: GuardState = field(default_factory=GuardState)
 
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> LoopState:
+        """The state a checkpoint holds.
 
-class StopRequest:
-    """SIGINT and SIGTERM as a wish: noted by ``defer`` until the loop has written its checkpoint.
-
-    A second SIGINT leaves at once: checkpoints are whole or not there, so nothing is harmed. Where a parent process
-    is named in the environment, its disappearance is taken for SIGTERM, so that no trainer outlives its pipeline.
-    """
-
-    def __init__(self) -> None:
-        self.signal_number: int | None = None
-        self._parent = int(os.environ.get(PARENT_VARIABLE) or 0)
-
-    def defer(self) -> None:
-        """From now on a signal only leaves a note."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def raise_at_once(self) -> None:
-        """From now on a signal raises ``Stopped`` where it arrives; raises now for one that was noted."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._raise)
-        if self.signal_number is not None:
-            raise Stopped(self.signal_number)
-
-    def wanted(self) -> bool:
-        if self.signal_number is None and self._parent and os.getppid() != self._parent:
-            log.warning("the process that started this run is gone: stopping after a checkpoint")
-            self.signal_number = signal.SIGTERM
-        return self.signal_number is not None
-
-    def _note(self, number: int, _frame: Any) -> None:
-        if self.signal_number is not None and number == signal.SIGINT:
-            os._exit(128 + number)
-        self.signal_number = number
-        with suppress(OSError):  # the log may be in the middle of a line; a plain write is safe in a handler
-            os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then a checkpoint\n".encode())
-
-    def _raise(self, number: int, _frame: Any) -> None:
-        raise Stopped(number)
+        Raises:
+            KeyError, TypeError: it is not one.
+        """
+        values = {name: saved[name] for name in asdict(cls())}
+        return cls(**{**values, "guard": GuardState(**values["guard"])})
 
 
 class TrainingLoop:
@@ -154,15 +124,23 @@ class TrainingLoop:
     """
 
     def __init__(
-        self, task: TrainingTask, settings: TrainingSettings, hardware: Hardware, output_dir: Path, total_steps: int
+        self,
+        task: TrainingTask,
+        settings: TrainingSettings,
+        hardware: Hardware,
+        output_dir: Path,
+        total_steps: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.task, self.settings, self.hardware, self.total_steps = task, settings, hardware, total_steps
+        self.ranks = ranks
         self.warmup_steps = warmup_steps(settings, total_steps)
         self.checkpoint_root = output_dir / "checkpoints"
         self.history_path = output_dir / HISTORY_NAME
         self.state = LoopState(micro_batch=settings.batch_size)
         self._pending: list[dict[str, Any]] = []  # steps whose figures are still on the device
         self._pending_seconds = 0.0
+        self._records: list[dict[str, Any]] = []  # read, not yet in the history file
         self._saved_step: int | None = None
 
     def run(self, stop: StopRequest) -> LoopState:
@@ -170,65 +148,86 @@ class TrainingLoop:
 
         Raises:
             Stopped: a signal came; the checkpoint is written.
-            TrainingFailed: the loss is no number any more, or the smallest micro-batch does not fit.
+            TrainingFailed: the numbers break again and again, or the smallest micro-batch does not fit.
         """
         self._resume()
-        state = self.state
-        if state.step >= self.total_steps or (state.stopped_early and state.finished):
-            return state
-        state.finished = False
+        if self.state.step >= self.total_steps or (self.state.stopped_early and self.state.finished):
+            return self.state
+        self.state.finished = False
         stop.defer()
+        self._try_micro_batch()
+        if self.state.step == 0:
+            self._save()  # a disk that is full or cannot be written is found now, not after an hour
         tokens = self.task.batches.tokens_per_batch
         with progress(
             self.total_steps * tokens,
             "training",
             "tok",
-            initial=state.step * tokens,
-            quiet=self.settings.quiet,
+            initial=self.state.step * tokens,
+            quiet=self.settings.quiet or not self.ranks.is_main,
             unit_scale=True,
         ) as bar:
-            while not state.finished:
-                self._step()
+            while not self.state.finished:
+                stopping = self._step(stop)
                 bar.update(tokens)
-                ending = state.step >= self.total_steps
-                if state.step % self.settings.log_interval == 0:
-                    self._flush(bar)
-                improved = False
-                if ending or state.step % self.settings.eval_interval == 0:
-                    improved = self._evaluate(bar)
-                    state.stopped_early = self._should_stop_early() and not ending
-                    state.finished = ending or state.stopped_early
-                if state.finished or improved or stop.wanted() or state.step % self.settings.checkpoint_interval == 0:
-                    self._flush(bar)
-                    self.save()
-                if stop.wanted() and not state.finished:
+                self._after_step(stopping, bar)
+                if stopping and not self.state.finished:
                     log.info(
-                        "stopped at step %s of %s; the same command goes on from here", state.step, self.total_steps
+                        "stopped at step %s of %s; the same command goes on from here",
+                        self.state.step,
+                        self.total_steps,
                     )
-                    raise Stopped(stop.signal_number)
-        return state
+                    raise Stopped(stop.number)
+        return self.state
+
+    def _after_step(self, stopping: bool, bar: Any) -> None:
+        """Whatever is due after this step: read the figures, evaluate, write a checkpoint, or go back."""
+        step, settings = self.state.step, self.settings
+        ending = step >= self.total_steps
+        evaluating = ending or step % settings.eval_interval == 0
+        due = step % settings.checkpoint_interval == 0
+        if not (evaluating or stopping or due or step % settings.log_interval == 0):
+            return
+        trouble = self._flush(bar)
+        improved = False
+        if evaluating and not trouble:
+            improved, trouble = self._evaluate()
+        if trouble:
+            self._roll_back(trouble, bar)
+            return
+        self._write_history()
+        if evaluating:
+            self.state.stopped_early = self._should_stop_early() and not ending
+            self.state.finished = ending or self.state.stopped_early
+        # While the numbers are bad, the checkpoints from before must not be rotated away.
+        wanted = self.state.finished or improved or (due and self.state.guard.trouble_since is None)
+        if wanted or stopping:
+            self._save(for_signal_only=not wanted)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
-    def _step(self) -> None:
+    def _step(self, stop: StopRequest) -> bool:
+        """One optimizer step. Returns whether any rank wants to stop after it."""
         started = time.perf_counter()
         state, optimizers = self.state, self.task.optimizers
         scale = learning_rate_scale(state.step, self.total_steps, self.warmup_steps, self.settings.lr_schedule)
-        learning_rate = optimizers.set_scale(scale)
+        learning_rate = optimizers.set_scale(scale * state.guard.rate_factor)
         while True:
             try:
                 figures, text_bytes = self._accumulate(state.step / self.total_steps)
                 break
             except torch.OutOfMemoryError:
                 self._halve_micro_batch()
-        limit = self.settings.max_grad_norm or math.inf
         parameters = [p for group in optimizers.groups() for p in group["params"] if p.grad is not None]
-        figures["grad_norm"] = nn.utils.clip_grad_norm_(parameters, limit)
-        optimizers.step()
+        self.ranks.sum_on_device([*(p.grad for p in parameters), *figures.values()])
+        text_bytes, stopping = self.ranks.sum_numbers(text_bytes, stop.wanted())
+        norm = nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf)
+        skipped = (~(norm.isfinite() & figures["train_loss"].isfinite())).float()
+        optimizers.step(found_inf=skipped)
         optimizers.zero_grad()
         state.step += 1
         state.tokens += self.task.batches.tokens_per_batch
-        state.bytes += text_bytes
+        state.bytes += int(text_bytes)
         self._pending.append(
             {
                 "step": state.step,
@@ -236,29 +235,60 @@ class TrainingLoop:
                 "tokens": state.tokens,
                 "bytes": state.bytes,
                 "learning_rate": learning_rate,
-                "figures": figures,
+                "figures": {**figures, "grad_norm": norm, "skipped": skipped},
             }
         )
         self._pending_seconds += time.perf_counter() - started
+        return bool(stopping)
 
     def _accumulate(self, share_done: float) -> tuple[dict[str, Tensor], int]:
-        """Gradients of the whole batch, micro-batch by micro-batch, and the mean of what the loss reports."""
-        batches, device = self.task.batches, self.hardware.device
+        """Gradients of this rank's part of the batch, micro-batch by micro-batch, and what the loss reports."""
         sums: dict[str, Tensor] = {}
         text_bytes = 0
-        for first in range(0, batches.sequences, self.state.micro_batch):
-            count = min(self.state.micro_batch, batches.sequences - first)
-            batch = batches.batch(self.state.step, first, count)
-            tensors = [_to_device(array, device) for array in (batch.inputs, batch.targets, batch.weights)]
-            torch.manual_seed(_step_seed(self.settings.seed, self.state.step, first))
-            share = count / batches.sequences
-            with self.hardware.autocast():
-                loss = self.task.loss(*tensors, share_done)
-            (loss.total * share).backward()
-            for name, value in {"train_loss": loss.train_loss, **loss.parts}.items():
-                sums[name] = sums.get(name, 0) + value.detach() * share
-            text_bytes += batch.text_bytes
+        mine = self.ranks.part(self.task.batches.sequences)
+        for first in range(mine.start, mine.stop, self.state.micro_batch):
+            count = min(self.state.micro_batch, mine.stop - first)
+            figures, size = self._micro_batch(first, count, share_done)
+            for name, value in figures.items():
+                sums[name] = sums[name] + value if name in sums else value
+            text_bytes += size
         return sums, text_bytes
+
+    def _micro_batch(self, first: int, count: int, share_done: float) -> tuple[dict[str, Tensor], int]:
+        """Forward and backward of some sequences; the figures are weighted by their share of the batch."""
+        batches, device = self.task.batches, self.hardware.device
+        batch = batches.batch(self.state.step, first, count)
+        tensors = [_to_device(array, device) for array in (batch.inputs, batch.targets, batch.weights)]
+        torch.manual_seed(_step_seed(self.settings.seed, self.state.step, first))
+        share = count / batches.sequences
+        with self.hardware.autocast():
+            loss = self.task.loss(*tensors, share_done)
+        (loss.total * share).backward()
+        figures = {"train_loss": loss.train_loss, **loss.parts}
+        return {name: value.detach() * share for name, value in figures.items()}, batch.text_bytes
+
+    # -- out of memory ----------------------------------------------------------------------------------------------
+
+    def _try_micro_batch(self) -> None:
+        """Find a micro-batch that fits before the first step, by one that leaves no trace.
+
+        Room is held for the optimizer's state where there is none yet: it would be missing later.
+        """
+        optimizers = self.task.optimizers
+        empty = not optimizers.state_tensors()
+        while True:
+            held: list[Tensor] = []
+            try:
+                if empty:
+                    held = [torch.empty_like(p) for g in optimizers.groups() for p in g["params"] for _ in range(2)]
+                count = min(self.state.micro_batch, len(self.ranks.part(self.task.batches.sequences)))
+                self._micro_batch(0, max(1, count), self.state.step / self.total_steps)
+                return
+            except torch.OutOfMemoryError:
+                held.clear()
+                self._halve_micro_batch()
+            finally:
+                optimizers.zero_grad()
 
     def _halve_micro_batch(self) -> None:
         self.task.optimizers.zero_grad()
@@ -275,61 +305,63 @@ class TrainingLoop:
             self.task.batches.sequences,
         )
 
-    # -- what is written --------------------------------------------------------------------------------------------
+    # -- what is read off the device --------------------------------------------------------------------------------
 
-    def _flush(self, bar: Any) -> None:
-        """Read the pending steps' figures off the device, the only wait for it, and write their history lines."""
+    def _flush(self, bar: Any) -> str | None:
+        """Read the pending steps' figures off the device, the only wait for it, and make their records.
+
+        Returns why the run must go back, where the guard says so.
+        """
         if not self._pending:
-            return
+            return None
         started = time.perf_counter()
         lines = [_read_figures(record) for record in self._pending]
         self._pending_seconds += time.perf_counter() - started
         state, count = self.state, len(lines)
         rate = count * self.task.batches.tokens_per_batch / self._pending_seconds
         memory = memory_in_use(self.hardware.device)
-        with open(self.history_path, "a", encoding="utf-8") as file:
-            for number, line in enumerate(lines, 1):
-                line["seconds"] = state.seconds + self._pending_seconds * number / count
-                line["tokens_per_second"] = rate
-                line["memory_bytes"] = memory
-                if not math.isfinite(line["train_loss"]) or not math.isfinite(line["grad_norm"]):
-                    raise TrainingFailed(self._not_finite(line))
-                file.write(json.dumps(line) + "\n")
+        trouble = None
+        for number, line in enumerate(lines, 1):
+            line["seconds"] = state.seconds + self._pending_seconds * number / count
+            line["tokens_per_second"] = rate
+            line["memory_bytes"] = memory
+            skipped = bool(line.pop("skipped"))
+            if skipped:
+                log.warning("step %s skipped: its loss or gradient is no finite number", line["step"])
+            trouble = trouble or state.guard.observe(line["step"], line["train_loss"], skipped)
+            if skipped:
+                lines[number - 1] = {k: v for k, v in line.items() if is_finite(v)} | {"skipped": True}
+        self._records += lines
         state.seconds += self._pending_seconds
         self._pending, self._pending_seconds = [], 0.0
         self._report(lines[-1], bar)
+        return trouble
 
     def _report(self, line: dict[str, Any], bar: Any) -> None:
-        bar.set_postfix(loss=f"{line['train_loss']:.3f}", lr=f"{line['learning_rate']:.2g}", refresh=False)
+        loss = line.get("train_loss", math.nan)
+        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{line['learning_rate']:.2g}", refresh=False)
         left = (self.total_steps - line["step"]) * self.task.batches.tokens_per_batch / line["tokens_per_second"]
         log.debug(
             "step %d/%d  epoch %.2f  loss %.4f  grad norm %.2f  lr %.3g  %s tok/s  %.0f MB  %s left",
             line["step"],
             self.total_steps,
             line["epoch"],
-            line["train_loss"],
-            line["grad_norm"],
+            loss,
+            line.get("grad_norm", math.nan),
             line["learning_rate"],
             f"{line['tokens_per_second']:,.0f}",
             line["memory_bytes"] / 1e6,
             _clock(left),
         )
 
-    def _not_finite(self, line: dict[str, Any]) -> str:
-        return (
-            f"the loss ({line['train_loss']}) or the gradient norm ({line['grad_norm']}) of step {line['step']} is no "
-            f"finite number; the last checkpoint in {self.checkpoint_root} is good: start again with a lower "
-            "--learning_rate"
-        )
-
-    def _evaluate(self, bar: Any) -> bool:
-        """Score the validation part, add it to the step's history line, and say whether it is the best so far."""
-        self._flush(bar)
+    def _evaluate(self) -> tuple[bool, str | None]:
+        """Score the validation part: whether it is the best so far, and why the run must go back, if it must."""
         state = self.state
         value = self.task.evaluate()
-        if not math.isfinite(value):
-            raise TrainingFailed(f"validation bits per byte of step {state.step} is {value}, no finite number")
-        _amend_last_line(self.history_path, {"validation_bpb": value})
+        if not is_finite(value):
+            state.guard.trouble_since = state.guard.trouble_since or state.step
+            return False, f"validation bits per byte of step {state.step} is {value}, no finite number"
+        self._records[-1]["validation_bpb"] = value
         improved = state.best_bpb is None or value < state.best_bpb
         if improved:
             state.best_step, state.best_bpb, state.evaluations_since_best = state.step, value, 0
@@ -342,7 +374,17 @@ class TrainingLoop:
             value,
             "  (best)" if improved else "",
         )
-        return improved
+        return improved, None
+
+    def _write_history(self) -> None:
+        if not self.ranks.is_main:
+            self._records = []
+            return
+        try:
+            append_records(self.history_path, self._records)
+            self._records = []
+        except OSError as error:
+            log.error("the history cannot be written (%s); training goes on and tries again later", error)
 
     def _should_stop_early(self) -> bool:
         state, settings = self.state, self.settings
@@ -353,47 +395,100 @@ class TrainingLoop:
         log.info("no better validation in %d evaluations: stopping early", state.evaluations_since_best)
         return True
 
-    def save(self) -> None:
-        """Write a checkpoint of this moment, then delete what rotation no longer keeps."""
-        if self._saved_step == self.state.step:
+    # -- where it is kept, where it starts and where it goes back to ------------------------------------------------
+
+    def _save(self, for_signal_only: bool = False) -> None:
+        """Write a checkpoint of this moment, then delete what rotation no longer keeps.
+
+        Args:
+            for_signal_only: an undisturbed run would have written none here; a rollback does not go back to it, so
+                that it goes where that of an undisturbed run would have gone.
+        """
+        if self._saved_step == self.state.step or not self.ranks.is_main:
             return
-        if self.history_path.exists():
-            fsync_path(self.history_path)
         tensors = {"model": self.task.weights(), "optimizer": self.task.optimizers.state_tensors()}
-        state = {**asdict(self.state), "identity": self.task.identity}
+        state = {**asdict(self.state), "identity": self.task.identity, "for_signal_only": for_signal_only}
         try:
+            append_records(self.history_path, self._records)  # what a checkpoint has behind it must be on the disk
+            self._records = []
+            fsync_path(self.history_path)
             checkpoints.save_checkpoint(self.checkpoint_root, self.state.step, tensors, state)
         except OSError as error:
-            log.error("no checkpoint at step %s (%s); training goes on and tries again later", self.state.step, error)
-            if self.state.finished:
+            if self.state.step == 0 or self.state.finished:
                 raise TrainingFailed(
-                    f"the last checkpoint could not be written: {error}; free some space and run again"
+                    f"no checkpoint can be written to {self.checkpoint_root} ({error}); free some space and run again"
                 ) from None
+            log.error("no checkpoint at step %s (%s); training goes on and tries again later", self.state.step, error)
             return
         self._saved_step = self.state.step
         checkpoints.rotate_checkpoints(self.checkpoint_root, self.settings.keep_checkpoints)
 
-    # -- where it starts --------------------------------------------------------------------------------------------
-
     def _resume(self) -> None:
-        if self.settings.resume_from:
-            found = checkpoints.named_checkpoint(self.settings.resume_from)
-            self._check_identity(found)
-            checkpoints.set_aside_later(self.checkpoint_root, found.step)
-        else:
-            found = checkpoints.newest_checkpoint(self.checkpoint_root, may_use=self._check_identity)
-        if found is None:
-            self.history_path.unlink(missing_ok=True)
-            return
-        known = {name: found.state[name] for name in asdict(self.state) if name in found.state}
-        self.state = LoopState(**known)
+        """Start from ``resume_from`` or the newest whole checkpoint; from the beginning where there is none."""
+        found = None
+        if self.ranks.is_main:
+            if self.settings.resume_from:
+                found = checkpoints.named_checkpoint(self.settings.resume_from)
+                self._check_identity(found)
+                checkpoints.set_aside_later(self.checkpoint_root, found.step)
+            else:
+                found = checkpoints.newest_checkpoint(self.checkpoint_root, may_use=self._check_identity)
+            if found is None:
+                self.history_path.unlink(missing_ok=True)
+        if self._restore(found):
+            self._saved_step = self.state.step
+            if found is not None and 0 < self.state.step < self.total_steps:
+                log.info("continuing from %s (step %s of %s)", found.folder, found.step, self.total_steps)
+
+    def _restore(self, found: checkpoints.Checkpoint | None) -> bool:
+        """Take weights, optimizer and counters from a checkpoint of the main rank's; False where it has none."""
+        state = self.ranks.share(found.state if found else None)
+        if state is None:
+            return False
+        weights = self.ranks.share_tensors(found.tensors("model") if found else {})
+        moments = self.ranks.share_tensors(found.tensors("optimizer") if found else {})
+        try:
+            self.state = LoopState.of(state)
+            self.task.load_weights(weights)
+            self.task.optimizers.load_state_tensors(moments)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            where = found.folder if found else "the checkpoint"
+            raise UserError(f"{where} does not fit this model: {error}; start over with --fresh") from None
         self.state.micro_batch = min(self.state.micro_batch, self.settings.sequences_per_step)
-        self.task.load_weights(found.tensors("model"))
-        self.task.optimizers.load_state_tensors(found.tensors("optimizer"))
-        self._saved_step = found.step
-        _truncate_history(self.history_path, found.step)
-        if self.state.step < self.total_steps:
-            log.info("continuing from %s (step %s of %s)", found.folder, found.step, self.total_steps)
+        if self.ranks.is_main:
+            truncate_history(self.history_path, self.state.step)
+        return True
+
+    def _roll_back(self, trouble: str, bar: Any) -> None:
+        """Go back to the newest checkpoint from before the trouble, with a lower learning rate.
+
+        Raises:
+            TrainingFailed: it was tried often enough.
+        """
+        broken = self.state
+        advice = "start again with a lower --learning_rate, and look at the training text around the last steps"
+        if broken.guard.rollbacks >= ROLLBACKS_AT_MOST:
+            raise TrainingFailed(f"{trouble}, after {broken.guard.rollbacks} rollbacks: {advice}")
+        found = None
+        if self.ranks.is_main:
+            found = checkpoints.newest_good_checkpoint(self.checkpoint_root, before=broken.guard.trouble_since)
+            if found is not None:
+                checkpoints.set_aside_later(self.checkpoint_root, found.step)
+        self._pending, self._pending_seconds, self._records = [], 0.0, []
+        if not self._restore(found):
+            raise TrainingFailed(f"{trouble}, and no checkpoint from before is left: {advice}")
+        self.state.guard = broken.guard.after_rollback(self.state.guard)
+        self.state.micro_batch = min(broken.micro_batch, self.state.micro_batch)
+        self._saved_step = self.state.step
+        bar.update((self.state.step - broken.step) * self.task.batches.tokens_per_batch)
+        log.warning(
+            "%s: back to step %s with %s of the learning rate (rollback %s of at most %s)",
+            trouble,
+            self.state.step,
+            self.state.guard.rate_factor,
+            self.state.guard.rollbacks,
+            ROLLBACKS_AT_MOST,
+        )
 
     def _check_identity(self, found: checkpoints.Checkpoint) -> None:
         differences = identity_differences(found.state.get("identity", {}), self.task.identity)
@@ -435,39 +530,6 @@ def total_steps(settings: TrainingSettings, batches: BatchSource) -> int:
     if settings.num_epochs:
         limits.append(batches.steps_for_epochs(settings.num_epochs))
     return max(1, min(limits))
-
-
-def read_history(path: Path) -> list[dict[str, Any]]:
-    """The history's records; a last line that was being written when the run died is left out."""
-    records = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
-    return records
-
-
-def _truncate_history(path: Path, step: int) -> None:
-    """Drop what a dead run wrote after its checkpoint: it will be written again."""
-    kept = [json.dumps(record) + "\n" for record in read_history(path) if record["step"] <= step]
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(kept)
-
-
-def _amend_last_line(path: Path, values: dict[str, Any]) -> None:
-    """Add values to the newest record, in place: only the last line is read or written."""
-    with open(path, "rb+") as file:
-        size = file.seek(0, os.SEEK_END)
-        start = max(0, size - (1 << 16))
-        file.seek(start)
-        tail = file.read().rstrip(b"\n")
-        begin = start + tail.rfind(b"\n") + 1
-        record = json.loads(tail[tail.rfind(b"\n") + 1 :])
-        file.seek(begin)
-        file.write((json.dumps({**record, **values}) + "\n").encode())
-        file.truncate()
 
 
 def _read_figures(record: dict[str, Any]) -> dict[str, Any]:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from mvlm_core.batches import BatchSource
 from mvlm_core.byte_level_bpe import ByteLevelBPE, cached_tokenizer
 from mvlm_core.checkpoint import DamagedCheckpoint, open_checkpoint
 from mvlm_core.console import hush_transformers, progress
 from mvlm_core.corpus import Corpus, load_corpus, validation_subset
-from mvlm_core.errors import UserError
-from mvlm_core.evaluation import Score, score_documents, score_export
+from mvlm_core.distributed import ALONE, Ranks, join
+from mvlm_core.errors import TrainingFailed, UserError
+from mvlm_core.evaluation import Score, bits_per_byte, score_documents, score_export
 from mvlm_core.export import (
     finish_export,
     model_card,
@@ -26,20 +31,13 @@ from mvlm_core.export import (
 )
 from mvlm_core.files import RunLock
 from mvlm_core.hardware import Hardware, choose_hardware, describe, peak_memory
+from mvlm_core.history import HISTORY_NAME, read_history
 from mvlm_core.optimizer import Optimizers
 from mvlm_core.packaging import verify_folder
 from mvlm_core.settings import TrainingSettings
+from mvlm_core.stop_request import StopRequest
 from mvlm_core.token_store import TokenStore, build_token_store, parse_mix, texts
-from mvlm_core.training_loop import (
-    HISTORY_NAME,
-    LoopState,
-    StopRequest,
-    TrainingLoop,
-    TrainingTask,
-    identity_differences,
-    read_history,
-    total_steps,
-)
+from mvlm_core.training_loop import LoopState, TrainingLoop, TrainingTask, identity_differences, total_steps
 
 log = logging.getLogger("mvlm")
 
@@ -155,24 +153,34 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
     )
     hardware.apply()
     hush_transformers()
+    ranks = join(hardware.device)
+    if not ranks.is_main:
+        log.setLevel(logging.ERROR)
     for line in describe(hardware):
         log.info(line)
-    text = prepare_text(settings, recipe.tokenizer_class)
+    if ranks.world > 1:
+        log.info("processes: %s, each on its part of every batch", ranks.world)
+    text = _prepare_together(settings, recipe.tokenizer_class, ranks)
     batches = BatchSource(
         text.store, context=settings.max_length, sequences=settings.sequences_per_step, seed=settings.seed
     )
+    if batches.sequences < ranks.world:
+        raise UserError(
+            f"{ranks.world} processes share a batch of {batches.sequences} sequences: start fewer, or raise "
+            "--batch_size or --gradient_accumulation_steps"
+        )
     steps = total_steps(settings, batches)
     identity = run_identity(settings, text)
     stop = StopRequest()
-    with RunLock(output_dir, str(output_dir)):
-        if settings.fresh:
+    with RunLock(output_dir, str(output_dir)) if ranks.is_main else nullcontext():
+        if ranks.is_main and settings.fresh:
             _clear(output_dir)
-        elif _is_finished(output_dir, identity, steps):
+        if ranks.share(ranks.is_main and not settings.fresh and _is_finished(output_dir, identity, steps)):
             log.info("already finished: %s (use --fresh to train it again)", output_dir)
             return output_dir
         stop.raise_at_once()
-        built, task = build_task(recipe, settings, hardware, text, batches, identity)
-        loop = TrainingLoop(task, settings, hardware, output_dir, steps)
+        built, task = build_task(recipe, settings, hardware, text, batches, identity, ranks)
+        loop = TrainingLoop(task, settings, hardware, output_dir, steps, ranks)
         log.info(
             "%s: %s parameters, %s steps of %s sequences of %s tokens (%.2f epochs)",
             recipe.title,
@@ -183,9 +191,27 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
             batches.epoch_at(steps),
         )
         state = loop.run(stop)
+        ranks.leave()
         stop.raise_at_once()
-        _export(recipe, settings, hardware, text, built, task, state, output_dir)
+        if ranks.is_main:
+            try:
+                _export(recipe, settings, hardware, text, built, task, state, output_dir)
+            except (OSError, SafetensorError) as error:
+                raise TrainingFailed(
+                    f"the model is trained, but its export cannot be written: {error}; free some space and run again"
+                ) from None
     return output_dir
+
+
+def _prepare_together(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE], ranks: Ranks) -> PreparedText:
+    """``prepare_text`` on every rank: the first of each machine fills the cache, the others read it."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if first:
+        text = prepare_text(settings, tokenizer_class)
+    ranks.wait()
+    if not first:
+        text = prepare_text(settings, tokenizer_class)
+    return text
 
 
 def build_task(
@@ -195,6 +221,7 @@ def build_task(
     text: PreparedText,
     batches: BatchSource,
     identity: dict[str, Any],
+    ranks: Ranks = ALONE,
 ) -> tuple[BuiltModel, TrainingTask]:
     """The model with fresh weights, and the task that trains it."""
     import torch
@@ -204,6 +231,7 @@ def build_task(
     for module in built.modules.values():
         module.train()
     validation = [(document.path, part) for document, part in validation_subset(text.corpus)]
+    validation = validation[ranks.rank :: ranks.world]
 
     def evaluate() -> float:
         score = score_documents(
@@ -214,7 +242,7 @@ def build_task(
             context=settings.max_length,
             device=hardware.device,
         )
-        return score.bits_per_byte
+        return bits_per_byte(*ranks.sum_numbers(score.nats, score.bytes))
 
     return built, TrainingTask(built.modules, built.loss, built.optimizers, batches, evaluate, identity)
 
@@ -285,6 +313,8 @@ def _export(
         "peak_memory_bytes": peak_memory(hardware.device),
         "micro_batch": state.micro_batch,
         "stopped_early": state.stopped_early,
+        "skipped_steps": state.guard.skipped,
+        "rollbacks": state.guard.rollbacks,
     }
     config = {
         "model": recipe.name,

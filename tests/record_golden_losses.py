@@ -15,7 +15,7 @@ from conftest import build_tiny_corpus
 from runs import MODELS, StopAfter, make_loop, tiny_settings
 from test_training_loop import GOLDEN, everything_on
 
-from mvlm_core.training_loop import read_history
+from mvlm_core.history import read_history
 
 
 def main() -> None:

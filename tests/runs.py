@@ -7,8 +7,10 @@ from typing import Any
 
 import mvlm_trainer
 from mvlm_core.batches import BatchSource
+from mvlm_core.distributed import ALONE, Ranks
 from mvlm_core.hardware import choose_hardware
-from mvlm_core.training_loop import StopRequest, TrainingLoop, total_steps
+from mvlm_core.stop_request import StopRequest
+from mvlm_core.training_loop import TrainingLoop, total_steps
 from mvlm_core.training_run import build_task, prepare_text, run_identity
 from prioritary_mvlm import PrioritaryConfig
 from prioritary_mvlm.enhanced_trainer import RECIPE
@@ -53,17 +55,17 @@ def recipe_of(model: str) -> Any:
     return mvlm_trainer.recipe() if model == "mvlm_gpt2" else RECIPE
 
 
-def make_loop(model: str, settings: Any) -> TrainingLoop:
+def make_loop(model: str, settings: Any, ranks: Ranks = ALONE) -> TrainingLoop:
     """The loop of a run as the trainers put it together, not yet started."""
     recipe, hardware = recipe_of(model), choose_hardware(device=settings.device, precision=settings.precision)
     text = prepare_text(settings, recipe.tokenizer_class)
     batches = BatchSource(
         text.store, context=settings.max_length, sequences=settings.sequences_per_step, seed=settings.seed
     )
-    _, task = build_task(recipe, settings, hardware, text, batches, run_identity(settings, text))
+    _, task = build_task(recipe, settings, hardware, text, batches, run_identity(settings, text), ranks)
     output_dir = Path(settings.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    return TrainingLoop(task, settings, hardware, output_dir, total_steps(settings, batches))
+    return TrainingLoop(task, settings, hardware, output_dir, total_steps(settings, batches), ranks)
 
 
 class StopAfter(StopRequest):
@@ -77,8 +79,7 @@ class StopAfter(StopRequest):
         pass
 
     def wanted(self) -> bool:
-        # The loop asks twice a step: whether to write a checkpoint, and whether to leave.
-        self.asked += 1
-        if self.steps is not None and self.asked >= 2 * self.steps:
+        self.asked += 1  # the loop asks once a step
+        if self.steps is not None and self.asked >= self.steps:
             self.signal_number = 15
         return self.signal_number is not None

@@ -2,6 +2,8 @@
 
 import json
 import math
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ from runs import EVERYTHING_ON, MODELS, StopAfter, make_loop, tiny_settings
 
 from mvlm_core.checkpoint import checkpoint_folders, newest_checkpoint
 from mvlm_core.errors import Stopped, TrainingFailed, UserError
-from mvlm_core.training_loop import read_history, total_steps, warmup_steps
+from mvlm_core.history import read_history
+from mvlm_core.training_loop import total_steps, warmup_steps
 
 TIMES = ("seconds", "tokens_per_second", "memory_bytes")
 GOLDEN = Path(__file__).parent / "data" / "golden_losses.json"
@@ -30,7 +33,7 @@ def final_state(loop):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_stopped_and_resumed_equals_undisturbed_to_the_bit(model, tiny_corpus, tmp_path):
-    changes = {**everything_on(model), "max_steps": 24}  # 8 sequences a step: more than one epoch
+    changes = {**everything_on(model), "max_steps": 24}
     whole = make_loop(model, tiny_settings(model, tiny_corpus, tmp_path / "a", **changes))
     whole.run(StopAfter())
     settings = tiny_settings(model, tiny_corpus, tmp_path / "b", **changes)
@@ -150,15 +153,6 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_curve(tiny_corpus, t
         run_with_memory_for(0, tiny_corpus, tmp_path / "none")
 
 
-def test_a_loss_that_is_no_number_ends_the_run(tiny_corpus, tmp_path):
-    loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path))
-    with torch.no_grad():
-        loop.task.modules["model"].transformer.wpe.weight[3] = math.nan
-    with pytest.raises(TrainingFailed, match="step 1 is no finite"):
-        loop.run(StopAfter())
-    assert not checkpoint_folders(loop.checkpoint_root)
-
-
 def test_early_stopping_waits_for_patience_and_min_epochs(tiny_corpus, tmp_path):
     settings = tiny_settings(
         "mvlm_gpt2",
@@ -176,7 +170,7 @@ def test_early_stopping_waits_for_patience_and_min_epochs(tiny_corpus, tmp_path)
     state = loop.run(StopAfter())
     assert state.stopped_early and state.best_step == 2
     assert state.step == 6, "patience alone would have stopped at step 4"
-    assert {folder.name[-2:] for folder in checkpoint_folders(loop.checkpoint_root)} == {"02", f"{state.step:02d}"}
+    assert {folder.name[-2:] for folder in checkpoint_folders(loop.checkpoint_root)} == {"02", "05", "06"}
 
 
 def test_the_first_limit_ends_the_run(tiny_corpus, tmp_path):
@@ -208,3 +202,100 @@ def test_golden_losses(model, tiny_corpus, tmp_path):
     golden = json.loads(GOLDEN.read_text())
     losses = [record["train_loss"] for record in read_history(loop.history_path)]
     assert losses == pytest.approx(golden[model], rel=golden["relative_tolerance"])
+
+
+@contextmanager
+def files_at_most(size):
+    """No file may grow beyond ``size`` bytes: writes fail as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tiny_corpus, tmp_path, caplog):
+    whole = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path / "a", max_steps=24))
+    whole.run(StopAfter())
+    loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path / "b", max_steps=24))
+
+    class FullForAWhile(StopAfter):
+        def wanted(self):
+            self.asked += 1
+            if self.asked == 3:
+                self.full = files_at_most(100)
+                self.full.__enter__()
+            if self.asked == 14:
+                assert newest_checkpoint(loop.checkpoint_root).step == 0, "the one before is intact"
+                self.full.__exit__(None, None, None)
+            return False
+
+    assert loop.run(FullForAWhile()).finished
+    assert "no checkpoint at step 5" in caplog.text and "the history cannot be written" in caplog.text
+    assert final_state(loop)[2:] == final_state(whole)[2:]
+    assert torch.equal(*(final_state(each)[0]["model.transformer.wpe.weight"] for each in (whole, loop)))
+
+
+def test_a_disk_without_room_is_found_before_the_first_step(tiny_corpus, tmp_path):
+    loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path))
+    with files_at_most(100), pytest.raises(TrainingFailed, match="no checkpoint can be written.*free some space"):
+        loop.run(StopAfter())
+    assert loop.state.step == 0
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resume_is_exact_at_the_edge_of_an_epoch_and_within_one(model, optimizer, tiny_corpus, tmp_path):
+    """Every optimizer, dropout, accumulation and every part of the loss; stops before, at and after the edge."""
+    changes = {**everything_on(model), "optimizer": optimizer, "max_length": 256, "max_steps": 30, "eval_interval": 6}
+
+    def loop(work):
+        return make_loop(model, tiny_settings(model, tiny_corpus, work, **changes))
+
+    whole = loop(tmp_path / "whole")
+    edge = next(step for step in range(1, 30) if whole.task.batches.epoch_at(step) >= 1)
+    assert 4 < edge < 27
+    whole.run(StopAfter())
+    for steps in (edge - 1, 1, 1):
+        with pytest.raises(Stopped):
+            loop(tmp_path / "parts").run(StopAfter(steps))
+    parts = loop(tmp_path / "parts")
+    parts.run(StopAfter())
+    for expected, found in zip(final_state(whole)[:2], final_state(parts)[:2], strict=True):
+        assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    assert final_state(whole)[2:] == final_state(parts)[2:]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("model", MODELS)
+def test_resume_is_exact_on_cuda_with_deterministic_algorithms(model, tiny_corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        changes = {**everything_on(model), "device": "cuda", "precision": "auto", "no_compile": True}
+        whole = make_loop(model, tiny_settings(model, tiny_corpus, tmp_path / "a", **changes))
+        whole.run(StopAfter())
+        with pytest.raises(Stopped):
+            make_loop(model, tiny_settings(model, tiny_corpus, tmp_path / "b", **changes)).run(StopAfter(5))
+        parts = make_loop(model, tiny_settings(model, tiny_corpus, tmp_path / "b", **changes))
+        parts.run(StopAfter())
+        assert all(
+            torch.equal(final_state(whole)[0][name], final_state(parts)[0][name]) for name in whole.task.weights()
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_the_trial_before_the_first_step_leaves_no_trace(tiny_corpus, tmp_path):
+    losses = []
+    for trial in (True, False):
+        loop = make_loop(
+            "simone_enhanced", tiny_settings("simone_enhanced", tiny_corpus, tmp_path / str(trial), dropout=0.2)
+        )
+        if not trial:
+            loop._try_micro_batch = lambda: None
+        loop.run(StopAfter())
+        losses.append(final_state(loop))
+    assert losses[0][2:] == losses[1][2:]
+    assert all(torch.equal(losses[0][0][name], losses[1][0][name]) for name in losses[0][0])

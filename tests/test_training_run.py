@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from runs import MODELS, recipe_of, tiny_settings
 
 from mvlm_core.corpus import load_corpus
 from mvlm_core.errors import UserError
-from mvlm_core.evaluation import load_export, score_export
+from mvlm_core.evaluation import Score, load_export, score_export
 from mvlm_core.files import sha256_file
 from mvlm_core.training_run import run_training
 from prioritary_mvlm import EnhancedPrioritaryTrainer, PrioritaryConfig
@@ -84,7 +85,7 @@ def test_another_run_over_a_finished_model_is_refused_unless_fresh(trained, tiny
 def test_the_best_weights_are_exported_and_the_last_kept(tiny_corpus, tmp_path, monkeypatch):
     values = iter([2.0, 3.0, 4.0])
     monkeypatch.setattr(
-        "mvlm_core.training_run.score_documents", lambda *_, **__: type("S", (), {"bits_per_byte": next(values)})
+        "mvlm_core.training_run.score_documents", lambda *_, **__: Score({"all": (next(values) * math.log(2), 1, 1)})
     )
     settings = tiny_settings("simone_enhanced", tiny_corpus, tmp_path)
     folder = EnhancedPrioritaryTrainer(settings, tiny_corpus, tmp_path / "out").train()

@@ -1,0 +1,132 @@
+"""Several processes training one model: what they share, through PyTorch's own distributed engine.
+
+Started by ``torchrun``, each process (rank) works on its part of every global batch; gradients are summed, so all
+ranks take the same step and hold the same weights. Started any other way there is one rank, and nothing here costs
+anything. Only the main rank reads checkpoints and writes files; what it read it sends to the others, so machines need
+no common disk for them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mvlm_core.errors import TrainingFailed, UserError
+
+# The main rank may be building tokens of a large corpus while the others wait for it.
+_PATIENCE = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the processes of the run.
+
+    Attributes:
+        rank, world: its number, and how many there are.
+        host: the group for what stays in host memory (gloo); None when alone.
+    """
+
+    rank: int = 0
+    world: int = 1
+    host: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def part(self, count: int) -> range:
+        """This rank's part of ``count`` items; the parts of all ranks are neighbours and cover each item once."""
+        return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+
+    def sum_on_device(self, tensors: Iterable[Tensor]) -> None:
+        """Sum each tensor over all ranks, in place, in one exchange per dtype."""
+        if self.world == 1:
+            return
+        by_type: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            by_type.setdefault(tensor.dtype, []).append(tensor)
+        for group in by_type.values():
+            flat = torch.cat([tensor.reshape(-1) for tensor in group])
+            _speak(dist.all_reduce, flat)
+            for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def sum_numbers(self, *values: float) -> list[float]:
+        """Sum numbers over all ranks, in double precision and in host memory."""
+        if self.world == 1:
+            return list(values)
+        numbers = torch.tensor(values, dtype=torch.float64)
+        _speak(dist.all_reduce, numbers, group=self.host)
+        return numbers.tolist()
+
+    def share(self, value: Any) -> Any:
+        """The main rank's ``value`` (plain data) on every rank."""
+        if self.world == 1:
+            return value
+        holder = [value]
+        _speak(dist.broadcast_object_list, holder, src=0, group=self.host)
+        return holder[0]
+
+    def share_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The main rank's named tensors on every rank, in host memory; others may give none."""
+        if self.world == 1:
+            return tensors
+        shapes = self.share({name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})
+        received = {}
+        for name, (shape, dtype) in shapes.items():
+            tensor = tensors[name].detach().cpu().contiguous() if self.is_main else torch.empty(shape, dtype=dtype)
+            _speak(dist.broadcast, tensor, src=0, group=self.host)
+            received[name] = tensor
+        return received
+
+    def wait(self) -> None:
+        """Wait until every rank is here."""
+        if self.world > 1:
+            _speak(dist.barrier, group=self.host)
+
+    def leave(self) -> None:
+        """Take leave of the others; no more exchange after this."""
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+ALONE = Ranks()
+
+
+def join(device: str) -> Ranks:
+    """Join the other processes that ``torchrun`` started; alone where it did not.
+
+    Raises:
+        UserError: more processes on this machine than it has GPUs.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return ALONE
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"torchrun --nproc_per_node started more processes than this machine has GPUs "
+                f"({torch.cuda.device_count()}); start one a GPU"
+            )
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)
+    host = dist.new_group(backend="gloo", timeout=_PATIENCE) if device == "cuda" else dist.group.WORLD
+    return Ranks(dist.get_rank(), world, host)
+
+
+def _speak(exchange: Any, *arguments: Any, **options: Any) -> None:
+    try:
+        exchange(*arguments, **options)
+    except RuntimeError as error:
+        raise TrainingFailed(
+            f"the processes of this run lost each other ({str(error).splitlines()[0]}); look for the first one that "
+            "failed, then start all of them again: they go on from the newest checkpoint"
+        ) from None

@@ -1,0 +1,53 @@
+"""``training_history.jsonl``: one JSON record a step, each step once, whatever interrupted the run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+HISTORY_NAME = "training_history.jsonl"
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The records; a last line that was being written when the run died is left out."""
+    records = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                break
+            records.append(record)
+    return records
+
+
+def append_records(path: Path, records: list[dict[str, Any]]) -> None:
+    """Add records at the end: all of them or none.
+
+    Raises:
+        OSError: no room, for one.
+    """
+    with open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        data = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode()
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def truncate_history(path: Path, step: int) -> None:
+    """Drop what was written after ``step``: the run goes back there and writes it again."""
+    kept = [json.dumps(record) + "\n" for record in read_history(path) if record["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,59 @@
+"""SIGINT and SIGTERM as a wish: the step in progress is finished and a checkpoint written before the run ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from contextlib import suppress
+from typing import Any
+
+from mvlm_core.errors import Stopped
+
+PARENT_VARIABLE = "MVLM_PARENT_PID"
+log = logging.getLogger("mvlm")
+
+
+class StopRequest:
+    """What a signal leaves behind: a note while ``defer`` holds, the exception ``Stopped`` after ``raise_at_once``.
+
+    A second SIGINT leaves at once: checkpoints are whole or not there, so nothing is harmed. Where a parent process
+    is named in the environment, its disappearance is taken for SIGTERM, so that no trainer outlives its pipeline.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._parent = int(os.environ.get(PARENT_VARIABLE) or 0)
+
+    def defer(self) -> None:
+        """From now on a signal only leaves a note."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def raise_at_once(self) -> None:
+        """From now on a signal raises ``Stopped`` where it arrives; raises now for one that was noted."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._raise)
+        if self.signal_number is not None:
+            raise Stopped(self.signal_number)
+
+    @property
+    def number(self) -> int:
+        """The signal that came here, or SIGTERM where another process of the run was told to stop."""
+        return self.signal_number or signal.SIGTERM
+
+    def wanted(self) -> bool:
+        if self.signal_number is None and self._parent and os.getppid() != self._parent:
+            log.warning("the process that started this run is gone: stopping after a checkpoint")
+            self.signal_number = signal.SIGTERM
+        return self.signal_number is not None
+
+    def _note(self, number: int, _frame: Any) -> None:
+        if self.signal_number is not None and number == signal.SIGINT:
+            os._exit(128 + number)
+        self.signal_number = number
+        with suppress(OSError):  # the log may be in the middle of a line; a plain write is safe in a handler
+            os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then a checkpoint\n".encode())
+
+    def _raise(self, number: int, _frame: Any) -> None:
+        raise Stopped(number)

@@ -1,0 +1,36 @@
+"""A tiny run in float64 for ``torchrun`` (see test_distributed.py): ``distributed_run.py CORPUS WORK MODEL STEPS``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from runs import StopAfter, make_loop, tiny_settings
+from test_training_loop import everything_on
+
+from mvlm_core.distributed import join
+from mvlm_core.errors import Stopped
+
+
+def main() -> None:
+    corpus, work, model, steps = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    torch.set_num_threads(1)
+    changes = {**everything_on(model), "dropout": 0.0, "max_steps": 50, "checkpoint_interval": 10, "eval_interval": 10}
+    loop = make_loop(model, tiny_settings(model, corpus, work, **changes), join("cpu"))
+    for module in loop.task.modules.values():
+        module.double()
+    loop.task = replace(loop.task, evaluate=lambda: 1.0)
+    try:
+        loop.run(StopAfter(steps))
+    except Stopped:
+        pass
+    loop.ranks.leave()
+
+
+if __name__ == "__main__":
+    main()

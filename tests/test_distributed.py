@@ -1,0 +1,76 @@
+"""Two processes give what one gives: the same curve, the same files, and either goes on from the other's checkpoint."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import MODELS
+
+from mvlm_core.checkpoint import newest_checkpoint
+from mvlm_core.distributed import ALONE, Ranks
+from mvlm_core.history import read_history
+
+RUN = Path(__file__).parent / "distributed_run.py"
+
+
+def start(processes, *arguments, script=RUN):
+    command = [sys.executable, str(script), *map(str, arguments)]
+    if processes > 1:
+        launcher = "-m torch.distributed.run --standalone --nproc_per_node".split()
+        command = [sys.executable, *launcher, str(processes), *command[1:]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def curve(folder, model):
+    records = read_history(folder / model / "training_history.jsonl")
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    return [record["train_loss"] for record in records], [record["bytes"] for record in records]
+
+
+def weights(folder, model):
+    return newest_checkpoint(folder / model / "checkpoints").tensors("model")
+
+
+def test_every_item_is_in_one_part():
+    for world in (1, 2, 3, 8):
+        parts = [list(Ranks(rank, world).part(10)) for rank in range(world)]
+        assert sum(parts, []) == list(range(10))
+    assert ALONE.is_main and ALONE.sum_numbers(1, 2.5) == [1, 2.5] and ALONE.share("x") == "x"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_two_processes_give_the_curve_of_one(model, tiny_corpus, tmp_path):
+    """Fifty steps in float64: alone, by two, and by turns (one, two, one) through each other's checkpoints."""
+    alone, two, turns = tmp_path / "alone", tmp_path / "two", tmp_path / "turns"
+    for processes, folder, steps in ((1, alone, 99), (2, two, 99), (1, turns, 13), (2, turns, 20), (1, turns, 99)):
+        result = start(processes, tiny_corpus, folder, model, steps)
+        assert result.returncode == 0, result.stderr[-3000:]
+    losses, sizes = curve(alone, model)
+    assert len(losses) == 50
+    for folder in (two, turns):
+        other, other_sizes = curve(folder, model)
+        assert other == pytest.approx(losses, rel=0, abs=1e-8)
+        assert other_sizes == sizes, "each token once"
+        for name, tensor in weights(alone, model).items():
+            torch.testing.assert_close(weights(folder, model)[name], tensor, rtol=0, atol=1e-7)
+
+
+def test_a_failing_process_ends_the_run(tiny_corpus, tmp_path):
+    script = tmp_path / "one_fails.py"
+    script.write_text(
+        f"import sys, os; sys.path[:0] = [{str(RUN.parent)!r}, {str(RUN.parent.parent)!r}]\n"
+        "import distributed_run\nfrom mvlm_core.distributed import Ranks\nreal = Ranks.sum_numbers\n"
+        "def failing(self, *values):\n"
+        "    failing.calls += 1\n"
+        "    if self.rank == 1 and failing.calls == 5: os._exit(9)\n"
+        "    return real(self, *values)\n"
+        "failing.calls = 0\nRanks.sum_numbers = failing\n"
+        "from mvlm_core.errors import run_main\nrun_main(distributed_run.main)\n"
+    )
+    result = start(2, tiny_corpus, tmp_path, "mvlm_gpt2", 99, script=script)
+    assert result.returncode != 0
+    assert newest_checkpoint(tmp_path / "mvlm_gpt2" / "checkpoints").step == 0
