@@ -249,7 +249,7 @@ def _text_files(start: Path, root: Path, skipped: list[SkippedFile]) -> Iterator
         except OSError as error:
             skipped.append(SkippedFile(_relative(folder, root), _reason(error)))
             continue
-        folders = []
+        folders, links = [], []
         for entry in entries:
             if entry.name.startswith("."):
                 continue
@@ -261,7 +261,7 @@ def _text_files(start: Path, root: Path, skipped: list[SkippedFile]) -> Iterator
                 elif entry.is_dir():
                     if is_text_name:
                         skipped.append(SkippedFile(_relative(path, root), "a folder with the name of a text file"))
-                    folders.append(path)
+                    (links if entry.is_symlink() else folders).append(path)
                 elif is_text_name:
                     status = entry.stat()
                     if not entry.is_file():
@@ -274,7 +274,7 @@ def _text_files(start: Path, root: Path, skipped: list[SkippedFile]) -> Iterator
             except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
                 skipped.append(SkippedFile(_relative(path, root), _reason(error)))
         # Links last, so that a file is known by its own path and not by that of a link to its folder.
-        stack = [f for f in folders if f.is_symlink()] + stack + [f for f in reversed(folders) if not f.is_symlink()]
+        stack = links + stack + folders[::-1]
 
 
 def _read_document(file: Path, root: Path, validation_split: float, skipped: list[SkippedFile]) -> Document | None:
@@ -325,7 +325,7 @@ def _read_metadata(file: Path, root: Path, skipped: list[SkippedFile]) -> dict[s
         reason = "metadata not used: a lone surrogate in a string; the text is used"
         skipped.append(SkippedFile(_relative(file, root), reason))
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: too deep, or a loop of links
         skipped.append(SkippedFile(_relative(file, root), f"metadata not used: {_reason(error)}; the text is used"))
         return {}
     return metadata

@@ -7,18 +7,19 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+LINE_BREAK = "\n"
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
 
-def printable(text: str, limit: int = 4000) -> str:
+def printable(text: str, keep: str = "", limit: int = 4000) -> str:
     """``text`` as a terminal, a log and a JSON file can hold it, at most ``limit`` characters and a mark.
 
     Names and values from damaged files may hold control sequences, which a terminal obeys, and lone surrogates, which
-    UTF-8 cannot hold: both are written as escapes.
+    UTF-8 cannot hold: both are written as escapes. So are line breaks, unless they are in ``keep``.
     """
     text = text if len(text) <= limit else text[:limit] + "…"
     return "".join(
-        character if character.isprintable() or character == "\n" else character.encode("unicode_escape").decode()
+        character if character.isprintable() or character in keep else character.encode("unicode_escape").decode()
         for character in text
     )
 
@@ -53,7 +54,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(main() or EXIT_DONE)
     except UserError as error:
         for problem in error.problems:
-            print(f"error: {printable(problem)}", file=sys.stderr)
+            print(f"error: {printable(problem, LINE_BREAK)}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except TrainingFailed as error:
         print(f"failed: {error}", file=sys.stderr)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mvlm_core.errors import printable
+from mvlm_core.errors import LINE_BREAK, printable
 from mvlm_core.files import read_regular
 from mvlm_core.packaging import MANIFEST, ArchiveError, read_manifest, verify_folder
 from mvlm_core.pipeline import read_json
@@ -46,7 +46,7 @@ class Checks(list):
     """The checks of one model, in the order in which they were made."""
 
     def add(self, group: str, name: str, passed: bool, detail: str = "") -> bool:
-        self.append(Check(group, name, bool(passed), printable(detail)))
+        self.append(Check(group, name, bool(passed), printable(detail, LINE_BREAK)))
         return bool(passed)
 
     def add_problems(self, group: str, name: str, problems: list[str], good: str) -> bool:
