@@ -16,8 +16,8 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mvlm_core.errors import UserError
-from mvlm_core.files import write_atomic
+from mvlm_core.errors import Stopped, UserError
+from mvlm_core.files import read_regular, write_atomic
 
 _LONGEST_WORD = 1000  # characters; learning from a word takes time quadratic in its length
 _TOO_LONG = re.compile(rf"\S{{{_LONGEST_WORD}}}")
@@ -104,14 +104,14 @@ class ByteLevelBPE:
                     [AddedToken(text, special=True) for text in dict.fromkeys(cls.SPECIAL_TOKENS.values())]
                 )
             elif file.is_file():
-                tokenizer = Tokenizer.from_file(str(file))
+                tokenizer = Tokenizer.from_str(_readable(file))
                 tokenizer.no_truncation()  # settings of whoever made the file: text must come through whole
                 tokenizer.no_padding()
             else:
                 raise UserError(f"no tokenizer at {path}: expected tokenizer.json, or vocab.json and merges.txt")
-        except UserError:
+        except (UserError, Stopped, KeyboardInterrupt, SystemExit):
             raise
-        except Exception as error:  # the library raises bare Exception for a malformed file
+        except BaseException as error:  # bare Exception for a malformed file; a panic in the library is not even that
             raise UserError(f"{file} is no tokenizer that can be read: {error}") from None
         loaded = cls(tokenizer)
         loaded._check(path)
@@ -191,6 +191,20 @@ class ByteLevelBPE:
             padding_side="left",
             **self.SPECIAL_TOKENS,
         )
+
+
+def _readable(file: Path) -> str:
+    """The text of a ``tokenizer.json``; ValueError for a model that is no plain BPE, at some of which the library
+    panics."""
+    text = read_regular(file).decode()
+    value = json.loads(text)
+    model = value.get("model") if isinstance(value, dict) else None
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+        raise ValueError("it holds no BPE model")
+    for name in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout"):
+        if model.get(name):
+            raise ValueError(f"a byte-level BPE has no {name}")
+    return text
 
 
 def _in_learnable_pieces(texts: Iterable[str]) -> Iterator[str]:
