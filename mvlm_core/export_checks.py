@@ -255,6 +255,12 @@ def _corpus_choice(config: Path) -> dict:
     return choice
 
 
+def same_score(said: object, found: object, tolerance: float) -> bool:
+    """Whether two values are scores and alike. An integer is none, and may be too large for the comparison."""
+    numbers = isinstance(said, float) and isinstance(found, float)
+    return numbers and math.isclose(said, found, rel_tol=tolerance)
+
+
 def check_scores(folder: Path, data_dir: str, device: str, checks: Checks) -> None:
     config = read_json(folder / "training_config.json")
     with tempfile.TemporaryDirectory(prefix="mvlm-validate-") as place:
@@ -298,9 +304,9 @@ def check_scores(folder: Path, data_dir: str, device: str, checks: Checks) -> No
         if said is None and now_found is None:
             checks.add("scores", key, True, "no such text")
             continue
-        numbers = all(isinstance(value, float) for value in (said, now_found))  # an int may be too large for one
-        close = numbers and math.isclose(said, now_found, rel_tol=tolerance)
-        checks.add("scores", key, close, f"{now_found} from the files, training said {said}")
+        checks.add(
+            "scores", key, same_score(said, now_found, tolerance), f"{now_found} from the files, training said {said}"
+        )
 
 
 # --- archives -----------------------------------------------------------------------------------------------

@@ -328,10 +328,10 @@ def cached(tmp_path_factory):
     return root / "cache" / "tokens" / store.fingerprint, build, store.tokens.tolist()
 
 
-@cases(60)
+@cases(40)
 @given(file=st.sampled_from(["index.json", "tokens.bin"]), seed=st.integers(0, 2**40), value=st.none() | ANY_JSON)
 def test_damaged_token_files_are_made_again(cached, file, seed, value):
-    """60 cases: the cache of token files, damaged or replaced by other JSON: the tokens stay what they were."""
+    """40 cases: the cache of token files, damaged or replaced by other JSON: the tokens stay what they were."""
     folder, build, tokens = cached
     index = value is not None and file == "index.json"
     (folder / file).write_bytes(json.dumps(value).encode() if index else damaged((folder / file).read_bytes(), seed))
