@@ -28,7 +28,8 @@ def start(processes, *arguments, script=RUN):
 def curve(folder, model):
     records = read_history(folder / model / "training_history.jsonl")
     assert [record["step"] for record in records] == list(range(1, len(records) + 1))
-    return [record["train_loss"] for record in records], [record["bytes"] for record in records]
+    scores = [record["validation_bpb"] for record in records if "validation_bpb" in record]
+    return [record["train_loss"] for record in records], [record["bytes"] for record in records], scores
 
 
 def weights(folder, model):
@@ -49,12 +50,13 @@ def test_two_processes_give_the_curve_of_one(model, tiny_corpus, tmp_path):
     for processes, folder, steps in ((1, alone, 99), (2, two, 99), (1, turns, 13), (2, turns, 20), (1, turns, 99)):
         result = start(processes, tiny_corpus, folder, model, steps)
         assert result.returncode == 0, result.stderr[-3000:]
-    losses, sizes = curve(alone, model)
-    assert len(losses) == 50
+    losses, sizes, scores = curve(alone, model)
+    assert len(losses) == 50 and len(scores) == 5
     for folder in (two, turns):
-        other, other_sizes = curve(folder, model)
+        other, other_sizes, other_scores = curve(folder, model)
         assert other == pytest.approx(losses, rel=0, abs=1e-8)
         assert other_sizes == sizes, "each token once"
+        assert other_scores == pytest.approx(scores, rel=0, abs=1e-6), "scored in float32, each document once"
         for name, tensor in weights(alone, model).items():
             torch.testing.assert_close(weights(folder, model)[name], tensor, rtol=0, atol=1e-7)
 
