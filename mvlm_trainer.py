@@ -93,8 +93,8 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
 
     from mvlm_core.cross_entropy import linear_cross_entropy
     from mvlm_core.optimizer import build_optimizers
-    from mvlm_core.training_loop import StepLoss
     from mvlm_core.training_run import BuiltModel
+    from mvlm_core.training_task import StepLoss
 
     end = tokenizer.start_id
     config = GPT2Config(

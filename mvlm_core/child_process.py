@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 
 from mvlm_core.errors import Stopped
-from mvlm_core.hardware import ResourceSampler
+from mvlm_core.resources import ResourceSampler
 
 TAIL_LINES = 40
 log = logging.getLogger("mvlm")

@@ -171,7 +171,9 @@ class TrainingSettings:
     eval_interval: int = option(200, "steps between evaluations", "run", minimum=1)
     log_interval: int = option(10, "steps between log lines", "run", minimum=1)
     checkpoint_interval: int = option(200, "steps between checkpoints", "run", minimum=1)
-    keep_checkpoints: int = option(2, "newest checkpoints kept, beside the best; never fewer than two", "run", minimum=1)
+    keep_checkpoints: int = option(
+        2, "newest checkpoints kept, beside the best; never fewer than two", "run", minimum=1
+    )
     resume_from: str | None = option(
         None, "continue from this checkpoint folder (default: the newest valid one)", "run"
     )

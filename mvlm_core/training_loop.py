@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,100 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from mvlm_core import checkpoint as checkpoints
-from mvlm_core.batches import BatchSource
 from mvlm_core.console import progress
 from mvlm_core.distributed import ALONE, Ranks
 from mvlm_core.errors import Stopped, TrainingFailed, UserError
 from mvlm_core.files import fsync_path
-from mvlm_core.hardware import Hardware, memory_in_use
+from mvlm_core.hardware import Hardware
 from mvlm_core.history import HISTORY_NAME, append_records, truncate_history
-from mvlm_core.optimizer import Optimizers, learning_rate_scale
+from mvlm_core.optimizer import learning_rate_scale
+from mvlm_core.resources import memory_in_use
 from mvlm_core.settings import TrainingSettings
-from mvlm_core.step_guard import ROLLBACKS_AT_MOST, GuardState, is_finite
+from mvlm_core.step_guard import ROLLBACKS_AT_MOST, is_finite
 from mvlm_core.stop_request import StopRequest
+from mvlm_core.training_task import LoopState, TrainingTask, identity_differences, warmup_steps
 
-_WARMUP_SHARE = 0.02
 log = logging.getLogger("mvlm")
-
-
-@dataclass(frozen=True)
-class StepLoss:
-    """What a task's loss gives for one micro-batch: ``total`` is minimised, the rest is detached and logged."""
-
-    total: Tensor
-    train_loss: Tensor
-    parts: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class TrainingTask:
-    """The part of a run that depends on the model.
-
-    Attributes:
-        modules: every module whose weights training moves, by name; ``"model"`` is the one that is exported.
-        loss: (inputs, targets, document weights, share of the run done) → ``StepLoss`` or alike.
-        evaluate: validation bits per byte of the model as it stands.
-        identity: what a checkpoint must agree on to be continued: settings, data, tokenizer.
-    """
-
-    modules: dict[str, nn.Module]
-    loss: Callable[[Tensor, Tensor, Tensor, float], Any]
-    optimizers: Optimizers
-    batches: BatchSource
-    evaluate: Callable[[], float]
-    identity: dict[str, Any]
-
-    def weights(self) -> dict[str, Tensor]:
-        """All weights by ``<module>.<parameter>``; tied ones once."""
-        named, seen = {}, set()
-        for prefix, module in self.modules.items():
-            for name, tensor in module.state_dict().items():
-                if tensor.data_ptr() not in seen or tensor.numel() == 0:
-                    named[f"{prefix}.{name}"] = tensor
-                    seen.add(tensor.data_ptr())
-        return named
-
-    def load_weights(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what ``weights`` gave, in place."""
-        with torch.no_grad():
-            for name, tensor in self.weights().items():
-                tensor.copy_(tensors[name])
-
-
-@dataclass
-class LoopState:
-    """Where a run stands; all of it is in every checkpoint.
-
-    Attributes:
-        seconds: spent in training steps, evaluations and checkpoints not counted.
-        best_step, best_bpb: of the evaluations so far.
-        evaluations_since_best: for early stopping.
-        micro_batch: sequences that fit the device at a time.
-        finished: the run reached its end (or stopped early) at this step.
-        guard: what the guard against broken numbers remembers.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    seconds: float = 0.0
-    best_step: int | None = None
-    best_bpb: float | None = None
-    evaluations_since_best: int = 0
-    micro_batch: int = 0
-    finished: bool = False
-    stopped_early: bool = False
-    guard: GuardState = field(default_factory=GuardState)
-
-    @classmethod
-    def of(cls, saved: dict[str, Any]) -> LoopState:
-        """The state a checkpoint holds.
-
-        Raises:
-            KeyError, TypeError: it is not one.
-        """
-        values = {name: saved[name] for name in asdict(cls())}
-        return cls(**{**values, "guard": GuardState(**values["guard"])})
 
 
 class TrainingLoop:
@@ -497,39 +416,6 @@ class TrainingLoop:
                 [f"{found.folder} belongs to another run: {difference}" for difference in differences]
                 + ["go back to those values, choose another --output_dir, or start over with --fresh"]
             )
-
-
-def identity_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two runs' identities, one sentence each."""
-    names = sorted(then.keys() | now.keys())
-    return [f"{name} was {then.get(name)}, now {now.get(name)}" for name in names if then.get(name) != now.get(name)]
-
-
-def warmup_steps(settings: TrainingSettings, total_steps: int) -> int:
-    """Steps of warm-up: as given, or a share of the run.
-
-    Raises:
-        UserError: longer than the run, in which the learning rate would never get where it should.
-    """
-    if settings.warmup_steps is None:
-        return max(1, round(_WARMUP_SHARE * total_steps))
-    if settings.warmup_steps >= total_steps:
-        raise UserError(f"--warmup_steps {settings.warmup_steps} is not shorter than the run of {total_steps} steps")
-    return settings.warmup_steps
-
-
-def total_steps(settings: TrainingSettings, batches: BatchSource) -> int:
-    """Optimizer steps of the run: up to the first of the limits that are set."""
-    limits = []
-    if settings.max_steps:
-        limits.append(settings.max_steps)
-    if settings.max_tokens:
-        limits.append(round(settings.max_tokens / batches.tokens_per_batch))
-    if settings.max_bytes:
-        limits.append(round(settings.max_bytes / batches.store.bytes_per_token / batches.tokens_per_batch))
-    if settings.num_epochs:
-        limits.append(batches.steps_for_epochs(settings.num_epochs))
-    return max(1, min(limits))
 
 
 def _read_figures(record: dict[str, Any]) -> dict[str, Any]:

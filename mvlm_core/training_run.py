@@ -30,14 +30,16 @@ from mvlm_core.export import (
     stage_model,
 )
 from mvlm_core.files import RunLock
-from mvlm_core.hardware import Hardware, choose_hardware, describe, peak_memory
+from mvlm_core.hardware import Hardware, choose_hardware, describe
 from mvlm_core.history import HISTORY_NAME, read_history
 from mvlm_core.optimizer import Optimizers
 from mvlm_core.packaging import verify_folder
+from mvlm_core.resources import peak_memory
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.stop_request import StopRequest
 from mvlm_core.token_store import TokenStore, build_token_store, parse_mix, texts
-from mvlm_core.training_loop import LoopState, TrainingLoop, TrainingTask, identity_differences, total_steps
+from mvlm_core.training_loop import TrainingLoop
+from mvlm_core.training_task import LoopState, TrainingTask, identity_differences, total_steps
 
 log = logging.getLogger("mvlm")
 

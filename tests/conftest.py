@@ -130,3 +130,22 @@ def build_tiny_corpus(folder: Path) -> Path:
             }
             write_document(folder / "bible" / translation / f"{number:02d}-{book}.txt", text, metadata)
     return folder
+
+
+@pytest.fixture
+def empty_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A PATH of one folder, into which a test puts its own nvidia-smi; no other trace of a GPU."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    from mvlm_core import resources
+
+    monkeypatch.setattr(resources, "NVIDIA_TRACES", ())
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return folder
+
+
+def add_nvidia_smi(folder: Path, script: str) -> None:
+    file = folder / "nvidia-smi"
+    file.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    file.chmod(0o755)

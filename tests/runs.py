@@ -10,8 +10,9 @@ from mvlm_core.batches import BatchSource
 from mvlm_core.distributed import ALONE, Ranks
 from mvlm_core.hardware import choose_hardware
 from mvlm_core.stop_request import StopRequest
-from mvlm_core.training_loop import TrainingLoop, total_steps
+from mvlm_core.training_loop import TrainingLoop
 from mvlm_core.training_run import build_task, prepare_text, run_identity
+from mvlm_core.training_task import total_steps
 from prioritary_mvlm import PrioritaryConfig
 from prioritary_mvlm.enhanced_trainer import RECIPE
 

@@ -13,7 +13,7 @@ from runs import EVERYTHING_ON, MODELS, StopAfter, make_loop, tiny_settings
 from mvlm_core.checkpoint import checkpoint_folders, newest_checkpoint
 from mvlm_core.errors import Stopped, TrainingFailed, UserError
 from mvlm_core.history import read_history
-from mvlm_core.training_loop import total_steps, warmup_steps
+from mvlm_core.training_task import total_steps, warmup_steps
 
 TIMES = ("seconds", "tokens_per_second", "memory_bytes")
 GOLDEN = Path(__file__).parent / "data" / "golden_losses.json"

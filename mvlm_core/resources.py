@@ -1,0 +1,291 @@
+"""What this machine has and what a run uses of it: processors, memory, and their load while a run goes on.
+
+Importing this module does not import torch: entry scripts use it before they parse their arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+# Any of these paths means a loaded NVIDIA driver (the last one is WSL). None, and no nvidia-smi: no GPU.
+NVIDIA_TRACES = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg")
+log = logging.getLogger("mvlm")
+
+
+def nvidia_may_be_there() -> bool:
+    """False only where no NVIDIA GPU can be usable: then torch need not be asked."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1"):
+        return False
+    return any(os.path.exists(path) for path in NVIDIA_TRACES) or shutil.which("nvidia-smi") is not None
+
+
+# --- the single choices -------------------------------------------------------------------------------------
+
+
+# --- processor and memory -----------------------------------------------------------------------------------
+
+
+def available_threads(
+    *,
+    topology: Path | str = "/sys/devices/system/cpu",
+    cgroup_root: Path | str = "/sys/fs/cgroup",
+    cgroup_membership: Path | str = "/proc/self/cgroup",
+) -> tuple[int, str]:
+    """Threads for the CPU's matrix products, with the reason.
+
+    OMP_NUM_THREADS wins. Otherwise one for each physical core (two hyper-threads share one multiplication
+    unit) that affinity lets the process use, and not more than the container's CPU quota pays for.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked), "OMP_NUM_THREADS"
+    try:
+        processors = sorted(os.sched_getaffinity(0))
+    except AttributeError:  # macOS has no affinity
+        processors = list(range(psutil.cpu_count(logical=False) or 1))
+    cores = len({_core_of(processor, Path(topology)) for processor in processors})
+    reason = f"physical cores of the {len(processors)} processors this process may use"
+    quota = _cpu_quota(Path(cgroup_root), Path(cgroup_membership))
+    if quota is not None and quota < cores:
+        return max(1, int(quota)), f"container limit of {quota:g} processors"
+    return max(1, cores), reason
+
+
+def _core_of(processor: int, topology: Path) -> str:
+    """What the hyper-threads of one core share, such as "0,4"; a processor without the file counts alone."""
+    siblings = topology / f"cpu{processor}/topology/thread_siblings_list"
+    try:
+        return siblings.read_text(encoding="ascii").strip()
+    except OSError:
+        return str(processor)
+
+
+def _cgroup_folders(root: Path, membership: Path, controller: str) -> list[Path]:
+    """Folders whose limits hold for this process: its own group and all above it, version 2 and version 1."""
+    folders = []
+    lines = []
+    with contextlib.suppress(OSError):
+        lines = membership.read_text(encoding="utf-8", errors="replace").splitlines()
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and controller not in controllers.split(","):
+            continue
+        base = root / controllers if controllers else root
+        group = base / path.lstrip("/")
+        folders += [folder for folder in (group, *group.parents) if folder.is_relative_to(base)]
+    # Inside a container the membership may name a path of the host; the limits then stand at the root.
+    return [*folders, root, root / controller]
+
+
+def _cpu_quota(root: Path, membership: Path) -> float | None:
+    """Processors' worth of time that the control groups allow, the smallest of all; None if unlimited."""
+    quotas = []
+    for folder in _cgroup_folders(root, membership, "cpu"):
+        for read in (_quota_version_2, _quota_version_1):
+            with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+                quotas.append(read(folder))
+    return min((quota for quota in quotas if quota > 0), default=None)
+
+
+def _quota_version_2(folder: Path) -> float:
+    quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
+    return int(quota) / int(period)  # "max" is no number: no limit
+
+
+def _quota_version_1(folder: Path) -> float:
+    quota = int((folder / "cpu.cfs_quota_us").read_text(encoding="ascii"))  # -1: no limit
+    return quota / int((folder / "cpu.cfs_period_us").read_text(encoding="ascii"))
+
+
+def available_memory(
+    *, cgroup_root: Path | str = "/sys/fs/cgroup", cgroup_membership: Path | str = "/proc/self/cgroup"
+) -> int:
+    """RAM in bytes that this process may use: the machine's, or a smaller container limit."""
+    limits = [psutil.virtual_memory().total]
+    for folder in _cgroup_folders(Path(cgroup_root), Path(cgroup_membership), "memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):
+                limits.append(int((folder / name).read_text(encoding="ascii")))
+    return min(limits)
+
+
+def processor_name(cpuinfo: Path | str = "/proc/cpuinfo") -> str:
+    with contextlib.suppress(OSError):
+        for line in Path(cpuinfo).read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def memory_in_use(device: str = "cpu") -> int:
+    """Bytes in use now: CUDA memory held by tensors, or the process's resident memory."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.memory_allocated()
+    return psutil.Process().memory_info().rss
+
+
+def peak_memory(device: str = "cpu") -> int:
+    """Most bytes in use so far, counted as `memory_in_use` counts."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    # VmHWM before getrusage: ru_maxrss starts at the size of the process that forked this one.
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class PeakMemory:
+    """Peak bytes of a stretch of work: ``with PeakMemory("cpu") as peak: ...`` then ``peak.bytes``.
+
+    It starts the process's own count anew: afterwards `peak_memory` counts from the last such start.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self.bytes = 0
+
+    def __enter__(self) -> Self:
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            # "5" resets VmHWM (man 5 proc). Where the kernel refuses, the peak is the whole process's.
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bytes = peak_memory(self.device)
+
+
+# --- sampling while a run goes on ---------------------------------------------------------------------------
+
+_SMI_QUERY = "utilization.gpu,memory.used,memory.total,temperature.gpu,power.draw"
+
+
+class ResourceSampler:
+    """Calls ``callback(line)`` every ``seconds`` on a background thread, from construction until ``stop()``.
+
+    The line comes from NVML, nvidia-smi where NVML does not answer, or psutil where there is no GPU:
+    then it tells the CPU's load and the memory of this process with its children.
+    """
+
+    def __init__(self, callback: Callable[[str], None], seconds: float = 30.0) -> None:
+        self._callback = callback
+        self._seconds = seconds
+        self._stop = threading.Event()
+        self.source, self._read = _open_source()
+        self._thread = threading.Thread(target=self._run, name="resource-sampler", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._seconds):
+            try:
+                self._callback(self._read())
+            except Exception as error:  # sampling must never end a training run; say why it went quiet
+                log.warning("resource sampling by %s ended: %s: %s", self.source, type(error).__name__, error)
+                return
+
+    def stop(self) -> None:
+        """End the thread; returns when no further callback can come."""
+        self._stop.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=15)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def _open_source() -> tuple[str, Callable[[], str]]:
+    if nvidia_may_be_there():
+        for name, read in (("NVML", _sample_nvml), ("nvidia-smi", _sample_nvidia_smi)):
+            try:
+                read()
+                return name, read
+            except Exception as error:  # each source has its own exception classes; the next one takes over
+                log.info("no GPU statistics from %s: %s: %s", name, type(error).__name__, error)
+    psutil.cpu_percent()  # the first call only starts the measurement
+    return "psutil", _sample_psutil
+
+
+def _sample_nvml() -> str:
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        count = pynvml.nvmlDeviceGetCount()
+        if count == 0:
+            raise RuntimeError("no GPU listed")
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
+        return "; ".join(_nvml_part(pynvml, index, handle) for index, handle in enumerate(handles))
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _nvml_part(pynvml: Any, index: int, handle: Any) -> str:
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    parts = [f"GPU {index}: memory {memory.used / 2**30:.1f} of {memory.total / 2**30:.1f} GiB"]
+    readings: list[tuple[str, Callable[[], str]]] = [
+        ("busy", lambda: f"{pynvml.nvmlDeviceGetUtilizationRates(handle).gpu} %"),
+        ("temperature", lambda: f"{pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)} C"),
+        ("power", lambda: f"{pynvml.nvmlDeviceGetPowerUsage(handle) / 1000:.0f} W"),
+    ]
+    for name, read in readings:
+        with contextlib.suppress(pynvml.NVMLError_NotSupported):  # MIG slices lack some of these
+            parts.append(f"{name} {read()}")
+    return ", ".join(parts)
+
+
+def _sample_nvidia_smi() -> str:
+    command = ["nvidia-smi", f"--query-gpu={_SMI_QUERY}", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    parts = []
+    for index, line in enumerate(answer.strip().splitlines()):
+        busy, used, total, temperature, power = (field.strip() for field in line.split(","))
+        parts.append(
+            f"GPU {index}: memory {float(used) / 1024:.1f} of {float(total) / 1024:.1f} GiB, busy {busy} %, "
+            f"temperature {temperature} C, power {power} W"
+        )
+    if not parts:
+        raise RuntimeError("no GPU listed")
+    return "; ".join(parts)
+
+
+def _sample_psutil() -> str:
+    """CPU load of the machine, memory of this process with its children, memory that the machine has left."""
+    process = psutil.Process()
+    resident = 0
+    for member in (process, *process.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):  # a child may end while it is counted
+            resident += member.memory_info().rss
+    free = psutil.virtual_memory().available
+    used = f"memory {resident / 2**30:.1f} GiB used here, {free / 2**30:.1f} GiB free"
+    return f"CPU {psutil.cpu_percent():.0f} %, {used}"
