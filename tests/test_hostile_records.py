@@ -154,6 +154,17 @@ def test_an_export_is_removed_and_nothing_else(export, files, value, whole_manif
     assert all(path.read_text() == "mine" for path in bystanders) and not (export / "manifest.json").exists()
 
 
+def test_a_manifest_that_lists_the_lock_and_folders(export):
+    """1 case: a manifest in good form that lists what belongs to a run: only the export's own file goes."""
+    (export / "run.lock").write_text("mine")
+    (export / "checkpoints").mkdir()
+    files = dict.fromkeys(["run.lock", "checkpoints", "config.json"], "0" * 64)
+    (export / "manifest.json").write_text(json.dumps({"format": 1, "name": "m", "files": files}))
+    remove_export(export)
+    assert (export / "run.lock").read_text() == "mine" and (export / "checkpoints").is_dir()
+    assert not (export / "config.json").exists() and (export / "tokenizer.json").exists()
+
+
 @cases(60)
 @given(data=st.binary(max_size=300) | st.binary(max_size=20).map(lambda b: b"0" * 64 + b"  " + b + b"\n"))
 def test_any_checksums(tmp_path, data):
