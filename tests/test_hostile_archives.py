@@ -134,7 +134,7 @@ def test_one_member_too_many(good, place, place_in, name, kind, mode, link, pref
 @pytest.mark.parametrize("kind", [b"0", b"5", b"1", b"2"], ids=["file", "folder", "hard link", "symbolic link"])
 @pytest.mark.parametrize("name", ODD_NAMES, ids=ascii)
 def test_odd_names(good, place, name, kind):
-    """4 cases for each of the odd names: as a file, a folder and both kinds of link."""
+    """Four cases for each of the odd names: as a file, a folder and both kinds of link."""
     data = b"x" if kind == b"0" else b""
     judge(tar_gz(place, [*good[1], member(name, data, kind=kind, link=b"/etc/passwd")]), refused=True)
 

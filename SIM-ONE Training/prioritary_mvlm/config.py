@@ -7,12 +7,14 @@ from typing import Any, ClassVar
 
 from mvlm_core.settings import TrainingSettings, option
 
+# What short runs on a processor do best with (benchmarks/RESULTS.md).
 SMALL = {
     "optimizer": "muon",
     "learning_rate": 0.03,
     "adamw_learning_rate": 0.03,
     "lr_schedule": "linear",
     "untied_head": True,
+    "coherence_weight": 0.3,
 }
 
 
