@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mvlm_core.errors import UserError
-from mvlm_core.files import fsync_path, sha256_file, write_json_atomic
+from mvlm_core.errors import UserError, printable
+from mvlm_core.files import fsync_path, read_regular, sha256_file, write_json_atomic
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
@@ -121,7 +121,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise DamagedCheckpoint(f"{folder / 'manifest.json'} is not the manifest of a checkpoint of format {FORMAT}")
     for name, expected in files.items():
         path = folder / name
-        if Path(name).name != name or not path.is_file():
+        if Path(name).name != name:
+            raise DamagedCheckpoint(
+                f"{folder / 'manifest.json'} names {printable(name)}, which is no file of this folder"
+            )
+        if not path.is_file():
             raise DamagedCheckpoint(f"{path} is missing")
         if sha256_file(path) != expected:
             raise DamagedCheckpoint(f"{path} is not as it was written (its SHA-256 differs)")
@@ -133,7 +137,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_regular(path))
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:

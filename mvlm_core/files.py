@@ -75,6 +75,8 @@ def write_json_atomic(path: Path | str, value: Any) -> None:
 def output_folder_problems(folder: Path | str, flag: str = "--output_dir") -> list[str]:
     """Why nothing can be written in ``folder`` (made later, perhaps): a file stands in the way, no permission."""
     folder = Path(folder).absolute()
+    if not str(folder).isprintable():
+        return [f"{flag} {str(folder)!a}: choose a name of letters that can be printed"]
     for part in [folder, *folder.parents]:
         if part.is_dir():
             return [] if os.access(part, os.W_OK | os.X_OK) else [f"{flag} {folder}: {part} cannot be written to"]

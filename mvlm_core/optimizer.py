@@ -96,6 +96,10 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(parameters, list(updates.unbind()), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
 
 
+# What each optimizer keeps for a parameter.
+_STATE = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
+
+
 class Optimizers:
     """AdamW alone, or Muon for the matrices and AdamW for the rest, behind one face.
 
@@ -140,17 +144,23 @@ class Optimizers:
         }
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what ``state_tensors`` gave.
+        """Take back what ``state_tensors`` gave: nothing, or the state of every parameter.
 
         Raises:
-            KeyError: a name that belongs to no parameter.
+            ValueError: a tensor that is missing, of another shape, or belongs to no parameter.
         """
-        owners = {
-            self._names[p]: (part, p) for part in self.parts for group in part.param_groups for p in group["params"]
-        }
+        wanted: dict[str, tuple[torch.optim.Optimizer, Tensor, str, tuple[int, ...]]] = {}
+        for part in self.parts:
+            for parameter in (p for group in part.param_groups for p in group["params"]):
+                for quantity in _STATE[type(part)]:
+                    shape = () if quantity == "step" else tuple(parameter.shape)
+                    wanted[f"{self._names[parameter]}/{quantity}"] = (part, parameter, quantity, shape)
+        if tensors and (odd := sorted(tensors.keys() ^ wanted.keys())):
+            raise ValueError(f"optimizer state missing or unknown: {', '.join(odd[:3])}")
         for name, value in tensors.items():
-            parameter_name, quantity = name.rsplit("/", 1)
-            part, parameter = owners[parameter_name]
+            part, parameter, quantity, shape = wanted[name]
+            if tuple(value.shape) != shape:
+                raise ValueError(f"optimizer state {name} has shape {list(value.shape)}, not {list(shape)}")
             part.state[parameter][quantity] = value.to(parameter.device)
 
 

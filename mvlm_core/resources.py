@@ -232,7 +232,6 @@ def _open_source() -> tuple[str, Callable[[], str]]:
                 return name, read
             except Exception as error:  # each source has its own exception classes; the next one takes over
                 log.info("no GPU statistics from %s: %s: %s", name, type(error).__name__, error)
-    psutil.cpu_percent()  # the first call only starts the measurement
     return "psutil", _sample_psutil
 
 
@@ -288,4 +287,4 @@ def _sample_psutil() -> str:
             resident += member.memory_info().rss
     free = psutil.virtual_memory().available
     used = f"memory {resident / 2**30:.1f} GiB used here, {free / 2**30:.1f} GiB free"
-    return f"CPU {psutil.cpu_percent():.0f} %, {used}"
+    return f"CPU {psutil.cpu_percent(interval=0.2):.0f} %, {used}"

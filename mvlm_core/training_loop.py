@@ -368,9 +368,11 @@ class TrainingLoop:
         moments = self.ranks.share_tensors(found.tensors("optimizer") if found else {})
         try:
             self.state = LoopState.of(state)
+            if self.state.step > 0 and not moments:
+                raise ValueError("it holds no optimizer state")
             self.task.load_weights(weights)
             self.task.optimizers.load_state_tensors(moments)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, ValueError, RuntimeError) as error:
             where = found.folder if found else "the checkpoint"
             raise UserError(f"{where} does not fit this model: {error}; start over with --fresh") from None
         self.state.micro_batch = min(self.state.micro_batch, self.settings.sequences_per_step)
@@ -410,7 +412,8 @@ class TrainingLoop:
         )
 
     def _check_identity(self, found: checkpoints.Checkpoint) -> None:
-        differences = identity_differences(found.state.get("identity", {}), self.task.identity)
+        identity = found.state.get("identity")
+        differences = identity_differences(identity if isinstance(identity, dict) else {}, self.task.identity)
         if differences:
             raise UserError(
                 [f"{found.folder} belongs to another run: {difference}" for difference in differences]

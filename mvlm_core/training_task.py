@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -92,10 +93,24 @@ class LoopState:
         """The state a checkpoint holds.
 
         Raises:
-            KeyError, TypeError: it is not one.
+            ValueError: it is not one.
         """
-        values = {name: saved[name] for name in asdict(cls())}
-        return cls(**{**values, "guard": GuardState(**values["guard"])})
+        return _typed(cls, {**saved, "guard": _typed(GuardState, saved.get("guard"))})
+
+
+def _typed(cls: type, saved: Any) -> Any:
+    """An instance of a dataclass from its fields in ``saved``, each of the type it is declared with."""
+    values = {}
+    for name, kind in get_type_hints(cls).items():
+        value = saved.get(name) if isinstance(saved, dict) else None
+        if isinstance(value, int) and not isinstance(value, bool) and isinstance(0.0, kind):
+            value = float(value)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{name} is {value!r:.40}")
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}")
+        values[name] = value
+    return cls(**values)
 
 
 def identity_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
