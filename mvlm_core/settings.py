@@ -91,7 +91,7 @@ class TrainingSettings:
             "num_heads": 4,
             "ff_dim": 256,
             "num_layers": 2,
-            "max_steps": 120,
+            "max_bytes": 190_000,
             "dropout": 0.0,
             "eval_interval": 40,
             "checkpoint_interval": 20,

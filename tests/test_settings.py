@@ -46,9 +46,9 @@ def test_the_h200_preset_is_the_briefs_shape():
 
 
 def test_lengths_that_are_given_replace_the_presets():
-    assert (PrioritaryConfig(preset="smoke").max_steps, PrioritaryConfig(preset="smoke").num_epochs) == (120, None)
+    assert (PrioritaryConfig(preset="smoke").max_bytes, PrioritaryConfig(preset="smoke").num_epochs) == (190_000, None)
     given = PrioritaryConfig(preset="smoke", num_epochs=2)
-    assert (given.max_steps, given.num_epochs) == (None, 2)
+    assert (given.max_bytes, given.num_epochs) == (None, 2)
 
 
 def test_one_message_names_every_problem(tmp_path):
