@@ -8,6 +8,7 @@ from mvlm_core.checkpoint import (
     checkpoint_folders,
     named_checkpoint,
     newest_checkpoint,
+    newest_good_checkpoint,
     open_checkpoint,
     rotate_checkpoints,
     save_checkpoint,
@@ -48,6 +49,29 @@ def test_a_damaged_newest_one_is_set_aside_for_the_one_before(tmp_path, file, da
         named_checkpoint(path.parent)
     assert newest_checkpoint(tmp_path).step == 1
     assert (tmp_path / "step-00000002.damaged").is_dir()
+
+
+def test_room_is_looked_for_before_anything_is_written(tmp_path):
+    save(tmp_path, 1)
+    petabyte = torch.zeros(1).expand(2**48)
+    with pytest.raises(OSError, match="MB are needed and .* MB free"):
+        save_checkpoint(tmp_path, 2, {"model": {"w": petabyte}}, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_checkpoint_for_a_signal_counts_for_nothing_but_the_next_start(tmp_path):
+    for step in (10, 20, 30):
+        save(tmp_path, step, best_step=10)
+    for step in (31, 32, 33):
+        save(tmp_path, step, best_step=10, for_signal_only=True)
+        rotate_checkpoints(tmp_path, 2)
+    assert [folder.name[-2:] for folder in checkpoint_folders(tmp_path)] == ["10", "20", "30", "33"]
+    assert newest_checkpoint(tmp_path).step == 33
+    assert newest_good_checkpoint(tmp_path, before=None).step == 30
+    assert newest_good_checkpoint(tmp_path, before=30).step == 20
+    save(tmp_path, 40, best_step=40)
+    rotate_checkpoints(tmp_path, 1)
+    assert [folder.name[-2:] for folder in checkpoint_folders(tmp_path)] == ["10", "30", "40"], "never fewer than two"
 
 
 def test_an_interrupted_write_is_no_checkpoint(tmp_path, monkeypatch):

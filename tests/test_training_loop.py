@@ -153,6 +153,28 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_curve(tiny_corpus, t
         run_with_memory_for(0, tiny_corpus, tmp_path / "none")
 
 
+def test_memory_that_runs_out_later_is_answered_too_and_the_answer_kept(tiny_corpus, tmp_path):
+    def loop(folder):
+        return make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, folder, batch_size=8, max_steps=10))
+
+    whole, scarce = loop(tmp_path / "whole"), loop(tmp_path / "scarce")
+    whole.run(StopAfter())
+    real = scarce.task.loss
+
+    def loss(inputs, *rest):
+        if scarce.state.step == 5 and inputs.shape[0] > 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(inputs, *rest)
+
+    object.__setattr__(scarce.task, "loss", loss)
+    with pytest.raises(Stopped):
+        scarce.run(StopAfter(7))
+    again = loop(tmp_path / "scarce")
+    assert again.run(StopAfter()).micro_batch == 4
+    curves = [[record["train_loss"] for record in read_history(each.history_path)] for each in (whole, again)]
+    assert curves[0][:5] == curves[1][:5] and curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
 def test_early_stopping_waits_for_patience_and_min_epochs(tiny_corpus, tmp_path):
     settings = tiny_settings(
         "mvlm_gpt2",
