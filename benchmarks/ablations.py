@@ -1,0 +1,367 @@
+#!/usr/bin/env python3
+"""What each mechanism is worth: trainings with one thing changed, compared seed by seed with the unchanged model.
+
+Each run is a process of its own, trains as the trainers do and keeps its finished model below --work_dir. Run the
+command again and it goes on where it stopped: finished runs are kept, an interrupted one continues from its
+checkpoint. Only the validation books are reported; what the trainer notes about the test books is not read.
+
+Exit codes: 0 done, 1 a run failed (the others still ran), 2 bad arguments, 130/143 stopped by a signal.
+"""
+
+# ruff: noqa: E402  (the repository is put on the path first)
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "SIM-ONE Training")]
+
+import mvlm_trainer
+from mvlm_core.child_process import Signals
+from mvlm_core.console import log, outlive_terminal, setup_logging
+from mvlm_core.errors import LINE_BREAK, UserError, printable, run_main
+from mvlm_core.export import read_training_config
+from mvlm_core.files import RunLock, output_folder_problems, write_json_atomic
+from mvlm_core.hardware import set_process_environment
+from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR, TrainingSettings
+from mvlm_core.stop_request import PARENT_VARIABLE
+from prioritary_mvlm.config import PrioritaryConfig
+
+SETTINGS = {"mvlm_gpt2": mvlm_trainer.GPT2Settings, "simone_enhanced": PrioritaryConfig}
+REFERENCES = {"mvlm_gpt2": "baseline", "simone_enhanced": "full"}
+FIGURES = ("parameters", "validation_bpb", "tokens_per_second", "seconds", "steps", "best_step", "bytes", "rollbacks")
+PLACES = {"output_dir", "cache_dir"}  # settings that say where, not what
+NOISE = 0.005  # bits per byte: less than this is nothing here (README.md)
+OTHER_SIZE = 0.02  # share of the parameters from which a row says that the size is another one
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing changed.
+
+    Attributes:
+        what: for the table, in words.
+        changes: settings in place of the preset's; ``False``, 0.0 and "" beat the preset as any other value does.
+        shapes: preset → settings of the model's shape, which must follow the preset's.
+    """
+
+    model: str
+    name: str
+    what: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def values(self, preset: str) -> dict[str, Any]:
+        return self.changes | self.shapes.get(preset, {})
+
+
+# The shape of model 2 with a tied output and layers in the place of the matrix; of the baseline with model 2's layers
+# and width; of the baseline with model 2's layers, as wide as makes up for the others.
+DEEPER = {"cpu": {"num_layers": 6, "ff_dim": 640}, "smoke": {"num_layers": 3}}
+SHALLOW = {"cpu": {"num_layers": 4, "ff_dim": 512}, "smoke": {"num_layers": 2, "ff_dim": 256}}
+WIDER = {"cpu": {"num_layers": 4, "ff_dim": 1054}, "smoke": {"num_layers": 2, "ff_dim": 520}}
+MUON = {"optimizer": "muon", "learning_rate": 0.03}
+_full, _base = partial(Variant, "simone_enhanced"), partial(Variant, "mvlm_gpt2")
+# An optimizer is tried at two rates of its own: AdamW around what the baseline does best with, Muon around model 2's.
+VARIANTS = (
+    _full("full", "model 2 as the preset has it"),
+    _full("no_policy", "without the policy head", {"no_policy_head": True}),
+    _full("no_memory", "without the memory head", {"no_memory_head": True}),
+    _full("no_heads", "without both heads", {"no_policy_head": True, "no_memory_head": True}),
+    _full("no_coherence", "without the coherence part of the loss", {"coherence_weight": 0.0}),
+    _full("alignment", "content alignment 0.5, accuracy 0.5", {"accuracy_weight": 0.5, "alignment_weight": 0.5}),
+    _full("no_z_loss", "without z-loss", {"z_loss_weight": 0.0}),
+    _full("tied_head", "output tied to the embedding", {"untied_head": False}),
+    _full("tied_head_layers", "output tied, more layers in its place", {"untied_head": False}, DEEPER),
+    _full("adamw_2e-3", "AdamW at 0.002 for Muon", {"optimizer": "adamw", "learning_rate": 2e-3}),
+    _full("adamw_4e-3", "AdamW at 0.004 for Muon", {"optimizer": "adamw", "learning_rate": 4e-3}),
+    _full("cosine", "cosine to a tenth for linear to zero", {"lr_schedule": "cosine"}),
+    _full("no_train_mix", "each text read once a pass", {"train_mix": ""}),
+    _base("baseline", "model 1 as the preset has it"),
+    _base("base_muon", "Muon, all rates 0.03", MUON),
+    _base("base_muon_1e-2", "Muon, all rates 0.01", MUON | {"learning_rate": 0.01}),
+    _base("base_linear", "linear to zero for cosine", {"lr_schedule": "linear"}),
+    _base("base_muon_linear", "Muon at 0.03 and linear", MUON | {"lr_schedule": "linear"}),
+    _base("base_shallow", "layers and width of model 2", shapes=SHALLOW),
+    _base("base_shallow_wide", "layers of model 2, wider for the others", shapes=WIDER),
+    _base("base_no_train_mix", "each text read once a pass", {"train_mix": ""}),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a variant and a seed, in a folder of its own."""
+
+    variant: Variant
+    seed: int
+    values: dict[str, Any]  # the settings that are given; the rest is the preset's
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.name}, seed {self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.values["output_dir"])
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_suffix(".log")
+
+    def settings(self) -> TrainingSettings:
+        return SETTINGS[self.variant.model](**self.values)
+
+    def result(self) -> dict[str, Any] | None:
+        """The figures and the origin of this run, or None while it is not finished (or was another)."""
+        config = read_training_config(self.folder)
+        made, wanted = (config or {}).get("settings"), self.settings().as_dict()
+        if not made or any(made.get(name) != wanted[name] for name in wanted.keys() - PLACES):
+            return None
+        hardware = {key: value for key, value in config["hardware"].items() if key != "device"}
+        origin = {"corpus": config["data"]["fingerprint"], **hardware}
+        return {name: config["results"][name] for name in FIGURES} | {"origin": origin}
+
+
+def plan(options: argparse.Namespace) -> list[Run]:
+    """The runs in order: seed by seed over all variants, so that an early end still leaves whole seeds."""
+    shared = {"preset": options.preset, "quiet": True, "data_dir": str(options.data_dir), "cache_dir": str(CACHE_DIR)}
+    if options.max_bytes:
+        shared["max_bytes"] = options.max_bytes
+    runs = []
+    for seed in range(options.seeds):
+        for variant in chosen(options.only):
+            place = {"seed": seed, "output_dir": str(options.root / variant.name / f"seed{seed}")}
+            runs.append(Run(variant, seed, shared | variant.values(options.preset) | place))
+    return runs
+
+
+def chosen(only: str | None) -> list[Variant]:
+    """The variants named, with the references that they are compared with; all without names.
+
+    Raises:
+        UserError: names that are none.
+    """
+    names = [name.strip() for name in only.split(",")] if only else [variant.name for variant in VARIANTS]
+    known = {variant.name: variant for variant in VARIANTS}
+    if unknown := [name for name in names if name not in known]:
+        raise UserError([f"--only {name!r}: no such variant; --list names them" for name in unknown])
+    wanted = {*names, *(REFERENCES[known[name].model] for name in names)}
+    return [variant for variant in VARIANTS if variant.name in wanted]
+
+
+def run_one(text: str) -> None:
+    """One run in this process: ``{"model": …, "settings": {…}}``."""
+    given = json.loads(text)
+    settings = SETTINGS[given["model"]](**given["settings"]).check()
+    set_process_environment()
+    setup_logging(settings.log_file, quiet=settings.quiet)
+    from mvlm_core.training_run import run_training
+    from prioritary_mvlm.enhanced_trainer import RECIPE
+
+    run_training(mvlm_trainer.recipe() if given["model"] == "mvlm_gpt2" else RECIPE, settings)
+
+
+def execute(run: Run, signals: Signals) -> tuple[int, str]:
+    """Run in a child process with its output in the run's log; returns its exit code and its last lines."""
+    run.log.parent.mkdir(parents=True, exist_ok=True)
+    job = json.dumps({"model": run.variant.model, "settings": run.values})
+    with open(run.log, "a+b") as file:
+        before = file.seek(0, os.SEEK_END)
+        environment = os.environ | {PARENT_VARIABLE: str(os.getpid())}  # no run outlives this process
+        command = [sys.executable, str(Path(__file__).resolve()), "--run_one", job]
+        signals.start(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        code = signals.wait()
+        file.seek(before)
+        return code, "\n".join(file.read().decode("utf-8", "replace").splitlines()[-15:])
+
+
+def run_all(runs: list[Run], signals: Signals) -> list[Run]:
+    """Run what is not finished; returns what failed.
+
+    Raises:
+        Stopped: by a signal, after the running child has written its checkpoint.
+    """
+    left, failed, seconds = [run for run in runs if run.result() is None], [], []
+    log.info("%s runs, %s of them finished already", len(runs), len(runs) - len(left))
+    for number, run in enumerate(left, 1):
+        started = time.monotonic()
+        code, tail = execute(run, signals)
+        signals.check()
+        result = run.result() if code == 0 else None
+        if result is None:
+            failed.append(run)
+            problem = f"exit code {code}" if code else f"{run.folder} holds a run of other settings: remove it"
+            log.error("%s failed: %s; %s ends:\n%s", run.name, problem, run.log, printable(tail, LINE_BREAK))
+            continue
+        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # the finished model stays; these are 80 MB a run
+        seconds.append(time.monotonic() - started)
+        log.info(
+            "%s of %s  %s: %.4f bits per byte, %s tokens/s, %.0f s of training; about %.0f min left",
+            number,
+            len(left),
+            run.name,
+            result["validation_bpb"],
+            f"{result['tokens_per_second']:,.0f}",
+            result["seconds"],
+            statistics.mean(seconds) * (len(left) - number) / 60,
+        )
+    return failed
+
+
+def verdict(differences: list[float]) -> str:
+    """What paired differences in bits per byte say: "helps" (lower), "hurts", "noise" or "one seed"."""
+    if len(differences) < 2:
+        return "one seed" if differences else "no pair"
+    mean, error = statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
+    if abs(mean) < max(2 * error, NOISE):
+        return "noise"
+    return "helps" if mean < 0 else "hurts"
+
+
+def compare(own: dict[int, dict[str, Any]], reference: dict[int, dict[str, Any]] | None) -> dict[str, Any]:
+    """A variant's figures by seed as a row's numbers.
+
+    Args:
+        reference: the figures of the unchanged model by seed; None for that model itself.
+    """
+    bits = [figures["validation_bpb"] for figures in own.values()]
+    row: dict[str, Any] = {
+        "parameters": next(iter(own.values()))["parameters"],
+        "n": len(bits),
+        "mean": statistics.mean(bits),
+        "deviation": statistics.stdev(bits) if len(bits) > 1 else None,
+    }
+    if reference is None:
+        return row
+    pairs = [(own[seed], reference[seed]) for seed in sorted(own.keys() & reference.keys())]
+    differences = [mine["validation_bpb"] - other["validation_bpb"] for mine, other in pairs]
+    row |= {"differences": differences, "verdict": verdict(differences)}
+    if pairs:
+        row["speed"] = statistics.mean(m["tokens_per_second"] / other["tokens_per_second"] for m, other in pairs)
+        row["size"] = pairs[0][0]["parameters"] / pairs[0][1]["parameters"]
+    return row
+
+
+def rows_of(results: dict[str, dict[int, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A row for each variant with a finished run, in the order of ``VARIANTS``; ``results``: name → seed → figures."""
+    rows = []
+    for variant in VARIANTS:
+        if own := results.get(variant.name):
+            name = REFERENCES[variant.model]
+            reference = None if variant.name == name else results.get(name, {})
+            rows.append({"name": variant.name, "what": variant.what, **compare(own, reference)})
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| variant | parameters | validation (n) | difference, mean (least … most) | tokens/s, ratio | verdict |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | --- |")
+    for row in rows:
+        size, differences = row.get("size", 1.0), row.get("differences")
+        share = f" ({size - 1:+.1%})" if abs(size - 1) > OTHER_SIZE else ""
+        deviation = "" if row["deviation"] is None else f" ± {row['deviation']:.4f}"
+        spread = [f"{of(differences):+.4f}" for of in (statistics.mean, min, max)] if differences else None
+        cells = (
+            f"`{row['name']}` {row['what']}",
+            f"{row['parameters']:,}{share}".replace("-", "−"),
+            f"{row['mean']:.4f}{deviation} ({row['n']})",
+            "{} ({} … {})".format(*spread).replace("-", "−") if spread else "",
+            f"{row['speed']:.3f}" if "speed" in row else "",
+            row.get("verdict", "reference"),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def report(runs: list[Run], options: argparse.Namespace) -> None:
+    """Print the table of what is finished, with what a reader must know; write it to ``--json`` as well."""
+    results: dict[str, dict[int, dict[str, Any]]] = {}
+    for run in runs:
+        if (result := run.result()) is not None:
+            results.setdefault(run.variant.name, {})[run.seed] = result
+    rows, finished = rows_of(results), sum(map(len, results.values()))
+    origins = {json.dumps(figures["origin"]) for seeds in results.values() for figures in seeds.values()}
+    length = f"{options.max_bytes:,} bytes of text" if options.max_bytes else "the preset's length"
+    print(table(rows), f"Preset {options.preset}, {length}; {finished} of {len(runs)} runs finished.", sep="\n\n")
+    print("Validation in bits per byte. Difference: from the reference above, seed by seed; below 0 is better.")
+    print(f"Verdict: what the row's change does; noise under {NOISE} or under twice the mean's standard error.")
+    print(f"Where a size differs from the reference's by more than {OTHER_SIZE:.0%}, the parameters say by how much.")
+    if len(origins) > 1:
+        print("Runs of several kinds, which are not to be compared:", *sorted(origins), sep="\n  ")
+    if options.json:
+        given = {name: getattr(options, name) for name in ("preset", "max_bytes", "seeds")}
+        write_json_atomic(options.json, {**given, "rows": rows, "runs": results})
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        UserError: every problem with it.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=("cpu", "smoke"), default="cpu", help="[default cpu]")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1 [default 3]")
+    parser.add_argument("--max_bytes", type=int, help="bytes of training text a run [default: the preset's]")
+    parser.add_argument("--only", help="these variants, with commas between; their references are added")
+    parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR)
+    parser.add_argument("--work_dir", type=Path, default=CACHE_DIR / "ablations", help="[default .cache/ablations]")
+    parser.add_argument("--json", type=Path, help="also write all figures here")
+    parser.add_argument("--list", action="store_true", help="name the variants and end")
+    parser.add_argument("--dry_run", action="store_true", help="say what would run and end")
+    parser.add_argument("--table", action="store_true", help="only print the table of what is finished")
+    parser.add_argument("--run_one", metavar="JSON", help="one run in this process: what each run is started as")
+    options = parser.parse_args(arguments)
+    options.data_dir, options.work_dir = options.data_dir.absolute(), options.work_dir.absolute()
+    # Runs of another length are other runs: a preset and a budget have a folder of their own.
+    options.root = options.work_dir / "-".join(str(part) for part in (options.preset, options.max_bytes) if part)
+    problems = output_folder_problems(options.work_dir, "--work_dir")
+    if options.seeds < 1:
+        problems.append(f"--seeds {options.seeds}: at least 1")
+    if problems:
+        raise UserError(problems)
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_options(arguments)
+    if options.run_one:
+        run_one(options.run_one)
+        return 0
+    if options.list:
+        print("\n".join(f"{variant.name:18} {variant.what}" for variant in chosen(options.only)))
+        return 0
+    runs = plan(options)
+    if problems := sorted({problem for run in runs for problem in run.settings().problems()}):
+        raise UserError(problems)
+    if options.dry_run:
+        for run in runs:
+            state = "to do" if run.result() is None else "finished"
+            print(f"{state:8}  {run.name}: {run.variant.model} {run.variant.values(options.preset) or ''}".rstrip())
+        return 0
+    if options.table:
+        report(runs, options)
+        return 0
+    outlive_terminal()
+    setup_logging()
+    with RunLock(options.root, str(options.root)), Signals() as signals:
+        try:
+            failed = run_all(runs, signals)
+        finally:
+            report(runs, options)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    run_main(main)
