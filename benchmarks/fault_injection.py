@@ -263,12 +263,14 @@ def main() -> int:
             root = Path(folder)
             bench = Bench(model, build_tiny_corpus(root / "corpus"), root)
             print(f"{model}: undisturbed in {bench.seconds:.1f} s, {bench.events} file operations", flush=True)
-            for outcome in (
-                bench.kill_at_random(options.kills, random.Random(options.seed)),
-                bench.kill_at_writes(options.every),
-                bench.stop_at_random(max(5, options.kills // 5), random.Random(options.seed + 1)),
-                bench.damage_newest(random.Random(options.seed + 2)),
-            ):
+            faults = (
+                lambda bench=bench: bench.kill_at_random(options.kills, random.Random(options.seed)),
+                lambda bench=bench: bench.kill_at_writes(options.every),
+                lambda bench=bench: bench.stop_at_random(max(5, options.kills // 5), random.Random(options.seed + 1)),
+                lambda bench=bench: bench.damage_newest(random.Random(options.seed + 2)),
+            )
+            for inject in faults:
+                outcome = inject()
                 rows.append((model, outcome))
                 print(f"  {outcome.fault}: {outcome.tried} tried, {outcome.differing} differing", flush=True)
     print(table(rows))
