@@ -99,6 +99,17 @@ def test_another_run_is_not_continued(tiny_corpus, tmp_path, change, named):
         make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **change)).run(StopAfter())
 
 
+def test_another_corpus_or_tokenizer_is_named(tiny_corpus, tmp_path):
+    make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=3)).run(StopAfter())
+    genesis = tiny_corpus / "bible" / "kjv" / "01-genesis.txt"
+    genesis.write_text(genesis.read_text().replace("In the beginning", "At the beginning"))
+    (genesis.with_suffix(".json")).unlink()
+    with pytest.raises(UserError) as caught:
+        make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path)).run(StopAfter())
+    named = "\n".join(caught.value.problems)
+    assert "corpus was" in named and "tokenizer was" in named and "--fresh" in named
+
+
 def test_harmless_changes_are_accepted(tiny_corpus, tmp_path):
     make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=3)).run(StopAfter())
     changes = {"log_interval": 1, "batch_size": 2, "gradient_accumulation_steps": 2, "keep_checkpoints": 1}
