@@ -92,9 +92,10 @@ def test_a_bad_stretch_is_undone_and_a_stop_in_between_changes_nothing(tiny_corp
     assert [record["step"] for record in whole[2]] == list(range(1, 21)), "each step once"
     rates = [record["learning_rate"] for record in whole[2]]
     assert rates[4] == 2 * rates[5] == 2 * rates[19]
-    stopped = run(tmp_path / "stopped", 7, 2, 3, 4)
-    assert all(torch.equal(whole[0][name], stopped[0][name]) for name in whole[0])
-    assert whole[2:] == stopped[2:]
+    for stops in ((7,), (7, 2, 3, 4)):
+        stopped = run(tmp_path / f"stopped{len(stops)}", *stops)
+        assert all(torch.equal(whole[0][name], stopped[0][name]) for name in whole[0])
+        assert whole[2:] == stopped[2:]
 
 
 def test_it_gives_up_after_a_few_tries(tiny_corpus, tmp_path):
