@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import MODELS
 
 from mvlm_core.checkpoint import newest_checkpoint
 from mvlm_core.distributed import ALONE, Ranks
@@ -43,21 +42,26 @@ def test_every_item_is_in_one_part():
     assert ALONE.is_main and ALONE.sum_numbers(1, 2.5) == [1, 2.5] and ALONE.share("x") == "x"
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_two_processes_go_on_with_the_curve_of_one(model, tiny_corpus, tmp_path):
-    """Fifty steps in float64: alone, and by turns (one, two, one) through each other's checkpoints."""
-    alone, turns = tmp_path / "alone", tmp_path / "turns"
-    for processes, folder, steps in ((1, alone, 99), (1, turns, 13), (2, turns, 30), (1, turns, 99)):
-        result = start(processes, tiny_corpus, folder, model, steps)
-        assert result.returncode == 0, result.stderr[-3000:]
-    losses, sizes, scores = curve(alone, model)
+@pytest.mark.parametrize(
+    ("model", "ways"),
+    [("mvlm_gpt2", ["by two"]), ("simone_enhanced", ["by two", "by turns"])],
+)
+def test_two_processes_give_the_curve_of_one(model, ways, tiny_corpus, tmp_path):
+    """Fifty steps in float64: alone, by two, and by one, two and one through each other's checkpoints."""
+    starts = {"alone": [(1, 99)], "by two": [(2, 99)], "by turns": [(1, 13), (2, 20), (1, 99)]}
+    for way in ("alone", *ways):
+        for processes, steps in starts[way]:
+            result = start(processes, tiny_corpus, tmp_path / way, model, steps)
+            assert result.returncode == 0, result.stderr[-3000:]
+    losses, sizes, scores = curve(tmp_path / "alone", model)
     assert len(losses) == 50 and len(scores) == 5
-    other, other_sizes, other_scores = curve(turns, model)
-    assert other == pytest.approx(losses, rel=0, abs=1e-8)
-    assert other_sizes == sizes, "each token once"
-    assert other_scores == pytest.approx(scores, rel=0, abs=1e-6), "scored in float32, each document once"
-    for name, tensor in weights(alone, model).items():
-        torch.testing.assert_close(weights(turns, model)[name], tensor, rtol=0, atol=1e-7)
+    for way in ways:
+        other, other_sizes, other_scores = curve(tmp_path / way, model)
+        assert other == pytest.approx(losses, rel=0, abs=1e-8)
+        assert other_sizes == sizes, "each token once"
+        assert other_scores == pytest.approx(scores, rel=0, abs=1e-6), "scored in float32, each document once"
+        for name, tensor in weights(tmp_path / "alone", model).items():
+            torch.testing.assert_close(weights(tmp_path / way, model)[name], tensor, rtol=0, atol=1e-7)
 
 
 def test_a_failing_process_ends_the_run(tiny_corpus, tmp_path):
