@@ -50,8 +50,8 @@ class ByteLevelBPE:
         raise NotImplementedError
 
     @classmethod
-    def _untrained(cls) -> Tokenizer:
-        tokenizer = Tokenizer(models.BPE())
+    def _around(cls, model: models.BPE) -> Tokenizer:
+        tokenizer = Tokenizer(model)
         tokenizer.pre_tokenizer = cls.pre_tokenizer()
         tokenizer.decoder = decoders.ByteLevel()
         return tokenizer
@@ -60,7 +60,7 @@ class ByteLevelBPE:
     def rules(cls) -> str:
         """All that decides what ``train`` makes of a text, as one string: a cached tokenizer of others is stale."""
         return json.dumps(
-            [tokenizers.__version__, cls._untrained().to_str(), cls.SPECIAL_TOKENS, cls.SPECIAL_TOKENS_LAST]
+            [tokenizers.__version__, cls._around(models.BPE()).to_str(), cls.SPECIAL_TOKENS, cls.SPECIAL_TOKENS_LAST]
         )
 
     @classmethod
@@ -73,7 +73,7 @@ class ByteLevelBPE:
         specials = list(dict.fromkeys(cls.SPECIAL_TOKENS.values()))  # one text may have several roles
         if vocab_size < 256 + len(specials):
             raise UserError(f"a vocabulary of {vocab_size} is too small: 256 bytes and {len(specials)} special tokens")
-        tokenizer = cls._untrained()
+        tokenizer = cls._around(models.BPE())
         added = [AddedToken(text, special=True, normalized=False) for text in specials]
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - len(specials) if cls.SPECIAL_TOKENS_LAST else vocab_size,
@@ -98,8 +98,7 @@ class ByteLevelBPE:
         vocabulary, merges = path / "vocab.json", path / "merges.txt"
         try:
             if not file.is_file() and vocabulary.is_file() and merges.is_file():
-                tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
-                tokenizer.pre_tokenizer, tokenizer.decoder = cls.pre_tokenizer(), decoders.ByteLevel()
+                tokenizer = cls._around(models.BPE.from_file(str(vocabulary), str(merges)))
                 tokenizer.add_special_tokens(
                     [AddedToken(text, special=True) for text in dict.fromkeys(cls.SPECIAL_TOKENS.values())]
                 )

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from mvlm_core.errors import Stopped
 from mvlm_core.resources import ResourceSampler
+from mvlm_core.stop_request import PARENT_VARIABLE
 
 TAIL_LINES = 40
 log = logging.getLogger("mvlm")
@@ -170,7 +171,7 @@ class Relay:
 
 def run_child(command: list[str], signals: Signals) -> tuple[int, list[str]]:
     """Run a command to its end with its output on the console; returns its exit code and last lines."""
-    environment = os.environ | {"MVLM_PARENT_PID": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
     relay = Relay()
     try:
         signals.start(command, env=environment, stdout=relay.child_end, stderr=relay.child_end)

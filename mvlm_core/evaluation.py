@@ -159,6 +159,16 @@ def load_export(model_dir: Path | str, device: str = "cpu") -> tuple[Any, Any]:
     return model.to(device).eval(), tokenizer
 
 
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token numbers of ``text`` by an export's tokenizer, nothing added."""
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def context_of(model: Any) -> int:
+    """The most tokens the model was trained to read at once."""
+    return getattr(model.config, "max_position_embeddings", None) or model.config.n_positions
+
+
 def score_export(
     model_dir: Path | str,
     corpus: Corpus,
@@ -173,18 +183,14 @@ def score_export(
     Keys of the score are the documents' paths.
     """
     model, tokenizer = load_export(model_dir, device)
-    context = getattr(model.config, "max_position_embeddings", None) or model.config.n_positions
     documents = [d for d in corpus.split(split) if translation is None or d.translation == translation]
-
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
     return score_documents(
         model,
-        encode,
+        lambda text: encode(tokenizer, text),
         ((document.path, document.read()) for document in documents),
         start_id=tokenizer.bos_token_id,
-        context=context,
+        context=context_of(model),
         device=device,
         progress=progress,
     )

@@ -22,6 +22,7 @@ from mvlm_core.files import sha256_file, write_json_atomic
 from mvlm_core.packaging import MANIFEST, check_archive, matches_export
 from mvlm_core.pipeline import Layout, read_checksums, read_json
 from mvlm_core.settings import REPOSITORY_ROOT
+from mvlm_core.stop_request import PARENT_VARIABLE
 
 PROMPTS = (
     "In the beginning God",
@@ -78,7 +79,7 @@ def run_python(arguments: list[str], cwd: Path, *, seconds: float = math.inf, **
     Args:
         seconds: after so many it is killed.
     """
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MVLM_PARENT_PID")}
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", PARENT_VARIABLE)}
     environment |= {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
@@ -106,7 +107,7 @@ def run_python(arguments: list[str], cwd: Path, *, seconds: float = math.inf, **
 
 def _output_in_time(process: subprocess.Popen, seconds: float) -> str:
     """The child's output; raises Stopped when the pipeline that started this process is gone."""
-    parent, end = os.environ.get("MVLM_PARENT_PID", ""), time.monotonic() + seconds
+    parent, end = os.environ.get(PARENT_VARIABLE, ""), time.monotonic() + seconds
     while True:
         try:
             return process.communicate(timeout=1)[0]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from mvlm_core.files import write_atomic
 
 HISTORY_NAME = "training_history.jsonl"
 
@@ -45,9 +46,4 @@ def append_records(path: Path, records: list[dict[str, Any]]) -> None:
 def truncate_history(path: Path, step: int) -> None:
     """Drop what was written after ``step``: the run goes back there and writes it again."""
     kept = [json.dumps(record) + "\n" for record in read_history(path) if record["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomic(path, "".join(kept))

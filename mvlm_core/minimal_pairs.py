@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mvlm_core.evaluation import score_documents
-from mvlm_core.text_probes import Mean, context_of, encode, mean
+from mvlm_core.evaluation import context_of, encode, score_documents
+from mvlm_core.text_probes import Mean, mean
 from mvlm_core.verses import Verse
 
 

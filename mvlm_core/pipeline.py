@@ -21,6 +21,7 @@ from mvlm_core.child_process import TAIL_LINES, Signals, run_child
 from mvlm_core.errors import Stopped
 from mvlm_core.files import read_regular, sha256_file, write_atomic, write_json_atomic
 from mvlm_core.packaging import ArchiveError, matches_export, read_manifest, write_archive
+from mvlm_core.stop_request import PARENT_VARIABLE
 from mvlm_core.strict_tar import name_problem
 
 RESULT_KEYS = (
@@ -259,7 +260,7 @@ def _is_orphan(process: psutil.Process, export: Path) -> bool:
     try:
         if str(export) not in process.cmdline():
             return False
-        starter = process.environ().get("MVLM_PARENT_PID", "")
+        starter = process.environ().get(PARENT_VARIABLE, "")
         return starter.isdecimal() and process.ppid() != int(starter)
     except (psutil.Error, OSError):
         return False

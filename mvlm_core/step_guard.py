@@ -7,7 +7,6 @@ decision depends on the steps alone and not on when they were read.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 # Skipped steps in a row, and steps in a row far above the running mean, after which the run goes back.
@@ -87,7 +86,3 @@ class GuardState:
             rollbacks=rollbacks,
             rate_factor=RATE_AFTER_ROLLBACK**rollbacks,
         )
-
-
-def is_finite(*values: float) -> bool:
-    return all(math.isfinite(value) for value in values)

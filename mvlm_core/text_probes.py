@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from mvlm_core.corpus import Document
-from mvlm_core.evaluation import Score, score_documents
+from mvlm_core.evaluation import Score, context_of, encode, score_documents
 from mvlm_core.verses import BETWEEN_BLANKS, Verse, followed_by
 
 _LETTERS = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
@@ -47,15 +47,6 @@ def mean(values: Sequence[float]) -> Mean:
 
 
 # --- tokens in, text out ------------------------------------------------------------------------------------
-
-
-def encode(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-
-
-def context_of(model: Any) -> int:
-    """The most tokens the model was trained to read at once."""
-    return getattr(model.config, "max_position_embeddings", None) or model.config.n_positions
 
 
 def _prompt(tokenizer: Any, text: str, room: int) -> list[int]:

@@ -27,7 +27,7 @@ from mvlm_core.history import HISTORY_NAME, append_records, truncate_history
 from mvlm_core.optimizer import learning_rate_scale
 from mvlm_core.resources import memory_in_use
 from mvlm_core.settings import TrainingSettings
-from mvlm_core.step_guard import ROLLBACKS_AT_MOST, is_finite
+from mvlm_core.step_guard import ROLLBACKS_AT_MOST
 from mvlm_core.stop_request import StopRequest
 from mvlm_core.training_task import LoopState, TrainingTask, identity_differences, warmup_steps
 
@@ -201,7 +201,7 @@ class TrainingLoop:
                 if empty:
                     held = [torch.empty_like(p) for g in optimizers.groups() for p in g["params"] for _ in range(2)]
                 count = min(self.state.micro_batch, len(self.ranks.part(self.task.batches.sequences)))
-                self._micro_batch(0, max(1, count), self.state.step / self.total_steps)
+                self._micro_batch(0, count, self.state.step / self.total_steps)
                 return
             except torch.OutOfMemoryError:
                 held.clear()
@@ -249,7 +249,7 @@ class TrainingLoop:
                 log.warning("step %s skipped: its loss or gradient is no finite number", line["step"])
             trouble = trouble or state.guard.observe(line["step"], line["train_loss"], skipped)
             if skipped:
-                lines[number - 1] = {k: v for k, v in line.items() if is_finite(v)} | {"skipped": True}
+                lines[number - 1] = {k: v for k, v in line.items() if math.isfinite(v)} | {"skipped": True}
         self._records += lines
         state.seconds += self._pending_seconds
         self._pending, self._pending_seconds = [], 0.0
@@ -277,7 +277,7 @@ class TrainingLoop:
         """Score the validation part: whether it is the best so far, and why the run must go back, if it must."""
         state = self.state
         value = self.task.evaluate()
-        if not is_finite(value):
+        if not math.isfinite(value):
             state.guard.trouble_since = state.guard.trouble_since or state.step
             return False, f"validation bits per byte of step {state.step} is {value}, no finite number"
         self._records[-1]["validation_bpb"] = value
@@ -300,10 +300,13 @@ class TrainingLoop:
             self._records = []
             return
         try:
-            append_records(self.history_path, self._records)
-            self._records = []
+            self._append_records()
         except OSError as error:
             log.error("the history cannot be written (%s); training goes on and tries again later", error)
+
+    def _append_records(self) -> None:
+        append_records(self.history_path, self._records)
+        self._records = []
 
     def _should_stop_early(self) -> bool:
         state, settings = self.state, self.settings
@@ -328,8 +331,7 @@ class TrainingLoop:
         tensors = {"model": self.task.weights(), "optimizer": self.task.optimizers.state_tensors()}
         state = {**asdict(self.state), "identity": self.task.identity, "for_signal_only": for_signal_only}
         try:
-            append_records(self.history_path, self._records)  # what a checkpoint has behind it must be on the disk
-            self._records = []
+            self._append_records()  # what a checkpoint has behind it must be on the disk
             fsync_path(self.history_path)
             checkpoints.save_checkpoint(self.checkpoint_root, self.state.step, tensors, state)
         except OSError as error:

@@ -58,7 +58,7 @@ def cases(count: int) -> settings:
     )
 
 
-def damaged(data: bytes, seed: int) -> bytes:
+def damaged(data: bytes, seed: int, zeros: int = 64) -> bytes:
     """``data`` with one kind of damage: a bit, a cut, an insertion, zeros, a part that stands there twice."""
     chance, data = random.Random(seed), bytearray(data)
     place = chance.randrange(len(data))
@@ -70,7 +70,7 @@ def damaged(data: bytes, seed: int) -> bytes:
         case 2:
             data[place:place] = chance.randbytes(chance.randrange(1, 600))
         case 3:
-            data[place : place + 64] = bytes(len(data[place : place + 64]))
+            data[place : place + zeros] = bytes(len(data[place : place + zeros]))
         case 4:
             data[place:place] = data[place // 2 : place]
     return bytes(data)

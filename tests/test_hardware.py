@@ -27,9 +27,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without CUDA")
 
 
-@pytest.fixture(autouse=True)
-def no_thread_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+pytestmark = pytest.mark.usefixtures("no_thread_setting")
 
 
 # --- choices ----------------------------------------------------------------------------------------------

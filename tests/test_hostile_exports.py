@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
 
 import pytest
 from hostile import (
@@ -271,15 +270,6 @@ CODE_ATTACKS = {
     "missing": lambda folder, marker: (folder / "rope_attention.py").unlink(),
     "pipe": lambda folder, marker: ((folder / "rope_attention.py").unlink(), os.mkfifo(folder / "rope_attention.py")),
 }
-
-
-@pytest.fixture
-def handlers():
-    """`validate_models.main` sets signal handlers; the tests' own come back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def validate(folder, data_dir, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import add_nvidia_smi
+from test_hardware import needs_cuda, without_cuda
 
 from mvlm_core import resources
 from mvlm_core.resources import (
@@ -23,13 +24,8 @@ from mvlm_core.resources import (
 
 # --- threads and memory -----------------------------------------------------------------------------------
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without CUDA")
 
-
-@pytest.fixture(autouse=True)
-def no_thread_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+pytestmark = pytest.mark.usefixtures("no_thread_setting")
 
 
 def topology_of(folder: Path, siblings: dict[int, str]) -> Path:

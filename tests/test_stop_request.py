@@ -17,14 +17,6 @@ from mvlm_core.stop_request import PARENT_VARIABLE, StopRequest
 RUN = Path(__file__).parent / "distributed_run.py"
 
 
-@pytest.fixture
-def handlers():
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-
-
 def test_a_signal_is_noted_and_raised_later(handlers, capfd):
     stop = StopRequest()
     stop.defer()
