@@ -101,3 +101,66 @@ def test_state_goes_out_and_comes_back_to_the_bit(kind):
     step(again, restored, 2)
     for (_, p), (_, q) in zip(named, again, strict=True):
         assert torch.equal(p, q)
+
+
+STEPS, SHAPES = 25, [(48, 32), (32, 48), (32, 32)]
+
+
+def gradients(seed, dtype):
+    """The same stream of gradients for two optimizers: a direction that stays, and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    lasting = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    for _ in range(STEPS):
+        yield [(g + torch.randn(g.shape, generator=generator)).to(dtype) for g in lasting]
+
+
+def twins(dtype):
+    torch.manual_seed(3)
+    ours = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
+    return ours, [nn.Parameter(p.detach().clone()) for p in ours]
+
+
+def test_muon_follows_torchs_own_step_by_step():
+    """In bfloat16, the only precision that torch's iteration knows; with steps as large as the weights, so that
+    the weights' own rounding (2^-8) hides nothing."""
+    ours, theirs = twins(torch.bfloat16)
+    muon = Muon(ours, lr=1.0, momentum=0.95, weight_decay=0.1)
+    reference = torch.optim.Muon(theirs, lr=1.0, momentum=0.95, weight_decay=0.1)
+    for step, grads in enumerate(gradients(4, torch.bfloat16)):
+        for p, q, g in zip(ours, theirs, grads, strict=True):
+            p.grad, q.grad = g.clone(), g.clone()
+        muon.step()
+        reference.step()
+        for p, q in zip(ours, theirs, strict=True):
+            assert (p - q).float().norm() < 0.25, f"step {step}"  # an orthogonal update's norm is above 5
+            torch.testing.assert_close(muon.state[p]["momentum_buffer"], reference.state[q]["momentum_buffer"])
+            p.data.copy_(q)  # each step by itself: the roundings of one must not add up to the next
+
+
+def test_muon_in_float32_is_torchs_rule_with_an_exact_iteration():
+    """Momentum, Nesterov's step, the scale by shape and the decay, against torch with its update taken out."""
+    ours, theirs = twins(torch.float32)
+    muon = Muon(ours, lr=0.02, momentum=0.95, weight_decay=0.1)
+    reference = torch.optim.Muon(theirs, lr=0.02, momentum=0.95, weight_decay=0.1)
+    for grads in gradients(5, torch.float32):
+        for p, q, g in zip(ours, theirs, grads, strict=True):
+            p.grad, q.grad = g.clone(), g.clone()
+        muon.step()
+        reference.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(muon.state[p]["momentum_buffer"], reference.state[q]["momentum_buffer"])
+        assert (p - q).norm() < 0.02 * q.norm()  # torch iterates in bfloat16, whatever the gradients are
+
+
+def test_adamw_follows_torchs_own_step_by_step():
+    ours, theirs = twins(torch.float32)
+    named = [(f"matrix{n}", p) for n, p in enumerate(ours)]
+    optimizers = build_optimizers(named, kind="adamw", learning_rate=0.01, weight_decay=0.3)
+    reference = torch.optim.AdamW(theirs, lr=0.01, betas=(0.9, 0.95), weight_decay=0.3, foreach=False, fused=False)
+    for grads in gradients(6, torch.float32):
+        for p, q, g in zip(ours, theirs, grads, strict=True):
+            p.grad, q.grad = g.clone(), g.clone()
+        optimizers.step()
+        reference.step()
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
