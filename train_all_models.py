@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train both models, compare them, pack them and check what came out.
 
-    corpus -> model 1 -> model 2 -> test scores and comparison -> archives -> validation
+    corpus -> model 1 -> model 2 -> test scores, text probes and comparison -> archives -> validation
 
 Run it again after an interruption and it goes on where it stopped: finished stages are kept, a stopped
 training is resumed from its last checkpoint. Ctrl-C (or SIGTERM) lets the running trainer write a checkpoint
@@ -32,6 +32,8 @@ from mvlm_core.pipeline import (
     Summary,
     log,
     pack_models,
+    probe_text,
+    score_parts,
     train_model,
     training_config,
     training_history,
@@ -46,6 +48,7 @@ TRAINERS = {
     "simone_enhanced": REPOSITORY_ROOT / "SIM-ONE Training" / "enhanced_train.py",
 }
 VALIDATOR = REPOSITORY_ROOT / "validate_models.py"
+TEXT_PROBES = REPOSITORY_ROOT / "benchmarks" / "text_probes.py"
 # Settings of both trainers that this command hands on as they are given.
 HANDED_ON = (
     "batch_size",
@@ -292,7 +295,9 @@ def show_plan(options: argparse.Namespace) -> None:
 # --- the run ------------------------------------------------------------------------------------------------
 
 
-def score_and_compare(options: argparse.Namespace, summary: Summary, corpus_of: CorpusLoader) -> list[str]:
+def score_and_compare(
+    options: argparse.Namespace, summary: Summary, corpus_of: CorpusLoader, signals: Signals
+) -> list[str]:
     """Comparison and plot of the finished models into the summary; returns the table's lines."""
     from mvlm_core import comparison
 
@@ -304,12 +309,26 @@ def score_and_compare(options: argparse.Namespace, summary: Summary, corpus_of: 
         return ["no finished model to compare"]
     names = [name for name in configs if data[name].get("fingerprint") == first.get("fingerprint")]
     anchors = comparison.compressor_anchors(corpus_of(first.get("only")), CACHE_DIR)
-    result = comparison.compare(summary.models, names, anchors)
+    probes = probe_text(TEXT_PROBES, options.layout, names, probe_flags(options, first), signals)
+    parts = {name: score_parts(configs[name]) for name in names}
+    result = comparison.compare(summary.models, names, anchors, probes, parts)
     summary.value["comparison"] = result
     summary.save()
     histories = {name: training_history(options.layout.export(name)) for name in names}
     comparison.plot(result, histories, options.layout.plot)
     return comparison.table(result, names)
+
+
+def probe_flags(options: argparse.Namespace, data: dict) -> list[str]:
+    """What the text probes are asked: the test books of the text the models were trained on."""
+    flags = ["--data_dir", options.data_dir, "--split", "test", "--no_bits_per_byte"]
+    if data.get("only"):
+        flags += ["--data_subset", data["only"]]
+    if device := options.handed_on.get("device"):
+        flags += ["--device", device]
+    if options.preset == "smoke":
+        flags += ["--verses", "40", "--prompts", "8", "--words", "24", "--pairs", "20"]
+    return flags
 
 
 def run_stages(
@@ -338,7 +357,7 @@ def run_stages(
             codes.append(train_model(name, trainer_command(name, options), layout, summary, signals))
             signals.check()
     log.info("=== comparison")
-    lines = score_and_compare(options, summary, corpus_of)
+    lines = score_and_compare(options, summary, corpus_of, signals)
     log.info("=== archives")
     pack_models(layout, summary, signals)
     log.info("=== validation")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mvlm_core.corpus import Corpus
 from mvlm_core.files import read_regular, write_atomic, write_json_atomic
+from mvlm_core.text_probe_table import rows as probe_rows
 
 NOISE_NATS = 0.005  # nats per token; single runs that differ by less say nothing in this field
 SIZE_TOLERANCE = 0.02  # "equal parameters"
@@ -112,13 +113,21 @@ COMPARED = {
 }
 
 
-def compare(models: dict[str, dict], names: list[str], anchors: dict) -> dict:
+def compare(
+    models: dict[str, dict],
+    names: list[str],
+    anchors: dict,
+    probes: dict[str, dict] | None = None,
+    parts: dict[str, dict] | None = None,
+) -> dict:
     """The `comparison` part of training_summary.json.
 
     Args:
         models: the summary's entries by name.
         names: which of them finished, in the order of training; `ratio` is the second's value over the
         first's.
+        probes: the text probes' results by name (`text_probe_run.measure`).
+        parts: by name, test bits per byte by "book" and by "translation".
     """
     result: dict = {}
     for key, title in COMPARED.items():
@@ -127,6 +136,9 @@ def compare(models: dict[str, dict], names: list[str], anchors: dict) -> dict:
     size, text = result["parameters"], result["training_bytes"]
     size["equal_within_2_percent"] = _within(size["ratio"], SIZE_TOLERANCE)
     text["equal_within_1_percent"] = _within(text["ratio"], TEXT_TOLERANCE)
+    for part in ("book", "translation"):
+        result[f"test_bpb_by_{part}"] = {name: values.get(part, {}) for name, values in (parts or {}).items()}
+    result["text_probes"] = probes or {}
     result["compressors"] = anchors
     result["sentences"] = _sentences(result, models, names)
     return result
@@ -225,21 +237,15 @@ def table(comparison: dict, names: list[str]) -> list[str]:
     """The comparison as lines of plain text."""
     rows = [["", *names, "ratio"]]
     for words, key, form in TABLE_ROWS:
-        values = [comparison[key].get(name) for name in names]
-        ratio = comparison[key]["ratio"]
-        rows.append(
-            [
-                words,
-                *("-" if v is None else form.format(v) for v in values),
-                "" if ratio is None else f"{ratio:.3f}",
-            ]
-        )
+        rows.append([words, *_cells(comparison[key], names, form)])
+    rows += _part_rows(comparison, names)
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
     lines.insert(1, "-" * len(lines[0]))
+    lines += probe_lines(comparison["text_probes"], names)
     if anchors := comparison["compressors"]:
         values = ", ".join(f"{words} {anchors[key]:.3f}" for key, words in ANCHORS.items())
         lines.append(
@@ -247,6 +253,36 @@ def table(comparison: dict, names: list[str]) -> list[str]:
             f"({anchors['test_bytes']:,} bytes): {values}"
         )
     return [*lines, "", *comparison["sentences"]]
+
+
+def _cells(values: dict, names: list[str], form: str) -> list[str]:
+    found = [values.get(name) for name in names]
+    ratio = values["ratio"] if "ratio" in values else _ratio(found)
+    return [*("-" if v is None else form.format(v) for v in found), "" if ratio is None else f"{ratio:.3f}"]
+
+
+def _part_rows(comparison: dict, names: list[str]) -> list[list[str]]:
+    """Test scores by book; of the translations, the ones that are easiest and hardest for the last model."""
+    rows = []
+    books, translations = comparison["test_bpb_by_book"], comparison["test_bpb_by_translation"]
+    for book in books.get(names[-1], {}) if names else ():
+        rows.append([f"· {book}", *_cells({name: books.get(name, {}).get(book) for name in names}, names, "{:.4f}")])
+    if len(known := translations.get(names[-1], {}) if names else {}) > 2:
+        for words, choose in (("easiest", min), ("hardest", max)):
+            name_of = choose(known, key=known.get)
+            values = {name: translations.get(name, {}).get(name_of) for name in names}
+            rows.append([f"· {words} translation ({name_of})", *_cells(values, names, "{:.4f}")])
+    return rows
+
+
+def probe_lines(probes: dict[str, dict], names: list[str]) -> list[str]:
+    """The text probes as lines of plain text; nothing where a model has none."""
+    if not names or any(name not in probes for name in names):
+        return []
+    table = [["beyond bits per byte, test books", "the text", *names], *probe_rows([probes[name] for name in names])]
+    widths = [max(len(row[n]) for row in table) for n in range(len(table[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
+    return ["", lines[0], "-" * sum(widths, 2 * len(widths) - 2), *lines[1:], ""]
 
 
 # Okabe and Ito's blue and orange: apart for every kind of colour vision, and dark and light in grey.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from mvlm_core.console import hush_transformers
-from mvlm_core.corpus import Corpus
+from mvlm_core.corpus import Corpus, Document
 from mvlm_core.cross_entropy import token_nll
 
 
@@ -52,6 +53,28 @@ class Score:
 def bits_per_byte(nats: float, size: float) -> float:
     """Total nats over (ln 2 × bytes of text); lower is better. NaN for no text."""
     return nats / (math.log(2) * size) if size else math.nan
+
+
+@dataclass(frozen=True)
+class BitsPerByte:
+    """Bits per byte of all documents, of each book and of each translation; lower is better."""
+
+    all: float
+    books: dict[str, float]
+    translations: dict[str, float]
+
+
+def bits_per_byte_by_part(score: Score, documents: Sequence[Document]) -> BitsPerByte:
+    """A score of ``documents`` in parts. Documents without a book or translation count in ``all`` only."""
+
+    def by(attribute: str) -> dict[str, float]:
+        groups: dict[str, set[str]] = defaultdict(set)
+        for document in documents:
+            if (name := getattr(document, attribute)) is not None:
+                groups[name].add(document.path)
+        return {name: score.part(paths.__contains__).bits_per_byte for name, paths in groups.items()}
+
+    return BitsPerByte(score.bits_per_byte, by("book"), by("translation"))
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,10 @@ class Layout:
         return self.models / "comparison.png"
 
     @property
+    def text_probes(self) -> Path:
+        return self.models / "text_probes.json"
+
+    @property
     def checksums(self) -> Path:
         return self.downloads / "SHA256SUMS"
 
@@ -348,6 +352,30 @@ def validate(layout: Layout, summary: Summary, command: list[str], signals: Sign
         log.error("%s: failed its validation and was withdrawn from %s", name, layout.downloads)
     write_download_notes(layout, summary)
     return code == 0
+
+
+def probe_text(script: Path, layout: Layout, names: list[str], flags: list[str], signals: Signals) -> dict[str, dict]:
+    """The text probes' results by model name; {} where they fail, which ends nothing: they are not needed to ship."""
+    exports = {name: str(layout.export(name)) for name in names}
+    command = [sys.executable, str(script), *exports.values(), *flags, "--json", str(layout.text_probes)]
+    code, tail = run_child(command, signals)
+    signals.check()
+    if code:
+        log.error("the text probes failed with exit code %d: %s", code, tail[-1] if tail else "no output")
+        return {}
+    results = read_json(layout.text_probes).get("results", {})
+    return {name: results[export] for name, export in exports.items() if export in results}
+
+
+def score_parts(config: dict) -> dict[str, dict[str, float]]:
+    """Test bits per byte by book and by translation, from a trainer's record; what is damaged is left out."""
+    results = config.get("results", {})
+    parts = {part: results.get(f"test_bpb_by_{part}") for part in ("book", "translation")}
+    return {
+        part: {str(name): value for name, value in values.items() if _number(value) is not None}
+        for part, values in parts.items()
+        if isinstance(values, dict)
+    }
 
 
 def validation_command(script: Path, layout: Layout, data_dir: str, device: str | None) -> list[str]:

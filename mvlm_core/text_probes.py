@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -19,8 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mvlm_core.corpus import Document
-from mvlm_core.evaluation import Score, context_of, encode, score_documents
+from mvlm_core.evaluation import context_of, encode
 from mvlm_core.verses import BETWEEN_BLANKS, Verse, followed_by
 
 _LETTERS = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
@@ -118,37 +116,7 @@ def _batches(
         yield batch
 
 
-# --- bits per byte and calibration --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class BitsPerByte:
-    """Bits per byte of all documents, of each book and of each translation; lower is better."""
-
-    all: float
-    books: dict[str, float]
-    translations: dict[str, float]
-
-
-def bits_per_byte_by_part(model: Any, tokenizer: Any, documents: Sequence[Document]) -> BitsPerByte:
-    """Bits per byte as ``evaluation`` defines it. Documents without a book or translation count in ``all`` only."""
-    score: Score = score_documents(
-        model,
-        lambda text: encode(tokenizer, text),
-        ((document.path, document.read()) for document in documents),
-        start_id=tokenizer.bos_token_id,
-        context=context_of(model),
-        device=str(next(model.parameters()).device),
-    )
-
-    def by(attribute: str) -> dict[str, float]:
-        groups: dict[str, set[str]] = defaultdict(set)
-        for document in documents:
-            if (name := getattr(document, attribute)) is not None:
-                groups[name].add(document.path)
-        return {name: score.part(paths.__contains__).bits_per_byte for name, paths in groups.items()}
-
-    return BitsPerByte(score.bits_per_byte, by("book"), by("translation"))
+# --- calibration ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

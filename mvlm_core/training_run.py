@@ -20,7 +20,7 @@ from mvlm_core.console import hush_transformers, progress
 from mvlm_core.corpus import Corpus, load_corpus, validation_subset
 from mvlm_core.distributed import ALONE, Ranks, join
 from mvlm_core.errors import TrainingFailed, UserError
-from mvlm_core.evaluation import Score, bits_per_byte, score_documents, score_export
+from mvlm_core.evaluation import Score, bits_per_byte, bits_per_byte_by_part, score_documents, score_export
 from mvlm_core.export import (
     finish_export,
     model_card,
@@ -299,8 +299,8 @@ def _export(
     tokenizer = text.tokenizer.for_transformers(settings.max_length)
     staging = stage_model(built.model, tokenizer, history, recipe.title, output_dir)
     score = _score_test(staging, text.corpus, hardware, settings.quiet)
-    kjv_paths = {document.path for document in text.corpus.split("test") if document.translation == "kjv"}
-    kjv = score.part(lambda path: path in kjv_paths)
+    parts = bits_per_byte_by_part(score, text.corpus.split("test"))
+    kjv = parts.translations.get("kjv")
     results = {
         "parameters": built.model.num_parameters(),
         "steps": state.step,
@@ -311,7 +311,9 @@ def _export(
         "validation_bpb": state.best_bpb,
         "best_step": state.best_step,
         "test_bpb": score.bits_per_byte if score.bytes else None,
-        "test_bpb_kjv": kjv.bits_per_byte if kjv.bytes else None,
+        "test_bpb_kjv": kjv,
+        "test_bpb_by_book": parts.books,
+        "test_bpb_by_translation": parts.translations,
         "peak_memory_bytes": peak_memory(hardware.device),
         "micro_batch": state.micro_batch,
         "stopped_early": state.stopped_early,
@@ -347,7 +349,7 @@ def _export(
     finish_export(staging, config, card, output_dir)
     log.info("validation %.4f bits per byte at step %s", state.best_bpb, state.best_step)
     if score.bytes:
-        beside = f", King James Version {kjv.bits_per_byte:.4f}" if kjv.bytes else ""
+        beside = f", King James Version {kjv:.4f}" if kjv else ""
         log.info("test %.4f bits per byte over %.2f MB%s", score.bits_per_byte, score.bytes / 1e6, beside)
     log.info("exported to %s", output_dir)
 

@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from mvlm_core import text_probes as probes
 from mvlm_core.corpus import load_corpus
+from mvlm_core.evaluation import bits_per_byte_by_part, score_documents
 from mvlm_core.minimal_pairs import RULES, Pair, minimal_pairs, pair_accuracy, pair_point
 from mvlm_core.verses import Verse, followed_by, matched_verses, sample_verses, verses_of
 from prioritary_mvlm import AdvancedBPETokenizer
@@ -200,7 +201,12 @@ def test_calibration_looks_at_each_token_of_the_verses_in_their_context(corpus, 
 
 def test_parts_make_up_the_whole(corpus, tokenizer, overfitted):
     documents = [d for split in ("validation", "test") for d in corpus.split(split)]
-    found = probes.bits_per_byte_by_part(overfitted, tokenizer, documents)
+    texts = ((document.path, document.read()) for document in documents)
+    start, context = tokenizer.bos_token_id, probes.context_of(overfitted)
+    score = score_documents(
+        overfitted, lambda text: probes.encode(tokenizer, text), texts, start_id=start, context=context
+    )
+    found = bits_per_byte_by_part(score, documents)
     assert set(found.books) == {"Ruth", "Ecclesiastes"} and set(found.translations) == {"kjv", "plain"}
     for attribute, parts in (("book", found.books), ("translation", found.translations)):
         weighted = sum(parts[getattr(d, attribute)] * d.size for d in documents) / sum(d.size for d in documents)
@@ -358,3 +364,11 @@ def test_the_command_prints_one_table_for_all_models(repository, corpus, tokeniz
     assert f"{narrow['bits_per_byte']['all']:.4f}" == table[labels.index("bits per byte")][2]
     assert narrow["recall_train"]["exact"]["count"] == narrow["cloze"]["full"]["count"] == 12
     assert printed.count("was trained on another corpus") == 2, "no record of training is there"
+    command.main()
+    again = capsys.readouterr()
+    assert "narrow:" not in again.err and [row for row in printed.splitlines() if row.startswith("|")] == [
+        row for row in again.out.splitlines() if row.startswith("|")
+    ], "nothing is measured twice"
+    make(tokenizer, "gpt2", 48).save_pretrained(tmp_path / "wide")
+    command.main()
+    assert "wide:" in (third := capsys.readouterr()).err and "narrow:" not in third.err

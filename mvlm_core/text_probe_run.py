@@ -1,0 +1,111 @@
+"""The text probes put to several models with the same material.
+
+Results are plain dictionaries, as JSON holds them: a ``Mean`` is ``{"value", "error", "count"}``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from mvlm_core import text_probes as probes
+from mvlm_core.corpus import Corpus, Document
+from mvlm_core.evaluation import bits_per_byte_by_part, context_of, encode, load_export, score_documents
+from mvlm_core.minimal_pairs import Pair, minimal_pairs, pair_accuracy
+from mvlm_core.verses import Verse, followed_by, matched_verses, sample_verses, verses_of
+
+SHORTEST = 8  # words of a verse that is asked about: its second half has four at least
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is asked: verses a question, prompts to continue and by how many words, pairs a rule at most."""
+
+    verses: int = 300
+    prompts: int = 100
+    words: int = 64
+    pairs: int = 200
+
+
+@dataclass(frozen=True)
+class Material:
+    """The same text for every model: held-out documents, verses of them, and pairs made from them."""
+
+    held_out: list[Document]
+    verses: list[Verse]
+    train_verses: list[Verse]
+    prompts: list[Verse]
+    pairs: list[Pair]
+
+
+def draw(corpus: Corpus, split: str, size: Size, seed: int) -> Material:
+    """Material from ``split`` ("validation" or "test"), and train verses of the same translations and lengths."""
+    held_out = corpus.split(split)
+    every = list(verses_of(held_out))
+    asked = sample_verses((v for v in every if len(v.text.split()) >= SHORTEST), size.verses, seed)
+    return Material(
+        held_out,
+        asked,
+        matched_verses(asked, verses_of(corpus.split("train")), seed),
+        sample_verses((v for v in every if followed_by(v, size.words) is not None), size.prompts, seed),
+        minimal_pairs(every, per_rule=size.pairs, seed=seed),
+    )
+
+
+def measure(
+    model_dir: Path | str,
+    material: Material,
+    size: Size,
+    seed: int,
+    *,
+    device: str = "cpu",
+    bits_per_byte: bool = True,
+) -> dict[str, Any]:
+    """Every probe's result for one export folder.
+
+    Args:
+        bits_per_byte: score the held-out documents too, which takes longest; trainers have done that already.
+    """
+    model, tokenizer = load_export(model_dir, device)
+    train, control = (probes.recall(model, tokenizer, v) for v in (material.train_verses, material.verses))
+    found: dict[str, Any] = {}
+    if bits_per_byte:
+        texts = ((document.path, document.read()) for document in material.held_out)
+        start, context = tokenizer.bos_token_id, context_of(model)
+        score = score_documents(
+            model, lambda text: encode(tokenizer, text), texts, start_id=start, context=context, device=device
+        )
+        found["bits_per_byte"] = bits_per_byte_by_part(score, material.held_out)
+    found |= {
+        "calibration": probes.calibration(model, tokenizer, material.verses),
+        "cloze": probes.cloze(model, tokenizer, material.verses),
+        "recall_train": train,
+        "recall_held_out": control,
+        "memorised": train - control,
+        "repetition": probes.repetition(model, tokenizer, material.prompts, words=size.words, seed=seed),
+        "pairs": pair_accuracy(model, tokenizer, material.pairs),
+    }
+    return {name: _plain(value) for name, value in found.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if is_dataclass(value):
+        return _plain(asdict(value))
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def sizes(result: dict[str, Any], material: Material, size: Size) -> list[str]:
+    """How much was asked, and what must be kept in mind."""
+    recalled, control = result["recall_train"]["exact"]["count"], result["recall_held_out"]["exact"]["count"]
+    return [
+        f"{len(material.verses)} held-out verses, each of another place, for calibration, "
+        f"{result['cloze']['full']['count']} of them for the last word, {control} as control of recall, for which "
+        f"{recalled} train verses are of the same translations and lengths; "
+        f"{result['repetition']['reference']['rep_4']['count']} prompts continued by {size.words} words.",
+        "Chance is 50 % for the pairs. They come from all translations, which share wording, so their errors are "
+        "larger than ± says.",
+    ]
