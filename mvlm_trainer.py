@@ -124,6 +124,7 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         embedding_names=("wte", "wpe", "lm_head"),
+        muon_dtype=hardware.muon_dtype,
     )
     return BuiltModel(model, {"model": model}, loss, optimizers)
 

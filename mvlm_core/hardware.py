@@ -53,6 +53,13 @@ class Hardware:
 
         return torch.autocast(self.device, dtype=torch.bfloat16)
 
+    @property
+    def muon_dtype(self) -> Any:
+        """What Muon orthogonalises in: bfloat16 where that is fast and the run asks for nothing finer."""
+        import torch
+
+        return torch.bfloat16 if self.device == "cuda" or self.precision == "bf16" else torch.float32
+
     def apply(self) -> None:
         """Set the process-wide switches of torch that follow from the choice."""
         import torch

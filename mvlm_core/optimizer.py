@@ -33,14 +33,15 @@ def learning_rate_scale(step: int, total_steps: int, warmup_steps: int, schedule
 
 
 @torch.no_grad()
-def orthogonalize(matrices: Tensor, rounds: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor, rounds: int = 5, dtype: torch.dtype | None = None) -> Tensor:
     """The nearest semi-orthogonal matrices, roughly, of ``[count, rows, columns]``.
 
-    In bfloat16 on CUDA, where it is fast and enough; in the matrices' own precision elsewhere, because a bfloat16
-    matrix product on a processor without hardware for it is some hundred times slower (see benchmarks/RESULTS.md).
+    Args:
+        dtype: of the iteration, the matrices' own by default. bfloat16 is enough; it is several times faster where
+            there is hardware for it and some hundred times slower where there is none.
     """
     a, b, c = _NEWTON_SCHULZ
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = matrices.to(dtype or matrices.dtype)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -55,12 +56,21 @@ class Muon(torch.optim.Optimizer):
 
     Follows Jordan et al. (2024): Nesterov momentum, step scaled by sqrt(max(1, rows / columns)), decoupled weight
     decay. Give it each of Q, K and V as a matrix of its own: orthogonalised together they would share one spectrum.
+
+    Args:
+        dtype: of the orthogonalisation, see ``orthogonalize``.
     """
 
     def __init__(
-        self, params: Iterable[Tensor], lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        params: Iterable[Tensor],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(list(params), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -88,7 +98,8 @@ class Muon(torch.optim.Optimizer):
             gradients = [torch.where(bad, b, g) for b, g in zip(buffers, gradients, strict=True)]
             decay = torch.full_like(found_inf, decay, dtype=parameters[0].dtype).masked_fill_(bad, 1.0)
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-        updates = orthogonalize(torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"])))
+        lookahead = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))
+        updates = orthogonalize(lookahead, dtype=self.dtype)
         if found_inf is not None:
             updates.mul_((1 - found_inf).to(updates.dtype))
         rows, columns = parameters[0].shape
@@ -173,6 +184,7 @@ def build_optimizers(
     adamw_learning_rate: float | None = None,
     betas: tuple[float, float] = (0.9, 0.95),
     embedding_names: tuple[str, ...] = (),
+    muon_dtype: torch.dtype | None = None,
 ) -> Optimizers:
     """Optimizers for named parameters.
 
@@ -181,6 +193,7 @@ def build_optimizers(
             heads of a few rows and vectors by AdamW at ``adamw_learning_rate``.
         weight_decay: on matrices, not on vectors; under Muon not on embeddings either.
         embedding_names: parts of names that mark an embedding or output matrix, which is never Muon's.
+        muon_dtype: of Muon's orthogonalisation.
     """
     named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     names = {parameter: name for name, parameter in named}
@@ -197,7 +210,7 @@ def build_optimizers(
     inner = [p for name, p in matrices if is_inner(name, p)]
     outer = [p for name, p in matrices if not is_inner(name, p)]
     groups = [{"params": outer, "weight_decay": 0.0}, {"params": vectors, "weight_decay": 0.0}]
-    muon = Muon(inner, lr=learning_rate, weight_decay=weight_decay)
+    muon = Muon(inner, lr=learning_rate, weight_decay=weight_decay, dtype=muon_dtype)
     return Optimizers([muon, _adamw(groups, adamw_learning_rate or learning_rate, betas)], names)
 
 
