@@ -81,7 +81,7 @@ def test_values_out_of_range_are_refused(flag, value):
 
 
 def test_heads_of_an_odd_width_and_losses_of_no_weight_are_refused():
-    with pytest.raises(UserError, match="odd width"):
+    with pytest.raises(UserError, match="a multiple of 4"):
         parse(PrioritaryConfig, "--preset", "smoke", "--hidden_dim", "60", "--num_heads", "4")
     with pytest.raises(UserError, match="both 0"):
         parse(PrioritaryConfig, "--preset", "smoke", "--accuracy_weight", "0")

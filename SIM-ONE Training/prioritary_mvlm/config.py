@@ -52,7 +52,7 @@ class PrioritaryConfig(TrainingSettings):
         False, "switch the policy head off (per-head gate on what attention read)", "governance", identity=True
     )
     no_memory_head: bool = option(
-        False, "switch the memory head off (mix-in of the first layer's values)", "governance", identity=True
+        False, "switch the memory head off (half of each key is the token before)", "governance", identity=True
     )
     no_trace_head: bool = option(False, "export a model that reports no traces", "governance", identity=True)
     accuracy_weight: float = option(1.0, "weight of next-token cross-entropy", "loss", minimum=0, identity=True)
@@ -72,10 +72,10 @@ class PrioritaryConfig(TrainingSettings):
     def problems(self) -> list[str]:
         found = super().problems()
         if isinstance(self.hidden_dim, int) and self.num_heads > 0 and self.hidden_dim % self.num_heads == 0:
-            if (self.hidden_dim // self.num_heads) % 2:
+            if (self.hidden_dim // self.num_heads) % 4:
                 found.append(
-                    f"--hidden_dim {self.hidden_dim} over --num_heads {self.num_heads} gives heads of an odd width; "
-                    "rotary positions need an even one"
+                    f"--hidden_dim {self.hidden_dim} over --num_heads {self.num_heads} gives heads of a width of "
+                    f"{self.hidden_dim // self.num_heads}; rotary positions and the memory head need a multiple of 4"
                 )
         if self.accuracy_weight == 0 and self.alignment_weight == 0:
             found.append("--accuracy_weight and --alignment_weight are both 0: nothing would predict the next token")

@@ -25,7 +25,7 @@ class EnhancedSIMONEConfig(PreTrainedConfig):
 
     Args:
         intermediate_size: SwiGLU's own inner width (``swiglu_width`` gives it from a classic width).
-        policy_head, memory_head: the governance heads that have weights; off costs nothing.
+        policy_head, memory_head: the governance heads that change what is computed; off costs nothing.
         trace_head: whether ``output_traces=True`` may be asked for.
         hidden_dropout: on the embedding and on what each half layer adds, in training only.
         attention_backend: "sdpa", "flash_attn", "xformers" or "eager".
@@ -86,13 +86,27 @@ class EnhancedSIMONEOutput(CausalLMOutputWithPast):
     """As any causal language model's output, and, with ``output_traces=True``, a tuple per layer of
 
     - ``policy_logits``: ``[batch, seq, heads]``, or None where the head is off,
-    - ``memory_signals``: ``[batch, seq, heads]``, or None (always in the first layer),
+    - ``memory_signals``: ``[batch, seq, heads]``, or None where the head is off,
     - ``traces``: ``[batch, seq, heads, 4]``, fields as in ``rope_attention.TRACE_FIELDS``.
     """
 
     policy_logits: tuple[Tensor | None, ...] | None = None
     memory_signals: tuple[Tensor | None, ...] | None = None
     traces: tuple[Tensor, ...] | None = None
+
+
+def _padding(mask: Tensor | None, seen: int | Tensor, length: int) -> Tensor | None:
+    """Which of ``length`` new tokens only fill up, ``[batch, length]``: by the mask they may not see themselves.
+
+    Args:
+        mask: ``[batch, 1, length, keys]``, boolean (True is seen) or added to the scores; None hides nothing.
+        seen: tokens before these in the cache.
+    """
+    if mask is None:
+        return None
+    own = (torch.arange(length, device=mask.device) + seen).view(1, length, 1).expand(mask.shape[0], -1, -1)
+    itself = mask[:, 0].gather(-1, own).squeeze(-1)
+    return ~itself if itself.dtype == torch.bool else itself != 0
 
 
 class EnhancedSIMONEBlock(GradientCheckpointingLayer):
@@ -114,13 +128,11 @@ class EnhancedSIMONEBlock(GradientCheckpointingLayer):
         self.feed_forward = SwiGLU(config.hidden_size, config.intermediate_size)
         self.dropout = config.hidden_dropout
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, first_values: Tensor | None, **attention_arguments):
-        attended, first_values, said = self.attention(
-            self.attention_norm(x), cos, sin, first_values, **attention_arguments
-        )
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, **attention_arguments):
+        attended, said = self.attention(self.attention_norm(x), cos, sin, **attention_arguments)
         x = x + F.dropout(attended, self.dropout, self.training)
         fed = self.feed_forward(self.feed_forward_norm(x))
-        return x + F.dropout(fed, self.dropout, self.training), first_values, said
+        return x + F.dropout(fed, self.dropout, self.training), said
 
 
 class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
@@ -150,10 +162,9 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
         # Through torch.nn.init, which transformers patches while it loads weights: what came from a file stays.
         if isinstance(module, EnhancedGovernanceAttention):
             nn.init.zeros_(module.o_proj.weight)
-            for head in (module.policy_head, module.memory_head):
-                if head is not None:
-                    nn.init.zeros_(head.weight)
-                    nn.init.zeros_(head.bias)
+            if module.policy_head is not None:
+                nn.init.zeros_(module.policy_head.weight)
+                nn.init.zeros_(module.policy_head.bias)
         elif isinstance(module, SwiGLU):
             nn.init.zeros_(module.down_proj.weight)
         elif isinstance(module, RMSNorm):
@@ -192,7 +203,7 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         if position_ids is None:
             position_ids = torch.arange(embeddings.shape[1], device=embeddings.device)[None] + seen
-        mask = None
+        mask = padding = None
         if attention_mask is not None or past_key_values is not None:
             mask = create_causal_mask(
                 config=self.config,
@@ -201,15 +212,16 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
                 past_key_values=past_key_values,
                 position_ids=position_ids,
             )
+            padding = _padding(mask, seen, embeddings.shape[1])
         config = self.config
         x = F.dropout(self.embed_norm(embeddings), config.hidden_dropout, self.training)
         cos, sin = rotary_tables(
             position_ids, config.hidden_size // config.num_attention_heads, config.rope_theta, x.dtype
         )
-        first_values, said = None, []
+        said = []
         for layer in self.layers:
-            x, first_values, heads_said = layer(
-                x, cos, sin, first_values, mask=mask, past_key_values=past_key_values, trace=trace
+            x, heads_said = layer(
+                x, cos, sin, mask=mask, padding=padding, past_key_values=past_key_values, trace=trace
             )
             said.append(heads_said)
         return self.final_norm(x), said
