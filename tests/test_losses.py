@@ -88,8 +88,10 @@ def test_saturated_gates_lose(sequences, trained, bias):
         honest, _ = parts_on(model, loss, rows)
         saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         for layer in model.layers:
-            layer.attention.policy_head.weight.zero_()
-            layer.attention.policy_head.bias.fill_(bias)
+            for head in (layer.attention.policy_head, layer.attention.memory_head):
+                if head is not None:
+                    head.weight.zero_()
+                    head.bias.fill_(bias)
         cheat, _ = parts_on(model, loss, rows)
         model.load_state_dict(saved)
     for name in honest:

@@ -52,7 +52,10 @@ class PrioritaryConfig(TrainingSettings):
         False, "switch the policy head off (per-head gate on what attention read)", "governance", identity=True
     )
     no_memory_head: bool = option(
-        False, "switch the memory head off (half of each key is the token before)", "governance", identity=True
+        False,
+        "switch the memory head off (keys of the token before, first layer's values)",
+        "governance",
+        identity=True,
     )
     no_trace_head: bool = option(False, "export a model that reports no traces", "governance", identity=True)
     accuracy_weight: float = option(1.0, "weight of next-token cross-entropy", "loss", minimum=0, identity=True)

@@ -67,7 +67,7 @@ def build(config: PrioritaryConfig, tokenizer: ByteLevelBPE, hardware: Hardware)
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         adamw_learning_rate=config.adamw_learning_rate,
-        embedding_names=("embed_tokens", "lm_head", "policy_head"),
+        embedding_names=("embed_tokens", "lm_head", "policy_head", "memory_head"),
         muon_dtype=hardware.muon_dtype,
     )
     return BuiltModel(model, modules, loss, optimizers)

@@ -86,7 +86,7 @@ class EnhancedSIMONEOutput(CausalLMOutputWithPast):
     """As any causal language model's output, and, with ``output_traces=True``, a tuple per layer of
 
     - ``policy_logits``: ``[batch, seq, heads]``, or None where the head is off,
-    - ``memory_signals``: ``[batch, seq, heads]``, or None where the head is off,
+    - ``memory_signals``: ``[batch, seq, heads]``, or None (always in the first layer),
     - ``traces``: ``[batch, seq, heads, 4]``, fields as in ``rope_attention.TRACE_FIELDS``.
     """
 
@@ -128,11 +128,13 @@ class EnhancedSIMONEBlock(GradientCheckpointingLayer):
         self.feed_forward = SwiGLU(config.hidden_size, config.intermediate_size)
         self.dropout = config.hidden_dropout
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, **attention_arguments):
-        attended, said = self.attention(self.attention_norm(x), cos, sin, **attention_arguments)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, first_values: Tensor | None, **attention_arguments):
+        attended, first_values, said = self.attention(
+            self.attention_norm(x), cos, sin, first_values, **attention_arguments
+        )
         x = x + F.dropout(attended, self.dropout, self.training)
         fed = self.feed_forward(self.feed_forward_norm(x))
-        return x + F.dropout(fed, self.dropout, self.training), said
+        return x + F.dropout(fed, self.dropout, self.training), first_values, said
 
 
 class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
@@ -162,9 +164,10 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
         # Through torch.nn.init, which transformers patches while it loads weights: what came from a file stays.
         if isinstance(module, EnhancedGovernanceAttention):
             nn.init.zeros_(module.o_proj.weight)
-            if module.policy_head is not None:
-                nn.init.zeros_(module.policy_head.weight)
-                nn.init.zeros_(module.policy_head.bias)
+            for head in (module.policy_head, module.memory_head):
+                if head is not None:
+                    nn.init.zeros_(head.weight)
+                    nn.init.zeros_(head.bias)
         elif isinstance(module, SwiGLU):
             nn.init.zeros_(module.down_proj.weight)
         elif isinstance(module, RMSNorm):
@@ -218,10 +221,10 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
         cos, sin = rotary_tables(
             position_ids, config.hidden_size // config.num_attention_heads, config.rope_theta, x.dtype
         )
-        said = []
+        first_values, said = None, []
         for layer in self.layers:
-            x, heads_said = layer(
-                x, cos, sin, mask=mask, padding=padding, past_key_values=past_key_values, trace=trace
+            x, first_values, heads_said = layer(
+                x, cos, sin, first_values, mask=mask, padding=padding, past_key_values=past_key_values, trace=trace
             )
             said.append(heads_said)
         return self.final_norm(x), said

@@ -79,22 +79,17 @@ def _attention_rows(query: Tensor, key: Tensor, first_position: int, causal: boo
     return scores.softmax(dim=-1)
 
 
-@torch.no_grad()
-def _asked_of_memory(query: Tensor) -> Tensor:
-    """Share of each query's energy in the odd dimensions, which ask for the token before: ``[batch, seq, heads]``."""
-    energy = query.float().square()
-    return (energy[..., 1::2].sum(-1) / energy.sum(-1).clamp(min=1e-12)).transpose(1, 2)
-
-
 class EnhancedGovernanceAttention(nn.Module):
     """Multi-head causal attention whose heads are governed.
 
     - The **policy** head decides, per token and head, how much of that head's reading is let through: a gate in
       (0, 2) on the attention output (after gated attention, arXiv 2505.06708; it starts at 1, so that training begins
       from plain attention).
-    - The **memory** head finds what came next before: half of each key stands for the token *before* its own, so a
-      query can ask, in a single layer, for what followed such a token earlier (induction, arXiv 2209.11895, by a
-      partial offset of the keys). How much it asks that way is the query's own choice, per token and head.
+    - The **memory** head has two parts. Half of each key stands for the token *before* its own, so a query can ask, in
+      a single layer, for what followed such a token earlier (induction, arXiv 2209.11895, by a partial offset of the
+      keys); how much it asks that way is its own choice. And the first layer's values are carried forward: the head
+      decides, per token and head, how much of them to use in place of this layer's own (value residual learning,
+      arXiv 2410.17897, with a mix that depends on the token). The first layer has none to carry.
     - The **trace** head has no weights. On request it reports per token what the other two and the attention did.
 
     Queries and keys are normalised before the rotation (arXiv 2010.04245), which bounds the attention logits.
@@ -123,41 +118,50 @@ class EnhancedGovernanceAttention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, norm_eps)
         self.k_norm = RMSNorm(self.head_dim, norm_eps)
         self.policy_head = nn.Linear(hidden_dim, num_heads) if policy_head else None
-        self.memory_head = memory_head
+        self.remembers_previous = memory_head
+        self.memory_head = nn.Linear(hidden_dim, num_heads) if memory_head and layer_index > 0 else None
 
     def forward(
         self,
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
+        first_values: Tensor | None = None,
         mask: Tensor | None = None,
         padding: Tensor | None = None,
         past_key_values=None,
         trace: bool = False,
-    ) -> tuple[Tensor, dict[str, Tensor | None]]:
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
         """Attend.
 
         Args:
             x: ``[batch, seq, hidden_dim]``, normalised.
             cos, sin: from ``rotary_tables``.
+            first_values: the first layer's values of these tokens, ``[batch, heads, seq, head_dim]``.
             mask: broadcastable to ``[batch, heads, seq, keys]``; None means causal.
             padding: ``[batch, seq]``, True where a token only fills up; None means nowhere.
-            past_key_values: a transformers ``Cache``. It holds each token's own key; what a key remembers of the token
-                before is put together when it is read, so any kind of cache will do.
-            trace: also report ``memory_signals`` and ``traces``.
+            past_key_values: a transformers ``Cache``. It holds each token's own key and its mixed value; what a key
+                remembers of the token before is put together when it is read, so any kind of cache will do.
+            trace: also report ``traces``.
         Returns:
-            The output ``[batch, seq, hidden_dim]`` and what the heads said: ``policy_logits`` and ``memory_signals``
-            ``[batch, seq, heads]`` (None where switched off) and ``traces`` ``[batch, seq, heads, 4]`` with the fields
-            of ``TRACE_FIELDS``.
+            The output ``[batch, seq, hidden_dim]``; the first layer's values; and what the heads said:
+            ``policy_logits`` and ``memory_signals`` ``[batch, seq, heads]`` (None where switched off) and ``traces``
+            ``[batch, seq, heads, 4]`` with the fields of ``TRACE_FIELDS``.
         """
         query = apply_rotary(self.q_norm(self._split(self.q_proj(x))), cos, sin)
         key = apply_rotary(self.k_norm(self._split(self.k_proj(x))), cos, sin)
         value = self._split(self.v_proj(x))
-        if padding is not None and self.memory_head:
+        first_values = value if first_values is None else first_values
+
+        memory_signals = None
+        if self.memory_head is not None:
+            memory_signals = self.memory_head(x).sigmoid()
+            value = torch.lerp(value, first_values, memory_signals.transpose(1, 2).unsqueeze(-1).to(value.dtype))
+        if padding is not None and self.remembers_previous:
             key = key.masked_fill(padding[:, None, :, None], 0)  # the first real token has nothing to remember
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_index)
-        if self.memory_head:
+        if self.remembers_previous:
             key = remember_previous(key)
         heads = causal_attention(query, key, value, mask, self.backend).transpose(1, 2)
 
@@ -167,12 +171,10 @@ class EnhancedGovernanceAttention(nn.Module):
             heads = heads * (2 * policy_logits.sigmoid()).unsqueeze(-1).to(heads.dtype)
         output = self.o_proj(heads.reshape(x.shape))
 
-        said = {"policy_logits": policy_logits, "memory_signals": None, "traces": None}
+        said = {"policy_logits": policy_logits, "memory_signals": memory_signals, "traces": None}
         if trace:
-            if self.memory_head:
-                said["memory_signals"] = _asked_of_memory(query)
-            said["traces"] = self._trace(query, key, mask, policy_logits, said["memory_signals"])
-        return output, said
+            said["traces"] = self._trace(query, key, mask, policy_logits, memory_signals)
+        return output, first_values, said
 
     def _split(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
@@ -181,7 +183,7 @@ class EnhancedGovernanceAttention(nn.Module):
     def _trace(
         self, query: Tensor, key: Tensor, mask: Tensor | None, policy_logits: Tensor | None, signals: Tensor | None
     ) -> Tensor:
-        """The gate, what is asked of memory, the attention's entropy (nats) and mean distance (tokens).
+        """The gate, the share of first-layer values, the attention's entropy (nats) and mean distance (tokens).
 
         The probabilities are formed for a few query rows at a time: here too there is no S×S matrix.
         """
