@@ -13,6 +13,7 @@ from mvlm_core.errors import UserError
 
 sys.path.append(str(REPOSITORY / "benchmarks"))
 import ablations
+import trials
 
 
 def options_of(tmp_path, *arguments):
@@ -84,25 +85,27 @@ def test_table_pairs_by_seed():
 
 
 def test_a_run_is_made_once_and_a_failure_is_told(tiny_corpus, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(ablations, "setup_logging", lambda *_, **__: None)  # caplog listens instead
-    monkeypatch.setattr(ablations, "set_process_environment", lambda: None)
+    monkeypatch.setattr(trials, "setup_logging", lambda *_, **__: None)  # caplog listens instead
+    monkeypatch.setattr(trials, "set_process_environment", lambda: None)
     caplog.set_level(logging.INFO, "mvlm")
-    monkeypatch.setattr(ablations.log, "propagate", True)
+    monkeypatch.setattr(trials.log, "propagate", True)
     shared = TINY | {"data_dir": str(tiny_corpus), "cache_dir": str(tmp_path / "cache")}
     variants = {variant.name: variant for variant in ablations.VARIANTS}
     good, bad = (
-        ablations.Run(variants[name], 0, shared | {"output_dir": str(tmp_path / name / "seed0"), **changes})
+        trials.Run(variants[name], 0, shared | {"output_dir": str(tmp_path / name / "seed0"), **changes})
         for name, changes in (("tied_head", {"untied_head": False}), ("cosine", {"learning_rate": -1.0}))
     )
     assert good.result() is None
     with Signals() as signals:
-        assert ablations.run_all([good, bad], signals) == [bad]
+        assert trials.run_all([good, bad], signals) == [bad]
     assert "--learning_rate -1.0: must be above 0" in caplog.text
     result = good.result()
     assert result["steps"] == TINY["max_steps"] and 1 < result["validation_bpb"] < 9
     assert not any("test" in name for name in result) and not (good.folder / "checkpoints").exists()
 
-    ablations.run_one(json.dumps({"model": good.variant.model, "settings": good.values}))
+    job = json.dumps({"model": good.variant.model, "settings": good.values})
+    monkeypatch.setattr(sys, "argv", ["trials.py", job])
+    trials.run_one()
     assert f"already finished: {good.folder}" in caplog.text
-    other = ablations.Run(good.variant, 0, good.values | {"untied_head": True})
+    other = trials.Run(good.variant, 0, good.values | {"untied_head": True})
     assert other.result() is None  # what is there was made with other settings

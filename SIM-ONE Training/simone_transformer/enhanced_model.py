@@ -95,22 +95,26 @@ class EnhancedSIMONEOutput(CausalLMOutputWithPast):
     traces: tuple[Tensor, ...] | None = None
 
 
-def _padding(mask: Tensor | None, seen: int | Tensor, length: int) -> Tensor | None:
-    """Which of ``length`` new tokens only fill up, ``[batch, length]``: by the mask they may not see themselves.
+def _padding(mask: Tensor | None, slots: Tensor) -> Tensor | None:
+    """Which tokens only fill up, ``[batch, seq]``: by the mask they may not see themselves.
 
     Args:
-        mask: ``[batch, 1, length, keys]``, boolean (True is seen) or added to the scores; None hides nothing.
-        seen: tokens before these in the cache.
+        mask: ``[batch, 1, seq, keys]``, boolean (True is seen) or added to the scores; None hides nothing.
+        slots: ``[seq]``, the tokens' places among the keys.
     """
     if mask is None:
         return None
-    own = (torch.arange(length, device=mask.device) + seen).view(1, length, 1).expand(mask.shape[0], -1, -1)
+    own = slots.view(1, -1, 1).expand(mask.shape[0], -1, -1)
     itself = mask[:, 0].gather(-1, own).squeeze(-1)
     return ~itself if itself.dtype == torch.bool else itself != 0
 
 
 class EnhancedSIMONEBlock(GradientCheckpointingLayer):
-    """One layer: governed attention, then SwiGLU, each on the normalised stream and added back to it."""
+    """One layer: governed attention, then SwiGLU, each on the normalised stream and added back to it.
+
+    With a memory head SwiGLU also reads the attention's value of the token before, by a learned gain (after the
+    short convolutions of Canon layers, Allen-Zhu 2025, but of what the cache holds anyway).
+    """
 
     def __init__(self, config: EnhancedSIMONEConfig, layer_index: int) -> None:
         super().__init__()
@@ -126,14 +130,18 @@ class EnhancedSIMONEBlock(GradientCheckpointingLayer):
         )
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.feed_forward = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.previous_gain = nn.Parameter(torch.zeros(config.hidden_size)) if config.memory_head else None
         self.dropout = config.hidden_dropout
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, first_values: Tensor | None, **attention_arguments):
-        attended, first_values, said = self.attention(
+        attended, first_values, previous, said = self.attention(
             self.attention_norm(x), cos, sin, first_values, **attention_arguments
         )
         x = x + F.dropout(attended, self.dropout, self.training)
-        fed = self.feed_forward(self.feed_forward_norm(x))
+        normalised = self.feed_forward_norm(x)
+        if self.previous_gain is not None:
+            normalised = normalised + self.previous_gain * previous
+        fed = self.feed_forward(normalised)
         return x + F.dropout(fed, self.dropout, self.training), first_values, said
 
 
@@ -168,6 +176,9 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
                 if head is not None:
                     nn.init.zeros_(head.weight)
                     nn.init.zeros_(head.bias)
+        elif isinstance(module, EnhancedSIMONEBlock):
+            if module.previous_gain is not None:
+                nn.init.zeros_(module.previous_gain)
         elif isinstance(module, SwiGLU):
             nn.init.zeros_(module.down_proj.weight)
         elif isinstance(module, RMSNorm):
@@ -203,9 +214,11 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor, list[dict[str, Tensor | None]]]:
         """The normalised last hidden states ``[batch, seq, hidden]`` and what each layer's heads said."""
         embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        slots = torch.arange(embeddings.shape[1], device=embeddings.device)
+        if past_key_values is not None:
+            slots = slots + past_key_values.get_seq_length()
         if position_ids is None:
-            position_ids = torch.arange(embeddings.shape[1], device=embeddings.device)[None] + seen
+            position_ids = slots[None]
         mask = padding = None
         if attention_mask is not None or past_key_values is not None:
             mask = create_causal_mask(
@@ -215,17 +228,18 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
                 past_key_values=past_key_values,
                 position_ids=position_ids,
             )
-            padding = _padding(mask, seen, embeddings.shape[1])
+            padding = _padding(mask, slots)
         config = self.config
         x = F.dropout(self.embed_norm(embeddings), config.hidden_dropout, self.training)
         cos, sin = rotary_tables(
             position_ids, config.hidden_size // config.num_attention_heads, config.rope_theta, x.dtype
         )
+        context = {"mask": mask, "padding": padding, "past_key_values": past_key_values, "trace": trace}
+        if past_key_values is not None:
+            context["slots"] = slots
         first_values, said = None, []
         for layer in self.layers:
-            x, first_values, heads_said = layer(
-                x, cos, sin, first_values, mask=mask, padding=padding, past_key_values=past_key_values, trace=trace
-            )
+            x, first_values, heads_said = layer(x, cos, sin, first_values, **context)
             said.append(heads_said)
         return self.final_norm(x), said
 

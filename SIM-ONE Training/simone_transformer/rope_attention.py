@@ -37,14 +37,25 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def of_previous(values: Tensor, slots: Tensor | None = None) -> Tensor:
+    """For some tokens, what ``values [batch, heads, seq, head_dim]`` hold of the token before (zero for the first).
+
+    Args:
+        slots: ``[tokens]``, the tokens' places in ``values``; None means all.
+    """
+    if slots is None:
+        return F.pad(values, (0, 0, 1, 0))[:, :, :-1]
+    before = values.index_select(2, (slots - 1).clamp(min=0))
+    return before.masked_fill((slots == 0).view(-1, 1), 0)
+
+
 def remember_previous(key: Tensor) -> Tensor:
     """Keys ``[batch, heads, seq, head_dim]`` whose odd dimensions are those of the token before (zero for the first).
 
     Rotary pairs are whole: the partners ``i`` and ``i + head_dim / 2`` are both even or both odd.
     """
-    before = F.pad(key, (0, 0, 1, 0))[:, :, :-1]
     odd = torch.arange(key.shape[-1], device=key.device) % 2 == 1
-    return torch.where(odd, before, key)
+    return torch.where(odd, of_previous(key), key)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, backend: str = "sdpa") -> Tensor:
@@ -85,11 +96,12 @@ class EnhancedGovernanceAttention(nn.Module):
     - The **policy** head decides, per token and head, how much of that head's reading is let through: a gate in
       (0, 2) on the attention output (after gated attention, arXiv 2505.06708; it starts at 1, so that training begins
       from plain attention).
-    - The **memory** head has two parts. Half of each key stands for the token *before* its own, so a query can ask, in
-      a single layer, for what followed such a token earlier (induction, arXiv 2209.11895, by a partial offset of the
-      keys); how much it asks that way is its own choice. And the first layer's values are carried forward: the head
-      decides, per token and head, how much of them to use in place of this layer's own (value residual learning,
-      arXiv 2410.17897, with a mix that depends on the token). The first layer has none to carry.
+    - The **memory** head keeps three things at hand. Half of each key stands for the token *before* its own, so a
+      query can ask, in a single layer, for what followed such a token earlier (induction, arXiv 2209.11895, by a
+      partial offset of the keys); how much it asks that way is its own choice. The value of the token before is
+      returned for the feed-forward layer to read. And the first layer's values are carried forward: the head decides,
+      per token and head, how much of them to use in place of this layer's own (value residual learning, arXiv
+      2410.17897, with a mix that depends on the token); the first layer has none to carry.
     - The **trace** head has no weights. On request it reports per token what the other two and the attention did.
 
     Queries and keys are normalised before the rotation (arXiv 2010.04245), which bounds the attention logits.
@@ -118,7 +130,7 @@ class EnhancedGovernanceAttention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, norm_eps)
         self.k_norm = RMSNorm(self.head_dim, norm_eps)
         self.policy_head = nn.Linear(hidden_dim, num_heads) if policy_head else None
-        self.remembers_previous = memory_head
+        self.remembers = memory_head
         self.memory_head = nn.Linear(hidden_dim, num_heads) if memory_head and layer_index > 0 else None
 
     def forward(
@@ -130,8 +142,9 @@ class EnhancedGovernanceAttention(nn.Module):
         mask: Tensor | None = None,
         padding: Tensor | None = None,
         past_key_values=None,
+        slots: Tensor | None = None,
         trace: bool = False,
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor | None]]:
         """Attend.
 
         Args:
@@ -142,11 +155,13 @@ class EnhancedGovernanceAttention(nn.Module):
             padding: ``[batch, seq]``, True where a token only fills up; None means nowhere.
             past_key_values: a transformers ``Cache``. It holds each token's own key and its mixed value; what a key
                 remembers of the token before is put together when it is read, so any kind of cache will do.
+            slots: ``[seq]``, the tokens' places in the cache.
             trace: also report ``traces``.
         Returns:
-            The output ``[batch, seq, hidden_dim]``; the first layer's values; and what the heads said:
-            ``policy_logits`` and ``memory_signals`` ``[batch, seq, heads]`` (None where switched off) and ``traces``
-            ``[batch, seq, heads, 4]`` with the fields of ``TRACE_FIELDS``.
+            The output ``[batch, seq, hidden_dim]``; the first layer's values; the values of the tokens before
+            ``[batch, seq, hidden_dim]``, None without a memory head; and what the heads said: ``policy_logits`` and
+            ``memory_signals`` ``[batch, seq, heads]`` (None where switched off) and ``traces`` ``[batch, seq, heads,
+            4]`` with the fields of ``TRACE_FIELDS``.
         """
         query = apply_rotary(self.q_norm(self._split(self.q_proj(x))), cos, sin)
         key = apply_rotary(self.k_norm(self._split(self.k_proj(x))), cos, sin)
@@ -157,12 +172,14 @@ class EnhancedGovernanceAttention(nn.Module):
         if self.memory_head is not None:
             memory_signals = self.memory_head(x).sigmoid()
             value = torch.lerp(value, first_values, memory_signals.transpose(1, 2).unsqueeze(-1).to(value.dtype))
-        if padding is not None and self.remembers_previous:
-            key = key.masked_fill(padding[:, None, :, None], 0)  # the first real token has nothing to remember
+        if padding is not None:  # the first real token has nothing to remember
+            key, value = (x.masked_fill(padding[:, None, :, None], 0) for x in (key, value))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_index)
-        if self.remembers_previous:
+        previous = None
+        if self.remembers:
             key = remember_previous(key)
+            previous = of_previous(value, slots).transpose(1, 2).flatten(2)
         heads = causal_attention(query, key, value, mask, self.backend).transpose(1, 2)
 
         policy_logits = None
@@ -174,7 +191,7 @@ class EnhancedGovernanceAttention(nn.Module):
         said = {"policy_logits": policy_logits, "memory_signals": memory_signals, "traces": None}
         if trace:
             said["traces"] = self._trace(query, key, mask, policy_logits, memory_signals)
-        return output, first_values, said
+        return output, first_values, previous, said
 
     def _split(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
