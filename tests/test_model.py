@@ -4,14 +4,17 @@ import itertools
 
 import pytest
 import torch
+from transformers import StaticCache
 
 from simone_transformer import (
     TRACE_FIELDS,
     EnhancedGovernanceAttention,
     EnhancedSIMONEConfig,
     EnhancedSIMONEModel,
+    rope_attention,
     swiglu_width,
 )
+from simone_transformer.rope_attention import remember_previous
 
 SWITCHES = list(itertools.product([True, False], repeat=2))
 
@@ -26,6 +29,7 @@ def make_model(**changes):
             "num_hidden_layers": 3,
             "num_attention_heads": 4,
             "max_position_embeddings": 64,
+            "initializer_range": 0.2,
             "pad_token_id": 0,
             "bos_token_id": 2,
             "eos_token_id": 3,
@@ -70,6 +74,42 @@ def test_cached_logits_equal_uncached(policy, memory):
 
 
 @torch.no_grad()
+def test_logits_are_the_same_with_a_static_cache():
+    model, ids = make_model(), tokens(2, 24)
+    cache, parts = StaticCache(config=model.config, max_cache_len=40), []
+    for begin, end in ((0, 9), (9, 10), (10, 11), (11, 24)):
+        parts.append(model(ids[:, begin:end], past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(ids, use_cache=False).logits, rtol=0, atol=1e-4)
+
+
+def test_half_of_a_key_is_of_the_token_before():
+    key = torch.arange(12.0).view(1, 1, 3, 4)
+    assert remember_previous(key).tolist() == [[[[0, 0, 2, 0], [4, 1, 6, 3], [8, 5, 10, 7]]]]
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@torch.no_grad()
+def test_the_memory_head_is_used(layers):
+    """The feed-forward layer reads the value of the token before, and attention its key."""
+    ids = tokens(1, 12)
+    changed = ids.clone()
+    changed[0, 8] = 5 if ids[0, 8] != 5 else 6
+    model = make_model(num_hidden_layers=layers)
+    whole = model(ids, use_cache=False).logits
+    model.layers[-1].previous_gain.zero_()
+    assert not torch.allclose(model(ids, use_cache=False).logits, whole, atol=0.1)
+    keys = []
+    attend = rope_attention.causal_attention
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rope_attention, "causal_attention", lambda q, k, *rest: keys.append(k) or attend(q, k, *rest))
+        for row in (ids, changed):
+            model(row, use_cache=False)
+    before, after = keys[0], keys[layers]
+    assert torch.equal(before[:, :, 9, 0::2], after[:, :, 9, 0::2])
+    assert not torch.equal(before[:, :, 9, 1::2], after[:, :, 9, 1::2])
+
+
+@torch.no_grad()
 def test_generation_is_the_same_with_any_cache_and_left_padding():
     model, ids = make_model(), tokens(1, 10)
     greedy = {"max_new_tokens": 12, "do_sample": False}
@@ -78,7 +118,24 @@ def test_generation_is_the_same_with_any_cache_and_left_padding():
     assert torch.equal(model.generate(ids, cache_implementation="static", **greedy)[:, 10:], expected)
     padded = torch.cat((torch.zeros(1, 5, dtype=torch.long), ids), dim=1)
     mask = torch.cat((torch.zeros(1, 5, dtype=torch.long), torch.ones_like(ids)), dim=1)
-    assert torch.equal(model.generate(padded, attention_mask=mask, **greedy)[:, 15:], expected)
+    for cache in (None, "static"):
+        found = model.generate(padded, attention_mask=mask, cache_implementation=cache, **greedy)
+        assert torch.equal(found[:, 15:], expected)
+
+
+@torch.no_grad()
+def test_padding_is_not_remembered():
+    """The first real token has no token before it, whatever fills up the row on its left, with a cache or without."""
+    model, ids = make_model(), tokens(2, 10)
+    expected = model(ids, use_cache=False).logits
+    for filler in (0, 7):
+        padded = torch.cat((torch.full((2, 5), filler), ids), dim=1)
+        mask = torch.cat((torch.zeros(2, 5, dtype=torch.long), torch.ones_like(ids)), dim=1)
+        for cached in (False, True):
+            # Positions as generation counts them: from the first real token.
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            found = model(padded, attention_mask=mask, position_ids=positions, use_cache=cached).logits[:, 5:]
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()

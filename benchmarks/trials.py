@@ -1,0 +1,152 @@
+"""Trainings as trials: each a process of its own, kept when finished, continued when interrupted.
+
+``ablations.py``, ``side_by_side.py`` and ``scaling.py`` say which; this room runs them.
+"""
+
+# ruff: noqa: E402  (the repository is put on the path first)
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "SIM-ONE Training")]
+
+import mvlm_trainer
+from mvlm_core.child_process import Signals
+from mvlm_core.console import log, setup_logging
+from mvlm_core.errors import LINE_BREAK, printable, run_main
+from mvlm_core.export import read_training_config
+from mvlm_core.hardware import set_process_environment
+from mvlm_core.settings import TrainingSettings
+from mvlm_core.stop_request import PARENT_VARIABLE
+from prioritary_mvlm.config import PrioritaryConfig
+
+SETTINGS = {"mvlm_gpt2": mvlm_trainer.GPT2Settings, "simone_enhanced": PrioritaryConfig}
+FIGURES = ("parameters", "validation_bpb", "tokens_per_second", "seconds", "steps", "best_step", "bytes", "rollbacks")
+PLACES = {"output_dir", "cache_dir"}  # settings that say where, not what
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing changed.
+
+    Attributes:
+        what: for the table, in words.
+        changes: settings in place of the preset's; ``False``, 0.0 and "" beat the preset as any other value does.
+        shapes: preset → settings of the model's shape, which must follow the preset's.
+    """
+
+    model: str
+    name: str
+    what: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def values(self, preset: str) -> dict[str, Any]:
+        return self.changes | self.shapes.get(preset, {})
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a variant and a seed, in a folder of its own."""
+
+    variant: Variant
+    seed: int
+    values: dict[str, Any]  # the settings that are given; the rest is the preset's
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.name}, seed {self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.values["output_dir"])
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_suffix(".log")
+
+    def settings(self) -> TrainingSettings:
+        return SETTINGS[self.variant.model](**self.values)
+
+    def result(self) -> dict[str, Any] | None:
+        """The figures and the origin of this run, or None while it is not finished (or was another)."""
+        config = read_training_config(self.folder)
+        made, wanted = (config or {}).get("settings"), self.settings().as_dict()
+        if not made or any(made.get(name) != wanted[name] for name in wanted.keys() - PLACES):
+            return None
+        hardware = {key: value for key, value in config["hardware"].items() if key != "device"}
+        origin = {"corpus": config["data"]["fingerprint"], **hardware}
+        return {name: config["results"][name] for name in FIGURES} | {"origin": origin}
+
+
+def run_one() -> None:
+    """One run in this process, by the command line's ``{"model": …, "settings": {…}}``."""
+    given = json.loads(sys.argv[1])
+    settings = SETTINGS[given["model"]](**given["settings"]).check()
+    set_process_environment()
+    setup_logging(settings.log_file, quiet=settings.quiet)
+    from mvlm_core.training_run import run_training
+    from prioritary_mvlm.enhanced_trainer import RECIPE
+
+    run_training(mvlm_trainer.recipe() if given["model"] == "mvlm_gpt2" else RECIPE, settings)
+
+
+def execute(run: Run, signals: Signals) -> tuple[int, str]:
+    """Run in a child process with its output in the run's log; returns its exit code and its last lines."""
+    run.log.parent.mkdir(parents=True, exist_ok=True)
+    job = json.dumps({"model": run.variant.model, "settings": run.values})
+    with open(run.log, "a+b") as file:
+        before = file.seek(0, os.SEEK_END)
+        environment = os.environ | {PARENT_VARIABLE: str(os.getpid())}  # no run outlives this process
+        command = [sys.executable, str(Path(__file__).resolve()), job]
+        signals.start(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        code = signals.wait()
+        file.seek(before)
+        return code, "\n".join(file.read().decode("utf-8", "replace").splitlines()[-15:])
+
+
+def run_all(runs: list[Run], signals: Signals) -> list[Run]:
+    """Run what is not finished; returns what failed.
+
+    Raises:
+        Stopped: by a signal, after the running child has written its checkpoint.
+    """
+    left, failed, seconds = [run for run in runs if run.result() is None], [], []
+    log.info("%s runs, %s of them finished already", len(runs), len(runs) - len(left))
+    for number, run in enumerate(left, 1):
+        started = time.monotonic()
+        code, tail = execute(run, signals)
+        signals.check()
+        result = run.result() if code == 0 else None
+        if result is None:
+            failed.append(run)
+            problem = f"exit code {code}" if code else f"{run.folder} holds a run of other settings: remove it"
+            log.error("%s failed: %s; %s ends:\n%s", run.name, problem, run.log, printable(tail, LINE_BREAK))
+            continue
+        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # the finished model stays; these are 80 MB a run
+        seconds.append(time.monotonic() - started)
+        log.info(
+            "%s of %s  %s: %.4f bits per byte, %s tokens/s, %.0f s of training; about %.0f min left",
+            number,
+            len(left),
+            run.name,
+            result["validation_bpb"],
+            f"{result['tokens_per_second']:,.0f}",
+            result["seconds"],
+            statistics.mean(seconds) * (len(left) - number) / 60,
+        )
+    return failed
+
+
+if __name__ == "__main__":
+    run_main(run_one)
