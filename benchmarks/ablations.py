@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trials import Run, Variant, run_all
+from trials import Run, run_all
 
 from mvlm_core.child_process import Signals
 from mvlm_core.console import outlive_terminal, setup_logging
@@ -28,6 +29,26 @@ from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR
 REFERENCES = {"mvlm_gpt2": "baseline", "simone_enhanced": "full"}
 NOISE = 0.005  # bits per byte: less than this is nothing here (README.md)
 OTHER_SIZE = 0.02  # share of the parameters from which a row says that the size is another one
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing changed.
+
+    Attributes:
+        what: for the table, in words.
+        changes: settings in place of the preset's; ``False``, 0.0 and "" beat the preset as any other value does.
+        shapes: preset → settings of the model's shape, which must follow the preset's.
+    """
+
+    model: str
+    name: str
+    what: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def values(self, preset: str) -> dict[str, Any]:
+        return self.changes | self.shapes.get(preset, {})
 
 
 # The shape of model 2 with a tied output and layers in the place of the matrix; of the baseline with model 2's layers
@@ -72,7 +93,7 @@ def plan(options: argparse.Namespace) -> list[Run]:
     for seed in range(options.seeds):
         for variant in chosen(options.only):
             place = {"seed": seed, "output_dir": str(options.root / variant.name / f"seed{seed}")}
-            runs.append(Run(variant, seed, shared | variant.values(options.preset) | place))
+            runs.append(Run(variant.name, variant.model, shared | variant.values(options.preset) | place))
     return runs
 
 
@@ -160,7 +181,7 @@ def report(runs: list[Run], options: argparse.Namespace) -> None:
     results: dict[str, dict[int, dict[str, Any]]] = {}
     for run in runs:
         if (result := run.result()) is not None:
-            results.setdefault(run.variant.name, {})[run.seed] = result
+            results.setdefault(run.label, {})[run.seed] = result
     rows, finished = rows_of(results), sum(map(len, results.values()))
     origins = {json.dumps(figures["origin"]) for seeds in results.values() for figures in seeds.values()}
     length = f"{options.max_bytes:,} bytes of text" if options.max_bytes else "the preset's length"
@@ -215,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         for run in runs:
             state = "to do" if run.result() is None else "finished"
-            print(f"{state:8}  {run.name}: {run.variant.model} {run.variant.values(options.preset) or ''}".rstrip())
+            print(f"{state:8}  {run.name}: {run.model}")
         return 0
     if options.table:
         report(runs, options)

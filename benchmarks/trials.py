@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,36 +36,26 @@ PLACES = {"output_dir", "cache_dir"}  # settings that say where, not what
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One thing changed.
+class Run:
+    """One training, in a folder of its own.
 
     Attributes:
-        what: for the table, in words.
-        changes: settings in place of the preset's; ``False``, 0.0 and "" beat the preset as any other value does.
-        shapes: preset → settings of the model's shape, which must follow the preset's.
+        label: what it tries, in a word; runs that differ in the seed alone share it.
+        model: "mvlm_gpt2" or "simone_enhanced".
+        values: the settings that are given, seed and output_dir among them; the rest is the preset's.
     """
 
+    label: str
     model: str
-    name: str
-    what: str
-    changes: dict[str, Any] = field(default_factory=dict)
-    shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    values: dict[str, Any]
 
-    def values(self, preset: str) -> dict[str, Any]:
-        return self.changes | self.shapes.get(preset, {})
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training: a variant and a seed, in a folder of its own."""
-
-    variant: Variant
-    seed: int
-    values: dict[str, Any]  # the settings that are given; the rest is the preset's
+    @property
+    def seed(self) -> int:
+        return self.values["seed"]
 
     @property
     def name(self) -> str:
-        return f"{self.variant.name}, seed {self.seed}"
+        return f"{self.label}, seed {self.seed}"
 
     @property
     def folder(self) -> Path:
@@ -76,7 +66,7 @@ class Run:
         return self.folder.with_suffix(".log")
 
     def settings(self) -> TrainingSettings:
-        return SETTINGS[self.variant.model](**self.values)
+        return SETTINGS[self.model](**self.values)
 
     def result(self) -> dict[str, Any] | None:
         """The figures and the origin of this run, or None while it is not finished (or was another)."""
@@ -104,7 +94,7 @@ def run_one() -> None:
 def execute(run: Run, signals: Signals) -> tuple[int, str]:
     """Run in a child process with its output in the run's log; returns its exit code and its last lines."""
     run.log.parent.mkdir(parents=True, exist_ok=True)
-    job = json.dumps({"model": run.variant.model, "settings": run.values})
+    job = json.dumps({"model": run.model, "settings": run.values})
     with open(run.log, "a+b") as file:
         before = file.seek(0, os.SEEK_END)
         environment = os.environ | {PARENT_VARIABLE: str(os.getpid())}  # no run outlives this process

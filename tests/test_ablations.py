@@ -26,11 +26,12 @@ def test_every_variant_is_one_valid_change(tmp_path, preset):
     assert len(runs) == 2 * len(ablations.VARIANTS) == len({run.folder for run in runs})
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)  # seed by seed
     settings = {run.name: run.settings().check() for run in runs}
+    variants = {variant.name: variant for variant in ablations.VARIANTS}
     for run in runs:
-        mine, reference = settings[run.name], settings[f"{ablations.REFERENCES[run.variant.model]}, seed {run.seed}"]
+        mine, reference = settings[run.name], settings[f"{ablations.REFERENCES[run.model]}, seed {run.seed}"]
         assert mine.max_bytes == 1000 and mine.num_epochs is None and mine.seed == run.seed
         differing = {name for name, value in mine.identity().items() if value != reference.identity()[name]}
-        assert differing == set(run.variant.values(preset))
+        assert differing == set(variants[run.label].values(preset))
     assert settings["tied_head, seed 0"].untied_head is False
     assert settings["no_coherence, seed 0"].coherence_weight == 0.0
 
@@ -92,7 +93,9 @@ def test_a_run_is_made_once_and_a_failure_is_told(tiny_corpus, tmp_path, caplog,
     shared = TINY | {"data_dir": str(tiny_corpus), "cache_dir": str(tmp_path / "cache")}
     variants = {variant.name: variant for variant in ablations.VARIANTS}
     good, bad = (
-        trials.Run(variants[name], 0, shared | {"output_dir": str(tmp_path / name / "seed0"), **changes})
+        trials.Run(
+            name, variants[name].model, shared | {"seed": 0, "output_dir": str(tmp_path / name / "seed0"), **changes}
+        )
         for name, changes in (("tied_head", {"untied_head": False}), ("cosine", {"learning_rate": -1.0}))
     )
     assert good.result() is None
@@ -103,9 +106,9 @@ def test_a_run_is_made_once_and_a_failure_is_told(tiny_corpus, tmp_path, caplog,
     assert result["steps"] == TINY["max_steps"] and 1 < result["validation_bpb"] < 9
     assert not any("test" in name for name in result) and not (good.folder / "checkpoints").exists()
 
-    job = json.dumps({"model": good.variant.model, "settings": good.values})
+    job = json.dumps({"model": good.model, "settings": good.values})
     monkeypatch.setattr(sys, "argv", ["trials.py", job])
     trials.run_one()
     assert f"already finished: {good.folder}" in caplog.text
-    other = trials.Run(good.variant, 0, good.values | {"untied_head": True})
+    other = trials.Run(good.label, good.model, good.values | {"untied_head": True})
     assert other.result() is None  # what is there was made with other settings
