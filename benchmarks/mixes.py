@@ -1,0 +1,116 @@
+#!/usr/bin/env python3
+"""Which mix of translations serves best: model 2 on the same budget of text, drawn in different shares.
+
+The translations are near-duplicates of each other: how much of the budget should go to the one that is scored? Each
+mix is judged twice on the validation books, by the King James part and by all translations, each of which weighs
+what its text weighs. Run the command again and it goes on where it stopped.
+
+Exit codes: 0 done, 1 a run failed (the others still ran), 2 bad arguments, 130/143 stopped by a signal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from trials import Run, run_all
+
+from mvlm_core.child_process import Signals
+from mvlm_core.console import log, outlive_terminal, setup_logging
+from mvlm_core.corpus import load_corpus
+from mvlm_core.errors import UserError, run_main
+from mvlm_core.files import RunLock, output_folder_problems, write_json_atomic
+from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR
+
+KJV = "bible/kjv"
+MIXES: dict[str, dict[str, Any]] = {
+    "all alike": {"train_mix": ""},
+    "King James 4 times": {"train_mix": f"{KJV}=4"},
+    "King James 16 times (the preset)": {"train_mix": f"{KJV}=16"},
+    "King James 64 times": {"train_mix": f"{KJV}=64"},
+    "King James only": {"train_mix": "", "data_subset": KJV},
+}
+
+
+def plan(options: argparse.Namespace) -> list[Run]:
+    shared = {"preset": "cpu", "quiet": True, "data_dir": str(options.data_dir), "cache_dir": str(CACHE_DIR)}
+    if options.max_bytes:
+        shared["max_bytes"] = options.max_bytes
+    runs = []
+    for seed in range(options.seeds):
+        for number, (name, values) in enumerate(MIXES.items()):
+            place = {"seed": seed, "output_dir": str(options.root / f"mix{number}" / f"seed{seed}")}
+            runs.append(Run(name, "simone_enhanced", shared | values | place))
+    return runs
+
+
+def score(run: Run, data_dir: Path) -> dict[str, float]:
+    """Bits per byte on the validation books of all translations, kept beside the run."""
+    from mvlm_core.evaluation import bits_per_byte_by_part, score_export
+
+    kept = run.folder.with_suffix(".scores.json")
+    if kept.is_file() and kept.stat().st_mtime > (run.folder / "model.safetensors").stat().st_mtime:
+        return json.loads(kept.read_text(encoding="utf-8"))
+    corpus = load_corpus(data_dir)
+    parts = bits_per_byte_by_part(score_export(run.folder, corpus, split="validation"), corpus.split("validation"))
+    found = {"all": parts.all, "kjv": parts.translations.get("kjv"), "translations": parts.translations}
+    write_json_atomic(kept, found)
+    return found
+
+
+def table(scores: dict[str, list[dict[str, float]]]) -> str:
+    lines = ["| mix | seeds | King James part | all translations |", "| --- | ---: | ---: | ---: |"]
+    for name, found in scores.items():
+        cells = []
+        for key in ("kjv", "all"):
+            values = [one[key] for one in found]
+            deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.4f}{deviation}")
+        lines.append(f"| {name} | {len(found)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        UserError: every problem with it.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1 [default 3]")
+    parser.add_argument("--max_bytes", type=int, help="bytes of training text a run [default: the preset's]")
+    parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR)
+    parser.add_argument("--work_dir", type=Path, default=CACHE_DIR / "mixes", help="[default .cache/mixes]")
+    options = parser.parse_args(arguments)
+    options.data_dir, options.work_dir = options.data_dir.absolute(), options.work_dir.absolute()
+    options.root = options.work_dir / str(options.max_bytes or "preset")
+    problems = output_folder_problems(options.work_dir, "--work_dir")
+    if options.seeds < 1:
+        problems.append(f"--seeds {options.seeds}: at least 1")
+    if problems:
+        raise UserError(problems)
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_options(arguments)
+    outlive_terminal()
+    setup_logging()
+    runs = plan(options)
+    with RunLock(options.root, str(options.root)), Signals() as signals:
+        failed = run_all(runs, signals)
+        scores: dict[str, list[dict[str, float]]] = {}
+        for run in runs:
+            if run.result() is not None:
+                signals.check()
+                log.info("scoring %s", run.name)
+                scores.setdefault(run.label, []).append(score(run, options.data_dir))
+    print(table(scores))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    run_main(main)
