@@ -11,7 +11,7 @@ from mvlm_core.settings import TrainingSettings, option
 SMALL = {
     "optimizer": "muon",
     "learning_rate": 0.03,
-    "adamw_learning_rate": 0.03,
+    "adamw_learning_rate": 0.015,
     "lr_schedule": "linear",
     "untied_head": True,
     "coherence_weight": 0.3,
