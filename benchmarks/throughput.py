@@ -1,0 +1,441 @@
+#!/usr/bin/env python3
+"""How fast a training step is, beside peers that are trained in the same run on the same machine.
+
+    python benchmarks/throughput.py                          both models, and transformers.Trainer with GPT-2
+    python benchmarks/throughput.py --nanogpt FOLDER         and nanoGPT (FOLDER holds its model.py)
+    python benchmarks/throughput.py --shape 124m             GPT-2's shape, vocabulary and context
+
+Every contender lives in a process of its own; they take turns, a few steps at a time, so that what the machine does
+meanwhile meets all of them. A step is the whole step: batch, forward, backward, clipping, optimizer. Printed are the
+medians over the rounds. FLOP/s count what is useful: products with weights and attention, forward and backward, not
+the optimizer's; their share is of the matrix product's own speed, measured between the rounds.
+
+Exit codes: 0 done, 1 a contender failed, 2 bad arguments, 130/143 stopped by a signal.
+"""
+
+# ruff: noqa: E402  (the repository is put on the path first)
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "SIM-ONE Training")]
+
+from mvlm_core.errors import UserError, run_main
+from mvlm_core.hardware import set_process_environment
+from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR
+
+WARM_UP = 2  # steps that allocate, not counted
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is trained, for all contenders alike; ``layers_2`` and ``vocab_2`` are model 2's."""
+
+    width: int
+    layers: int
+    heads: int
+    ff_dim: int
+    vocab: int
+    context: int
+    batch: int
+    layers_2: int
+    vocab_2: int
+    untied_2: bool
+
+
+SHAPES = {
+    # The cpu preset, its baseline with GPT-2's own feed-forward width, which the peers cannot change.
+    "cpu": Shape(128, 7, 2, 512, 4096, 256, 8, 4, 4096, True),
+    "124m": Shape(768, 12, 12, 3072, 50257, 1024, 2, 12, 32000, False),
+    "32k": Shape(256, 4, 4, 1024, 32000, 1024, 4, 4, 32000, False),
+}
+CONTENDERS = ("mvlm_gpt2", "simone_enhanced", "simone_enhanced, coherence on", "transformers.Trainer", "nanoGPT")
+
+
+@dataclass
+class Contender:
+    """A trainer that is ready: ``step()`` makes one, all of it."""
+
+    step: Callable[[], None]
+    parameters: int
+    flops_per_token: float
+    tokens_per_step: int
+
+
+def flops_per_token(matrix_parameters: int, layers: int, width: int, context: int) -> float:
+    """Forward and backward, after Chowdhery et al. 2022 (arXiv 2204.02311, appendix B).
+
+    Args:
+        matrix_parameters: weights that every token is multiplied with, the output matrix among them, embeddings not.
+    """
+    return 6 * matrix_parameters + 12 * layers * width * context
+
+
+def matrices(model: Any) -> int:
+    """Weights that every token is multiplied with: a tied output counts, an embedding that is looked up does not."""
+    output = model.lm_head.weight
+    embedding = model.get_input_embeddings().weight if hasattr(model, "get_input_embeddings") else output
+    positions = model.transformer.wpe.weight if hasattr(model, "transformer") else embedding
+    apart = {id(output), id(embedding), id(positions)}
+    return output.numel() + sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in apart)
+
+
+def ours(name: str, shape: Shape, precision: str, folder: Path) -> Contender:
+    import mvlm_trainer
+    from mvlm_core.batches import BatchSource
+    from mvlm_core.hardware import choose_hardware
+    from mvlm_core.stop_request import StopRequest
+    from mvlm_core.training_loop import TrainingLoop
+    from mvlm_core.training_run import build_task, prepare_text
+    from prioritary_mvlm.config import PrioritaryConfig
+    from prioritary_mvlm.enhanced_trainer import RECIPE
+
+    second = name.startswith("simone")
+    values: dict[str, Any] = {
+        "preset": "cpu",
+        "hidden_dim": shape.width,
+        "num_heads": shape.heads,
+        "ff_dim": shape.ff_dim,
+        "num_layers": shape.layers_2 if second else shape.layers,
+        "vocab_size": shape.vocab_2 if second else shape.vocab,
+        "max_length": shape.context,
+        "batch_size": shape.batch,
+        "precision": precision,
+        "quiet": True,
+        "max_steps": 10**6,
+        "output_dir": str(folder),
+        "data_dir": str(DEFAULT_DATA_DIR),
+        "cache_dir": str(CACHE_DIR),
+    }
+    if second:
+        values |= {"untied_head": shape.untied_2, "coherence_weight": 0.3 if name.endswith("coherence on") else 0.0}
+    recipe = RECIPE if second else mvlm_trainer.recipe()
+    settings = (PrioritaryConfig if second else mvlm_trainer.GPT2Settings)(**values).check()
+    hardware = choose_hardware(precision=precision)
+    hardware.apply()
+    text = prepare_text(settings, recipe.tokenizer_class)
+    batches = BatchSource(text.store, context=shape.context, sequences=shape.batch, seed=0)
+    built, task = build_task(recipe, settings, hardware, text, batches, {})
+    loop, stop = TrainingLoop(task, settings, hardware, folder, 10**6), StopRequest()
+
+    def step() -> None:
+        loop._step(stop)
+        loop._pending.clear()
+
+    count = matrices(built.model)
+    if name.endswith("coherence on"):
+        count += built.model.lm_head.weight.numel() + shape.width**2  # the second prediction and its adapter
+    flops = flops_per_token(count, settings.num_layers, shape.width, shape.context)
+    return Contender(step, built.model.num_parameters(), flops, batches.tokens_per_batch)
+
+
+def nanogpt(shape: Shape, precision: str, folder: Path) -> Contender:
+    """nanoGPT's model and optimizer, and what its train.py does in a step; batches ready beforehand."""
+    import torch
+
+    spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    config = module.GPTConfig(
+        block_size=shape.context,
+        vocab_size=shape.vocab,
+        n_layer=shape.layers,
+        n_head=shape.heads,
+        n_embd=shape.width,
+        dropout=0.0,
+        bias=True,
+    )
+    model = module.GPT(config)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    batches = random_batches(shape)
+    context = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
+
+    def step() -> None:
+        inputs, targets = next(batches)
+        with context:
+            _, loss = model(inputs, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    flops = flops_per_token(matrices(model), shape.layers, shape.width, shape.context)
+    return Contender(step, sum(p.numel() for p in model.parameters()), flops, shape.batch * shape.context)
+
+
+def huggingface(shape: Shape, precision: str, folder: Path) -> Contender:
+    """``transformers.Trainer`` with ``GPT2LMHeadModel``, its own optimizer and collator; dropout off as elsewhere."""
+    import threading
+
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
+    config = GPT2Config(
+        vocab_size=shape.vocab,
+        n_positions=shape.context,
+        n_embd=shape.width,
+        n_layer=shape.layers,
+        n_head=shape.heads,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    model = GPT2LMHeadModel(config)
+    ids = torch.randint(shape.vocab, (64 * shape.batch, shape.context), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    go, done = threading.Semaphore(0), threading.Semaphore(0)
+
+    class TakesTurns(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            go.acquire()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            done.release()
+
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=shape.batch,
+        max_steps=10**6,
+        bf16=precision == "bf16",
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[TakesTurns()])
+    threading.Thread(target=trainer.train, daemon=True).start()
+
+    def step() -> None:
+        go.release()
+        done.acquire()
+
+    flops = flops_per_token(matrices(model), shape.layers, shape.width, shape.context)
+    return Contender(step, model.num_parameters(), flops, shape.batch * shape.context)
+
+
+def random_batches(shape: Shape):
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(shape.vocab, (16, shape.batch, shape.context + 1), generator=generator)
+    while True:
+        for batch in tokens:
+            yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+
+
+def serve(text: str) -> None:
+    """One contender: says what it is, then makes as many steps as each line of its input asks for."""
+    given = json.loads(text)
+    name, shape, precision = given["name"], Shape(**given["shape"]), given["precision"]
+    set_process_environment()
+    import torch
+
+    from mvlm_core.hardware import choose_hardware
+    from mvlm_core.resources import peak_memory
+
+    choose_hardware(precision=precision).apply()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    with tempfile.TemporaryDirectory() as folder:
+        if name == "nanoGPT":
+            contender = nanogpt(shape, precision, Path(given["nanogpt"]))
+        elif name == "transformers.Trainer":
+            contender = huggingface(shape, precision, Path(folder))
+        else:
+            contender = ours(name, shape, precision, Path(folder))
+        before = peak_memory()
+        for _ in range(WARM_UP):
+            contender.step()
+        counted = counted_flops(contender) if given["count"] else None
+        facts = {key: value for key, value in asdict(replace(contender, step=None)).items() if key != "step"}
+        print(json.dumps(facts | {"counted_flops_per_token": counted, "before": before}), file=answers, flush=True)
+        for line in sys.stdin:
+            seconds = []
+            for _ in range(int(line)):
+                started = time.perf_counter()
+                contender.step()
+                seconds.append(time.perf_counter() - started)
+            print(json.dumps({"seconds": seconds, "peak": peak_memory()}), file=answers, flush=True)
+        torch.set_num_threads(1)
+        os._exit(0)  # a trainer that still waits for its turn would keep the process
+
+
+def counted_flops(contender: Contender) -> float:
+    """What torch counts in one step, a token; the optimizer's own products are in it."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    with counter:
+        contender.step()
+    return counter.get_total_flops() / contender.tokens_per_step
+
+
+def matmul_peak(precision: str, size: int = 2048, rounds: int = 5) -> float:
+    """FLOP/s of a square matrix product, the best of a few."""
+    import torch
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+class Process:
+    """A contender's process."""
+
+    def __init__(self, name: str, shape: Shape, options: argparse.Namespace) -> None:
+        self.name, self.seconds, self.peak = name, [], 0
+        given = {"name": name, "shape": asdict(shape), "precision": options.precision, "count": options.count_flops}
+        job = json.dumps(given | {"nanogpt": str(options.nanogpt)})
+        command = [sys.executable, str(Path(__file__).resolve()), "--serve", job]
+        self.log = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
+        )
+        self.facts = self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            raise RuntimeError(f"{self.name} ended: {self.log.read()[-2000:]}")
+        return json.loads(line)
+
+    def turn(self, steps: int) -> None:
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        answer = self._answer()
+        self.seconds.append(statistics.median(answer["seconds"]))
+        self.peak = answer["peak"]
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Rounds of turns; returns each contender's figures."""
+    from mvlm_core.hardware import choose_hardware
+
+    choose_hardware(precision=options.precision).apply()
+    shape, names = SHAPES[options.shape], [name for name in CONTENDERS if name != "nanoGPT" or options.nanogpt]
+    if options.batch_size:
+        shape = replace(shape, batch=options.batch_size)
+    if options.context:
+        shape = replace(shape, context=options.context)
+    if options.only:
+        names = [name for name in names if name in options.only]
+    processes: list[Process] = []
+    try:
+        for name in names:
+            processes.append(Process(name, shape, options))
+            print(f"{name}: ready", file=sys.stderr, flush=True)
+        peaks = []
+        for _ in range(options.rounds):
+            peaks.append(matmul_peak(options.precision))
+            for process in processes:
+                process.turn(options.steps)
+        peak = statistics.median(peaks)
+        found = {}
+        for process in processes:
+            facts, seconds = process.facts, statistics.median(process.seconds)
+            rates = [facts["tokens_per_step"] / s for s in process.seconds]
+            flops = facts["flops_per_token"] * facts["tokens_per_step"] / seconds
+            found[process.name] = facts | {
+                "tokens_per_second": statistics.median(rates),
+                "least": min(rates),
+                "most": max(rates),
+                "flops_per_second": flops,
+                "share_of_peak": flops / peak,
+                "peak_memory": process.peak,
+                "step_memory": process.peak - facts["before"],
+                "rounds": process.seconds,
+            }
+        return {"shape": asdict(shape), "precision": options.precision, "matmul_peak": peak, "contenders": found}
+    finally:
+        for process in processes:
+            process.close()
+
+
+def table(result: dict[str, Any]) -> str:
+    contenders = result["contenders"]
+    first = next(iter(contenders.values()))
+    lines = ["| contender | parameters | tokens/s (least … most) | ratio | GFLOP/s | of the peak | memory, MB |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for name, one in contenders.items():
+        # Paired by round: what the machine did in a round met both.
+        paired = [mine and theirs / mine for mine, theirs in zip(one["rounds"], first["rounds"], strict=True)]
+        scale = first["tokens_per_step"] / one["tokens_per_step"]
+        ratio = statistics.median(paired) / scale
+        rate = f"{one['tokens_per_second']:,.0f} ({one['least']:,.0f} … {one['most']:,.0f})"
+        lines.append(
+            f"| {name} | {one['parameters']:,} | {rate} | {ratio:.2f} "
+            f"| {one['flops_per_second'] / 1e9:.0f} | {one['share_of_peak']:.0%} "
+            f"| {one['peak_memory'] / 1e6:,.0f} ({one['step_memory'] / 1e6:+,.0f} by steps) |"
+        )
+    lines.append("")
+    lines.append(f"{result['precision']}, {result['shape']}; matrix product {result['matmul_peak'] / 1e9:.0f} GFLOP/s.")
+    for name, one in contenders.items():
+        if one["counted_flops_per_token"]:
+            formula, counted = one["flops_per_token"], one["counted_flops_per_token"]
+            lines.append(f"{name}: {formula / 1e6:.2f} MFLOP a token by the formula, torch counts {counted / 1e6:.2f}.")
+    return "\n".join(lines)
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="cpu", help="[default cpu]")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of all of them [default fp32]")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each contender [default 7]")
+    parser.add_argument("--steps", type=int, default=3, help="steps a turn [default 3]")
+    parser.add_argument("--batch_size", type=int, help="sequences a step [default: the shape's]")
+    parser.add_argument("--context", type=int, help="tokens a sequence [default: the shape's]")
+    parser.add_argument("--only", type=lambda text: text.split(";"), help="these contenders, with semicolons between")
+    parser.add_argument("--nanogpt", type=Path, help="folder of nanoGPT's model.py")
+    parser.add_argument("--count_flops", action="store_true", help="let torch count a step's FLOPs too")
+    parser.add_argument("--json", type=Path, help="also write all figures here")
+    parser.add_argument("--serve", metavar="JSON", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    problems = [f"--{name} must be at least 1" for name in ("rounds", "steps") if vars(options)[name] < 1]
+    if options.nanogpt and not (options.nanogpt / "model.py").is_file():
+        problems.append(f"--nanogpt {options.nanogpt}: has no model.py")
+    if problems:
+        raise UserError(problems)
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_options(arguments)
+    set_process_environment()
+    if options.serve:
+        serve(options.serve)
+        return 0
+    result = measure(options)
+    print(table(result))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
