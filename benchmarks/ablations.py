@@ -3,7 +3,7 @@
 
 Each run is a process of its own, trains as the trainers do and keeps its finished model below --work_dir. Run the
 command again and it goes on where it stopped: finished runs are kept, an interrupted one continues from its
-checkpoint. Only the validation books are reported; what the trainer notes about the test books is not read.
+checkpoint. Only the validation books are read.
 
 Exit codes: 0 done, 1 a run failed (the others still ran), 2 bad arguments, 130/143 stopped by a signal.
 """
@@ -86,7 +86,8 @@ VARIANTS = (
 
 def plan(options: argparse.Namespace) -> list[Run]:
     """The runs in order: seed by seed over all variants, so that an early end still leaves whole seeds."""
-    shared = {"preset": options.preset, "quiet": True, "data_dir": str(options.data_dir), "cache_dir": str(CACHE_DIR)}
+    shared = {"preset": options.preset, "quiet": True, "no_test_score": True, "cache_dir": str(CACHE_DIR)}
+    shared["data_dir"] = str(options.data_dir)
     if options.max_bytes:
         shared["max_bytes"] = options.max_bytes
     runs = []

@@ -36,7 +36,8 @@ MIXES: dict[str, dict[str, Any]] = {
 
 
 def plan(options: argparse.Namespace) -> list[Run]:
-    shared = {"preset": "cpu", "quiet": True, "data_dir": str(options.data_dir), "cache_dir": str(CACHE_DIR)}
+    shared = {"preset": "cpu", "quiet": True, "no_test_score": True, "cache_dir": str(CACHE_DIR)}
+    shared["data_dir"] = str(options.data_dir)
     if options.max_bytes:
         shared["max_bytes"] = options.max_bytes
     runs = []

@@ -56,7 +56,8 @@ def shape(width: int, layers: int) -> dict[str, Any]:
 
 
 def settings_of(model: str, options: argparse.Namespace, size: tuple[int, int], rate: float) -> dict[str, Any]:
-    values = {"preset": "cpu", "quiet": True, "data_dir": str(options.data_dir), "cache_dir": str(CACHE_DIR)}
+    values = {"preset": "cpu", "quiet": True, "no_test_score": True, "cache_dir": str(CACHE_DIR)}
+    values["data_dir"] = str(options.data_dir)
     values |= shape(*size) | {"learning_rate": rate, "batch_size": 8, "seed": 0, "eval_interval": 10**6}
     if model == "simone_enhanced":
         # AdamW's part moves with Muon's: one rate to find, as the presets have it.

@@ -178,6 +178,9 @@ class TrainingSettings:
         None, "continue from this checkpoint folder (default: the newest valid one)", "run"
     )
     fresh: bool = option(False, "throw away what --output_dir holds and start again", "run")
+    no_test_score: bool = option(
+        False, "leave the test books unread: for sweeps, whose choices must not see them", "run"
+    )
     log_file: str | None = option(None, "also write log lines here", "run")
     quiet: bool = option(False, "no progress bar", "run")
 

@@ -298,8 +298,9 @@ def _export(
     history = read_history(output_dir / HISTORY_NAME)
     tokenizer = text.tokenizer.for_transformers(settings.max_length)
     staging = stage_model(built.model, tokenizer, history, recipe.title, output_dir)
-    score = _score_test(staging, text.corpus, hardware, settings.quiet)
-    parts = bits_per_byte_by_part(score, text.corpus.split("test"))
+    score = Score() if settings.no_test_score else _score_test(staging, text.corpus, hardware, settings.quiet)
+    scored = [document for document in text.corpus.split("test") if document.path in score.documents]
+    parts = bits_per_byte_by_part(score, scored)
     kjv = parts.translations.get("kjv")
     results = {
         "parameters": built.model.num_parameters(),

@@ -23,6 +23,7 @@ def options_of(tmp_path, *arguments):
 @pytest.mark.parametrize("preset", ["cpu", "smoke"])
 def test_every_variant_is_one_valid_change(tmp_path, preset):
     runs = ablations.plan(options_of(tmp_path, "--preset", preset, "--seeds", "2", "--max_bytes", "1000"))
+    assert all(run.settings().no_test_score for run in runs)
     assert len(runs) == 2 * len(ablations.VARIANTS) == len({run.folder for run in runs})
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)  # seed by seed
     settings = {run.name: run.settings().check() for run in runs}
@@ -90,7 +91,7 @@ def test_a_run_is_made_once_and_a_failure_is_told(tiny_corpus, tmp_path, caplog,
     monkeypatch.setattr(trials, "set_process_environment", lambda: None)
     caplog.set_level(logging.INFO, "mvlm")
     monkeypatch.setattr(trials.log, "propagate", True)
-    shared = TINY | {"data_dir": str(tiny_corpus), "cache_dir": str(tmp_path / "cache")}
+    shared = TINY | {"data_dir": str(tiny_corpus), "cache_dir": str(tmp_path / "cache"), "no_test_score": True}
     variants = {variant.name: variant for variant in ablations.VARIANTS}
     good, bad = (
         trials.Run(
@@ -105,6 +106,13 @@ def test_a_run_is_made_once_and_a_failure_is_told(tiny_corpus, tmp_path, caplog,
     result = good.result()
     assert result["steps"] == TINY["max_steps"] and 1 < result["validation_bpb"] < 9
     assert not any("test" in name for name in result) and not (good.folder / "checkpoints").exists()
+    noted = trials.read_training_config(good.folder)["results"]
+    assert {name: value for name, value in noted.items() if name.startswith("test")} == {
+        "test_bpb": None,
+        "test_bpb_kjv": None,
+        "test_bpb_by_book": {},
+        "test_bpb_by_translation": {},
+    }, "the test books are not read"
 
     job = json.dumps({"model": good.model, "settings": good.values})
     monkeypatch.setattr(sys, "argv", ["trials.py", job])
