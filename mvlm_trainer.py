@@ -162,7 +162,7 @@ def main() -> int:
     settings = parse_settings(GPT2Settings, None, description=__doc__, epilog=EXAMPLES, output_dir=OUTPUT_DIR)
     outlive_terminal()
     set_process_environment()
-    setup_logging(settings.log_file, quiet=settings.quiet)
+    setup_logging(None if settings.dry_run else settings.log_file, quiet=settings.quiet)
     train(settings)
     return 0
 

@@ -287,7 +287,12 @@ def show_plan(options: argparse.Namespace) -> None:
         else:
             state = f"goes on from its checkpoints ({len(checkpoints)})" if checkpoints else "starts from nothing"
         print(f"\n{name}: {state}\n  output:  {export}\n  log:     {options.layout.log_file(name)}")
-        print(f"  command: {shlex.join(trainer_command(name, options))}")
+        command = trainer_command(name, options)
+        print(f"  command: {shlex.join(command)}", flush=True)
+        if not missing:
+            found = subprocess.run([*command, "--dry_run"], capture_output=True, text=True, check=False)
+            told = found.stdout if found.returncode == 0 else f"no estimate: {found.stderr.strip()[-500:]}"
+            print("".join(f"  {line}\n" for line in told.splitlines()), end="")
     print(f"\nthen:     comparison -> {options.layout.plot}\n          archives   -> {options.layout.downloads}")
     print(f"          validation -> {options.layout.report}")
 

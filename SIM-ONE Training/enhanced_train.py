@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     config = parse_settings(PrioritaryConfig, arguments, description=__doc__, epilog=EXAMPLES, output_dir=OUTPUT_DIR)
     outlive_terminal()
     set_process_environment()
-    setup_logging(config.log_file, quiet=config.quiet)
+    setup_logging(None if config.dry_run else config.log_file, quiet=config.quiet)
     from prioritary_mvlm.enhanced_trainer import EnhancedPrioritaryTrainer
 
     EnhancedPrioritaryTrainer(config, config.data_dir, config.output_dir).train()

@@ -177,6 +177,7 @@ class TrainingSettings:
     resume_from: str | None = option(
         None, "continue from this checkpoint folder (default: the newest valid one)", "run"
     )
+    dry_run: bool = option(False, "say what the run would take (memory, time), and run nothing", "run")
     fresh: bool = option(False, "throw away what --output_dir holds and start again", "run")
     no_test_score: bool = option(
         False, "leave the test books unread: for sweeps, whose choices must not see them", "run"

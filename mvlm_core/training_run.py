@@ -18,6 +18,7 @@ from mvlm_core.byte_level_bpe import ByteLevelBPE, cached_tokenizer
 from mvlm_core.checkpoint import DamagedCheckpoint, open_checkpoint
 from mvlm_core.console import hush_transformers, progress
 from mvlm_core.corpus import Corpus, load_corpus, validation_subset
+from mvlm_core.cost_estimate import describe_cost
 from mvlm_core.distributed import ALONE, Ranks, join
 from mvlm_core.errors import TrainingFailed, UserError
 from mvlm_core.evaluation import Score, bits_per_byte, bits_per_byte_by_part, score_documents, score_export
@@ -99,6 +100,11 @@ def fitting(settings: TrainingSettings, name: str) -> str | None:
     return None
 
 
+def _corpus(settings: TrainingSettings, only: str | None) -> Corpus:
+    split, folder = settings.validation_split, settings.validation_dir
+    return load_corpus(settings.data_dir, validation_split=split, validation_dir=folder, only=only)
+
+
 def prepare_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) -> PreparedText:
     """Read the corpus and bring its train text to tokens (both from the cache where nothing changed).
 
@@ -106,12 +112,7 @@ def prepare_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]
         UserError: no corpus, no usable text, a tokenizer that cannot be read.
     """
     only = fitting(settings, "data_subset")
-    corpus = load_corpus(
-        settings.data_dir,
-        validation_split=settings.validation_split,
-        validation_dir=settings.validation_dir,
-        only=only,
-    )
+    corpus = _corpus(settings, only)
     train = corpus.split("train")
     log.info(
         "corpus %s: %s documents, %.1f MB to train on",
@@ -137,7 +138,7 @@ def prepare_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]
 
 
 def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
-    """Train, export and score one model; returns the export folder.
+    """Train, export and score one model; returns the export folder. A dry run prints what that would take instead.
 
     Raises:
         UserError: bad settings or input. Nothing has been written to the output folder then.
@@ -153,8 +154,14 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
         no_mixed_precision=settings.no_mixed_precision,
         no_compile=settings.no_compile,
     )
-    hardware.apply()
     hush_transformers()
+    if settings.dry_run:
+        corpus = _corpus(settings, fitting(settings, "data_subset"))
+        train_bytes = sum(document.size for document in corpus.split("train"))
+        for line in describe_cost(recipe.build, settings, hardware, train_bytes):
+            print(line)
+        return output_dir
+    hardware.apply()
     ranks = join(hardware.device)
     if not ranks.is_main:
         log.setLevel(logging.ERROR)
