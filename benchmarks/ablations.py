@@ -18,13 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trials import Run, run_all
+from trials import Run, command_line, run_all, settled, values_of
 
 from mvlm_core.child_process import Signals
 from mvlm_core.console import outlive_terminal, setup_logging
 from mvlm_core.errors import UserError, run_main
-from mvlm_core.files import RunLock, output_folder_problems, write_json_atomic
-from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR
+from mvlm_core.files import RunLock, write_json_atomic
 
 REFERENCES = {"mvlm_gpt2": "baseline", "simone_enhanced": "full"}
 NOISE = 0.005  # bits per byte: less than this is nothing here (README.md)
@@ -86,10 +85,7 @@ VARIANTS = (
 
 def plan(options: argparse.Namespace) -> list[Run]:
     """The runs in order: seed by seed over all variants, so that an early end still leaves whole seeds."""
-    shared = {"preset": options.preset, "quiet": True, "no_test_score": True, "cache_dir": str(CACHE_DIR)}
-    shared["data_dir"] = str(options.data_dir)
-    if options.max_bytes:
-        shared["max_bytes"] = options.max_bytes
+    shared = values_of(options)
     runs = []
     for seed in range(options.seeds):
         for variant in chosen(options.only):
@@ -203,27 +199,13 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: every problem with it.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=("cpu", "smoke"), default="cpu", help="[default cpu]")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1 [default 3]")
-    parser.add_argument("--max_bytes", type=int, help="bytes of training text a run [default: the preset's]")
+    parser = command_line(__doc__, "ablations")
     parser.add_argument("--only", help="these variants, with commas between; their references are added")
-    parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR)
-    parser.add_argument("--work_dir", type=Path, default=CACHE_DIR / "ablations", help="[default .cache/ablations]")
     parser.add_argument("--json", type=Path, help="also write all figures here")
     parser.add_argument("--list", action="store_true", help="name the variants and end")
     parser.add_argument("--dry_run", action="store_true", help="say what would run and end")
     parser.add_argument("--table", action="store_true", help="only print the table of what is finished")
-    options = parser.parse_args(arguments)
-    options.data_dir, options.work_dir = options.data_dir.absolute(), options.work_dir.absolute()
-    # Runs of another length are other runs: a preset and a budget have a folder of their own.
-    options.root = options.work_dir / "-".join(str(part) for part in (options.preset, options.max_bytes) if part)
-    problems = output_folder_problems(options.work_dir, "--work_dir")
-    if options.seeds < 1:
-        problems.append(f"--seeds {options.seeds}: at least 1")
-    if problems:
-        raise UserError(problems)
-    return options
+    return settled(parser.parse_args(arguments))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,14 +16,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from trials import Run, run_all
+from trials import Run, command_line, run_all, settled, values_of
 
 from mvlm_core.child_process import Signals
 from mvlm_core.console import log, outlive_terminal, setup_logging
 from mvlm_core.corpus import load_corpus
-from mvlm_core.errors import UserError, run_main
-from mvlm_core.files import RunLock, output_folder_problems, write_json_atomic
-from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR
+from mvlm_core.errors import run_main
+from mvlm_core.files import RunLock, write_json_atomic
 
 KJV = "bible/kjv"
 MIXES: dict[str, dict[str, Any]] = {
@@ -36,10 +35,7 @@ MIXES: dict[str, dict[str, Any]] = {
 
 
 def plan(options: argparse.Namespace) -> list[Run]:
-    shared = {"preset": "cpu", "quiet": True, "no_test_score": True, "cache_dir": str(CACHE_DIR)}
-    shared["data_dir"] = str(options.data_dir)
-    if options.max_bytes:
-        shared["max_bytes"] = options.max_bytes
+    shared = values_of(options)
     runs = []
     for seed in range(options.seeds):
         for number, (name, values) in enumerate(MIXES.items()):
@@ -80,20 +76,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: every problem with it.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1 [default 3]")
-    parser.add_argument("--max_bytes", type=int, help="bytes of training text a run [default: the preset's]")
-    parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR)
-    parser.add_argument("--work_dir", type=Path, default=CACHE_DIR / "mixes", help="[default .cache/mixes]")
-    options = parser.parse_args(arguments)
-    options.data_dir, options.work_dir = options.data_dir.absolute(), options.work_dir.absolute()
-    options.root = options.work_dir / str(options.max_bytes or "preset")
-    problems = output_folder_problems(options.work_dir, "--work_dir")
-    if options.seeds < 1:
-        problems.append(f"--seeds {options.seeds}: at least 1")
-    if problems:
-        raise UserError(problems)
-    return options
+    parser = command_line(__doc__, "mixes")
+    return settled(parser.parse_args(arguments))
 
 
 def main(arguments: list[str] | None = None) -> int:

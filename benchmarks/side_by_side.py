@@ -17,15 +17,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from trials import SETTINGS, Run, run_all
+from trials import SETTINGS, Run, command_line, run_all, settled, values_of
 
 from mvlm_core.child_process import Signals
 from mvlm_core.comparison import STYLES
 from mvlm_core.console import outlive_terminal, setup_logging
-from mvlm_core.errors import UserError, run_main
+from mvlm_core.errors import run_main
 from mvlm_core.export import read_training_config
-from mvlm_core.files import RunLock, output_folder_problems, write_atomic, write_json_atomic
-from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR
+from mvlm_core.files import RunLock, write_atomic, write_json_atomic
 
 NAMES = tuple(SETTINGS)
 ROWS = (
@@ -40,9 +39,7 @@ ROWS = (
 
 
 def plan(options: argparse.Namespace) -> list[Run]:
-    shared = {"preset": options.preset, "quiet": True, "data_dir": str(options.data_dir), "cache_dir": str(CACHE_DIR)}
-    if options.max_bytes:
-        shared["max_bytes"] = options.max_bytes
+    shared = values_of(options, test_score=True)
     return [
         Run(name, name, shared | {"seed": seed, "output_dir": str(options.root / name / f"seed{seed}")})
         for seed in range(options.seeds)
@@ -135,23 +132,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: every problem with it.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=("cpu", "smoke"), default="cpu", help="[default cpu]")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1 [default 3]")
-    parser.add_argument("--max_bytes", type=int, help="bytes of training text a run [default: the preset's]")
-    parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR)
-    parser.add_argument("--work_dir", type=Path, default=CACHE_DIR / "side_by_side", help="[.cache/side_by_side]")
+    parser = command_line(__doc__, "side_by_side")
     parser.add_argument("--plot", type=Path, help="draw the figure here")
     parser.add_argument("--json", type=Path, help="also write all figures here")
-    options = parser.parse_args(arguments)
-    options.data_dir, options.work_dir = options.data_dir.absolute(), options.work_dir.absolute()
-    options.root = options.work_dir / "-".join(str(part) for part in (options.preset, options.max_bytes) if part)
-    problems = output_folder_problems(options.work_dir, "--work_dir")
-    if options.seeds < 1:
-        problems.append(f"--seeds {options.seeds}: at least 1")
-    if problems:
-        raise UserError(problems)
-    return options
+    return settled(parser.parse_args(arguments))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@
 # ruff: noqa: E402  (the repository is put on the path first)
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -23,10 +24,11 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "SIM-ONE Training")]
 import mvlm_trainer
 from mvlm_core.child_process import Signals
 from mvlm_core.console import log, setup_logging
-from mvlm_core.errors import LINE_BREAK, printable, run_main
+from mvlm_core.errors import LINE_BREAK, UserError, printable, run_main
 from mvlm_core.export import read_training_config
+from mvlm_core.files import output_folder_problems
 from mvlm_core.hardware import set_process_environment
-from mvlm_core.settings import TrainingSettings
+from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR, TrainingSettings
 from mvlm_core.stop_request import PARENT_VARIABLE
 from prioritary_mvlm.config import PrioritaryConfig
 
@@ -72,7 +74,8 @@ class Run:
         """The figures and the origin of this run, or None while it is not finished (or was another)."""
         config = read_training_config(self.folder)
         made, wanted = (config or {}).get("settings"), self.settings().as_dict()
-        if not made or any(made.get(name) != wanted[name] for name in wanted.keys() - PLACES):
+        # A setting that is younger than the run was as its default is.
+        if not made or any(made.get(name, wanted[name]) != wanted[name] for name in wanted.keys() - PLACES):
             return None
         hardware = {key: value for key, value in config["hardware"].items() if key != "device"}
         origin = {"corpus": config["data"]["fingerprint"], **hardware}
@@ -136,6 +139,41 @@ def run_all(runs: list[Run], signals: Signals) -> list[Run]:
             statistics.mean(seconds) * (len(left) - number) / 60,
         )
     return failed
+
+
+def command_line(description: str, name: str) -> argparse.ArgumentParser:
+    """A parser with what every command of trials takes; ``name`` is of the folder below .cache."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=("cpu", "smoke"), default="cpu", help="[default cpu]")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1 [default 3]")
+    parser.add_argument("--max_bytes", type=int, help="bytes of training text a run [default: the preset's]")
+    parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR)
+    parser.add_argument("--work_dir", type=Path, default=CACHE_DIR / name, help=f"[default .cache/{name}]")
+    return parser
+
+
+def settled(options: argparse.Namespace) -> argparse.Namespace:
+    """The parsed command line with absolute folders, and ``root``: a folder for each preset and length.
+
+    Raises:
+        UserError: every problem with it.
+    """
+    options.data_dir, options.work_dir = options.data_dir.absolute(), options.work_dir.absolute()
+    # Runs of another length are other runs: a preset and a budget have a folder of their own.
+    options.root = options.work_dir / "-".join(str(part) for part in (options.preset, options.max_bytes) if part)
+    problems = output_folder_problems(options.work_dir, "--work_dir")
+    if options.seeds < 1:
+        problems.append(f"--seeds {options.seeds}: at least 1")
+    if problems:
+        raise UserError(problems)
+    return options
+
+
+def values_of(options: argparse.Namespace, *, test_score: bool = False) -> dict[str, Any]:
+    """The settings that all runs of a command share."""
+    values = {"preset": options.preset, "quiet": True, "no_test_score": not test_score}
+    values |= {"data_dir": str(options.data_dir), "cache_dir": str(CACHE_DIR)}
+    return values | ({"max_bytes": options.max_bytes} if options.max_bytes else {})
 
 
 if __name__ == "__main__":

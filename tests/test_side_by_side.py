@@ -6,6 +6,8 @@ import pytest
 from conftest import REPOSITORY
 from runs import TINY
 
+from mvlm_core.errors import UserError
+
 sys.path.append(str(REPOSITORY / "benchmarks"))
 import side_by_side
 
@@ -73,5 +75,5 @@ def test_real_runs_make_a_table_and_a_figure(tiny_corpus, tmp_path, monkeypatch,
 
 
 def test_bad_arguments_are_refused(tmp_path):
-    with pytest.raises(side_by_side.UserError, match="--seeds 0"):
+    with pytest.raises(UserError, match="--seeds 0"):
         side_by_side.parse_options(["--seeds", "0", "--work_dir", str(tmp_path)])
