@@ -43,7 +43,7 @@ class GPT2Settings(TrainingSettings):
             "batch_size": 4,
             "num_layers": 6,
             "ff_dim": 616,
-            "eval_interval": 200,
+            "eval_interval": 100,
             "checkpoint_interval": 200,
         },
         "smoke": {"learning_rate": 4e-3, "num_layers": 3, "ff_dim": 304},

@@ -80,7 +80,7 @@ class TrainingSettings:
             # Half of what is read is the King James text, the other half all translations alike.
             "train_mix": "bible/kjv=16",
             "dropout": 0.0,
-            "eval_interval": 100,
+            "eval_interval": 50,
             "checkpoint_interval": 100,
         },
         "smoke": {
