@@ -37,7 +37,7 @@ FULL_WIDTH = 768  # of the h200 preset
 SIZES = {"small": (192, 3), "medium": (320, 5), "large": (448, 7)}
 TEST_SIZE = ("test", (512, 8))
 RATES = {"mvlm_gpt2": (1e-3, 2e-3, 4e-3, 8e-3), "simone_enhanced": (0.01, 0.02, 0.04, 0.08)}
-EPOCHS, DECAYS, DROPOUTS = (1, 4, 12), (0.1, 0.4, 1.6), (0.0, 0.1, 0.2)
+EPOCHS, DECAYS, DROPOUTS = (1, 4, 12), (0.1, 0.4, 1.6), (0.0, 0.1, 0.3)
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ def little_text(options: argparse.Namespace) -> Path:
 def repeat_runs(options: argparse.Namespace) -> list[Run]:
     """Decays at a dropout of 0.1 and dropouts at a decay of 0.4, at each number of epochs, for both models."""
     data_dir, runs = little_text(options), []
-    for model, rates in RATES.items():
-        for epochs in EPOCHS:
+    for epochs in reversed(EPOCHS):  # what tells most comes first
+        for model, rates in RATES.items():
             pairs = {(decay, 0.1) for decay in DECAYS} | {(0.4, dropout) for dropout in DROPOUTS}
             for decay, dropout in sorted(pairs):
                 folder = options.work_dir / f"repeats-{options.little_bytes}" / model / f"{epochs}-{decay}-{dropout}"
