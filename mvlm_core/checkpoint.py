@@ -1,8 +1,8 @@
 """Checkpoints that are whole or not there: a folder per step, its manifest of SHA-256 written last.
 
-``checkpoints/step-00000500/`` holds ``model.safetensors``, ``optimizer.safetensors``, ``state.json`` and
-``manifest.json``. It is written under a temporary name and renamed, so a run that dies leaves the ones before it as
-they were. No pickle: tensors are safetensors, everything else is JSON.
+``checkpoints/step-00000500/`` holds ``model.safetensors``, ``optimizer.safetensors``, ``average.safetensors`` where
+the run averages its weights, ``state.json`` and ``manifest.json``. It is written under a temporary name and renamed,
+so a run that dies leaves the ones before it as they were. No pickle: tensors are safetensors, everything else is JSON.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Checkpoint:
     state: dict[str, Any]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors saved under ``name`` ("model", "optimizer"), on the CPU.
+        """The tensors saved under ``name`` ("model", "optimizer", "average"), on the CPU.
 
         Raises:
             DamagedCheckpoint: a file that safetensors cannot read.

@@ -37,7 +37,7 @@ class TokenizerShape:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes at the end of the forward pass, when most are held."""
+    """Bytes at the end of the forward pass, when most are held; averaged weights count as the optimizer's."""
 
     weights: int
     gradients: int
@@ -96,13 +96,14 @@ def step_cost(
                     total = built.loss(inputs, targets, torch.ones(shape), 0.0).total
             total.backward()
         own = {p.untyped_storage()._cdata for p in parameters}
+        average = sum(p.untyped_storage().nbytes() for p in built.model.parameters()) if settings.ema_decay else 0
         weights = sum(p.untyped_storage().nbytes() for p in parameters)
         return StepCost(
             built.model.num_parameters(),
             StepMemory(
                 weights,
                 weights,
-                sum(_optimizer_bytes(part) for part in built.optimizers.parts),
+                sum(_optimizer_bytes(part) for part in built.optimizers.parts) + average,
                 sum(size for storage, size in kept.items() if storage not in own),
             ),
             counter.get_total_flops() / (sequences * settings.max_length),

@@ -141,6 +141,14 @@ class TrainingSettings:
     weight_decay: float = option(
         0.1, "decoupled weight decay of the matrices", "optimisation", minimum=0, identity=True
     )
+    ema_decay: float = option(
+        0.0,
+        "evaluate and export a running average of the weights with this decay a step, such as 0.999; 0 switches it off",
+        "optimisation",
+        minimum=0,
+        below=1,
+        identity=True,
+    )
     max_grad_norm: float = option(
         1.0, "gradients are scaled down to this norm; 0 switches it off", "optimisation", minimum=0, identity=True
     )

@@ -145,6 +145,8 @@ class TrainingLoop:
         optimizers.step(found_inf=skipped)
         optimizers.zero_grad()
         state.step += 1
+        if self.task.average is not None:
+            self.task.average.update(state.step)
         state.tokens += self.task.batches.tokens_per_batch
         state.bytes += int(text_bytes)
         self._pending.append(
@@ -276,7 +278,8 @@ class TrainingLoop:
     def _evaluate(self) -> tuple[bool, str | None]:
         """Score the validation part: whether it is the best so far, and why the run must go back, if it must."""
         state = self.state
-        value = self.task.evaluate()
+        with self.task.evaluated():
+            value = self.task.evaluate()
         if not math.isfinite(value):
             state.guard.trouble_since = state.guard.trouble_since or state.step
             return False, f"validation bits per byte of step {state.step} is {value}, no finite number"
@@ -328,12 +331,11 @@ class TrainingLoop:
         """
         if self._saved_step == self.state.step or not self.ranks.is_main:
             return
-        tensors = {"model": self.task.weights(), "optimizer": self.task.optimizers.state_tensors()}
         state = {**asdict(self.state), "identity": self.task.identity, "for_signal_only": for_signal_only}
         try:
             self._append_records()  # what a checkpoint has behind it must be on the disk
             fsync_path(self.history_path)
-            checkpoints.save_checkpoint(self.checkpoint_root, self.state.step, tensors, state)
+            checkpoints.save_checkpoint(self.checkpoint_root, self.state.step, self.task.state_tensors(), state)
         except OSError as error:
             if self.state.step == 0 or self.state.finished:
                 raise TrainingFailed(
@@ -368,12 +370,17 @@ class TrainingLoop:
             return False
         weights = self.ranks.share_tensors(found.tensors("model") if found else {})
         moments = self.ranks.share_tensors(found.tensors("optimizer") if found else {})
+        average = None
+        if self.task.average is not None:
+            average = self.ranks.share_tensors(found.tensors("average") if found else {})
         try:
             self.state = LoopState.of(state)
             if self.state.step > 0 and not moments:
                 raise ValueError("it holds no optimizer state")
             self.task.load_weights(weights)
             self.task.optimizers.load_state_tensors(moments)
+            if average is not None:
+                self.task.average.load(average)
         except (KeyError, ValueError, RuntimeError) as error:
             where = found.folder if found else "the checkpoint"
             raise UserError(f"{where} does not fit this model: {error}; start over with --fresh") from None

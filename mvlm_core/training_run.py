@@ -41,6 +41,7 @@ from mvlm_core.stop_request import StopRequest
 from mvlm_core.token_store import TokenStore, build_token_store, parse_mix, texts
 from mvlm_core.training_loop import TrainingLoop
 from mvlm_core.training_task import LoopState, TrainingTask, identity_differences, total_steps
+from mvlm_core.weight_average import WeightAverage
 
 log = logging.getLogger("mvlm")
 
@@ -253,7 +254,8 @@ def build_task(
         )
         return bits_per_byte(*ranks.sum_numbers(score.nats, score.bytes))
 
-    return built, TrainingTask(built.modules, built.loss, built.optimizers, batches, evaluate, identity)
+    average = WeightAverage(built.model, settings.ema_decay) if settings.ema_decay else None
+    return built, TrainingTask(built.modules, built.loss, built.optimizers, batches, evaluate, identity, average)
 
 
 def run_identity(settings: TrainingSettings, text: PreparedText) -> dict[str, Any]:
@@ -363,14 +365,20 @@ def _export(
 
 
 def _load_best(task: TrainingTask, state: LoopState, output_dir: Path) -> None:
-    """Put the best weights by validation into the model; the last ones stay in the newest checkpoint."""
-    if state.best_step is None or state.best_step == state.step:
-        return
-    folder = output_dir / "checkpoints" / f"step-{state.best_step:08d}"
-    try:
-        task.load_weights(open_checkpoint(folder).tensors("model"))
-    except DamagedCheckpoint as damage:
-        raise UserError(f"the best checkpoint is damaged: {damage}; run again with --fresh") from None
+    """Put the best weights by validation into the model, averaged where the run averages; the last ones stay in the
+    newest checkpoint."""
+    if state.best_step is not None and state.best_step != state.step:
+        folder = output_dir / "checkpoints" / f"step-{state.best_step:08d}"
+        try:
+            best = open_checkpoint(folder)
+            if task.average is None:
+                task.load_weights(best.tensors("model"))
+            else:
+                task.average.load(best.tensors("average"))
+        except DamagedCheckpoint as damage:
+            raise UserError(f"the best checkpoint is damaged: {damage}; run again with --fresh") from None
+    if task.average is not None:
+        task.average.put_in_module()
 
 
 def _score_test(export: Path, corpus: Corpus, hardware: Hardware, quiet: bool) -> Score:

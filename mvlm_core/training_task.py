@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
@@ -15,6 +16,7 @@ from mvlm_core.errors import UserError
 from mvlm_core.optimizer import Optimizers
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.step_guard import GuardState
+from mvlm_core.weight_average import WeightAverage
 
 _WARMUP_SHARE = 0.02
 
@@ -36,6 +38,7 @@ class TrainingTask:
         modules: every module whose weights training moves, by name; ``"model"`` is the one that is exported.
         loss: (inputs, targets, document weights, share of the run done) → ``StepLoss`` or alike.
         evaluate: validation bits per byte of the model as it stands.
+        average: of the exported model's weights, where the run keeps one: it is what is evaluated and exported.
         identity: what a checkpoint must agree on to be continued: settings, data, tokenizer.
     """
 
@@ -45,6 +48,7 @@ class TrainingTask:
     batches: BatchSource
     evaluate: Callable[[], float]
     identity: dict[str, Any]
+    average: WeightAverage | None = None
 
     def weights(self) -> dict[str, Tensor]:
         """All weights by ``<module>.<parameter>``; tied ones once."""
@@ -61,6 +65,15 @@ class TrainingTask:
         with torch.no_grad():
             for name, tensor in self.weights().items():
                 tensor.copy_(tensors[name])
+
+    def evaluated(self) -> AbstractContextManager[Any]:
+        """The model as it is evaluated: with its averaged weights, where there are any."""
+        return nullcontext() if self.average is None else self.average.in_module()
+
+    def state_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Everything of a checkpoint that is a tensor, by the name of its file."""
+        found = {"model": self.weights(), "optimizer": self.optimizers.state_tensors()}
+        return found if self.average is None else found | {"average": self.average.tensors()}
 
 
 @dataclass

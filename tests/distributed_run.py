@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from test_training_loop import everything_on
 
 from mvlm_core.distributed import join
 from mvlm_core.errors import Stopped
+from mvlm_core.weight_average import WeightAverage
 
 
 def main() -> None:
@@ -23,6 +25,8 @@ def main() -> None:
     loop = make_loop(model, tiny_settings(model, corpus, work, **changes), join("cpu"))
     for module in loop.task.modules.values():
         module.double()
+    average = WeightAverage(loop.task.modules["model"], 0.9)
+    loop.task = replace(loop.task, average=average)
     try:
         loop.run(StopAfter(steps))
     except Stopped:

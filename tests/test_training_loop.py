@@ -28,7 +28,10 @@ def final_state(loop):
     checkpoint = newest_checkpoint(loop.checkpoint_root)
     history = [{k: v for k, v in record.items() if k not in TIMES} for record in read_history(loop.history_path)]
     state = {k: v for k, v in checkpoint.state.items() if k != "seconds"}
-    return checkpoint.tensors("model"), checkpoint.tensors("optimizer"), history, state
+    kept = checkpoint.tensors("optimizer")
+    if (checkpoint.folder / "average.safetensors").exists():
+        kept |= {f"average/{name}": tensor for name, tensor in checkpoint.tensors("average").items()}
+    return checkpoint.tensors("model"), kept, history, state
 
 
 @pytest.mark.parametrize("model", MODELS)
