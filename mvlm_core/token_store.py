@@ -161,18 +161,25 @@ def _write(documents: list[Document], tokenizer: Tokenizer, folder: Path, quiet:
             os.fsync(file.fileno())
         index = {"dtype": np.dtype(dtype).name, "lengths": lengths, "sha256": sha256_file(temporary / "tokens.bin")}
         write_json_atomic(temporary / "index.json", index)
-        _move_into_place(temporary, folder)
+        _move_into_place(temporary, folder, len(documents))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _move_into_place(temporary: Path, folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)  # damaged, or else it would have been used
+def _move_into_place(temporary: Path, folder: Path, documents: int) -> None:
+    """Give ``temporary`` its name; what is there already stays where it is whole.
+
+    Another run may have finished the same work meanwhile and be reading it, so nothing whole is ever taken away.
+    """
     try:
         os.rename(temporary, folder)
     except OSError:
-        if not (folder / "index.json").exists():  # otherwise another run finished the same work first
-            raise
+        if _whole_index(folder, documents) is not None:
+            return
+        damaged = temporary.with_name(f"{temporary.name}.damaged")
+        os.rename(folder, damaged)
+        shutil.rmtree(damaged, ignore_errors=True)
+        os.rename(temporary, folder)
     fsync_path(folder.parent)
 
 

@@ -1,5 +1,7 @@
 """Both tokenizers: exact round trips of any text, special tokens only as ids, whole words from training."""
 
+import os
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -138,6 +140,31 @@ def test_token_store_holds_the_documents_and_is_read_again(tiny_corpus, tmp_path
     changed = train[0].file
     changed.write_text(changed.read_text().replace("God", "god", 1))
     assert build_token_store(load_corpus(tiny_corpus), tokenizer, tmp_path, quiet=True).fingerprint != store.fingerprint
+
+
+def test_tokens_another_run_finished_meanwhile_stay_where_they_are(tiny_corpus, tmp_path):
+    """Two runs start at once on new text: the slower one must not take away what the faster one reads."""
+    corpus = load_corpus(tiny_corpus)
+    pieces = (document.read() for document in corpus.split("train"))
+    tokenizer = cached_tokenizer(AdvancedBPETokenizer, pieces, corpus.fingerprint, 700, tmp_path, quiet=True)
+    faster = []
+    encode_batch = tokenizer.encode_batch
+
+    class Slower:
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def encode_batch(self, texts):
+            if not faster:
+                faster.append(build_token_store(corpus, tokenizer, tmp_path, quiet=True))
+                faster.append(os.stat(tmp_path / "tokens" / faster[0].fingerprint / "tokens.bin").st_ino)
+            return encode_batch(texts)
+
+    slower = build_token_store(corpus, Slower(), tmp_path, quiet=True)
+    file = tmp_path / "tokens" / slower.fingerprint / "tokens.bin"
+    assert slower.fingerprint == faster[0].fingerprint and os.stat(file).st_ino == faster[1]
+    assert (slower.tokens == faster[0].tokens).all()
+    assert [path.name for path in (tmp_path / "tokens").iterdir()] == [slower.fingerprint], "nothing is left over"
 
 
 def test_alignment_weights_have_mean_one_over_the_tokens(tiny_corpus):
