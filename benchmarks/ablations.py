@@ -18,12 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trials import Run, command_line, run_all, settled, values_of
+from trials import Run, command_line, make, settled, values_of
 
-from mvlm_core.child_process import Signals
-from mvlm_core.console import outlive_terminal, setup_logging
 from mvlm_core.errors import UserError, run_main
-from mvlm_core.files import RunLock, write_json_atomic
+from mvlm_core.files import write_json_atomic
 
 REFERENCES = {"mvlm_gpt2": "baseline", "simone_enhanced": "full"}
 NOISE = 0.005  # bits per byte: less than this is nothing here (README.md)
@@ -224,13 +222,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.table:
         report(runs, options)
         return 0
-    outlive_terminal()
-    setup_logging()
-    with RunLock(options.root, str(options.root)), Signals() as signals:
-        try:
-            failed = run_all(runs, signals)
-        finally:
-            report(runs, options)
+    try:
+        failed = make(runs, options.root)
+    finally:
+        report(runs, options)
     return 1 if failed else 0
 
 

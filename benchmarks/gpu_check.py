@@ -10,18 +10,14 @@ optimizer) of both models at every preset's shape, on random tokens, with its sh
 Exit codes: 0 all is right, 1 something is not, 2 bad arguments (no such device).
 """
 
-# ruff: noqa: E402  (the repository is put on the path first)
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "SIM-ONE Training")]
+from trials import SETTINGS, recipe_of
 
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.hardware import Hardware, set_process_environment
@@ -41,26 +37,15 @@ TOLERANCES = {"fp32": (1e-4, 1e-3), "bf16": (1e-2, 5e-2)}
 WARM_UP = 3
 
 
-def models() -> dict[str, tuple[type, Any]]:
-    """Name → class of settings, and how it is built."""
-    import mvlm_trainer
-    from prioritary_mvlm.config import PrioritaryConfig
-    from prioritary_mvlm.enhanced_trainer import RECIPE
-
-    first = mvlm_trainer.recipe()
-    return {first.name: (mvlm_trainer.GPT2Settings, first), RECIPE.name: (PrioritaryConfig, RECIPE)}
-
-
 def build(name: str, preset: str, hardware: Hardware) -> tuple[Any, Any]:
     """Settings and the model with its optimizers, seeded."""
     import torch
 
     from mvlm_core.cost_estimate import TokenizerShape
 
-    settings_class, recipe = models()[name]
-    settings = settings_class(preset=preset, device="cpu" if hardware.device == "cpu" else "cuda")
+    settings = SETTINGS[name](preset=preset, device="cpu" if hardware.device == "cpu" else "cuda")
     torch.manual_seed(0)
-    built = recipe.build(settings, TokenizerShape(settings.vocab_size), hardware)
+    built = recipe_of(name).build(settings, TokenizerShape(settings.vocab_size), hardware)
     for module in built.modules.values():
         module.train()
     return settings, built
@@ -140,7 +125,7 @@ def time_step(name: str, preset: str, hardware: Hardware, seconds: float) -> str
     from mvlm_core.cost_estimate import step_cost
     from mvlm_core.resources import peak_memory
 
-    flops = step_cost(models()[name][1].build, settings, hardware, 1).flops_per_token * rate
+    flops = step_cost(recipe_of(name).build, settings, hardware, 1).flops_per_token * rate
     peak = device_peak(hardware.name)
     share = f"{flops / peak:.1%}" if hardware.device == "cuda" and peak else "–"
     shape = f"{settings.hidden_dim} × {settings.num_layers}, {sequences} × {settings.max_length}"
@@ -190,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     good = True
     # TF32 rounds to ten bits: what is compared in float32 is computed in it.
     torch.set_float32_matmul_precision("highest")
-    for name in models():
+    for name in SETTINGS:
         row, right = check(name, hardware, reference)
         good &= right
         print(row, flush=True)
@@ -198,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n| model | preset: shape, batch | tokens/s | TFLOP/s | of the peak | memory, GB |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     for preset in presets:
-        for name in models():
+        for name in SETTINGS:
             print(time_step(name, preset, hardware, options.seconds), flush=True)
             if hardware.device == "cuda":
                 torch.cuda.empty_cache()

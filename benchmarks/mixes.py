@@ -16,13 +16,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from trials import Run, command_line, run_all, settled, values_of
+from trials import Run, command_line, make, settled, values_of
 
-from mvlm_core.child_process import Signals
-from mvlm_core.console import log, outlive_terminal, setup_logging
+from mvlm_core.console import log
 from mvlm_core.corpus import load_corpus
 from mvlm_core.errors import run_main
-from mvlm_core.files import RunLock, write_json_atomic
+from mvlm_core.files import write_json_atomic
 
 KJV = "bible/kjv"
 MIXES: dict[str, dict[str, Any]] = {
@@ -70,29 +69,15 @@ def table(scores: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line.
-
-    Raises:
-        UserError: every problem with it.
-    """
-    parser = command_line(__doc__, "mixes")
-    return settled(parser.parse_args(arguments))
-
-
 def main(arguments: list[str] | None = None) -> int:
-    options = parse_options(arguments)
-    outlive_terminal()
-    setup_logging()
+    options = settled(command_line(__doc__, "mixes").parse_args(arguments))
     runs = plan(options)
-    with RunLock(options.root, str(options.root)), Signals() as signals:
-        failed = run_all(runs, signals)
-        scores: dict[str, list[dict[str, float]]] = {}
-        for run in runs:
-            if run.result() is not None:
-                signals.check()
-                log.info("scoring %s", run.name)
-                scores.setdefault(run.label, []).append(score(run, options.data_dir))
+    failed = make(runs, options.root)
+    scores: dict[str, list[dict[str, float]]] = {}
+    for run in runs:
+        if run.result() is not None:
+            log.info("scoring %s", run.name)
+            scores.setdefault(run.label, []).append(score(run, options.data_dir))
     print(table(scores))
     return 1 if failed else 0
 

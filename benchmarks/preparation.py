@@ -94,20 +94,15 @@ def run(data_dir: Path, cache_dir: Path, vocab_size: int) -> dict[str, Any]:
 
 def _alone(process: psutil.Process) -> int:
     """Bytes that the process and its children hold and share with nobody."""
-    total = 0
-    for one in (process, *_children(process)):
+    total, left = 0, [process]
+    while left:
+        one = left.pop()
         try:
             total += one.memory_full_info().uss
-        except psutil.Error:
+            left += one.children()
+        except psutil.Error:  # it has just ended
             continue
     return total
-
-
-def _children(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return process.children(recursive=True)
-    except psutil.Error:
-        return []
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:

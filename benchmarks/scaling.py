@@ -22,14 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trials import SETTINGS, Run, run_all
+from trials import SETTINGS, Run, command_line, make, settled, values_of
 
-from mvlm_core.child_process import Signals
-from mvlm_core.console import log, outlive_terminal, setup_logging
+from mvlm_core.console import log
 from mvlm_core.corpus import load_corpus
 from mvlm_core.errors import UserError, run_main
-from mvlm_core.files import RunLock, output_folder_problems, write_json_atomic
-from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR
+from mvlm_core.files import write_json_atomic
 
 HEAD = 64
 FULL_WIDTH = 768  # of the h200 preset
@@ -56,23 +54,29 @@ def shape(width: int, layers: int) -> dict[str, Any]:
 
 
 def settings_of(model: str, options: argparse.Namespace, size: tuple[int, int], rate: float) -> dict[str, Any]:
-    values = {"preset": "cpu", "quiet": True, "no_test_score": True, "cache_dir": str(CACHE_DIR)}
-    values["data_dir"] = str(options.data_dir)
-    values |= shape(*size) | {"learning_rate": rate, "batch_size": 8, "seed": 0, "eval_interval": 10**6}
+    values = values_of(options) | shape(*size)
+    values |= {"learning_rate": rate, "batch_size": 8, "eval_interval": 10**6}
     if model == "simone_enhanced":
         # AdamW's part moves with Muon's: one rate to find, as the presets have it.
         values |= {"untied_head": False, "adamw_learning_rate": rate / 2}
     return values
 
 
-def rate_run(model: str, size_name: str, size: tuple[int, int], rate: float, options: argparse.Namespace) -> Run:
-    folder = options.work_dir / f"rates-{options.max_bytes}" / model / size_name / f"{rate:.2e}"
+def rate_runs(model: str, size_name: str, size: tuple[int, int], rate: float, options: argparse.Namespace) -> list[Run]:
+    """The runs of one rate at one size, a seed each."""
+    label = f"{model} {size_name} {rate:.2e}"
+    folder = options.root / model / size_name / f"{rate:.2e}"
     values = settings_of(model, options, size, rate)
-    return Run(f"{model} {size_name} {rate:.2e}", model, values | _budget(options.max_bytes, folder))
+    return [
+        Run(label, model, values | {"seed": seed, "output_dir": str(folder / f"seed{seed}")})
+        for seed in range(options.seeds)
+    ]
 
 
-def _budget(max_bytes: int, folder: Path) -> dict[str, Any]:
-    return {"max_bytes": max_bytes, "output_dir": str(folder)}
+def bits(runs: list[Run]) -> float | None:
+    """Mean validation of those that are finished; None while none is."""
+    found = [result["validation_bpb"] for run in runs if (result := run.result())]
+    return statistics.mean(found) if found else None
 
 
 def best_rate(points: dict[float, float]) -> float:
@@ -124,35 +128,34 @@ def little_text(options: argparse.Namespace) -> Path:
 
 
 def repeat_runs(options: argparse.Namespace) -> list[Run]:
-    """Decays at a dropout of 0.1 and dropouts at a decay of 0.4, at each number of epochs, for both models."""
+    """Decays at a dropout of 0.1 and dropouts at a decay of 0.4, at each number of epochs; both models, one seed."""
     data_dir, runs = little_text(options), []
     for epochs in reversed(EPOCHS):  # what tells most comes first
         for model, rates in RATES.items():
             pairs = {(decay, 0.1) for decay in DECAYS} | {(0.4, dropout) for dropout in DROPOUTS}
             for decay, dropout in sorted(pairs):
                 folder = options.work_dir / f"repeats-{options.little_bytes}" / model / f"{epochs}-{decay}-{dropout}"
-                values = settings_of(model, options, SIZES["small"], rates[1]) | {"data_dir": str(data_dir)}
+                values = settings_of(model, options, SIZES["small"], rates[1])
+                del values["max_bytes"]
                 values |= {"num_epochs": float(epochs), "weight_decay": decay, "dropout": dropout, "train_mix": ""}
-                values |= {"output_dir": str(folder)}
+                values |= {"data_dir": str(data_dir), "seed": 0, "output_dir": str(folder)}
                 runs.append(Run(f"{model} epochs {epochs} decay {decay} dropout {dropout}", model, values))
     return runs
 
 
 def rates_table(options: argparse.Namespace) -> tuple[list[str], dict[str, Rule]]:
     """What is finished of ``rates``, and the rule of each model whose sizes are all there."""
-    lines, rules = (
-        ["| model | size, parameters | bits per byte by rate | best rate |", "| --- | --- | --- | ---: |"],
-        {},
-    )
+    lines = ["| model | size, parameters | bits per byte by rate | best rate |", "| --- | --- | --- | ---: |"]
+    rules = {}
     for model, rates in RATES.items():
         best: dict[int, float] = {}
         for name, size in SIZES.items():
-            results = {rate: rate_run(model, name, size, rate, options).result() for rate in rates}
-            points = {rate: result["validation_bpb"] for rate, result in results.items() if result}
+            runs = {rate: rate_runs(model, name, size, rate, options) for rate in rates}
+            points = {rate: value for rate in rates if (value := bits(runs[rate])) is not None}
             if len(points) < 3:
                 continue
             best[size[0]] = best_rate(points)
-            parameters = next(result["parameters"] for result in results.values() if result)
+            parameters = next(result["parameters"] for run in sum(runs.values(), []) if (result := run.result()))
             cells = ", ".join(f"{rate:g}: {bits:.4f}" for rate, bits in points.items())
             lines.append(f"| {model} | {size[0]} × {size[1]}, {parameters:,} | {cells} | {best[size[0]]:.2g} |")
         if len(best) == len(SIZES):
@@ -160,12 +163,13 @@ def rates_table(options: argparse.Namespace) -> tuple[list[str], dict[str, Rule]
     return lines, rules
 
 
-def test_runs(rules: dict[str, Rule], options: argparse.Namespace) -> list[Run]:
+def runs_at_fourth_size(rules: dict[str, Rule], options: argparse.Namespace) -> list[Run]:
     name, size = TEST_SIZE
     return [
-        rate_run(model, name, size, rule(size[0]) * factor, options)
+        run
         for model, rule in rules.items()
         for factor in (0.5, 1.0, 2.0)
+        for run in rate_runs(model, name, size, rule(size[0]) * factor, options)
     ]
 
 
@@ -178,9 +182,9 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
         full = rule(FULL_WIDTH)
         found["rules"][model] = {"a": rule.a, "b": rule.b, "full_width": full}
         print(f"\n{model}: best rate = {rule.a:.3g} · width ** {rule.b:.2f}; at {FULL_WIDTH} wide {full:.2g}")
-        runs = [run for run in test_runs({model: rule}, options) if run.result()]
+        runs = [run for run in runs_at_fourth_size({model: rule}, options) if run.result()]
         for run in runs:
-            print(f"  test at {TEST_SIZE[1][0]} × {TEST_SIZE[1][1]}: {run.label}: {run.result()['validation_bpb']:.4f}")
+            print(f"  test at {TEST_SIZE[1][0]} × {TEST_SIZE[1][1]}: {run.name}: {run.result()['validation_bpb']:.4f}")
     if (options.work_dir / f"text-{options.little_bytes}").is_dir():
         print("\n| model | epochs | decay | dropout | bits per byte |\n| --- | ---: | ---: | ---: | ---: |")
         for run in repeat_runs(options):
@@ -196,43 +200,38 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: every problem with it.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "scaling")
+    parser.set_defaults(seeds=1, max_bytes=1_000_000)
     parser.add_argument("--only", choices=("rates", "test", "repeats"), help="this part [default: all, in order]")
-    parser.add_argument("--max_bytes", type=int, default=1_000_000, help="text of a run of rates [default 1000000]")
     parser.add_argument("--little_bytes", type=int, default=500_000, help="text of repeats [default 500000]")
-    parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR)
-    parser.add_argument("--work_dir", type=Path, default=CACHE_DIR / "scaling", help="[default .cache/scaling]")
     parser.add_argument("--table", action="store_true", help="only print what is finished")
     parser.add_argument("--json", type=Path, help="also write the rules here")
-    options = parser.parse_args(arguments)
-    options.data_dir, options.work_dir = options.data_dir.absolute(), options.work_dir.absolute()
-    problems = output_folder_problems(options.work_dir, "--work_dir")
-    problems += [
-        f"--{name} {v}: at least 1" for name in ("max_bytes", "little_bytes") if (v := vars(options)[name]) < 1
-    ]
-    if problems:
-        raise UserError(problems)
+    options = settled(parser.parse_args(arguments))
+    if options.little_bytes < 1:
+        raise UserError(f"--little_bytes {options.little_bytes}: at least 1")
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
     failed: list[Run] = []
-    if not options.table:
-        outlive_terminal()
-        setup_logging()
-        with RunLock(options.work_dir, str(options.work_dir)), Signals() as signals:
-            if options.only in (None, "rates"):
-                sizes = [(n, s, r) for n, s in SIZES.items() for r in range(len(next(iter(RATES.values()))))]
-                runs = [rate_run(m, n, s, RATES[m][r], options) for n, s, r in sizes for m in SETTINGS]
-                failed += run_all(runs, signals)
-            if options.only in (None, "test"):
-                rules = rates_table(options)[1]
-                if len(rules) < len(SETTINGS):
-                    log.warning("the rule of %s models is known: --only rates comes first", len(rules))
-                failed += run_all(test_runs(rules, options), signals)
-            if options.only in (None, "repeats"):
-                failed += run_all(repeat_runs(options), signals)
+    parts = () if options.table else (options.only,) if options.only else ("rates", "test", "repeats")
+    if "rates" in parts:
+        runs = [
+            run
+            for name, size in SIZES.items()
+            for model, rates in RATES.items()
+            for rate in rates
+            for run in rate_runs(model, name, size, rate, options)
+        ]
+        failed += make(runs, options.root)
+    if "test" in parts:
+        rules = rates_table(options)[1]
+        if len(rules) < len(SETTINGS):
+            log.warning("the rule of %s models is known: --only rates comes first", len(rules))
+        failed += make(runs_at_fourth_size(rules, options), options.root)
+    if "repeats" in parts:
+        failed += make(repeat_runs(options), options.root)
     found = report(options)
     if options.json:
         write_json_atomic(options.json, found)

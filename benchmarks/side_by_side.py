@@ -17,14 +17,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from trials import SETTINGS, Run, command_line, run_all, settled, values_of
+from trials import SETTINGS, Run, command_line, make, settled, values_of
 
-from mvlm_core.child_process import Signals
 from mvlm_core.comparison import STYLES
-from mvlm_core.console import outlive_terminal, setup_logging
 from mvlm_core.errors import run_main
 from mvlm_core.export import read_training_config
-from mvlm_core.files import RunLock, write_atomic, write_json_atomic
+from mvlm_core.files import write_atomic, write_json_atomic
 
 NAMES = tuple(SETTINGS)
 ROWS = (
@@ -140,11 +138,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
-    outlive_terminal()
-    setup_logging()
     runs = plan(options)
-    with RunLock(options.root, str(options.root)), Signals() as signals:
-        failed = run_all(runs, signals)
+    failed = make(runs, options.root)
     seeds = collect(runs)
     if seeds:
         print(table(seeds))

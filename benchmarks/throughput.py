@@ -13,7 +13,6 @@ the optimizer's; their share is of the matrix product's own speed, measured betw
 Exit codes: 0 done, 1 a contender failed, 2 bad arguments, 130/143 stopped by a signal.
 """
 
-# ruff: noqa: E402  (the repository is put on the path first)
 from __future__ import annotations
 
 import argparse
@@ -30,8 +29,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "SIM-ONE Training")]
+from trials import SETTINGS, recipe_of
 
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.hardware import set_process_environment
@@ -95,16 +93,14 @@ def matrices(model: Any) -> int:
 
 
 def ours(name: str, shape: Shape, precision: str, folder: Path) -> Contender:
-    import mvlm_trainer
     from mvlm_core.batches import BatchSource
     from mvlm_core.hardware import choose_hardware
     from mvlm_core.stop_request import StopRequest
     from mvlm_core.training_loop import TrainingLoop
     from mvlm_core.training_run import build_task, prepare_text
-    from prioritary_mvlm.config import PrioritaryConfig
-    from prioritary_mvlm.enhanced_trainer import RECIPE
 
     second = name.startswith("simone")
+    model = "simone_enhanced" if second else "mvlm_gpt2"
     values: dict[str, Any] = {
         "preset": "cpu",
         "hidden_dim": shape.width,
@@ -123,8 +119,7 @@ def ours(name: str, shape: Shape, precision: str, folder: Path) -> Contender:
     }
     if second:
         values |= {"untied_head": shape.untied_2, "coherence_weight": 0.3 if name.endswith("coherence on") else 0.0}
-    recipe = RECIPE if second else mvlm_trainer.recipe()
-    settings = (PrioritaryConfig if second else mvlm_trainer.GPT2Settings)(**values).check()
+    recipe, settings = recipe_of(model), SETTINGS[model](**values).check()
     hardware = choose_hardware(precision=precision)
     hardware.apply()
     text = prepare_text(settings, recipe.tokenizer_class)
@@ -244,7 +239,6 @@ def serve(text: str) -> None:
     given = json.loads(text)
     name, shape, precision = given["name"], Shape(**given["shape"]), given["precision"]
     set_process_environment()
-    import torch
 
     from mvlm_core.hardware import choose_hardware
     from mvlm_core.resources import peak_memory
@@ -271,7 +265,6 @@ def serve(text: str) -> None:
                 contender.step()
                 seconds.append(time.perf_counter() - started)
             print(json.dumps({"seconds": seconds, "peak": peak_memory()}), file=answers, flush=True)
-        torch.set_num_threads(1)
         os._exit(0)  # a trainer that still waits for its turn would keep the process
 
 
@@ -374,7 +367,7 @@ def table(result: dict[str, Any]) -> str:
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, one in contenders.items():
         # Paired by round: what the machine did in a round met both.
-        paired = [mine and theirs / mine for mine, theirs in zip(one["rounds"], first["rounds"], strict=True)]
+        paired = [theirs / mine for mine, theirs in zip(one["rounds"], first["rounds"], strict=True)]
         scale = first["tokens_per_step"] / one["tokens_per_step"]
         ratio = statistics.median(paired) / scale
         rate = f"{one['tokens_per_second']:,.0f} ({one['least']:,.0f} … {one['most']:,.0f})"

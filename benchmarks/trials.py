@@ -1,6 +1,6 @@
 """Trainings as trials: each a process of its own, kept when finished, continued when interrupted.
 
-``ablations.py``, ``side_by_side.py`` and ``scaling.py`` say which; this room runs them.
+``ablations.py``, ``side_by_side.py``, ``mixes.py`` and ``scaling.py`` say which; this room runs them.
 """
 
 # ruff: noqa: E402  (the repository is put on the path first)
@@ -16,25 +16,37 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "SIM-ONE Training")]
 
 import mvlm_trainer
 from mvlm_core.child_process import Signals
-from mvlm_core.console import log, setup_logging
+from mvlm_core.console import log, outlive_terminal, setup_logging
 from mvlm_core.errors import LINE_BREAK, UserError, printable, run_main
 from mvlm_core.export import read_training_config
-from mvlm_core.files import output_folder_problems
+from mvlm_core.files import RunLock, output_folder_problems
 from mvlm_core.hardware import set_process_environment
 from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR, TrainingSettings
 from mvlm_core.stop_request import PARENT_VARIABLE
 from prioritary_mvlm.config import PrioritaryConfig
 
+if TYPE_CHECKING:
+    from mvlm_core.training_run import Recipe
+
 SETTINGS = {"mvlm_gpt2": mvlm_trainer.GPT2Settings, "simone_enhanced": PrioritaryConfig}
 FIGURES = ("parameters", "validation_bpb", "tokens_per_second", "seconds", "steps", "best_step", "bytes", "rollbacks")
 PLACES = {"output_dir", "cache_dir"}  # settings that say where, not what
+
+
+def recipe_of(model: str) -> Recipe:
+    """How a model of this name is built and trained; loads torch."""
+    if model == "mvlm_gpt2":
+        return mvlm_trainer.recipe()
+    from prioritary_mvlm.enhanced_trainer import RECIPE
+
+    return RECIPE
 
 
 @dataclass(frozen=True)
@@ -89,9 +101,8 @@ def run_one() -> None:
     set_process_environment()
     setup_logging(settings.log_file, quiet=settings.quiet)
     from mvlm_core.training_run import run_training
-    from prioritary_mvlm.enhanced_trainer import RECIPE
 
-    run_training(mvlm_trainer.recipe() if given["model"] == "mvlm_gpt2" else RECIPE, settings)
+    run_training(recipe_of(given["model"]), settings)
 
 
 def execute(run: Run, signals: Signals) -> tuple[int, str]:
@@ -139,6 +150,19 @@ def run_all(runs: list[Run], signals: Signals) -> list[Run]:
             statistics.mean(seconds) * (len(left) - number) / 60,
         )
     return failed
+
+
+def make(runs: list[Run], folder: Path) -> list[Run]:
+    """``run_all`` as a command does it: alone in ``folder``, and through a closed terminal; returns what failed.
+
+    Raises:
+        UserError: another process works in ``folder``.
+        Stopped: by a signal, after the running child has written its checkpoint.
+    """
+    outlive_terminal()
+    setup_logging()
+    with RunLock(folder, str(folder)), Signals() as signals:
+        return run_all(runs, signals)
 
 
 def command_line(description: str, name: str) -> argparse.ArgumentParser:

@@ -201,19 +201,21 @@ def score_export(
     device: str = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> Score:
-    """Score a split of the corpus (or one translation's part of it) with the weights an export folder holds.
-
-    Keys of the score are the documents' paths.
-    """
-    model, tokenizer = load_export(model_dir, device)
+    """``score_loaded`` of a split of the corpus, or of one translation's part of it, by an export folder's weights."""
     documents = [d for d in corpus.split(split) if translation is None or d.translation == translation]
+    return score_loaded(*load_export(model_dir, device), documents, progress=progress)
 
+
+def score_loaded(
+    model: Any, tokenizer: Any, documents: Iterable[Document], *, progress: Callable[[int], None] | None = None
+) -> Score:
+    """Score documents with what ``load_export`` gave; keys of the score are the documents' paths."""
     return score_documents(
         model,
         lambda text: encode(tokenizer, text),
         ((document.path, document.read()) for document in documents),
         start_id=tokenizer.bos_token_id,
         context=context_of(model),
-        device=device,
+        device=str(model.device),
         progress=progress,
     )

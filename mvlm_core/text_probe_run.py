@@ -12,7 +12,7 @@ from typing import Any
 
 from mvlm_core import text_probes as probes
 from mvlm_core.corpus import Corpus, Document
-from mvlm_core.evaluation import bits_per_byte_by_part, context_of, encode, load_export, score_documents
+from mvlm_core.evaluation import bits_per_byte_by_part, load_export, score_loaded
 from mvlm_core.minimal_pairs import Pair, minimal_pairs, pair_accuracy
 from mvlm_core.verses import Verse, followed_by, matched_verses, sample_verses, verses_of
 
@@ -72,11 +72,7 @@ def measure(
     train, control = (probes.recall(model, tokenizer, v) for v in (material.train_verses, material.verses))
     found: dict[str, Any] = {}
     if bits_per_byte:
-        texts = ((document.path, document.read()) for document in material.held_out)
-        start, context = tokenizer.bos_token_id, context_of(model)
-        score = score_documents(
-            model, lambda text: encode(tokenizer, text), texts, start_id=start, context=context, device=device
-        )
+        score = score_loaded(model, tokenizer, material.held_out)
         found["bits_per_byte"] = bits_per_byte_by_part(score, material.held_out)
     found |= {
         "calibration": probes.calibration(model, tokenizer, material.verses),

@@ -8,11 +8,16 @@ from runs import TINY
 
 sys.path.append(str(REPOSITORY / "benchmarks"))
 import mixes
+import trials
 from trials import Run
 
 
+def options_of(arguments):
+    return trials.settled(trials.command_line("", "mixes").parse_args(arguments))
+
+
 def test_every_mix_is_a_valid_run_of_its_own(tmp_path):
-    runs = mixes.plan(mixes.parse_options(["--seeds", "2", "--work_dir", str(tmp_path), "--max_bytes", "1000"]))
+    runs = mixes.plan(options_of(["--seeds", "2", "--work_dir", str(tmp_path), "--max_bytes", "1000"]))
     assert len({run.folder for run in runs}) == len(runs) == 2 * len(mixes.MIXES)
     for run in runs:
         settings = run.settings().check()
@@ -20,8 +25,8 @@ def test_every_mix_is_a_valid_run_of_its_own(tmp_path):
 
 
 def test_real_runs_are_scored_on_all_translations_once(tiny_corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(mixes, "setup_logging", lambda *_, **__: None)
-    monkeypatch.setattr(mixes, "outlive_terminal", lambda: None)
+    monkeypatch.setattr(trials, "setup_logging", lambda *_, **__: None)
+    monkeypatch.setattr(trials, "outlive_terminal", lambda: None)
     tiny = TINY | {"data_subset": None, "data_dir": str(tiny_corpus), "cache_dir": str(tmp_path / "cache")}
     run = Run("alike", "simone_enhanced", tiny | {"seed": 0, "output_dir": str(tmp_path / "run")})
     monkeypatch.setattr(mixes, "plan", lambda options: [run])

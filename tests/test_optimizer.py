@@ -120,6 +120,14 @@ def twins(dtype):
     return ours, [nn.Parameter(p.detach().clone()) for p in ours]
 
 
+def step_both(first, second, ours, theirs, grads):
+    """One step of two optimizers, each with its own copy of the same gradients."""
+    for p, q, g in zip(ours, theirs, grads, strict=True):
+        p.grad, q.grad = g.clone(), g.clone()
+    first.step()
+    second.step()
+
+
 def test_muon_follows_torchs_own_step_by_step():
     """In bfloat16, the only precision that torch's iteration knows; with steps as large as the weights, so that
     the weights' own rounding (2^-8) hides nothing."""
@@ -127,10 +135,7 @@ def test_muon_follows_torchs_own_step_by_step():
     muon = Muon(ours, lr=1.0, momentum=0.95, weight_decay=0.1)
     reference = torch.optim.Muon(theirs, lr=1.0, momentum=0.95, weight_decay=0.1)
     for step, grads in enumerate(gradients(4, torch.bfloat16)):
-        for p, q, g in zip(ours, theirs, grads, strict=True):
-            p.grad, q.grad = g.clone(), g.clone()
-        muon.step()
-        reference.step()
+        step_both(muon, reference, ours, theirs, grads)
         for p, q in zip(ours, theirs, strict=True):
             assert (p - q).float().norm() < 0.25, f"step {step}"  # an orthogonal update's norm is above 5
             torch.testing.assert_close(muon.state[p]["momentum_buffer"], reference.state[q]["momentum_buffer"])
@@ -143,10 +148,7 @@ def test_muon_in_float32_is_torchs_rule_with_an_exact_iteration():
     muon = Muon(ours, lr=0.02, momentum=0.95, weight_decay=0.1)
     reference = torch.optim.Muon(theirs, lr=0.02, momentum=0.95, weight_decay=0.1)
     for grads in gradients(5, torch.float32):
-        for p, q, g in zip(ours, theirs, grads, strict=True):
-            p.grad, q.grad = g.clone(), g.clone()
-        muon.step()
-        reference.step()
+        step_both(muon, reference, ours, theirs, grads)
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(muon.state[p]["momentum_buffer"], reference.state[q]["momentum_buffer"])
         assert (p - q).norm() < 0.02 * q.norm()  # torch iterates in bfloat16, whatever the gradients are
@@ -158,9 +160,6 @@ def test_adamw_follows_torchs_own_step_by_step():
     optimizers = build_optimizers(named, kind="adamw", learning_rate=0.01, weight_decay=0.3)
     reference = torch.optim.AdamW(theirs, lr=0.01, betas=(0.9, 0.95), weight_decay=0.3, foreach=False, fused=False)
     for grads in gradients(6, torch.float32):
-        for p, q, g in zip(ours, theirs, grads, strict=True):
-            p.grad, q.grad = g.clone(), g.clone()
-        optimizers.step()
-        reference.step()
+        step_both(optimizers, reference, ours, theirs, grads)
         for p, q in zip(ours, theirs, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)

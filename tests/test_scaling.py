@@ -35,7 +35,7 @@ def test_sizes_are_what_they_say_and_settings_are_valid(tmp_path, tiny_corpus):
     options = options_of(tmp_path, tiny_corpus)
     for model, rates in scaling.RATES.items():
         for name, size in (*scaling.SIZES.items(), scaling.TEST_SIZE):
-            settings = scaling.rate_run(model, name, size, rates[0], options).settings().check()
+            settings = scaling.rate_runs(model, name, size, rates[0], options)[0].settings().check()
             assert settings.hidden_dim // settings.num_heads == 64 and settings.max_bytes == options.max_bytes
 
 

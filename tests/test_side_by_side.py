@@ -10,6 +10,7 @@ from mvlm_core.errors import UserError
 
 sys.path.append(str(REPOSITORY / "benchmarks"))
 import side_by_side
+import trials
 
 
 def finished(bits, *, size=1000.0, seconds=100.0, test=None):
@@ -50,8 +51,8 @@ def test_table_by_hand():
 
 
 def test_real_runs_make_a_table_and_a_figure(tiny_corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(side_by_side, "setup_logging", lambda *_, **__: None)
-    monkeypatch.setattr(side_by_side, "outlive_terminal", lambda: None)
+    monkeypatch.setattr(trials, "setup_logging", lambda *_, **__: None)
+    monkeypatch.setattr(trials, "outlive_terminal", lambda: None)
     plain = side_by_side.plan
 
     def tiny_plan(options):
