@@ -93,11 +93,10 @@ def matrices(model: Any) -> int:
 
 
 def ours(name: str, shape: Shape, precision: str, folder: Path) -> Contender:
-    from mvlm_core.batches import BatchSource
     from mvlm_core.hardware import choose_hardware
     from mvlm_core.stop_request import StopRequest
     from mvlm_core.training_loop import TrainingLoop
-    from mvlm_core.training_run import build_task, prepare_text
+    from mvlm_core.training_run import batch_source, build_task, prepare_text
 
     second = name.startswith("simone")
     model = "simone_enhanced" if second else "mvlm_gpt2"
@@ -123,7 +122,7 @@ def ours(name: str, shape: Shape, precision: str, folder: Path) -> Contender:
     hardware = choose_hardware(precision=precision)
     hardware.apply()
     text = prepare_text(settings, recipe.tokenizer_class)
-    batches = BatchSource(text.store, context=shape.context, sequences=shape.batch, seed=0)
+    batches = batch_source(settings, text)
     built, task = build_task(recipe, settings, hardware, text, batches, {})
     loop, stop = TrainingLoop(task, settings, hardware, folder, 10**6), StopRequest()
 

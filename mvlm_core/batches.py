@@ -20,7 +20,7 @@ class Batch:
     """Some sequences of training text.
 
     Attributes:
-        inputs, targets: ``[sequences, context]`` int64; targets are the inputs shifted by one.
+        inputs, targets: ``[sequences, context]`` int64; targets are the inputs shifted by one (but for noise).
         weights: ``[sequences, context]`` float32, the content-alignment weight of each target's document.
         text_bytes: UTF-8 bytes the targets stand for.
     """
@@ -34,12 +34,16 @@ class Batch:
 class BatchSource:
     """Batches of ``sequences`` sequences of ``context`` tokens.
 
+    Args:
+        input_noise: share of the inputs that are replaced by tokens drawn from the text, targets staying as they are
+            (unigram noising, Xie et al., arXiv 1703.02573). A model cannot learn by heart what it never reads twice.
     Raises:
         UserError: less text than one sequence.
     """
 
-    def __init__(self, store: TokenStore, *, context: int, sequences: int, seed: int) -> None:
+    def __init__(self, store: TokenStore, *, context: int, sequences: int, seed: int, input_noise: float = 0.0) -> None:
         self.store, self.context, self.sequences, self.seed = store, context, sequences, seed
+        self.input_noise = input_noise
         self.tokens_per_epoch = int((np.diff(store.starts) * store.repeats).sum())
         self.sequences_per_epoch = (self.tokens_per_epoch - 1) // context
         if self.sequences_per_epoch < 1:
@@ -65,17 +69,25 @@ class BatchSource:
         count = self.sequences - first if count is None else count
         start = number * self.sequences + first
         rows = [self._sequence(start + offset) for offset in range(count)]
-        tokens = np.stack([row[0] for row in rows]).astype(np.int64)
-        weights = np.stack([row[1] for row in rows]).astype(np.float32)
-        text_bytes = int(self.store.token_bytes[tokens[:, 1:]].sum())
-        return Batch(tokens[:, :-1], tokens[:, 1:], weights[:, 1:], text_bytes)
+        inputs, targets = (np.stack([row[n] for row in rows]).astype(np.int64) for n in range(2))
+        weights = np.stack([row[2] for row in rows]).astype(np.float32)
+        return Batch(inputs, targets, weights, int(self.store.token_bytes[targets].sum()))
 
-    def _sequence(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The ``context + 1`` tokens of a sequence, counted from the start of training, and their weights."""
+    def _sequence(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Inputs, targets and weights of a sequence, counted from the start of training."""
         epoch, place = divmod(number, self.sequences_per_epoch)
         self._enter(epoch)
         begin = self._shift + int(self._order[place]) * self.context
-        positions = np.arange(begin, begin + self.context + 1) % self.tokens_per_epoch
+        tokens, weights = self._read(np.arange(begin, begin + self.context + 1) % self.tokens_per_epoch)
+        inputs = tokens[:-1]
+        if self.input_noise:
+            random = np.random.Generator(np.random.PCG64([self.seed, number, 1]))
+            others, _ = self._read(random.integers(self.tokens_per_epoch, size=self.context))
+            inputs = np.where(random.random(self.context) < self.input_noise, others, inputs)
+        return inputs, tokens[1:], weights[1:]
+
+    def _read(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and weights at positions of the current epoch's string."""
         documents = np.searchsorted(self._starts, positions, side="right") - 1
         source = positions - self._starts[documents] + self.store.starts[self._documents[documents]]
         return self.store.tokens[source], self.store.weights[self._documents[documents]]

@@ -138,6 +138,14 @@ class TrainingSettings:
     warmup_steps: int | None = option(
         None, "steps of linear warm-up (default: 2 %% of the run)", "optimisation", minimum=0, identity=True
     )
+    input_noise: float = option(
+        0.0,
+        "share of the input tokens replaced by others of the text, against learning by heart a text that is read often",
+        "optimisation",
+        minimum=0,
+        below=1,
+        identity=True,
+    )
     weight_decay: float = option(
         0.1, "decoupled weight decay of the matrices", "optimisation", minimum=0, identity=True
     )

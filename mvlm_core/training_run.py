@@ -171,9 +171,7 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
     if ranks.world > 1:
         log.info("processes: %s, each on its part of every batch", ranks.world)
     text = _prepare_together(settings, recipe.tokenizer_class, ranks)
-    batches = BatchSource(
-        text.store, context=settings.max_length, sequences=settings.sequences_per_step, seed=settings.seed
-    )
+    batches = batch_source(settings, text)
     if batches.sequences < ranks.world:
         raise UserError(
             f"{ranks.world} processes share a batch of {batches.sequences} sequences: start fewer, or raise "
@@ -222,6 +220,17 @@ def _prepare_together(settings: TrainingSettings, tokenizer_class: type[ByteLeve
     if not first:
         text = prepare_text(settings, tokenizer_class)
     return text
+
+
+def batch_source(settings: TrainingSettings, text: PreparedText) -> BatchSource:
+    """The run's batches."""
+    return BatchSource(
+        text.store,
+        context=settings.max_length,
+        sequences=settings.sequences_per_step,
+        seed=settings.seed,
+        input_noise=settings.input_noise,
+    )
 
 
 def build_task(

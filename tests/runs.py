@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import mvlm_trainer
-from mvlm_core.batches import BatchSource
 from mvlm_core.distributed import ALONE, Ranks
 from mvlm_core.hardware import choose_hardware
 from mvlm_core.stop_request import StopRequest
 from mvlm_core.training_loop import TrainingLoop
-from mvlm_core.training_run import build_task, prepare_text, run_identity
+from mvlm_core.training_run import batch_source, build_task, prepare_text, run_identity
 from mvlm_core.training_task import total_steps
 from prioritary_mvlm import PrioritaryConfig
 from prioritary_mvlm.enhanced_trainer import RECIPE
@@ -60,9 +59,7 @@ def make_loop(model: str, settings: Any, ranks: Ranks = ALONE) -> TrainingLoop:
     """The loop of a run as the trainers put it together, not yet started."""
     recipe, hardware = recipe_of(model), choose_hardware(device=settings.device, precision=settings.precision)
     text = prepare_text(settings, recipe.tokenizer_class)
-    batches = BatchSource(
-        text.store, context=settings.max_length, sequences=settings.sequences_per_step, seed=settings.seed
-    )
+    batches = batch_source(settings, text)
     _, task = build_task(recipe, settings, hardware, text, batches, run_identity(settings, text), ranks)
     output_dir = Path(settings.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)

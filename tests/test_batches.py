@@ -76,6 +76,23 @@ def test_a_mix_reads_documents_as_often_as_it_says():
     assert np.all(times <= wanted) and wanted.sum() - times.sum() <= CONTEXT
 
 
+def test_noise_replaces_inputs_by_tokens_of_the_text_and_leaves_targets_alone():
+    store = make_store(lengths=(4000,), repeats=[2])
+    clean, noisy = (BatchSource(store, context=512, sequences=8, seed=3, input_noise=n) for n in (0.0, 0.25))
+    before, after = clean.batch(1), noisy.batch(1)
+    assert np.array_equal(before.targets, after.targets) and before.text_bytes == after.text_bytes
+    assert np.mean(before.inputs != after.inputs) == pytest.approx(0.25, abs=0.03)
+    assert np.array_equal(noisy.batch(1, 2, 3).inputs, after.inputs[2:5]), "the same for any micro-batch"
+    replaced = [batch.inputs != clean.batch(n).inputs for n, batch in ((n, noisy.batch(n)) for n in (0, 1))]
+    assert not np.array_equal(*replaced), "each sequence has noise of its own"
+
+
+def test_noise_is_drawn_from_what_a_pass_reads():
+    store = make_store(repeats=[1, 0, 0, 0, 0])
+    batches = BatchSource(store, context=CONTEXT, sequences=4, seed=0, input_noise=0.9)
+    assert batches.batch(0).inputs.max() < 100, "only the first document is read, so only its tokens are drawn"
+
+
 def test_epochs_are_counted_in_sequences():
     batches = source()
     assert batches.sequences_per_epoch == (485 - 1) // CONTEXT == 30
