@@ -58,7 +58,7 @@ def settings_of(model: str, options: argparse.Namespace, size: tuple[int, int], 
     values |= {"learning_rate": rate, "batch_size": 8, "eval_interval": 10**6}
     if model == "simone_enhanced":
         # AdamW's part moves with Muon's: one rate to find, as the presets have it.
-        values |= {"untied_head": False, "adamw_learning_rate": rate / 2}
+        values |= {"output_head": "tied", "adamw_learning_rate": rate / 2}
     return values
 
 

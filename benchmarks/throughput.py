@@ -51,14 +51,14 @@ class Shape:
     batch: int
     layers_2: int
     vocab_2: int
-    untied_2: bool
+    head_2: str
 
 
 SHAPES = {
     # The cpu preset, its baseline with GPT-2's own feed-forward width, which the peers cannot change.
-    "cpu": Shape(128, 7, 2, 512, 4096, 256, 8, 4, 4096, True),
-    "124m": Shape(768, 12, 12, 3072, 50257, 1024, 2, 12, 32000, False),
-    "32k": Shape(256, 4, 4, 1024, 32000, 1024, 4, 4, 32000, False),
+    "cpu": Shape(128, 7, 2, 512, 4096, 256, 8, 4, 4096, "own"),
+    "124m": Shape(768, 12, 12, 3072, 50257, 1024, 2, 12, 32000, "tied"),
+    "32k": Shape(256, 4, 4, 1024, 32000, 1024, 4, 4, 32000, "tied"),
 }
 CONTENDERS = ("mvlm_gpt2", "simone_enhanced", "simone_enhanced, coherence on", "transformers.Trainer", "nanoGPT")
 
@@ -117,7 +117,7 @@ def ours(name: str, shape: Shape, precision: str, folder: Path) -> Contender:
         "cache_dir": str(CACHE_DIR),
     }
     if second:
-        values |= {"untied_head": shape.untied_2, "coherence_weight": 0.3 if name.endswith("coherence on") else 0.0}
+        values |= {"output_head": shape.head_2, "coherence_weight": 0.3 if name.endswith("coherence on") else 0.0}
     recipe, settings = recipe_of(model), SETTINGS[model](**values).check()
     hardware = choose_hardware(precision=precision)
     hardware.apply()

@@ -33,7 +33,7 @@ def test_every_variant_is_one_valid_change(tmp_path, preset):
         assert mine.max_bytes == 1000 and mine.num_epochs is None and mine.seed == run.seed
         differing = {name for name, value in mine.identity().items() if value != reference.identity()[name]}
         assert differing == set(variants[run.label].values(preset))
-    assert settings["tied_head, seed 0"].untied_head is False
+    assert settings["tied_head, seed 0"].output_head == "tied"
     assert settings["no_coherence, seed 0"].coherence_weight == 0.0
 
 
@@ -97,7 +97,7 @@ def test_a_run_is_made_once_and_a_failure_is_told(tiny_corpus, tmp_path, caplog,
         trials.Run(
             name, variants[name].model, shared | {"seed": 0, "output_dir": str(tmp_path / name / "seed0"), **changes}
         )
-        for name, changes in (("tied_head", {"untied_head": False}), ("cosine", {"learning_rate": -1.0}))
+        for name, changes in (("tied_head", {"output_head": "tied"}), ("cosine", {"learning_rate": -1.0}))
     )
     assert good.result() is None
     with Signals() as signals:
@@ -118,5 +118,5 @@ def test_a_run_is_made_once_and_a_failure_is_told(tiny_corpus, tmp_path, caplog,
     monkeypatch.setattr(sys, "argv", ["trials.py", job])
     trials.run_one()
     assert f"already finished: {good.folder}" in caplog.text
-    other = trials.Run(good.label, good.model, good.values | {"untied_head": True})
+    other = trials.Run(good.label, good.model, good.values | {"output_head": "own"})
     assert other.result() is None  # what is there was made with other settings

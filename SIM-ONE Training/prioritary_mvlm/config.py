@@ -13,7 +13,7 @@ SMALL = {
     "learning_rate": 0.03,
     "adamw_learning_rate": 0.015,
     "lr_schedule": "linear",
-    "untied_head": True,
+    "output_head": "own",
     "coherence_weight": 0.3,
 }
 
@@ -45,8 +45,12 @@ class PrioritaryConfig(TrainingSettings):
         above=0,
         identity=True,
     )  # fmt: skip
-    untied_head: bool = option(
-        False, "give the output its own matrix instead of the input embedding", "model", identity=True
+    output_head: str = option(
+        "tied",
+        "the output matrix: tied to the input embedding, or its own",
+        "model",
+        choices=("tied", "own"),
+        identity=True,
     )
     no_policy_head: bool = option(
         False, "switch the policy head off (per-head gate on what attention read)", "governance", identity=True

@@ -36,7 +36,7 @@ def model_config(
         memory_head=not config.no_memory_head,
         trace_head=not config.no_trace_head,
         attention_backend=attention_backend,
-        tie_word_embeddings=not config.untied_head,
+        tie_word_embeddings=config.output_head == "tied",
         pad_token_id=tokenizer.token_id("pad_token"),
         bos_token_id=tokenizer.start_id,
         eos_token_id=tokenizer.end_id,
