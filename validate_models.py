@@ -21,11 +21,10 @@ from mvlm_core.files import output_folder_problems, write_json_atomic
 from mvlm_core.hardware import DEVICES, set_process_environment
 from mvlm_core.packaging import MANIFEST
 from mvlm_core.pipeline import Layout, now, read_json
-from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
+from mvlm_core.settings import DEFAULT_DATA_DIR, MODELLING_SOURCES, REPOSITORY_ROOT
 from mvlm_core.strict_tar import name_problem
 
 MODELS = ("mvlm_gpt2", "simone_enhanced")
-MODELLING_SOURCES = REPOSITORY_ROOT / "SIM-ONE Training" / "simone_transformer"  # the only code an export may hold
 
 
 def validate_model(

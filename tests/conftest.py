@@ -134,6 +134,20 @@ def build_tiny_corpus(folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny real exports of both models, by name; to be read, not written."""
+    from runs import MODELS, recipe_of, tiny_settings
+
+    from mvlm_core.training_run import run_training
+
+    work = tmp_path_factory.mktemp("trained")
+    corpus = build_tiny_corpus(work / "corpus")
+    for model in MODELS:
+        run_training(recipe_of(model), tiny_settings(model, corpus, work))
+    return work
+
+
 @pytest.fixture
 def empty_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A PATH of one folder, into which a test puts its own nvidia-smi; no other trace of a GPU."""

@@ -1,0 +1,106 @@
+"""``generate.py`` with real exports: folders and archives, draws that repeat, traces, and what it refuses."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+import generate
+from mvlm_core.errors import UserError
+from mvlm_core.packaging import write_archive
+
+PROMPT = "In the beginning"
+
+
+def said(capsys, *arguments):
+    assert generate.main([str(argument) for argument in arguments]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ("mvlm_gpt2", "simone_enhanced"))
+def test_a_folder_and_its_archive_say_the_same(model, trained, tmp_path, capsys):
+    archive = tmp_path / f"{model}_model.tar.gz"
+    write_archive(trained / model, archive)
+    options = ("--max_new_tokens", 12, "--device", "cpu")
+    from_folder = said(capsys, trained / model, PROMPT, *options)
+    assert from_folder.startswith(PROMPT) and len(from_folder) > len(PROMPT) + 2
+    assert said(capsys, archive, PROMPT, *options) == from_folder, "the seed decides, not the place"
+    assert said(capsys, archive, PROMPT, *options, "--seed", 1) != from_folder
+
+
+def test_samples_are_drawn_with_the_seeds_that_are_named(trained, capsys):
+    options = ("--max_new_tokens", 8, "--device", "cpu")
+    both = said(capsys, trained / "mvlm_gpt2", PROMPT, *options, "--samples", 2, "--seed", 5)
+    apart = [said(capsys, trained / "mvlm_gpt2", PROMPT, *options, "--seed", seed) for seed in (5, 6)]
+    heads = [f"--- sample {n} of 2, seed {n + 4}\n" for n in (1, 2)]
+    assert both == heads[0] + apart[0] + heads[1] + apart[1]
+
+
+def test_temperature_zero_is_the_likeliest_whatever_the_seed(trained, capsys):
+    options = ("--max_new_tokens", 8, "--temperature", 0, "--device", "cpu")
+    texts = {said(capsys, trained / "simone_enhanced", PROMPT, *options, "--seed", seed) for seed in range(3)}
+    assert len(texts) == 1
+
+
+def test_it_ends_where_the_context_does(trained, capsys):
+    text = said(capsys, trained / "simone_enhanced", "--max_new_tokens", 500, "--trace", "--device", "cpu")
+    rows = text[text.index("token  ") :].splitlines()[1:]
+    assert 2 <= len(rows) <= 32, "no more tokens than the context of 32"
+
+
+def test_the_trace_has_a_row_for_each_token(trained, capsys):
+    text = said(
+        capsys, trained / "simone_enhanced", PROMPT, "--max_new_tokens", 5, "--temperature", 0, "--trace",
+        "--device", "cpu",
+    )  # fmt: skip
+    head, *rows = text[text.index("token  ") :].splitlines()
+    assert head.split() == ["token", "policy", "memory", "entropy", "distance"]
+    for row in rows:
+        policy, memory, entropy, distance = map(float, row.split()[-4:])
+        assert 0 <= policy <= 2 and 0 <= memory <= 1 and entropy >= 0 and distance >= 0
+    assert float(rows[0].split()[-1]) == 0, "the first token can look at itself only"
+
+
+def test_a_gpt2_has_no_trace(trained):
+    with pytest.raises(UserError, match="reports no traces"):
+        generate.main([str(trained / "mvlm_gpt2"), PROMPT, "--trace", "--device", "cpu"])
+
+
+def test_changed_weights_and_changed_code_are_not_loaded(trained, tmp_path):
+    for name, change in (("model.safetensors", b"\0"), ("rope_attention.py", b"\nprint('ran')\n")):
+        folder = tmp_path / name / "simone_enhanced"
+        shutil.copytree(trained / "simone_enhanced", folder, ignore=shutil.ignore_patterns("checkpoints"))
+        with (folder / name).open("ab") as file:
+            file.write(change)
+        with pytest.raises(UserError, match=name):
+            generate.main([str(folder), PROMPT])
+
+
+def test_every_bad_argument_is_named_in_one_message(tmp_path):
+    with pytest.raises(UserError) as caught:
+        generate.main([str(tmp_path), PROMPT, "--temperature", "-1", "--top_p", "0", "--samples", "0"])
+    assert [problem.split()[0] for problem in caught.value.problems] == ["--temperature", "--top_p", "--samples"]
+    for place, words in ((tmp_path, "no finished export"), (tmp_path / "none", "no such folder")):
+        with pytest.raises(UserError, match=words):
+            generate.main([str(place), PROMPT])
+
+
+def test_a_prompt_that_fills_the_context_is_refused(trained):
+    with pytest.raises(UserError, match="reads 32 at once"):
+        generate.main([str(trained / "mvlm_gpt2"), "and it came to pass " * 40, "--device", "cpu"])
+
+
+def test_the_text_reaches_a_pipe_and_control_sequences_do_not(trained):
+    command = [
+        sys.executable,
+        REPOSITORY / "generate.py",
+        trained / "mvlm_gpt2",
+        "\x1b[2JAmen",
+        "--max_new_tokens",
+        "3",
+    ]
+    done = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("\\x1b[2JAmen") and not done.stderr
