@@ -94,6 +94,11 @@ def prompt_ids(model: Any, tokenizer: Any, prompt: str) -> Tensor:
     return torch.tensor([ids], device=model.device)
 
 
+def show(text: str, end: str = "") -> None:
+    """Print text that a terminal must not obey: control sequences of a prompt or a model are shown, not sent."""
+    print(printable(text, "\n\t", limit=len(text)), end=end, flush=True)
+
+
 def write(model: Any, tokenizer: Any, ids: Tensor, options: argparse.Namespace, seed: int) -> Tensor:
     """One continuation, printed as it is made; returns all its tokens ``[1, seq]``."""
     import torch
@@ -101,18 +106,22 @@ def write(model: Any, tokenizer: Any, ids: Tensor, options: argparse.Namespace, 
 
     from mvlm_core.evaluation import context_of
 
+    class Printer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            show(text, end="\n" if stream_end else "")
+
     if options.temperature == 0:
         choice: dict[str, Any] = {"do_sample": False}
     else:
         limits = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
         choice = {"do_sample": True, **limits}
     torch.manual_seed(seed)
-    print(printable(options.prompt, "\n\t", limit=len(options.prompt)), end="", flush=True)
+    show(options.prompt)
     return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=min(options.max_new_tokens, context_of(model) - ids.shape[1]),
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        streamer=Printer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         pad_token_id=tokenizer.pad_token_id,
         **choice,
     )
