@@ -2,6 +2,7 @@
 """Train both models, compare them, pack them and check what came out.
 
     corpus -> model 1 -> model 2 -> test scores, text probes and comparison -> archives -> validation
+    -> report
 
 Run it again after an interruption and it goes on where it stopped: finished stages are kept, a stopped
 training is resumed from its last checkpoint. Ctrl-C (or SIGTERM) lets the running trainer write a checkpoint
@@ -30,7 +31,9 @@ from mvlm_core.hardware import resolve_preset, set_process_environment
 from mvlm_core.pipeline import (
     Layout,
     Summary,
+    child_command,
     log,
+    make_page,
     pack_models,
     probe_text,
     score_parts,
@@ -38,7 +41,6 @@ from mvlm_core.pipeline import (
     training_config,
     training_history,
     validate,
-    validation_command,
 )
 from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR, PRESET_NAMES, REPOSITORY_ROOT, TrainingSettings
 
@@ -48,6 +50,7 @@ TRAINERS = {
     "simone_enhanced": REPOSITORY_ROOT / "SIM-ONE Training" / "enhanced_train.py",
 }
 VALIDATOR = REPOSITORY_ROOT / "validate_models.py"
+REPORTER = REPOSITORY_ROOT / "make_report.py"
 TEXT_PROBES = REPOSITORY_ROOT / "benchmarks" / "text_probes.py"
 # Settings of both trainers that this command hands on as they are given.
 HANDED_ON = (
@@ -294,7 +297,7 @@ def show_plan(options: argparse.Namespace) -> None:
             told = found.stdout if found.returncode == 0 else f"no estimate: {found.stderr.strip()[-500:]}"
             print("".join(f"  {line}\n" for line in told.splitlines()), end="")
     print(f"\nthen:     comparison -> {options.layout.plot}\n          archives   -> {options.layout.downloads}")
-    print(f"          validation -> {options.layout.report}")
+    print(f"          validation -> {options.layout.report}\n          report     -> {options.layout.page}")
 
 
 # --- the run ------------------------------------------------------------------------------------------------
@@ -366,9 +369,11 @@ def run_stages(
     log.info("=== archives")
     pack_models(layout, summary, signals)
     log.info("=== validation")
-    command = validation_command(VALIDATOR, layout, options.data_dir, options.handed_on.get("device"))
-    validated = validate(layout, summary, command, signals)
+    device = options.handed_on.get("device")
+    validated = validate(layout, summary, child_command(VALIDATOR, layout, options.data_dir, device), signals)
     summary.close()
+    log.info("=== report")
+    make_page(REPORTER, layout, options.data_dir, device, signals)
     report_end(layout, summary, lines, log_file)
     if codes and all(code == 2 for code in codes):
         return 2
@@ -385,6 +390,8 @@ def report_end(layout: Layout, summary: Summary, lines: list[str], log_file: Pat
         elif entry["archive"]:
             log.info("archive: %s", layout.root / entry["archive"])
     log.info("summary: %s, plot: %s, validation: %s, log: %s", layout.summary, layout.plot, layout.report, log_file)
+    if layout.page.is_file():
+        log.info("to look at, in a browser: %s", layout.page)
     if any(entry["archive"] for entry in summary.models.values()):
         log.info(
             "next, on your own machine:  scp -r %s@%s:%s .",

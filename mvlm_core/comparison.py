@@ -233,26 +233,33 @@ TABLE_ROWS = (
 )
 
 
+def rows(comparison: dict, names: list[str]) -> list[list[str]]:
+    """The comparison as rows of words: what, each model's value, the ratio."""
+    found = [[words, *_cells(comparison[key], names, form)] for words, key, form in TABLE_ROWS]
+    return found + _part_rows(comparison, names)
+
+
 def table(comparison: dict, names: list[str]) -> list[str]:
     """The comparison as lines of plain text."""
-    rows = [["", *names, "ratio"]]
-    for words, key, form in TABLE_ROWS:
-        rows.append([words, *_cells(comparison[key], names, form)])
-    rows += _part_rows(comparison, names)
-    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
+    rows_of_all = [["", *names, "ratio"], *rows(comparison, names)]
+    widths = [max(map(len, column)) for column in zip(*rows_of_all, strict=True)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
+        for row in rows_of_all
     ]
     lines.insert(1, "-" * len(lines[0]))
     lines += probe_lines(comparison["text_probes"], names)
-    if anchors := comparison["compressors"]:
-        values = ", ".join(f"{words} {anchors[key]:.3f}" for key, words in ANCHORS.items())
-        lines.append(
-            f"compressors primed with the train text, on the {_anchor_words(anchors)} "
-            f"({anchors['test_bytes']:,} bytes): {values}"
-        )
+    lines += anchor_lines(comparison["compressors"])
     return [*lines, "", *comparison["sentences"]]
+
+
+def anchor_lines(anchors: dict) -> list[str]:
+    """What the compressors need, in a sentence; nothing where they were not measured."""
+    if not anchors:
+        return []
+    values = ", ".join(f"{words} {anchors[key]:.3f}" for key, words in ANCHORS.items())
+    text = f"{_anchor_words(anchors)} ({anchors['test_bytes']:,} bytes)"
+    return [f"compressors primed with the train text, on the {text}: {values}"]
 
 
 def _cells(values: dict, names: list[str], form: str) -> list[str]:

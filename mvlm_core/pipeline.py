@@ -65,6 +65,10 @@ class Layout:
         return self.models / "validation_report.json"
 
     @property
+    def page(self) -> Path:
+        return self.models / "report.html"
+
+    @property
     def plot(self) -> Path:
         return self.models / "comparison.png"
 
@@ -367,6 +371,14 @@ def probe_text(script: Path, layout: Layout, names: list[str], flags: list[str],
     return {name: results[export] for name, export in exports.items() if export in results}
 
 
+def make_page(script: Path, layout: Layout, data_dir: str, device: str | None, signals: Signals) -> None:
+    """`models/report.html`. Where it cannot be made this is told, and ends nothing: it is not needed to ship."""
+    code, tail = run_child(child_command(script, layout, data_dir, device), signals)
+    signals.check()
+    if code:
+        log.error("no report: exit code %d: %s", code, tail[-1] if tail else "no output")
+
+
 def score_parts(config: dict) -> dict[str, dict[str, float]]:
     """Test bits per byte by book and by translation, from a trainer's record; what is damaged is left out."""
     results = config.get("results", {})
@@ -378,7 +390,8 @@ def score_parts(config: dict) -> dict[str, dict[str, float]]:
     }
 
 
-def validation_command(script: Path, layout: Layout, data_dir: str, device: str | None) -> list[str]:
+def child_command(script: Path, layout: Layout, data_dir: str, device: str | None) -> list[str]:
+    """The command line of a script that looks at what a run made."""
     return [
         sys.executable,
         str(script),

@@ -47,7 +47,7 @@ def mean(values: Sequence[float]) -> Mean:
 # --- tokens in, text out ------------------------------------------------------------------------------------
 
 
-def _prompt(tokenizer: Any, text: str, room: int) -> list[int]:
+def prompt_ids(tokenizer: Any, text: str, room: int) -> list[int]:
     """The start token and the text, or the last ``room`` tokens of them."""
     start = max(0, len(text) - _CHARACTERS * room)
     text = text[text.rfind("\n", 0, start) + 1 :] if start else text
@@ -159,7 +159,7 @@ def calibration(
     rows = []
     for verse in verses:
         new = encode(tokenizer, verse.text + "\n")
-        ids = (_prompt(tokenizer, verse.before, context + 1) + new)[-context - 1 :]
+        ids = (prompt_ids(tokenizer, verse.before, context + 1) + new)[-context - 1 :]
         rows.append((ids, max(1, len(ids) - len(new))))  # a target's place in ``ids`` is one more than its logits'
     rows.sort(key=lambda row: len(row[0]))
     confidence, correct = [], []
@@ -204,7 +204,7 @@ def cloze(model: Any, tokenizer: Any, verses: Sequence[Verse], *, batch_size: in
 
     def share(before: Sequence[str]) -> Mean:
         prompts = [
-            _prompt(tokenizer, text + head, room - length)
+            prompt_ids(tokenizer, text + head, room - length)
             for text, (_, head, _, length) in zip(before, asked, strict=True)
         ]
         said = continuations(model, tokenizer, prompts, lengths, batch_size=batch_size)
@@ -311,7 +311,7 @@ def repetition(
         if (text := followed_by(verse, words)) is not None:
             # A quarter more tokens than the text has: the model's own words may be longer.
             length = min(len(encode(tokenizer, text)) * 5 // 4 + 8, room // 2)
-            prompts.append(_prompt(tokenizer, verse.before, room - length))
+            prompts.append(prompt_ids(tokenizer, verse.before, room - length))
             lengths.append(length)
             references.append(text)
     greedy, sampled = (

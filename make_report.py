@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""Make models/report.html: a finished run on one page that opens from disk, without a network.
+
+train_all_models.py makes it at its end; run this to make it again. The finished models are asked for samples and
+governance traces, all else comes from the run's records.
+
+Exit codes: 0 done, 2 bad arguments or no run, 130/143 stopped by a signal.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mvlm_core.checked_export import checked_export
+from mvlm_core.errors import UserError, run_main
+from mvlm_core.files import output_folder_problems
+from mvlm_core.hardware import DEVICES, set_process_environment
+from mvlm_core.pipeline import Layout, read_json, training_config
+from mvlm_core.settings import DEFAULT_DATA_DIR, MODELLING_SOURCES, REPOSITORY_ROOT
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        UserError: every problem with it.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--work_dir", type=Path, default=REPOSITORY_ROOT, help="where models/ is [this repository]")
+    parser.add_argument("--data_dir", default=str(DEFAULT_DATA_DIR), help="the corpus, for held-out verses")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda [default auto]")
+    parser.add_argument("--seed", type=int, default=0, help="of the verses and the samples [default 0]")
+    options = parser.parse_args(arguments)
+    problems = output_folder_problems(options.work_dir / "models", "--work_dir:")
+    if options.device not in DEVICES:
+        problems.append(f"--device {options.device}: unknown; choose one of {', '.join(DEVICES)}")
+    if options.seed < 0:
+        problems.append(f"--seed {options.seed}: 0 or more")
+    if not Path(options.data_dir).is_dir():
+        problems.append(f"--data_dir {options.data_dir}: no such folder")
+    options.layout = Layout(options.work_dir.absolute())
+    if not problems and not read_json(options.layout.summary):
+        problems.append(f"{options.layout.summary}: no record of a run; train_all_models.py makes one")
+    if problems:
+        raise UserError(problems)
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    set_process_environment()
+    from mvlm_core.corpus import load_corpus
+    from mvlm_core.hardware import choose_hardware
+    from mvlm_core.report import ask, write_report
+
+    layout, exports, problems = options.layout, {}, []
+    models = read_json(layout.summary).get("models", {})
+    for name in (name for name, entry in models.items() if entry.get("status") == "finished"):
+        try:
+            with checked_export(layout.export(name), MODELLING_SOURCES) as folder:
+                exports[name] = folder
+        except UserError as error:
+            problems += error.problems
+    samples, traces = [], []
+    if exports:
+        hardware = choose_hardware(device=options.device)
+        hardware.apply()
+        only = training_config(next(iter(exports.values()))).get("data", {}).get("only")
+        corpus = load_corpus(options.data_dir, only=only)
+        samples, traces = ask(exports, corpus, device=hardware.device, seed=options.seed)
+    print(f"report: {write_report(layout, samples, traces, problems)}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
