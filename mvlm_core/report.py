@@ -19,6 +19,8 @@ from mvlm_core.files import write_atomic
 from mvlm_core.pipeline import Layout, read_json, training_config, training_history
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
+# Okabe and Ito's, for lines of one model: apart for every kind of colour vision.
+PART_STYLES = (("#0072B2", "-"), ("#E69F00", "--"), ("#009E73", ":"), ("#CC79A7", "-."))
 POINTS = 400  # of a curve: more than a page has pixels for
 TRACE_WORDS = {
     "policy": "how much of what attention read is let through (0 to 2)",
@@ -128,9 +130,11 @@ def curves(
         for number, key in enumerate(keys):
             points = _thinned([(record[x] / unit, record[key]) for record in history if key in record])
             if points:
-                look = {"color": style["color"], "linestyle": style["linestyle"]} if len(keys) == 1 else {}
+                one = style["color"], style["linestyle"]
+                look = dict(
+                    zip(("color", "linestyle"), one if len(keys) == 1 else PART_STYLES[number % 4], strict=True)
+                )
                 look |= {"marker": style["marker"], "markersize": 4} if len(points) < 60 else {}
-                look |= {"linestyle": ("-", "--", ":", "-.")[number % 4]} if len(keys) > 1 else {}
                 lines.append((points, name if len(keys) == 1 else key.replace("_", " "), look))
     if not lines:
         return None
@@ -200,6 +204,7 @@ def heat(values: list[float]) -> list[float]:
 def facts(summary: dict[str, Any], configs: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
     """What was trained on what, in a few lines."""
     found = [(key, str(summary.get(key))) for key in ("preset", "device", "started", "finished") if summary.get(key)]
+    texts: dict[str, list[str]] = {}
     for name, config in configs.items():
         data, settings = config.get("data", {}), config.get("settings", {})
         shape = "{hidden_dim} wide, {num_layers} layers, {num_heads} heads, context {max_length}, seed {seed}"
@@ -208,8 +213,8 @@ def facts(summary: dict[str, Any], configs: dict[str, dict[str, Any]]) -> list[t
             found.append((name, shape.format(**settings)))
         if "train_bytes" in data:
             text = f"{data['train_bytes'] / 1e6:.1f} MB in {data.get('train_documents')} documents"
-            found.append((f"text of {name}", f"{text}, {data.get('only') or 'the whole corpus'}"))
-    return found
+            texts.setdefault(f"{text}, {data.get('only') or 'the whole corpus'}", []).append(name)
+    return found + [(f"text of {' and '.join(of)}" if len(texts) > 1 else "text", text) for text, of in texts.items()]
 
 
 def write_report(layout: Layout, samples: list[Sample], traces: list[Trace], problems: list[str]) -> Path:
