@@ -130,10 +130,8 @@ def curves(
         for number, key in enumerate(keys):
             points = _thinned([(record[x] / unit, record[key]) for record in history if key in record])
             if points:
-                one = style["color"], style["linestyle"]
-                look = dict(
-                    zip(("color", "linestyle"), one if len(keys) == 1 else PART_STYLES[number % 4], strict=True)
-                )
+                color, line = PART_STYLES[number % 4] if len(keys) > 1 else (style["color"], style["linestyle"])
+                look = {"color": color, "linestyle": line}
                 look |= {"marker": style["marker"], "markersize": 4} if len(points) < 60 else {}
                 lines.append((points, name if len(keys) == 1 else key.replace("_", " "), look))
     if not lines:

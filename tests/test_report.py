@@ -1,4 +1,4 @@
-"""``make_report.py``: one page from a real run's records and exports, self-contained, and whole where something failed."""
+"""``make_report.py``: one self-contained page from a real run's records and exports, also where something failed."""
 
 import re
 import shutil
