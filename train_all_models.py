@@ -71,6 +71,7 @@ HANDED_ON = (
     "keep_checkpoints",
     "no_mixed_precision",
     "no_compile",
+    "tensorboard",
     "quiet",
 )
 

@@ -27,7 +27,7 @@ EXPECTED_FILES = (
     "training_plots.png",
 )
 # What may lie in an export folder beside the manifest's files; none of it goes into an archive.
-BESIDE = {MANIFEST, "checkpoints", "training_history.jsonl", "run.lock", ".export"}
+BESIDE = {MANIFEST, "checkpoints", "training_history.jsonl", "tensorboard", "run.lock", ".export"}
 PICKLE_SUFFIXES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
 # torch's zip, pickle 2 to 5
 WEIGHTS_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")

@@ -156,6 +156,18 @@ def peak_memory(device: str = "cpu") -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def gpu_load(device: str) -> int | None:
+    """Percent of the last moments in which the GPU was busy; None without one, or where it does not say."""
+    if device != "cuda":
+        return None
+    import torch
+
+    try:
+        return torch.cuda.utilization()
+    except Exception:  # no NVML in some containers, not supported by some slices: a run does not depend on it
+        return None
+
+
 class PeakMemory:
     """Peak bytes of a stretch of work: ``with PeakMemory("cpu") as peak: ...`` then ``peak.bytes``.
 

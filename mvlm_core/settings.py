@@ -200,6 +200,7 @@ class TrainingSettings:
         False, "leave the test books unread: for sweeps, whose choices must not see them", "run"
     )
     log_file: str | None = option(None, "also write log lines here", "run")
+    tensorboard: bool = option(False, "also write TensorBoard event files below the output folder", "run")
     quiet: bool = option(False, "no progress bar", "run")
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from mvlm_core.files import fsync_path
 from mvlm_core.hardware import Hardware
 from mvlm_core.history import HISTORY_NAME, append_records, truncate_history
 from mvlm_core.optimizer import learning_rate_scale
-from mvlm_core.resources import memory_in_use
+from mvlm_core.resources import gpu_load, memory_in_use
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.step_guard import ROLLBACKS_AT_MOST
 from mvlm_core.stop_request import StopRequest
@@ -40,6 +41,7 @@ class TrainingLoop:
     Args:
         total_steps: optimizer steps of the whole run.
         output_dir: ``checkpoints/`` and ``training_history.jsonl`` are kept below it.
+        listener: is given the records that were added to the history.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class TrainingLoop:
         output_dir: Path,
         total_steps: int,
         ranks: Ranks = ALONE,
+        listener: Callable[[list[dict[str, Any]]], None] | None = None,
     ) -> None:
+        self.listener = listener
         self.task, self.settings, self.hardware, self.total_steps = task, settings, hardware, total_steps
         self.ranks = ranks
         self.warmup_steps = warmup_steps(settings, total_steps)
@@ -240,12 +244,13 @@ class TrainingLoop:
         self._pending_seconds += time.perf_counter() - started
         state, count = self.state, len(lines)
         rate = count * self.task.batches.tokens_per_batch / self._pending_seconds
-        memory = memory_in_use(self.hardware.device)
+        load = gpu_load(self.hardware.device)
+        resources = {"memory_bytes": memory_in_use(self.hardware.device)} | ({} if load is None else {"gpu_load": load})
         trouble = None
         for number, line in enumerate(lines, 1):
             line["seconds"] = state.seconds + self._pending_seconds * number / count
             line["tokens_per_second"] = rate
-            line["memory_bytes"] = memory
+            line |= resources
             skipped = bool(line.pop("skipped"))
             if skipped:
                 log.warning("step %s skipped: its loss or gradient is no finite number", line["step"])
@@ -260,7 +265,13 @@ class TrainingLoop:
 
     def _report(self, line: dict[str, Any], bar: Any) -> None:
         loss = line.get("train_loss", math.nan)
-        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{line['learning_rate']:.2g}", refresh=False)
+        shown = {"loss": f"{loss:.3f}", "lr": f"{line['learning_rate']:.2g}"}
+        if self.state.best_bpb is not None:
+            shown["bits/byte"] = f"{self.state.best_bpb:.4f}"
+        shown["mem"] = f"{line['memory_bytes'] / 2**30:.1f}G"
+        if "gpu_load" in line:
+            shown["gpu"] = f"{line['gpu_load']}%"
+        bar.set_postfix(shown, refresh=False)
         left = (self.total_steps - line["step"]) * self.task.batches.tokens_per_batch / line["tokens_per_second"]
         log.debug(
             "step %d/%d  epoch %.2f  loss %.4f  grad norm %.2f  lr %.3g  %s tok/s  %.0f MB  %s left",
@@ -309,6 +320,8 @@ class TrainingLoop:
 
     def _append_records(self) -> None:
         append_records(self.history_path, self._records)
+        if self.listener is not None:
+            self.listener(self._records)
         self._records = []
 
     def _should_stop_early(self) -> bool:

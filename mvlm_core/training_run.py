@@ -22,6 +22,7 @@ from mvlm_core.cost_estimate import describe_cost
 from mvlm_core.distributed import ALONE, Ranks, join
 from mvlm_core.errors import TrainingFailed, UserError
 from mvlm_core.evaluation import Score, bits_per_byte, bits_per_byte_by_part, score_documents, score_export
+from mvlm_core.event_files import EVENTS_NAME, EventFiles
 from mvlm_core.export import (
     finish_export,
     model_card,
@@ -188,7 +189,8 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
             return output_dir
         stop.raise_at_once()
         built, task = build_task(recipe, settings, hardware, text, batches, identity, ranks)
-        loop = TrainingLoop(task, settings, hardware, output_dir, steps, ranks)
+        events = EventFiles(output_dir / EVENTS_NAME) if settings.tensorboard and ranks.is_main else None
+        loop = TrainingLoop(task, settings, hardware, output_dir, steps, ranks, events and events.add)
         log.info(
             "%s: %s parameters, %s steps of %s sequences of %s tokens (%.2f epochs)",
             recipe.title,
@@ -297,7 +299,8 @@ def _is_finished(output_dir: Path, identity: dict[str, Any], steps: int) -> bool
 def _clear(output_dir: Path) -> None:
     """Delete what an earlier run left in the folder, and nothing else."""
     remove_export(output_dir)
-    shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
+    for folder in ("checkpoints", EVENTS_NAME):
+        shutil.rmtree(output_dir / folder, ignore_errors=True)
     (output_dir / HISTORY_NAME).unlink(missing_ok=True)
 
 
