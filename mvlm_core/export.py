@@ -15,6 +15,7 @@ from typing import Any
 
 from mvlm_core.files import LOCK_NAME, fsync_path, read_regular, sha256_file, write_json_atomic
 from mvlm_core.packaging import ArchiveError, read_manifest
+from mvlm_core.text_probe_table import share
 
 MANIFEST_NAME = "manifest.json"
 _STAGING_NAME = ".export"
@@ -130,6 +131,9 @@ def model_card(config: dict[str, Any], *, title: str, description: str, sources:
     def number(key: str, form: Callable[[Any], str] = lambda value: f"{value:.4f}") -> str:
         return form(results[key]) if results.get(key) is not None else "no such text in this corpus"
 
+    def recalled(part: str) -> str:
+        return f"{share(results['memorisation'][part]['exact'])} of {results['memorisation'][part]['exact']['count']}"
+
     return f"""---
 language: en
 license: mit
@@ -153,12 +157,16 @@ tags: [bible, small-language-model, {config["model"].replace("_", "-")}]
 | validation, bits per byte | {number("validation_bpb")} (weights of step {results["best_step"]:,}) |
 | test, bits per byte, all translations | {number("test_bpb")} |
 | test, bits per byte, King James Version | {number("test_bpb_kjv")} |
+| second half of a verse from its first, word for word: train verses | {recalled("train")} |
+| the same of verses it has not read, as a control | {recalled("held_out")} |
 | training time | {results["seconds"]:.0f} s, {results["tokens_per_second"]:,.0f} tokens/s, {hardware["name"]} |
 
 Bits per byte: total negative log-likelihood over ln 2 times the UTF-8 bytes of the text, every token scored once,
 windows of the training context half of it apart. The corpus says which documents are validation and test text;
-of the Bible, whole books are held out in every translation. `validate_models.py` of the training repository measures
-the test figures again from these files.
+of the Bible, whole books are held out in every translation. In the training repository `validate_models.py FOLDER`
+measures the test figures again from these files, and `benchmarks/text_probes.py FOLDER` what it knows by heart, how
+often it repeats itself and how well it is calibrated. One training run, with seed {config["settings"]["seed"]}: others
+give other figures.
 
 ## Data
 
@@ -178,6 +186,8 @@ print(tokenizer.decode(model.generate(**start, max_new_tokens=40)[0], skip_speci
 
 ## Limits
 
-A small model of one kind of text: it writes archaic English, knows nothing else, makes up verses that do not exist and
-is no authority on doctrine. What it writes is not scripture, even where it reads like it.
+A small model of one kind of text: it writes archaic English, knows nothing else, follows no instructions, makes up
+verses that do not exist and is no authority on doctrine. What it writes is not scripture, even where it reads like it;
+how often it does repeat scripture, the table says. It takes over what the old translations say about peoples, women
+and slaves.
 """

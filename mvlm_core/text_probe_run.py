@@ -86,6 +86,21 @@ def measure(
     return {name: _plain(value) for name, value in found.items()}
 
 
+def memorisation(model: Any, tokenizer: Any, corpus: Corpus, *, verses: int = 100, seed: int = 0) -> dict[str, Any]:
+    """Recall of train verses and, as a control, of validation verses of the same length, for the model's card.
+
+    Of the King James Version where the corpus has it: a translation that is read often is what can be known by heart.
+    """
+    train, held_out = corpus.split("train"), corpus.split("validation")
+    if any(document.translation == "kjv" for document in held_out):
+        train, held_out = ([d for d in part if d.translation == "kjv"] for part in (train, held_out))
+    asked = sample_verses((v for v in verses_of(held_out) if len(v.text.split()) >= SHORTEST), verses, seed)
+    known = matched_verses(asked, verses_of(train), seed)
+    return {
+        name: _plain(probes.recall(model, tokenizer, some)) for name, some in (("train", known), ("held_out", asked))
+    }
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(part) for key, part in value.items()}

@@ -39,6 +39,7 @@ from mvlm_core.packaging import verify_folder
 from mvlm_core.resources import peak_memory
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.stop_request import StopRequest
+from mvlm_core.text_probe_run import memorisation
 from mvlm_core.token_store import TokenStore, build_token_store, parse_mix, texts
 from mvlm_core.training_loop import TrainingLoop
 from mvlm_core.training_task import LoopState, TrainingTask, identity_differences, total_steps
@@ -323,6 +324,7 @@ def _export(
     scored = [document for document in text.corpus.split("test") if document.path in score.documents]
     parts = bits_per_byte_by_part(score, scored)
     kjv = parts.translations.get("kjv")
+    built.model.eval()
     results = {
         "parameters": built.model.num_parameters(),
         "steps": state.step,
@@ -336,6 +338,7 @@ def _export(
         "test_bpb_kjv": kjv,
         "test_bpb_by_book": parts.books,
         "test_bpb_by_translation": parts.translations,
+        "memorisation": memorisation(built.model, tokenizer, text.corpus),
         "peak_memory_bytes": peak_memory(hardware.device),
         "micro_batch": state.micro_batch,
         "stopped_early": state.stopped_early,
