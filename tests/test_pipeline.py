@@ -20,6 +20,9 @@ from mvlm_core.pipeline import Layout
 pytestmark = pytest.mark.integration
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.append(str(REPOSITORY / "benchmarks"))
+from from_clone import shell_blocks
+
 JOB = [sys.executable, str(REPOSITORY / "train_all_models.py"), "--preset", "smoke"]
 TRAINERS = {
     "mvlm_gpt2": [sys.executable, "mvlm_trainer.py"],
@@ -221,8 +224,7 @@ def test_extracted_archive_elsewhere_with_plain_transformers(reference, stranger
 
 def test_download_instructions_work_as_written(reference, stranger, tmp_path):
     shutil.copytree(reference.downloads, tmp_path / "d")
-    text = (tmp_path / "d" / "DOWNLOAD_INSTRUCTIONS.md").read_text()
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    blocks = shell_blocks((tmp_path / "d" / "DOWNLOAD_INSTRUCTIONS.md").read_text())
     assert len(blocks) == 3
     path = f"{stranger}:{os.environ['PATH']}"
     for block in blocks:
