@@ -3,8 +3,8 @@
 
     python benchmarks/from_clone.py            # about five minutes on two cores; packages come from the index
 
-Somewhere else is a new virtual environment with torch and transformers only, in a folder of its own, where the blocks of
-DOWNLOAD_INSTRUCTIONS.md are run as they stand. Uncommitted changes of this repository do not take part.
+Somewhere else is a new virtual environment with torch and transformers only, in a folder of its own, where the blocks
+of DOWNLOAD_INSTRUCTIONS.md are run as they stand. Uncommitted changes of this repository do not take part.
 
 Exit codes: 0 all worked, 1 a step failed (its output is shown), 2 bad arguments.
 """

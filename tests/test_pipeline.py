@@ -13,15 +13,15 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 
 from mvlm_core.packaging import check_archive, verify_folder
 from mvlm_core.pipeline import Layout
 
-pytestmark = pytest.mark.integration
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPOSITORY / "benchmarks"))
 from from_clone import shell_blocks
+
+pytestmark = pytest.mark.integration
 
 JOB = [sys.executable, str(REPOSITORY / "train_all_models.py"), "--preset", "smoke"]
 TRAINERS = {
