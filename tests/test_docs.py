@@ -34,7 +34,7 @@ def helps() -> str:
 @pytest.mark.parametrize("name", PAGES)
 def test_every_flag_on_a_page_is_known(name, helps):
     flags = {flag for flag in re.findall(r"(?<![\w-])--[a-z][a-z_]+", page(name))} - OTHERS_FLAGS
-    assert flags and not {flag for flag in flags if not re.search(rf"{flag}\b", helps)}
+    assert not {flag for flag in flags if not re.search(rf"{flag}\b", helps)}
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -53,7 +53,7 @@ def test_every_message_in_the_table_of_troubles_is_one_that_is_said():
     for message in re.findall(r"^\| `([^`]+)`", table, re.M):
         if message.startswith("ModuleNotFoundError"):
             continue  # Python's own
-        parts = [part.strip() for part in re.split(r"…|\bN\b|\.txt", message) if len(part.strip()) > 4]
+        parts = [part.strip() for part in re.split(r"…|\bN\b", message) if len(part.strip()) > 4]
         assert parts and all(part in said for part in parts), message
 
 
@@ -66,7 +66,7 @@ def test_every_score_in_the_readme_stands_in_the_results():
 
 @pytest.mark.integration
 def test_every_command_of_the_pages_runs(tmp_path):
-    """As written, but for the long ones: the whole job and the trainers at the smoke preset, the tests collected only."""
+    """As written, but for the long ones: trainings at the smoke preset, and the tests are collected only."""
     clone = tmp_path / "clone"
     run(["git", "clone", "--quiet", REPOSITORY, clone], tmp_path)
     (clone / "my_texts").mkdir()
@@ -79,9 +79,7 @@ def test_every_command_of_the_pages_runs(tmp_path):
     for command in commands:
         command = re.sub(r"train_all_models\.py$", "train_all_models.py --preset smoke", command)
         command = command.replace("--work_dir /tmp/smoke", f"--work_dir {tmp_path / 'smoke'}")
-        command = re.sub(
-            r"--nproc_per_node 8 (.*) --preset h200", r"--nproc_per_node 2 \1 --preset smoke --fresh", command
-        )
+        command = re.sub(r"_node 8 (.*) --preset h200$", r"_node 2 \1 --preset smoke --fresh", command)
         command = re.sub(r"-m pytest.*", "-m pytest --collect-only --quiet", command)
         print(command, flush=True)
         run(["bash", "-ec", command], clone)
