@@ -28,17 +28,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, min(start + rows, count))
             target = targets[part, None]
             logits = hidden[part] @ matrix.t()
-            log_probabilities = torch.log_softmax(logits, dim=-1, dtype=exact)
-            log_probability = log_probabilities.gather(1, target)
-            nll[part] = -log_probability.squeeze(1)
-            log_partition[part] = (logits.gather(1, target) - log_probability).squeeze(1)
+            # softmax is the fastest pass over the logits; the likeliest token's probability, at least 1 / vocab, always
+            # has a logarithm, which the target's may not.
+            probabilities = torch.softmax(logits, dim=-1, dtype=exact)
+            log_partition[part] = logits.amax(dim=1).to(exact) - probabilities.amax(dim=1).log()
+            nll[part] = log_partition[part] - logits.gather(1, target).squeeze(1)
             if not wanted:
                 continue
             # d/dlogits of w·(nll + z·lse²) is w·(p·(1 + 2z·lse) − onehot) = w·f·(p − onehot / f) with f = 1 + 2z·lse:
             # what is the same along a row is put on the narrow matrices, not on the logits.
             factor = 1 + 2 * z_loss * log_partition[part, None]
             scale = (token_weights[part, None] / count * factor).to(hidden.dtype)
-            gradient = log_probabilities.exp_().scatter_add_(1, target, -1 / factor).to(hidden.dtype)
+            gradient = probabilities.scatter_add_(1, target, -1 / factor).to(hidden.dtype)
             torch.mul(gradient @ matrix, scale, out=grad_hidden[part])
             grad_weight += gradient.t() @ (hidden[part] * scale)
         ctx.save_for_backward(grad_hidden, grad_weight)

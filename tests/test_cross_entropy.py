@@ -38,3 +38,12 @@ def test_no_gradient_is_formed_when_none_is_wanted():
     hidden, weight = torch.randn(4, 8), torch.randn(20, 8)
     loss, _ = linear_cross_entropy(hidden, weight, torch.tensor([1, 2, 3, 4]))
     assert not loss.requires_grad
+
+
+def test_a_target_that_could_not_be_less_likely_still_has_a_loss_and_a_gradient():
+    hidden = torch.full((2, 4), 10.0, requires_grad=True)
+    weight = torch.stack([torch.full((4,), value) for value in (30.0, 0.0, -30.0)]).requires_grad_()
+    loss, nll = linear_cross_entropy(hidden, weight, torch.tensor([2, 0]))
+    loss.backward()
+    assert nll.tolist() == [2400.0, 0.0] and float(loss.detach()) == 1200.0
+    assert torch.equal(hidden.grad[0], torch.full((4,), 30.0)) and torch.equal(hidden.grad[1], torch.zeros(4))
