@@ -31,9 +31,10 @@ def test_a_run_writes_its_history(tiny_corpus, tmp_path):
 def test_steps_that_are_made_again_replace_the_first(tmp_path):
     events = EventFiles(tmp_path)
     events.add([{"step": step, "train_loss": 5.0} for step in (1, 2, 3)])
-    events.add([{"step": step, "train_loss": 4.0} for step in (2, 3)])
-    EventFiles(tmp_path).add([{"step": 3, "train_loss": 3.0}])  # and in another process after a resume
-    assert scalars(tmp_path)["train_loss"] == {1: 5.0, 2: 4.0, 3: 3.0}
+    events.add([{"step": 2, "train_loss": 4.0}])  # rolled back: step 3 has not been made again
+    assert scalars(tmp_path)["train_loss"] == {1: 5.0, 2: 4.0}
+    EventFiles(tmp_path).add([{"step": 1, "train_loss": 3.0}])  # and in another process after a resume
+    assert scalars(tmp_path)["train_loss"] == {1: 3.0}
 
 
 def test_trouble_is_told_once_and_stops_nothing(tiny_corpus, tmp_path, caplog, monkeypatch):

@@ -372,3 +372,19 @@ def test_the_command_prints_one_table_for_all_models(repository, corpus, tokeniz
     make(tokenizer, "gpt2", 48).save_pretrained(tmp_path / "wide")
     command.main()
     assert "wide:" in (third := capsys.readouterr()).err and "narrow:" not in third.err
+
+
+def test_memorisation_asks_for_train_verses_beside_held_out_ones_as_long(corpus, tokenizer, monkeypatch):
+    from mvlm_core import text_probe_run
+
+    asked, recall = [], probes.recall
+    monkeypatch.setattr(probes, "recall", lambda *given: asked.append(given[2]) or recall(*given))
+    found = text_probe_run.memorisation(make(tokenizer), tokenizer, corpus, verses=20)
+    texts = {
+        split: {d.read() for d in corpus.split(split) if d.translation == "kjv"} for split in ("train", "validation")
+    }
+    known, control = asked
+    assert {v.document for v in known} <= texts["train"] and {v.document for v in control} <= texts["validation"]
+    lengths = [sum(len(v.text.split()) for v in verses) for verses in asked]
+    assert len(known) == len(control) == 20 and lengths[0] == pytest.approx(lengths[1], rel=0.05)
+    assert list(found) == ["train", "held_out"] and found["train"]["exact"]["value"] == 0.0
