@@ -8,6 +8,7 @@ from torch import Tensor
 
 # A block of logits that stays in a processor's last-level cache, or that is small beside a GPU's memory.
 _BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
+_ALIGNMENT = 64  # rows of the output matrix in a product: kernels are slow at GPT-2's 50,257
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -16,18 +17,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, token_weights, z_loss, rows):
         count = targets.numel()
-        matrix = weight.to(hidden.dtype)
+        vocab = weight.shape[0]
+        padded = -(-vocab // _ALIGNMENT) * _ALIGNMENT  # in the products only: weights and their gradient keep their rows
+        matrix = F.pad(weight.to(hidden.dtype), (0, 0, 0, padded - vocab))
         exact = torch.promote_types(hidden.dtype, torch.float32)  # sums over the vocabulary need float32 at least
         token_weights = token_weights.to(exact)
         nll = torch.empty(count, dtype=exact, device=hidden.device)
         log_partition = torch.empty_like(nll)
         wanted = any(ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if wanted else None
-        grad_weight = torch.zeros_like(weight) if wanted else None
+        grad_weight = weight.new_zeros(padded, weight.shape[1]) if wanted else None
         for start in range(0, count, rows):
             part = slice(start, min(start + rows, count))
             target = targets[part, None]
             logits = hidden[part] @ matrix.t()
+            logits[:, vocab:] = -torch.inf
             # softmax is the fastest pass over the logits; the likeliest token's probability, at least 1 / vocab, always
             # has a logarithm, which the target's may not.
             probabilities = torch.softmax(logits, dim=-1, dtype=exact)
@@ -42,7 +46,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             gradient = probabilities.scatter_add_(1, target, -1 / factor).to(hidden.dtype)
             torch.mul(gradient @ matrix, scale, out=grad_hidden[part])
             grad_weight += gradient.t() @ (hidden[part] * scale)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight[:vocab] if wanted else None)
         ctx.mark_non_differentiable(nll)
         loss = (token_weights * (nll + z_loss * log_partition.square())).sum() / count
         return loss, nll
