@@ -16,7 +16,7 @@ from mvlm_core.checked_export import checked_export
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.files import output_folder_problems
 from mvlm_core.hardware import DEVICES, set_process_environment
-from mvlm_core.pipeline import Layout, read_json, training_config
+from mvlm_core.pipeline import Layout, read_json
 from mvlm_core.settings import DEFAULT_DATA_DIR, MODELLING_SOURCES, REPOSITORY_ROOT
 
 
@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     set_process_environment()
     from mvlm_core.corpus import load_corpus
+    from mvlm_core.export_checks import corpus_choice
     from mvlm_core.hardware import choose_hardware
     from mvlm_core.report import ask, write_report
 
@@ -68,8 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     if exports:
         hardware = choose_hardware(device=options.device)
         hardware.apply()
-        only = training_config(next(iter(exports.values()))).get("data", {}).get("only")
-        corpus = load_corpus(options.data_dir, only=only)
+        corpus = load_corpus(options.data_dir, **corpus_choice(next(iter(exports.values())) / "training_config.json"))
         samples, traces = ask(exports, corpus, device=hardware.device, seed=options.seed)
     print(f"report: {write_report(layout, samples, traces, problems)}")
     return 0

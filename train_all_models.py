@@ -318,7 +318,7 @@ def score_and_compare(
         return ["no finished model to compare"]
     names = [name for name in configs if data[name].get("fingerprint") == first.get("fingerprint")]
     anchors = comparison.compressor_anchors(corpus_of(first.get("only")), CACHE_DIR)
-    probes = probe_text(TEXT_PROBES, options.layout, names, probe_flags(options, first), signals)
+    probes = probe_text(TEXT_PROBES, options.layout, names, probe_flags(options), signals)
     parts = {name: score_parts(configs[name]) for name in names}
     result = comparison.compare(summary.models, names, anchors, probes, parts)
     summary.value["comparison"] = result
@@ -328,11 +328,9 @@ def score_and_compare(
     return comparison.table(result, names)
 
 
-def probe_flags(options: argparse.Namespace, data: dict) -> list[str]:
-    """What the text probes are asked: the test books of the text the models were trained on."""
+def probe_flags(options: argparse.Namespace) -> list[str]:
+    """What the text probes are asked: the test books; of which text, they find in the models' own records."""
     flags = ["--data_dir", options.data_dir, "--split", "test", "--no_bits_per_byte"]
-    if data.get("only"):
-        flags += ["--data_subset", data["only"]]
     if device := options.handed_on.get("device"):
         flags += ["--device", device]
     if options.preset == "smoke":

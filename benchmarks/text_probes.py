@@ -26,14 +26,14 @@ def parse() -> argparse.Namespace:
     default = [REPOSITORY / "models" / name for name in ("mvlm_gpt2", "simone_enhanced")]
     parser.add_argument("models", nargs="*", type=Path, default=default, metavar="MODEL_DIR", help="export folders")
     parser.add_argument("--data_dir", default=str(REPOSITORY / "mvlm_training_dataset_complete"))
-    parser.add_argument("--data_subset", help="use only this folder below --data_dir")
+    parser.add_argument("--data_subset", help="use only this folder below --data_dir [default: as the first model did]")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--verses", type=int, default=300, help="verses for each question [default 300]")
     parser.add_argument("--prompts", type=int, default=100, help="prompts to continue [default 100]")
     parser.add_argument("--words", type=int, default=64, help="words of a continuation [default 64]")
     parser.add_argument("--pairs", type=int, default=200, help="most pairs of a rule [default 200]")
     parser.add_argument("--no_bits_per_byte", action="store_true", help="leave out what the trainers measure already")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="[default auto]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the results here")
     return parser.parse_args()
@@ -56,13 +56,18 @@ def main() -> int:
     set_process_environment()
     from mvlm_core.corpus import load_corpus
     from mvlm_core.export import read_training_config
+    from mvlm_core.export_checks import corpus_choice
     from mvlm_core.files import sha256_file, write_json_atomic
+    from mvlm_core.hardware import choose_hardware
     from mvlm_core.text_probe_run import Size, draw, measure, sizes
     from mvlm_core.text_probe_table import rows
 
     size = Size(options.verses, options.prompts, options.words, options.pairs)
     asked = {key: value for key, value in vars(options).items() if key not in ("models", "json")}
-    corpus = load_corpus(options.data_dir, only=options.data_subset)
+    choice = corpus_choice(options.models[0] / "training_config.json")
+    corpus = load_corpus(options.data_dir, **choice | ({"only": options.data_subset} if options.data_subset else {}))
+    hardware = choose_hardware(device=options.device)
+    hardware.apply()
     same = {"asked": asked, "fingerprint": corpus.fingerprint}
     known = known_results(options.json, same) if options.json else {}
     material, results = draw(corpus, options.split, size, options.seed), {}
@@ -75,7 +80,7 @@ def main() -> int:
         if config.get("data", {}).get("fingerprint") != corpus.fingerprint:
             print(f"{folder} was trained on another corpus: held-out text may have been read, train text may not")
         scored = not options.no_bits_per_byte
-        result = measure(folder, material, size, options.seed, device=options.device, bits_per_byte=scored)
+        result = measure(folder, material, size, options.seed, device=hardware.device, bits_per_byte=scored)
         results[str(folder)] = result | {"weights": weights}
         print(f"{folder}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
         if options.json:

@@ -18,9 +18,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, token_weights, z_loss, rows):
         count = targets.numel()
         vocab = weight.shape[0]
-        padded = (
-            -(-vocab // _ALIGNMENT) * _ALIGNMENT
-        )  # in the products only: weights and their gradient keep their rows
+        padded = -(-vocab // _ALIGNMENT) * _ALIGNMENT  # in the products only: weights and gradients keep their rows
         matrix = F.pad(weight.to(hidden.dtype), (0, 0, 0, padded - vocab))
         exact = torch.promote_types(hidden.dtype, torch.float32)  # sums over the vocabulary need float32 at least
         token_weights = token_weights.to(exact)

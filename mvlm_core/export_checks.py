@@ -219,7 +219,7 @@ def rescore(folder: str, data_dir: str, device: str, answer: str) -> int:
 
     config = Path(folder) / "training_config.json"
     data = part(read_json(config), "data")
-    corpus = load_corpus(data_dir, **_corpus_choice(config))
+    corpus = load_corpus(data_dir, **corpus_choice(config))
     hardware = choose_hardware(device=device)
     hardware.apply()
     result = {
@@ -237,7 +237,7 @@ def rescore(folder: str, data_dir: str, device: str, answer: str) -> int:
     return 0
 
 
-def _corpus_choice(config: Path) -> dict:
+def corpus_choice(config: Path) -> dict:
     """Which part of the corpus a model was trained on, as `load_corpus` takes it. Raises UserError."""
     settings, data = part(read_json(config), "settings"), part(read_json(config), "data")
     choice = {

@@ -81,7 +81,7 @@ def test_any_training_config(whole, export, answer, seed, value, deep):
     export_checks._check_weights(answer["weights"], found, checks)
     export_checks._check_tokenizer(answer["tokenizer"], answer["weights"]["rows"], found, checks)
     json.dumps([check.detail for check in checks], ensure_ascii=False).encode()
-    choice, message = raises_only(UserError, lambda: export_checks._corpus_choice(export / "training_config.json"))
+    choice, message = raises_only(UserError, lambda: export_checks.corpus_choice(export / "training_config.json"))
     assert choice or "training_config.json" in message
     known = read_training_config(export)
     assert known is None or isinstance(known["identity"], dict) and isinstance(known["results"], dict)
