@@ -52,10 +52,11 @@ def test_configurations_that_do_not_fit(export, key, value):
 )
 def test_a_process_that_cannot_load_ends_with_a_reason(export, monkeypatch, file, values, reason):
     """3 cases in processes of their own: endless layers, endless memory, a tokenizer that there is not."""
-    monkeypatch.setattr(export_checks, "LOADING_SECONDS", 6)
+    if reason == "not done after":  # the others end by themselves, however busy the machine is
+        monkeypatch.setattr(export_checks, "LOADING_SECONDS", 6)
     set_json(export / file, **values)
     checks = Checks()
-    with within(60):
+    with within(200):
         export_checks.check_loading(export, {"files": dict.fromkeys(EXPECTED_FILES)}, [], checks)
     (check,) = checks
     assert not check.passed and reason in check.detail and "Traceback" not in check.detail, check.detail
