@@ -93,9 +93,12 @@ def gather(source: Path, corpus: Corpus | None) -> Addition:
     found = Addition(source, "train" if corpus else None)
     known = {d.sha256: d.path for d in corpus.documents} if corpus else {}
     audit = LeakAudit(corpus)
-    for file in sorted(p for p in source.rglob("*") if p.suffix.lower() in KINDS):
+    for file in sorted(source.rglob("*")):
         path = file.relative_to(source).as_posix()
-        if any(part.startswith(".") for part in Path(path).parts):
+        if file.is_dir() or any(part.startswith(".") for part in Path(path).parts):
+            continue
+        if file.suffix.lower() not in KINDS:
+            found.refused[printable(path)] = f"only {' and '.join(KINDS[:2])} are read; save it as one of them"
             continue
         try:
             path.encode()
