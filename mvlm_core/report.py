@@ -13,15 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvlm_core.comparison import STYLES, anchor_lines, probe_rows, rows
+from mvlm_core.comparison import STYLES, anchor_lines, rows
 from mvlm_core.corpus import Corpus
 from mvlm_core.files import write_atomic
 from mvlm_core.pipeline import Layout, read_json, training_config, training_history
+from mvlm_core.text_probe_table import rows as probe_rows
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 # Okabe and Ito's, for lines of one model: apart for every kind of colour vision.
 PART_STYLES = (("#0072B2", "-"), ("#E69F00", "--"), ("#009E73", ":"), ("#CC79A7", "-."))
+CONTINUATION = 80  # tokens
 POINTS = 400  # of a curve: more than a page has pixels for
+SHAPE_WORDS = {
+    "hidden_dim": "wide",
+    "num_layers": "layers",
+    "num_heads": "heads",
+    "max_length": "tokens of context",
+    "num_epochs": "epochs at most",
+    "seed": "as seed",
+}
 TRACE_WORDS = {
     "policy": "how much of what attention read is let through (0 to 2)",
     "memory": "share of the first layer's values in the later layers' (0 to 1)",
@@ -53,12 +63,8 @@ class Trace:
 # --- asked of the models ------------------------------------------------------------------------------------
 
 
-def ask(
-    exports: dict[str, Path], corpus: Corpus, *, device: str, seed: int = 0, words: int = 40
-) -> tuple[list[Sample], list[Trace]]:
+def ask(exports: dict[str, Path], corpus: Corpus, *, device: str, seed: int) -> tuple[list[Sample], list[Trace]]:
     """Continuations of the same prompts by all models, and traces of two held-out verses by those that report them."""
-    import torch
-
     from mvlm_core.evaluation import context_of, load_export
     from mvlm_core.text_probes import continuations, prompt_ids
     from mvlm_core.verses import sample_verses, verses_of
@@ -75,24 +81,29 @@ def ask(
     for name, folder in exports.items():
         model, tokenizer = load_export(folder, device)
         room = context_of(model)
-        length = min(2 * words, room // 2)
+        length = min(CONTINUATION, room // 2)
         ids = [prompt_ids(tokenizer, prompt, room - length) for prompt, _, _ in prompts]
         written[name] = continuations(model, tokenizer, ids, [length] * len(ids), sample=True, seed=seed)
         if getattr(model.config, "trace_head", False):
             for verse in verses[2:]:
                 tokens = prompt_ids(tokenizer, verse.text, room)
-                with torch.inference_mode():
-                    output = model(torch.tensor([tokens], device=model.device), output_traces=True, use_cache=False)
-                means = torch.stack(output.traces).float().mean(dim=(0, 3))[0, 1:]  # over layers and heads; no <bos>
-                shown = [tokenizer.decode([token]) for token in tokens[1:]]
-                fields = dict(zip(TRACE_WORDS, means.T.tolist(), strict=True))
-                traces.append(Trace(name, f"{verse.place}, held out", shown, fields))
-        del model
+                shown = [tokenizer.decode([token]) for token in tokens[1:]]  # without the start token
+                traces.append(Trace(name, f"{verse.place}, held out", shown, _fields(model, tokens)))
     samples = [
         Sample(prompt, source, original, {name: texts[number] for name, texts in written.items()})
         for number, (prompt, source, original) in enumerate(prompts)
     ]
     return samples, traces
+
+
+def _fields(model: Any, tokens: list[int]) -> dict[str, list[float]]:
+    """Means over layers and heads of each field of the trace, for every token but the first."""
+    import torch
+
+    with torch.inference_mode():
+        output = model(torch.tensor([tokens], device=model.device), output_traces=True, use_cache=False)
+    means = torch.stack(output.traces).float().mean(dim=(0, 3))[0, 1:]
+    return dict(zip(TRACE_WORDS, means.T.tolist(), strict=True))
 
 
 # --- drawn --------------------------------------------------------------------------------------------------
@@ -205,10 +216,8 @@ def facts(summary: dict[str, Any], configs: dict[str, dict[str, Any]]) -> list[t
     texts: dict[str, list[str]] = {}
     for name, config in configs.items():
         data, settings = config.get("data", {}), config.get("settings", {})
-        shape = "{hidden_dim} wide, {num_layers} layers, {num_heads} heads, context {max_length}, seed {seed}"
-        what = ["hidden_dim", "num_layers", "num_heads", "max_length", "seed"]
-        if all(key in settings for key in what):
-            found.append((name, shape.format(**settings)))
+        shape = [f"{settings[key]} {words}" for key, words in SHAPE_WORDS.items() if settings.get(key) is not None]
+        found.append((name, ", ".join(shape)))
         if "train_bytes" in data:
             text = f"{data['train_bytes'] / 1e6:.1f} MB in {data.get('train_documents')} documents"
             texts.setdefault(f"{text}, {data.get('only') or 'the whole corpus'}", []).append(name)
@@ -226,6 +235,7 @@ def write_report(layout: Layout, samples: list[Sample], traces: list[Trace], pro
     summary, validation = read_json(layout.summary), read_json(layout.report)
     models = {name: entry for name, entry in summary.get("models", {}).items() if isinstance(entry, dict)}
     comparison = summary.get("comparison") or {}
+    probes = comparison.get("text_probes", {})
     names = [name for name, value in comparison.get("test_bpb", {}).items() if name in models]
     configs = {name: training_config(layout.export(name)) for name in models}
     failures = [f"{name}: {entry['error']}" for name, entry in models.items() if entry.get("error")]
@@ -237,9 +247,7 @@ def write_report(layout: Layout, samples: list[Sample], traces: list[Trace], pro
         sentences=comparison.get("sentences", []),
         rows=rows(comparison, names) if comparison else [],
         anchors=anchor_lines(comparison.get("compressors", {})),
-        probes=probe_rows([comparison["text_probes"][name] for name in names])
-        if names and all(name in comparison.get("text_probes", {}) for name in names)
-        else [],
+        probes=probe_rows([probes[name] for name in names]) if all(name in probes for name in names) else [],
         pictures=pictures(
             {name: training_history(layout.export(name)) for name in names or models},
             comparison.get("test_bpb_by_book", {}),
