@@ -14,6 +14,7 @@ from simone_transformer import (
     rope_attention,
     swiglu_width,
 )
+from simone_transformer.modern_layers import RMSNorm
 from simone_transformer.rope_attention import remember_previous
 
 SWITCHES = list(itertools.product([True, False], repeat=2))
@@ -202,3 +203,31 @@ def test_saved_and_loaded_weights_give_the_same_logits(tmp_path):
     model.save_pretrained(tmp_path)
     again = EnhancedSIMONEModel.from_pretrained(tmp_path).eval()
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_rmsnorm_is_torchs_forward_and_backward(dtype, tolerance):
+    torch.manual_seed(0)
+    norm = RMSNorm(48)
+    norm.weight.data.uniform_(0.5, 1.5)
+    x = torch.randn(3, 7, 48, dtype=torch.float64) * 3
+    gradient = torch.randn_like(x)
+    ours, theirs = (x.to(kind).requires_grad_() for kind in (dtype, torch.float64))
+    gain = norm.weight.detach().double().requires_grad_()
+    expected = torch.nn.functional.rms_norm(theirs, (48,), gain, norm.eps)
+    expected.backward(gradient)
+    norm = norm.double() if dtype == torch.float64 else norm
+    found = norm(ours)
+    found.backward(gradient.to(dtype))
+    assert found.dtype == ours.grad.dtype == dtype
+    for mine, right in ((found, expected), (ours.grad, theirs.grad), (norm.weight.grad, gain.grad)):
+        assert (mine.double() - right).norm() < tolerance * right.norm()
+
+
+def test_rmsnorm_gives_the_type_that_autocast_multiplies_in():
+    norm, x = RMSNorm(16), torch.randn(2, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(x)
+    y.sum().backward()
+    assert (y.dtype, x.grad.dtype, norm.weight.grad.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    assert norm(x).dtype == torch.float32
