@@ -68,7 +68,7 @@ def linear_cross_entropy(
     """Weighted mean cross-entropy of ``hidden @ weight.T`` against ``targets``.
 
     Args:
-        hidden: ``[..., dim]``, in the training precision.
+        hidden: ``[..., dim]``; under autocast multiplied in its precision, as by any linear layer.
         weight: ``[vocab, dim]``, the output embedding.
         targets: ``[...]`` token numbers.
         token_weights: ``[...]``, mean 1 over the training text; None means 1 everywhere.
@@ -78,11 +78,13 @@ def linear_cross_entropy(
         The loss (nats a token, differentiable) and each token's negative log-likelihood in nats (detached, in float32
         at least).
     """
-    flat = hidden.reshape(-1, hidden.shape[-1])
+    flat, device = hidden.reshape(-1, hidden.shape[-1]), hidden.device.type
+    if torch.is_autocast_enabled(device):  # a final norm in float32 is no reason for the largest product of all to be
+        flat = flat.to(torch.get_autocast_dtype(device))
     flat_targets = targets.reshape(-1)
     if token_weights is None:
         token_weights = torch.ones_like(flat_targets, dtype=torch.float32)
-    rows = block_rows or max(128, _BLOCK_BYTES.get(hidden.device.type, 64 << 20) // (4 * weight.shape[0]))
+    rows = block_rows or max(128, _BLOCK_BYTES.get(device, 64 << 20) // (4 * weight.shape[0]))
     loss, nll = _LinearCrossEntropy.apply(flat, weight, flat_targets, token_weights.reshape(-1), z_loss, rows)
     return loss, nll.view(targets.shape)
 

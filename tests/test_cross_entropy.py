@@ -47,3 +47,14 @@ def test_a_target_that_could_not_be_less_likely_still_has_a_loss_and_a_gradient(
     loss.backward()
     assert nll.tolist() == [2400.0, 0.0] and float(loss.detach()) == 1200.0
     assert torch.equal(hidden.grad[0], torch.full((4,), 30.0)) and torch.equal(hidden.grad[1], torch.zeros(4))
+
+
+def test_under_autocast_the_products_are_in_its_precision():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    targets = torch.arange(6)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = linear_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    rounded, _ = linear_cross_entropy(hidden.detach().bfloat16(), weight.detach(), targets)
+    assert float(loss.detach()) == float(rounded) and hidden.grad.dtype == weight.grad.dtype == torch.float32
