@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mvlm_core.checked_export import checked_export
+from mvlm_core.checked_export import check_export
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.files import output_folder_problems
 from mvlm_core.hardware import DEVICES, set_process_environment
@@ -61,8 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     models = read_json(layout.summary).get("models", {})
     for name in (name for name, entry in models.items() if entry.get("status") == "finished"):
         try:
-            with checked_export(layout.export(name), MODELLING_SOURCES) as folder:
-                exports[name] = folder
+            check_export(layout.export(name), MODELLING_SOURCES)
+            exports[name] = layout.export(name)
         except UserError as error:
             problems += error.problems
     samples, traces = [], []

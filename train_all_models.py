@@ -372,7 +372,7 @@ def run_stages(
     validated = validate(layout, summary, child_command(VALIDATOR, layout, options.data_dir, device), signals)
     summary.close()
     log.info("=== report")
-    make_page(REPORTER, layout, options.data_dir, device, signals)
+    make_page(child_command(REPORTER, layout, options.data_dir, device), signals)
     report_end(layout, summary, lines, log_file)
     if codes and all(code == 2 for code in codes):
         return 2

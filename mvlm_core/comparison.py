@@ -241,11 +241,11 @@ def rows(comparison: dict, names: list[str]) -> list[list[str]]:
 
 def table(comparison: dict, names: list[str]) -> list[str]:
     """The comparison as lines of plain text."""
-    rows_of_all = [["", *names, "ratio"], *rows(comparison, names)]
-    widths = [max(map(len, column)) for column in zip(*rows_of_all, strict=True)]
+    cells = [["", *names, "ratio"], *rows(comparison, names)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows_of_all
+        for row in cells
     ]
     lines.insert(1, "-" * len(lines[0]))
     lines += probe_lines(comparison["text_probes"], names)
@@ -282,11 +282,17 @@ def _part_rows(comparison: dict, names: list[str]) -> list[list[str]]:
     return rows
 
 
+def probe_cells(probes: dict[str, dict], names: list[str]) -> list[list[str]]:
+    """The text probes as rows of words: what, the text's own value, each model's; nothing where a model has none."""
+    return probe_rows([probes[name] for name in names]) if all(name in probes for name in names) else []
+
+
 def probe_lines(probes: dict[str, dict], names: list[str]) -> list[str]:
     """The text probes as lines of plain text; nothing where a model has none."""
-    if not names or any(name not in probes for name in names):
+    cells = probe_cells(probes, names)
+    if not cells:
         return []
-    table = [["beyond bits per byte, test books", "the text", *names], *probe_rows([probes[name] for name in names])]
+    table = [["beyond bits per byte, test books", "the text", *names], *cells]
     widths = [max(len(row[n]) for row in table) for n in range(len(table[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
     return ["", lines[0], "-" * sum(widths, 2 * len(widths) - 2), *lines[1:], ""]

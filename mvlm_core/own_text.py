@@ -113,16 +113,18 @@ def gather(source: Path, corpus: Corpus | None) -> Addition:
             found.refused[path] = "empty"
         elif digest in known:
             found.refused[path] = f"the same text as {known[digest]}"
-        elif leak := audit.leak(text):
-            found.refused[path] = leak
         else:
-            found.texts.append(OwnText(path, title_of(path, raw, is_markdown), text, audit.shared(text)))
+            shared, leak = audit(text)
+            if leak:
+                found.refused[path] = leak
+            else:
+                found.texts.append(OwnText(path, title_of(path, raw, is_markdown), text, shared))
         known.setdefault(digest, path)
     return found
 
 
 class LeakAudit:
-    """Counts what a text shares with the held-out documents of a corpus."""
+    """Finds what a text shares with the held-out documents of a corpus."""
 
     def __init__(self, corpus: Corpus | None) -> None:
         self._sequences = WordSequences()
@@ -131,20 +133,18 @@ class LeakAudit:
         everything = list(self._documents.values())
         self._all = np.unique(np.concatenate(everything)) if everything else np.zeros(0, np.uint64)
 
-    def shared(self, text: str) -> int:
-        """Sequences of the text that stand in held-out text, repeats counted."""
-        return int(np.isin(self._sequences([text]), self._all).sum())
-
-    def leak(self, text: str) -> str | None:
-        """Why the text must not be trained on: it holds too much of a held-out document. None where it does not."""
-        own = np.unique(self._sequences([text]))
-        if not np.isin(own, self._all).any():
-            return None
+    def __call__(self, text: str) -> tuple[int, str | None]:
+        """The text's sequences that stand in held-out text, repeats counted; and why it must not be trained on, where
+        it holds too much of a held-out document."""
+        own = self._sequences([text])
+        shared = int(np.isin(own, self._all).sum())
+        if not shared:
+            return 0, None
         shares = {path: float(np.isin(held, own).mean()) for path, held in self._documents.items() if len(held)}
         worst = max(shares, key=shares.get)
         if shares[worst] <= LEAK_LIMIT:
-            return None
-        return (
+            return shared, None
+        return shared, (
             f"it holds {shares[worst]:.1%} of {worst}, which is kept for validation or test: trained on, it would make "
             "the scores worthless"
         )

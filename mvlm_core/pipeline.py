@@ -371,9 +371,9 @@ def probe_text(script: Path, layout: Layout, names: list[str], flags: list[str],
     return {name: results[export] for name, export in exports.items() if export in results}
 
 
-def make_page(script: Path, layout: Layout, data_dir: str, device: str | None, signals: Signals) -> None:
+def make_page(command: list[str], signals: Signals) -> None:
     """`models/report.html`. Where it cannot be made this is told, and ends nothing: it is not needed to ship."""
-    code, tail = run_child(child_command(script, layout, data_dir, device), signals)
+    code, tail = run_child(command, signals)
     signals.check()
     if code:
         log.error("no report: exit code %d: %s", code, tail[-1] if tail else "no output")

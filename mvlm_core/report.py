@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvlm_core.comparison import STYLES, anchor_lines, rows
+from mvlm_core.comparison import STYLES, anchor_lines, probe_cells, rows
 from mvlm_core.corpus import Corpus
 from mvlm_core.files import write_atomic
 from mvlm_core.pipeline import Layout, read_json, training_config, training_history
-from mvlm_core.text_probe_table import rows as probe_rows
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 # Okabe and Ito's, for lines of one model: apart for every kind of colour vision.
@@ -185,8 +184,6 @@ def book_bars(by_book: dict[str, dict[str, float]]) -> str | None:
 def pictures(histories: dict[str, list[dict[str, Any]]], by_book: dict[str, dict[str, float]]) -> list[dict[str, str]]:
     """Title and data URL of each picture there is something for."""
     text, seconds = ("bytes", 1e6, "training text read, MB"), ("seconds", 1.0, "seconds of training")
-    parts = sorted({key for history in histories.values() for record in history for key in record if "_loss" in key})
-    with_parts = {name: h for name, h in histories.items() if any("accuracy_loss" in record for record in h)}
     wanted = [
         ("Validation by text", curves(histories, ["validation_bpb"], *text, "bits per byte")),
         ("Validation by time", curves(histories, ["validation_bpb"], *seconds, "bits per byte")),
@@ -195,9 +192,9 @@ def pictures(histories: dict[str, list[dict[str, Any]]], by_book: dict[str, dict
         ("Learning rate", curves(histories, ["learning_rate"], *text, "learning rate")),
         ("Gradient norm", curves(histories, ["grad_norm"], *text, "norm")),
     ]
-    for name, history in with_parts.items():
-        own = [key for key in parts if key != "train_loss"]
-        wanted.append((f"Parts of the loss, {name}", curves({name: history}, own, *text, "nats a token")))
+    for name, history in histories.items():
+        parts = sorted({key for record in history for key in record if "_loss" in key} - {"train_loss"})
+        wanted.append((f"Parts of the loss, {name}", curves({name: history}, parts, *text, "nats a token")))
     return [{"title": title, "url": url} for title, url in wanted if url]
 
 
@@ -235,7 +232,6 @@ def write_report(layout: Layout, samples: list[Sample], traces: list[Trace], pro
     summary, validation = read_json(layout.summary), read_json(layout.report)
     models = {name: entry for name, entry in summary.get("models", {}).items() if isinstance(entry, dict)}
     comparison = summary.get("comparison") or {}
-    probes = comparison.get("text_probes", {})
     names = [name for name, value in comparison.get("test_bpb", {}).items() if name in models]
     configs = {name: training_config(layout.export(name)) for name in models}
     failures = [f"{name}: {entry['error']}" for name, entry in models.items() if entry.get("error")]
@@ -247,7 +243,7 @@ def write_report(layout: Layout, samples: list[Sample], traces: list[Trace], pro
         sentences=comparison.get("sentences", []),
         rows=rows(comparison, names) if comparison else [],
         anchors=anchor_lines(comparison.get("compressors", {})),
-        probes=probe_rows([probes[name] for name in names]) if all(name in probes for name in names) else [],
+        probes=probe_cells(comparison.get("text_probes", {}), names),
         pictures=pictures(
             {name: training_history(layout.export(name)) for name in names or models},
             comparison.get("test_bpb_by_book", {}),
