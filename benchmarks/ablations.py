@@ -58,9 +58,8 @@ _full, _base = partial(Variant, "simone_enhanced"), partial(Variant, "mvlm_gpt2"
 # An optimizer is tried at two rates of its own: AdamW around what the baseline does best with, Muon around model 2's.
 VARIANTS = (
     _full("full", "model 2 as the preset has it"),
-    _full("no_policy", "without the policy head", {"no_policy_head": True}),
-    _full("no_memory", "without the memory head", {"no_memory_head": True}),
-    _full("no_heads", "without both heads", {"no_policy_head": True, "no_memory_head": True}),
+    _full("policy", "with the policy head", {"policy_head": True}),
+    _full("no_memory", "without the memory head", {"memory_head": False}),
     _full("no_coherence", "without the coherence part of the loss", {"coherence_weight": 0.0}),
     _full("alignment", "content alignment 0.5, accuracy 0.5", {"accuracy_weight": 0.5, "alignment_weight": 0.5}),
     _full("no_z_loss", "without z-loss", {"z_loss_weight": 0.0}),

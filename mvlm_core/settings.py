@@ -40,18 +40,19 @@ def option(
     above: float | None = None,
     maximum: float | None = None,
     below: float | None = None,
+    both_ways: bool = False,
     identity: bool = False,
 ) -> Any:
     """A field of a settings class.
 
     Args:
         minimum, above, maximum, below: the range, ends included or not.
+        both_ways: a switch with a flag for off, ``--no_`` and its name, as well.
         identity: part of what the run *is*: a checkpoint made with another value is not continued.
     """
     rules = {"choices": choices, "minimum": minimum, "above": above, "maximum": maximum, "below": below}
-    return field(
-        default=None, metadata={"default": default, "help": help, "group": group, "identity": identity, **rules}
-    )
+    known = {"default": default, "help": help, "group": group, "both_ways": both_ways, "identity": identity}
+    return field(default=None, metadata=known | rules)
 
 
 @dataclass
@@ -299,7 +300,11 @@ def add_options(parser: argparse.ArgumentParser, cls: type[TrainingSettings]) ->
         kind = next((part for part in get_args(hints[entry.name]) if part is not type(None)), hints[entry.name])
         text = meta["help"]
         if kind is bool:
-            group.add_argument(f"--{entry.name}", action="store_true", default=None, help=text)
+            if meta["both_ways"]:
+                text += f" [default {'on' if meta['default'] else 'off'}]"
+                group.add_argument(f"--{entry.name}", f"--no_{entry.name}", action=_Switch, nargs=0, help=text)
+            else:
+                group.add_argument(f"--{entry.name}", action="store_true", default=None, help=text)
             continue
         presets = {name: cls.preset_values(name).get(entry.name, MISSING) for name in PRESET_NAMES}
         notes = [f"{name} {value}" for name, value in presets.items() if value is not MISSING]
@@ -313,6 +318,13 @@ def add_options(parser: argparse.ArgumentParser, cls: type[TrainingSettings]) ->
         if default or notes:
             text += f" [{'; '.join(default + notes)}]"
         group.add_argument(f"--{entry.name}", type=kind, default=None, metavar=_metavar(kind), help=text)
+
+
+class _Switch(argparse.Action):
+    """``--name`` sets True, ``--no_name`` False; without either, None: the preset or the default decides."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:  # noqa: ANN001  (argparse's own)
+        setattr(namespace, self.dest, not option_string.startswith("--no_"))
 
 
 def _metavar(kind: type) -> str:

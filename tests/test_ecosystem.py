@@ -19,7 +19,7 @@ from mvlm_core.packaging import extract_archive, write_archive
 
 pytestmark = pytest.mark.integration
 PROMPTS = ["In the beginning", "And it came to pass in the days", "The LORD"]
-LORA_TARGETS = {"mvlm_gpt2": ["c_attn"], "simone_enhanced": ["q_proj", "v_proj", "policy_head"]}
+LORA_TARGETS = {"mvlm_gpt2": ["c_attn"], "simone_enhanced": ["q_proj", "v_proj", "memory_head"]}
 
 
 @pytest.fixture(scope="session")

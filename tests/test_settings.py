@@ -35,7 +35,19 @@ def test_a_flag_beats_the_preset_and_the_preset_the_default():
     assert parse(GPT2Settings, "--preset", "smoke", "--hidden_dim", "96").hidden_dim == 96
     assert parse(GPT2Settings, "--preset", "h200").hidden_dim == 768
     assert PrioritaryConfig(preset="smoke", num_layers=3).num_layers == 3
-    assert PrioritaryConfig(preset="smoke", no_policy_head=False).no_policy_head is False
+    assert PrioritaryConfig(preset="smoke", memory_head=False).memory_head is False
+
+
+def test_a_head_has_a_flag_for_on_and_one_for_off():
+    heads = ("policy_head", "memory_head", "trace_head")
+    for given, wanted in (
+        ([], (False, True, True)),
+        (["--policy_head"], (True, True, True)),
+        ([f"--no_{name}" for name in heads], (False, False, False)),
+        (["--no_policy_head", "--policy_head"], (True, True, True)),  # the last one holds
+    ):
+        settings = parse(PrioritaryConfig, "--preset", "smoke", *given)
+        assert tuple(getattr(settings, name) for name in heads) == wanted, given
 
 
 def test_the_h200_preset_is_the_briefs_shape():

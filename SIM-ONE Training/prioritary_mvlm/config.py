@@ -18,6 +18,10 @@ SMALL = {
 }
 
 
+def _head(default: bool, what: str) -> Any:
+    return option(default, what, "governance", both_ways=True, identity=True)
+
+
 @dataclass
 class PrioritaryConfig(TrainingSettings):
     """Everything that a run of Enhanced SIM-ONE can be told.
@@ -52,16 +56,10 @@ class PrioritaryConfig(TrainingSettings):
         choices=("tied", "own"),
         identity=True,
     )
-    no_policy_head: bool = option(
-        False, "switch the policy head off (per-head gate on what attention read)", "governance", identity=True
-    )
-    no_memory_head: bool = option(
-        False,
-        "switch the memory head off (keys of the token before, first layer's values)",
-        "governance",
-        identity=True,
-    )
-    no_trace_head: bool = option(False, "export a model that reports no traces", "governance", identity=True)
+    # Off because no gain could be told from noise (benchmarks/RESULTS.md).
+    policy_head: bool = _head(False, "gate on what each attention head read")
+    memory_head: bool = _head(True, "keys of the token before, first layer's values")
+    trace_head: bool = _head(True, "report what the other heads and the attention did, when asked")
     accuracy_weight: float = option(1.0, "weight of next-token cross-entropy", "loss", minimum=0, identity=True)
     alignment_weight: float = option(
         0.0, "weight of the same, weighted by document quality", "loss", minimum=0, identity=True
