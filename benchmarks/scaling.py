@@ -1,13 +1,18 @@
 #!/usr/bin/env python3
-"""From small to large: how the best learning rate moves with size, and decay and dropout with repeats.
+"""From small to large: how the best rate moves with size and batch, decay and dropout with repeats, and what to expect.
 
-    rates    each model at three sizes, the rate in steps of two; the best one of a size is where a parabola through
-             the lowest three points in log rate has its minimum. Rule: best rate = a · width ** b, by least squares.
+    rates    each model at three sizes, the rate in steps of two from a start, on until the lowest point has a worse one
+             on both sides; a size's best rate is where the parabola through these three, in log rate, has its
+             minimum. Rule: best rate = a · width ** b · (batch / 8) ** c, by least squares; c from the next part.
+    batches  the smallest size with half and with twice the batch, its rate found in the same way.
     test     a fourth size, larger than the others, at half of what the rule says, at it, and at twice it.
+    amounts  small sizes on more text: bits per byte = floor + A · parameters ** -α + B · bytes ** -β, by least squares
+             over these and the best of rates. The fourth size was not used: it tests the law.
     repeats  the smallest size on little text read 1, 4 and 12 times, with several decays and dropouts.
 
-Shapes are the h200 preset's in small: heads of 64, feed-forward four times the width, output tied. Each run is a
-process of its own; run the command again and it goes on where it stopped. Validation books only.
+Shapes and text are the h200 preset's in small: heads of 64, feed-forward four times the width, output tied, every text
+read once a pass. Each run is a process of its own; run the command again and it goes on where it stopped. Validation
+books only.
 
 Exit codes: 0 done, 1 a run failed (the others still ran), 2 bad arguments, 130/143 stopped by a signal.
 """
@@ -15,10 +20,11 @@ Exit codes: 0 done, 1 a run failed (the others still ran), 2 bad arguments, 130/
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import shutil
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,53 +36,90 @@ from mvlm_core.errors import UserError, run_main
 from mvlm_core.files import write_json_atomic
 
 HEAD = 64
-FULL_WIDTH = 768  # of the h200 preset
+FULL_WIDTH, FULL_BATCH = 768, 32 * 1024  # of the h200 preset; the batch in tokens
+CONTEXT, BATCH = 256, 8  # of these runs
 # name → (width, layers): about 2, 7 and 19 million parameters with 4,096 tokens, and 27 for the test.
 SIZES = {"small": (192, 3), "medium": (320, 5), "large": (448, 7)}
 TEST_SIZE = ("test", (512, 8))
-RATES = {"mvlm_gpt2": (1e-3, 2e-3, 4e-3, 8e-3), "simone_enhanced": (0.01, 0.02, 0.04, 0.08)}
+STARTS = {"mvlm_gpt2": 2e-3, "simone_enhanced": 0.02}
+MOST_RATES = 6  # of one search
+BATCHES = (BATCH // 2, BATCH * 2)
+AMOUNTS = {"small": (2, 4, 8), "medium": (2, 4)}  # times --max_bytes
 EPOCHS, DECAYS, DROPOUTS = (1, 4, 12), (0.1, 0.4, 1.6), (0.0, 0.1, 0.3)
+PARTS = ("rates", "batches", "test", "amounts", "repeats")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """``rate = a · width ** b``, from the best rate of each size."""
+    """``rate = a · width ** b · (batch / 8) ** c``; batches in sequences of ``CONTEXT`` tokens."""
 
     a: float
     b: float
+    c: float = 0.0
 
-    def __call__(self, width: int) -> float:
-        return self.a * width**self.b
-
-
-def shape(width: int, layers: int) -> dict[str, Any]:
-    return {"hidden_dim": width, "num_layers": layers, "num_heads": width // HEAD, "ff_dim": 4 * width}
+    def __call__(self, width: int, batch: float = BATCH) -> float:
+        return self.a * width**self.b * (batch / BATCH) ** self.c
 
 
-def settings_of(model: str, options: argparse.Namespace, size: tuple[int, int], rate: float) -> dict[str, Any]:
-    values = values_of(options) | shape(*size)
-    values |= {"learning_rate": rate, "batch_size": 8, "eval_interval": 10**6}
-    if model == "simone_enhanced":
-        # AdamW's part moves with Muon's: one rate to find, as the presets have it.
-        values |= {"output_head": "tied", "adamw_learning_rate": rate / 2}
-    return values
+@dataclass(frozen=True)
+class Law:
+    """``bits per byte = floor + a · parameters ** -alpha + b · bytes ** -beta``."""
+
+    floor: float
+    a: float
+    alpha: float
+    b: float
+    beta: float
+
+    def __call__(self, parameters: float, size: float) -> float:
+        return self.floor + self.a * parameters**-self.alpha + self.b * size**-self.beta
 
 
-def rate_runs(model: str, size_name: str, size: tuple[int, int], rate: float, options: argparse.Namespace) -> list[Run]:
-    """The runs of one rate at one size, a seed each."""
-    label = f"{model} {size_name} {rate:.2e}"
-    folder = options.root / model / size_name / f"{rate:.2e}"
-    values = settings_of(model, options, size, rate)
-    return [
-        Run(label, model, values | {"seed": seed, "output_dir": str(folder / f"seed{seed}")})
-        for seed in range(options.seeds)
-    ]
+@dataclass(frozen=True)
+class Search:
+    """The best rate of one model at one size and batch; ``options`` are the command line's."""
+
+    model: str
+    size_name: str
+    options: argparse.Namespace
+    batch: int = BATCH
+
+    def runs(self, rate: float) -> list[Run]:
+        """The runs of one rate, a seed each."""
+        return rate_runs(self.model, self.size_name, rate, self.options, batch=self.batch)
+
+    def points(self) -> dict[float, float]:
+        """Rate → bits per byte of what is finished, as far as the search has come."""
+        found: dict[float, float] = {}
+        while new := wanted(found, STARTS[self.model]):
+            values = {rate: value for rate in new if (value := bits(self.runs(rate))) is not None}
+            found |= values
+            if len(values) < len(new):
+                break
+        return found
+
+    def make(self) -> list[Run]:
+        """Run what is wanted until nothing is; returns what failed."""
+        while new := wanted(self.points(), STARTS[self.model]):
+            if failed := make([run for rate in new for run in self.runs(rate)], self.options.root / self.model):
+                return failed
+        return []
+
+    def best(self) -> float | None:
+        """The best rate, or None while the search is not finished."""
+        points = self.points()
+        return None if wanted(points, STARTS[self.model]) else best_rate(points)
 
 
-def bits(runs: list[Run]) -> float | None:
-    """Mean validation of those that are finished; None while none is."""
-    found = [result["validation_bpb"] for run in runs if (result := run.result())]
-    return statistics.mean(found) if found else None
+def wanted(points: dict[float, float], start: float) -> list[float]:
+    """The rates that a search needs next; none where the lowest point lies between two others, or after many."""
+    if len(points) < 3:
+        return [start / 2, start, start * 2]
+    rates = sorted(points)
+    lowest = min(rates, key=points.__getitem__)
+    if len(rates) >= MOST_RATES or rates[0] < lowest < rates[-1]:
+        return []
+    return [lowest / 2 if lowest == rates[0] else lowest * 2]
 
 
 def best_rate(points: dict[float, float]) -> float:
@@ -99,11 +142,93 @@ def best_rate(points: dict[float, float]) -> float:
     return math.exp(x[1] - slope / (2 * curvature)) if curvature > 0 else rates[lowest]
 
 
-def fit(best: dict[int, float]) -> Rule:
-    """The power law of least squares in logarithms; ``best``: width → rate."""
-    x, y = [math.log(width) for width in best], [math.log(rate) for rate in best.values()]
+def fit_rule(best: dict[int, float], by_batch: dict[int, float]) -> Rule:
+    """The power laws of least squares in logarithms.
+
+    Args:
+        best: width → rate, all at ``BATCH``.
+        by_batch: batch → rate, all at one width; may be empty: no change with the batch.
+    """
+    a, b = power_law(best)
+    return Rule(a, b, power_law(by_batch)[1] if len(by_batch) > 1 else 0.0)
+
+
+def power_law(points: dict[int, float]) -> tuple[float, float]:
+    """``a`` and ``b`` of ``y = a · x ** b``; ``points``: x → y."""
+    x, y = [math.log(value) for value in points], [math.log(value) for value in points.values()]
     b = statistics.linear_regression(x, y).slope
-    return Rule(math.exp(statistics.mean(y) - b * statistics.mean(x)), b)
+    return math.exp(statistics.mean(y) - b * statistics.mean(x)), b
+
+
+def fit_law(points: list[tuple[int, int, float]]) -> Law:
+    """The law of least squares; exponents from a grid, the rest solved, nothing below 0.
+
+    Args:
+        points: parameters, bytes of text, bits per byte.
+    """
+    import numpy as np
+
+    parameters, size, y = (np.array(column, dtype=float) for column in zip(*points, strict=True))
+    exponents, found = [step / 20 for step in range(2, 21)], []
+    for alpha, beta in itertools.product(exponents, exponents):
+        columns = np.stack((np.ones_like(y), parameters**-alpha, size**-beta), axis=1)
+        scale = columns.max(axis=0)
+        solved, *_ = np.linalg.lstsq(columns / scale, y, rcond=None)
+        if (solved >= 0).all():
+            floor, a, b = (solved / scale).tolist()
+            found.append((float(((columns / scale @ solved - y) ** 2).sum()), Law(floor, a, alpha, b, beta)))
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+# --- the runs ------------------------------------------------------------------------------------------------
+
+
+def shape(size_name: str) -> dict[str, Any]:
+    width, layers = dict([*SIZES.items(), TEST_SIZE])[size_name]
+    return {"hidden_dim": width, "num_layers": layers, "num_heads": width // HEAD, "ff_dim": 4 * width}
+
+
+def settings_of(model: str, size_name: str, rate: float, options: argparse.Namespace) -> dict[str, Any]:
+    values = values_of(options) | shape(size_name) | {"learning_rate": rate, "batch_size": BATCH, "max_length": CONTEXT}
+    values |= {"train_mix": "", "eval_interval": 10**6}
+    if model == "simone_enhanced":
+        # AdamW's part moves with Muon's: one rate to find, as the small presets have it.
+        values |= {"output_head": "tied", "adamw_learning_rate": rate / 2, "coherence_weight": 0.0}
+    return values
+
+
+def rate_runs(
+    model: str, size_name: str, rate: float, options: argparse.Namespace, *, batch: int = BATCH, amount: int = 1
+) -> list[Run]:
+    """A seed each, of ``amount`` times ``--max_bytes``."""
+    kind = size_name + (f"-batch{batch}" if batch != BATCH else "") + (f"-amount{amount}" if amount > 1 else "")
+    values = settings_of(model, size_name, rate, options)
+    values |= {"batch_size": batch, "max_bytes": amount * options.max_bytes}
+    folder = options.root / model / kind / f"{rate:.2e}"
+    return [
+        Run(f"{model} {kind} {rate:.2e}", model, values | {"seed": seed, "output_dir": str(folder / f"seed{seed}")})
+        for seed in range(options.seeds)
+    ]
+
+
+def bits(runs: list[Run]) -> float | None:
+    """Mean validation of those that are finished; None while none is."""
+    found = [result["validation_bpb"] for run in runs if (result := run.result())]
+    return statistics.mean(found) if found else None
+
+
+def amount_runs(model: str, rule: Rule, options: argparse.Namespace) -> list[Run]:
+    pairs = [(name, amount) for name, amounts in AMOUNTS.items() for amount in amounts]
+    return [
+        run
+        for name, amount in pairs
+        for run in rate_runs(model, name, rule(shape(name)["hidden_dim"]), options, amount=amount)
+    ]
+
+
+def runs_at_fourth_size(model: str, rule: Rule, options: argparse.Namespace) -> list[Run]:
+    name, (width, _) = TEST_SIZE
+    return [run for factor in (0.5, 1.0, 2.0) for run in rate_runs(model, name, rule(width) * factor, options)]
 
 
 def little_text(options: argparse.Namespace) -> Path:
@@ -131,60 +256,89 @@ def repeat_runs(options: argparse.Namespace) -> list[Run]:
     """Decays at a dropout of 0.1 and dropouts at a decay of 0.4, at each number of epochs; both models, one seed."""
     data_dir, runs = little_text(options), []
     for epochs in reversed(EPOCHS):  # what tells most comes first
-        for model, rates in RATES.items():
+        for model, rate in STARTS.items():
             pairs = {(decay, 0.1) for decay in DECAYS} | {(0.4, dropout) for dropout in DROPOUTS}
             for decay, dropout in sorted(pairs):
                 folder = options.work_dir / f"repeats-{options.little_bytes}" / model / f"{epochs}-{decay}-{dropout}"
-                values = settings_of(model, options, SIZES["small"], rates[1])
+                values = settings_of(model, "small", rate, options)
                 del values["max_bytes"]
-                values |= {"num_epochs": float(epochs), "weight_decay": decay, "dropout": dropout, "train_mix": ""}
+                values |= {"num_epochs": float(epochs), "weight_decay": decay, "dropout": dropout}
                 values |= {"data_dir": str(data_dir), "seed": 0, "output_dir": str(folder)}
                 runs.append(Run(f"{model} epochs {epochs} decay {decay} dropout {dropout}", model, values))
     return runs
 
 
-def rates_table(options: argparse.Namespace) -> tuple[list[str], dict[str, Rule]]:
-    """What is finished of ``rates``, and the rule of each model whose sizes are all there."""
-    lines = ["| model | size, parameters | bits per byte by rate | best rate |", "| --- | --- | --- | ---: |"]
-    rules = {}
-    for model, rates in RATES.items():
-        best: dict[int, float] = {}
-        for name, size in SIZES.items():
-            runs = {rate: rate_runs(model, name, size, rate, options) for rate in rates}
-            points = {rate: value for rate in rates if (value := bits(runs[rate])) is not None}
-            if len(points) < 3:
-                continue
-            best[size[0]] = best_rate(points)
-            parameters = next(result["parameters"] for run in sum(runs.values(), []) if (result := run.result()))
-            cells = ", ".join(f"{rate:g}: {bits:.4f}" for rate, bits in points.items())
-            lines.append(f"| {model} | {size[0]} × {size[1]}, {parameters:,} | {cells} | {best[size[0]]:.2g} |")
-        if len(best) == len(SIZES):
-            rules[model] = fit(best)
-    return lines, rules
+# --- the tables ----------------------------------------------------------------------------------------------
 
 
-def runs_at_fourth_size(rules: dict[str, Rule], options: argparse.Namespace) -> list[Run]:
-    name, size = TEST_SIZE
-    return [
-        run
-        for model, rule in rules.items()
-        for factor in (0.5, 1.0, 2.0)
-        for run in rate_runs(model, name, size, rule(size[0]) * factor, options)
-    ]
+def searches(model: str, options: argparse.Namespace) -> list[Search]:
+    return [Search(model, name, options) for name in SIZES]
+
+
+def batch_searches(model: str, options: argparse.Namespace) -> list[Search]:
+    return [Search(model, "small", options, batch) for batch in BATCHES]
+
+
+def rule_of(model: str, options: argparse.Namespace) -> Rule | None:
+    """From what is finished; None while a size is not."""
+    best = {SIZES[search.size_name][0]: search.best() for search in searches(model, options)}
+    if None in best.values():
+        return None
+    by_batch = {search.batch: rate for search in batch_searches(model, options) if (rate := search.best())}
+    return fit_rule(best, by_batch | {BATCH: best[SIZES["small"][0]]} if by_batch else {})
+
+
+def law_of(model: str, rule: Rule, options: argparse.Namespace) -> Law | None:
+    """From the lowest points of the three sizes and the runs on more text; None while one is missing."""
+    points = []
+    for search in searches(model, options):
+        found = search.points()
+        points += figures(search.runs(min(found, key=found.__getitem__)))
+    more = amount_runs(model, rule, options)
+    if any(run.result() is None for run in more):
+        return None
+    return fit_law(points + figures(more))
+
+
+def figures(runs: list[Run]) -> list[tuple[int, int, float]]:
+    """Parameters, bytes of text and bits per byte of each finished run."""
+    results = [result for run in runs if (result := run.result())]
+    return [(result["parameters"], result["bytes"], result["validation_bpb"]) for result in results]
 
 
 def report(options: argparse.Namespace) -> dict[str, Any]:
     """Print the tables of what is finished; returns their figures."""
-    lines, rules = rates_table(options)
-    print("\n".join(lines))
-    found: dict[str, Any] = {"rules": {}}
-    for model, rule in rules.items():
-        full = rule(FULL_WIDTH)
-        found["rules"][model] = {"a": rule.a, "b": rule.b, "full_width": full}
-        print(f"\n{model}: best rate = {rule.a:.3g} · width ** {rule.b:.2f}; at {FULL_WIDTH} wide {full:.2g}")
-        runs = [run for run in runs_at_fourth_size({model: rule}, options) if run.result()]
-        for run in runs:
-            print(f"  test at {TEST_SIZE[1][0]} × {TEST_SIZE[1][1]}: {run.name}: {run.result()['validation_bpb']:.4f}")
+    print("| model | size | batch | bits per byte by rate | best rate |\n| --- | --- | ---: | --- | ---: |")
+    for model in SETTINGS:
+        for search in (*searches(model, options), *batch_searches(model, options)):
+            if points := search.points():
+                cells = ", ".join(f"{rate:g}: {value:.4f}" for rate, value in sorted(points.items()))
+                best = search.best()
+                print(
+                    f"| {model} | {search.size_name}, {figures(search.runs(min(points)))[0][0]:,} parameters "
+                    f"| {search.batch} | {cells} | {f'{best:.2g}' if best else 'not finished'} |"
+                )
+    found: dict[str, Any] = {}
+    for model in SETTINGS:
+        if (rule := rule_of(model, options)) is None:
+            continue
+        full = rule(FULL_WIDTH, FULL_BATCH / CONTEXT)
+        found[model] = {"rule": asdict(rule), "full_rate": full}
+        print(
+            f"\n{model}: best rate = {rule.a:.3g} · width ** {rule.b:.2f} · (batch / {BATCH}) ** {rule.c:.2f}; "
+            f"{rule(FULL_WIDTH):.2g} at {FULL_WIDTH} wide, {full:.2g} with batches of {FULL_BATCH:,} tokens too"
+        )
+        law = law_of(model, rule, options)
+        for run in (*runs_at_fourth_size(model, rule, options), *amount_runs(model, rule, options)):
+            for parameters, size, value in figures([run]):
+                expected = f", {law(parameters, size):.4f} by the law" if law else ""
+                print(f"  {run.name}: {parameters:,} parameters, {size:,} bytes: {value:.4f}{expected}")
+        if law:
+            found[model] |= {"law": asdict(law)}
+            print(
+                f"  bits per byte = {law.floor:.3f} + {law.a:.3g} · parameters ** -{law.alpha:.2f} "
+                f"+ {law.b:.3g} · bytes ** -{law.beta:.2f}"
+            )
     if (options.work_dir / f"text-{options.little_bytes}").is_dir():
         print("\n| model | epochs | decay | dropout | bits per byte |\n| --- | ---: | ---: | ---: | ---: |")
         for run in repeat_runs(options):
@@ -202,36 +356,35 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """
     parser = command_line(__doc__, "scaling")
     parser.set_defaults(seeds=1, max_bytes=1_000_000)
-    parser.add_argument("--only", choices=("rates", "test", "repeats"), help="this part [default: all, in order]")
+    parser.add_argument("--only", choices=PARTS, help="this part [default: all, in order]")
+    parser.add_argument("--model", choices=tuple(SETTINGS), help="this model alone, such as on each of two cores")
     parser.add_argument("--little_bytes", type=int, default=500_000, help="text of repeats [default 500000]")
     parser.add_argument("--table", action="store_true", help="only print what is finished")
-    parser.add_argument("--json", type=Path, help="also write the rules here")
+    parser.add_argument("--json", type=Path, help="also write the rules and laws here")
     options = settled(parser.parse_args(arguments))
     if options.little_bytes < 1:
         raise UserError(f"--little_bytes {options.little_bytes}: at least 1")
     return options
 
 
+def run_part(part: str, model: str, options: argparse.Namespace) -> list[Run]:
+    """Run what is missing of one part for one model; returns what failed."""
+    if part in ("rates", "batches"):
+        chosen = {"rates": searches, "batches": batch_searches}[part](model, options)
+        return [run for search in chosen for run in search.make()]
+    if part == "repeats":
+        return make([run for run in repeat_runs(options) if run.model == model], options.root / model)
+    if (rule := rule_of(model, options)) is None:
+        log.warning("%s: the rule of %s is not known: --only rates comes first", part, model)
+        return []
+    return make({"test": runs_at_fourth_size, "amounts": amount_runs}[part](model, rule, options), options.root / model)
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
-    failed: list[Run] = []
-    parts = () if options.table else (options.only,) if options.only else ("rates", "test", "repeats")
-    if "rates" in parts:
-        runs = [
-            run
-            for name, size in SIZES.items()
-            for model, rates in RATES.items()
-            for rate in rates
-            for run in rate_runs(model, name, size, rate, options)
-        ]
-        failed += make(runs, options.root)
-    if "test" in parts:
-        rules = rates_table(options)[1]
-        if len(rules) < len(SETTINGS):
-            log.warning("the rule of %s models is known: --only rates comes first", len(rules))
-        failed += make(runs_at_fourth_size(rules, options), options.root)
-    if "repeats" in parts:
-        failed += make(repeat_runs(options), options.root)
+    models = (options.model,) if options.model else tuple(SETTINGS)
+    parts = () if options.table else (options.only,) if options.only else PARTS
+    failed = [run for part in parts for model in models for run in run_part(part, model, options)]
     found = report(options)
     if options.json:
         write_json_atomic(options.json, found)

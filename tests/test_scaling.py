@@ -1,5 +1,6 @@
 """``benchmarks/scaling.py``: the parabola and the power law by known answers, the runs by their settings."""
 
+import math
 import sys
 
 import pytest
@@ -15,8 +16,6 @@ def options_of(tmp_path, corpus, *arguments):
 
 
 def test_the_minimum_of_a_parabola_is_found():
-    import math
-
     def bits(rate):
         return 1.5 + 0.1 * (math.log(rate) - math.log(0.003)) ** 2
 
@@ -25,18 +24,48 @@ def test_the_minimum_of_a_parabola_is_found():
     assert scaling.best_rate({0.001: 1.0, 0.002: 1.1, 0.004: 1.2}) == 0.001, "at an end of the grid, the end"
 
 
-def test_a_power_law_is_found():
-    rule = scaling.fit({width: 3.0 * width**-0.5 for width in (192, 320, 448)})
-    assert (rule.a, rule.b) == (pytest.approx(3.0), pytest.approx(-0.5))
-    assert rule(768) == pytest.approx(3.0 * 768**-0.5)
+def test_power_laws_are_found():
+    best = {width: 3.0 * width**-0.5 for width in (192, 320, 448)}
+    rule = scaling.fit_rule(best, {batch: 0.1 * batch**0.25 for batch in (4, 8, 16)})
+    assert (rule.a, rule.b, rule.c) == (pytest.approx(3.0), pytest.approx(-0.5), pytest.approx(0.25))
+    assert rule(768, 128) == pytest.approx(3.0 * 768**-0.5 * 16**0.25)
+    assert scaling.fit_rule(best, {}).c == 0
+
+
+def test_the_law_of_size_and_text_is_found():
+    law = scaling.Law(floor=0.7, a=60.0, alpha=0.35, b=90.0, beta=0.4)
+    sizes = [(2e6, 1e6), (7e6, 1e6), (19e6, 1e6), (2e6, 4e6), (2e6, 8e6), (7e6, 4e6)]
+    found = scaling.fit_law([(n, size, law(n, size)) for n, size in sizes])
+    assert (found.alpha, found.beta) == (0.35, 0.4)
+    assert found(110e6, 7e8) == pytest.approx(law(110e6, 7e8), abs=1e-6)
+
+
+def test_a_search_goes_on_until_the_lowest_lies_between_worse_ones():
+    def searched(best, start=0.002):
+        points = {}
+        while new := scaling.wanted(points, start):
+            points |= {rate: abs(math.log(rate / best)) for rate in new}
+        return sorted(points)
+
+    assert searched(0.0021) == [0.001, 0.002, 0.004]
+    assert searched(0.0042) == [0.001, 0.002, 0.004, 0.008]
+    assert searched(0.0003) == [0.000125, 0.00025, 0.0005, 0.001, 0.002, 0.004]
+    assert len(searched(1e-9)) == scaling.MOST_RATES, "no search without an end"
 
 
 def test_sizes_are_what_they_say_and_settings_are_valid(tmp_path, tiny_corpus):
     options = options_of(tmp_path, tiny_corpus)
-    for model, rates in scaling.RATES.items():
-        for name, size in (*scaling.SIZES.items(), scaling.TEST_SIZE):
-            settings = scaling.rate_runs(model, name, size, rates[0], options)[0].settings().check()
+    for model, rate in scaling.STARTS.items():
+        folders = set()
+        for search in (*scaling.searches(model, options), *scaling.batch_searches(model, options)):
+            settings = search.runs(rate)[0].settings().check()
             assert settings.hidden_dim // settings.num_heads == 64 and settings.max_bytes == options.max_bytes
+            assert settings.batch_size == search.batch
+            folders.add(settings.output_dir)
+            assert search.points() == {} and search.best() is None
+        more = scaling.amount_runs(model, scaling.Rule(rate, 0.0), options)
+        assert [run.settings().max_bytes // options.max_bytes for run in more] == [2, 4, 8, 2, 4]
+        assert len(folders | {str(run.folder) for run in more}) == 5 + 5
 
 
 def test_little_text_is_the_first_train_books_and_all_validation(tmp_path, tiny_corpus):
