@@ -36,6 +36,7 @@ class Variant:
         what: for the table, in words.
         changes: settings in place of the preset's; ``False``, 0.0 and "" beat the preset as any other value does.
         shapes: preset → settings of the model's shape, which must follow the preset's.
+        classic_part: of ``classic_parts.py``, in the place of the modern one.
     """
 
     model: str
@@ -43,6 +44,7 @@ class Variant:
     what: str
     changes: dict[str, Any] = field(default_factory=dict)
     shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    classic_part: str | None = None
 
     def values(self, preset: str) -> dict[str, Any]:
         return self.changes | self.shapes.get(preset, {})
@@ -63,6 +65,10 @@ VARIANTS = (
     _full("no_coherence", "without the coherence part of the loss", {"coherence_weight": 0.0}),
     _full("alignment", "content alignment 0.5, accuracy 0.5", {"accuracy_weight": 0.5, "alignment_weight": 0.5}),
     _full("no_z_loss", "without z-loss", {"z_loss_weight": 0.0}),
+    _full("learned_positions", "learned positions for rotary ones", classic_part="learned_positions"),
+    _full("plain_queries", "queries and keys not normalised", classic_part="plain_queries"),
+    _full("layer_norm", "LayerNorm for RMSNorm", classic_part="layer_norm"),
+    _full("gelu", "GPT-2's feed-forward layer for SwiGLU", classic_part="gelu"),
     _full("tied_head", "output tied to the embedding", {"output_head": "tied"}),
     _full("tied_head_layers", "output tied, more layers in its place", {"output_head": "tied"}, DEEPER),
     _full("adamw_2e-3", "AdamW at 0.002 for Muon", {"optimizer": "adamw", "learning_rate": 2e-3}),
@@ -87,7 +93,8 @@ def plan(options: argparse.Namespace) -> list[Run]:
     for seed in range(options.seeds):
         for variant in chosen(options.only):
             place = {"seed": seed, "output_dir": str(options.root / variant.name / f"seed{seed}")}
-            runs.append(Run(variant.name, variant.model, shared | variant.values(options.preset) | place))
+            values = shared | variant.values(options.preset) | place
+            runs.append(Run(variant.name, variant.model, values, variant.classic_part))
     return runs
 
 

@@ -57,11 +57,13 @@ class Run:
         label: what it tries, in a word; runs that differ in the seed alone share it.
         model: "mvlm_gpt2" or "simone_enhanced".
         values: the settings that are given, seed and output_dir among them; the rest is the preset's.
+        classic_part: the one of ``classic_parts.py`` to train with; the folder must be another for each.
     """
 
     label: str
     model: str
     values: dict[str, Any]
+    classic_part: str | None = None
 
     @property
     def seed(self) -> int:
@@ -95,20 +97,24 @@ class Run:
 
 
 def run_one() -> None:
-    """One run in this process, by the command line's ``{"model": …, "settings": {…}}``."""
+    """One run in this process, by the command line's ``{"model": …, "settings": {…}, "classic_part": …}``."""
     given = json.loads(sys.argv[1])
     settings = SETTINGS[given["model"]](**given["settings"]).check()
     set_process_environment()
     setup_logging(settings.log_file, quiet=settings.quiet)
     from mvlm_core.training_run import run_training
 
+    if given.get("classic_part"):
+        from classic_parts import CLASSIC_PARTS
+
+        CLASSIC_PARTS[given["classic_part"]]()
     run_training(recipe_of(given["model"]), settings)
 
 
 def execute(run: Run, signals: Signals) -> tuple[int, str]:
     """Run in a child process with its output in the run's log; returns its exit code and its last lines."""
     run.log.parent.mkdir(parents=True, exist_ok=True)
-    job = json.dumps({"model": run.model, "settings": run.values})
+    job = json.dumps({"model": run.model, "settings": run.values, "classic_part": run.classic_part})
     with open(run.log, "a+b") as file:
         before = file.seek(0, os.SEEK_END)
         environment = os.environ | {PARENT_VARIABLE: str(os.getpid())}  # no run outlives this process

@@ -37,6 +37,19 @@ def test_every_variant_is_one_valid_change(tmp_path, preset):
     assert settings["no_coherence, seed 0"].coherence_weight == 0.0
 
 
+def test_classic_parts_are_in_the_model_and_spend_the_same(tmp_path, tiny_corpus):
+    tiny = {**TINY, "data_dir": str(tiny_corpus), "max_steps": 3, "seed": 0, "no_test_score": True}
+    results = {}
+    with Signals() as signals:
+        for part in (None, "layer_norm", "gelu", "plain_queries", "learned_positions"):
+            run = trials.Run("x", "simone_enhanced", tiny | {"output_dir": str(tmp_path / str(part))}, part)
+            assert trials.execute(run, signals)[0] == 0, run.log.read_text()
+            results[part] = run.result()
+    assert len({result["validation_bpb"] for result in results.values()}) == 5
+    for part, result in results.items():
+        assert result["parameters"] == pytest.approx(results[None]["parameters"], rel=0.05), part
+
+
 def test_a_name_brings_its_reference_and_an_unknown_one_is_refused(tmp_path):
     assert [variant.name for variant in ablations.chosen("base_linear")] == ["baseline", "base_linear"]
     with pytest.raises(UserError, match="no_such"):
