@@ -4,6 +4,7 @@
     python benchmarks/throughput.py                          both models, and transformers.Trainer with GPT-2
     python benchmarks/throughput.py --nanogpt FOLDER         and nanoGPT (FOLDER holds its model.py)
     python benchmarks/throughput.py --shape 124m             GPT-2's shape, vocabulary and context
+    python benchmarks/throughput.py --contexts 128,256,512,1024,2048      our two, as many tokens a step in each
 
 Every contender lives in a process of its own; they take turns, a few steps at a time, so that what the machine does
 meanwhile meets all of them. A step is the whole step: batch, forward, backward, clipping, optimizer. Printed are the
@@ -92,7 +93,7 @@ def matrices(model: Any) -> int:
     return output.numel() + sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in apart)
 
 
-def ours(name: str, shape: Shape, precision: str, folder: Path) -> Contender:
+def ours(name: str, shape: Shape, precision: str, folder: Path, data_dir: str) -> Contender:
     from mvlm_core.hardware import choose_hardware
     from mvlm_core.stop_request import StopRequest
     from mvlm_core.training_loop import TrainingLoop
@@ -113,7 +114,7 @@ def ours(name: str, shape: Shape, precision: str, folder: Path) -> Contender:
         "quiet": True,
         "max_steps": 10**6,
         "output_dir": str(folder),
-        "data_dir": str(DEFAULT_DATA_DIR),
+        "data_dir": data_dir,
         "cache_dir": str(CACHE_DIR),
     }
     if second:
@@ -251,7 +252,7 @@ def serve(text: str) -> None:
         elif name == "transformers.Trainer":
             contender = huggingface(shape, precision, Path(folder))
         else:
-            contender = ours(name, shape, precision, Path(folder))
+            contender = ours(name, shape, precision, Path(folder), given["data_dir"])
         before = peak_memory()
         for _ in range(WARM_UP):
             contender.step()
@@ -284,10 +285,10 @@ def matmul_peak(precision: str, size: int = 2048, rounds: int = 5) -> float:
 class Process:
     """A contender's process."""
 
-    def __init__(self, name: str, shape: Shape, options: argparse.Namespace) -> None:
-        self.name, self.seconds, self.peak = name, [], 0
+    def __init__(self, name: str, shape: Shape, options: argparse.Namespace, label: str | None = None) -> None:
+        self.name, self.seconds, self.peak = label or name, [], 0
         given = {"name": name, "shape": asdict(shape), "precision": options.precision}
-        job = json.dumps(given | {"nanogpt": str(options.nanogpt)})
+        job = json.dumps(given | {"nanogpt": str(options.nanogpt), "data_dir": str(options.data_dir.absolute())})
         command = [sys.executable, str(Path(__file__).resolve()), "--serve", job]
         self.log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
@@ -315,23 +316,31 @@ class Process:
         self.log.close()
 
 
+def contenders(shape: Shape, options: argparse.Namespace) -> list[tuple[str, Shape, str]]:
+    """Name, shape and label of each process."""
+    if options.contexts:
+        tokens = shape.batch * shape.context
+        shapes = [replace(shape, context=context, batch=max(1, tokens // context)) for context in options.contexts]
+        return [(name, one, f"{name}, context {one.context:,}") for name in CONTENDERS[:2] for one in shapes]
+    names = [name for name in CONTENDERS if name != "nanoGPT" or options.nanogpt]
+    return [(name, shape, name) for name in names if not options.only or name in options.only]
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Rounds of turns; returns each contender's figures."""
     from mvlm_core.hardware import choose_hardware
 
     choose_hardware(precision=options.precision).apply()
-    shape, names = SHAPES[options.shape], [name for name in CONTENDERS if name != "nanoGPT" or options.nanogpt]
+    shape = SHAPES[options.shape]
     if options.batch_size:
         shape = replace(shape, batch=options.batch_size)
     if options.context:
         shape = replace(shape, context=options.context)
-    if options.only:
-        names = [name for name in names if name in options.only]
     processes: list[Process] = []
     try:
-        for name in names:
-            processes.append(Process(name, shape, options))
-            print(f"{name}: ready", file=sys.stderr, flush=True)
+        for name, of_its_own, label in contenders(shape, options):
+            processes.append(Process(name, of_its_own, options, label))
+            print(f"{label}: ready", file=sys.stderr, flush=True)
         peaks = []
         for _ in range(options.rounds):
             peaks.append(matmul_peak(options.precision))
@@ -380,6 +389,11 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def numbers(text: str) -> list[int]:
+    """Whole numbers with commas between."""
+    return [int(part) for part in text.split(",")]
+
+
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="cpu", help="[default cpu]")
@@ -388,12 +402,19 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="steps a turn [default 3]")
     parser.add_argument("--batch_size", type=int, help="sequences a step [default: the shape's]")
     parser.add_argument("--context", type=int, help="tokens a sequence [default: the shape's]")
+    parser.add_argument(
+        "--contexts",
+        type=numbers,
+        help="our two models alone, at each of these contexts, with commas between",
+    )
     parser.add_argument("--only", type=lambda text: text.split(";"), help="these contenders, with semicolons between")
+    parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR, help="text of our two")
     parser.add_argument("--nanogpt", type=Path, help="folder of nanoGPT's model.py")
     parser.add_argument("--json", type=Path, help="also write all figures here")
     parser.add_argument("--serve", metavar="JSON", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     problems = [f"--{name} must be at least 1" for name in ("rounds", "steps") if vars(options)[name] < 1]
+    problems += [f"--contexts {context}: must be at least 2" for context in options.contexts or () if context < 2]
     if options.nanogpt and not (options.nanogpt / "model.py").is_file():
         problems.append(f"--nanogpt {options.nanogpt}: has no model.py")
     if problems:
