@@ -8,7 +8,8 @@
     test     a fourth size, larger than the others, at half of what the rule says, at it, and at twice it.
     amounts  small sizes on more text: bits per byte = floor + A · parameters ** -α + B · bytes ** -β, by least squares
              over these and the best of rates. The fourth size was not used: it tests the law.
-    repeats  the smallest size on little text read 1, 4 and 12 times, with several decays and dropouts.
+    repeats  a tiny size, with as little text for each parameter as the h200 preset has (a few books, all translations),
+             read 1, 3 and 8 times with several decays and dropouts.
 
 Shapes and text are the h200 preset's in small: heads of 64, feed-forward four times the width, output tied, every text
 read once a pass. Each run is a process of its own; run the command again and it goes on where it stopped. Validation
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import random
 import shutil
 import statistics
 from dataclasses import asdict, dataclass
@@ -31,7 +33,7 @@ from typing import Any
 from trials import SETTINGS, Run, command_line, make, settled, values_of
 
 from mvlm_core.console import log
-from mvlm_core.corpus import load_corpus
+from mvlm_core.corpus import Document, load_corpus
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.files import write_json_atomic
 
@@ -41,11 +43,12 @@ CONTEXT, BATCH = 256, 8  # of these runs
 # name → (width, layers): about 2, 7 and 19 million parameters with 4,096 tokens, and 27 for the test.
 SIZES = {"small": (192, 3), "medium": (320, 5), "large": (448, 7)}
 TEST_SIZE = ("test", (512, 8))
+REPEATS_SIZE = ("tiny", (128, 3))  # 1.1 million parameters
 STARTS = {"mvlm_gpt2": 2e-3, "simone_enhanced": 0.02}
 MOST_RATES = 6  # of one search
 BATCHES = (BATCH // 2, BATCH * 2)
 AMOUNTS = {"small": (2, 4, 8), "medium": (2, 4)}  # times --max_bytes
-EPOCHS, DECAYS, DROPOUTS = (1, 4, 12), (0.1, 0.4, 1.6), (0.0, 0.1, 0.3)
+EPOCHS, DECAYS, DROPOUTS = (1, 3, 8), (0.1, 0.4, 1.6), (0.0, 0.1, 0.3)
 PARTS = ("rates", "batches", "test", "amounts", "repeats")
 
 
@@ -184,7 +187,7 @@ def fit_law(points: list[tuple[int, int, float]]) -> Law:
 
 
 def shape(size_name: str) -> dict[str, Any]:
-    width, layers = dict([*SIZES.items(), TEST_SIZE])[size_name]
+    width, layers = dict([*SIZES.items(), TEST_SIZE, REPEATS_SIZE])[size_name]
     return {"hidden_dim": width, "num_layers": layers, "num_heads": width // HEAD, "ff_dim": 4 * width}
 
 
@@ -232,18 +235,28 @@ def runs_at_fourth_size(model: str, rule: Rule, options: argparse.Namespace) -> 
 
 
 def little_text(options: argparse.Namespace) -> Path:
-    """A data folder of the first King James train books up to about ``--little_bytes``, and its validation books."""
+    """A data folder of train books (all translations, drawn by chance up to ``--little_bytes``) and the validation books.
+
+    Raises:
+        UserError: every train book is larger than that.
+    """
     folder = options.work_dir / f"text-{options.little_bytes}"
     if folder.is_dir():
         return folder
-    corpus, size = load_corpus(options.data_dir, only="bible/kjv"), 0
+    corpus = load_corpus(options.data_dir)
+    books: dict[str | None, list[Document]] = {}
+    for document in corpus.split("train"):
+        books.setdefault(document.book, []).append(document)
+    chosen, left = [], options.little_bytes
+    for book in random.Random(0).sample(list(books), len(books)):
+        if (size := sum(document.size for document in books[book])) <= left:
+            chosen += books[book]
+            left -= size
+    if not chosen:
+        raise UserError(f"--little_bytes {options.little_bytes}: no train book is so small in all its translations")
     staging = folder.with_name(f".{folder.name}")
     shutil.rmtree(staging, ignore_errors=True)
-    for document in (*corpus.split("train"), *corpus.split("validation")):
-        if document.metadata["split"] == "train":
-            if size >= options.little_bytes:
-                continue
-            size += document.size
+    for document in (*chosen, *corpus.split("validation")):
         for name in (document.path, str(Path(document.path).with_suffix(".json"))):
             target = staging / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -260,7 +273,7 @@ def repeat_runs(options: argparse.Namespace) -> list[Run]:
             pairs = {(decay, 0.1) for decay in DECAYS} | {(0.4, dropout) for dropout in DROPOUTS}
             for decay, dropout in sorted(pairs):
                 folder = options.work_dir / f"repeats-{options.little_bytes}" / model / f"{epochs}-{decay}-{dropout}"
-                values = settings_of(model, "small", rate, options)
+                values = settings_of(model, REPEATS_SIZE[0], rate, options)
                 del values["max_bytes"]
                 values |= {"num_epochs": float(epochs), "weight_decay": decay, "dropout": dropout}
                 values |= {"data_dir": str(data_dir), "seed": 0, "output_dir": str(folder)}

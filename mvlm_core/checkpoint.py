@@ -125,10 +125,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             raise DamagedCheckpoint(
                 f"{folder / 'manifest.json'} names {printable(name)}, which is no file of this folder"
             )
-        if not path.is_file():
-            raise DamagedCheckpoint(f"{path} is missing")
-        if sha256_file(path) != expected:
-            raise DamagedCheckpoint(f"{path} is not as it was written (its SHA-256 differs)")
+        try:
+            if not path.is_file():
+                raise DamagedCheckpoint(f"{path} is missing")
+            if sha256_file(path) != expected:
+                raise DamagedCheckpoint(f"{path} is not as it was written (its SHA-256 differs)")
+        except OSError as error:  # such as a name too long for any file
+            raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from None
     state = _read_json(folder / "state.json")
     if not isinstance(state.get("step"), int):
         raise DamagedCheckpoint(f"{folder / 'state.json'} names no step")

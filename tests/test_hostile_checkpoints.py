@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import build_tiny_corpus
 from hostile import ANY_JSON, BROKEN_JSON, HUGE, SCALARS, cases, damaged, raises_only, with_a_value_replaced, within
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from runs import StopAfter, make_loop, tiny_settings
 from safetensors.torch import load_file, save_file
@@ -75,6 +75,7 @@ NAMES = ["..", "../x", "/etc/passwd", "", ".", "a/b", "\0", "x" * 300, "../model
     value=ANY_JSON,
     whole=st.booleans(),
 )
+@example(extra={"x" * 300: None}, seed=0, value=None, whole=False)
 def test_manifests_that_say_anything(saved, folder, extra, seed, value, whole):
     """150 cases: names that lead out of the folder, values of any type."""
     manifest = json.loads((saved / "manifest.json").read_text())

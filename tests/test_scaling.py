@@ -2,9 +2,12 @@
 
 import math
 import sys
+from collections import Counter
 
 import pytest
 from conftest import REPOSITORY
+
+from mvlm_core.errors import UserError
 
 sys.path.append(str(REPOSITORY / "benchmarks"))
 import scaling
@@ -68,12 +71,19 @@ def test_sizes_are_what_they_say_and_settings_are_valid(tmp_path, tiny_corpus):
         assert len(folders | {str(run.folder) for run in more}) == 5 + 5
 
 
-def test_little_text_is_the_first_train_books_and_all_validation(tmp_path, tiny_corpus):
-    options = options_of(tmp_path, tiny_corpus, "--little_bytes", "1")
+def test_little_text_is_a_few_train_books_in_all_translations_and_all_validation(tmp_path, tiny_corpus):
+    whole = scaling.load_corpus(tiny_corpus)
+    sizes = Counter()
+    for document in whole.split("train"):
+        sizes[document.book] += document.size
+    options = options_of(tmp_path, tiny_corpus, "--little_bytes", str(max(sizes.values())))
     corpus = scaling.load_corpus(scaling.little_text(options))
-    whole = scaling.load_corpus(tiny_corpus, only="bible/kjv")
-    assert [d.path for d in corpus.split("train")] == [d.path for d in whole.split("train")][:1]
+    chosen = {d.book for d in corpus.split("train")}
+    assert 0 < sum(sizes[book] for book in chosen) <= options.little_bytes < sizes.total()
+    assert {d.path for d in corpus.split("train")} == {d.path for d in whole.split("train") if d.book in chosen}
     assert [d.path for d in corpus.split("validation")] == [d.path for d in whole.split("validation")]
+    with pytest.raises(UserError, match="--little_bytes 1: no train book"):
+        scaling.little_text(options_of(tmp_path / "other", tiny_corpus, "--little_bytes", "1"))
     runs = scaling.repeat_runs(options)
     assert len({run.folder for run in runs}) == len(runs) == 2 * 3 * 5
     for run in runs:
