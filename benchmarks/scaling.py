@@ -166,6 +166,8 @@ def power_law(points: dict[int, float]) -> tuple[float, float]:
 def fit_law(points: list[tuple[int, int, float]]) -> Law:
     """The law of least squares; exponents from a grid, the rest solved, nothing below 0.
 
+    Where larger models are no better at these amounts of text, ``a`` is 0: the points then say nothing about size.
+
     Args:
         points: parameters, bytes of text, bits per byte.
     """
@@ -176,10 +178,13 @@ def fit_law(points: list[tuple[int, int, float]]) -> Law:
     for alpha, beta in itertools.product(exponents, exponents):
         columns = np.stack((np.ones_like(y), parameters**-alpha, size**-beta), axis=1)
         scale = columns.max(axis=0)
-        solved, *_ = np.linalg.lstsq(columns / scale, y, rcond=None)
-        if (solved >= 0).all():
-            floor, a, b = (solved / scale).tolist()
-            found.append((float(((columns / scale @ solved - y) ** 2).sum()), Law(floor, a, alpha, b, beta)))
+        # The least squares with none below 0 are those of one of these choices of terms.
+        for terms in ([0, 1, 2], [1, 2], [0, 2], [0, 1], [0]):
+            solved = np.zeros(3)
+            solved[terms] = np.linalg.lstsq((columns / scale)[:, terms], y, rcond=None)[0]
+            if (solved >= 0).all():
+                floor, a, b = (solved / scale).tolist()
+                found.append((float(((columns / scale @ solved - y) ** 2).sum()), Law(floor, a, alpha, b, beta)))
     return min(found, key=lambda pair: pair[0])[1]
 
 
@@ -235,7 +240,7 @@ def runs_at_fourth_size(model: str, rule: Rule, options: argparse.Namespace) -> 
 
 
 def little_text(options: argparse.Namespace) -> Path:
-    """A data folder of train books (all translations, drawn by chance up to ``--little_bytes``) and the validation books.
+    """A data folder of train books up to ``--little_bytes``, in all translations, and of the validation books.
 
     Raises:
         UserError: every train book is larger than that.

@@ -79,7 +79,7 @@ class Run:
 
     @property
     def log(self) -> Path:
-        return self.folder.with_suffix(".log")
+        return self.folder.with_name(f"{self.folder.name}.log")
 
     def settings(self) -> TrainingSettings:
         return SETTINGS[self.model](**self.values)

@@ -43,6 +43,16 @@ def test_the_law_of_size_and_text_is_found():
     assert found(110e6, 7e8) == pytest.approx(law(110e6, 7e8), abs=1e-6)
 
 
+def test_where_size_does_not_help_the_law_says_so():
+    def bits(n, size):
+        return 0.7 + 90.0 * size**-0.4 + 0.01 * math.log(n / 2e6)
+
+    sizes = [(2e6, 1e6), (7e6, 1e6), (19e6, 1e6), (2e6, 4e6), (2e6, 8e6), (7e6, 4e6)]
+    found = scaling.fit_law([(n, size, bits(n, size)) for n, size in sizes])
+    assert found.a == 0 and found.b > 0
+    assert found(2e6, 4e6) == pytest.approx(bits(2e6, 4e6), abs=0.02)
+
+
 def test_a_search_goes_on_until_the_lowest_lies_between_worse_ones():
     def searched(best, start=0.002):
         points = {}
