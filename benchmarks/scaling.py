@@ -3,8 +3,10 @@
 
     rates    each model at three sizes, the rate in steps of two from a start, on until the lowest point has a worse one
              on both sides; a size's best rate is where the parabola through these three, in log rate, has its
-             minimum. Rule: best rate = a · width ** b · (batch / 8) ** c, by least squares; c from the next part.
+             minimum. Rule: best rate = a · width ** b · (batch / 8) ** c · text ** d, by least squares, text in times
+             --max_bytes; c and d from the next parts.
     batches  the smallest size with half and with twice the batch, its rate found in the same way.
+    lengths  the smallest size on four times the text, its rate found in the same way.
     test     a fourth size, larger than the others, at half of what the rule says, at it, and at twice it.
     amounts  small sizes on more text: bits per byte = floor + A · parameters ** -α + B · bytes ** -β, by least squares
              over these and the best of rates. The fourth size was not used: it tests the law.
@@ -23,6 +25,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
 import random
 import shutil
 import statistics
@@ -38,7 +41,7 @@ from mvlm_core.errors import UserError, run_main
 from mvlm_core.files import write_json_atomic
 
 HEAD = 64
-FULL_WIDTH, FULL_BATCH = 768, 32 * 1024  # of the h200 preset; the batch in tokens
+FULL_WIDTH = 768  # of the h200 preset
 CONTEXT, BATCH = 256, 8  # of these runs
 # name → (width, layers): about 2, 7 and 19 million parameters with 4,096 tokens, and 27 for the test.
 SIZES = {"small": (192, 3), "medium": (320, 5), "large": (448, 7)}
@@ -47,21 +50,26 @@ REPEATS_SIZE = ("tiny", (128, 3))  # 1.1 million parameters
 STARTS = {"mvlm_gpt2": 2e-3, "simone_enhanced": 0.02}
 MOST_RATES = 6  # of one search
 BATCHES = (BATCH // 2, BATCH * 2)
+LENGTH = 4  # times --max_bytes
 AMOUNTS = {"small": (2, 4, 8), "medium": (2, 4)}  # times --max_bytes
 EPOCHS, DECAYS, DROPOUTS = (1, 3, 8), (0.1, 0.4, 1.6), (0.0, 0.1, 0.3)
-PARTS = ("rates", "batches", "test", "amounts", "repeats")
+PARTS = ("rates", "batches", "lengths", "test", "amounts", "repeats")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """``rate = a · width ** b · (batch / 8) ** c``; batches in sequences of ``CONTEXT`` tokens."""
+    """``rate = a · width ** b · (batch / 8) ** c · amount ** d``.
+
+    Batches in sequences of ``CONTEXT`` tokens, amounts of text in times ``--max_bytes``.
+    """
 
     a: float
     b: float
     c: float = 0.0
+    d: float = 0.0
 
-    def __call__(self, width: int, batch: float = BATCH) -> float:
-        return self.a * width**self.b * (batch / BATCH) ** self.c
+    def __call__(self, width: int, batch: float = BATCH, amount: float = 1) -> float:
+        return self.a * width**self.b * (batch / BATCH) ** self.c * amount**self.d
 
 
 @dataclass(frozen=True)
@@ -80,16 +88,17 @@ class Law:
 
 @dataclass(frozen=True)
 class Search:
-    """The best rate of one model at one size and batch; ``options`` are the command line's."""
+    """The best rate of one model at one size, batch and amount of text; ``options`` are the command line's."""
 
     model: str
     size_name: str
     options: argparse.Namespace
     batch: int = BATCH
+    amount: int = 1
 
     def runs(self, rate: float) -> list[Run]:
         """The runs of one rate, a seed each."""
-        return rate_runs(self.model, self.size_name, rate, self.options, batch=self.batch)
+        return rate_runs(self.model, self.size_name, rate, self.options, batch=self.batch, amount=self.amount)
 
     def points(self) -> dict[float, float]:
         """Rate → bits per byte of what is finished, as far as the search has come."""
@@ -145,15 +154,16 @@ def best_rate(points: dict[float, float]) -> float:
     return math.exp(x[1] - slope / (2 * curvature)) if curvature > 0 else rates[lowest]
 
 
-def fit_rule(best: dict[int, float], by_batch: dict[int, float]) -> Rule:
+def fit_rule(best: dict[int, float], by_batch: dict[int, float], by_amount: dict[int, float]) -> Rule:
     """The power laws of least squares in logarithms.
 
     Args:
-        best: width → rate, all at ``BATCH``.
-        by_batch: batch → rate, all at one width; may be empty: no change with the batch.
+        best: width → rate, all at ``BATCH`` and one amount of text.
+        by_batch: batch → rate, all at one width; fewer than two: no change with the batch.
+        by_amount: amount of text → rate, likewise.
     """
-    a, b = power_law(best)
-    return Rule(a, b, power_law(by_batch)[1] if len(by_batch) > 1 else 0.0)
+    c, d = (power_law(points)[1] if len(points) > 1 else 0.0 for points in (by_batch, by_amount))
+    return Rule(*power_law(best), c, d)
 
 
 def power_law(points: dict[int, float]) -> tuple[float, float]:
@@ -259,14 +269,17 @@ def little_text(options: argparse.Namespace) -> Path:
             left -= size
     if not chosen:
         raise UserError(f"--little_bytes {options.little_bytes}: no train book is so small in all its translations")
-    staging = folder.with_name(f".{folder.name}")
+    staging = folder.with_name(f".{folder.name}-{os.getpid()}")  # one for each of two commands at a time
     shutil.rmtree(staging, ignore_errors=True)
     for document in (*chosen, *corpus.split("validation")):
         for name in (document.path, str(Path(document.path).with_suffix(".json"))):
             target = staging / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(corpus.root / name, target)
-    staging.rename(folder)
+    try:
+        staging.rename(folder)
+    except OSError:  # the other was first
+        shutil.rmtree(staging)
     return folder
 
 
@@ -297,13 +310,19 @@ def batch_searches(model: str, options: argparse.Namespace) -> list[Search]:
     return [Search(model, "small", options, batch) for batch in BATCHES]
 
 
+def length_searches(model: str, options: argparse.Namespace) -> list[Search]:
+    return [Search(model, "small", options, amount=LENGTH)]
+
+
 def rule_of(model: str, options: argparse.Namespace) -> Rule | None:
     """From what is finished; None while a size is not."""
     best = {SIZES[search.size_name][0]: search.best() for search in searches(model, options)}
     if None in best.values():
         return None
+    small = best[SIZES["small"][0]]
     by_batch = {search.batch: rate for search in batch_searches(model, options) if (rate := search.best())}
-    return fit_rule(best, by_batch | {BATCH: best[SIZES["small"][0]]} if by_batch else {})
+    by_amount = {search.amount: rate for search in length_searches(model, options) if (rate := search.best())}
+    return fit_rule(best, {BATCH: small} | by_batch, {1: small} | by_amount)
 
 
 def law_of(model: str, rule: Rule, options: argparse.Namespace) -> Law | None:
@@ -326,25 +345,27 @@ def figures(runs: list[Run]) -> list[tuple[int, int, float]]:
 
 def report(options: argparse.Namespace) -> dict[str, Any]:
     """Print the tables of what is finished; returns their figures."""
-    print("| model | size | batch | bits per byte by rate | best rate |\n| --- | --- | ---: | --- | ---: |")
+    print("| model | size | batch | text | bits per byte by rate | best rate |")
+    print("| --- | --- | ---: | ---: | --- | ---: |")
     for model in SETTINGS:
-        for search in (*searches(model, options), *batch_searches(model, options)):
+        for search in (
+            *searches(model, options), *batch_searches(model, options), *length_searches(model, options)
+        ):  # fmt: skip
             if points := search.points():
                 cells = ", ".join(f"{rate:g}: {value:.4f}" for rate, value in sorted(points.items()))
                 best = search.best()
                 print(
                     f"| {model} | {search.size_name}, {figures(search.runs(min(points)))[0][0]:,} parameters "
-                    f"| {search.batch} | {cells} | {f'{best:.2g}' if best else 'not finished'} |"
+                    f"| {search.batch} | {search.amount} | {cells} | {f'{best:.2g}' if best else 'not finished'} |"
                 )
     found: dict[str, Any] = {}
     for model in SETTINGS:
         if (rule := rule_of(model, options)) is None:
             continue
-        full = rule(FULL_WIDTH, FULL_BATCH / CONTEXT)
-        found[model] = {"rule": asdict(rule), "full_rate": full}
+        found[model] = {"rule": asdict(rule)}
         print(
-            f"\n{model}: best rate = {rule.a:.3g} · width ** {rule.b:.2f} · (batch / {BATCH}) ** {rule.c:.2f}; "
-            f"{rule(FULL_WIDTH):.2g} at {FULL_WIDTH} wide, {full:.2g} with batches of {FULL_BATCH:,} tokens too"
+            f"\n{model}: best rate = {rule.a:.3g} · width ** {rule.b:.2f} · (batch / {BATCH}) ** {rule.c:.2f} "
+            f"· text ** {rule.d:.2f}; {rule(FULL_WIDTH):.2g} at {FULL_WIDTH} wide, the rest alike"
         )
         law = law_of(model, rule, options)
         for run in (*runs_at_fourth_size(model, rule, options), *amount_runs(model, rule, options)):
@@ -387,9 +408,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def run_part(part: str, model: str, options: argparse.Namespace) -> list[Run]:
     """Run what is missing of one part for one model; returns what failed."""
-    if part in ("rates", "batches"):
-        chosen = {"rates": searches, "batches": batch_searches}[part](model, options)
-        return [run for search in chosen for run in search.make()]
+    if kind := {"rates": searches, "batches": batch_searches, "lengths": length_searches}.get(part):
+        return [run for search in kind(model, options) for run in search.make()]
     if part == "repeats":
         return make([run for run in repeat_runs(options) if run.model == model], options.root / model)
     if (rule := rule_of(model, options)) is None:

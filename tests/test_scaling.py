@@ -29,10 +29,10 @@ def test_the_minimum_of_a_parabola_is_found():
 
 def test_power_laws_are_found():
     best = {width: 3.0 * width**-0.5 for width in (192, 320, 448)}
-    rule = scaling.fit_rule(best, {batch: 0.1 * batch**0.25 for batch in (4, 8, 16)})
-    assert (rule.a, rule.b, rule.c) == (pytest.approx(3.0), pytest.approx(-0.5), pytest.approx(0.25))
-    assert rule(768, 128) == pytest.approx(3.0 * 768**-0.5 * 16**0.25)
-    assert scaling.fit_rule(best, {}).c == 0
+    rule = scaling.fit_rule(best, {batch: 0.1 * batch**0.25 for batch in (4, 8, 16)}, {1: 0.2, 4: 0.1})
+    assert (rule.a, rule.b, rule.c, rule.d) == tuple(map(pytest.approx, (3.0, -0.5, 0.25, -0.5)))
+    assert rule(768, 128, 100) == pytest.approx(3.0 * 768**-0.5 * 16**0.25 / 10)
+    assert (scaling.fit_rule(best, {}, {8: 0.1}).c, scaling.fit_rule(best, {}, {8: 0.1}).d) == (0, 0)
 
 
 def test_the_law_of_size_and_text_is_found():
@@ -76,6 +76,8 @@ def test_sizes_are_what_they_say_and_settings_are_valid(tmp_path, tiny_corpus):
             assert settings.batch_size == search.batch
             folders.add(settings.output_dir)
             assert search.points() == {} and search.best() is None
+        (longer,) = scaling.length_searches(model, options)
+        assert longer.runs(rate)[0].settings().max_bytes == 4 * options.max_bytes
         more = scaling.amount_runs(model, scaling.Rule(rate, 0.0), options)
         assert [run.settings().max_bytes // options.max_bytes for run in more] == [2, 4, 8, 2, 4]
         assert len(folders | {str(run.folder) for run in more}) == 5 + 5
