@@ -34,9 +34,11 @@ class PrioritaryConfig(TrainingSettings):
         "h200": {
             "vocab_size": 32000,
             "optimizer": "muon",
-            "learning_rate": 0.02,
+            "learning_rate": 0.013,
+            "adamw_learning_rate": 0.0065,
             "lr_schedule": "linear",
-            "weight_decay": 0.2,
+            "weight_decay": 0.4,
+            "dropout": 0.3,
         },
         "cpu": SMALL,
         "smoke": SMALL,
