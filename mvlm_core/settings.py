@@ -60,8 +60,9 @@ class TrainingSettings:
     """What both trainers share. Sizes in tokens, sequences or bytes as said; rates per optimizer step."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        # Little text read many times: decay and dropout hold it (rates and decay in the models' own presets).
-        # Carried over from smaller runs and the literature, not yet measured at this size.
+        # Length here, rates, decay and dropout in the models' own presets: from small runs by the rules of
+        # benchmarks/scaling.py, not yet measured at this size. At as little text for each parameter the third pass
+        # still helps, the eighth makes both models worse.
         "h200": {
             "num_epochs": 3.0,
             "eval_interval": 100,
