@@ -6,8 +6,10 @@ better: there is no part that a constant output, a saturated gate or repeated te
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from mvlm_core.cross_entropy import linear_cross_entropy
@@ -26,6 +28,16 @@ class LossParts:
     total: Tensor
     train_loss: Tensor
     parts: dict[str, Tensor]
+
+
+def mean_loss(members: list[LossParts]) -> LossParts:
+    """The mean of what a committee's members gave: each is trained by its own part of it alone."""
+
+    def mean(values: Iterable[Tensor]) -> Tensor:
+        return torch.stack(list(values)).mean()
+
+    parts = {name: mean(member.parts[name] for member in members) for name in members[0].parts}
+    return LossParts(mean(m.total for m in members), mean(m.train_loss for m in members), parts)
 
 
 class ComprehensiveTrainingLoss(nn.Module):

@@ -58,6 +58,13 @@ class PrioritaryConfig(TrainingSettings):
         choices=("tied", "own"),
         identity=True,
     )
+    num_members: int = option(
+        1,
+        "models trained side by side in one run, their probabilities averaged: for a short text that is read often",
+        "model",
+        minimum=1,
+        identity=True,
+    )
     # Off because no gain could be told from noise (benchmarks/RESULTS.md).
     policy_head: bool = _head(False, "gate on what each attention head read")
     memory_head: bool = _head(True, "keys of the token before, first layer's values")

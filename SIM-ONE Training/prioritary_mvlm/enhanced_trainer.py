@@ -6,16 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mvlm_core.byte_level_bpe import ByteLevelBPE
 from mvlm_core.hardware import Hardware
 from mvlm_core.optimizer import build_optimizers
 from mvlm_core.training_run import BuiltModel, Recipe, run_training
-from prioritary_mvlm.advanced_losses import ComprehensiveTrainingLoss, LossParts
+from prioritary_mvlm.advanced_losses import ComprehensiveTrainingLoss, LossParts, mean_loss
 from prioritary_mvlm.advanced_tokenizer import AdvancedBPETokenizer
 from prioritary_mvlm.config import PrioritaryConfig
-from simone_transformer import EnhancedSIMONEConfig, EnhancedSIMONEModel, swiglu_width
+from simone_transformer import EnhancedSIMONECommittee, EnhancedSIMONEConfig, EnhancedSIMONEModel, swiglu_width
 
 NAME = "simone_enhanced"
 
@@ -27,7 +27,8 @@ def model_config(
     return EnhancedSIMONEConfig(
         vocab_size=tokenizer.vocab_size,
         hidden_size=config.hidden_dim,
-        num_hidden_layers=config.num_layers,
+        num_members=config.num_members,
+        num_hidden_layers=config.num_members * config.num_layers,
         num_attention_heads=config.num_heads,
         intermediate_size=swiglu_width(config.ff_dim),
         max_position_embeddings=config.max_length,
@@ -43,23 +44,34 @@ def model_config(
     )
 
 
-def build(config: PrioritaryConfig, tokenizer: ByteLevelBPE, hardware: Hardware) -> BuiltModel:
-    """A fresh model with its loss and optimizers."""
-    model = EnhancedSIMONEModel(model_config(config, tokenizer, hardware.attention_backend)).to(hardware.device)
-    training_loss = ComprehensiveTrainingLoss(
+def _loss(config: PrioritaryConfig) -> ComprehensiveTrainingLoss:
+    return ComprehensiveTrainingLoss(
         config.hidden_dim,
         accuracy_weight=config.accuracy_weight,
         alignment_weight=config.alignment_weight,
         coherence_weight=config.coherence_weight,
         coherence_until=config.coherence_until,
         z_loss_weight=config.z_loss_weight,
-    ).to(hardware.device)
-    modules = {"model": model, "loss": training_loss}
-    forward = torch.compile(model.hidden_states) if hardware.compile else model.hidden_states
+    )
+
+
+def build(config: PrioritaryConfig, tokenizer: ByteLevelBPE, hardware: Hardware) -> BuiltModel:
+    """A fresh model, or committee of them, with its loss and optimizers."""
+    shape = model_config(config, tokenizer, hardware.attention_backend)
+    committee = config.num_members > 1
+    model = (EnhancedSIMONECommittee if committee else EnhancedSIMONEModel)(shape).to(hardware.device)
+    members = list(model.members) if committee else [model]
+    losses = nn.ModuleList(_loss(config) for _ in members).to(hardware.device)
+    modules = {"model": model, "loss": losses}
+    forwards = [torch.compile(m.hidden_states) if hardware.compile else m.hidden_states for m in members]
 
     def loss(inputs: Tensor, targets: Tensor, document_weights: Tensor, share_done: float) -> LossParts:
-        hidden, _ = forward(inputs)
-        return training_loss(hidden, model.lm_head.weight, targets, document_weights, share_done)
+        return mean_loss(
+            [
+                score(forward(inputs)[0], member.lm_head.weight, targets, document_weights, share_done)
+                for member, forward, score in zip(members, forwards, losses, strict=True)
+            ]
+        )
 
     optimizers = build_optimizers(
         ((f"{prefix}.{name}", p) for prefix, module in modules.items() for name, p in module.named_parameters()),

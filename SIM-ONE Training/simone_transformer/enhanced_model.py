@@ -1,10 +1,13 @@
 """Enhanced SIM-ONE: a decoder with rotary positions, SwiGLU, RMSNorm and governed attention, as a transformers model.
 
+``EnhancedSIMONEModel`` is one decoder, ``EnhancedSIMONECommittee`` several in one, whose probabilities are averaged.
+
 This file and the two beside it travel inside every exported model, so they import nothing else of this repository.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +27,8 @@ class EnhancedSIMONEConfig(PreTrainedConfig):
     """Shape and switches of the model.
 
     Args:
+        num_members: decoders of a committee; 1 is a plain model.
+        num_hidden_layers: of all members together.
         intermediate_size: SwiGLU's own inner width (``swiglu_width`` gives it from a classic width).
         policy_head, memory_head: the governance heads that change what is computed; off costs nothing.
         trace_head: whether ``output_traces=True`` may be asked for.
@@ -40,6 +45,7 @@ class EnhancedSIMONEConfig(PreTrainedConfig):
         hidden_size: int = 768,
         num_hidden_layers: int = 12,
         num_attention_heads: int = 12,
+        num_members: int = 1,
         intermediate_size: int | None = None,
         max_position_embeddings: int = 1024,
         rope_theta: float = 10000.0,
@@ -61,6 +67,7 @@ class EnhancedSIMONEConfig(PreTrainedConfig):
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
+        self.num_members = num_members
         self.intermediate_size = swiglu_width(4 * hidden_size) if intermediate_size is None else intermediate_size
         self.max_position_embeddings = max_position_embeddings
         self.rope_theta = rope_theta
@@ -83,7 +90,8 @@ class EnhancedSIMONEConfig(PreTrainedConfig):
 
 @dataclass
 class EnhancedSIMONEOutput(CausalLMOutputWithPast):
-    """As any causal language model's output, and, with ``output_traces=True``, a tuple per layer of
+    """As any causal language model's output, and, with ``output_traces=True``, a tuple per layer (of a committee's
+    members one after the other) of
 
     - ``policy_logits``: ``[batch, seq, heads]``, or None where the head is off,
     - ``memory_signals``: ``[batch, seq, heads]``, or None (always in the first layer),
@@ -116,7 +124,7 @@ class EnhancedSIMONEBlock(GradientCheckpointingLayer):
     short convolutions of Canon layers, Allen-Zhu 2025, but of what the cache holds anyway).
     """
 
-    def __init__(self, config: EnhancedSIMONEConfig, layer_index: int) -> None:
+    def __init__(self, config: EnhancedSIMONEConfig, layer_index: int, cache_index: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = EnhancedGovernanceAttention(
@@ -127,6 +135,7 @@ class EnhancedSIMONEBlock(GradientCheckpointingLayer):
             memory_head=config.memory_head,
             norm_eps=config.rms_norm_eps,
             backend=config.attention_backend,
+            cache_index=cache_index,
         )
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.feed_forward = SwiGLU(config.hidden_size, config.intermediate_size)
@@ -145,8 +154,8 @@ class EnhancedSIMONEBlock(GradientCheckpointingLayer):
         return x + F.dropout(fed, self.dropout, self.training), first_values, said
 
 
-class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
-    """The causal language model."""
+class EnhancedSIMONEPreTrainedModel(PreTrainedModel):
+    """What a model and a committee tell transformers about themselves, and how their weights start."""
 
     config_class = EnhancedSIMONEConfig
     base_model_prefix = ""
@@ -155,17 +164,6 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _can_compile_fullgraph = True
-    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
-
-    def __init__(self, config: EnhancedSIMONEConfig) -> None:
-        super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.layers = nn.ModuleList(EnhancedSIMONEBlock(config, index) for index in range(config.num_hidden_layers))
-        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.gradient_checkpointing = False
-        self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -189,6 +187,34 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+    def _cache(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
+        """The cache a forward pass fills: the one it is given, a new one where one is wanted, or None."""
+        wanted = self.config.use_cache if use_cache is None else use_cache
+        return DynamicCache(config=self.config) if given is None and wanted and not self.training else given
+
+
+class EnhancedSIMONEModel(EnhancedSIMONEPreTrainedModel, GenerationMixin):
+    """The causal language model.
+
+    Args:
+        first_layer: where a committee's cache has this member's first layer.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
+
+    def __init__(self, config: EnhancedSIMONEConfig, first_layer: int = 0) -> None:
+        super().__init__(config)
+        self.first_layer = first_layer
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(
+            EnhancedSIMONEBlock(config, index, first_layer + index) for index in range(config.num_hidden_layers)
+        )
+        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.gradient_checkpointing = False
+        self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
@@ -216,7 +242,7 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
         embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         slots = torch.arange(embeddings.shape[1], device=embeddings.device)
         if past_key_values is not None:
-            slots = slots + past_key_values.get_seq_length()
+            slots = slots + past_key_values.get_seq_length(self.first_layer)
         if position_ids is None:
             position_ids = slots[None]
         mask = padding = None
@@ -227,6 +253,7 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
                 position_ids=position_ids,
+                layer_idx=self.first_layer,
             )
             padding = _padding(mask, slots)
         config = self.config
@@ -269,9 +296,7 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if output_traces and not self.config.trace_head:
             raise ValueError("this model was made with trace_head=False: it reports no traces")
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None and not self.training:
-            past_key_values = DynamicCache(config=self.config)
+        past_key_values = self._cache(past_key_values, use_cache)
         hidden, said = self.hidden_states(
             input_ids,
             inputs_embeds=inputs_embeds,
@@ -285,7 +310,7 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        output = EnhancedSIMONEOutput(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
+        output = EnhancedSIMONEOutput(loss=loss, logits=logits, past_key_values=past_key_values)
         if output_traces:
             for name in ("policy_logits", "memory_signals", "traces"):
                 setattr(output, name, tuple(layer[name] for layer in said))
@@ -293,5 +318,78 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
         return output if wants_dict else output.to_tuple()
 
 
+class EnhancedSIMONECommittee(EnhancedSIMONEPreTrainedModel, GenerationMixin):
+    """Several models of one shape in one, trained side by side from other weights; their probabilities are averaged.
+
+    Where text is short and read often, this is worth more than as many parameters in one model (deep ensembles,
+    Lakshminarayanan et al., arXiv 1612.01474; for language models on little text, Kim et al., arXiv 2509.14786).
+    The cache holds the members' layers one after the other, so any kind of cache will do.
+    """
+
+    def __init__(self, config: EnhancedSIMONEConfig) -> None:
+        super().__init__(config)
+        layers, left_over = divmod(config.num_hidden_layers, config.num_members)
+        if left_over:
+            raise ValueError(f"{config.num_hidden_layers} layers do not split among {config.num_members} members")
+        of_one = type(config)(**{**config.to_dict(), "num_hidden_layers": layers, "num_members": 1})
+        self.members = nn.ModuleList(
+            EnhancedSIMONEModel(of_one, number * layers) for number in range(config.num_members)
+        )
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.members[0].get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.members[0].get_output_embeddings()
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """Every member's (see ``PreTrainedModel.resize_token_embeddings``); returns the first one's."""
+        resized = [member.resize_token_embeddings(*args, **kwargs) for member in self.members]
+        self.config.vocab_size = self.members[0].config.vocab_size
+        return resized[0]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_traces: bool = False,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> EnhancedSIMONEOutput | tuple:
+        """The logarithm of the members' mean probabilities as ``logits``; the rest as in ``EnhancedSIMONEModel``."""
+        past_key_values = self._cache(past_key_values, use_cache)
+        said = [
+            member(
+                input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=past_key_values is not None,
+                output_traces=output_traces,
+                return_dict=True,
+                logits_to_keep=logits_to_keep,
+            )
+            for member in self.members
+        ]
+        each = torch.stack([output.logits.log_softmax(dim=-1, dtype=torch.float32) for output in said])
+        logits = each.logsumexp(dim=0) - math.log(len(said))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        output = EnhancedSIMONEOutput(loss=loss, logits=logits, past_key_values=past_key_values)
+        if output_traces:
+            for name in ("policy_logits", "memory_signals", "traces"):
+                setattr(output, name, tuple(layer for member in said for layer in getattr(member, name)))
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if wants_dict else output.to_tuple()
+
+
 EnhancedSIMONEConfig.register_for_auto_class()
 EnhancedSIMONEModel.register_for_auto_class("AutoModelForCausalLM")
+EnhancedSIMONECommittee.register_for_auto_class("AutoModelForCausalLM")

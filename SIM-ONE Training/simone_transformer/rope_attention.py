@@ -105,6 +105,10 @@ class EnhancedGovernanceAttention(nn.Module):
     - The **trace** head has no weights. On request it reports per token what the other two and the attention did.
 
     Queries and keys are normalised before the rotation (arXiv 2010.04245), which bounds the attention logits.
+
+    Args:
+        layer_index: of the model's layers; the first one has no values to carry.
+        cache_index: of the cache's layers, ``layer_index`` where not given.
     """
 
     def __init__(
@@ -117,12 +121,13 @@ class EnhancedGovernanceAttention(nn.Module):
         memory_head: bool = True,
         norm_eps: float = 1e-6,
         backend: str = "sdpa",
+        cache_index: int | None = None,
     ) -> None:
         super().__init__()
         if hidden_dim % num_heads or (hidden_dim // num_heads) % 4:
             raise ValueError(f"hidden_dim {hidden_dim} must split into {num_heads} heads of a width divisible by 4")
         self.num_heads, self.head_dim = num_heads, hidden_dim // num_heads
-        self.layer_index, self.backend = layer_index, backend
+        self.cache_index, self.backend = layer_index if cache_index is None else cache_index, backend
         self.q_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
         self.k_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
         self.v_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
@@ -175,7 +180,7 @@ class EnhancedGovernanceAttention(nn.Module):
         if padding is not None:  # the first real token has nothing to remember
             key, value = (x.masked_fill(padding[:, None, :, None], 0) for x in (key, value))
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_index)
+            key, value = past_key_values.update(key, value, self.cache_index)
         previous = None
         if self.remembers:
             key = remember_previous(key)
