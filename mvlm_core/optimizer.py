@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from mvlm_core.distributed import ALONE, Ranks
+
 # Newton–Schulz iteration of Muon (Jordan et al. 2024, github.com/KellerJordan/Muon): a quintic whose slope at zero is
 # large, so that five rounds bring every singular value near 1.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -71,6 +73,7 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         super().__init__(list(params), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
+        self.ranks: Ranks = ALONE
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -99,12 +102,23 @@ class Muon(torch.optim.Optimizer):
             decay = torch.full_like(found_inf, decay, dtype=parameters[0].dtype).masked_fill_(bad, 1.0)
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         lookahead = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))
-        updates = orthogonalize(lookahead, dtype=self.dtype)
+        updates = self._orthogonalize_together(lookahead)
         if found_inf is not None:
             updates.mul_((1 - found_inf).to(updates.dtype))
         rows, columns = parameters[0].shape
         torch._foreach_mul_(parameters, decay)
         torch._foreach_add_(parameters, list(updates.unbind()), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+
+    def _orthogonalize_together(self, matrices: Tensor) -> Tensor:
+        """``orthogonalize`` of what all ranks hold alike, each rank doing its part of the matrices."""
+        if self.ranks.world == 1:
+            return orthogonalize(matrices, dtype=self.dtype)
+        part = self.ranks.part(len(matrices))
+        found = torch.zeros_like(matrices)
+        if part:
+            found[part.start : part.stop] = orthogonalize(matrices[part.start : part.stop], dtype=self.dtype)
+        self.ranks.sum_on_device([found])
+        return found
 
 
 # What each optimizer keeps for a parameter.
@@ -121,6 +135,12 @@ class Optimizers:
         self.parts, self._names = parts, names
         for group in self.groups():
             group["peak_lr"] = group["lr"]
+
+    def spread_over(self, ranks: Ranks) -> None:
+        """Let the processes of a run, which take the same step, share the work of it."""
+        for part in self.parts:
+            if isinstance(part, Muon):
+                part.ranks = ranks
 
     def groups(self) -> list[dict]:
         return [group for part in self.parts for group in part.param_groups]

@@ -250,6 +250,7 @@ def build_task(
 
     torch.manual_seed(settings.seed)
     built = recipe.build(settings, text.tokenizer, hardware)
+    built.optimizers.spread_over(ranks)
     for module in built.modules.values():
         module.train()
     validation = [(document.path, part) for document, part in validation_subset(text.corpus)]

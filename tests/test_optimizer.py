@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from mvlm_core.distributed import Ranks
 from mvlm_core.optimizer import Muon, build_optimizers, learning_rate_scale, orthogonalize
 
 
@@ -46,6 +47,26 @@ def test_batched_muon_equals_one_matrix_at_a_time():
             muon.step()
     for p, q in zip(together, apart, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+class Apart(Ranks):
+    """A rank whose exchange is left out: what it would send stays as it is."""
+
+    def sum_on_device(self, tensors):
+        pass
+
+
+def test_ranks_share_the_orthogonalization():
+    """Each does its part of the matrices alone, and the sum of what they send is the whole."""
+    torch.manual_seed(0)
+    for count in (1, 5):
+        matrices, muon = torch.randn(count, 8, 12), Muon([torch.zeros(8, 12)])
+        whole, sent = muon._orthogonalize_together(matrices), []
+        for rank in range(2):
+            muon.ranks = Apart(rank, 2)
+            sent.append(muon._orthogonalize_together(matrices))
+        torch.testing.assert_close(sum(sent), whole, rtol=0, atol=1e-6)
+        assert [int(part.abs().sum((1, 2)).count_nonzero()) for part in sent] == [count // 2, count - count // 2]
 
 
 def named_weights():
