@@ -2,7 +2,9 @@
 
 Started by ``torchrun``, each process (rank) works on its part of every global batch; gradients are summed, so all
 ranks take the same step and hold the same weights. Started any other way there is one rank, and nothing here costs
-anything. Only the main rank reads checkpoints and writes files; what it read it sends to the others, so machines need
+anything (``forked_ranks`` has another way).
+
+Only the main rank reads checkpoints and writes files; what it read it sends to the others, so machines need
 no common disk for them.
 """
 
@@ -54,7 +56,7 @@ class Ranks:
             by_type.setdefault(tensor.dtype, []).append(tensor)
         for group in by_type.values():
             flat = torch.cat([tensor.reshape(-1) for tensor in group])
-            _speak(dist.all_reduce, flat)
+            self._sum(flat)
             for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
@@ -63,8 +65,11 @@ class Ranks:
         if self.world == 1:
             return list(values)
         numbers = torch.tensor(values, dtype=torch.float64)
-        _speak(dist.all_reduce, numbers, group=self.host)
+        self._sum(numbers, group=self.host)
         return numbers.tolist()
+
+    def _sum(self, flat: Tensor, **where: Any) -> None:
+        _speak(dist.all_reduce, flat, **where)
 
     def share(self, value: Any) -> Any:
         """The main rank's ``value`` (plain data) on every rank."""
@@ -95,6 +100,9 @@ class Ranks:
         """Take leave of the others; no more exchange after this."""
         if self.world > 1:
             dist.destroy_process_group()
+
+    def end(self) -> None:
+        """The end of the run, well or not: what was started for it ends too."""
 
 
 ALONE = Ranks()

@@ -182,6 +182,12 @@ class TrainingSettings:
     attention_backend: str = option(
         "auto", "attention kernel", "hardware", choices=("auto", "sdpa", "flash_attn", "xformers", "eager")
     )
+    processes: int = option(
+        1,
+        "processes of one thread that share each batch on a processor's cores, instead of one process of many threads",
+        "hardware",
+        minimum=1,
+    )
     no_mixed_precision: bool = option(False, "train in fp32 wherever it runs", "hardware")
     no_compile: bool = option(False, "do not use torch.compile", "hardware")
 

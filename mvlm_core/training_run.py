@@ -32,6 +32,7 @@ from mvlm_core.export import (
     stage_model,
 )
 from mvlm_core.files import RunLock
+from mvlm_core.forked_ranks import fork
 from mvlm_core.hardware import Hardware, choose_hardware, describe
 from mvlm_core.history import HISTORY_NAME, read_history
 from mvlm_core.optimizer import Optimizers
@@ -165,7 +166,27 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
             print(line)
         return output_dir
     hardware.apply()
-    ranks = join(hardware.device)
+    ranks = _start_ranks(settings, hardware)
+    try:
+        return _run(recipe, settings, hardware, ranks)
+    finally:
+        ranks.end()
+
+
+def _start_ranks(settings: TrainingSettings, hardware: Hardware) -> Ranks:
+    if settings.processes == 1:
+        return join(hardware.device)
+    if hardware.device != "cpu" or "WORLD_SIZE" in os.environ:
+        raise UserError(
+            f"--processes {settings.processes} is for the cores of a processor, without torchrun; for several GPUs: "
+            "torchrun --nproc_per_node, without --processes"
+        )
+    return fork(settings.processes)
+
+
+def _run(recipe: Recipe, settings: TrainingSettings, hardware: Hardware, ranks: Ranks) -> Path:
+    """``run_training`` as one of its ranks."""
+    output_dir = Path(settings.output_dir)
     if not ranks.is_main:
         log.setLevel(logging.ERROR)
     for line in describe(hardware):
