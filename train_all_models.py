@@ -62,6 +62,7 @@ HANDED_ON = (
     "num_epochs",
     "seed",
     "device",
+    "processes",
     "precision",
     "attention_backend",
     "validation_split",

@@ -56,13 +56,13 @@ def plan(options: argparse.Namespace) -> list[Run]:
     names = options.only.split(",") if options.only else list(LINES)
     if unknown := [name for name in names if name not in LINES]:
         raise UserError(f"--only {', '.join(unknown)}: choose from {', '.join(LINES)}")
-    shared = values_of(options, test_score=True)
+    shared = values_of(options, test_score=True) | {"processes": options.processes}
     runs = []
     for seed in range(options.seeds):
         for name in names:
             model, values = LINES[name]
             place = {"seed": seed, "output_dir": str(options.root / name.replace(" ", "-") / f"seed{seed}")}
-            runs.append(Run(name, model, shared | TEXT | values | place, processes=options.processes))
+            runs.append(Run(name, model, shared | TEXT | values | place))
     return runs
 
 

@@ -93,7 +93,9 @@ def matrices(model: Any) -> int:
     return output.numel() + sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in apart)
 
 
-def ours(name: str, shape: Shape, precision: str, folder: Path, data_dir: str) -> Contender:
+def ours(name: str, shape: Shape, precision: str, folder: Path, data_dir: str, processes: int = 1) -> Contender:
+    from mvlm_core.distributed import ALONE
+    from mvlm_core.forked_ranks import fork
     from mvlm_core.hardware import choose_hardware
     from mvlm_core.stop_request import StopRequest
     from mvlm_core.training_loop import TrainingLoop
@@ -124,13 +126,20 @@ def ours(name: str, shape: Shape, precision: str, folder: Path, data_dir: str) -
     hardware.apply()
     text = prepare_text(settings, recipe.tokenizer_class)
     batches = batch_source(settings, text)
-    built, task = build_task(recipe, settings, hardware, text, batches, {})
-    loop, stop = TrainingLoop(task, settings, hardware, folder, 10**6), StopRequest()
+    ranks = fork(processes) if processes > 1 else ALONE
+    built, task = build_task(recipe, settings, hardware, text, batches, {}, ranks)
+    loop, stop = TrainingLoop(task, settings, hardware, folder, 10**6, ranks), StopRequest()
 
     def step() -> None:
         loop._step(stop)
         loop._pending.clear()
 
+    if not ranks.is_main:  # a step waits for the parent's, and ends with it
+        try:
+            while True:
+                step()
+        finally:
+            ranks.end()
     count = matrices(built.model)
     if name.endswith("coherence on"):
         count += built.model.lm_head.weight.numel() + shape.width**2  # the second prediction and its adapter
@@ -252,7 +261,7 @@ def serve(text: str) -> None:
         elif name == "transformers.Trainer":
             contender = huggingface(shape, precision, Path(folder))
         else:
-            contender = ours(name, shape, precision, Path(folder), given["data_dir"])
+            contender = ours(name, shape, precision, Path(folder), given["data_dir"], given["processes"])
         before = peak_memory()
         for _ in range(WARM_UP):
             contender.step()
@@ -288,7 +297,8 @@ class Process:
     def __init__(self, name: str, shape: Shape, options: argparse.Namespace, label: str | None = None) -> None:
         self.name, self.seconds, self.peak = label or name, [], 0
         given = {"name": name, "shape": asdict(shape), "precision": options.precision}
-        job = json.dumps(given | {"nanogpt": str(options.nanogpt), "data_dir": str(options.data_dir.absolute())})
+        given |= {"nanogpt": str(options.nanogpt), "data_dir": str(options.data_dir.absolute())}
+        job = json.dumps(given | {"processes": options.processes})
         command = [sys.executable, str(Path(__file__).resolve()), "--serve", job]
         self.log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
@@ -409,11 +419,17 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--only", type=lambda text: text.split(";"), help="these contenders, with semicolons between")
     parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR, help="text of our two")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="that share each batch of our two; their memory is then the first one's alone [default 1]",
+    )
     parser.add_argument("--nanogpt", type=Path, help="folder of nanoGPT's model.py")
     parser.add_argument("--json", type=Path, help="also write all figures here")
     parser.add_argument("--serve", metavar="JSON", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    problems = [f"--{name} must be at least 1" for name in ("rounds", "steps") if vars(options)[name] < 1]
+    problems = [f"--{name} must be at least 1" for name in ("rounds", "steps", "processes") if vars(options)[name] < 1]
     problems += [f"--contexts {context}: must be at least 2" for context in options.contexts or () if context < 2]
     if options.nanogpt and not (options.nanogpt / "model.py").is_file():
         problems.append(f"--nanogpt {options.nanogpt}: has no model.py")

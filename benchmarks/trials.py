@@ -58,14 +58,12 @@ class Run:
         model: "mvlm_gpt2" or "simone_enhanced".
         values: the settings that are given, seed and output_dir among them; the rest is the preset's.
         classic_part: the one of ``classic_parts.py`` to train with; the folder must be another for each.
-        processes: that share the run.
     """
 
     label: str
     model: str
     values: dict[str, Any]
     classic_part: str | None = None
-    processes: int = 1
 
     @property
     def seed(self) -> int:
@@ -119,11 +117,8 @@ def execute(run: Run, signals: Signals) -> tuple[int, str]:
     job = json.dumps({"model": run.model, "settings": run.values, "classic_part": run.classic_part})
     with open(run.log, "a+b") as file:
         before = file.seek(0, os.SEEK_END)
-        environment = dict(os.environ)
-        if run.processes == 1:  # no run outlives this process; several are torchrun's children, not ours
-            environment[PARENT_VARIABLE] = str(os.getpid())
-        together = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={run.processes}"]
-        command = [sys.executable, *(together if run.processes > 1 else []), str(Path(__file__).resolve()), job]
+        environment = os.environ | {PARENT_VARIABLE: str(os.getpid())}  # no run outlives this process
+        command = [sys.executable, str(Path(__file__).resolve()), job]
         signals.start(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
         code = signals.wait()
         file.seek(before)

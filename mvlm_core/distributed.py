@@ -2,10 +2,8 @@
 
 Started by ``torchrun``, each process (rank) works on its part of every global batch; gradients are summed, so all
 ranks take the same step and hold the same weights. Started any other way there is one rank, and nothing here costs
-anything (``forked_ranks`` has another way).
-
-Only the main rank reads checkpoints and writes files; what it read it sends to the others, so machines need
-no common disk for them.
+anything; ``forked_ranks`` has another way to be several. Only the main rank reads checkpoints and writes files; what it
+read it sends to the others, so machines need no common disk for them.
 """
 
 from __future__ import annotations

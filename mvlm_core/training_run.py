@@ -223,11 +223,12 @@ def _run(recipe: Recipe, settings: TrainingSettings, hardware: Hardware, ranks: 
             batches.epoch_at(steps),
         )
         state = loop.run(stop)
+        (peak,) = ranks.sum_numbers(peak_memory(hardware.device))
         ranks.leave()
         stop.raise_at_once()
         if ranks.is_main:
             try:
-                _export(recipe, settings, hardware, text, built, task, state, output_dir)
+                _export(recipe, settings, hardware, text, built, task, state, int(peak), output_dir)
             except (OSError, SafetensorError) as error:
                 raise TrainingFailed(
                     f"the model is trained, but its export cannot be written: {error}; free some space and run again"
@@ -335,6 +336,7 @@ def _export(
     built: BuiltModel,
     task: TrainingTask,
     state: LoopState,
+    peak_memory_bytes: int,
     output_dir: Path,
 ) -> None:
     """Export the best weights by validation and score them on the test text, from the exported files."""
@@ -361,7 +363,7 @@ def _export(
         "test_bpb_by_book": parts.books,
         "test_bpb_by_translation": parts.translations,
         "memorisation": memorisation(built.model, tokenizer, text.corpus),
-        "peak_memory_bytes": peak_memory(hardware.device),
+        "peak_memory_bytes": peak_memory_bytes,
         "micro_batch": state.micro_batch,
         "stopped_early": state.stopped_early,
         "skipped_steps": state.guard.skipped,
