@@ -79,6 +79,16 @@ def test_traces_and_new_tokens_are_every_members():
     assert committee(ids).logits.shape[-1] == committee.config.vocab_size == 310
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_saved_and_loaded_weights_give_the_same_logits(tied, tmp_path):
+    committee, ids = make_committee(tie_word_embeddings=tied), tokens(1, 8)
+    committee.save_pretrained(tmp_path)
+    again = EnhancedSIMONECommittee.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(ids).logits, committee(ids).logits)
+    assert again.num_parameters() == committee.num_parameters()
+
+
 def test_layers_that_do_not_split_are_refused():
     with pytest.raises(ValueError, match="5 layers do not split among 2 members"):
         EnhancedSIMONECommittee(EnhancedSIMONEConfig(vocab_size=300, num_hidden_layers=5, num_members=2))
@@ -103,7 +113,7 @@ def test_each_member_is_trained_by_its_own_loss_alone(tiny_corpus, tmp_path):
 
 def test_a_committee_is_trained_stopped_continued_exported_and_loaded(tiny_corpus, tmp_path):
     """Stopped in the middle it ends with the same weights, and the export holds all members."""
-    values = {"num_members": 2, "dropout": 0.1, "max_steps": 8}
+    values = {"num_members": 2, "dropout": 0.1, "max_steps": 8, "output_head": "tied"}
     whole = make_loop("simone_enhanced", tiny_settings("simone_enhanced", tiny_corpus, tmp_path / "a", **values))
     whole.run(StopAfter())
     settings = tiny_settings("simone_enhanced", tiny_corpus, tmp_path / "b", **values)
@@ -117,4 +127,6 @@ def test_a_committee_is_trained_stopped_continued_exported_and_loaded(tiny_corpu
     model, _ = load_export(folder)
     assert type(model).__name__ == "EnhancedSIMONECommittee" and len(model.members) == 2
     config = json.loads((folder / "training_config.json").read_text())
-    assert config["results"]["parameters"] == model.num_parameters()
+    results = config["results"]
+    assert results["parameters"] == model.num_parameters()
+    assert abs(results["test_bpb"] - results["validation_bpb"]) < 0.5, "what is loaded is not what was trained"

@@ -335,6 +335,12 @@ class EnhancedSIMONECommittee(EnhancedSIMONEPreTrainedModel, GenerationMixin):
         self.members = nn.ModuleList(
             EnhancedSIMONEModel(of_one, number * layers) for number in range(config.num_members)
         )
+        # Named here: while weights are loaded, transformers ties what the outermost model names and nothing below it.
+        self._tied_weights_keys = {
+            f"members.{number}.{name}": f"members.{number}.{source}"
+            for number, member in enumerate(self.members)
+            for name, source in member._tied_weights_keys.items()
+        }
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
