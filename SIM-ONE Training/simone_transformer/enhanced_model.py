@@ -103,6 +103,9 @@ class EnhancedSIMONEOutput(CausalLMOutputWithPast):
     traces: tuple[Tensor, ...] | None = None
 
 
+_HEADS_SAY = ("policy_logits", "memory_signals", "traces")
+
+
 def _padding(mask: Tensor | None, slots: Tensor) -> Tensor | None:
     """Which tokens only fill up, ``[batch, seq]``: by the mask they may not see themselves.
 
@@ -192,6 +195,23 @@ class EnhancedSIMONEPreTrainedModel(PreTrainedModel):
         """The cache a forward pass fills: the one it is given, a new one where one is wanted, or None."""
         wanted = self.config.use_cache if use_cache is None else use_cache
         return DynamicCache(config=self.config) if given is None and wanted and not self.training else given
+
+    def _output(
+        self,
+        logits: Tensor,
+        cache: Cache | None,
+        heads: dict[str, tuple[Tensor | None, ...]],
+        labels: Tensor | None,
+        return_dict: bool | None,
+        **kwargs,
+    ) -> EnhancedSIMONEOutput | tuple:
+        """A forward pass's answer in the form that is asked for, with the loss where there are labels."""
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        output = EnhancedSIMONEOutput(loss=loss, logits=logits, past_key_values=cache, **heads)
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if wants_dict else output.to_tuple()
 
 
 class EnhancedSIMONEModel(EnhancedSIMONEPreTrainedModel, GenerationMixin):
@@ -307,15 +327,8 @@ class EnhancedSIMONEModel(EnhancedSIMONEPreTrainedModel, GenerationMixin):
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         logits = self.lm_head(hidden if isinstance(keep, int) else hidden[:, keep])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        output = EnhancedSIMONEOutput(loss=loss, logits=logits, past_key_values=past_key_values)
-        if output_traces:
-            for name in ("policy_logits", "memory_signals", "traces"):
-                setattr(output, name, tuple(layer[name] for layer in said))
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if wants_dict else output.to_tuple()
+        heads = {name: tuple(layer[name] for layer in said) for name in _HEADS_SAY} if output_traces else {}
+        return self._output(logits, past_key_values, heads, labels, return_dict, **kwargs)
 
 
 class EnhancedSIMONECommittee(EnhancedSIMONEPreTrainedModel, GenerationMixin):
@@ -385,15 +398,8 @@ class EnhancedSIMONECommittee(EnhancedSIMONEPreTrainedModel, GenerationMixin):
         ]
         each = torch.stack([output.logits.log_softmax(dim=-1, dtype=torch.float32) for output in said])
         logits = each.logsumexp(dim=0) - math.log(len(said))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        output = EnhancedSIMONEOutput(loss=loss, logits=logits, past_key_values=past_key_values)
-        if output_traces:
-            for name in ("policy_logits", "memory_signals", "traces"):
-                setattr(output, name, tuple(layer for member in said for layer in getattr(member, name)))
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if wants_dict else output.to_tuple()
+        heads = {name: sum((member[name] for member in said), ()) for name in _HEADS_SAY} if output_traces else {}
+        return self._output(logits, past_key_values, heads, labels, return_dict, **kwargs)
 
 
 EnhancedSIMONEConfig.register_for_auto_class()
