@@ -14,7 +14,7 @@ from mvlm_core.evaluation import load_export
 from mvlm_core.training_run import run_training
 from prioritary_mvlm.advanced_losses import mean_loss
 from prioritary_mvlm.enhanced_trainer import RECIPE
-from simone_transformer import EnhancedSIMONECommittee, EnhancedSIMONEConfig
+from simone_transformer import EnhancedSIMONECommittee, EnhancedSIMONECommitteeConfig
 
 MEMBERS, LAYERS = 3, 2
 
@@ -22,8 +22,9 @@ MEMBERS, LAYERS = 3, 2
 def make_committee(**changes):
     """A committee whose members are as unlike as ``make_model`` with other seeds makes them."""
     config = make_model(**changes).config
-    sizes = config.to_dict() | {"num_members": MEMBERS, "num_hidden_layers": MEMBERS * LAYERS}
-    committee = EnhancedSIMONECommittee(EnhancedSIMONEConfig(**sizes)).eval()
+    sizes = {name: value for name, value in config.to_dict().items() if name != "model_type"}
+    sizes |= {"num_members": MEMBERS, "num_hidden_layers": MEMBERS * LAYERS}
+    committee = EnhancedSIMONECommittee(EnhancedSIMONECommitteeConfig(**sizes)).eval()
     torch.manual_seed(3)
     with torch.no_grad():
         for parameter in committee.parameters():
@@ -91,7 +92,7 @@ def test_saved_and_loaded_weights_give_the_same_logits(tied, tmp_path):
 
 def test_layers_that_do_not_split_are_refused():
     with pytest.raises(ValueError, match="5 layers do not split among 2 members"):
-        EnhancedSIMONECommittee(EnhancedSIMONEConfig(vocab_size=300, num_hidden_layers=5, num_members=2))
+        EnhancedSIMONECommittee(EnhancedSIMONECommitteeConfig(vocab_size=300, num_hidden_layers=5, num_members=2))
 
 
 def test_each_member_is_trained_by_its_own_loss_alone(tiny_corpus, tmp_path):
@@ -130,3 +131,11 @@ def test_a_committee_is_trained_stopped_continued_exported_and_loaded(tiny_corpu
     results = config["results"]
     assert results["parameters"] == model.num_parameters()
     assert abs(results["test_bpb"] - results["validation_bpb"]) < 0.5, "what is loaded is not what was trained"
+
+
+def test_one_process_loads_a_committee_and_a_single_model(trained, tiny_corpus, tmp_path):
+    """By the same code, in either order: neither takes the other's class."""
+    folder = run_training(RECIPE, tiny_settings("simone_enhanced", tiny_corpus, tmp_path, num_members=2, max_steps=2))
+    for place, name in ((folder, "Committee"), (trained / "simone_enhanced", "Model"), (folder, "Committee")):
+        model, _ = load_export(place)
+        assert type(model).__name__ == f"EnhancedSIMONE{name}"

@@ -15,7 +15,13 @@ from mvlm_core.training_run import BuiltModel, Recipe, run_training
 from prioritary_mvlm.advanced_losses import ComprehensiveTrainingLoss, LossParts, mean_loss
 from prioritary_mvlm.advanced_tokenizer import AdvancedBPETokenizer
 from prioritary_mvlm.config import PrioritaryConfig
-from simone_transformer import EnhancedSIMONECommittee, EnhancedSIMONEConfig, EnhancedSIMONEModel, swiglu_width
+from simone_transformer import (
+    EnhancedSIMONECommittee,
+    EnhancedSIMONECommitteeConfig,
+    EnhancedSIMONEConfig,
+    EnhancedSIMONEModel,
+    swiglu_width,
+)
 
 NAME = "simone_enhanced"
 
@@ -24,24 +30,26 @@ def model_config(
     config: PrioritaryConfig, tokenizer: ByteLevelBPE, attention_backend: str = "sdpa"
 ) -> EnhancedSIMONEConfig:
     """The model's shape from the run's settings."""
-    return EnhancedSIMONEConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=config.hidden_dim,
-        num_members=config.num_members,
-        num_hidden_layers=config.num_members * config.num_layers,
-        num_attention_heads=config.num_heads,
-        intermediate_size=swiglu_width(config.ff_dim),
-        max_position_embeddings=config.max_length,
-        hidden_dropout=config.dropout,
-        policy_head=config.policy_head,
-        memory_head=config.memory_head,
-        trace_head=config.trace_head,
-        attention_backend=attention_backend,
-        tie_word_embeddings=config.output_head == "tied",
-        pad_token_id=tokenizer.token_id("pad_token"),
-        bos_token_id=tokenizer.start_id,
-        eos_token_id=tokenizer.end_id,
-    )
+    shape = {
+        "vocab_size": tokenizer.vocab_size,
+        "hidden_size": config.hidden_dim,
+        "num_hidden_layers": config.num_members * config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": swiglu_width(config.ff_dim),
+        "max_position_embeddings": config.max_length,
+        "hidden_dropout": config.dropout,
+        "policy_head": config.policy_head,
+        "memory_head": config.memory_head,
+        "trace_head": config.trace_head,
+        "attention_backend": attention_backend,
+        "tie_word_embeddings": config.output_head == "tied",
+        "pad_token_id": tokenizer.token_id("pad_token"),
+        "bos_token_id": tokenizer.start_id,
+        "eos_token_id": tokenizer.end_id,
+    }
+    if config.num_members > 1:
+        return EnhancedSIMONECommitteeConfig(num_members=config.num_members, **shape)
+    return EnhancedSIMONEConfig(**shape)
 
 
 def _loss(config: PrioritaryConfig) -> ComprehensiveTrainingLoss:

@@ -2,6 +2,7 @@
 
 from .enhanced_model import (
     EnhancedSIMONECommittee,
+    EnhancedSIMONECommitteeConfig,
     EnhancedSIMONEConfig,
     EnhancedSIMONEModel,
     EnhancedSIMONEOutput,
@@ -13,6 +14,7 @@ __all__ = [
     "TRACE_FIELDS",
     "EnhancedGovernanceAttention",
     "EnhancedSIMONECommittee",
+    "EnhancedSIMONECommitteeConfig",
     "EnhancedSIMONEConfig",
     "EnhancedSIMONEModel",
     "EnhancedSIMONEOutput",

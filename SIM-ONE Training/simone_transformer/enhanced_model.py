@@ -27,8 +27,6 @@ class EnhancedSIMONEConfig(PreTrainedConfig):
     """Shape and switches of the model.
 
     Args:
-        num_members: decoders of a committee; 1 is a plain model.
-        num_hidden_layers: of all members together.
         intermediate_size: SwiGLU's own inner width (``swiglu_width`` gives it from a classic width).
         policy_head, memory_head: the governance heads that change what is computed; off costs nothing.
         trace_head: whether ``output_traces=True`` may be asked for.
@@ -45,7 +43,6 @@ class EnhancedSIMONEConfig(PreTrainedConfig):
         hidden_size: int = 768,
         num_hidden_layers: int = 12,
         num_attention_heads: int = 12,
-        num_members: int = 1,
         intermediate_size: int | None = None,
         max_position_embeddings: int = 1024,
         rope_theta: float = 10000.0,
@@ -67,7 +64,6 @@ class EnhancedSIMONEConfig(PreTrainedConfig):
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
-        self.num_members = num_members
         self.intermediate_size = swiglu_width(4 * hidden_size) if intermediate_size is None else intermediate_size
         self.max_position_embeddings = max_position_embeddings
         self.rope_theta = rope_theta
@@ -86,6 +82,33 @@ class EnhancedSIMONEConfig(PreTrainedConfig):
             eos_token_id=eos_token_id,
             **kwargs,
         )
+
+
+class EnhancedSIMONECommitteeConfig(EnhancedSIMONEConfig):
+    """Shape of a committee: a class of its own, because transformers finds a model's class by its configuration's.
+
+    Args:
+        num_members: models in it; ``num_hidden_layers`` is of all of them together.
+    """
+
+    model_type = "simone_enhanced_committee"
+
+    def __init__(self, num_members: int = 2, **kwargs) -> None:
+        self.num_members = num_members
+        super().__init__(**kwargs)
+
+    def of_a_member(self) -> EnhancedSIMONEConfig:
+        """The shape of one member.
+
+        Raises:
+            ValueError: the layers do not split among the members.
+        """
+        layers, left_over = divmod(self.num_hidden_layers, self.num_members)
+        if left_over:
+            raise ValueError(f"{self.num_hidden_layers} layers do not split among {self.num_members} members")
+        own = ("model_type", "auto_map", "architectures", "num_members")
+        shape = {name: value for name, value in self.to_dict().items() if name not in own}
+        return EnhancedSIMONEConfig(**{**shape, "num_hidden_layers": layers})
 
 
 @dataclass
@@ -339,14 +362,13 @@ class EnhancedSIMONECommittee(EnhancedSIMONEPreTrainedModel, GenerationMixin):
     The cache holds the members' layers one after the other, so any kind of cache will do.
     """
 
-    def __init__(self, config: EnhancedSIMONEConfig) -> None:
+    config_class = EnhancedSIMONECommitteeConfig
+
+    def __init__(self, config: EnhancedSIMONECommitteeConfig) -> None:
         super().__init__(config)
-        layers, left_over = divmod(config.num_hidden_layers, config.num_members)
-        if left_over:
-            raise ValueError(f"{config.num_hidden_layers} layers do not split among {config.num_members} members")
-        of_one = type(config)(**{**config.to_dict(), "num_hidden_layers": layers, "num_members": 1})
+        shape = config.of_a_member()
         self.members = nn.ModuleList(
-            EnhancedSIMONEModel(of_one, number * layers) for number in range(config.num_members)
+            EnhancedSIMONEModel(shape, number * shape.num_hidden_layers) for number in range(config.num_members)
         )
         # Named here: while weights are loaded, transformers ties what the outermost model names and nothing below it.
         self._tied_weights_keys = {
@@ -403,5 +425,6 @@ class EnhancedSIMONECommittee(EnhancedSIMONEPreTrainedModel, GenerationMixin):
 
 
 EnhancedSIMONEConfig.register_for_auto_class()
+EnhancedSIMONECommitteeConfig.register_for_auto_class()
 EnhancedSIMONEModel.register_for_auto_class("AutoModelForCausalLM")
 EnhancedSIMONECommittee.register_for_auto_class("AutoModelForCausalLM")
