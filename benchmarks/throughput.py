@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -298,7 +299,8 @@ class Process:
         self.name, self.seconds, self.peak = label or name, [], 0
         given = {"name": name, "shape": asdict(shape), "precision": options.precision}
         given |= {"nanogpt": str(options.nanogpt), "data_dir": str(options.data_dir.absolute())}
-        job = json.dumps(given | {"processes": options.processes})
+        given["processes"] = options.processes
+        job = json.dumps(given)
         command = [sys.executable, str(Path(__file__).resolve()), "--serve", job]
         self.log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
@@ -314,8 +316,9 @@ class Process:
         return json.loads(line)
 
     def turn(self, steps: int) -> None:
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # of one that ended its answer tells
+            self.process.stdin.write(f"{steps}\n")
+            self.process.stdin.flush()
         answer = self._answer()
         self.seconds.append(statistics.median(answer["seconds"]))
         self.peak = answer["peak"]

@@ -66,9 +66,12 @@ def _loss(config: PrioritaryConfig) -> ComprehensiveTrainingLoss:
 def build(config: PrioritaryConfig, tokenizer: ByteLevelBPE, hardware: Hardware) -> BuiltModel:
     """A fresh model, or committee of them, with its loss and optimizers."""
     shape = model_config(config, tokenizer, hardware.attention_backend)
-    committee = config.num_members > 1
-    model = (EnhancedSIMONECommittee if committee else EnhancedSIMONEModel)(shape).to(hardware.device)
-    members = list(model.members) if committee else [model]
+    if isinstance(shape, EnhancedSIMONECommitteeConfig):
+        model = EnhancedSIMONECommittee(shape).to(hardware.device)
+        members = list(model.members)
+    else:
+        model = EnhancedSIMONEModel(shape).to(hardware.device)
+        members = [model]
     losses = nn.ModuleList(_loss(config) for _ in members).to(hardware.device)
     modules = {"model": model, "loss": losses}
     forwards = [torch.compile(m.hidden_states) if hardware.compile else m.hidden_states for m in members]

@@ -357,8 +357,9 @@ class EnhancedSIMONEModel(EnhancedSIMONEPreTrainedModel, GenerationMixin):
 class EnhancedSIMONECommittee(EnhancedSIMONEPreTrainedModel, GenerationMixin):
     """Several models of one shape in one, trained side by side from other weights; their probabilities are averaged.
 
-    Where text is short and read often, this is worth more than as many parameters in one model (deep ensembles,
-    Lakshminarayanan et al., arXiv 1612.01474; for language models on little text, Kim et al., arXiv 2509.14786).
+    For text that is short and read often, where models of the same text differ much in what they get wrong (deep
+    ensembles, Lakshminarayanan et al., arXiv 1612.01474; for language models on little text, Kim et al., arXiv
+    2509.14786).
     The cache holds the members' layers one after the other, so any kind of cache will do.
     """
 
