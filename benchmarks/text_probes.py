@@ -4,6 +4,7 @@
     python benchmarks/text_probes.py [MODEL_DIR ...] [--split test] [--json FILE]
 
 One table with a model a column; "text" is what the held-out text itself gives. A value after ± is a standard error.
+A folder of the exports of several seeds (seed0, seed1, …) is one column too: their mean, ± its error between the seeds.
 With --json, what that file already says of the same model, text and questions is not measured again.
 The probes and their sources stand in mvlm_core/text_probes.py and mvlm_core/minimal_pairs.py.
 """
@@ -49,6 +50,11 @@ def known_results(path: Path, same: dict[str, Any]) -> dict[str, Any]:
         return {}
 
 
+def seeds_of(folder: Path) -> list[Path]:
+    """The exports that a column stands for: ``folder`` itself, or those of the seeds in it."""
+    return sorted(path.parent for path in folder.glob("seed*/model.safetensors")) or [folder]
+
+
 def main() -> int:
     options = parse()
     from mvlm_core.hardware import set_process_environment
@@ -59,19 +65,21 @@ def main() -> int:
     from mvlm_core.export_checks import corpus_choice
     from mvlm_core.files import sha256_file, write_json_atomic
     from mvlm_core.hardware import choose_hardware
-    from mvlm_core.text_probe_run import Size, draw, measure, sizes
+    from mvlm_core.text_probe_run import Size, draw, measure, over_seeds, sizes
     from mvlm_core.text_probe_table import rows
 
     size = Size(options.verses, options.prompts, options.words, options.pairs)
     asked = {key: value for key, value in vars(options).items() if key not in ("models", "json")}
-    choice = corpus_choice(options.models[0] / "training_config.json")
+    columns = {folder: seeds_of(folder) for folder in options.models}
+    exports = [export for seeds in columns.values() for export in seeds]
+    choice = corpus_choice(exports[0] / "training_config.json")
     corpus = load_corpus(options.data_dir, **choice | ({"only": options.data_subset} if options.data_subset else {}))
     hardware = choose_hardware(device=options.device)
     hardware.apply()
     same = {"asked": asked, "fingerprint": corpus.fingerprint}
     known = known_results(options.json, same) if options.json else {}
     material, results = draw(corpus, options.split, size, options.seed), {}
-    for folder in options.models:
+    for folder in exports:
         weights = sha256_file(folder / "model.safetensors")
         if (before := known.get(str(folder), {})).get("weights") == weights:
             results[str(folder)] = before
@@ -85,7 +93,7 @@ def main() -> int:
         print(f"{folder}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
         if options.json:
             write_json_atomic(options.json, same | {"results": results})
-    found = list(results.values())
+    found = [over_seeds([results[str(export)] for export in seeds]) for seeds in columns.values()]
     print("| " + " | ".join([options.split, "text", *(folder.name for folder in options.models)]) + " |")
     print("| --- |" + " ---: |" * (len(found) + 1))
     for cells in rows(found):

@@ -6,6 +6,7 @@ Results are plain dictionaries, as JSON holds them: a ``Mean`` is ``{"value", "e
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,24 @@ def memorisation(model: Any, tokenizer: Any, corpus: Corpus, *, verses: int = 10
     return {
         name: _plain(probes.recall(model, tokenizer, some)) for name, some in (("train", known), ("held_out", asked))
     }
+
+
+def over_seeds(results: list[Any]) -> Any:
+    """``measure``'s results for models that differ in the seed alone, as one result: their mean.
+
+    The error of a ``Mean`` is then that between the seeds, which were asked the same. What all say stays as it is.
+    """
+    first = results[0]
+    if all(result == first for result in results):
+        return first
+    if isinstance(first, dict) and first.keys() == {"value", "error", "count"}:
+        values = [result["value"] for result in results]
+        if None in values:
+            return first | {"value": None, "error": None}
+        return first | {"value": statistics.mean(values), "error": statistics.stdev(values) / len(values) ** 0.5}
+    if isinstance(first, dict):
+        return {key: over_seeds([result[key] for result in results]) for key in first}
+    return statistics.mean(results) if isinstance(first, float) else first
 
 
 def _plain(value: Any) -> Any:

@@ -15,6 +15,8 @@ from mvlm_core import text_probes as probes
 from mvlm_core.corpus import load_corpus
 from mvlm_core.evaluation import bits_per_byte_by_part, score_documents
 from mvlm_core.minimal_pairs import RULES, Pair, minimal_pairs, pair_accuracy, pair_point
+from mvlm_core.text_probe_run import over_seeds
+from mvlm_core.text_probe_table import share
 from mvlm_core.verses import Verse, followed_by, matched_verses, sample_verses, verses_of
 from prioritary_mvlm import AdvancedBPETokenizer
 from simone_transformer import EnhancedSIMONEConfig, EnhancedSIMONEModel
@@ -342,20 +344,39 @@ def test_a_model_prefers_the_verses_it_read(couples, tokenizer, overfitted):
 # --- the command --------------------------------------------------------------------------------------------
 
 
-def test_the_command_prints_one_table_for_all_models(repository, corpus, tokenizer, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def command(repository, corpus, monkeypatch):
+    """``benchmarks/text_probes.py``, few questions: a function of the folders and more arguments."""
     spec = importlib.util.spec_from_file_location("text_probes_command", repository / "benchmarks" / "text_probes.py")
-    command = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, command)
-    spec.loader.exec_module(command)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+
+    def run(*arguments):
+        sizes = ["--verses", "12", "--prompts", "4", "--words", "10", "--pairs", "25"]
+        given = [*map(str, arguments), *sizes, "--data_dir", str(corpus.root)]
+        monkeypatch.setattr(sys, "argv", ["text_probes.py", *given])
+        return module.main()
+
+    return run
+
+
+def export(tokenizer, folder, width):
+    make(tokenizer, "gpt2", width).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def table_in(printed):
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in printed.splitlines() if row.startswith("|")]
+
+
+def test_the_command_prints_one_table_for_all_models(command, tokenizer, tmp_path, capsys):
     for name, width in (("narrow", 16), ("wide", 32)):
-        make(tokenizer, "gpt2", width).save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    sizes = ["--verses", "12", "--prompts", "4", "--words", "10", "--pairs", "25"]
-    places = [str(tmp_path / "narrow"), str(tmp_path / "wide"), "--data_dir", str(corpus.root)]
-    monkeypatch.setattr(sys, "argv", ["text_probes.py", *places, *sizes, "--json", str(tmp_path / "out.json")])
-    command.main()
+        export(tokenizer, tmp_path / name, width)
+    arguments = [tmp_path / "narrow", tmp_path / "wide", "--json", tmp_path / "out.json"]
+    command(*arguments)
     printed = capsys.readouterr().out
-    table = [[cell.strip() for cell in row.split("|")[1:-1]] for row in printed.splitlines() if row.startswith("|")]
+    table = table_in(printed)
     assert table[0] == ["validation", "text", "narrow", "wide"] and {len(row) for row in table} == {4}
     labels = [row[0] for row in table]
     assert {"bits per byte", "· Ruth", "· kjv", "· plain", "calibration error (ECE)", "rep-4, sampled"} <= set(labels)
@@ -364,14 +385,38 @@ def test_the_command_prints_one_table_for_all_models(repository, corpus, tokeniz
     assert f"{narrow['bits_per_byte']['all']:.4f}" == table[labels.index("bits per byte")][2]
     assert narrow["recall_train"]["exact"]["count"] == narrow["cloze"]["full"]["count"] == 12
     assert printed.count("was trained on another corpus") == 2, "no record of training is there"
-    command.main()
+    command(*arguments)
     again = capsys.readouterr()
-    assert "narrow:" not in again.err and [row for row in printed.splitlines() if row.startswith("|")] == [
-        row for row in again.out.splitlines() if row.startswith("|")
-    ], "nothing is measured twice"
+    assert "narrow:" not in again.err and table_in(again.out) == table, "nothing is measured twice"
     make(tokenizer, "gpt2", 48).save_pretrained(tmp_path / "wide")
-    command.main()
+    command(*arguments)
     assert "wide:" in (third := capsys.readouterr()).err and "narrow:" not in third.err
+
+
+def test_a_folder_of_seeds_is_one_column_their_mean(command, tokenizer, tmp_path, capsys):
+    for seed, width in enumerate((16, 24, 32)):
+        export(tokenizer, tmp_path / "line" / f"seed{seed}", width)
+    command(tmp_path / "line", tmp_path / "line" / "seed0", "--no_bits_per_byte", "--json", tmp_path / "out.json")
+    table = table_in(capsys.readouterr().out)
+    assert table[0] == ["validation", "text", "line", "seed0"]
+    results = [
+        json.loads((tmp_path / "out.json").read_text())["results"][str(tmp_path / "line" / f"seed{n}")]
+        for n in range(3)
+    ]
+    rows = {row[0]: row[2] for row in table}
+    errors = [result["calibration"]["error"] for result in results]
+    assert rows["calibration error (ECE)"] == f"{sum(errors) / 3:.2%}" and len(set(errors)) == 3
+    values = [result["memorised"]["longest"]["value"] for result in results]
+    spread = np.std(values, ddof=1) / 3**0.5
+    assert rows["· memorised (difference)"] == f"{np.mean(values):+.1%} ± {spread:.1%}" and spread > 0
+    text = next(row[1] for row in table if row[0] == "rep-4, greedy")
+    assert "±" in text and text == share(results[0]["repetition"]["reference"]["rep_4"]), "the text is one, not three"
+
+
+def test_what_one_seed_could_not_be_asked_has_no_mean():
+    known, unknown = {"value": 0.5, "error": 0.1, "count": 4}, {"value": None, "error": None, "count": 0}
+    assert over_seeds([{"a": known}, {"a": unknown}]) == {"a": {"value": None, "error": None, "count": 4}}
+    assert over_seeds([{"a": known}]) == {"a": known}
 
 
 def test_memorisation_asks_for_train_verses_beside_held_out_ones_as_long(corpus, tokenizer, monkeypatch):
