@@ -105,11 +105,14 @@ def memorisation(model: Any, tokenizer: Any, corpus: Corpus, *, verses: int = 10
 def over_seeds(results: list[Any]) -> Any:
     """``measure``'s results for models that differ in the seed alone, as one result: their mean.
 
-    The error of a ``Mean`` is then that between the seeds, which were asked the same. What all say stays as it is.
+    The error of a ``Mean`` is then that between the seeds, which were asked the same. What all say stays as it
+    is, and what one could not say is None.
     """
     first = results[0]
     if all(result == first for result in results):
         return first
+    if None in results:
+        return None
     if isinstance(first, dict) and first.keys() == {"value", "error", "count"}:
         values = [result["value"] for result in results]
         if None in values:

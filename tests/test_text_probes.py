@@ -417,6 +417,8 @@ def test_what_one_seed_could_not_be_asked_has_no_mean():
     known, unknown = {"value": 0.5, "error": 0.1, "count": 4}, {"value": None, "error": None, "count": 0}
     assert over_seeds([{"a": known}, {"a": unknown}]) == {"a": {"value": None, "error": None, "count": 4}}
     assert over_seeds([{"a": known}]) == {"a": known}
+    assert over_seeds([{"b": 0.5}, {"b": None}]) == over_seeds([{"b": None}, {"b": 0.5}]) == {"b": None}
+    assert over_seeds([{"b": 0.5}, {"b": 0.25}]) == {"b": 0.375}
 
 
 def test_memorisation_asks_for_train_verses_beside_held_out_ones_as_long(corpus, tokenizer, monkeypatch):
