@@ -71,7 +71,7 @@ def main() -> int:
     size = Size(options.verses, options.prompts, options.words, options.pairs)
     asked = {key: value for key, value in vars(options).items() if key not in ("models", "json")}
     columns = {folder: seeds_of(folder) for folder in options.models}
-    exports = [export for seeds in columns.values() for export in seeds]
+    exports = list(dict.fromkeys(export for seeds in columns.values() for export in seeds))  # each once
     choice = corpus_choice(exports[0] / "training_config.json")
     corpus = load_corpus(options.data_dir, **choice | ({"only": options.data_subset} if options.data_subset else {}))
     hardware = choose_hardware(device=options.device)
@@ -94,7 +94,7 @@ def main() -> int:
         if options.json:
             write_json_atomic(options.json, same | {"results": results})
     found = [over_seeds([results[str(export)] for export in seeds]) for seeds in columns.values()]
-    print("| " + " | ".join([options.split, "text", *(folder.name for folder in options.models)]) + " |")
+    print("| " + " | ".join([options.split, "text", *(folder.name for folder in columns)]) + " |")
     print("| --- |" + " ---: |" * (len(found) + 1))
     for cells in rows(found):
         print("| " + " | ".join(cells) + " |")

@@ -115,9 +115,8 @@ def over_seeds(results: list[Any]) -> Any:
         return None
     if isinstance(first, dict) and first.keys() == {"value", "error", "count"}:
         values = [result["value"] for result in results]
-        if None in values:
-            return first | {"value": None, "error": None}
-        return first | {"value": statistics.mean(values), "error": statistics.stdev(values) / len(values) ** 0.5}
+        error = None if None in values else statistics.stdev(values) / len(values) ** 0.5
+        return first | {"value": over_seeds(values), "error": error}
     if isinstance(first, dict):
         return {key: over_seeds([result[key] for result in results]) for key in first}
     return statistics.mean(results) if isinstance(first, float) else first
