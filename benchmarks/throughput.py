@@ -7,9 +7,10 @@
     python benchmarks/throughput.py --contexts 128,256,512,1024,2048      our two, as many tokens a step in each
 
 Every contender lives in a process of its own; they take turns, a few steps at a time, so that what the machine does
-meanwhile meets all of them. A step is the whole step: batch, forward, backward, clipping, optimizer. Printed are the
-medians over the rounds. FLOP/s count what is useful: products with weights and attention, forward and backward, not
-the optimizer's; their share is of the matrix product's own speed, measured between the rounds.
+meanwhile meets all of them. A step is the whole step: batch, forward, backward, clipping, optimizer; one contender only
+multiplies what model 1's step multiplies, which no step is faster than. Printed are the medians over the rounds. FLOP/s
+count what is useful: products with weights and attention, forward and backward, not the optimizer's; their share is of
+the matrix product's own speed, measured between the rounds.
 
 Exit codes: 0 done, 1 a contender failed, 2 bad arguments, 130/143 stopped by a signal.
 """
@@ -62,7 +63,16 @@ SHAPES = {
     "124m": Shape(768, 12, 12, 3072, 50257, 1024, 2, 12, 32000, "tied"),
     "32k": Shape(256, 4, 4, 1024, 32000, 1024, 4, 4, 32000, "tied"),
 }
-CONTENDERS = ("mvlm_gpt2", "simone_enhanced", "simone_enhanced, coherence on", "transformers.Trainer", "nanoGPT")
+PRODUCTS = "model 1's products alone"
+CONTENDERS = (
+    "mvlm_gpt2",
+    "simone_enhanced",
+    "simone_enhanced, coherence on",
+    "transformers.Trainer",
+    "nanoGPT",
+    PRODUCTS,
+)
+PRODUCT_ROWS = 256  # of logits at a time: they stay in the processor's cache
 
 
 @dataclass
@@ -135,12 +145,7 @@ def ours(name: str, shape: Shape, precision: str, folder: Path, data_dir: str, p
         loop._step(stop)
         loop._pending.clear()
 
-    if not ranks.is_main:  # a step waits for the parent's, and ends with it
-        try:
-            while True:
-                step()
-        finally:
-            ranks.end()
+    serve_child(ranks, step)
     count = matrices(built.model)
     if name.endswith("coherence on"):
         count += built.model.lm_head.weight.numel() + shape.width**2  # the second prediction and its adapter
@@ -234,6 +239,66 @@ def huggingface(shape: Shape, precision: str, folder: Path) -> Contender:
     return Contender(step, model.num_parameters(), flops, shape.batch * shape.context)
 
 
+def products_alone(shape: Shape, precision: str, processes: int = 1) -> Contender:
+    """What model 1's step multiplies, forward and backward, and nothing else: how fast a step could be if norms,
+    activations, softmax over the vocabulary, optimizer and all else were free."""
+    import torch
+    import torch.nn.functional as F
+
+    from mvlm_core.distributed import ALONE
+    from mvlm_core.forked_ranks import fork
+
+    width, heads = shape.width, shape.heads
+    ranks = fork(processes) if processes > 1 else ALONE
+    batch = shape.batch // ranks.world
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    scale = width**-0.5
+
+    def matrix(rows: int, columns: int) -> Any:
+        return torch.nn.Parameter(torch.randn(rows, columns, dtype=dtype) * scale)
+
+    sizes = ((width, 3 * width), (width, width), (width, shape.ff_dim), (shape.ff_dim, width))
+    layers = [[matrix(*size) for size in sizes] for _ in range(shape.layers)]
+    output = matrix(shape.vocab, width).detach()
+    hidden = torch.randn(batch, shape.context, width, dtype=dtype, requires_grad=True)
+    gradient = torch.randn(PRODUCT_ROWS, shape.vocab, dtype=dtype)
+
+    def step() -> None:
+        x = hidden
+        for qkv, proj, up, down in layers:
+            q, k, v = (x @ qkv).view(batch, shape.context, 3, heads, -1).permute(2, 0, 3, 1, 4)
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = attended.transpose(1, 2).reshape(batch, shape.context, width) @ proj @ up @ down
+        rows = x.detach().view(-1, width)
+        gradient_rows, gradient_output = torch.empty_like(rows), torch.zeros_like(output)
+        for start in range(0, len(rows), PRODUCT_ROWS):
+            part = rows[start : start + PRODUCT_ROWS]
+            part @ output.t()
+            theirs = gradient[: len(part)]
+            torch.mm(theirs, output, out=gradient_rows[start : start + PRODUCT_ROWS])
+            gradient_output.addmm_(theirs.t(), part)
+        x.backward(gradient_rows.view_as(x))
+        for parameter in (hidden, *(matrix for layer in layers for matrix in layer)):
+            parameter.grad = None
+        ranks.wait()
+
+    serve_child(ranks, step)
+    count = output.numel() + sum(matrix.numel() for layer in layers for matrix in layer)
+    flops = flops_per_token(count, shape.layers, width, shape.context)
+    return Contender(step, count, flops, batch * ranks.world * shape.context)
+
+
+def serve_child(ranks: Any, step: Callable[[], None]) -> None:
+    """A child of several processes makes steps for as long as the parent does, and ends with it."""
+    if ranks.is_main:
+        return
+    try:
+        while True:
+            step()
+    finally:
+        ranks.end()
+
+
 def random_batches(shape: Shape):
     import torch
 
@@ -259,6 +324,8 @@ def serve(text: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if name == "nanoGPT":
             contender = nanogpt(shape, precision, Path(given["nanogpt"]))
+        elif name == PRODUCTS:
+            contender = products_alone(shape, precision, given["processes"])
         elif name == "transformers.Trainer":
             contender = huggingface(shape, precision, Path(folder))
         else:

@@ -36,8 +36,8 @@ def test_a_race_of_ours_and_the_trainer(monkeypatch, tiny_corpus):
     given = ["--rounds", "2", "--steps", "1", "--precision", "fp32", "--data_dir", str(tiny_corpus)]
     result = throughput.measure(throughput.parse_options(given))
     found = result["contenders"]
-    assert list(found) == ["mvlm_gpt2", "simone_enhanced", "simone_enhanced, coherence on", "transformers.Trainer"]
-    peer = found["transformers.Trainer"]
+    assert list(found) == [name for name in throughput.CONTENDERS if name != "nanoGPT"]
+    peer, products = found["transformers.Trainer"], found[throughput.PRODUCTS]
     assert (
         peer["parameters"] == found["mvlm_gpt2"]["parameters"] == 300 * 64 + 32 * 64 + 2 * (12 * 64**2 + 13 * 64) + 128
     )
@@ -45,4 +45,6 @@ def test_a_race_of_ours_and_the_trainer(monkeypatch, tiny_corpus):
         assert one["tokens_per_step"] == 64 and len(one["rounds"]) == 2
         assert one["tokens_per_second"] > 0 and one["share_of_peak"] < 1
     assert peer["flops_per_token"] == 6 * (300 * 64 + 2 * 12 * 64**2) + 12 * 2 * 64 * 32
-    assert len(throughput.table(result).splitlines()) == 8
+    assert products["parameters"] == 300 * 64 + 2 * 12 * 64**2
+    assert products["flops_per_token"] == peer["flops_per_token"] == found["mvlm_gpt2"]["flops_per_token"]
+    assert len(throughput.table(result).splitlines()) == 9
