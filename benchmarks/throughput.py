@@ -72,7 +72,7 @@ CONTENDERS = (
     "nanoGPT",
     PRODUCTS,
 )
-PRODUCT_ROWS = 256  # of logits at a time: they stay in the processor's cache
+PRODUCT_ROWS = 256  # of logits at a time, as the loss has them at the cpu shape
 
 
 @dataclass
@@ -105,8 +105,6 @@ def matrices(model: Any) -> int:
 
 
 def ours(name: str, shape: Shape, precision: str, folder: Path, data_dir: str, processes: int = 1) -> Contender:
-    from mvlm_core.distributed import ALONE
-    from mvlm_core.forked_ranks import fork
     from mvlm_core.hardware import choose_hardware
     from mvlm_core.stop_request import StopRequest
     from mvlm_core.training_loop import TrainingLoop
@@ -137,7 +135,7 @@ def ours(name: str, shape: Shape, precision: str, folder: Path, data_dir: str, p
     hardware.apply()
     text = prepare_text(settings, recipe.tokenizer_class)
     batches = batch_source(settings, text)
-    ranks = fork(processes) if processes > 1 else ALONE
+    ranks = ranks_of(processes)
     built, task = build_task(recipe, settings, hardware, text, batches, {}, ranks)
     loop, stop = TrainingLoop(task, settings, hardware, folder, 10**6, ranks), StopRequest()
 
@@ -245,11 +243,8 @@ def products_alone(shape: Shape, precision: str, processes: int = 1) -> Contende
     import torch
     import torch.nn.functional as F
 
-    from mvlm_core.distributed import ALONE
-    from mvlm_core.forked_ranks import fork
-
     width, heads = shape.width, shape.heads
-    ranks = fork(processes) if processes > 1 else ALONE
+    ranks = ranks_of(processes)
     batch = shape.batch // ranks.world
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     scale = width**-0.5
@@ -259,6 +254,7 @@ def products_alone(shape: Shape, precision: str, processes: int = 1) -> Contende
 
     sizes = ((width, 3 * width), (width, width), (width, shape.ff_dim), (shape.ff_dim, width))
     layers = [[matrix(*size) for size in sizes] for _ in range(shape.layers)]
+    weights = [weight for layer in layers for weight in layer]
     output = matrix(shape.vocab, width).detach()
     hidden = torch.randn(batch, shape.context, width, dtype=dtype, requires_grad=True)
     gradient = torch.randn(PRODUCT_ROWS, shape.vocab, dtype=dtype)
@@ -277,15 +273,21 @@ def products_alone(shape: Shape, precision: str, processes: int = 1) -> Contende
             theirs = gradient[: len(part)]
             torch.mm(theirs, output, out=gradient_rows[start : start + PRODUCT_ROWS])
             gradient_output.addmm_(theirs.t(), part)
-        x.backward(gradient_rows.view_as(x))
-        for parameter in (hidden, *(matrix for layer in layers for matrix in layer)):
-            parameter.grad = None
+        torch.autograd.grad(x, [hidden, *weights], gradient_rows.view_as(x))
         ranks.wait()
 
     serve_child(ranks, step)
-    count = output.numel() + sum(matrix.numel() for layer in layers for matrix in layer)
+    count = output.numel() + sum(weight.numel() for weight in weights)
     flops = flops_per_token(count, shape.layers, width, shape.context)
     return Contender(step, count, flops, batch * ranks.world * shape.context)
+
+
+def ranks_of(processes: int) -> Any:
+    """This process alone, or forked into ``processes`` that share each batch."""
+    from mvlm_core.distributed import ALONE
+    from mvlm_core.forked_ranks import fork
+
+    return fork(processes) if processes > 1 else ALONE
 
 
 def serve_child(ranks: Any, step: Callable[[], None]) -> None:
