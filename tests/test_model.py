@@ -15,7 +15,7 @@ from simone_transformer import (
     swiglu_width,
 )
 from simone_transformer.modern_layers import RMSNorm
-from simone_transformer.rope_attention import remember_previous
+from simone_transformer.rope_attention import attend_remembering, causal_attention, remember_previous
 
 SWITCHES = list(itertools.product([True, False], repeat=2))
 
@@ -86,6 +86,14 @@ def test_logits_are_the_same_with_a_static_cache():
 def test_half_of_a_key_is_of_the_token_before():
     key = torch.arange(12.0).view(1, 1, 3, 4)
     assert remember_previous(key).tolist() == [[[[0, 0, 2, 0], [4, 1, 6, 3], [8, 5, 10, 7]]]]
+
+
+@pytest.mark.parametrize("keys", [1, 2, 9])
+def test_one_new_query_reads_keys_as_if_they_remembered(keys):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 3, 1, 8), torch.randn(2, 3, keys, 8), torch.randn(2, 3, keys, 8)
+    expected = causal_attention(query, remember_previous(key), value, None)
+    torch.testing.assert_close(attend_remembering(query, key, value), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -220,6 +228,8 @@ def test_rmsnorm_is_torchs_forward_and_backward(dtype, tolerance):
     found = norm(ours)
     found.backward(gradient.to(dtype))
     assert found.dtype == ours.grad.dtype == dtype
+    with torch.no_grad():
+        assert torch.equal(norm(ours), found)
     for mine, right in ((found, expected), (ours.grad, theirs.grad), (norm.weight.grad, gain.grad)):
         assert (mine.double() - right).norm() < tolerance * right.norm()
 

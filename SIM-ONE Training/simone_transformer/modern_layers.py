@@ -7,6 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def _normalise(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``x`` at root mean square 1 in ``dtype``, and what it was multiplied by ``[..., 1]``, in float32 at least."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact).square()
+    scale = torch.rsqrt(square / x.shape[-1] + eps)
+    return (x * scale).to(dtype), scale
+
+
 class _RMSNorm(torch.autograd.Function):
     """The norm with a backward pass in few passes over memory, whose result has the type that is asked for.
 
@@ -16,10 +24,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        exact = torch.promote_types(x.dtype, torch.float32)
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact).square()
-        scale = torch.rsqrt(square / x.shape[-1] + eps)
-        normalised = (x * scale).to(dtype)
+        normalised, scale = _normalise(x, eps, dtype)
         ctx.save_for_backward(normalised, weight, scale)
         ctx.input_dtype = x.dtype
         return normalised * weight.to(dtype)
@@ -48,7 +53,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        return _RMSNorm.apply(x, self.weight, self.eps, dtype)
+        if torch.is_grad_enabled():
+            return _RMSNorm.apply(x, self.weight, self.eps, dtype)
+        return _normalise(x, self.eps, dtype)[0] * self.weight.to(dtype)  # the same bits, without the call's cost
 
 
 def swiglu_width(ff_dim: int) -> int:

@@ -58,6 +58,17 @@ def remember_previous(key: Tensor) -> Tensor:
     return torch.where(odd, of_previous(key), key)
 
 
+def attend_remembering(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """One new query ``[batch, heads, 1, head_dim]`` over all that is cached, as over ``remember_previous(key)``.
+
+    Its even dimensions ask each key, its odd ones the key before: two narrow products and a shift of the scores in
+    place of a copy of all keys.
+    """
+    halves = torch.eye(2, dtype=query.dtype, device=query.device).repeat(1, query.shape[-1] // 2)
+    own, before = (((query * halves) @ key.transpose(-1, -2)).float() * key.shape[-1] ** -0.5).split(1, dim=2)
+    return (own + F.pad(before[..., :-1], (1, 0))).softmax(dim=-1).to(value.dtype) @ value
+
+
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, backend: str = "sdpa") -> Tensor:
     """Softmax attention, all tensors ``[batch, heads, seq, head_dim]``.
 
@@ -183,9 +194,12 @@ class EnhancedGovernanceAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.cache_index)
         previous = None
         if self.remembers:
-            key = remember_previous(key)
             previous = of_previous(value, slots).transpose(1, 2).flatten(2)
-        heads = causal_attention(query, key, value, mask, self.backend).transpose(1, 2)
+        if self.remembers and query.shape[2] == 1 and mask is None and not trace:
+            heads = attend_remembering(query, key, value).transpose(1, 2)
+        else:
+            key = remember_previous(key) if self.remembers else key
+            heads = causal_attention(query, key, value, mask, self.backend).transpose(1, 2)
 
         policy_logits = None
         if self.policy_head is not None:
