@@ -104,7 +104,8 @@ def matrices(model: Any) -> int:
     return output.numel() + sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in apart)
 
 
-def ours(name: str, shape: Shape, precision: str, folder: Path, data_dir: str, processes: int = 1) -> Contender:
+def ours(name: str, shape: Shape, folder: Path, given: dict[str, Any]) -> Contender:
+    """One of our two, by what the command line gave."""
     from mvlm_core.hardware import choose_hardware
     from mvlm_core.stop_request import StopRequest
     from mvlm_core.training_loop import TrainingLoop
@@ -121,21 +122,22 @@ def ours(name: str, shape: Shape, precision: str, folder: Path, data_dir: str, p
         "vocab_size": shape.vocab_2 if second else shape.vocab,
         "max_length": shape.context,
         "batch_size": shape.batch,
-        "precision": precision,
+        "gradient_accumulation_steps": given["accumulate"],
+        "precision": given["precision"],
         "quiet": True,
         "max_steps": 10**6,
         "output_dir": str(folder),
-        "data_dir": data_dir,
+        "data_dir": given["data_dir"],
         "cache_dir": str(CACHE_DIR),
     }
     if second:
         values |= {"output_head": shape.head_2, "coherence_weight": 0.3 if name.endswith("coherence on") else 0.0}
     recipe, settings = recipe_of(model), SETTINGS[model](**values).check()
-    hardware = choose_hardware(precision=precision)
+    hardware = choose_hardware(precision=given["precision"])
     hardware.apply()
     text = prepare_text(settings, recipe.tokenizer_class)
     batches = batch_source(settings, text)
-    ranks = ranks_of(processes)
+    ranks = ranks_of(given["processes"])
     built, task = build_task(recipe, settings, hardware, text, batches, {}, ranks)
     loop, stop = TrainingLoop(task, settings, hardware, folder, 10**6, ranks), StopRequest()
 
@@ -331,7 +333,7 @@ def serve(text: str) -> None:
         elif name == "transformers.Trainer":
             contender = huggingface(shape, precision, Path(folder))
         else:
-            contender = ours(name, shape, precision, Path(folder), given["data_dir"], given["processes"])
+            contender = ours(name, shape, Path(folder), given)
         before = peak_memory()
         for _ in range(WARM_UP):
             contender.step()
@@ -368,7 +370,7 @@ class Process:
         self.name, self.seconds, self.peak = label or name, [], 0
         given = {"name": name, "shape": asdict(shape), "precision": options.precision}
         given |= {"nanogpt": str(options.nanogpt), "data_dir": str(options.data_dir.absolute())}
-        given["processes"] = options.processes
+        given |= {"processes": options.processes, "accumulate": options.accumulate}
         job = json.dumps(given)
         command = [sys.executable, str(Path(__file__).resolve()), "--serve", job]
         self.log = tempfile.TemporaryFile("w+")
@@ -485,6 +487,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, help="sequences a step [default: the shape's]")
     parser.add_argument("--context", type=int, help="tokens a sequence [default: the shape's]")
     parser.add_argument(
+        "--accumulate", type=int, default=1, help="such batches an optimizer step of our two takes [default 1]"
+    )
+    parser.add_argument(
         "--contexts",
         type=numbers,
         help="our two models alone, at each of these contexts, with commas between",
@@ -501,7 +506,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="also write all figures here")
     parser.add_argument("--serve", metavar="JSON", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    problems = [f"--{name} must be at least 1" for name in ("rounds", "steps", "processes") if vars(options)[name] < 1]
+    problems = [f"--{name} must be at least 1" for name in ("rounds", "steps", "processes", "accumulate") if vars(options)[name] < 1]
     problems += [f"--contexts {context}: must be at least 2" for context in options.contexts or () if context < 2]
     if options.nanogpt and not (options.nanogpt / "model.py").is_file():
         problems.append(f"--nanogpt {options.nanogpt}: has no model.py")

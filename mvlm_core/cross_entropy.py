@@ -8,6 +8,7 @@ from torch import Tensor
 
 # A block of logits that stays in a processor's last-level cache, or that is small beside a GPU's memory.
 _BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
+_LEAST_ROWS = 128  # of a block, or half of the width: the output matrix and its gradient are read once for each block
 _ALIGNMENT = 64  # rows of the output matrix in a product: kernels are slow at GPT-2's 50,257
 
 
@@ -19,7 +20,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         count = targets.numel()
         vocab = weight.shape[0]
         padded = -(-vocab // _ALIGNMENT) * _ALIGNMENT  # in the products only: weights and gradients keep their rows
-        matrix = F.pad(weight.to(hidden.dtype), (0, 0, 0, padded - vocab))
+        matrix = weight.to(hidden.dtype)
+        matrix = matrix if padded == vocab else F.pad(matrix, (0, 0, 0, padded - vocab))
         exact = torch.promote_types(hidden.dtype, torch.float32)  # sums over the vocabulary need float32 at least
         token_weights = token_weights.to(exact)
         nll = torch.empty(count, dtype=exact, device=hidden.device)
@@ -45,7 +47,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             scale = (token_weights[part, None] / count * factor).to(hidden.dtype)
             gradient = probabilities.scatter_add_(1, target, -1 / factor).to(hidden.dtype)
             torch.mul(gradient @ matrix, scale, out=grad_hidden[part])
-            grad_weight += gradient.t() @ (hidden[part] * scale)
+            scaled = hidden[part] * scale
+            if scaled.dtype == grad_weight.dtype:
+                grad_weight.addmm_(gradient.t(), scaled)
+            else:
+                grad_weight += gradient.t() @ scaled
         ctx.save_for_backward(grad_hidden, grad_weight[:vocab] if wanted else None)
         ctx.mark_non_differentiable(nll)
         loss = (token_weights * (nll + z_loss * log_partition.square())).sum() / count
@@ -84,7 +90,8 @@ def linear_cross_entropy(
     flat_targets = targets.reshape(-1)
     if token_weights is None:
         token_weights = torch.ones_like(flat_targets, dtype=torch.float32)
-    rows = block_rows or max(128, _BLOCK_BYTES.get(device, 64 << 20) // (4 * weight.shape[0]))
+    fitting = _BLOCK_BYTES.get(device, 64 << 20) // (4 * weight.shape[0])
+    rows = block_rows or max(_LEAST_ROWS, weight.shape[1] // 2, fitting)
     loss, nll = _LinearCrossEntropy.apply(flat, weight, flat_targets, token_weights.reshape(-1), z_loss, rows)
     return loss, nll.view(targets.shape)
 

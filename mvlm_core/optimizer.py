@@ -13,6 +13,7 @@ from mvlm_core.distributed import ALONE, Ranks
 # Newton–Schulz iteration of Muon (Jordan et al. 2024, github.com/KellerJordan/Muon): a quintic whose slope at zero is
 # large, so that five rounds bring every singular value near 1.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_LONG = 1.5  # columns over rows from which the iteration costs less on the square Gram matrix
 _COSINE_FLOOR = 0.1
 
 
@@ -38,6 +39,10 @@ def learning_rate_scale(step: int, total_steps: int, warmup_steps: int, schedule
 def orthogonalize(matrices: Tensor, rounds: int = 5, dtype: torch.dtype | None = None) -> Tensor:
     """The nearest semi-orthogonal matrices, roughly, of ``[count, rows, columns]``.
 
+    A round multiplies ``x`` from the left by ``p = a + b·gram + c·gram²`` with ``gram = x·xᵀ``. All of these commute, so
+    long matrices go through their small Gram matrix alone, ``p·gram·p``, and meet the product of all ``p`` at the end:
+    the same result for a quarter less work. Squaring the spectrum wants float32's precision.
+
     Args:
         dtype: of the iteration, the matrices' own by default. bfloat16 is enough; it is several times faster where
             there is hardware for it and some hundred times slower where there is none.
@@ -47,9 +52,19 @@ def orthogonalize(matrices: Tensor, rounds: int = 5, dtype: torch.dtype | None =
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(rounds):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if x.dtype != torch.bfloat16 and x.shape[-1] >= _LONG * x.shape[-2]:
+        gram, together = x @ x.mT, None
+        for number in range(rounds):
+            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            factor.diagonal(dim1=-2, dim2=-1).add_(a)
+            together = factor if together is None else factor @ together
+            if number < rounds - 1:
+                gram = factor @ gram @ factor
+        x = together @ x
+    else:
+        for _ in range(rounds):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
 
 

@@ -33,6 +33,28 @@ def test_orthogonalize_brings_singular_values_near_one(shape):
     assert 0.6 < after.min() and after.max() < 1.3
 
 
+def plainly_orthogonalized(x):
+    """Jordan's iteration as he wrote it, round by round on the matrix itself."""
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (32, 47), (32, 48), (32, 96), (96, 32)])
+def test_orthogonalize_is_the_iteration_whatever_the_shape(shape):
+    """Singular values over six decades: in float32 the Gram matrix's products must not lose what is small."""
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    matrix = u * torch.logspace(0, -6, u.shape[1], dtype=torch.float64) @ v
+    expected = plainly_orthogonalized(matrix if shape[0] <= shape[1] else matrix.T)
+    expected = expected if shape[0] <= shape[1] else expected.T
+    exactly, in_float32 = orthogonalize(matrix[None])[0], orthogonalize(matrix[None].float())[0].double()
+    torch.testing.assert_close(exactly, expected, rtol=0, atol=1e-9)
+    assert (in_float32 - expected).norm() < 1e-3 * expected.norm()
+
+
 def test_batched_muon_equals_one_matrix_at_a_time():
     torch.manual_seed(0)
     together = [nn.Parameter(torch.randn(8, 12)) for _ in range(3)]
