@@ -29,14 +29,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if wanted else None
         grad_weight = weight.new_zeros(padded, weight.shape[1]) if wanted else None
+        # One pair of blocks for all: memory of this size, asked for anew, comes from the system page by page.
+        block = hidden.new_empty(min(rows, count), padded)
+        probability_block = torch.empty_like(block, dtype=exact)
         for start in range(0, count, rows):
             part = slice(start, min(start + rows, count))
             target = targets[part, None]
-            logits = hidden[part] @ matrix.t()
+            logits = torch.mm(hidden[part], matrix.t(), out=block[: len(target)])
             logits[:, vocab:] = -torch.inf
             # softmax is the fastest pass over the logits; the likeliest token's probability, at least 1 / vocab, always
             # has a logarithm, which the target's may not.
-            probabilities = torch.softmax(logits, dim=-1, dtype=exact)
+            probabilities = torch.softmax(logits, dim=-1, dtype=exact, out=probability_block[: len(target)])
             log_partition[part] = logits.amax(dim=1).to(exact) - probabilities.amax(dim=1).log()
             nll[part] = log_partition[part] - logits.gather(1, target).squeeze(1)
             if not wanted:
