@@ -319,10 +319,12 @@ def serve(text: str) -> None:
     name, shape, precision = given["name"], Shape(**given["shape"]), given["precision"]
     set_process_environment()
 
+    import torch
+
     from mvlm_core.hardware import choose_hardware
     from mvlm_core.resources import peak_memory
 
-    choose_hardware(precision=precision).apply()
+    torch.set_num_threads(choose_hardware(precision=precision).threads)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     with tempfile.TemporaryDirectory() as folder:

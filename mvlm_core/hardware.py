@@ -7,6 +7,7 @@ Importing this module does not import torch: entry scripts use it before they pa
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import logging
 import os
@@ -27,6 +28,8 @@ ALLOCATOR_ADVICE = "max_split_size_mb:512"
 # Multiplication units for bf16. Without one of them a bf16 matrix product is emulated: on 2 cores of an AVX2
 # EPYC fp32 reached 170 GFLOP/s and bf16 0.3.
 BF16_PROCESSOR_FLAGS = frozenset({"amx_bf16", "avx512_bf16"})
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_NO_BLOCK_IS_LARGER = 2**31 - 1
 OPTIONAL_BACKENDS = {"flash_attn": "flash-attn", "xformers": "xformers"}
 
 log = logging.getLogger("mvlm")
@@ -68,6 +71,22 @@ class Hardware:
         if self.device == "cuda":
             # TF32 for what autocast leaves in fp32; a no-op on GPUs older than Ampere.
             torch.set_float32_matmul_precision("high")
+        else:
+            _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep what a step frees for the next step; a user's own advice stays.
+
+    By itself glibc gives large blocks back to the system at once and gets them anew page by page: 200,000 page faults
+    a step at GPT-2's size, 2 to 3 % of its time (measured), and little less in small models. Elsewhere nothing happens.
+    """
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, _NO_BLOCK_IS_LARGER)
+        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def set_process_environment() -> None:
