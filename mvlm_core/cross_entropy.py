@@ -52,7 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.mul(gradient @ matrix, scale, out=grad_hidden[part])
             scaled = hidden[part] * scale
             if scaled.dtype == grad_weight.dtype:
-                grad_weight.addmm_(gradient.t(), scaled)
+                torch.addmm(grad_weight, gradient.t(), scaled, out=grad_weight)
             else:
                 grad_weight += gradient.t() @ scaled
         ctx.save_for_backward(grad_hidden, grad_weight[:vocab] if wanted else None)
