@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,30 +112,28 @@ def score(model: str, data_dir: Path) -> None:
     score_documents(built, text.tokenizer.encode, documents, start_id=text.tokenizer.start_id, context=context)
 
 
-def measure(options: argparse.Namespace) -> list[tuple[str, list[float]]]:
+def measure(options: argparse.Namespace) -> Iterator[tuple[str, list[float]]]:
+    """What was measured, in words, and its seconds, one after the other."""
     from mvlm_core.hardware import choose_hardware
 
-    found = [(f"--help of {script}", seconds(partial(help_of, script), options.rounds)) for script in ENTRY_POINTS]
+    for script in ENTRY_POINTS:
+        yield f"--help of {script}", seconds(partial(help_of, script), options.rounds)
     for model, script in TRAINERS.items():
         first_step(script, options.data_dir)  # fills the cache
         times = [first_step(script, options.data_dir) for _ in range(options.rounds)]
-        found.append((f"command to first step, {model}", times))
+        yield f"command to first step, {model}", times
     choose_hardware(device="cpu").apply()
     for model in TRAINERS:
         for name, shape in SHAPES.items():
             built = fresh(model, shape)
             for cached in (True, False):
                 words = f"{NEW_TOKENS} tokens {'with' if cached else 'without'} the cache, {model}, {name}"
-                found.append((words, seconds(partial(generate, built, cached), options.rounds)))
-        found.append((f"score of the whole test text, {model}", seconds(partial(score, model, options.data_dir), 1)))
-    return found
+                yield words, seconds(partial(generate, built, cached), options.rounds)
+        yield f"score of the whole test text, {model}", seconds(partial(score, model, options.data_dir), 1)
 
 
-def table(found: list[tuple[str, list[float]]]) -> str:
-    lines = ["| what | seconds (least … most) |", "| --- | ---: |"]
-    for words, times in found:
-        lines.append(f"| {words} | {statistics.median(times):.2f} ({min(times):.2f} … {max(times):.2f}) |")
-    return "\n".join(lines)
+def row(words: str, times: list[float]) -> str:
+    return f"| {words} | {statistics.median(times):.2f} ({min(times):.2f} … {max(times):.2f}) |"
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -152,10 +150,13 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
     set_process_environment()
-    found = measure(options)
-    print(table(found))
+    found = {}
+    print("| what | seconds (least … most) |", "| --- | ---: |", sep="\n", flush=True)
+    for words, times in measure(options):
+        print(row(words, times), flush=True)
+        found[words] = times
     if options.json:
-        write_json_atomic(options.json, dict(found))
+        write_json_atomic(options.json, found)
     return 0
 
 

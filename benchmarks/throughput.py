@@ -63,16 +63,9 @@ SHAPES = {
     "124m": Shape(768, 12, 12, 3072, 50257, 1024, 2, 12, 32000, "tied"),
     "32k": Shape(256, 4, 4, 1024, 32000, 1024, 4, 4, 32000, "tied"),
 }
+PEERS = ("transformers.Trainer", "nanoGPT")
 PRODUCTS = "model 1's products alone"
-CONTENDERS = (
-    "mvlm_gpt2",
-    "simone_enhanced",
-    "simone_enhanced, coherence on",
-    "transformers.Trainer",
-    "nanoGPT",
-    PRODUCTS,
-)
-PRODUCT_ROWS = 256  # of logits at a time, as the loss has them at the cpu shape
+CONTENDERS = ("mvlm_gpt2", "simone_enhanced", "simone_enhanced, coherence on", *PEERS, PRODUCTS)
 
 
 @dataclass
@@ -122,7 +115,6 @@ def ours(name: str, shape: Shape, folder: Path, given: dict[str, Any]) -> Conten
         "vocab_size": shape.vocab_2 if second else shape.vocab,
         "max_length": shape.context,
         "batch_size": shape.batch,
-        "gradient_accumulation_steps": given["accumulate"],
         "precision": given["precision"],
         "quiet": True,
         "max_steps": 10**6,
@@ -245,6 +237,8 @@ def products_alone(shape: Shape, precision: str, processes: int = 1) -> Contende
     import torch
     import torch.nn.functional as F
 
+    from mvlm_core.cross_entropy import rows_at_a_time
+
     width, heads = shape.width, shape.heads
     ranks = ranks_of(processes)
     batch = shape.batch // ranks.world
@@ -259,7 +253,8 @@ def products_alone(shape: Shape, precision: str, processes: int = 1) -> Contende
     weights = [weight for layer in layers for weight in layer]
     output = matrix(shape.vocab, width).detach()
     hidden = torch.randn(batch, shape.context, width, dtype=dtype, requires_grad=True)
-    gradient = torch.randn(PRODUCT_ROWS, shape.vocab, dtype=dtype)
+    rows_at_once = rows_at_a_time(shape.vocab, width, "cpu")
+    gradient = torch.randn(rows_at_once, shape.vocab, dtype=dtype)
 
     def step() -> None:
         x = hidden
@@ -269,11 +264,11 @@ def products_alone(shape: Shape, precision: str, processes: int = 1) -> Contende
             x = attended.transpose(1, 2).reshape(batch, shape.context, width) @ proj @ up @ down
         rows = x.detach().view(-1, width)
         gradient_rows, gradient_output = torch.empty_like(rows), torch.zeros_like(output)
-        for start in range(0, len(rows), PRODUCT_ROWS):
-            part = rows[start : start + PRODUCT_ROWS]
+        for start in range(0, len(rows), rows_at_once):
+            part = rows[start : start + rows_at_once]
             part @ output.t()
             theirs = gradient[: len(part)]
-            torch.mm(theirs, output, out=gradient_rows[start : start + PRODUCT_ROWS])
+            torch.mm(theirs, output, out=gradient_rows[start : start + rows_at_once])
             gradient_output.addmm_(theirs.t(), part)
         torch.autograd.grad(x, [hidden, *weights], gradient_rows.view_as(x))
         ranks.wait()
@@ -324,7 +319,11 @@ def serve(text: str) -> None:
     from mvlm_core.hardware import choose_hardware
     from mvlm_core.resources import peak_memory
 
-    torch.set_num_threads(choose_hardware(precision=precision).threads)
+    hardware = choose_hardware(precision=precision)
+    if name in PEERS:  # as they come, on as many threads
+        torch.set_num_threads(hardware.threads)
+    else:
+        hardware.apply()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     with tempfile.TemporaryDirectory() as folder:
@@ -372,7 +371,7 @@ class Process:
         self.name, self.seconds, self.peak = label or name, [], 0
         given = {"name": name, "shape": asdict(shape), "precision": options.precision}
         given |= {"nanogpt": str(options.nanogpt), "data_dir": str(options.data_dir.absolute())}
-        given |= {"processes": options.processes, "accumulate": options.accumulate}
+        given["processes"] = options.processes
         job = json.dumps(given)
         command = [sys.executable, str(Path(__file__).resolve()), "--serve", job]
         self.log = tempfile.TemporaryFile("w+")
@@ -489,9 +488,6 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, help="sequences a step [default: the shape's]")
     parser.add_argument("--context", type=int, help="tokens a sequence [default: the shape's]")
     parser.add_argument(
-        "--accumulate", type=int, default=1, help="such batches an optimizer step of our two takes [default 1]"
-    )
-    parser.add_argument(
         "--contexts",
         type=numbers,
         help="our two models alone, at each of these contexts, with commas between",
@@ -508,7 +504,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="also write all figures here")
     parser.add_argument("--serve", metavar="JSON", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    problems = [f"--{name} must be at least 1" for name in ("rounds", "steps", "processes", "accumulate") if vars(options)[name] < 1]
+    problems = [f"--{name} must be at least 1" for name in ("rounds", "steps", "processes") if vars(options)[name] < 1]
     problems += [f"--contexts {context}: must be at least 2" for context in options.contexts or () if context < 2]
     if options.nanogpt and not (options.nanogpt / "model.py").is_file():
         problems.append(f"--nanogpt {options.nanogpt}: has no model.py")

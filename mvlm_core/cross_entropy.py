@@ -66,6 +66,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss, None, None, None, None
 
 
+def rows_at_a_time(vocab: int, dim: int, device: str) -> int:
+    """How many rows of logits ``linear_cross_entropy`` has at once on this kind of device."""
+    return max(_LEAST_ROWS, dim // 2, _BLOCK_BYTES.get(device, 64 << 20) // (4 * vocab))
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -93,8 +98,7 @@ def linear_cross_entropy(
     flat_targets = targets.reshape(-1)
     if token_weights is None:
         token_weights = torch.ones_like(flat_targets, dtype=torch.float32)
-    fitting = _BLOCK_BYTES.get(device, 64 << 20) // (4 * weight.shape[0])
-    rows = block_rows or max(_LEAST_ROWS, weight.shape[1] // 2, fitting)
+    rows = block_rows or rows_at_a_time(*weight.shape, device)
     loss, nll = _LinearCrossEntropy.apply(flat, weight, flat_targets, token_weights.reshape(-1), z_loss, rows)
     return loss, nll.view(targets.shape)
 

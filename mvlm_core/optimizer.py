@@ -39,9 +39,9 @@ def learning_rate_scale(step: int, total_steps: int, warmup_steps: int, schedule
 def orthogonalize(matrices: Tensor, rounds: int = 5, dtype: torch.dtype | None = None) -> Tensor:
     """The nearest semi-orthogonal matrices, roughly, of ``[count, rows, columns]``.
 
-    A round multiplies ``x`` from the left by ``p = a + b·gram + c·gram²`` with ``gram = x·xᵀ``. All of these commute, so
-    long matrices go through their small Gram matrix alone, ``p·gram·p``, and meet the product of all ``p`` at the end:
-    the same result for a quarter less work. Squaring the spectrum wants float32's precision.
+    A round multiplies ``x`` from the left by ``p = a + b·gram + c·gram²`` with ``gram = x·xᵀ``. All of these commute,
+    so long matrices go through their small Gram matrix alone, ``p·gram·p``, and meet the product of all ``p`` at the
+    end: the same result for a quarter less work. Squaring the spectrum wants float32's precision.
 
     Args:
         dtype: of the iteration, the matrices' own by default. bfloat16 is enough; it is several times faster where

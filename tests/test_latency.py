@@ -23,4 +23,4 @@ def test_generation_is_timed_with_and_without_the_cache(model, monkeypatch):
 
 
 def test_the_table_has_median_and_spread():
-    assert latency.table([("it", [3.0, 1.0, 2.0])]).splitlines()[-1] == "| it | 2.00 (1.00 … 3.00) |"
+    assert latency.row("it", [3.0, 1.0, 2.0]) == "| it | 2.00 (1.00 … 3.00) |"
