@@ -3,6 +3,7 @@
 
     python benchmarks/throughput.py                          both models, and transformers.Trainer with GPT-2
     python benchmarks/throughput.py --nanogpt FOLDER         and nanoGPT (FOLDER holds its model.py)
+    python benchmarks/throughput.py --litgpt FOLDER          and litgpt (pip install --target FOLDER litgpt)
     python benchmarks/throughput.py --shape 124m             GPT-2's shape, vocabulary and context
     python benchmarks/throughput.py --contexts 128,256,512,1024,2048      our two, as many tokens a step in each
 
@@ -63,7 +64,8 @@ SHAPES = {
     "124m": Shape(768, 12, 12, 3072, 50257, 1024, 2, 12, 32000, "tied"),
     "32k": Shape(256, 4, 4, 1024, 32000, 1024, 4, 4, 32000, "tied"),
 }
-PEERS = ("transformers.Trainer", "nanoGPT")
+PEERS = ("transformers.Trainer", "nanoGPT", "litgpt")
+GIVEN_PEERS = {"nanoGPT": "nanogpt", "litgpt": "litgpt"}  # that need a folder: the option that names it
 PRODUCTS = "model 1's products alone"
 CONTENDERS = ("mvlm_gpt2", "simone_enhanced", "simone_enhanced, coherence on", *PEERS, PRODUCTS)
 
@@ -146,9 +148,7 @@ def ours(name: str, shape: Shape, folder: Path, given: dict[str, Any]) -> Conten
 
 
 def nanogpt(shape: Shape, precision: str, folder: Path) -> Contender:
-    """nanoGPT's model and optimizer, and what its train.py does in a step; batches ready beforehand."""
-    import torch
-
+    """nanoGPT's model, optimizer and loss."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -164,19 +164,66 @@ def nanogpt(shape: Shape, precision: str, folder: Path) -> Contender:
     )
     model = module.GPT(config)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+
+    def loss(inputs: Any, targets: Any) -> Any:
+        return model(inputs, targets)[1]
+
+    return plain_loop(model, optimizer, loss, matrices(model), shape, precision)
+
+
+def litgpt(shape: Shape, precision: str, folder: Path) -> Contender:
+    """litgpt's GPT-NeoX at GPT-2's shape: rotary positions, an output matrix of its own, its own loss."""
+    import torch
+
+    sys.path.append(str(folder))
+    from litgpt.config import Config
+    from litgpt.model import GPT
+    from litgpt.utils import chunked_cross_entropy
+
+    config = Config(
+        block_size=shape.context,
+        padded_vocab_size=shape.vocab,
+        n_layer=shape.layers,
+        n_head=shape.heads,
+        n_embd=shape.width,
+        intermediate_size=shape.ff_dim,
+        parallel_residual=False,
+        mlp_class_name="GptNeoxMLP",
+        gelu_approximate="tanh",
+    )
+    model = GPT(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def loss(inputs: Any, targets: Any) -> Any:
+        return chunked_cross_entropy(model(inputs), targets, chunk_size=0)
+
+    count = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "wte" not in name)
+    return plain_loop(model, optimizer, loss, count, shape, precision)
+
+
+def plain_loop(
+    model: Any, optimizer: Any, loss: Callable[..., Any], count: int, shape: Shape, precision: str
+) -> Contender:
+    """A step as nanoGPT's train.py and litgpt's pretrain.py make it; batches ready beforehand.
+
+    Args:
+        count: weights that every token is multiplied with.
+    """
+    import torch
+
     batches = random_batches(shape)
     context = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
 
     def step() -> None:
         inputs, targets = next(batches)
         with context:
-            _, loss = model(inputs, targets)
-        loss.backward()
+            value = loss(inputs, targets)
+        value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    flops = flops_per_token(matrices(model), shape.layers, shape.width, shape.context)
+    flops = flops_per_token(count, shape.layers, shape.width, shape.context)
     return Contender(step, sum(p.numel() for p in model.parameters()), flops, shape.batch * shape.context)
 
 
@@ -329,6 +376,8 @@ def serve(text: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if name == "nanoGPT":
             contender = nanogpt(shape, precision, Path(given["nanogpt"]))
+        elif name == "litgpt":
+            contender = litgpt(shape, precision, Path(given["litgpt"]))
         elif name == PRODUCTS:
             contender = products_alone(shape, precision, given["processes"])
         elif name == "transformers.Trainer":
@@ -370,7 +419,8 @@ class Process:
     def __init__(self, name: str, shape: Shape, options: argparse.Namespace, label: str | None = None) -> None:
         self.name, self.seconds, self.peak = label or name, [], 0
         given = {"name": name, "shape": asdict(shape), "precision": options.precision}
-        given |= {"nanogpt": str(options.nanogpt), "data_dir": str(options.data_dir.absolute())}
+        given |= {option: str(vars(options)[option]) for option in GIVEN_PEERS.values()}
+        given["data_dir"] = str(options.data_dir.absolute())
         given["processes"] = options.processes
         job = json.dumps(given)
         command = [sys.executable, str(Path(__file__).resolve()), "--serve", job]
@@ -407,7 +457,7 @@ def contenders(shape: Shape, options: argparse.Namespace) -> list[tuple[str, Sha
         tokens = shape.batch * shape.context
         shapes = [replace(shape, context=context, batch=max(1, tokens // context)) for context in options.contexts]
         return [(name, one, f"{name}, context {one.context:,}") for name in CONTENDERS[:2] for one in shapes]
-    names = [name for name in CONTENDERS if name != "nanoGPT" or options.nanogpt]
+    names = [name for name in CONTENDERS if name not in GIVEN_PEERS or vars(options)[GIVEN_PEERS[name]]]
     return [(name, shape, name) for name in names if not options.only or name in options.only]
 
 
@@ -501,6 +551,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         help="that share each batch of our two; their memory is then the first one's alone [default 1]",
     )
     parser.add_argument("--nanogpt", type=Path, help="folder of nanoGPT's model.py")
+    parser.add_argument("--litgpt", type=Path, help="folder of the package litgpt and what it needs")
     parser.add_argument("--json", type=Path, help="also write all figures here")
     parser.add_argument("--serve", metavar="JSON", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -508,6 +559,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     problems += [f"--contexts {context}: must be at least 2" for context in options.contexts or () if context < 2]
     if options.nanogpt and not (options.nanogpt / "model.py").is_file():
         problems.append(f"--nanogpt {options.nanogpt}: has no model.py")
+    if options.litgpt and not (options.litgpt / "litgpt" / "model.py").is_file():
+        problems.append(f"--litgpt {options.litgpt}: has no package litgpt")
     if problems:
         raise UserError(problems)
     return options
