@@ -92,11 +92,12 @@ def flops_per_token(matrix_parameters: int, layers: int, width: int, context: in
 
 def matrices(model: Any) -> int:
     """Weights that every token is multiplied with: a tied output counts, an embedding that is looked up does not."""
+    import torch
+
+    looked_up = {id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)}
     output = model.lm_head.weight
-    embedding = model.get_input_embeddings().weight if hasattr(model, "get_input_embeddings") else output
-    positions = model.transformer.wpe.weight if hasattr(model, "transformer") else embedding
-    apart = {id(output), id(embedding), id(positions)}
-    return output.numel() + sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in apart)
+    tied = output.numel() if id(output) in looked_up else 0
+    return tied + sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in looked_up)
 
 
 def ours(name: str, shape: Shape, folder: Path, given: dict[str, Any]) -> Contender:
@@ -128,7 +129,6 @@ def ours(name: str, shape: Shape, folder: Path, given: dict[str, Any]) -> Conten
         values |= {"output_head": shape.head_2, "coherence_weight": 0.3 if name.endswith("coherence on") else 0.0}
     recipe, settings = recipe_of(model), SETTINGS[model](**values).check()
     hardware = choose_hardware(precision=given["precision"])
-    hardware.apply()
     text = prepare_text(settings, recipe.tokenizer_class)
     batches = batch_source(settings, text)
     ranks = ranks_of(given["processes"])
@@ -168,7 +168,7 @@ def nanogpt(shape: Shape, precision: str, folder: Path) -> Contender:
     def loss(inputs: Any, targets: Any) -> Any:
         return model(inputs, targets)[1]
 
-    return plain_loop(model, optimizer, loss, matrices(model), shape, precision)
+    return plain_loop(model, optimizer, loss, shape, precision)
 
 
 def litgpt(shape: Shape, precision: str, folder: Path) -> Contender:
@@ -197,18 +197,11 @@ def litgpt(shape: Shape, precision: str, folder: Path) -> Contender:
     def loss(inputs: Any, targets: Any) -> Any:
         return chunked_cross_entropy(model(inputs), targets, chunk_size=0)
 
-    count = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "wte" not in name)
-    return plain_loop(model, optimizer, loss, count, shape, precision)
+    return plain_loop(model, optimizer, loss, shape, precision)
 
 
-def plain_loop(
-    model: Any, optimizer: Any, loss: Callable[..., Any], count: int, shape: Shape, precision: str
-) -> Contender:
-    """A step as nanoGPT's train.py and litgpt's pretrain.py make it; batches ready beforehand.
-
-    Args:
-        count: weights that every token is multiplied with.
-    """
+def plain_loop(model: Any, optimizer: Any, loss: Callable[..., Any], shape: Shape, precision: str) -> Contender:
+    """A step as nanoGPT's train.py and litgpt's pretrain.py make it; batches ready beforehand."""
     import torch
 
     batches = random_batches(shape)
@@ -223,7 +216,7 @@ def plain_loop(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    flops = flops_per_token(count, shape.layers, shape.width, shape.context)
+    flops = flops_per_token(matrices(model), shape.layers, shape.width, shape.context)
     return Contender(step, sum(p.numel() for p in model.parameters()), flops, shape.batch * shape.context)
 
 

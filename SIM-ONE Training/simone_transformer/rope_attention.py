@@ -193,12 +193,13 @@ class EnhancedGovernanceAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.cache_index)
         previous = None
+        keys_as_they_are = self.remembers and query.shape[2] == 1 and mask is None and not trace
         if self.remembers:
+            key = key if keys_as_they_are else remember_previous(key)
             previous = of_previous(value, slots).transpose(1, 2).flatten(2)
-        if self.remembers and query.shape[2] == 1 and mask is None and not trace:
+        if keys_as_they_are:
             heads = attend_remembering(query, key, value).transpose(1, 2)
         else:
-            key = remember_previous(key) if self.remembers else key
             heads = causal_attention(query, key, value, mask, self.backend).transpose(1, 2)
 
         policy_logits = None
