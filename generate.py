@@ -17,8 +17,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvlm_core.checked_export import checked_export
 from mvlm_core.errors import UserError, printable, run_main
+from mvlm_core.export.opening import checked_export
 from mvlm_core.hardware import DEVICES, set_process_environment
 from mvlm_core.settings import MODELLING_SOURCES
 
@@ -79,7 +79,7 @@ def prompt_ids(model: Any, tokenizer: Any, prompt: str) -> Tensor:
     """
     import torch
 
-    from mvlm_core.evaluation import context_of, encode
+    from mvlm_core.evaluation.bits_per_byte import context_of, encode
 
     try:
         prompt.encode()
@@ -104,7 +104,7 @@ def write(model: Any, tokenizer: Any, ids: Tensor, options: argparse.Namespace, 
     import torch
     from transformers import TextStreamer
 
-    from mvlm_core.evaluation import context_of
+    from mvlm_core.evaluation.bits_per_byte import context_of
 
     class Printer(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     set_process_environment()
     with checked_export(options.model, MODELLING_SOURCES) as folder:
-        from mvlm_core.evaluation import load_export
+        from mvlm_core.evaluation.bits_per_byte import load_export
         from mvlm_core.hardware import choose_hardware
 
         hardware = choose_hardware(device=options.device)

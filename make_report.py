@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mvlm_core.checked_export import check_export
 from mvlm_core.errors import UserError, run_main
-from mvlm_core.files import output_folder_problems
+from mvlm_core.export.opening import check_export
+from mvlm_core.files import output_folder_problems, read_json
 from mvlm_core.hardware import DEVICES, set_process_environment
-from mvlm_core.pipeline import Layout, read_json
+from mvlm_core.run_layout import Layout
 from mvlm_core.settings import DEFAULT_DATA_DIR, MODELLING_SOURCES, REPOSITORY_ROOT
 
 
@@ -52,10 +52,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     set_process_environment()
-    from mvlm_core.corpus import load_corpus
-    from mvlm_core.export_checks import corpus_choice
+    from mvlm_core.data.corpus import load_corpus
+    from mvlm_core.export.validation import corpus_choice
     from mvlm_core.hardware import choose_hardware
-    from mvlm_core.report import ask, write_report
+    from mvlm_core.pipeline.report import ask, write_report
 
     layout, exports, problems = options.layout, {}, []
     models = read_json(layout.summary).get("models", {})

@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # heavy imports wait until the arguments are known: --help an
     from torch import Tensor
     from transformers import GPT2LMHeadModel
 
-    from mvlm_core.byte_level_bpe import ByteLevelBPE
-    from mvlm_core.training_run import BuiltModel, Recipe
+    from mvlm_core.data.tokenizer import ByteLevelBPE
+    from mvlm_core.training.run import BuiltModel, Recipe
 
 NAME = "mvlm_gpt2"
 OUTPUT_DIR = REPOSITORY_ROOT / "models" / NAME
@@ -54,7 +54,7 @@ def tokenizer_class() -> type[ByteLevelBPE]:
     """GPT-2's tokenizer: its splitting rule, ``<|endoftext|>`` before each document, that id last."""
     from tokenizers import pre_tokenizers
 
-    from mvlm_core.byte_level_bpe import ByteLevelBPE
+    from mvlm_core.data.tokenizer import ByteLevelBPE
 
     class GPT2BPETokenizer(ByteLevelBPE):
         SPECIAL_TOKENS: ClassVar[dict[str, str]] = dict.fromkeys(
@@ -100,10 +100,10 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from mvlm_core.cross_entropy import linear_cross_entropy
-    from mvlm_core.optimizer import build_optimizers
-    from mvlm_core.training_run import BuiltModel
-    from mvlm_core.training_task import StepLoss
+    from mvlm_core.training.cross_entropy import linear_cross_entropy
+    from mvlm_core.training.optimizer import build_optimizers
+    from mvlm_core.training.run import BuiltModel
+    from mvlm_core.training.state import StepLoss
 
     end = tokenizer.start_id
     config = GPT2Config(
@@ -140,7 +140,7 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
 
 def recipe() -> Recipe:
     """Model 1 as the shared training run takes it."""
-    from mvlm_core.training_run import Recipe
+    from mvlm_core.training.run import Recipe
 
     return Recipe(
         name=NAME,
@@ -154,7 +154,7 @@ def recipe() -> Recipe:
 
 def train(settings: GPT2Settings) -> Path:
     """Train with these settings; returns the export folder."""
-    from mvlm_core.training_run import run_training
+    from mvlm_core.training.run import run_training
 
     return run_training(recipe(), settings)
 

@@ -289,7 +289,7 @@ for name in files[:2]:
             sys.exit(print(f"install: {package} is missing"))
         if installed != version:
             sys.exit(print(f"install: {package} is {installed}, not {version}"))
-for package in ("mvlm_core", "prioritary_mvlm", "simone_transformer"):
+for package in ("mvlm_core", "bible_corpus", "prioritary_mvlm", "simone_transformer"):
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.origin or not pathlib.Path(spec.origin).is_relative_to(root):
         sys.exit(print(f"install: {package} is not installed from this folder"))

@@ -23,13 +23,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-from mvlm_core.child_process import ResourceLog, Signals, note
 from mvlm_core.console import outlive_terminal, setup_logging
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.files import RunLock, output_folder_problems
 from mvlm_core.hardware import resolve_preset, set_process_environment
-from mvlm_core.pipeline import (
-    Layout,
+from mvlm_core.pipeline.child_process import ResourceLog, Signals, note
+from mvlm_core.pipeline.stages import (
     Summary,
     child_command,
     log,
@@ -38,10 +37,9 @@ from mvlm_core.pipeline import (
     probe_text,
     score_parts,
     train_model,
-    training_config,
-    training_history,
     validate,
 )
+from mvlm_core.run_layout import Layout, training_config, training_history
 from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR, PRESET_NAMES, REPOSITORY_ROOT, TrainingSettings
 
 # In the order in which they run.
@@ -51,7 +49,7 @@ TRAINERS = {
 }
 VALIDATOR = REPOSITORY_ROOT / "validate_models.py"
 REPORTER = REPOSITORY_ROOT / "make_report.py"
-TEXT_PROBES = REPOSITORY_ROOT / "benchmarks" / "text_probes.py"
+TEXT_PROBES = REPOSITORY_ROOT / "evaluate_models.py"
 # Settings of both trainers that this command hands on as they are given.
 HANDED_ON = (
     "batch_size",
@@ -254,7 +252,7 @@ class CorpusLoader:
         self._options, self._loaded = options, {}
 
     def __call__(self, only: str | None = None):
-        from mvlm_core.corpus import load_corpus
+        from mvlm_core.data.corpus import load_corpus
 
         if only not in self._loaded:
             given = self._options.handed_on.get("validation_split")
@@ -265,21 +263,21 @@ class CorpusLoader:
 
 def ensure_default_corpus(quiet: bool) -> None:
     """Build the corpus that ships with this repository where it is missing or not whole."""
-    import prepare_dataset
+    from bible_corpus import build
 
-    problems = prepare_dataset.corpus_problems(DEFAULT_DATA_DIR)
+    problems = build.corpus_problems(DEFAULT_DATA_DIR)
     if problems:
         log.info("corpus: %s%s", problems[0], f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
         log.info("corpus: building it; this takes a few minutes once")
-        prepare_dataset.build_corpus(DEFAULT_DATA_DIR, quiet=quiet)
+        build.build_corpus(DEFAULT_DATA_DIR, quiet=quiet)
 
 
 def show_plan(options: argparse.Namespace) -> None:
     """What would run. Spends nothing and writes nothing."""
     print(f"preset:   {options.preset} ({options.preset_reason})")
-    import prepare_dataset
+    from bible_corpus import build
 
-    missing = _is_default(options.data_dir) and prepare_dataset.corpus_problems(DEFAULT_DATA_DIR)
+    missing = _is_default(options.data_dir) and build.corpus_problems(DEFAULT_DATA_DIR)
     print(f"corpus:   {options.data_dir}{' (to be built)' if missing else ''}")
     for name in options.names:
         export = options.layout.export(name)
@@ -309,7 +307,7 @@ def score_and_compare(
     options: argparse.Namespace, summary: Summary, corpus_of: CorpusLoader, signals: Signals
 ) -> list[str]:
     """Comparison and plot of the finished models into the summary; returns the table's lines."""
-    from mvlm_core import comparison
+    from mvlm_core.pipeline import comparison
 
     configs = {name: training_config(options.layout.export(name)) for name in TRAINERS if name in summary.finished()}
     configs = {name: config for name, config in configs.items() if config.get("preset") == options.preset}

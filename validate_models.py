@@ -15,14 +15,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mvlm_core.errors import Stopped, UserError, printable, run_main
-from mvlm_core.export_checks import check_loading, check_packed, check_scores, rescore
-from mvlm_core.export_files import Checks, check_files
-from mvlm_core.files import output_folder_problems, write_json_atomic
+from mvlm_core.export.archive import MANIFEST
+from mvlm_core.export.file_checks import Checks, check_files
+from mvlm_core.export.strict_tar import name_problem
+from mvlm_core.export.validation import check_loading, check_packed, check_scores, rescore
+from mvlm_core.files import output_folder_problems, read_json, write_json_atomic
 from mvlm_core.hardware import DEVICES, set_process_environment
-from mvlm_core.packaging import MANIFEST
-from mvlm_core.pipeline import Layout, now, read_json
+from mvlm_core.pipeline.stages import now
+from mvlm_core.run_layout import Layout
 from mvlm_core.settings import DEFAULT_DATA_DIR, MODELLING_SOURCES, REPOSITORY_ROOT
-from mvlm_core.strict_tar import name_problem
 
 MODELS = ("mvlm_gpt2", "simone_enhanced")
 

@@ -43,6 +43,15 @@ def read_regular(path: Path | str, limit: int | None = None) -> bytes:
         return file.read()
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file that a run wrote, {} when there is none or it is damaged."""
+    try:
+        value = json.loads(read_regular(path).decode("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def fsync_path(path: Path | str) -> None:
     """Flush a file or a folder's entries to the disk: a rename is only durable after its folder is."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_core.errors import UserError
-from mvlm_core.resources import available_memory, available_threads, nvidia_may_be_there, processor_name
+from mvlm_core.monitor import available_memory, available_threads, nvidia_may_be_there, processor_name
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")

@@ -1,27 +1,22 @@
-"""Record the golden losses anew: ``python tests/record_golden_losses.py``, then say in the commit why."""
+"""Record the golden losses anew: ``python -m tests.record_golden_losses``, then say in the commit why."""
 
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from conftest import build_tiny_corpus
-from runs import MODELS, StopAfter, make_loop, tiny_settings
-from test_training_loop import GOLDEN, everything_on
-
-from mvlm_core.history import read_history
+from mvlm_core.training.history import read_history
+from tests.helpers import MODELS, StopAfter, build_tiny_corpus, make_loop, tiny_settings
+from tests.training.test_loop import GOLDEN, everything_on
 
 
 def main() -> None:
     torch.set_num_threads(2)
     # One thread for two, or AVX2 for AVX-512, moved these losses by 3e-7 of their size.
-    golden: dict[str, object] = {"command": "python tests/record_golden_losses.py", "relative_tolerance": 2e-5}
+    golden: dict[str, object] = {"command": "python -m tests.record_golden_losses", "relative_tolerance": 2e-5}
     with tempfile.TemporaryDirectory() as folder:
         corpus = build_tiny_corpus(Path(folder) / "corpus")
         for model in MODELS:

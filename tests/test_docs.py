@@ -5,10 +5,9 @@ import shutil
 import sys
 
 import pytest
-from conftest import REPOSITORY
 
-sys.path.append(str(REPOSITORY / "benchmarks"))
-from from_clone import run, shell_blocks
+from benchmarks.reliability.from_clone import run, shell_blocks
+from tests.helpers import REPOSITORY
 
 PAGES = ("README.md", "AGENTS.md", "mvlm_training_dataset_complete/README.md")
 ENTRY_POINTS = (

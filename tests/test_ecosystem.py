@@ -11,11 +11,10 @@ import sys
 
 import pytest
 import torch
-from conftest import sample_books
-from runs import MODELS
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache, Trainer, TrainingArguments, pipeline
 
-from mvlm_core.packaging import extract_archive, write_archive
+from mvlm_core.export.archive import extract_archive, write_archive
+from tests.helpers import MODELS, sample_books
 
 pytestmark = pytest.mark.integration
 PROMPTS = ["In the beginning", "And it came to pass in the days", "The LORD"]
@@ -176,7 +175,7 @@ def test_lora(loaded, tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_lm_eval_measures_the_same_bits_per_byte(name, unpacked, tmp_path):
     pytest.importorskip("lm_eval", reason="pip install -r requirements-ecosystem.txt")
-    from mvlm_core.evaluation import context_of, encode, load_export, score_documents
+    from mvlm_core.evaluation.bits_per_byte import context_of, encode, load_export, score_documents
 
     texts = [line for line in sample_books()["ecclesiastes"].split("\n") if 10 < len(line) < 70][:12]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)

@@ -5,11 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY
 
 import generate
 from mvlm_core.errors import UserError
-from mvlm_core.packaging import write_archive
+from mvlm_core.export.archive import write_archive
+from tests.helpers import REPOSITORY
 
 PROMPT = "In the beginning"
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import add_nvidia_smi
 
-from mvlm_core import hardware, resources
+from mvlm_core import hardware
+from mvlm_core import monitor as resources
 from mvlm_core.errors import UserError
 from mvlm_core.hardware import (
     Hardware,
@@ -23,6 +23,7 @@ from mvlm_core.hardware import (
     resolve_preset,
     set_process_environment,
 )
+from tests.helpers import add_nvidia_smi
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without CUDA")

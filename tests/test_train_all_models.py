@@ -16,10 +16,10 @@ import psutil
 import pytest
 
 import train_all_models
-from mvlm_core import comparison
 from mvlm_core.errors import UserError
-from mvlm_core.packaging import check_archive, sha256_file
-from mvlm_core.pipeline import Layout, read_checksums
+from mvlm_core.export.archive import check_archive, read_checksums, sha256_file
+from mvlm_core.pipeline import comparison
+from mvlm_core.run_layout import Layout
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -54,7 +54,7 @@ if mode in ("slow", "deaf") and not (out / "checkpoint").exists():
     sys.exit(128 + signals[0])
 time.sleep(float(os.environ.get("SECONDS_EACH", 0)))
 sys.path.insert(0, os.environ["REPOSITORY"])
-from mvlm_core.corpus import load_corpus
+from mvlm_core.data.corpus import load_corpus
 second = name == "simone_enhanced"
 results = {
     "parameters": 1010 if second else 1000, "steps": 9, "tokens": 500, "bytes": 2000, "seconds": 3.0,
@@ -121,7 +121,7 @@ class Job:
             job.CACHE_DIR = Path({str(folder / "cache")!r})
             if not {whole}:     # torch and matplotlib take seconds to import; one test has them
                 job.probe_hardware = lambda options: {{"device": "cpu: some", "lines": []}}
-                from mvlm_core import comparison
+                from mvlm_core.pipeline import comparison
                 comparison.plot = comparison.compressor_anchors = lambda *given: {{}}
             run_main(job.main)
         """)
@@ -491,7 +491,7 @@ def test_comparison_of_one_model_or_missing_numbers():
 
 
 def test_compressors_are_primed_with_the_train_text(tiny_corpus, tmp_path):
-    from mvlm_core.corpus import load_corpus
+    from mvlm_core.data.corpus import load_corpus
 
     corpus = load_corpus(tiny_corpus)
     anchors = comparison.compressor_anchors(corpus, tmp_path / "cache")

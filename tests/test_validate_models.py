@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 import validate_models
-from mvlm_core import export_checks, export_files, load_probe
 from mvlm_core.errors import UserError
+from mvlm_core.export import file_checks as export_files
+from mvlm_core.export import load_probe
+from mvlm_core.export import validation as export_checks
+from mvlm_core.export.archive import read_manifest, write_archive
 from mvlm_core.files import sha256_file
-from mvlm_core.packaging import read_manifest, write_archive
-from mvlm_core.pipeline import Layout
+from mvlm_core.run_layout import Layout
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -38,7 +40,7 @@ def staged(tmp_path_factory, real_text):
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from mvlm_core.export import stage_model
+    from mvlm_core.export.folder import stage_model
     from mvlm_trainer import tokenizer_class
 
     torch.manual_seed(0)
@@ -66,8 +68,8 @@ SCORES = {}
 @pytest.fixture
 def export(tmp_path, staged, tiny_corpus):
     """A finished export at <work_dir>/models/mvlm_gpt2 that tells the truth about `tiny_corpus`."""
-    from mvlm_core.corpus import load_corpus
-    from mvlm_core.evaluation import score_export
+    from mvlm_core.data.corpus import load_corpus
+    from mvlm_core.evaluation.bits_per_byte import score_export
 
     source, parameters, vocabulary = staged
     folder = tmp_path / "work" / "models" / "mvlm_gpt2"
@@ -181,7 +183,7 @@ def test_good_export_in_real_fresh_processes(export, tiny_corpus):
 
 
 def test_export_that_needs_this_repository_does_not_load(export):
-    (export / "modeling.py").write_text("import mvlm_core.packaging\nclass Model: ...\n")
+    (export / "modeling.py").write_text("import mvlm_core.export.archive\nclass Model: ...\n")
     config = json.loads((export / "config.json").read_text())
     config |= {
         "model_type": "odd",

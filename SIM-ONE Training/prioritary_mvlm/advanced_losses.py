@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mvlm_core.cross_entropy import linear_cross_entropy
+from mvlm_core.training.cross_entropy import linear_cross_entropy
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 
 from tokenizers import Regex, pre_tokenizers
 
-from mvlm_core.byte_level_bpe import ByteLevelBPE
+from mvlm_core.data.tokenizer import ByteLevelBPE
 
 DEFAULT_VOCABULARY = 32_000
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mvlm_core.byte_level_bpe import ByteLevelBPE
+from mvlm_core.data.tokenizer import ByteLevelBPE
 from mvlm_core.hardware import Hardware
-from mvlm_core.optimizer import build_optimizers
-from mvlm_core.training_run import BuiltModel, Recipe, run_training
+from mvlm_core.training.optimizer import build_optimizers
+from mvlm_core.training.run import BuiltModel, Recipe, run_training
 from prioritary_mvlm.advanced_losses import ComprehensiveTrainingLoss, LossParts, mean_loss
 from prioritary_mvlm.advanced_tokenizer import AdvancedBPETokenizer
 from prioritary_mvlm.config import PrioritaryConfig

@@ -1,0 +1,164 @@
+#!/usr/bin/env python3
+"""What a user waits for: help, the first step, generation with and without a cache, the score of the whole test text.
+
+    python -m benchmarks.performance.latency
+
+Generation (256 tokens after a first one, one sequence) and scoring use fresh weights: speed does not depend on what a
+model knows. Medians of --rounds; least and most beside them.
+
+Exit codes: 0 done, 2 bad arguments, 130/143 stopped by a signal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.experiments.runner import SETTINGS, recipe_of
+from mvlm_core.errors import UserError, run_main
+from mvlm_core.files import write_json_atomic
+from mvlm_core.hardware import set_process_environment
+from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR
+from mvlm_core.settings import REPOSITORY_ROOT as REPOSITORY
+
+TRAINERS = {"mvlm_gpt2": "mvlm_trainer.py", "simone_enhanced": "SIM-ONE Training/enhanced_train.py"}
+ENTRY_POINTS = (
+    *TRAINERS.values(),
+    "SIM-ONE Training/train.py",
+    "train_all_models.py",
+    "validate_models.py",
+    "generate.py",
+    "make_report.py",
+    "prepare_dataset.py",
+)
+NEW_TOKENS = 256
+SHAPES = {
+    "cpu preset": {},
+    "124M": {"hidden_dim": 768, "num_layers": 12, "num_heads": 12, "ff_dim": 3072, "vocab_size": 32000},
+}
+
+
+def seconds(do: Callable[[], Any], rounds: int) -> list[float]:
+    found = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        do()
+        found.append(time.perf_counter() - started)
+    return found
+
+
+def help_of(script: str) -> None:
+    subprocess.run([sys.executable, REPOSITORY / script, "--help"], check=True, stdout=subprocess.DEVNULL)
+
+
+def first_step(script: str, data_dir: Path) -> float:
+    """Seconds from the command to the end of its first step, with tokenizer and tokens in the cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        command = [sys.executable, str(REPOSITORY / script), "--preset", "cpu", "--data_dir", str(data_dir), "--quiet"]
+        command += ["--output_dir", f"{folder}/out", "--log_file", str(log), "--log_interval", "1"]
+        started = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            while "step 1/" not in (log.read_text(encoding="utf-8") if log.exists() else ""):
+                if process.poll() is not None:
+                    raise RuntimeError(f"{script} ended with exit code {process.returncode} before its first step")
+                time.sleep(0.02)
+            return time.perf_counter() - started
+        finally:
+            process.kill()
+            process.wait()
+
+
+def fresh(model: str, shape: dict[str, int]) -> Any:
+    """A model with fresh weights at the cpu preset's shape, or at ``shape``."""
+    import torch
+
+    from mvlm_core.hardware import choose_hardware
+    from mvlm_core.training.cost import TokenizerShape
+
+    settings = SETTINGS[model](**{"preset": "cpu", "max_length": NEW_TOKENS + 1} | shape)
+    hardware = choose_hardware(device="cpu", precision="fp32", no_compile=True)
+    torch.manual_seed(0)
+    return recipe_of(model).build(settings, TokenizerShape(settings.vocab_size), hardware).model.eval()
+
+
+def generate(model: Any, cached: bool) -> None:
+    import torch
+
+    start = torch.tensor([[0]])
+    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+    made = model.generate(start, attention_mask=torch.ones_like(start), use_cache=cached, **options)
+    assert made.shape[1] == NEW_TOKENS + 1
+
+
+def score(model: str, data_dir: Path) -> None:
+    """Score the whole test text with fresh weights at the cpu preset's shape."""
+    from mvlm_core.evaluation.bits_per_byte import score_documents
+    from mvlm_core.training.run import prepare_text
+
+    settings = SETTINGS[model](preset="cpu", data_dir=str(data_dir), cache_dir=str(CACHE_DIR), quiet=True)
+    text = prepare_text(settings, recipe_of(model).tokenizer_class)
+    documents = [(document.path, document.read()) for document in text.corpus.split("test")]
+    built, context = fresh(model, {}), settings.max_length
+    score_documents(built, text.tokenizer.encode, documents, start_id=text.tokenizer.start_id, context=context)
+
+
+def measure(options: argparse.Namespace) -> Iterator[tuple[str, list[float]]]:
+    """What was measured, in words, and its seconds, one after the other."""
+    from mvlm_core.hardware import choose_hardware
+
+    for script in ENTRY_POINTS:
+        yield f"--help of {script}", seconds(partial(help_of, script), options.rounds)
+    for model, script in TRAINERS.items():
+        first_step(script, options.data_dir)  # fills the cache
+        times = [first_step(script, options.data_dir) for _ in range(options.rounds)]
+        yield f"command to first step, {model}", times
+    choose_hardware(device="cpu").apply()
+    for model in TRAINERS:
+        for name, shape in SHAPES.items():
+            built = fresh(model, shape)
+            for cached in (True, False):
+                words = f"{NEW_TOKENS} tokens {'with' if cached else 'without'} the cache, {model}, {name}"
+                yield words, seconds(partial(generate, built, cached), options.rounds)
+        yield f"score of the whole test text, {model}", seconds(partial(score, model, options.data_dir), 1)
+
+
+def row(words: str, times: list[float]) -> str:
+    return f"| {words} | {statistics.median(times):.2f} ({min(times):.2f} … {max(times):.2f}) |"
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR)
+    parser.add_argument("--rounds", type=int, default=5, help="of each but the score [default 5]")
+    parser.add_argument("--json", type=Path, help="also write all figures here")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        raise UserError(f"--rounds {options.rounds}: at least 1")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_options(arguments)
+    set_process_environment()
+    found = {}
+    print("| what | seconds (least … most) |", "| --- | ---: |", sep="\n", flush=True)
+    for words, times in measure(options):
+        print(row(words, times), flush=True)
+        found[words] = times
+    if options.json:
+        write_json_atomic(options.json, found)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,281 @@
+#!/usr/bin/env python3
+"""Kill a small real training run again and again; what comes out in the end must be what would have come out anyway.
+
+Each run trains, exports and packs a tiny model. It is killed with SIGKILL at random moments and before every
+operation on a file below its folder, stopped with SIGTERM, and its newest checkpoint is damaged; after each fault it
+is started again. The result is compared with that of an undisturbed run: weights and optimizer state bit for bit,
+every history record but its times, and the archive against the export.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+STEPS, CHECKPOINT_INTERVAL = 24, 4
+FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"}
+TIMES = ("seconds", "tokens_per_second", "memory_bytes")
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
+DAMAGES = ("flip a bit", "cut in half", "delete")
+PRELOAD = ["tests.helpers", "safetensors.torch", "transformers.models.gpt2", "matplotlib.pyplot"]
+# Started by a server that has the libraries loaded: a start costs 20 ms, not some seconds.
+CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def count_file_events(place: str, kill_before: int | None, count: Any) -> None:
+    """Count this process's operations on files below ``place``; SIGKILL before number ``kill_before``.
+
+    Python's audit hooks see each of them, so the killed code is the code as it is, with nothing replaced.
+    """
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event in FILE_EVENTS and isinstance(arguments[0], str | bytes | os.PathLike):
+            if os.fsdecode(arguments[0]).startswith(place):
+                count.value += 1
+                if count.value == kill_before:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def job(model: str, corpus: str, place: str, kill_before: int | None, count: Any) -> None:
+    """Train, export and pack: what the pipeline does with a model."""
+    import torch
+
+    from mvlm_core.errors import Stopped
+    from mvlm_core.export.archive import write_archive
+    from mvlm_core.training.run import run_training
+    from tests.helpers import recipe_of, tiny_settings
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    settings = tiny_settings(
+        model,
+        Path(corpus),
+        Path(place),
+        max_steps=STEPS,
+        checkpoint_interval=CHECKPOINT_INTERVAL,
+        eval_interval=6,
+        log_interval=1,
+        dropout=0.1,
+        cache_dir=str(Path(corpus).parent / "cache"),
+    )
+    count_file_events(place, kill_before, count)
+    try:
+        folder = run_training(recipe_of(model), settings)
+    except Stopped as stop:
+        sys.exit(128 + stop.signal_number)
+    write_archive(folder, Path(place) / f"{model}_model.tar.gz")
+
+
+@dataclass
+class Outcome:
+    """What one kind of fault did to the runs."""
+
+    fault: str
+    tried: int = 0
+    runs: int = 0
+    differing: int = 0
+    lost_checkpoints: int = 0
+    repeated: list[int] = field(default_factory=list)
+
+    @property
+    def survived(self) -> bool:
+        return not self.differing and not self.lost_checkpoints
+
+
+class Bench:
+    """Runs of one model in folders below ``root``, compared with an undisturbed one."""
+
+    def __init__(self, model: str, corpus: Path, root: Path) -> None:
+        self.model, self.corpus, self.root = model, corpus, root
+        self.events = self.start(root / "undisturbed")[1]  # also starts the server and fills the cache
+        self.expected = self.result(root / "undisturbed")
+        started = time.perf_counter()
+        self.start(root / "again")
+        self.seconds = time.perf_counter() - started
+        if self.result(root / "again") != self.expected:
+            raise SystemExit("two undisturbed runs differ: nothing can be compared")
+
+    def start(self, place: Path, kill_before: int | None = None, after: float | None = None, number: int = 9):
+        """Run the job in a process of its own; returns its exit code and its count of file operations."""
+        place.mkdir(exist_ok=True)
+        count = CONTEXT.Value("i", 0)
+        process = CONTEXT.Process(target=job, args=(self.model, str(self.corpus), str(place), kill_before, count))
+        process.start()
+        if after is not None:
+            process.join(after)
+            if process.is_alive():
+                os.kill(process.pid, number)
+        process.join(300)
+        if process.is_alive():
+            process.kill()
+            raise SystemExit(f"a run hung in {place}")
+        return process.exitcode, count.value
+
+    def result(self, place: Path) -> dict[str, Any]:
+        """All of a finished run that must not depend on what happened on the way."""
+        from mvlm_core.export.archive import check_archive, matches_export
+        from mvlm_core.files import sha256_file
+        from mvlm_core.training.checkpoint import newest_checkpoint
+        from mvlm_core.training.history import read_history
+
+        folder, archive = place / self.model, place / f"{self.model}_model.tar.gz"
+        newest = newest_checkpoint(folder / "checkpoints")
+        history = [
+            {k: v for k, v in record.items() if k not in TIMES}
+            for record in read_history(folder / "training_history.jsonl")
+        ]
+        return {
+            "step": newest.step,
+            "checkpoint": {n: sha256_file(newest.folder / f"{n}.safetensors") for n in ("model", "optimizer")},
+            "state": {k: v for k, v in newest.state.items() if k != "seconds"},
+            "export": sha256_file(folder / "model.safetensors"),
+            "history": history,
+            "archive": not check_archive(archive) and matches_export(archive, folder),
+        }
+
+    def after_fault(self, place: Path, outcome: Outcome) -> None:
+        """Look at what a fault left: the newest checkpoint must be whole; count the steps done since."""
+        from mvlm_core.training.checkpoint import DamagedCheckpoint, checkpoint_folders, open_checkpoint
+        from mvlm_core.training.history import read_history
+
+        folders = checkpoint_folders(place / self.model / "checkpoints")
+        records = read_history(place / self.model / "training_history.jsonl")
+        if not folders:
+            return
+        try:
+            step = open_checkpoint(folders[-1]).step
+        except DamagedCheckpoint:
+            outcome.lost_checkpoints += 1
+            return
+        outcome.repeated.append(max(0, (records[-1]["step"] if records else 0) - step))
+
+    def finish(self, place: Path, outcome: Outcome) -> None:
+        """Start once more, undisturbed, and compare."""
+        code, _ = self.start(place)
+        outcome.runs += 1
+        if code != 0 or self.result(place) != self.expected:
+            outcome.differing += 1
+            print(f"  differs: {outcome.fault}, {place}, exit code {code}", flush=True)
+
+    def kill_at_random(self, kills: int, chance: random.Random) -> Outcome:
+        """Kill each run some times at moments drawn evenly from its whole length."""
+        outcome = Outcome("SIGKILL at a random moment")
+        while outcome.tried < kills:
+            place = self.root / f"random{outcome.runs}"
+            for _ in range(min(5, kills - outcome.tried)):
+                code, _ = self.start(place, after=chance.uniform(0, self.seconds))
+                if code == 0:  # it was faster
+                    continue
+                outcome.tried += 1
+                self.after_fault(place, outcome)
+            self.finish(place, outcome)
+        return outcome
+
+    def kill_at_writes(self, every: int) -> Outcome:
+        """Kill before each ``every``-th operation on a file: checkpoints, export, archive, and all between."""
+        outcome = Outcome("SIGKILL before a file operation")
+        for number in range(1, self.events + 1, every):
+            place = self.root / f"write{number}"
+            self.start(place, kill_before=number)
+            outcome.tried += 1
+            self.after_fault(place, outcome)
+            self.finish(place, outcome)
+        return outcome
+
+    def stop_at_random(self, stops: int, chance: random.Random) -> Outcome:
+        outcome = Outcome("SIGTERM at a random moment")
+        while outcome.tried < stops:
+            place = self.root / f"stop{outcome.runs}"
+            for _ in range(min(5, stops - outcome.tried)):
+                self.start(place, after=chance.uniform(0, self.seconds), number=signal.SIGTERM)
+                outcome.tried += 1
+                self.after_fault(place, outcome)
+            self.finish(place, outcome)
+        return outcome
+
+    def damage_newest(
+        self, chance: random.Random, files: tuple[str, ...] = FILES, damages: tuple[str, ...] = DAMAGES
+    ) -> Outcome:
+        """Kill in the middle, damage one file of the newest checkpoint, go on."""
+        from mvlm_core.training.checkpoint import checkpoint_folders
+
+        outcome = Outcome("newest checkpoint damaged")
+        for name in files:
+            for damage in damages:
+                place = self.root / f"damage{outcome.tried}"
+                self.start(place, kill_before=int(self.events * chance.uniform(0.4, 0.6)))
+                file = checkpoint_folders(place / self.model / "checkpoints")[-1] / name
+                content = bytearray(file.read_bytes())
+                if damage == "delete":
+                    file.unlink()
+                elif damage == "cut in half":
+                    file.write_bytes(content[: len(content) // 2])
+                else:
+                    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+                    file.write_bytes(content)
+                outcome.tried += 1
+                self.finish(place, outcome)
+        return outcome
+
+
+def table(rows: list[tuple[str, Outcome]]) -> str:
+    lines = ["| model | fault | tried | runs finished | differing | lost checkpoints | steps repeated, mean |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for model, outcome in rows:
+        mean = sum(outcome.repeated) / len(outcome.repeated) if outcome.repeated else 0.0
+        lines.append(
+            f"| {model} | {outcome.fault} | {outcome.tried} | {outcome.runs} | {outcome.differing} | "
+            f"{outcome.lost_checkpoints} | {mean:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="kills at random moments, a model [default 100]")
+    parser.add_argument("--every", type=int, default=1, help="kill before every N-th file operation [default 1]")
+    parser.add_argument("--models", default="mvlm_gpt2,simone_enhanced", help="which, with a comma between")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="also write the counts here")
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    CONTEXT.set_forkserver_preload(PRELOAD)
+    from tests.helpers import build_tiny_corpus
+
+    rows: list[tuple[str, Outcome]] = []
+    for model in options.models.split(","):
+        with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+            root = Path(folder)
+            bench = Bench(model, build_tiny_corpus(root / "corpus"), root)
+            print(f"{model}: undisturbed in {bench.seconds:.1f} s, {bench.events} file operations", flush=True)
+            faults = (
+                lambda bench=bench: bench.kill_at_random(options.kills, random.Random(options.seed)),
+                lambda bench=bench: bench.kill_at_writes(options.every),
+                lambda bench=bench: bench.stop_at_random(max(5, options.kills // 5), random.Random(options.seed + 1)),
+                lambda bench=bench: bench.damage_newest(random.Random(options.seed + 2)),
+            )
+            for inject in faults:
+                outcome = inject()
+                rows.append((model, outcome))
+                print(f"  {outcome.fault}: {outcome.tried} tried, {outcome.differing} differing", flush=True)
+    print(table(rows))
+    print(f"{STEPS} steps a run, a checkpoint every {CHECKPOINT_INTERVAL}; seed {options.seed}")
+    if options.json:
+        options.json.write_text(json.dumps([{"model": m, **vars(o)} for m, o in rows], indent=1))
+    return 0 if all(outcome.survived for _, outcome in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

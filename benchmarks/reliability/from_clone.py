@@ -1,0 +1,109 @@
+#!/usr/bin/env python3
+"""A new user's first hour, timed: clone, set-up, the whole job at the smoke preset, then the archives somewhere else.
+
+    python -m benchmarks.reliability.from_clone      # about five minutes on two cores; packages come from the index
+
+Somewhere else is a new virtual environment with torch and transformers only, in a folder of its own, where the blocks
+of DOWNLOAD_INSTRUCTIONS.md are run as they stand. Uncommitted changes of this repository do not take part.
+
+Exit codes: 0 all worked, 1 a step failed (its output is shown), 2 bad arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from mvlm_core.settings import REPOSITORY_ROOT as REPOSITORY
+
+USED = ("torch", "transformers")  # what DOWNLOAD_INSTRUCTIONS.md asks for
+
+
+class Failed(Exception):
+    """A step's command failed; its text is the end of the output."""
+
+
+def run(command: list[str | Path], cwd: Path, **environment: str) -> str:
+    """A command's output.
+
+    Raises:
+        Failed: it did not end with 0.
+    """
+    done = subprocess.run(
+        [str(word) for word in command], cwd=cwd, env=os.environ | environment, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise Failed(f"exit code {done.returncode} of {command}:\n{done.stdout[-4000:]}")
+    return done.stdout
+
+
+def shell_blocks(markdown: str) -> list[str]:
+    """The ```bash blocks of a page, in their order."""
+    return re.findall(r"^```bash\n(.*?)^```$", markdown, re.S | re.M)
+
+
+def steps(place: Path) -> list[tuple[str, Callable[[], str]]]:
+    """What is done, in words, and how; each returns what is worth telling."""
+    clone, elsewhere = place / "clone", place / "elsewhere"
+    downloads = elsewhere / "models_for_download"
+
+    def use() -> str:
+        told = ""
+        path = f"{elsewhere / 'venv' / 'bin'}:{os.environ['PATH']}"
+        for block in shell_blocks((downloads / "DOWNLOAD_INSTRUCTIONS.md").read_text(encoding="utf-8")):
+            told = run(["bash", "-ec", block], downloads, PATH=path, HF_HUB_OFFLINE="1", HF_HOME=str(place / "home"))
+        return told.strip().splitlines()[-1]
+
+    def install() -> str:
+        pins = (clone / "requirements.txt").read_text(encoding="utf-8")
+        wanted = [re.search(rf"^{name}==\S+", pins, re.M)[0] for name in USED]
+        run([sys.executable, "-m", "venv", elsewhere / "venv"], place)
+        run([elsewhere / "venv" / "bin" / "pip", "install", "--quiet", *wanted], place)
+        return ", ".join(wanted)
+
+    def job() -> str:
+        run([clone / ".venv" / "bin" / "python", "train_all_models.py", "--preset", "smoke"], clone)
+        return f"report.html of {(clone / 'models' / 'report.html').stat().st_size / 1e3:.0f} kB"
+
+    def fetch() -> str:
+        elsewhere.mkdir()
+        run(["cp", "-r", clone / "models_for_download", downloads], place)
+        return ", ".join(sorted(path.name for path in downloads.iterdir()))
+
+    return [
+        ("git clone", lambda: run(["git", "clone", "--quiet", REPOSITORY, clone], place)),
+        ("setup_environment.sh", lambda: run(["bash", "setup_environment.sh"], clone).strip().splitlines()[-1]),
+        ("train_all_models.py --preset smoke", job),
+        ("download", fetch),
+        ("a new virtual environment", install),
+        ("verify, extract, run", use),
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scratch", type=Path, help="where all of it goes meanwhile [default: the system's place]")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(dir=options.scratch) as place:
+        print("| step | seconds | |\n| --- | ---: | --- |", flush=True)
+        for words, do in steps(Path(place)):
+            started = time.monotonic()
+            try:
+                told = do()
+            except Failed as error:
+                print(f"| {words} | {time.monotonic() - started:.0f} | FAILED |\n\n{error}")
+                return 1
+            print(f"| {words} | {time.monotonic() - started:.0f} | {told} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

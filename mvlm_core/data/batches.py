@@ -1,0 +1,105 @@
+"""Which tokens make batch number N: a pure function of the seed and N, so the data order *is* the step counter.
+
+Every epoch the documents are put in a new random order and strung together, the string is cut into sequences from a
+random start, and the sequences are visited in a random order. Nothing is kept between batches but a cache of the
+current epoch's order, so a resumed run reads exactly what an undisturbed one would have read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mvlm_core.data.token_store import TokenStore
+from mvlm_core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some sequences of training text.
+
+    Attributes:
+        inputs, targets: ``[sequences, context]`` int64; targets are the inputs shifted by one (but for noise).
+        weights: ``[sequences, context]`` float32, the content-alignment weight of each target's document.
+        text_bytes: UTF-8 bytes the targets stand for.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    text_bytes: int
+
+
+class BatchSource:
+    """Batches of ``sequences`` sequences of ``context`` tokens.
+
+    Args:
+        input_noise: share of the inputs that are replaced by tokens drawn from the text, targets staying as they are
+            (unigram noising, Xie et al., arXiv 1703.02573). A model cannot learn by heart what it never reads twice.
+    Raises:
+        UserError: less text than one sequence.
+    """
+
+    def __init__(self, store: TokenStore, *, context: int, sequences: int, seed: int, input_noise: float = 0.0) -> None:
+        self.store, self.context, self.sequences, self.seed = store, context, sequences, seed
+        self.input_noise = input_noise
+        self.tokens_per_epoch = int((np.diff(store.starts) * store.repeats).sum())
+        self.sequences_per_epoch = (self.tokens_per_epoch - 1) // context
+        if self.sequences_per_epoch < 1:
+            raise UserError(
+                f"the training text has {self.tokens_per_epoch} tokens, less than one --max_length of {context}: "
+                "add text or choose a shorter --max_length"
+            )
+        self._epoch = -1
+
+    @property
+    def tokens_per_batch(self) -> int:
+        return self.sequences * self.context
+
+    def epoch_at(self, step: int) -> float:
+        """Passes over the training text after ``step`` batches."""
+        return step * self.sequences / self.sequences_per_epoch
+
+    def steps_for_epochs(self, epochs: float) -> int:
+        return max(1, round(epochs * self.sequences_per_epoch / self.sequences))
+
+    def batch(self, number: int, first: int = 0, count: int | None = None) -> Batch:
+        """Sequences ``first … first + count`` of batch ``number`` (all of it by default)."""
+        count = self.sequences - first if count is None else count
+        start = number * self.sequences + first
+        rows = [self._sequence(start + offset) for offset in range(count)]
+        inputs, targets = (np.stack([row[n] for row in rows]).astype(np.int64) for n in range(2))
+        weights = np.stack([row[2] for row in rows]).astype(np.float32)
+        return Batch(inputs, targets, weights, int(self.store.token_bytes[targets].sum()))
+
+    def _sequence(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Inputs, targets and weights of a sequence, counted from the start of training."""
+        epoch, place = divmod(number, self.sequences_per_epoch)
+        self._enter(epoch)
+        begin = self._shift + int(self._order[place]) * self.context
+        tokens, weights = self._read(np.arange(begin, begin + self.context + 1) % self.tokens_per_epoch)
+        inputs = tokens[:-1]
+        if self.input_noise:
+            random = np.random.Generator(np.random.PCG64([self.seed, number, 1]))
+            others, _ = self._read(random.integers(self.tokens_per_epoch, size=self.context))
+            inputs = np.where(random.random(self.context) < self.input_noise, others, inputs)
+        return inputs, tokens[1:], weights[1:]
+
+    def _read(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and weights at positions of the current epoch's string."""
+        documents = np.searchsorted(self._starts, positions, side="right") - 1
+        source = positions - self._starts[documents] + self.store.starts[self._documents[documents]]
+        return self.store.tokens[source], self.store.weights[self._documents[documents]]
+
+    def _enter(self, epoch: int) -> None:
+        if epoch == self._epoch:
+            return
+        random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+        lengths = np.diff(self.store.starts)
+        self._documents = random.permutation(np.repeat(np.arange(len(lengths)), self.store.repeats))
+        self._starts = np.concatenate(([0], np.cumsum(lengths[self._documents])))[:-1]
+        # The string is a ring: with a random cut no token is left out for good and none is read twice in an epoch.
+        self._shift = int(random.integers(self.tokens_per_epoch))
+        self._order = random.permutation(self.sequences_per_epoch)
+        self._epoch = epoch

@@ -1,0 +1,407 @@
+"""Folders of `.txt` files, each with an optional `.json` beside it, become documents with a split and two scores.
+
+Nothing here knows what the text is about: the built corpus and a user's own files are read by the same rules.
+`.txt` files are found at any depth; hidden files and folders (`.name`) and `README.md` are not corpus text. A file that
+cannot be used is named with the reason in `Corpus.skipped`; a faulty value in a `.json` is named there too, and the
+text is used with the default in its place.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import os
+import reprlib
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from mvlm_core.errors import UserError, printable
+from mvlm_core.files import read_json, read_regular
+
+SPLITS = ("train", "validation", "test")
+MANIFEST_NAME = "corpus_manifest.json"  # of a built corpus; a folder of one's own needs none
+HIGHEST_SCORE = 10.0
+VALIDATION_SUBSET_BYTES = 65_536
+METADATA_LIMIT = 16 << 20  # bytes; the built corpus's largest has 60 kilobytes
+# Putting combining marks in their order takes time quadratic in the length of their run (a minute for 0.3 MB). Text
+# has a few in a row; Unicode's stream-safe format allows 30 (UAX 15).
+MARKS_LIMIT = 256
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text file. `path` (POSIX, below the data folder) is its identity; `size` and `sha256` are those of the UTF-8
+    bytes of the text as `read` gives it; the scores run from 0 to 10."""
+
+    path: str
+    file: Path
+    split: str
+    quality_score: float
+    biblical_alignment: float
+    translation: str | None
+    book: str | None
+    size: int
+    sha256: str
+    metadata: dict
+
+    def read(self) -> str:
+        """The text: NFC, no byte-order mark, lines ending in "\\n". Raises UserError if it is no longer that text."""
+        try:
+            text = decode(read_regular(self.file))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.file} can no longer be read: {_reason(error)}") from error
+        if hashlib.sha256(text.encode()).hexdigest() != self.sha256:
+            raise UserError(f"{self.file} changed while the run was using it; start the run again")
+        return text
+
+
+@dataclass(frozen=True)
+class SkippedFile:
+    """A file that is not used, or whose metadata is used only in part, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All documents of a data folder, sorted by path.
+
+    Attributes:
+        fingerprint: changes when any byte, split or score changes.
+        primary_translation: the translation that is also scored by itself, from the corpus manifest; None without one.
+    """
+
+    root: Path
+    documents: tuple[Document, ...]
+    skipped: tuple[SkippedFile, ...]
+    fingerprint: str
+    primary_translation: str | None = None
+
+    def split(self, name: str) -> list[Document]:
+        """The documents of one split, in path order."""
+        return [document for document in self.documents if document.split == name]
+
+    def primary_part(self, split: str) -> list[Document]:
+        """The primary translation's documents of one split; none where the corpus names no such translation."""
+        return [d for d in self.split(split) if d.translation is not None and d.translation == self.primary_translation]
+
+
+def load_corpus(
+    data_dir: Path | str,
+    *,
+    validation_split: float = 0.05,
+    validation_dir: Path | str | None = None,
+    only: str | None = None,
+) -> Corpus:
+    """Read the documents below `data_dir`.
+
+    A document's split is what its metadata say; else a hash of its path gives it to validation with the probability
+    `validation_split`, to test with the same, and to train otherwise, the same way in every run and on every machine.
+
+    Args:
+        validation_split: share of the documents without a split for validation, and as much again for test; 0 to 0.5.
+        validation_dir: a folder whose files are all the validation split (their paths begin with "validation_dir/");
+            in `data_dir` what would have been validation is then train.
+        only: use only this folder below `data_dir`, such as "bible/kjv".
+
+    Raises:
+        UserError: no such folder, no readable text in it, or no text left to train on or to validate with.
+    """
+    if not 0 <= validation_split <= 0.5:
+        raise UserError(
+            f"--validation_split must lie between 0 and 0.5 (as much again is kept for test), not {validation_split}"
+        )
+    root = Path(data_dir).resolve()
+    documents, skipped = _read_folder(root, "data folder", only or "", validation_split)
+    if validation_dir is not None:
+        own, more_skipped = _read_folder(Path(validation_dir).resolve(), "validation folder", "", 0.0)
+        theirs = {d.file.resolve() for d in own}  # a validation folder inside the data folder is not trained on
+        documents = [d for d in documents if d.file.resolve() not in theirs]
+        documents = [replace(d, split="train") if d.split == "validation" else d for d in documents]
+        documents += [replace(d, path=f"validation_dir/{d.path}", split="validation") for d in own]
+        skipped += [SkippedFile(f"validation_dir/{s.path}", s.reason) for s in more_skipped]
+    documents.sort(key=lambda d: d.path)
+    documents = _with_every_needed_split(documents, root)
+    fingerprint = hashlib.sha256()
+    for d in documents:
+        fingerprint.update(json.dumps([d.path, d.split, d.quality_score, d.biblical_alignment, d.sha256]).encode())
+    primary = read_json(root / MANIFEST_NAME).get("primary_translation")
+    return Corpus(
+        root,
+        tuple(documents),
+        tuple(sorted(skipped, key=lambda s: s.path)),
+        fingerprint.hexdigest(),
+        primary if isinstance(primary, str) else None,
+    )
+
+
+def validation_subset(corpus: Corpus) -> list[tuple[Document, str]]:
+    """The fixed small part scored during training, as (document, text).
+
+    The primary translation's validation documents where there are any, otherwise the first 65,536 bytes of all
+    validation documents in path order, cut at the end of a line (or of a character, where a line alone is longer).
+    """
+    if primary := corpus.primary_part("validation"):
+        return [(d, d.read()) for d in primary]
+    subset, left = [], VALIDATION_SUBSET_BYTES
+    for document in corpus.split("validation"):
+        text = document.read()
+        data = text.encode()
+        if len(data) > left:
+            head = data[:left]
+            cut = head.rfind(b"\n") + 1
+            text = (head[:cut] if cut else head).decode(errors="ignore")
+        if text:
+            subset.append((document, text))
+        left -= len(data)
+        if left <= 0:
+            break
+    return subset
+
+
+def decode(data: bytes) -> str:
+    """The text of a file's bytes: NFC, no byte-order mark, lines ending in "\\n". Raises ValueError with the reason.
+
+    UTF-8, with or without a mark, and UTF-16 or UTF-32 with a mark are certain. Anything else that is not UTF-8 could
+    be any of a dozen one-byte encodings, which differ in exactly the characters that matter: it is not guessed.
+    """
+    for mark, encoding in (
+        (codecs.BOM_UTF8, "utf-8"),
+        (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
+        (codecs.BOM_UTF32_BE, "utf-32"),
+        (codecs.BOM_UTF16_LE, "utf-16"),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    ):
+        if data.startswith(mark):
+            text = _decode_as(data[len(mark) :] if encoding == "utf-8" else data, encoding)
+            break
+    else:
+        if b"\0" in data:
+            raise ValueError("not text (a binary file, or UTF-16 without a byte-order mark)")
+        text = _decode_as(data, "utf-8")
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if "\0" in text:
+        raise ValueError("not text (a binary file)")
+    if text.isascii():
+        return text
+    if (place := _long_run_of_marks(text)) is not None:
+        raise ValueError(f"not text ({MARKS_LIMIT} combining marks in a row at character {place})")
+    return text if unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
+
+
+def _long_run_of_marks(text: str) -> int | None:
+    """Where ``MARKS_LIMIT`` combining marks in a row begin; None for nowhere."""
+    for place in range(0, len(text), MARKS_LIMIT):  # a run that long covers one of these places
+        first = last = place
+        while first >= 0 and last - first <= MARKS_LIMIT and unicodedata.combining(text[first]):
+            first -= 1
+        while last < len(text) and last - first <= MARKS_LIMIT and unicodedata.combining(text[last]):
+            last += 1
+        if last - first > MARKS_LIMIT:
+            return first + 1
+    return None
+
+
+def _decode_as(data: bytes, encoding: str) -> str:
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        if encoding != "utf-8":
+            raise ValueError(f"damaged {encoding.upper()} at byte {error.start}") from None
+        controls = sum(byte < 32 and byte not in b"\t\n\r\f\v" for byte in data[:65_536])
+        if controls:
+            raise ValueError("not text (a binary file)") from None
+        raise ValueError(
+            f"not UTF-8 (byte {error.start}); if it is Latin-1 or Windows-1252, convert it: "
+            "iconv -f WINDOWS-1252 -t UTF-8"
+        ) from None
+
+
+def _read_folder(root: Path, what: str, only: str, validation_split: float) -> tuple[list[Document], list[SkippedFile]]:
+    start = root / only
+    if printable(str(root)) != str(root):  # the name goes into logs and the export's record
+        raise UserError(f"{what} {root}: a folder name with control characters or not in UTF-8; rename it")
+    if not root.is_dir():
+        missing = "is not a folder" if root.exists() else "does not exist"
+        raise UserError(f"{what} {root} {missing}; build the corpus with `python prepare_dataset.py` or name another")
+    if not start.is_dir() or not start.resolve().is_relative_to(root):
+        raise UserError(f"{what} {root} has no folder {only}; build the corpus with `python prepare_dataset.py`")
+    skipped: list[SkippedFile] = []
+    documents = []
+    for file in _text_files(start, root, skipped):
+        document = _read_document(file, root, validation_split, skipped)
+        if document is not None:
+            documents.append(document)
+    skipped = [SkippedFile(printable(s.path), s.reason) for s in skipped]
+    if not documents:
+        lines = [f"{what} {start} holds no readable .txt file"]
+        lines += [f"{s.path}: {s.reason}" for s in skipped[:10]]
+        if len(skipped) > 10:
+            lines.append(f"and {len(skipped) - 10} more files that cannot be used")
+        raise UserError(lines)
+    return documents, skipped
+
+
+def _text_files(start: Path, root: Path, skipped: list[SkippedFile]) -> Iterator[Path]:
+    """Every `.txt` file below `start` once; symbolic links are followed only to places inside `root`."""
+    seen: set[tuple[int, int]] = set()  # a link to a folder or file that was already taken adds nothing
+    stack = [start]
+    while stack:
+        folder = stack.pop()
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            entries = sorted(os.scandir(folder), key=lambda entry: (entry.is_symlink(), entry.name))
+        except OSError as error:
+            skipped.append(SkippedFile(_relative(folder, root), _reason(error)))
+            continue
+        folders, links = [], []
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            path = Path(entry.path)
+            is_text_name = entry.name.lower().endswith(".txt")
+            try:
+                if entry.is_symlink() and not path.resolve(strict=True).is_relative_to(root):
+                    skipped.append(SkippedFile(_relative(path, root), "a symbolic link out of the data folder"))
+                elif entry.is_dir():
+                    if is_text_name:
+                        skipped.append(SkippedFile(_relative(path, root), "a folder with the name of a text file"))
+                    (links if entry.is_symlink() else folders).append(path)
+                elif is_text_name:
+                    status = entry.stat()
+                    if not entry.is_file():
+                        skipped.append(SkippedFile(_relative(path, root), "not a regular file"))
+                    elif entry.is_symlink() and (status.st_dev, status.st_ino) in seen:
+                        skipped.append(SkippedFile(_relative(path, root), "a symbolic link to a file already read"))
+                    else:
+                        seen.add((status.st_dev, status.st_ino))
+                        yield path
+            except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+                skipped.append(SkippedFile(_relative(path, root), _reason(error)))
+        # Links last, so that a file is known by its own path and not by that of a link to its folder.
+        stack = links + stack + folders[::-1]
+
+
+def _read_document(file: Path, root: Path, validation_split: float, skipped: list[SkippedFile]) -> Document | None:
+    path = _relative(file, root)
+    try:
+        path.encode()
+        text = decode(read_regular(file, psutil.virtual_memory().total // 4))  # it is needed several times over
+    except UnicodeEncodeError:
+        skipped.append(SkippedFile(path, "a file name that is not UTF-8"))
+        return None
+    except (OSError, ValueError) as error:
+        skipped.append(SkippedFile(path, _reason(error)))
+        return None
+    if not text.strip():
+        skipped.append(SkippedFile(path, "empty"))
+        return None
+    metadata = _read_metadata(file.with_suffix(".json"), root, skipped)
+    problems: list[str] = []
+    split = metadata.get("split")
+    if split is not None and split not in SPLITS:
+        problems.append(f"split {reprlib.repr(split)} is none of {', '.join(SPLITS)}")
+        split = None
+    quality = _score(metadata, "quality_score", problems)
+    alignment = _score(metadata, "biblical_alignment", problems)
+    names = [_name(metadata, key, problems) for key in ("translation", "book")]
+    if problems:
+        text_used = "; the text is used with the default"
+        skipped.append(SkippedFile(path.removesuffix(file.suffix) + ".json", "; ".join(problems) + text_used))
+    data = text.encode()
+    split = split or _split_by_hash(path, validation_split)
+    sha256 = hashlib.sha256(data).hexdigest()
+    return Document(path, file, split, quality, alignment, names[0], names[1], len(data), sha256, metadata)
+
+
+def _read_metadata(file: Path, root: Path, skipped: list[SkippedFile]) -> dict[str, Any]:
+    if not os.path.lexists(file):
+        return {}
+    try:
+        if not file.resolve(strict=True).is_relative_to(root):
+            raise ValueError("a symbolic link out of the data folder")
+        text = decode(read_regular(file, METADATA_LIMIT))
+        metadata = json.loads(text)
+        if not isinstance(metadata, dict):
+            raise ValueError("not a JSON object")
+        if "\\u" in text:
+            json.dumps(metadata, ensure_ascii=False).encode()  # an escape may name half a character
+    except UnicodeEncodeError:
+        reason = "metadata not used: a lone surrogate in a string; the text is used"
+        skipped.append(SkippedFile(_relative(file, root), reason))
+        return {}
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: too deep, or a loop of links
+        skipped.append(SkippedFile(_relative(file, root), f"metadata not used: {_reason(error)}; the text is used"))
+        return {}
+    return metadata
+
+
+def _score(metadata: dict[str, Any], key: str, problems: list[str]) -> float:
+    value = metadata.get(key)
+    if value is None:
+        return HIGHEST_SCORE
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= HIGHEST_SCORE:  # NaN is in no range
+        problems.append(f"{key} {reprlib.repr(value)} is no number from 0 to 10")
+        return HIGHEST_SCORE
+    return float(value)
+
+
+def _name(metadata: dict[str, Any], key: str, problems: list[str]) -> str | None:
+    value = metadata.get(key)
+    if value is not None and not isinstance(value, str):
+        problems.append(f"{key} {reprlib.repr(value)} is no text")
+        return None
+    return value
+
+
+def _hash_share(path: str) -> float:
+    """A number from 0 to 1 that depends on the path alone."""
+    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8]) / 2**64
+
+
+def _split_by_hash(path: str, validation_split: float) -> str:
+    share = _hash_share(path)
+    if share < validation_split:
+        return "validation"
+    return "test" if share < 2 * validation_split else "train"
+
+
+def _with_every_needed_split(documents: list[Document], root: Path) -> list[Document]:
+    """Give a folder so small that the hash left validation or train empty the one document it lacks."""
+    missing = {"train", "validation"} - {d.split for d in documents}
+    free = sorted((d for d in documents if d.metadata.get("split") not in SPLITS), key=lambda d: _hash_share(d.path))
+    free = [d for d in free if not d.path.startswith("validation_dir/")]
+    for split in sorted(missing):
+        # Train first gets the document least likely to be held out, validation the most likely one.
+        candidates = free if split == "validation" else free[::-1]
+        needed = "train" if split == "validation" else "validation"
+        spare = [d for d in candidates if d.split != needed or sum(e.split == needed for e in documents) > 1]
+        if not spare:
+            raise UserError(
+                f"{root} leaves no text for {split}: add a second .txt file, name a --validation_dir, "
+                f'or set "split": "{split}" in the .json of a file'
+            )
+        moved = replace(spare[0], split=split)
+        documents = [moved if d.path == moved.path else d for d in documents]
+        free = [moved if d.path == moved.path else d for d in free]
+    return documents
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix()
+
+
+def _reason(error: BaseException) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error) or type(error).__name__

@@ -1,0 +1,225 @@
+"""Documents to tokens, once: memory-mapped token files, kept between runs under the hash of what made them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from mvlm_core.console import progress
+from mvlm_core.data.corpus import Corpus, Document
+from mvlm_core.errors import UserError
+from mvlm_core.files import fsync_path, read_regular, sha256_file, write_json_atomic
+
+FORMAT = 3
+_ENCODE_BYTES = 4 << 20  # text handed to the tokenizer at a time: enough to keep all cores busy, little memory
+log = logging.getLogger("mvlm")
+
+
+class Tokenizer(Protocol):
+    """What token files need of a tokenizer."""
+
+    start_id: int
+    """The token before each document."""
+    end_id: int | None
+    """The token after each document, where there is one of its own."""
+    vocab_size: int
+
+    @property
+    def sha256(self) -> str: ...
+    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+    def token_bytes(self) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """The training text as one run of token numbers, document after document.
+
+    Attributes:
+        tokens: ``[total]``, memory-mapped; each document is ``start, its tokens, end`` (end where there is one).
+        starts: ``[documents + 1]``, where each document begins; the last entry is the total.
+        repeats: ``[documents]``, how many times one pass over the text reads each document.
+        weights: ``[documents]`` float64, content-alignment weights whose mean over the tokens of a pass is 1.
+        token_bytes: ``[vocab]``, UTF-8 bytes each token stands for (0 for special ones).
+        text_bytes: UTF-8 bytes of all documents, each counted once.
+        bytes_per_token: UTF-8 bytes over tokens, in the mix that a pass reads.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    repeats: np.ndarray
+    weights: np.ndarray
+    token_bytes: np.ndarray
+    text_bytes: int
+    bytes_per_token: float
+    fingerprint: str
+
+
+def parse_mix(mix: str | None) -> dict[str, int]:
+    """``"bible/kjv=8,bible/web=2"`` as folder → repeats.
+
+    Raises:
+        UserError: not of that form, or a negative number.
+    """
+    repeats = {}
+    for part in mix.split(",") if mix else []:
+        folder, _, number = part.strip().rpartition("=")
+        if not folder or not number.isdecimal():
+            raise UserError(f"--train_mix {mix}: expected FOLDER=TIMES, with commas between, such as bible/kjv=8")
+        repeats[folder.strip("/")] = int(number)
+    return repeats
+
+
+def document_repeats(documents: list[Document], mix: str | None) -> np.ndarray:
+    """How many times a pass reads each document: as ``mix`` says for its folder (the longest that fits), else once.
+
+    Raises:
+        UserError: a folder that holds no train document, or nothing left to train on.
+    """
+    wanted = parse_mix(mix)
+    repeats = np.ones(len(documents), dtype=np.int64)
+    for folder in sorted(wanted, key=len):
+        inside = np.array([document.path.startswith(f"{folder}/") for document in documents], dtype=bool)
+        if not inside.any():
+            raise UserError(f"--train_mix {folder}={wanted[folder]}: no train document below {folder}")
+        repeats[inside] = wanted[folder]
+    if not repeats.any():
+        raise UserError(f"--train_mix {mix}: leaves no text to train on")
+    return repeats
+
+
+def alignment_weights(documents: list[Document], lengths: np.ndarray) -> np.ndarray:
+    """Each document's weight: ``quality_score × biblical_alignment``, scaled to a mean of 1 over all tokens.
+
+    A text whose every document is scored 0 says nothing about which to prefer: then all weigh the same.
+    """
+    raw = np.array([document.quality_score * document.biblical_alignment for document in documents], dtype=np.float64)
+    mean = float((raw * lengths).sum() / max(1, lengths.sum()))
+    return raw / mean if mean > 0 else np.ones_like(raw)
+
+
+def texts(documents: Iterable[Document], batch_bytes: int = _ENCODE_BYTES) -> Iterator[list[str]]:
+    """The documents' texts in groups of about ``batch_bytes``: memory stays flat however large the corpus."""
+    group, size = [], 0
+    for document in documents:
+        group.append(document.read())
+        size += document.size
+        if size >= batch_bytes:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def build_token_store(
+    corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path | str, *, mix: str | None = None, quiet: bool = False
+) -> TokenStore:
+    """Tokens of the corpus's train split, read from the cache where corpus and tokenizer are the same to the byte.
+
+    Args:
+        mix: how many times a pass reads what; see ``document_repeats``.
+    """
+    documents = corpus.split("train")
+    key = hashlib.sha256(f"{FORMAT}:{corpus.fingerprint}:{tokenizer.sha256}".encode()).hexdigest()[:32]
+    folder = Path(cache_dir) / "tokens" / key
+    index = _whole_index(folder, len(documents))
+    if index is None:
+        _write(documents, tokenizer, folder, quiet)
+        index = _whole_index(folder, len(documents))
+        if index is None:
+            raise UserError(f"{folder} changed while it was read; start the run again")
+    return _read(folder, index, documents, tokenizer, key, document_repeats(documents, mix))
+
+
+def _write(documents: list[Document], tokenizer: Tokenizer, folder: Path, quiet: bool) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    lengths: list[int] = []
+    try:
+        total = sum(document.size for document in documents)
+        with (
+            open(temporary / "tokens.bin", "wb") as file,
+            progress(total, "tokens", "B", quiet=quiet, unit_scale=True) as bar,
+        ):
+            for group in texts(documents):
+                for ids in tokenizer.encode_batch(group):
+                    ids = [tokenizer.start_id, *ids, *([] if tokenizer.end_id is None else [tokenizer.end_id])]
+                    np.asarray(ids, dtype=dtype).tofile(file)
+                    lengths.append(len(ids))
+                bar.update(sum(len(text.encode()) for text in group))
+            file.flush()
+            os.fsync(file.fileno())
+        index = {"dtype": np.dtype(dtype).name, "lengths": lengths, "sha256": sha256_file(temporary / "tokens.bin")}
+        write_json_atomic(temporary / "index.json", index)
+        _move_into_place(temporary, folder, len(documents))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_into_place(temporary: Path, folder: Path, documents: int) -> None:
+    """Give ``temporary`` its name; what is there already stays where it is whole.
+
+    Another run may have finished the same work meanwhile and be reading it, so nothing whole is ever taken away.
+    """
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        if _whole_index(folder, documents) is not None:
+            return
+        damaged = temporary.with_name(f"{temporary.name}.damaged")
+        os.rename(folder, damaged)
+        shutil.rmtree(damaged, ignore_errors=True)
+        os.rename(temporary, folder)
+    fsync_path(folder.parent)
+
+
+def _whole_index(folder: Path, documents: int) -> dict[str, Any] | None:
+    """What ``_write`` noted about the tokens in ``folder``; None where there are none, or damaged ones."""
+    file = folder / "index.json"
+    if not file.exists():
+        return None
+    try:
+        index = json.loads(read_regular(file))
+        if not isinstance(index, dict) or index.get("dtype") not in ("uint16", "uint32"):
+            raise ValueError(f"{file.name} is no index of tokens")
+        lengths = index.get("lengths")
+        if not isinstance(lengths, list) or len(lengths) != documents or not all(type(n) is int for n in lengths):
+            raise ValueError(f"{file.name} does not give the lengths of {documents} documents")
+        if index.get("sha256") != sha256_file(folder / "tokens.bin"):
+            raise ValueError("tokens.bin is not as it was written (its SHA-256 differs)")
+    except (OSError, ValueError, RecursionError) as error:
+        log.warning("tokens in %s are damaged and made again: %s", folder, error)
+        return None
+    return index
+
+
+def _read(
+    folder: Path,
+    index: dict[str, Any],
+    documents: list[Document],
+    tokenizer: Tokenizer,
+    key: str,
+    repeats: np.ndarray,
+) -> TokenStore:
+    lengths = np.array(index["lengths"], dtype=np.int64)
+    sizes = np.array([document.size for document in documents], dtype=np.int64)
+    return TokenStore(
+        tokens=np.memmap(folder / "tokens.bin", dtype=index["dtype"], mode="r"),
+        starts=np.concatenate(([0], np.cumsum(lengths))),
+        repeats=repeats,
+        weights=alignment_weights(documents, lengths * repeats),
+        token_bytes=tokenizer.token_bytes(),
+        text_bytes=int(sizes.sum()),
+        bytes_per_token=float((sizes * repeats).sum() / (lengths * repeats).sum()),
+        fingerprint=key,
+    )

@@ -1,0 +1,208 @@
+"""What lies in an export folder, judged before anything of it is loaded.
+
+A manifest that agrees with the files proves nothing about who made them. So code is accepted only where it equals the
+repository's own, to the byte, and every other file is opened by nothing that could run what is in it.
+"""
+
+import ast
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mvlm_core.errors import LINE_BREAK, printable
+from mvlm_core.export.archive import MANIFEST, ArchiveError, read_manifest, verify_folder
+from mvlm_core.files import read_json, read_regular
+
+EXPECTED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "README.md",
+    "training_config.json",
+    "training_history.json",
+    "training_plots.png",
+)
+# What may lie in an export folder beside the manifest's files; none of it goes into an archive.
+BESIDE = {MANIFEST, "checkpoints", "training_history.jsonl", "tensorboard", "run.lock", ".export"}
+PICKLE_SUFFIXES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
+# torch's zip, pickle 2 to 5
+WEIGHTS_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+JSON_LIMIT = 256 << 20  # bytes; tokenizers have a few million, a long run's history some tens
+
+
+@dataclass
+class Check:
+    group: str
+    name: str
+    passed: bool
+    detail: str
+
+
+class Checks(list):
+    """The checks of one model, in the order in which they were made."""
+
+    def add(self, group: str, name: str, passed: bool, detail: str = "") -> bool:
+        self.append(Check(group, name, bool(passed), printable(detail, LINE_BREAK)))
+        return bool(passed)
+
+    def add_problems(self, group: str, name: str, problems: list[str], good: str) -> bool:
+        return self.add(group, name, not problems, "; ".join(problems[:20]) if problems else good)
+
+
+def check_files(folder: Path, checks: Checks, sources: Path) -> dict | None:
+    """Manifest, expected files, nothing else, no code but our own; returns the manifest.
+
+    Args:
+        sources: the folder with the repository's own modelling files.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except ArchiveError as error:
+        checks.add("files", "manifest", False, str(error))
+        return None
+    files = manifest["files"]
+    checks.add("files", "manifest", True, f"{len(files)} files")
+    checks.add_problems("files", "hashes", verify_folder(folder), "every SHA-256 equals the manifest's")
+    code = modelling_files(sources, read_json(folder / "config.json"))
+    missing = [f"{name} is missing" for name in (*EXPECTED_FILES, *sorted(code)) if name not in files]
+    checks.add_problems("files", "expected files", missing, "all there")
+    present = sorted(path.name for path in folder.iterdir())
+    extra = sorted(set(files) - set(EXPECTED_FILES) - code)
+    extra += [name for name in present if name not in BESIDE and name not in {file.split("/")[0] for file in files}]
+    checks.add_problems("files", "no extra files", [f"{name} does not belong there" for name in extra], "none")
+    checks.add_problems("files", "no pickle", pickles(folder, files), "none")
+    checks.add_problems("files", "no remote code", remote_code(folder), "auto_map stays inside the folder")
+    checks.add_problems("files", "own code", foreign_code(folder, code, sources), "equal to the repository's own")
+    checks.add_problems("files", "readable", unreadable(folder), "JSON and safetensors can be read")
+    size = sum((folder / name).stat().st_size for name in files if (folder / name).is_file())
+    checks.add("files", "size", size > 0, f"{size / 1e6:.1f} MB")
+    return manifest
+
+
+def modelling_files(sources: Path, config: dict) -> set[str]:
+    """The Python files that `auto_map` names, and those that our own sources of these names import beside them."""
+    waiting = [target.split(".")[0] for target in _strings(config.get("auto_map"))]
+    own = {path.name for path in sources.glob("*.py")}
+    found: set[str] = set()
+    while waiting:
+        file = f"{waiting.pop()}.py"
+        if file in found:
+            continue
+        found.add(file)
+        tree = ast.parse((sources / file).read_bytes()) if file in own else ast.Module([], [])
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                waiting += [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+    return found
+
+
+def foreign_code(folder: Path, code: set[str], sources: Path) -> list[str]:
+    """Modelling files that are not the repository's own: to load the model would be to run them."""
+    problems = []
+    own = {path.name for path in sources.glob("*.py")}
+    for name in sorted(code):
+        if name not in own:
+            problems.append(f"{name}: the repository has no modelling file of this name; it is not run")
+            continue
+        try:
+            if read_regular(folder / name) != read_regular(sources / name):
+                problems.append(f"{name}: differs from the repository's own, so it is not run; export the model again")
+        except (OSError, ValueError) as error:
+            problems.append(f"{name}: cannot be read ({error})")
+    return problems
+
+
+def remote_code(folder: Path) -> list[str]:
+    """Settings that would fetch code from elsewhere, at any depth."""
+    return [
+        f"{file}: {key} leads to {target}"
+        for file in ("config.json", "tokenizer_config.json", "generation_config.json")
+        for key, target in _code_settings(read_json(folder / file))
+        if "--" in target or "/" in target
+    ]
+
+
+def _code_settings(value: object) -> Iterator[tuple[str, str]]:
+    """(key, string) of what transformers reads as the place of some code: `auto_map`, attention kernels."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key == "auto_map" or key.endswith("attn_implementation"):
+                yield from ((key, text) for text in _strings(inner))
+            else:
+                yield from _code_settings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _code_settings(inner)
+
+
+def _strings(value: object) -> list[str]:
+    """Every string in a JSON value, however it is nested."""
+    if isinstance(value, dict):
+        return [text for inner in value.values() for text in _strings(inner)]
+    if isinstance(value, list):
+        return [text for inner in value for text in _strings(inner)]
+    return [value] if isinstance(value, str) else []
+
+
+def pickles(folder: Path, files: dict) -> list[str]:
+    """Files that torch or pickle would unpack, by name or by their first bytes, under whatever name."""
+    found = []
+    for name in (*files, *(path.name for path in folder.iterdir() if path.is_file())):
+        path = folder / name
+        if path.suffix.lower() in PICKLE_SUFFIXES:
+            found.append(f"{name}: a pickle by its name")
+        elif path.is_file():
+            try:
+                with path.open("rb") as file:
+                    start = file.read(9)
+            except OSError as error:
+                found.append(f"{name}: cannot be read ({error.strerror})")
+                continue
+            # A safetensors file starts with the length of its header, which may look like a pickle; then
+            # comes the "{".
+            if start.startswith(WEIGHTS_MAGIC) and not (path.suffix == ".safetensors" and start[8:] == b"{"):
+                found.append(f"{name}: a pickle by its first bytes")
+    return sorted(set(found))
+
+
+def unreadable(folder: Path) -> list[str]:
+    """Expected files that are not what their name says: JSON of the right kind, safetensors. Missing ones are left
+    to other checks."""
+    problems = []
+    for name in EXPECTED_FILES:
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            if path.suffix == ".json":
+                kind, words = (list, "list") if name == "training_history.json" else (dict, "object")
+                if not isinstance(json.loads(read_regular(path, JSON_LIMIT).decode("utf-8")), kind):
+                    raise ValueError(f"no JSON {words}")
+            elif path.suffix == ".safetensors":
+                _open_safetensors(path)
+        except (OSError, ValueError, RecursionError) as error:
+            problems.append(f"{name}: {error}")
+    return problems
+
+
+def _open_safetensors(path: Path) -> None:
+    """Raises ValueError when the header does not describe the file."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ValueError("not a regular file")
+    try:
+        with safe_open(path, framework="np") as file:
+            if not file.keys():
+                raise ValueError("holds no tensor")
+    except SafetensorError as error:
+        raise ValueError(f"no safetensors file ({error})") from None
+
+
+def part(config: dict, key: str) -> dict:
+    """A section of `training_config.json`, {} when it is missing or something else."""
+    value = config.get(key)
+    return value if isinstance(value, dict) else {}

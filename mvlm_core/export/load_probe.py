@@ -1,0 +1,184 @@
+"""Loads an exported model the way a stranger would and says what it found, as JSON.
+
+    python -I mvlm_core/export/load_probe.py MODEL_DIR REQUEST.json ANSWER.json
+
+Run by `validate_models.py` in a process of its own, on a copy of the export. Needs torch and transformers
+only and refuses to import anything of this repository, so it proves that the folder stands by itself. The
+request holds `prompts`, `texts` for the round trip and `specials`, words that must be ordinary text.
+"""
+
+import contextlib
+import importlib.abc
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+
+OURS = {
+    "bible_corpus",
+    "mvlm_core",
+    "mvlm_trainer",
+    "prioritary_mvlm",
+    "simone_transformer",
+    "train_all_models",
+    "validate_models",
+    "prepare_dataset",
+}
+NEW_TOKENS = 40
+
+
+class Unusable(Exception):
+    """What in the export does not work, and why."""
+
+
+@contextlib.contextmanager
+def concerning(what: str):
+    """Whatever goes wrong in here is said of ``what``."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic inside the tokenizers library is no Exception
+        lines = str(error).strip().splitlines() or ["no reason given"]
+        raise Unusable(f"{what}: {type(error).__name__}: {' '.join(lines[:5])}") from None
+
+
+class Barrier(importlib.abc.MetaPathFinder):
+    """An editable install makes the repository importable everywhere; here it must not be."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname.split(".")[0] in OURS:
+            raise ModuleNotFoundError(f"{fullname}: the export needs a module of the repository that made it")
+        return None
+
+
+def weights_part(model, info) -> dict:
+    import torch
+
+    bad = [
+        name
+        for name, value in model.state_dict().items()
+        if value.is_floating_point() and not torch.isfinite(value).all()
+    ]
+    return {
+        "not_finite": bad,
+        "parameters": sum(value.numel() for value in model.parameters()),
+        "unfilled": sorted(
+            str(key)
+            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+            for key in info.get(kind, ())
+        ),
+        "rows": model.get_input_embeddings().weight.shape[0],
+        "class": type(model).__name__,
+    }
+
+
+def round_trips(tokenizer, texts: list[str]) -> list[str]:
+    """The texts that do not come back as they were."""
+    failed = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        without = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if back != text or without != text:
+            failed.append(text)
+    return failed
+
+
+def tokenizer_part(tokenizer, model, request: dict) -> dict:
+    specials = tokenizer.special_tokens_map
+    taken = [
+        word
+        for word in (*request["specials"], *map(str, specials.values()))
+        if set(tokenizer(word, add_special_tokens=False).input_ids) & set(tokenizer.all_special_ids)
+    ]
+    return {
+        "size": len(tokenizer),
+        "highest_id": max(tokenizer.get_vocab().values()),
+        "specials": specials,
+        "special_ids": tokenizer.all_special_ids,
+        "failed": round_trips(tokenizer, request["texts"]),
+        "taken": taken,
+        "start_id": tokenizer.bos_token_id,
+        "end_id": tokenizer.eos_token_id,
+        "config_ids": [
+            getattr(model.generation_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+        ],
+    }
+
+
+def generated(model, tokenizer, prompts: list[str]) -> list[dict]:
+    """Greedy continuations, asked for as the documentation of transformers asks."""
+    import torch
+
+    found, context = [], model.config.max_position_embeddings  # GPT-2's n_positions answers to this name too
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids[:, : context - 1]
+        wanted = min(NEW_TOKENS, context - ids.shape[1])  # a learned position embedding ends there
+        with torch.inference_mode():
+            finite = bool(torch.isfinite(model(input_ids=ids).logits).all())
+            output = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=wanted, do_sample=False
+            )[0]
+        new = output[ids.shape[1] :].tolist()
+        end = model.generation_config.eos_token_id
+        whole = len(new) == wanted or bool(new) and new[-1] in (end if isinstance(end, list) else [end])
+        found.append(
+            {
+                "prompt": prompt,
+                "text": tokenizer.decode(output, skip_special_tokens=True),
+                "new_tokens": len(new),
+                "whole": whole,
+                "finite": finite,
+                "within_vocabulary": max(new, default=0) < len(tokenizer),
+            }
+        )
+    return found
+
+
+def probe(model_dir: str, request: dict) -> dict:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with concerning("config.json, generation_config.json or model.safetensors"):
+        config = json.loads((Path(model_dir) / "config.json").read_text(encoding="utf-8"))
+        own_code = "auto_map" in config  # a model that transformers knows must load without trusting any code
+        model, info = AutoModelForCausalLM.from_pretrained(
+            model_dir, trust_remote_code=own_code, output_loading_info=True
+        )
+        model.eval()
+        weights = weights_part(model, info)
+    with concerning("tokenizer.json or tokenizer_config.json"):
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        words = tokenizer_part(tokenizer, model, request)
+    with concerning("config.json, generation_config.json or tokenizer.json, while generating"):
+        samples = generated(model, tokenizer, request["prompts"])
+    return {"weights": weights, "tokenizer": words, "samples": samples}
+
+
+def limit_memory(model_dir: str) -> None:
+    """A hostile configuration may ask for any amount; loading needs a few times the size of the files.
+
+    The limit on private memory makes the asking fail here, before the machine runs short.
+    """
+    files = sum(path.stat().st_size for path in Path(model_dir).iterdir())
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = min(16 << 30, machine // 2) + 20 * files
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def main() -> int:
+    model_dir, request, answer = sys.argv[1:4]
+    sys.meta_path.insert(0, Barrier())
+    limit_memory(model_dir)
+    try:
+        result = probe(model_dir, json.loads(Path(request).read_text(encoding="utf-8")))
+    except Unusable as error:
+        print(error)
+        return 1
+    Path(answer).write_text(json.dumps(result), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

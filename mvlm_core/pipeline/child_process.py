@@ -1,0 +1,201 @@
+"""Running a program as a child: its output on our console, signals handed on once, its last words kept."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import pty
+import re
+import signal
+import subprocess
+import termios
+import threading
+import time
+from collections import deque
+from datetime import datetime
+from pathlib import Path
+
+from mvlm_core.errors import Stopped
+from mvlm_core.monitor import ResourceSampler
+from mvlm_core.signals import PARENT_VARIABLE
+
+TAIL_LINES = 40
+log = logging.getLogger("mvlm")
+
+
+class Signals:
+    """SIGINT and SIGTERM, as a context manager: handed on once to the running child, else the job stops at
+    once.
+
+    A second SIGINT kills the child's whole process group and leaves.
+    """
+
+    def __init__(self):
+        self.number: int | None = None
+        self._child: subprocess.Popen | None = None
+        self._starting = False
+        self._before = {}
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, _frame):
+        # No logging here: a handler may interrupt a half-written log line.
+        if self.number is None:
+            self.number = number
+            if self._child is not None:
+                self._child.send_signal(number)
+            elif not self._starting:
+                raise Stopped(number)
+        elif number == signal.SIGINT:
+            if self._child is not None:
+                _kill_group(self._child)
+            raise Stopped(number)
+
+    def check(self) -> None:
+        """Raise Stopped when a signal has come."""
+        if self.number is not None:
+            raise Stopped(self.number)
+
+    def start(self, command: list[str], **options) -> subprocess.Popen:
+        """Start a child in a session of its own: a terminal's Ctrl-C reaches it from here only, and once."""
+        self.check()
+        self._starting = True
+        try:
+            self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, **options)
+        finally:
+            self._starting = False
+        if self.number is not None:
+            self._child.send_signal(self.number)
+        return self._child
+
+    def wait(self) -> int:
+        """Wait for the child; returns its exit code, 128 + n for signal n."""
+        told = False
+        while (code := _poll(self._child)) is None:
+            if self.number is not None and not told:
+                told = True
+                log.info(
+                    "%s: handed on; waiting for the checkpoint (Ctrl-C once more ends at once)",
+                    signal.Signals(self.number).name,
+                )
+        self._child = None
+        return 128 - code if code < 0 else code
+
+
+def _poll(child: subprocess.Popen) -> int | None:
+    try:
+        return child.wait(timeout=0.5)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _kill_group(child: subprocess.Popen) -> None:
+    # Called from a signal handler, perhaps in the middle of `child.wait()`, whose lock is not to be waited
+    # for.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+
+
+class Relay:
+    """Copies a child's output to the console as it comes and keeps the last lines of it.
+
+    On a terminal the child gets a terminal too, so that its progress bars stay bars; otherwise a pipe. The
+    reading end is drained even when our own console is gone, so the child never notices.
+    """
+
+    def __init__(self):
+        self.console = 2 if os.isatty(2) else 1
+        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._rest = b""
+        if os.isatty(2):
+            self._reader, self.child_end = pty.openpty()
+            settings = termios.tcgetattr(self.child_end)
+            settings[1] &= ~termios.OPOST  # the real terminal does the line ends
+            termios.tcsetattr(self.child_end, termios.TCSANOW, settings)
+            try:
+                size = fcntl.ioctl(2, termios.TIOCGWINSZ, bytes(8))
+                fcntl.ioctl(self.child_end, termios.TIOCSWINSZ, size)
+            except OSError:
+                pass  # a terminal without a size: bars use their default width
+        else:
+            self._reader, self.child_end = os.pipe()
+        self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
+
+    def start(self) -> None:
+        """Call after the child has inherited its end."""
+        os.close(self.child_end)
+        self._thread.start()
+
+    def finish(self) -> list[str]:
+        """The last lines. A grandchild may hold the pipe open for ever, hence the limit."""
+        self._thread.join(timeout=5)
+        if self._rest:
+            self._keep(self._rest + b"\n")
+        return list(self.tail)
+
+    def _run(self) -> None:
+        broken = False
+        while True:
+            try:
+                data = os.read(self._reader, 1 << 16)
+            except OSError:  # a pseudo-terminal ends with EIO
+                data = b""
+            if not data:
+                os.close(self._reader)
+                return
+            self._keep(data)
+            while data and not broken:
+                try:
+                    data = data[os.write(self.console, data) :]
+                except BlockingIOError:
+                    time.sleep(0.05)
+                except OSError:
+                    broken = True
+
+    def _keep(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        self._rest = self._rest[-4096:]
+        for line in lines:
+            text = line.rstrip(b"\r").rsplit(b"\r", 1)[-1].decode("utf-8", "replace")
+            text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).rstrip()
+            if text:
+                self.tail.append(text)
+
+
+def run_child(command: list[str], signals: Signals) -> tuple[int, list[str]]:
+    """Run a command to its end with its output on the console; returns its exit code and last lines."""
+    environment = os.environ | {PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+    relay = Relay()
+    try:
+        signals.start(command, env=environment, stdout=relay.child_end, stderr=relay.child_end)
+    finally:
+        relay.start()
+    code = signals.wait()
+    return code, relay.finish()
+
+
+class ResourceLog:
+    """GPU or CPU statistics in the run's log file only: on the console they would break the progress bar."""
+
+    def __init__(self, log_file: Path, seconds: float = 30.0):
+        self._log_file, self._sampler, self._seconds = log_file, None, seconds
+
+    def __enter__(self):
+        self._sampler = ResourceSampler(lambda line: note(self._log_file, line), self._seconds)
+        return self
+
+    def __exit__(self, *_):
+        self._sampler.stop()
+
+
+def note(log_file: Path, line: str) -> None:
+    """A line for the run's log file only."""
+    with log_file.open("a", encoding="utf-8") as file:
+        file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")

@@ -1,0 +1,91 @@
+"""Where a run keeps its files, and how its records are read: what is damaged counts as not there."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mvlm_core.files import read_json, read_regular
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a run keeps its things; `--work_dir` moves all of them."""
+
+    root: Path
+
+    @property
+    def models(self) -> Path:
+        return self.root / "models"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def downloads(self) -> Path:
+        return self.root / "models_for_download"
+
+    @property
+    def summary(self) -> Path:
+        return self.models / "training_summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.models / "validation_report.json"
+
+    @property
+    def page(self) -> Path:
+        return self.models / "report.html"
+
+    @property
+    def plot(self) -> Path:
+        return self.models / "comparison.png"
+
+    @property
+    def text_probes(self) -> Path:
+        return self.models / "text_probes.json"
+
+    @property
+    def checksums(self) -> Path:
+        return self.downloads / "SHA256SUMS"
+
+    def export(self, name: str) -> Path:
+        return self.models / name
+
+    def log_file(self, name: str) -> Path:
+        return self.logs / f"{name}_training.log"
+
+    def archive(self, name: str) -> Path:
+        return self.downloads / f"{name}_model.tar.gz"
+
+
+def finite_number(value: Any) -> Any:
+    """A finite number of ordinary size, or None for whatever else a damaged record holds."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and abs(value) < 1e18 else None
+
+
+def training_config(export: Path) -> dict:
+    """`training_config.json` of a finished export, {} when the export is not finished or its record is damaged."""
+    config = read_json(export / "training_config.json") if (export / "manifest.json").is_file() else {}
+    if not all(isinstance(config.get(section, {}), dict) for section in ("settings", "data", "hardware", "results")):
+        return {}
+    return config if isinstance(config.get("data", {}).get("only", ""), str | None) else {}
+
+
+def training_history(export: Path) -> list[dict]:
+    """The records of `training_history.json` with what a plot needs; what is damaged is left out."""
+    try:
+        records = json.loads(read_regular(export / "training_history.json"))
+    except (OSError, ValueError, RecursionError):
+        return []
+    whole = [record for record in records if isinstance(record, dict)] if isinstance(records, list) else []
+    return [
+        record
+        for record in whole
+        if all(finite_number(record.get(key)) is not None for key in ("bytes", "seconds"))
+        and finite_number(record.get("validation_bpb", 0.0)) is not None
+    ]

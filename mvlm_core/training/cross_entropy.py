@@ -1,0 +1,103 @@
+"""Next-token loss straight from hidden states: the logits of a whole batch never exist at once."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# A block of logits that stays in a processor's last-level cache, or that is small beside a GPU's memory.
+_BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
+_LEAST_ROWS = 128  # of a block, or half of the width: the output matrix and its gradient are read once for each block
+_ALIGNMENT = 64  # rows of the output matrix in a product: kernels are slow at GPT-2's 50,257
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Both gradients are formed while a block's logits exist, so the backward pass has nothing to recompute."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, token_weights, z_loss, rows):
+        count = targets.numel()
+        vocab = weight.shape[0]
+        padded = -(-vocab // _ALIGNMENT) * _ALIGNMENT  # in the products only: weights and gradients keep their rows
+        matrix = weight.to(hidden.dtype)
+        matrix = matrix if padded == vocab else F.pad(matrix, (0, 0, 0, padded - vocab))
+        exact = torch.promote_types(hidden.dtype, torch.float32)  # sums over the vocabulary need float32 at least
+        token_weights = token_weights.to(exact)
+        nll = torch.empty(count, dtype=exact, device=hidden.device)
+        log_partition = torch.empty_like(nll)
+        wanted = any(ctx.needs_input_grad[:2])
+        grad_hidden = torch.empty_like(hidden) if wanted else None
+        grad_weight = weight.new_zeros(padded, weight.shape[1]) if wanted else None
+        # One pair of blocks for all: memory of this size, asked for anew, comes from the system page by page.
+        block = hidden.new_empty(min(rows, count), padded)
+        probability_block = torch.empty_like(block, dtype=exact)
+        for start in range(0, count, rows):
+            part = slice(start, min(start + rows, count))
+            target = targets[part, None]
+            logits = torch.mm(hidden[part], matrix.t(), out=block[: len(target)])
+            logits[:, vocab:] = -torch.inf
+            # softmax is the fastest pass over the logits; the likeliest token's probability, at least 1 / vocab, always
+            # has a logarithm, which the target's may not.
+            probabilities = torch.softmax(logits, dim=-1, dtype=exact, out=probability_block[: len(target)])
+            log_partition[part] = logits.amax(dim=1).to(exact) - probabilities.amax(dim=1).log()
+            nll[part] = log_partition[part] - logits.gather(1, target).squeeze(1)
+            if not wanted:
+                continue
+            # d/dlogits of w·(nll + z·lse²) is w·(p·(1 + 2z·lse) − onehot) = w·f·(p − onehot / f) with f = 1 + 2z·lse:
+            # what is the same along a row is put on the narrow matrices, not on the logits.
+            factor = 1 + 2 * z_loss * log_partition[part, None]
+            scale = (token_weights[part, None] / count * factor).to(hidden.dtype)
+            gradient = probabilities.scatter_add_(1, target, -1 / factor).to(hidden.dtype)
+            torch.mul(gradient @ matrix, scale, out=grad_hidden[part])
+            scaled = hidden[part] * scale
+            if scaled.dtype == grad_weight.dtype:
+                torch.addmm(grad_weight, gradient.t(), scaled, out=grad_weight)
+            else:
+                grad_weight += gradient.t() @ scaled
+        ctx.save_for_backward(grad_hidden, grad_weight[:vocab] if wanted else None)
+        ctx.mark_non_differentiable(nll)
+        loss = (token_weights * (nll + z_loss * log_partition.square())).sum() / count
+        return loss, nll
+
+    @staticmethod
+    def backward(ctx, grad_loss, _grad_nll):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss, None, None, None, None
+
+
+def rows_at_a_time(vocab: int, dim: int, device: str) -> int:
+    """How many rows of logits ``linear_cross_entropy`` has at once on this kind of device."""
+    return max(_LEAST_ROWS, dim // 2, _BLOCK_BYTES.get(device, 64 << 20) // (4 * vocab))
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor | None = None,
+    z_loss: float = 0.0,
+    block_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Weighted mean cross-entropy of ``hidden @ weight.T`` against ``targets``.
+
+    Args:
+        hidden: ``[..., dim]``; under autocast multiplied in its precision, as by any linear layer.
+        weight: ``[vocab, dim]``, the output embedding.
+        targets: ``[...]`` token numbers.
+        token_weights: ``[...]``, mean 1 over the training text; None means 1 everywhere.
+        z_loss: weight of the squared log partition function (PaLM, arXiv 2204.02311), which keeps logits from drifting.
+        block_rows: rows of logits that exist at a time; chosen for the device where not given.
+    Returns:
+        The loss (nats a token, differentiable) and each token's negative log-likelihood in nats (detached, in float32
+        at least).
+    """
+    flat, device = hidden.reshape(-1, hidden.shape[-1]), hidden.device.type
+    if torch.is_autocast_enabled(device):  # a final norm in float32 is no reason for the largest product of all to be
+        flat = flat.to(torch.get_autocast_dtype(device))
+    flat_targets = targets.reshape(-1)
+    if token_weights is None:
+        token_weights = torch.ones_like(flat_targets, dtype=torch.float32)
+    rows = block_rows or rows_at_a_time(*weight.shape, device)
+    loss, nll = _LinearCrossEntropy.apply(flat, weight, flat_targets, token_weights.reshape(-1), z_loss, rows)
+    return loss, nll.view(targets.shape)

@@ -1,0 +1,22 @@
+"""``benchmarks/latency.py``: what it times is the real thing, on a small scale."""
+
+import pytest
+
+from benchmarks.performance import latency
+
+
+@pytest.mark.parametrize("model", tuple(latency.TRAINERS))
+def test_generation_is_timed_with_and_without_the_cache(model, monkeypatch):
+    monkeypatch.setattr(latency, "NEW_TOKENS", 6)
+    built = latency.fresh(model, {"hidden_dim": 32, "vocab_size": 400, "num_layers": 2})
+    calls = []
+    built.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    for cached in (True, False):
+        latency.generate(built, cached)
+    assert calls == [1] * 6 + [1, 2, 3, 4, 5, 6], "with the cache each pass reads one token"
+
+
+def test_the_table_has_median_and_spread():
+    assert latency.row("it", [3.0, 1.0, 2.0]) == "| it | 2.00 (1.00 … 3.00) |"

@@ -1,0 +1,98 @@
+"""``benchmarks/scaling.py``: the parabola and the power law by known answers, the runs by their settings."""
+
+import math
+from collections import Counter
+
+import pytest
+
+from benchmarks.experiments import scaling
+from mvlm_core.errors import UserError
+
+
+def options_of(tmp_path, corpus, *arguments):
+    places = ["--work_dir", str(tmp_path / "runs"), "--data_dir", str(corpus)]
+    return scaling.parse_options([*places, *arguments])
+
+
+def test_the_minimum_of_a_parabola_is_found():
+    def bits(rate):
+        return 1.5 + 0.1 * (math.log(rate) - math.log(0.003)) ** 2
+
+    points = {rate: bits(rate) for rate in (0.001, 0.002, 0.004, 0.008)}
+    assert scaling.best_rate(points) == pytest.approx(0.003)
+    assert scaling.best_rate({0.001: 1.0, 0.002: 1.1, 0.004: 1.2}) == 0.001, "at an end of the grid, the end"
+
+
+def test_power_laws_are_found():
+    best = {width: 3.0 * width**-0.5 for width in (192, 320, 448)}
+    rule = scaling.fit_rule(best, {batch: 0.1 * batch**0.25 for batch in (4, 8, 16)}, {1: 0.2, 4: 0.1})
+    assert (rule.a, rule.b, rule.c, rule.d) == tuple(map(pytest.approx, (3.0, -0.5, 0.25, -0.5)))
+    assert rule(768, 128, 100) == pytest.approx(3.0 * 768**-0.5 * 16**0.25 / 10)
+    assert (scaling.fit_rule(best, {}, {8: 0.1}).c, scaling.fit_rule(best, {}, {8: 0.1}).d) == (0, 0)
+
+
+def test_the_law_of_size_and_text_is_found():
+    law = scaling.Law(floor=0.7, a=60.0, alpha=0.35, b=90.0, beta=0.4)
+    sizes = [(2e6, 1e6), (7e6, 1e6), (19e6, 1e6), (2e6, 4e6), (2e6, 8e6), (7e6, 4e6)]
+    found = scaling.fit_law([(n, size, law(n, size)) for n, size in sizes])
+    assert (found.alpha, found.beta) == (0.35, 0.4)
+    assert found(110e6, 7e8) == pytest.approx(law(110e6, 7e8), abs=1e-6)
+
+
+def test_where_size_does_not_help_the_law_says_so():
+    def bits(n, size):
+        return 0.7 + 90.0 * size**-0.4 + 0.01 * math.log(n / 2e6)
+
+    sizes = [(2e6, 1e6), (7e6, 1e6), (19e6, 1e6), (2e6, 4e6), (2e6, 8e6), (7e6, 4e6)]
+    found = scaling.fit_law([(n, size, bits(n, size)) for n, size in sizes])
+    assert found.a == 0 and found.b > 0
+    assert found(2e6, 4e6) == pytest.approx(bits(2e6, 4e6), abs=0.02)
+
+
+def test_a_search_goes_on_until_the_lowest_lies_between_worse_ones():
+    def searched(best, start=0.002):
+        points = {}
+        while new := scaling.wanted(points, start):
+            points |= {rate: abs(math.log(rate / best)) for rate in new}
+        return sorted(points)
+
+    assert searched(0.0021) == [0.001, 0.002, 0.004]
+    assert searched(0.0042) == [0.001, 0.002, 0.004, 0.008]
+    assert searched(0.0003) == [0.000125, 0.00025, 0.0005, 0.001, 0.002, 0.004]
+    assert len(searched(1e-9)) == scaling.MOST_RATES, "no search without an end"
+
+
+def test_sizes_are_what_they_say_and_settings_are_valid(tmp_path, tiny_corpus):
+    options = options_of(tmp_path, tiny_corpus)
+    for model, rate in scaling.STARTS.items():
+        folders = set()
+        for search in (*scaling.searches(model, options), *scaling.batch_searches(model, options)):
+            settings = search.runs(rate)[0].settings().check()
+            assert settings.hidden_dim // settings.num_heads == 64 and settings.max_bytes == options.max_bytes
+            assert settings.batch_size == search.batch
+            folders.add(settings.output_dir)
+            assert search.points() == {} and search.best() is None
+        (longer,) = scaling.length_searches(model, options)
+        assert longer.runs(rate)[0].settings().max_bytes == 4 * options.max_bytes
+        more = scaling.amount_runs(model, scaling.Rule(rate, 0.0), options)
+        assert [run.settings().max_bytes // options.max_bytes for run in more] == [2, 4, 8, 2, 4]
+        assert len(folders | {str(run.folder) for run in more}) == 5 + 5
+
+
+def test_little_text_is_a_few_train_books_in_all_translations_and_all_validation(tmp_path, tiny_corpus):
+    whole = scaling.load_corpus(tiny_corpus)
+    sizes = Counter()
+    for document in whole.split("train"):
+        sizes[document.book] += document.size
+    options = options_of(tmp_path, tiny_corpus, "--little_bytes", str(max(sizes.values())))
+    corpus = scaling.load_corpus(scaling.little_text(options))
+    chosen = {d.book for d in corpus.split("train")}
+    assert 0 < sum(sizes[book] for book in chosen) <= options.little_bytes < sizes.total()
+    assert {d.path for d in corpus.split("train")} == {d.path for d in whole.split("train") if d.book in chosen}
+    assert [d.path for d in corpus.split("validation")] == [d.path for d in whole.split("validation")]
+    with pytest.raises(UserError, match="--little_bytes 1: no train book"):
+        scaling.little_text(options_of(tmp_path / "other", tiny_corpus, "--little_bytes", "1"))
+    runs = scaling.repeat_runs(options)
+    assert len({run.folder for run in runs}) == len(runs) == 2 * 3 * 5
+    for run in runs:
+        run.settings().check()

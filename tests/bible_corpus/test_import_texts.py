@@ -1,0 +1,156 @@
+"""``prepare_dataset.py --add`` and ``--list``: what is taken, what is refused and why, and that scores stay honest."""
+
+import json
+
+import pytest
+
+import prepare_dataset
+from bible_corpus import import_texts as own_text
+from mvlm_core.data.corpus import load_corpus
+from mvlm_core.errors import UserError
+from tests.helpers import sample_books
+
+MARKDOWN = """---
+author: somebody
+---
+# On *mercy*
+
+Blessed are the [merciful](https://example.org): for they
+shall obtain **mercy**.
+
+- first
+- second `word`
+
+| a | b |
+| - | - |
+| c | d |
+
+```python
+print("code")
+```
+<div>html</div>
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    place = tmp_path / "my texts"
+    (place / "deep").mkdir(parents=True)
+    return place
+
+
+def add(folder, data_dir, *more):
+    return prepare_dataset.main(["--add", str(folder), "--data_dir", str(data_dir), *more])
+
+
+def test_markdown_gives_its_words_and_nothing_else():
+    assert own_text.plain_text(MARKDOWN).split("\n\n") == [
+        "On mercy", "Blessed are the merciful: for they\nshall obtain mercy.", "first", "second word", *"abcd",
+    ]  # fmt: skip
+
+
+def test_cleaning_leaves_words_and_paragraphs():
+    assert own_text.cleaned("\n\none \t\ntwo\x1b[2J\x00\n\n\n\n\nthree") == "one\ntwo[2J\n\nthree\n"
+
+
+def test_texts_are_added_with_metadata_and_are_trained_on(tiny_corpus, folder):
+    (folder / "mercy.md").write_text(MARKDOWN)
+    (folder / "deep" / "two_words.txt").write_text("A text of my own.\r\nWith two lines.\r\n")
+    (folder / ".hidden.txt").write_text("not taken")
+    assert add(folder, tiny_corpus) == 0
+    corpus = load_corpus(tiny_corpus)
+    added = {d.path: d for d in corpus.documents if d.path.startswith("added/")}
+    assert list(added) == ["added/my-texts/deep/two_words.txt", "added/my-texts/mercy.txt"]
+    assert all(d.split == "train" for d in added.values()) and not corpus.skipped
+    one = added["added/my-texts/deep/two_words.txt"]
+    assert one.read() == "A text of my own.\nWith two lines.\n"
+    assert one.metadata["title"] == "two words" and one.metadata["word_count"] == 8
+    assert one.metadata["source"] == "my texts/deep/two_words.txt" and one.metadata["sha256"] == one.sha256
+    assert added["added/my-texts/mercy.txt"].metadata["title"] == "On *mercy*"
+
+
+def test_a_text_that_is_there_already_is_not_added_again(tiny_corpus, folder):
+    (folder / "a.txt").write_text("the same words\n")
+    (folder / "b.txt").write_text("the same words \n\n\n")
+    (folder / "psalms.txt").write_text(sample_books()["psalms"])
+    found = own_text.gather(folder, load_corpus(tiny_corpus))
+    assert [text.path for text in found.texts] == ["a.txt"]
+    assert found.refused == {
+        "b.txt": "the same text as a.txt",
+        "psalms.txt": "the same text as bible/kjv/19-psalms.txt",
+    }
+
+
+def test_a_copy_of_held_out_text_is_refused_and_a_quotation_is_counted(tiny_corpus, folder):
+    ruth = sample_books()["ruth"]
+    half = ruth[: len(ruth) // 2]
+    (folder / "copy.txt").write_text("A preface of a few words.\n" + half.upper().replace(",", ""))
+    (folder / "quotation.txt").write_text("As it is written: " + " ".join(ruth.split()[:14]) + "\n")
+    found = own_text.gather(folder, load_corpus(tiny_corpus))
+    assert [(text.path, text.shared) for text in found.texts] == [("quotation.txt", 2)]
+    share = float(found.refused["copy.txt"].split()[2].rstrip("%"))
+    assert share == pytest.approx(50, abs=2) and "bible/kjv/08-ruth.txt" in found.refused["copy.txt"]
+
+
+def test_what_cannot_be_read_is_named_with_the_reason(tiny_corpus, folder, capsys):
+    (folder / "latin1.txt").write_bytes("caf\xe9 au lait".encode("latin-1"))
+    (folder / "binary.txt").write_bytes(bytes(range(256)))
+    (folder / "empty.md").write_text("---\na: b\n---\n\n")
+    (folder / "picture.png").write_bytes(b"\x89PNG")
+    (folder / "good.txt").write_text("good words\n")
+    assert add(folder, tiny_corpus, "--dry_run") == 0
+    told = capsys.readouterr().out
+    reasons = {"latin1.txt": "WINDOWS-1252", "binary.txt": "binary", "empty.md": "empty", "picture.png": "only .txt"}
+    for name, reason in reasons.items():
+        assert any(name in line and reason in line for line in told.splitlines())
+    assert "1 texts, 2 words" in told
+    assert not (tiny_corpus / "added").exists(), "a dry run writes nothing"
+
+
+def test_nothing_is_half_added(tiny_corpus, folder, monkeypatch):
+    (folder / "good.txt").write_text("good words\n")
+    monkeypatch.setattr("os.rename", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        add(folder, tiny_corpus)
+    assert not any((tiny_corpus / "added").iterdir())
+    monkeypatch.undo()
+    assert add(folder, tiny_corpus) == 0
+    with pytest.raises(UserError, match="holds nothing to add"):  # all of it is there by now
+        add(folder, tiny_corpus)
+
+
+def test_into_an_empty_folder_the_hash_of_the_path_splits(tmp_path, folder):
+    for name in ("one", "two", "three"):
+        (folder / f"{name}.txt").write_text(f"a text called {name}\n")
+    assert add(folder, tmp_path / "data") == 0
+    corpus = load_corpus(tmp_path / "data")
+    assert len(corpus.documents) == 3 and corpus.split("train") and corpus.split("validation")
+
+
+def test_wrong_calls_are_refused_in_one_message(tmp_path):
+    with pytest.raises(UserError) as caught:
+        prepare_dataset.main(["--check", "--list", "--dry_run", "--wheel_dir", str(tmp_path / "none")])
+    assert len(caught.value.problems) == 3
+    with pytest.raises(UserError, match="no such folder"):
+        add(tmp_path / "none", tmp_path / "data")
+
+
+def test_the_list_adds_up(tiny_corpus, capsys):
+    assert prepare_dataset.main(["--list", "--data_dir", str(tiny_corpus)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines[1:3]}
+    documents = load_corpus(tiny_corpus).documents
+    for name, row in rows.items():
+        own = [d for d in documents if d.translation == name]
+        assert row[0] == str(len(own)) and row[1] == f"{sum(d.metadata['word_count'] for d in own):,}"
+        assert row[3:6] == [str(sum(d.split == split for d in own)) for split in ("train", "validation", "test")]
+    weights = [float(rows[name][-1]) for name in ("kjv", "plain")]
+    assert weights[0] / weights[1] == pytest.approx(10 / 8, abs=0.02) and sum(weights) == pytest.approx(2, abs=0.02)
+
+
+def test_metadata_of_a_user_may_lack_everything(tiny_corpus, capsys):
+    (tiny_corpus / "mine.txt").write_text("three words here\n")
+    (tiny_corpus / "mine.json").write_text(json.dumps({"split": "train"}))
+    assert prepare_dataset.main(["--list", "--data_dir", str(tiny_corpus)]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(". "))
+    assert row.split()[1:3] == ["1", "3"]

@@ -1,0 +1,105 @@
+"""The data order is the step counter: batches are pure, each token comes once an epoch, every epoch differs."""
+
+import numpy as np
+import pytest
+
+from mvlm_core.data.batches import BatchSource
+from mvlm_core.data.token_store import TokenStore
+from mvlm_core.errors import UserError
+
+CONTEXT = 16
+
+
+def make_store(lengths=(100, 37, 250, 8, 90), repeats=None):
+    total = sum(lengths)
+    return TokenStore(
+        tokens=np.arange(total, dtype=np.uint16),  # each token is its own number, so it can be recognised
+        starts=np.concatenate(([0], np.cumsum(lengths))),
+        repeats=np.array(repeats or [1] * len(lengths)),
+        weights=np.linspace(0.5, 1.5, len(lengths)),
+        token_bytes=np.full(total, 3),
+        text_bytes=3 * total,
+        bytes_per_token=3.0,
+        fingerprint="x",
+    )
+
+
+def source(**changes):
+    return BatchSource(make_store(), **{"context": CONTEXT, "sequences": 4, "seed": 0, **changes})
+
+
+def test_a_batch_depends_on_seed_and_number_alone():
+    forwards = [source().batch(number) for number in range(12)]
+    one = source()
+    backwards = [one.batch(number) for number in reversed(range(12))][::-1]
+    for a, b in zip(forwards, backwards, strict=True):
+        assert np.array_equal(a.inputs, b.inputs) and np.array_equal(a.targets, b.targets)
+        assert np.array_equal(a.weights, b.weights) and a.text_bytes == b.text_bytes == 4 * CONTEXT * 3
+    assert not np.array_equal(forwards[0].inputs, source(seed=1).batch(0).inputs)
+
+
+def test_micro_batches_are_slices_of_the_batch():
+    whole, parts = source().batch(5), [source().batch(5, first, 1) for first in range(4)]
+    assert np.array_equal(whole.inputs, np.concatenate([part.inputs for part in parts]))
+    assert whole.text_bytes == sum(part.text_bytes for part in parts)
+
+
+def test_each_token_is_a_target_once_an_epoch():
+    batches = source(sequences=1)
+    seen = []
+    for epoch in range(3):
+        numbers = range(epoch * batches.sequences_per_epoch, (epoch + 1) * batches.sequences_per_epoch)
+        targets = np.concatenate([batches.batch(number).targets.ravel() for number in numbers])
+        assert len(np.unique(targets)) == len(targets)
+        assert len(batches.store.tokens) - len(targets) <= CONTEXT
+        seen.append(targets)
+    assert not np.array_equal(seen[0], seen[1]), "the order must change from epoch to epoch"
+
+
+def test_targets_follow_inputs_and_carry_their_documents_weight():
+    batches = source()
+    batch = batches.batch(3)
+    assert np.array_equal(batch.inputs[:, 1:], batch.targets[:, :-1])
+    document = np.searchsorted(batches.store.starts, batch.targets, side="right") - 1
+    np.testing.assert_allclose(batch.weights, batches.store.weights[document], rtol=1e-6)
+    inside = document[:, 1:] == document[:, :-1]
+    assert np.all((batch.targets[:, 1:] == batch.targets[:, :-1] + 1)[inside]), "documents must stay in one piece"
+
+
+def test_a_mix_reads_documents_as_often_as_it_says():
+    store = make_store(repeats=[1, 0, 2, 3, 1])
+    batches = BatchSource(store, context=CONTEXT, sequences=1, seed=0)
+    assert batches.tokens_per_epoch == 100 + 2 * 250 + 3 * 8 + 90
+    targets = np.concatenate([batches.batch(number).targets.ravel() for number in range(batches.sequences_per_epoch)])
+    times = np.bincount(targets, minlength=485)
+    wanted = np.repeat(store.repeats, np.diff(store.starts))
+    assert np.all(times <= wanted) and wanted.sum() - times.sum() <= CONTEXT
+
+
+def test_noise_replaces_inputs_by_tokens_of_the_text_and_leaves_targets_alone():
+    store = make_store(lengths=(4000,), repeats=[2])
+    clean, noisy = (BatchSource(store, context=512, sequences=8, seed=3, input_noise=n) for n in (0.0, 0.25))
+    before, after = clean.batch(1), noisy.batch(1)
+    assert np.array_equal(before.targets, after.targets) and before.text_bytes == after.text_bytes
+    assert np.mean(before.inputs != after.inputs) == pytest.approx(0.25, abs=0.03)
+    assert np.array_equal(noisy.batch(1, 2, 3).inputs, after.inputs[2:5]), "the same for any micro-batch"
+    replaced = [batch.inputs != clean.batch(n).inputs for n, batch in ((n, noisy.batch(n)) for n in (0, 1))]
+    assert not np.array_equal(*replaced), "each sequence has noise of its own"
+
+
+def test_noise_is_drawn_from_what_a_pass_reads():
+    store = make_store(repeats=[1, 0, 0, 0, 0])
+    batches = BatchSource(store, context=CONTEXT, sequences=4, seed=0, input_noise=0.9)
+    assert batches.batch(0).inputs.max() < 100, "only the first document is read, so only its tokens are drawn"
+
+
+def test_epochs_are_counted_in_sequences():
+    batches = source()
+    assert batches.sequences_per_epoch == (485 - 1) // CONTEXT == 30
+    assert batches.epoch_at(15) == pytest.approx(2.0)
+    assert batches.steps_for_epochs(2) == 15
+
+
+def test_too_little_text_is_told():
+    with pytest.raises(UserError, match="less than one --max_length"):
+        BatchSource(make_store((5, 4)), context=CONTEXT, sequences=1, seed=0)

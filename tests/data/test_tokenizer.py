@@ -1,0 +1,178 @@
+"""Both tokenizers: exact round trips of any text, special tokens only as ids, whole words from training."""
+
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mvlm_trainer
+from mvlm_core.data.corpus import load_corpus
+from mvlm_core.data.token_store import alignment_weights, build_token_store, texts
+from mvlm_core.data.tokenizer import ByteLevelBPE, cached_tokenizer
+from mvlm_core.errors import UserError
+from prioritary_mvlm import AdvancedBPETokenizer, BiblicalBPETokenizer
+
+ODD = [
+    "",
+    " ",
+    "\n\n\n",
+    "a  b\t\r\n",
+    "<eos> <bos><|endoftext|><pad>",
+    "\u2018Selah\u2019",
+    "é\u0301 🕊️ \x00\x7f",
+    "ﬁ Å",
+]
+KINDS = {"simone": AdvancedBPETokenizer, "gpt2": mvlm_trainer.tokenizer_class()}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizer(request, real_text) -> ByteLevelBPE:
+    return KINDS[request.param].train(real_text, 1000)
+
+
+def test_one_class_two_names():
+    assert BiblicalBPETokenizer is AdvancedBPETokenizer
+
+
+def test_vocabulary_has_the_size_that_was_asked_for(tokenizer):
+    assert tokenizer.vocab_size == 1000
+    special = {tokenizer.start_id} | {tokenizer.token_id(role) for role in tokenizer.SPECIAL_TOKENS}
+    assert special == ({999} if tokenizer.end_id is None else {0, 1, 2, 3})
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_odd_text_comes_back(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=80))
+def test_any_text_comes_back(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert sum(tokenizer.token_bytes()[ids]) == len(text.encode())
+
+
+def test_the_text_of_a_special_token_is_ordinary_text(tokenizer, real_text):
+    special = {tokenizer.token_id(role) for role in tokenizer.SPECIAL_TOKENS}
+    for text in tokenizer.SPECIAL_TOKENS.values():
+        assert special.isdisjoint(tokenizer.encode(f"and {text} said"))
+    assert tokenizer.decode([tokenizer.start_id, *tokenizer.encode("Amen.")]) == "Amen."
+    assert tokenizer.token_bytes()[tokenizer.start_id] == 0
+
+
+def test_saved_and_loaded_it_is_the_same(tokenizer, real_text, tmp_path):
+    tokenizer.save(tmp_path)
+    again = type(tokenizer).load(tmp_path)
+    assert again.sha256 == tokenizer.sha256
+    assert again.encode_batch(real_text) == [tokenizer.encode(text) for text in real_text]
+
+
+def test_the_exported_kind_encodes_alike(tokenizer, real_text, tmp_path):
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    exported = tokenizer.for_transformers(64)
+    assert isinstance(exported, PreTrainedTokenizerFast)
+    exported.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*real_text[:5], *ODD[1:]]:
+        ids = loaded(text, add_special_tokens=False, verbose=False).input_ids
+        assert ids == tokenizer.encode(text)
+        assert loaded.decode(ids) == text
+    assert loaded.bos_token_id == tokenizer.start_id
+
+
+def test_gpt2_original_files_are_accepted(real_text, tmp_path):
+    gpt2 = KINDS["gpt2"].train(real_text, 600)
+    gpt2.tokenizer.model.save(str(tmp_path))
+    again = KINDS["gpt2"].load(tmp_path)
+    assert again.vocab_size == 600 and again.encode(real_text[0]) == gpt2.encode(real_text[0])
+
+
+def test_what_is_no_tokenizer_is_told(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
+    with pytest.raises(UserError, match="no tokenizer that can be read"):
+        AdvancedBPETokenizer.load(tmp_path)
+    with pytest.raises(UserError, match="no tokenizer at"):
+        AdvancedBPETokenizer.load(tmp_path / "nothing")
+    with pytest.raises(UserError, match="too small"):
+        AdvancedBPETokenizer.train(["text"], 100)
+
+
+def test_a_tokenizer_of_the_other_model_is_refused(real_text, tmp_path):
+    KINDS["gpt2"].train(real_text, 600).save(tmp_path)
+    with pytest.raises(UserError, match="lacks the special tokens <pad>"):
+        AdvancedBPETokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("word", ["Jerusalem", "righteousness", "covenant"])
+def test_frequent_words_of_scripture_are_single_tokens(biblical_32k, word):
+    assert len(biblical_32k.encode(f" {word}")) == 1
+    assert len(biblical_32k.encode(f"the {word} of")) == 3
+
+
+@pytest.fixture(scope="module")
+def biblical_32k(repository, tmp_path_factory):
+    data = repository / "mvlm_training_dataset_complete"
+    if not (data / "bible" / "kjv").is_dir():
+        pytest.skip("the corpus is not built: run prepare_dataset.py")
+    corpus = load_corpus(data, only="bible/kjv")
+    return AdvancedBPETokenizer.train(text for group in texts(corpus.split("train")) for text in group)
+
+
+def test_token_store_holds_the_documents_and_is_read_again(tiny_corpus, tmp_path):
+    corpus = load_corpus(tiny_corpus)
+    train = corpus.split("train")
+    pieces = (document.read() for document in train)
+    tokenizer = cached_tokenizer(AdvancedBPETokenizer, pieces, corpus.fingerprint, 700, tmp_path, quiet=True)
+    store = build_token_store(corpus, tokenizer, tmp_path, quiet=True)
+    assert len(store.starts) == len(train) + 1 and store.text_bytes == sum(document.size for document in train)
+    for number, document in enumerate(train):
+        ids = store.tokens[store.starts[number] : store.starts[number + 1]].tolist()
+        assert (ids[0], ids[-1]) == (tokenizer.start_id, tokenizer.end_id)
+        assert tokenizer.decode(ids) == document.read()
+    assert store.token_bytes[store.tokens].sum() == store.text_bytes
+    made = (tmp_path / "tokens" / store.fingerprint / "tokens.bin").stat().st_mtime_ns
+    again = build_token_store(corpus, tokenizer, tmp_path, quiet=True)
+    assert (tmp_path / "tokens" / again.fingerprint / "tokens.bin").stat().st_mtime_ns == made
+
+    changed = train[0].file
+    changed.write_text(changed.read_text().replace("God", "god", 1))
+    assert build_token_store(load_corpus(tiny_corpus), tokenizer, tmp_path, quiet=True).fingerprint != store.fingerprint
+
+
+def test_tokens_another_run_finished_meanwhile_stay_where_they_are(tiny_corpus, tmp_path):
+    """Two runs start at once on new text: the slower one must not take away what the faster one reads."""
+    corpus = load_corpus(tiny_corpus)
+    pieces = (document.read() for document in corpus.split("train"))
+    tokenizer = cached_tokenizer(AdvancedBPETokenizer, pieces, corpus.fingerprint, 700, tmp_path, quiet=True)
+    faster = []
+    encode_batch = tokenizer.encode_batch
+
+    class Slower:
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def encode_batch(self, texts):
+            if not faster:
+                faster.append(build_token_store(corpus, tokenizer, tmp_path, quiet=True))
+                faster.append(os.stat(tmp_path / "tokens" / faster[0].fingerprint / "tokens.bin").st_ino)
+            return encode_batch(texts)
+
+    slower = build_token_store(corpus, Slower(), tmp_path, quiet=True)
+    file = tmp_path / "tokens" / slower.fingerprint / "tokens.bin"
+    assert slower.fingerprint == faster[0].fingerprint and os.stat(file).st_ino == faster[1]
+    assert (slower.tokens == faster[0].tokens).all()
+    assert [path.name for path in (tmp_path / "tokens").iterdir()] == [slower.fingerprint], "nothing is left over"
+
+
+def test_alignment_weights_have_mean_one_over_the_tokens(tiny_corpus):
+    import numpy as np
+
+    documents = load_corpus(tiny_corpus).split("train")
+    lengths = np.array([document.size for document in documents])
+    weights = alignment_weights(documents, lengths)
+    assert (weights * lengths).sum() / lengths.sum() == pytest.approx(1)
+    by_translation = {document.translation: weight for document, weight in zip(documents, weights, strict=True)}
+    assert by_translation["plain"] / by_translation["kjv"] == pytest.approx(0.8)

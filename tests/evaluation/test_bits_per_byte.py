@@ -1,0 +1,80 @@
+"""Bits per byte, checked against a scoring one could do by hand."""
+
+import math
+
+import pytest
+import torch
+
+from mvlm_core.evaluation.bits_per_byte import score_documents, windows
+from prioritary_mvlm import AdvancedBPETokenizer
+from simone_transformer import EnhancedSIMONEConfig, EnhancedSIMONEModel
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 12, 13, 40, 41])
+def test_every_token_is_scored_exactly_once(length):
+    context, ids = 8, list(range(100, 100 + length))
+    scored = []
+    for window in windows("x", ids, 0, context):
+        assert len(window.inputs) == len(window.targets) <= context
+        assert window.inputs[1:].tolist() == window.targets[:-1].tolist()
+        if window.first_new:
+            assert window.first_new >= context // 2, "a later window looks back on half a context at least"
+        scored += window.targets[window.first_new :].tolist()
+    assert scored == ids
+
+
+@pytest.fixture(scope="module")
+def small(real_text):
+    tokenizer = AdvancedBPETokenizer.train(real_text, 500)
+    torch.manual_seed(0)
+    config = EnhancedSIMONEConfig(
+        vocab_size=500, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=16
+    )
+    model = EnhancedSIMONEModel(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.normal_(std=0.5)
+    return model, tokenizer
+
+
+@torch.no_grad()
+def by_hand(model, tokenizer, text, context):
+    """One token at a time, each with the context its window gives it."""
+    ids, nats = tokenizer.encode(text), 0.0
+    sequence = [tokenizer.start_id, *ids]
+    for position in range(1, len(sequence)):
+        window = 0 if position <= context else -(-(position - context) // (context // 2))
+        begin = window * (context // 2)
+        logits = model(torch.tensor([sequence[begin:position]]), use_cache=False).logits[0, -1].double()
+        nats -= torch.log_softmax(logits, dim=-1)[sequence[position]].item()
+    return nats
+
+
+def test_equals_scoring_by_hand(small, real_text):
+    model, tokenizer = small
+    documents = [(str(number), text[: 40 + 67 * number]) for number, text in enumerate(real_text[:6])] + [("empty", "")]
+    score = score_documents(model, tokenizer.encode, documents, start_id=tokenizer.start_id, context=16, batch_size=3)
+    for key, text in documents:
+        nats, size, tokens = score.documents[key]
+        assert (size, tokens) == (len(text.encode()), len(tokenizer.encode(text)))
+        assert nats == pytest.approx(by_hand(model, tokenizer, text, 16), rel=1e-5)
+    assert score.bits_per_byte == pytest.approx(score.nats / math.log(2) / sum(len(t.encode()) for _, t in documents))
+    assert math.isnan(score.part(lambda key: key == "empty").bits_per_byte)
+
+
+def test_an_untrained_model_needs_log2_of_the_vocabulary_a_token(small, real_text):
+    model, tokenizer = small
+    with torch.no_grad():
+        weight = model.lm_head.weight.clone()
+        model.lm_head.weight.zero_()
+        score = score_documents(model, tokenizer.encode, [("a", real_text[0])], start_id=2, context=16)
+        model.lm_head.weight.copy_(weight)
+    assert score.nats / score.tokens == pytest.approx(math.log(500), rel=1e-6)
+
+
+def test_batch_size_changes_nothing(small, real_text):
+    model, tokenizer = small
+    documents = [(str(number), text) for number, text in enumerate(real_text[:4])]
+    one, many = (
+        score_documents(model, tokenizer.encode, documents, start_id=2, context=16, batch_size=size) for size in (1, 32)
+    )
+    assert one.nats == pytest.approx(many.nats, rel=1e-6)

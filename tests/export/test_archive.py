@@ -1,0 +1,315 @@
+"""Archives: reproducible, complete, and refused by name when anything about them is odd."""
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import tarfile
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mvlm_core.export import archive as packaging
+from mvlm_core.export.archive import (
+    ArchiveError,
+    check_archive,
+    extract_archive,
+    matches_export,
+    parse_manifest,
+    sha256_file,
+    verify_folder,
+    write_archive,
+)
+from tests.helpers import damaged
+
+FILES = {
+    "config.json": b'{"model_type": "gpt2"}\n',
+    "model.safetensors": bytes(range(256)) * 40,
+    "README.md": "# In the beginning — a model\n".encode(),
+    "empty.txt": b"",
+}
+
+
+def make_export(folder, files=FILES, name="mvlm_gpt2"):
+    folder.mkdir(parents=True)
+    for file, data in files.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(data)
+    digests = {file: hashlib.sha256(data).hexdigest() for file, data in files.items()}
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "name": name, "files": digests}))
+    return folder
+
+
+@pytest.fixture
+def export(tmp_path):
+    return make_export(tmp_path / "models" / "somewhere")
+
+
+@pytest.fixture
+def archive(export, tmp_path):
+    path = tmp_path / "out" / "mvlm_gpt2_model.tar.gz"
+    write_archive(export, path)
+    return path
+
+
+def members(archive):
+    with tarfile.open(archive) as tar:
+        return [(m, tar.extractfile(m).read() if m.isreg() else None) for m in tar.getmembers()]
+
+
+def repack(path, entries, tar_format=tarfile.GNU_FORMAT, tail=b""):
+    """An archive of `entries` = (TarInfo, data) as they stand, however odd."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tar_format) as tar:
+        for info, data in entries:
+            if data is not None and info.isreg():
+                info.size = len(data)
+            tar.addfile(info, io.BytesIO(data) if data is not None else None)
+    path.write_bytes(gzip.compress(buffer.getvalue() + tail, mtime=0))
+    return path
+
+
+def entry(name, data=b"x", kind=tarfile.REGTYPE, link=""):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info, data if kind in (tarfile.REGTYPE, tarfile.AREGTYPE) else None
+
+
+def test_archive_holds_exactly_the_manifest_below_one_folder(export, archive, tmp_path):
+    (export / "checkpoints").mkdir()
+    (export / "checkpoints" / "state.bin").write_bytes(b"not for the archive")
+    (export / "training_history.jsonl").write_text("{}\n")
+    write_archive(export, archive)
+    names = {m.name for m, _ in members(archive)}
+    assert names == {"mvlm_gpt2", "mvlm_gpt2/manifest.json", *(f"mvlm_gpt2/{name}" for name in FILES)}
+    assert check_archive(archive) == []
+    assert matches_export(archive, export)
+    top = extract_archive(archive, tmp_path / "elsewhere")
+    assert top == tmp_path / "elsewhere" / "mvlm_gpt2"
+    assert verify_folder(top) == []
+    assert {p.name: p.read_bytes() for p in top.iterdir() if p.name != "manifest.json"} == FILES
+    assert [p.name for p in (tmp_path / "elsewhere").iterdir()] == ["mvlm_gpt2"]
+    with pytest.raises(ArchiveError, match="already there"):
+        extract_archive(archive, tmp_path / "elsewhere")
+
+
+def test_equal_models_give_equal_bytes(export, tmp_path):
+    first = write_archive(export, tmp_path / "a.tar.gz")
+    for path in export.iterdir():
+        os.utime(path, (1, 1))
+        path.chmod(0o600)
+    other = make_export(tmp_path / "b" / "other", dict(reversed(FILES.items())))
+    (other / "manifest.json").write_bytes((export / "manifest.json").read_bytes())
+    assert write_archive(other, tmp_path / "renamed.tar.gz") == first == sha256_file(tmp_path / "a.tar.gz")
+    assert (tmp_path / "a.tar.gz").read_bytes() == (tmp_path / "renamed.tar.gz").read_bytes()
+
+
+def test_other_readers_open_it(archive):
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
+            assert member.mode == (0o755 if member.isdir() else 0o644)
+
+
+def test_nested_files_survive(tmp_path):
+    export = make_export(tmp_path / "e", {"a/b/c.json": b"{}", "a/d.json": b"1"})
+    write_archive(export, tmp_path / "x.tar.gz")
+    assert check_archive(tmp_path / "x.tar.gz") == []
+    assert (extract_archive(tmp_path / "x.tar.gz", tmp_path / "o") / "a" / "b" / "c.json").read_bytes() == b"{}"
+
+
+def test_damaged_export_is_not_packed_and_the_old_archive_stays(export, archive, monkeypatch):
+    before = archive.read_bytes()
+    (export / "config.json").write_text("changed")
+    assert [p for p in verify_folder(export) if "config.json" in p and "SHA-256" in p]
+    with pytest.raises(ArchiveError, match="config.json"):
+        write_archive(export, archive)
+    monkeypatch.setattr(packaging, "verify_folder", lambda folder: [])  # changed between the check and the read
+    with pytest.raises(ArchiveError, match="config.json"):
+        write_archive(export, archive)
+    assert archive.read_bytes() == before
+    assert [p.name for p in archive.parent.iterdir()] == [archive.name]
+
+
+def test_verify_folder_names_each_fault(export, tmp_path):
+    (export / "README.md").unlink()
+    (export / "config.json").unlink()
+    (export / "config.json").symlink_to(tmp_path)
+    problems = "\n".join(verify_folder(export))
+    assert "README.md: missing" in problems and "config.json: a symbolic link" in problems
+    (export / "manifest.json").unlink()
+    assert "no manifest" in verify_folder(export)[0]
+    assert verify_folder(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "extra, reason",
+    [
+        (entry("mvlm_gpt2/config.json"), "twice"),
+        (entry("mvlm_gpt2/CONFIG.json"), "capital letters"),
+        (entry("mvlm_gpt2/extra.json"), "not in the manifest"),
+        (entry("mvlm_gpt2/../../evil"), "'..'"),
+        (entry("../evil"), "'..'"),
+        (entry("/etc/passwd"), "absolute"),
+        (entry("mvlm_gpt2\\evil"), "backslash"),
+        (entry("C:evil"), "drive"),
+        (entry("mvlm_gpt2/aux.json"), "plain letters"),
+        (entry("mvlm_gpt2/x\n.json"), "plain letters"),
+        (entry("mvlm_gpt2/x."), "plain letters"),
+        (entry("mvlm_gpt2/.hidden"), "plain letters"),
+        (entry("mvlm_gpt2//x"), "plain letters"),
+        (entry("mvlm_gpt2/x", kind=tarfile.SYMTYPE, link="/etc/passwd"), "symbolic link"),
+        (entry("mvlm_gpt2/x", kind=tarfile.LNKTYPE, link="mvlm_gpt2/config.json"), "hard link"),
+        (entry("mvlm_gpt2/x", kind=tarfile.FIFOTYPE), "named pipe"),
+        (entry("mvlm_gpt2/x", kind=tarfile.CHRTYPE), "character device"),
+        (entry("mvlm_gpt2/x", kind=tarfile.BLKTYPE), "block device"),
+        (entry("mvlm_gpt2/x", kind=tarfile.CONTTYPE), "contiguous"),
+        (entry("mvlm_gpt2/x", kind=b"S"), "sparse"),
+        (entry("mvlm_gpt2/x", kind=b"?"), "unknown kind"),
+        (entry("other", kind=tarfile.DIRTYPE), "folder without files"),
+        (entry("mvlm_gpt2/" + "y" * 150), "long name"),
+    ],
+)
+def test_odd_entries_are_named_and_nothing_is_written(archive, tmp_path, extra, reason):
+    repack(archive, [*members(archive), extra])
+    problems = check_archive(archive)
+    assert any(reason in problem for problem in problems), problems
+    assert all(problem.startswith(archive.name) for problem in problems)
+    with pytest.raises(ArchiveError):
+        extract_archive(archive, tmp_path / "elsewhere")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_pax_path_cannot_rename_an_entry(archive):
+    odd, data = entry("mvlm_gpt2/extra.json")
+    odd.pax_headers = {"path": "../../evil"}
+    repack(archive, [*members(archive), (odd, data)], tarfile.PAX_FORMAT)
+    assert any("PAX" in problem for problem in check_archive(archive))
+
+
+def test_setuid_bits_are_refused(archive):
+    entries = members(archive)
+    entries[-1][0].mode = 0o4755
+    assert any("set-uid" in p for p in check_archive(repack(archive, entries)))
+
+
+def test_missing_and_changed_files(archive):
+    entries = members(archive)
+    repack(archive, [e for e in entries if not e[0].name.endswith("config.json")])
+    assert any("config.json: in the manifest but not" in p for p in check_archive(archive))
+    repack(archive, [(m, b"changed" if m.name.endswith("README.md") else d) for m, d in entries])
+    assert any("README.md: SHA-256" in p for p in check_archive(archive))
+    repack(archive, [e for e in entries if not e[0].name.endswith("manifest.json")])
+    assert any("no manifest.json" in p for p in check_archive(archive))
+
+
+def test_bomb_stops_early(archive, monkeypatch):
+    monkeypatch.setattr(packaging, "SIZE_ALLOWANCE", 1 << 20)
+    repack(archive, [*members(archive), entry("mvlm_gpt2/zeros", bytes(64 << 20))])
+    assert any("bomb" in p for p in check_archive(archive))
+    archive.write_bytes(gzip.compress(bytes(64 << 20)))  # nothing but end marks
+    assert any("bomb" in p for p in check_archive(archive))
+
+
+def test_data_after_the_end_is_refused(archive):
+    entries = members(archive)
+    assert any("after the end" in p for p in check_archive(repack(archive, entries, tail=b"evil")))
+    repack(archive, entries)
+    archive.write_bytes(archive.read_bytes() + b"evil")
+    assert any("damaged" in p for p in check_archive(archive))
+
+
+def test_no_archive_at_all(tmp_path):
+    assert check_archive(tmp_path) and check_archive(tmp_path / "none.tar.gz")
+    for data in (b"", b"\x1f\x8b", b"PK\x03\x04", gzip.compress(b""), gzip.compress(b"x" * 512)):
+        (tmp_path / "bad.tar.gz").write_bytes(data)
+        assert check_archive(tmp_path / "bad.tar.gz")
+        with pytest.raises(ArchiveError):
+            extract_archive(tmp_path / "bad.tar.gz", tmp_path / "o")
+
+
+def test_archive_changed_between_check_and_extraction(archive, tmp_path, monkeypatch):
+    real, calls = packaging._scan, []
+
+    def scan(path, sink=None):
+        calls.append(path)
+        if len(calls) == 2:
+            repack(path, [(m, b"changed" if m.name.endswith("README.md") else d) for m, d in members(path)])
+        return real(path, sink)
+
+    monkeypatch.setattr(packaging, "_scan", scan)
+    with pytest.raises(ArchiveError, match="README.md"):
+        extract_archive(archive, tmp_path / "o")
+    assert list((tmp_path / "o").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"format": 1}',
+        b'{"format": 1' + b"1" * 5000 + b"}",
+        b'{"format": 1, "name": "../x", "files": {"a": "0"}}',
+        b'{"format": 1, "name": "m", "files": {"a": 3}}',
+        b'{"format": 1, "name": "m", "name": "n", "files": {}}',
+        b'{"format": 1, "name": "m", "files": {"manifest.json": "0"}}',
+        json.dumps({"format": 1, "name": "m", "files": {"../a": "0" * 64}}).encode(),
+        json.dumps({"format": 1, "name": "m", "files": {"a": "0" * 64, "A": "0" * 64}}).encode(),
+        json.dumps({"format": 1, "name": "m", "files": {"a": "0" * 64, "a/b": "0" * 64}}).encode(),
+        b" " * (packaging.MANIFEST_LIMIT + 1),
+    ],
+)
+def test_bad_manifests(data):
+    with pytest.raises(ArchiveError, match="manifest.json"):
+        parse_manifest(data)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32), inside=st.booleans())
+def test_changed_bytes_never_pass_and_never_crash(archive, tmp_path, seed, inside):
+    """Flip, cut or insert somewhere, packed or unpacked: problems or the same content, no traceback."""
+    whole = archive.read_bytes()
+    data = damaged(gzip.decompress(whole) if inside else whole, seed, zeros=512)
+    broken = tmp_path / "broken.tar.gz"
+    broken.write_bytes(gzip.compress(data, mtime=0) if inside else data)
+    problems = check_archive(broken)
+    out = tmp_path / f"o{seed}{inside}"
+    if problems:
+        with pytest.raises(ArchiveError):
+            extract_archive(broken, out)
+        assert not out.exists()
+    else:  # only bytes that carry no content (gzip's time, a header's owner, padding) may differ unnoticed
+        top = extract_archive(broken, out)
+        assert {p.name: p.read_bytes() for p in top.iterdir() if p.name != "manifest.json"} == FILES
+        packaging.shutil.rmtree(out)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.binary(max_size=3000), packed=st.booleans())
+def test_any_bytes_are_refused_with_a_reason(tmp_path, data, packed):
+    path = tmp_path / "any.tar.gz"
+    path.write_bytes(gzip.compress(data) if packed else data)
+    assert check_archive(path)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.sampled_from(["format", "name", "files", "a", "../b", "A"]), inner, max_size=4)
+        ),
+        max_leaves=8,
+    )
+)
+def test_any_json_manifest(value):
+    with pytest.raises(ArchiveError):
+        parse_manifest(json.dumps(value).encode())

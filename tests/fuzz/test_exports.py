@@ -1,0 +1,316 @@
+"""Exports that somebody changed or made up: about 800 of them. Every change is a failed check that names the file,
+and no code of theirs is ever run: theirs would write a marker file."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import validate_models
+from mvlm_core.errors import UserError
+from mvlm_core.export import validation as export_checks
+from mvlm_core.export.file_checks import EXPECTED_FILES, Checks, check_files
+from mvlm_core.export.folder import read_training_config
+from mvlm_core.run_layout import training_config, training_history
+from tests.helpers import (
+    ANY_JSON,
+    BROKEN_JSON,
+    cases,
+    damaged,
+    raises_only,
+    with_a_value_replaced,
+    within,
+)
+from tests.test_validate_models import seal, staged  # noqa: F401  a fixture
+
+SOURCES = validate_models.MODELLING_SOURCES
+JSON_FILES = [name for name in EXPECTED_FILES if name.endswith(".json")]
+
+
+@pytest.fixture(scope="module")
+def whole(staged, tmp_path_factory):  # noqa: F811
+    """A finished export; tests work on copies of it."""
+    source, parameters, vocabulary = staged
+    folder = tmp_path_factory.mktemp("whole") / "mvlm_gpt2"
+    shutil.copytree(source, folder)
+    (folder / "README.md").write_text("a card\n")
+    config = {
+        "model": "mvlm_gpt2",
+        "preset": "smoke",
+        "settings": {"validation_split": 0.05, "seed": 1},
+        "identity": {"--seed": 1},
+        "hardware": {"device": "cpu", "name": "x"},
+        "data": {"fingerprint": "0", "only": None, "train_documents": 3},
+        "tokenizer": {"vocab_size": vocabulary},
+        "results": {"parameters": parameters, "steps": 3, "bytes": 10, "tokens": 5, "test_bpb": 3.0},
+    }
+    (folder / "training_config.json").write_text(json.dumps(config))
+    seal(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole_with_code(whole, tmp_path_factory):
+    """An export of model 2, which brings its modelling files along."""
+    from simone_transformer import EnhancedSIMONEConfig, EnhancedSIMONEModel
+
+    folder = tmp_path_factory.mktemp("whole") / "simone_enhanced"
+    shutil.copytree(whole, folder)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}
+    EnhancedSIMONEModel(EnhancedSIMONEConfig(vocab_size=400, **sizes)).save_pretrained(folder)
+    seal(folder)
+    return folder
+
+
+@pytest.fixture
+def export(whole, tmp_path):
+    folder = tmp_path / "models" / "mvlm_gpt2"
+    shutil.copytree(whole, folder)
+    return folder
+
+
+def failed(folder):
+    """Failed checks of the files by name, with their details, none of which may harm a terminal or a report."""
+    checks = Checks()
+    with within(20):
+        check_files(folder, checks, SOURCES)
+    for check in checks:
+        assert check.detail and check.detail.replace("\n", "").isprintable() and len(check.detail) < 5000
+    return {check.name: check.detail for check in checks if not check.passed}
+
+
+def test_the_exports_are_good_as_they_are(whole, whole_with_code):
+    """2 cases: so that what is refused below is refused for the change."""
+    assert failed(whole) == failed(whole_with_code) == {}
+    assert {path.name for path in whole_with_code.glob("*.py")} < {path.name for path in SOURCES.glob("*.py")}
+
+
+@cases(200)
+@given(name=st.sampled_from([*EXPECTED_FILES, "manifest.json"]), seed=st.integers(0, 2**40), bit=st.booleans())
+def test_any_changed_byte(whole, export, name, seed, bit):
+    """200 cases: one bit, or more, in any file: a failed check that names it."""
+    before = (whole / name).read_bytes()
+    after = bytearray(before) if bit else damaged(before, seed)
+    if bit:
+        after[seed % len(after)] ^= 1 << seed % 8
+    (export / name).write_bytes(after)
+    found = failed(export)
+    (export / name).write_bytes(before)
+    if name == "manifest.json":
+        assert after == before or found or json.loads(after) == json.loads(before)
+    else:
+        assert after == before or name in found["hashes"]
+
+
+@cases(300)
+@given(
+    name=st.sampled_from(JSON_FILES),
+    seed=st.integers(0, 2**40),
+    value=ANY_JSON,
+    deep=st.booleans(),
+    sealed=st.booleans(),
+)
+def test_any_json_in_any_file(whole, export, name, seed, value, deep, sealed):
+    """300 cases: other JSON, or a value replaced in it, with and without a manifest that agrees."""
+    before = (whole / name).read_bytes()
+    (export / name).write_text(json.dumps(with_a_value_replaced(json.loads(before), seed, value) if deep else value))
+    if sealed:
+        seal(export)
+    found = failed(export)
+    assert sealed or name in found["hashes"] or (export / name).read_bytes() == before
+    right = list if name == "training_history.json" else dict
+    assert deep or isinstance(value, right) or f"{name}: no JSON" in found["readable"]
+    shutil.copy(whole / name, export / name)
+    shutil.copy(whole / "manifest.json", export / "manifest.json")
+
+
+@pytest.mark.parametrize("kind", BROKEN_JSON)
+@pytest.mark.parametrize("name", [*JSON_FILES, "model.safetensors", "manifest.json"])
+def test_broken_files(export, name, kind):
+    """168 cases: what is no JSON object, in every file, under a manifest that agrees."""
+    (export / name).write_bytes(BROKEN_JSON[kind])
+    if name != "manifest.json":
+        seal(export)
+    found = failed(export)
+    history_is_a_list = name == "training_history.json" and kind in ("list", "deep and closed")
+    assert history_is_a_list or name in found.get("readable", "") or name in found.get("manifest", "")
+
+
+@pytest.mark.parametrize("name", [*EXPECTED_FILES, "manifest.json", "extra"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link", "link out", "missing"])
+def test_no_ordinary_file(export, name, kind):
+    """55 cases: pipes, folders and links in the place of a file, and beside the files. None is waited for."""
+    original = export.parent / "original"
+    if name == "extra":
+        (export / name).write_text("x")
+    (export / name).rename(original)
+    match kind:
+        case "pipe":
+            os.mkfifo(export / name)
+        case "folder":
+            (export / name).mkdir()
+        case "link":
+            (export / name).symlink_to(original)
+        case "link out":
+            (export / name).symlink_to("/dev/zero")
+    found = failed(export)
+    assert any(name in detail for detail in found.values()) or (name, kind) == ("extra", "missing")
+    with within(10):
+        raises_only(
+            UserError, lambda: (read_training_config(export), training_config(export), training_history(export))
+        )
+
+
+# -- code ----------------------------------------------------------------------------------------------------
+
+
+class Harm:
+    """A pickle that writes the marker when it is loaded."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def harmful_code(marker):
+    return f"import os\nos.mkdir({str(marker)!r})\n".encode()
+
+
+def set_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def torch_file(marker, zipped):
+    import io
+
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save({"w": Harm(marker)}, buffer, _use_new_zipfile_serialization=zipped)
+    return buffer.getvalue()
+
+
+def add_auto_map(file, **targets):
+    return lambda folder, marker: (
+        set_json(folder / file, auto_map=targets),
+        (folder / "evil.py").write_bytes(harmful_code(marker)),
+    )
+
+
+def change_code(name, change):
+    return lambda folder, marker: (folder / name).write_bytes(change((folder / name).read_bytes(), marker))
+
+
+def put(name, data):
+    def change(folder, marker):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data(marker))
+
+    return change
+
+
+def put_json(name, **values):
+    return lambda folder, marker: set_json(folder / name, **values)
+
+
+LEGACY, ZIPPED = (lambda marker: torch_file(marker, False)), (lambda marker: torch_file(marker, True))
+PICKLED = [lambda marker, n=n: pickle.dumps(Harm(marker), n) for n in range(6)]
+REMOTE = "someone/elses--modeling.Model"
+NESTED = {"x": [{"auto_map": {"A": REMOTE}}]}
+ATTACKS = {
+    # what is changed in the export, the check that fails, the words in it
+    "weights as pickle": (put("pytorch_model.bin", ZIPPED), "no pickle", "pytorch_model.bin"),
+    "old weights as pickle": (put("pytorch_model.bin", LEGACY), "no pickle", "pytorch_model.bin"),
+    "renamed zip": (put("model.safetensors", ZIPPED), "no pickle", "model.safetensors"),
+    "renamed legacy": (put("model.safetensors", LEGACY), "no pickle", "model.safetensors"),
+    "renamed text pickle": (put("model.safetensors", PICKLED[0]), "readable", "model.safetensors"),
+    "old binary pickle": (put("model.safetensors", PICKLED[1]), "readable", "model.safetensors"),
+    "pickle as tokenizer": (put("tokenizer.json", PICKLED[4]), "no pickle", "tokenizer.json"),
+    "pickle as picture": (put("training_plots.png", PICKLED[5]), "no pickle", "training_plots.png"),
+    "pickle as card": (put("README.md", PICKLED[2]), "no pickle", "README.md"),
+    "optimizer state": (put("optimizer.pkl", PICKLED[3]), "no pickle", "optimizer.pkl"),
+    "training arguments": (put("training_args.bin", PICKLED[3]), "no pickle", "training_args.bin"),
+    "capital suffix": (put("WEIGHTS.PT", PICKLED[3]), "no pickle", "WEIGHTS.PT"),
+    "own auto_map": (add_auto_map("config.json", AutoModelForCausalLM="evil.Model"), "own code", "evil.py"),
+    "own configuration": (add_auto_map("config.json", AutoConfig="evil.Config"), "own code", "evil.py"),
+    "own tokenizer": (add_auto_map("config.json", AutoTokenizer=["evil.A", None]), "own code", "evil.py"),
+    "own tokenizer class": (add_auto_map("tokenizer_config.json", A=["evil.A", None]), "no extra files", "evil.py"),
+    "remote": (add_auto_map("config.json", AutoModelForCausalLM=REMOTE), "no remote code", REMOTE),
+    "remote tokenizer": (add_auto_map("tokenizer_config.json", AutoTokenizer=[None, REMOTE]), "no remote code", REMOTE),
+    "remote, nested": (put_json("config.json", text_config=NESTED), "no remote code", REMOTE),
+    "remote generation": (add_auto_map("generation_config.json", A=REMOTE), "no remote code", REMOTE),
+    "remote kernel": (put_json("config.json", attn_implementation="a/kernel"), "no remote code", "a/kernel"),
+    "absolute target": (add_auto_map("config.json", AutoConfig="/tmp/evil.Config"), "no remote code", "/tmp/evil"),
+    "parent target": (add_auto_map("config.json", AutoConfig="../evil.Config"), "no remote code", "../evil"),
+    "custom generate": (put("custom_generate/generate.py", harmful_code), "no extra files", "custom_generate"),
+    "package": (put("__init__.py", harmful_code), "no extra files", "__init__.py"),
+    "path file": (put("evil.pth", lambda marker: b"import os; os.mkdir('x')"), "no pickle", "evil.pth"),
+    "site": (put("sitecustomize.py", harmful_code), "no extra files", "sitecustomize.py"),
+    "torch": (put("torch.py", harmful_code), "no extra files", "torch.py"),
+    "adapter": (put("adapter_config.json", lambda marker: b"{}"), "no extra files", "adapter_config.json"),
+    "template": (put("chat_template.jinja", lambda marker: b"{{ x }}"), "no extra files", "chat_template.jinja"),
+    "shards": (put("model.safetensors.index.json", lambda marker: b"{}"), "no extra files", "index.json"),
+}  # fmt: skip
+CODE_ATTACKS = {
+    "code behind": change_code("enhanced_model.py", lambda data, marker: data + harmful_code(marker)),
+    "code in front": change_code("rope_attention.py", lambda data, marker: harmful_code(marker) + data),
+    "one blank": change_code("modern_layers.py", lambda data, marker: data + b" "),
+    "empty": change_code("modern_layers.py", lambda data, marker: b""),
+    "other code": change_code("enhanced_model.py", lambda data, marker: harmful_code(marker)),
+    "other module": change_code("enhanced_model.py", lambda data, marker: b"from .evil import x\n" + data),
+    "endless nesting": change_code("rope_attention.py", lambda data, marker: b"x = " + b"(" * 100_000),
+    "missing": lambda folder, marker: (folder / "rope_attention.py").unlink(),
+    "pipe": lambda folder, marker: ((folder / "rope_attention.py").unlink(), os.mkfifo(folder / "rope_attention.py")),
+}
+
+
+def validate(folder, data_dir, capsys):
+    """Run the validator as a user would and return its failed checks by name."""
+    work = folder.parent.parent
+    with within(60):
+        code = validate_models.main([str(folder), "--quick", "--work_dir", str(work), "--data_dir", str(data_dir)])
+    report = json.loads((work / "models" / "validation_report.json").read_text())
+    found = {c["name"]: c["detail"] for m in report["models"].values() for c in m["checks"] if not c["passed"]}
+    said = capsys.readouterr().out
+    assert code == (1 if found else 0) and all(name in said for name in found) and "Traceback" not in said
+    return found
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "unlisted"])
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_no_code_is_run(export, tmp_path, tiny_corpus, capsys, handlers, attack, listed):
+    """62 cases: pickles, own and remote code, with and without a manifest that agrees: named, and nothing is loaded."""
+    change, check, words = ATTACKS[attack]
+    marker = tmp_path / "marker"
+    change(export, marker)
+    if listed:
+        seal(export)
+        manifest = json.loads((export / "manifest.json").read_text())
+        for path in export.glob("*/*.py"):
+            manifest["files"][str(path.relative_to(export))] = export_checks.sha256_file(path)
+        (export / "manifest.json").write_text(json.dumps(manifest))
+    found = validate(export, tiny_corpus, capsys)
+    assert words in found[check], found
+    assert "not tried" in found["loads elsewhere, offline, by itself"] and not marker.exists()
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "unlisted"])
+@pytest.mark.parametrize("attack", CODE_ATTACKS)
+def test_changed_modelling_files_are_not_run(whole_with_code, tmp_path, tiny_corpus, capsys, handlers, attack, listed):
+    """18 cases: the modelling files of model 2, changed: only the repository's own are run, to the byte."""
+    folder = tmp_path / "models" / "simone_enhanced"
+    shutil.copytree(whole_with_code, folder)
+    CODE_ATTACKS[attack](folder, tmp_path / "marker")
+    if listed:
+        seal(folder)
+    found = validate(folder, tiny_corpus, capsys)
+    assert ".py: " in found["own code"], found
+    assert "not tried" in found["loads elsewhere, offline, by itself"] and not (tmp_path / "marker").exists()

@@ -1,0 +1,184 @@
+"""Configurations and records that say anything, in an export whose manifest agrees: about 750 of them, through every
+reader that there is."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import validate_models
+from mvlm_core.errors import UserError
+from mvlm_core.export import load_probe
+from mvlm_core.export import validation as export_checks
+from mvlm_core.export.archive import read_checksums
+from mvlm_core.export.file_checks import EXPECTED_FILES, Checks
+from mvlm_core.export.folder import read_training_config, remove_export
+from mvlm_core.pipeline import comparison
+from mvlm_core.pipeline.stages import Summary, take_results
+from mvlm_core.run_layout import Layout, training_history
+from tests.fuzz.test_exports import export, set_json, whole  # noqa: F401  fixtures
+from tests.helpers import ANY_JSON, ANY_TEXT, HUGE, SCALARS, cases, raises_only, with_a_value_replaced, within
+from tests.test_validate_models import seal, staged  # noqa: F401  a fixture
+
+# ruff: noqa: F811  the fixtures' names are those of the arguments
+CONFIG_KEYS = ["n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "activation_function", "model_type"]
+CONFIG_KEYS += ["layer_norm_epsilon", "dtype"]
+NAMES = ["..", "../other", "/", ".", "", "run.lock", "a/b", "config.json"]
+
+
+@pytest.mark.parametrize("key", CONFIG_KEYS)
+@pytest.mark.parametrize("value", [None, "x", -1, 0, 7, [], {}, True, 1.5], ids=ascii)
+def test_configurations_that_do_not_fit(export, key, value):
+    """81 cases: wrong values in config.json, loaded as the validator's own process does it: a sentence, or a model."""
+    set_json(export / "config.json", **{key: value})
+    request = {"prompts": ["In the"], "texts": ["a b"], "specials": ["<eos>"]}
+    logging.disable(logging.ERROR)
+    try:
+        with within(30):
+            found, message = raises_only(load_probe.Unusable, lambda: load_probe.probe(str(export), request))
+    finally:
+        logging.disable(logging.NOTSET)
+    assert found or "config.json" in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "file, values, reason",
+    [
+        ("config.json", {"n_layer": 10**9}, "not done after"),
+        ("config.json", {"n_embd": 10**15}, "config.json"),
+        ("tokenizer_config.json", {"tokenizer_class": "NoSuchTokenizer", "bos_token": 5}, "tokenizer"),
+    ],
+    ids=["endless layers", "endless width", "no such tokenizer"],
+)
+def test_a_process_that_cannot_load_ends_with_a_reason(export, monkeypatch, file, values, reason):
+    """3 cases in processes of their own: endless layers, endless memory, a tokenizer that there is not."""
+    if reason == "not done after":  # the others end by themselves, however busy the machine is
+        monkeypatch.setattr(export_checks, "LOADING_SECONDS", 6)
+    set_json(export / file, **values)
+    checks = Checks()
+    with within(200):
+        export_checks.check_loading(export, {"files": dict.fromkeys(EXPECTED_FILES)}, [], checks)
+    (check,) = checks
+    assert not check.passed and reason in check.detail and "Traceback" not in check.detail, check.detail
+
+
+@pytest.fixture(scope="module")
+def answer(whole):
+    """What the loading process says of the good export."""
+    request = {"prompts": ["In the"], "texts": ["a b"], "specials": ["<eos>"]}
+    return load_probe.probe(str(whole), request)
+
+
+@cases(200)
+@given(seed=st.integers(0, 2**40), value=ANY_JSON, deep=st.booleans())
+def test_any_training_config(whole, export, answer, seed, value, deep):
+    """200 cases: training_config.json of any kind, under a manifest that agrees, through every reader of it."""
+    config = json.loads((whole / "training_config.json").read_text())
+    config = with_a_value_replaced(config, seed, value) if deep else value
+    (export / "training_config.json").write_text(json.dumps(config))
+    seal(export)
+    found = config if isinstance(config, dict) else {}
+    checks = Checks()
+    export_checks._check_weights(answer["weights"], found, checks)
+    export_checks._check_tokenizer(answer["tokenizer"], answer["weights"]["rows"], found, checks)
+    json.dumps([check.detail for check in checks], ensure_ascii=False).encode()
+    choice, message = raises_only(UserError, lambda: export_checks.corpus_choice(export / "training_config.json"))
+    assert choice or "training_config.json" in message
+    known = read_training_config(export)
+    assert known is None or isinstance(known["identity"], dict) and isinstance(known["results"], dict)
+    layout = Layout(export.parent.parent)
+    layout.downloads.mkdir(exist_ok=True)
+    summary = Summary(layout, ["mvlm_gpt2"], preset="smoke", device="cpu")
+    take_results("mvlm_gpt2", layout, summary)
+    summary.close()
+    assert comparison.table(comparison.compare(summary.models, ["mvlm_gpt2"], {}), ["mvlm_gpt2"])
+
+
+ENTRY = {"status": "finished", "parameters": 1, "bytes": 2, "tokens": 3, "test_bpb": 2.0, "archive": "x"}
+
+
+@cases(150)
+@given(
+    seed=st.integers(0, 2**40),
+    value=ANY_JSON,
+    deep=st.booleans(),
+    name=st.sampled_from(["mvlm_gpt2", "../x", "a/b"]) | ANY_TEXT,
+)
+def test_any_training_summary(export, seed, value, deep, name):
+    """150 cases: training_summary.json of any kind, through every reader of it."""
+    layout = Layout(export.parent.parent)
+    value = with_a_value_replaced({"models": {name: ENTRY}}, seed, value) if deep else value
+    layout.summary.write_text(json.dumps(value))
+    options = validate_models.parse(["--quick", "--work_dir", str(layout.root)])
+    folders, message = raises_only(UserError, lambda: validate_models.wanted_folders(options, layout))
+    assert (
+        folders is None
+        and "training_summary.json" in message
+        or all(f.parent == layout.models for f in folders.values())
+    )
+    layout.downloads.mkdir(exist_ok=True)
+    summary = Summary(layout, ["simone_enhanced"], preset="smoke", device="cpu")
+    assert comparison.table(comparison.compare(summary.models, summary.finished(), {}), summary.finished())
+    summary.close()
+
+
+@cases(100)
+@given(seed=st.integers(0, 2**40), value=ANY_JSON, deep=st.booleans())
+def test_any_training_history(export, tmp_path, seed, value, deep):
+    """100 cases: training_history.json of any kind: what can be plotted is."""
+    history = [{"step": n, "bytes": n, "seconds": 0.1, "train_loss": 6.0, "validation_bpb": 2.0} for n in range(3)]
+    (export / "training_history.json").write_text(
+        json.dumps(with_a_value_replaced(history, seed, value) if deep else value)
+    )
+    for record in training_history(export):
+        assert all(abs(record[key]) < 1e18 for key in ("bytes", "seconds"))
+        assert abs(record.get("validation_bpb", 0)) < 1e18
+
+
+@cases(150)
+@given(
+    files=st.dictionaries(st.sampled_from(NAMES) | ANY_TEXT, SCALARS),
+    value=ANY_JSON,
+    whole_manifest=st.booleans(),
+)
+def test_an_export_is_removed_and_nothing_else(export, files, value, whole_manifest):
+    """150 cases: manifests that name what lies outside, the lock or a folder: only listed files of the export go."""
+    bystanders = [export.parent / "other", export / "run.lock", export / "checkpoints" / "x"]
+    for path in bystanders:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    files = {name: "0" * 64 if isinstance(value, str) else value for name, value in files.items()}
+    (export / "manifest.json").write_text(
+        json.dumps({"format": 1, "name": "m", "files": files} if whole_manifest else value)
+    )
+    remove_export(export)
+    assert all(path.read_text() == "mine" for path in bystanders) and not (export / "manifest.json").exists()
+
+
+def test_a_manifest_that_lists_the_lock_and_folders(export):
+    """1 case: a manifest in good form that lists what belongs to a run: only the export's own file goes."""
+    (export / "run.lock").write_text("mine")
+    (export / "checkpoints").mkdir()
+    files = dict.fromkeys(["run.lock", "checkpoints", "config.json"], "0" * 64)
+    (export / "manifest.json").write_text(json.dumps({"format": 1, "name": "m", "files": files}))
+    remove_export(export)
+    assert (export / "run.lock").read_text() == "mine" and (export / "checkpoints").is_dir()
+    assert not (export / "config.json").exists() and (export / "tokenizer.json").exists()
+
+
+@cases(60)
+@given(data=st.binary(max_size=300) | st.binary(max_size=20).map(lambda b: b"0" * 64 + b"  " + b + b"\n"))
+def test_any_checksums(tmp_path, data):
+    """60 cases: SHA256SUMS of any bytes."""
+    (tmp_path / "SHA256SUMS").write_bytes(data)
+    assert all(len(digest) == 64 for digest in read_checksums(tmp_path / "SHA256SUMS").values())
+
+
+@pytest.mark.parametrize("said", [None, "3.0", HUGE, -HUGE, float("nan"), float("inf"), True, [], {}, 3, 3.01])
+def test_scores_that_are_none(said):
+    """11 cases: what training_config.json may say of a score: no overflow, and not taken for the one that was found."""
+    assert not export_checks.same_score(said, 3.0, 1e-3) and export_checks.same_score(3.0, 3.0, 1e-3)

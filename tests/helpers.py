@@ -1,0 +1,278 @@
+"""What the tests share: a tiny real corpus, tiny real runs, and hostile input."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+import mvlm_trainer
+from mvlm_core.hardware import choose_hardware
+from mvlm_core.signals import StopRequest
+from mvlm_core.training.distributed import ALONE, Ranks
+from mvlm_core.training.loop import TrainingLoop
+from mvlm_core.training.run import batch_source, build_task, prepare_text, run_identity
+from mvlm_core.training.state import total_steps
+from prioritary_mvlm import PrioritaryConfig
+from prioritary_mvlm.enhanced_trainer import RECIPE
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+FIXTURES = REPOSITORY / "tests" / "fixtures"
+SAMPLE = FIXTURES / "kjv_sample.txt"
+# The sample's books: number, name, first chapter, and the part of the corpus, which is the real one's.
+BOOKS = (
+    (1, "genesis", 1, "train"),
+    (8, "ruth", 1, "validation"),
+    (19, "psalms", 1, "train"),
+    (21, "ecclesiastes", 1, "test"),
+    (40, "matthew", 5, "train"),
+    (43, "john", 1, "train"),
+)
+
+# --- a corpus ------------------------------------------------------------------------------------------------
+
+
+def sample_books() -> dict[str, str]:
+    """Book name → its text in the sample: a verse a line, a blank line between chapters."""
+    books: dict[str, str] = {}
+    for part in SAMPLE.read_text(encoding="utf-8").split("=== ")[1:]:
+        name, _, text = part.partition("\n")
+        books[name.strip()] = text.strip() + "\n"
+    return books
+
+
+def write_document(file: Path, text: str, metadata: dict) -> None:
+    """Write a text with its metadata beside it, as the built corpus does."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8", newline="")
+    metadata = {
+        **metadata,
+        "word_count": len(text.split()),
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
+    file.with_suffix(".json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+
+
+def modernised(text: str) -> str:
+    """Another wording of the same verses, standing in for a second translation."""
+    for old, new in (("thou", "you"), ("thee", "you"), ("thy", "your"), ("unto", "to"), ("hath", "has")):
+        text = text.replace(f" {old} ", f" {new} ")
+    return text
+
+
+def build_tiny_corpus(folder: Path) -> Path:
+    """Write the tiny corpus into ``folder`` and return it."""
+    books = sample_books()
+    for translation, change, quality in (("kjv", str, 10.0), ("plain", modernised, 8.0)):
+        for number, book, first_chapter, split in BOOKS:
+            text = change(books[book])
+            chapters = text.strip().split("\n\n")
+            verses = [
+                f"{chapter}:{verse}"
+                for chapter, lines in enumerate(chapters, start=first_chapter)
+                for verse in range(1, len(lines.split("\n")) + 1)
+            ]
+            metadata = {
+                "title": f"{book.title()} ({translation.upper()})",
+                "author": "King James Version, 1769 text",
+                "source": "tests/fixtures/kjv_sample.txt",
+                "license": "Public domain",
+                "category": "scripture",
+                "split": split,
+                "quality_score": quality,
+                "biblical_alignment": 10.0,
+                "translation": translation,
+                "book": book.title(),
+                "verses": verses,
+            }
+            write_document(folder / "bible" / translation / f"{number:02d}-{book}.txt", text, metadata)
+    (folder / "corpus_manifest.json").write_text(json.dumps({"primary_translation": "kjv"}), encoding="utf-8")
+    return folder
+
+
+# --- runs ----------------------------------------------------------------------------------------------------
+
+TINY = {
+    "preset": "smoke",
+    "data_subset": "bible/kjv",
+    "hidden_dim": 32,
+    "num_heads": 2,
+    "ff_dim": 64,
+    "num_layers": 2,
+    "max_length": 32,
+    "vocab_size": 400,
+    "batch_size": 4,
+    "max_steps": 12,
+    "eval_interval": 4,
+    "checkpoint_interval": 5,
+    "log_interval": 2,
+    "device": "cpu",
+    "precision": "fp32",  # golden numbers and tolerances must hold on processors with bf16 as well
+    "quiet": True,
+}
+EVERYTHING_ON = {"dropout": 0.1, "gradient_accumulation_steps": 2, "ema_decay": 0.9}
+MODELS = ("mvlm_gpt2", "simone_enhanced")
+
+
+def tiny_settings(model: str, data_dir: Path, work: Path, **changes: Any) -> Any:
+    """Settings of a run of a second or two; its output folder is ``work/<model>``."""
+    values = {
+        **TINY,
+        "data_dir": str(data_dir),
+        "output_dir": str(work / model),
+        "cache_dir": str(work / "cache"),
+        **changes,
+    }
+    if model == "mvlm_gpt2":
+        return mvlm_trainer.GPT2Settings(**values)
+    return PrioritaryConfig(**values)
+
+
+def recipe_of(model: str) -> Any:
+    return mvlm_trainer.recipe() if model == "mvlm_gpt2" else RECIPE
+
+
+def make_loop(model: str, settings: Any, ranks: Ranks = ALONE) -> TrainingLoop:
+    """The loop of a run as the trainers put it together, not yet started."""
+    recipe, hardware = recipe_of(model), choose_hardware(device=settings.device, precision=settings.precision)
+    text = prepare_text(settings, recipe.tokenizer_class)
+    batches = batch_source(settings, text)
+    _, task = build_task(recipe, settings, hardware, text, batches, run_identity(settings, text), ranks)
+    output_dir = Path(settings.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    return TrainingLoop(task, settings, hardware, output_dir, total_steps(settings, batches), ranks)
+
+
+class StopAfter(StopRequest):
+    """A signal that comes in the ``steps``-th step of this process."""
+
+    def __init__(self, steps: int | None = None) -> None:
+        super().__init__()
+        self.steps, self.asked = steps, 0
+
+    def defer(self) -> None:
+        pass
+
+    def wanted(self) -> bool:
+        self.asked += 1  # the loop asks once a step
+        if self.steps is not None and self.asked >= self.steps:
+            self.signal_number = 15
+        return self.signal_number is not None
+
+
+# --- hostile input -------------------------------------------------------------------------------------------
+
+ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=12)  # lone surrogates and control characters too
+HUGE = 10**400
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | ANY_TEXT
+    | st.sampled_from([HUGE, -HUGE, 0, -1, "", "0", "nan", "../x", "/etc/passwd", "\ud800", "x" * 5000, 1e308])
+)
+ANY_JSON = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(ANY_TEXT, inner, max_size=3), max_leaves=8
+)
+# Files that are no JSON of the wanted kind, whatever is wanted: what a fixed list can hold that chance would not find.
+BROKEN_JSON = {
+    "empty": b"",
+    "cut": b'{"title": "In the begin',
+    "not JSON": b"{title: yes}",
+    "list": b"[1, 2]",
+    "null": b"null",
+    "number": b"7",
+    "string": b'"split"',
+    "deep lists": b"[" * 100_000,
+    "deep objects": b'{"a":' * 100_000,
+    "deep and closed": b"[" * 900 + b"]" * 900,
+    "huge number": b'{"quality_score": ' + b"9" * 5000 + b"}",
+    "huge exponent": b'{"quality_score": 1e999999999}x',
+    "surrogate": b'{"split": "\\ud800", "book": "\\udfff"',
+    "NUL": b'{"a": "\0"}',
+    "UTF-16 without a mark": '{"split": "train"}'.encode("utf-16-le"),
+    "UTF-16 cut": b"\xff\xfe{",
+    "Latin-1": b'{"title": "caf\xe9"}',
+    "two values": b'{"a": 1}{"b": 2}',
+    "trailing comma": b'{"a": 1,}',
+    "pickle": b"\x80\x04\x95\x10\x00\x00\x00",
+    "binary": bytes(range(256)),
+}
+
+
+def cases(count: int) -> settings:
+    """Settings for ``count`` examples, the same ones in every run."""
+    return settings(
+        max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
+
+
+def damaged(data: bytes, seed: int, zeros: int = 64) -> bytes:
+    """``data`` with one kind of damage: a bit, a cut, an insertion, zeros, a part that stands there twice."""
+    chance, data = random.Random(seed), bytearray(data)
+    place = chance.randrange(len(data))
+    match chance.randrange(5):
+        case 0:
+            data[place] ^= 1 << chance.randrange(8)
+        case 1:
+            del data[place:]
+        case 2:
+            data[place:place] = chance.randbytes(chance.randrange(1, 600))
+        case 3:
+            data[place : place + zeros] = bytes(len(data[place : place + zeros]))
+        case 4:
+            data[place:place] = data[place // 2 : place]
+    return bytes(data)
+
+
+def with_a_value_replaced(value: Any, seed: int, new: Any) -> Any:
+    """A copy of a JSON value with ``new`` in the place of one of its parts, however deep."""
+    chance, copy = random.Random(seed), json.loads(json.dumps(value))
+    parent, key, node = None, None, copy
+    while isinstance(node, dict | list) and node and (parent is None or chance.random() < 0.8):
+        parent, key = node, chance.choice(list(node) if isinstance(node, dict) else range(len(node)))
+        node = parent[key]
+    if parent is None:
+        return new
+    parent[key] = new
+    return copy
+
+
+@contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """Fail where something waits or loops for longer."""
+
+    def give_up(*_: object) -> None:
+        raise AssertionError(f"not done after {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def raises_only(kind: type[Exception], call: Callable[[], Any]) -> tuple[Any, str]:
+    """What ``call`` gives, and the message of ``kind`` where that is raised; anything else is a traceback."""
+    try:
+        return call(), ""
+    except kind as error:
+        assert str(error).strip()
+        return None, str(error)
+
+
+def add_nvidia_smi(folder: Path, script: str) -> None:
+    file = folder / "nvidia-smi"
+    file.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    file.chmod(0o755)

@@ -1,0 +1,105 @@
+"""``make_report.py``: one self-contained page from a real run's records and exports, also where something failed."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+
+import make_report
+from mvlm_core.errors import UserError
+from mvlm_core.files import write_json_atomic
+from mvlm_core.pipeline import comparison
+from mvlm_core.pipeline.stages import Summary, score_parts, take_results
+from mvlm_core.run_layout import Layout, training_config
+from tests.helpers import MODELS
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+ANCHORS = {"text": "kjv", "test_bytes": 1000, "xz": 2.5, "ppmd_order_6": 2.2, "ppmd_order_16": 2.1}
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A finished run's folders and record, with the tiny models in it."""
+    layout = Layout(tmp_path / "run")
+    for name in MODELS:
+        shutil.copytree(trained / name, layout.export(name), ignore=shutil.ignore_patterns("checkpoints"))
+    layout.downloads.mkdir()
+    summary = Summary(layout, list(MODELS), preset="smoke", device="cpu")
+    for name in MODELS:
+        take_results(name, layout, summary)
+    parts = {name: score_parts(training_config(layout.export(name))) for name in MODELS}
+    summary.value["comparison"] = comparison.compare(summary.models, list(MODELS), ANCHORS, {}, parts)
+    summary.close()
+    return layout, summary
+
+
+def page_of(layout, trained):
+    arguments = ["--work_dir", layout.root, "--data_dir", trained / "corpus", "--device", "cpu"]
+    assert make_report.main([str(argument) for argument in arguments]) == 0
+    return layout.page.read_text(encoding="utf-8")
+
+
+def test_the_page_holds_the_runs_figures_and_needs_nothing_else(run, trained):
+    layout, summary = run
+    page = page_of(layout, trained)
+    for name in MODELS:
+        assert f"{summary.models[name]['test_bpb']:.4f}" in page
+        assert f"{summary.models[name]['parameters']:,}" in page
+    for sentence in summary.value["comparison"]["sentences"]:
+        assert sentence in page
+    assert "Ecclesiastes" in page and "PPMd order 16 2.100" in page
+    assert not re.search(r"(?:src|href)=\"(?!data:)", page) and "<script" not in page
+    assert len(re.findall(r"<img src=\"data:image/svg\+xml;base64,", page)) == 7
+    assert "Nothing failed" in page
+
+
+def test_samples_stand_side_by_side_and_traces_have_a_span_a_token(run, trained):
+    page = page_of(run[0], trained)
+    assert page.count("<blockquote>") == 3 * len(MODELS)
+    traces = re.findall(r'<div class="heat">(.*?)</div>', page, re.S)
+    assert len(traces) == 2 * 4, "two verses, four fields, of the one model that has traces"
+    counts = [trace.count("<span") for trace in traces]
+    assert counts[0] > 10 and counts == [counts[0]] * 4 + [counts[4]] * 4
+    assert all(0 <= float(share) <= 0.55 for share in re.findall(r"var\(--blue\) / ([\d.]+)\)", page))
+
+
+def test_the_same_run_gives_the_same_page(run, trained):
+    assert page_of(run[0], trained) == page_of(run[0], trained)
+
+
+def test_what_failed_is_told_and_cannot_act(run, trained):
+    layout, summary = run
+    summary.update("simone_enhanced", status="failed", error="<script>alert(1)</script>")
+    with (layout.export("mvlm_gpt2") / "model.safetensors").open("ab") as file:
+        file.write(b"\0")
+    write_json_atomic(layout.report, {"models": {}, "failed": ["archive: <b>bad</b>"]})
+    page = page_of(layout, trained)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and "&lt;b&gt;bad&lt;/b&gt;" in page
+    assert "SHA-256 differs" in page and "Nothing failed" not in page
+    assert "<script" not in page and "<blockquote>" not in page, "a changed model is not asked for samples"
+
+
+def test_without_a_run_there_is_one_clear_error(tmp_path, trained):
+    with pytest.raises(UserError, match="no record of a run"):
+        make_report.main(["--work_dir", str(tmp_path), "--data_dir", str(trained / "corpus")])
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", (1280, 390))
+def test_a_browser_shows_it_without_complaint_or_sideways_scrolling(run, trained, tmp_path, width):
+    page_of(run[0], trained)
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f'<iframe src="{run[0].page.as_uri()}" width="{width}" height="900" style="border: 0" onload="'
+        "const d = this.contentDocument; document.title = [d.documentElement.scrollWidth, d.images.length, "
+        '[...d.images].every(i => i.naturalWidth > 0)].join()"></iframe>',
+        encoding="utf-8",
+    )
+    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    command += ["--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom", frame.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr
+    scroll_width, images, whole = re.search(r"<title>(.*)</title>", done.stdout)[1].split(",")
+    assert int(scroll_width) <= width and int(images) == 7 and whole == "true"

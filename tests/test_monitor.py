@@ -1,0 +1,209 @@
+"""mvlm_core/resources.py: processors, memory and load are counted as they are."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mvlm_core import monitor as resources
+from mvlm_core.monitor import (
+    PeakMemory,
+    ResourceSampler,
+    available_memory,
+    available_threads,
+    memory_in_use,
+    peak_memory,
+)
+from tests.helpers import add_nvidia_smi
+from tests.test_hardware import needs_cuda, without_cuda
+
+# --- threads and memory -----------------------------------------------------------------------------------
+
+
+pytestmark = pytest.mark.usefixtures("no_thread_setting")
+
+
+def topology_of(folder: Path, siblings: dict[int, str]) -> Path:
+    for processor, text in siblings.items():
+        file = folder / f"cpu{processor}" / "topology" / "thread_siblings_list"
+        file.parent.mkdir(parents=True)
+        file.write_text(text + "\n", encoding="ascii")
+    return folder
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """Eight processors on four cores, all allowed, no container limit."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    topology = topology_of(tmp_path / "cpu", {n: f"{n % 4},{n % 4 + 4}" for n in range(8)})
+    (tmp_path / "cgroup").mkdir()
+    (tmp_path / "membership").write_text("0::/\n", encoding="ascii")
+    return {
+        "topology": topology,
+        "cgroup_root": tmp_path / "cgroup",
+        "cgroup_membership": tmp_path / "membership",
+    }
+
+
+def test_threads_are_physical_cores(machine: dict[str, Path]) -> None:
+    threads, why = available_threads(**machine)
+    assert threads == 4 and "physical cores of the 8 processors" in why
+
+
+@pytest.mark.parametrize(("allowed", "expected"), [({0, 4}, 1), ({0, 1}, 2), ({0, 1, 2, 4, 5}, 3)])
+def test_threads_respect_affinity(
+    machine: dict[str, Path], monkeypatch: pytest.MonkeyPatch, allowed: set[int], expected: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: allowed, raising=False)
+    assert available_threads(**machine)[0] == expected
+
+
+def test_threads_without_topology_count_processors(machine: dict[str, Path], tmp_path: Path) -> None:
+    assert available_threads(**{**machine, "topology": tmp_path / "missing"})[0] == 8
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"),
+    [("max 100000", 4), ("200000 100000", 2), ("50000 100000", 1), ("250000 100000", 2), ("9 1", 4)],
+)
+def test_threads_respect_cgroup_version_2(machine: dict[str, Path], quota: str, expected: int) -> None:
+    (machine["cgroup_root"] / "cpu.max").write_text(quota + "\n", encoding="ascii")
+    assert available_threads(**machine)[0] == expected
+
+
+def test_threads_respect_a_limit_above_the_own_group(machine: dict[str, Path]) -> None:
+    machine["cgroup_membership"].write_text("0::/user/job\n", encoding="ascii")
+    own = machine["cgroup_root"] / "user" / "job"
+    own.mkdir(parents=True)
+    (own / "cpu.max").write_text("max 100000\n", encoding="ascii")
+    (own.parent / "cpu.max").write_text("300000 100000\n", encoding="ascii")
+    threads, why = available_threads(**machine)
+    assert threads == 3 and "container limit" in why
+
+
+@pytest.mark.parametrize(("quota", "expected"), [("-1", 4), ("200000", 2)])
+def test_threads_respect_cgroup_version_1(machine: dict[str, Path], quota: str, expected: int) -> None:
+    machine["cgroup_membership"].write_text("3:memory:/x\n2:cpu,cpuacct:/box\n", encoding="ascii")
+    folder = machine["cgroup_root"] / "cpu,cpuacct" / "box"
+    folder.mkdir(parents=True)
+    (folder / "cpu.cfs_quota_us").write_text(quota + "\n", encoding="ascii")
+    (folder / "cpu.cfs_period_us").write_text("100000\n", encoding="ascii")
+    assert available_threads(**machine)[0] == expected
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("3", 3), ("16,2", 16), ("none", 4), ("0", 4), ("-2", 4), ("", 4)])
+def test_threads_asked_for(
+    machine: dict[str, Path], monkeypatch: pytest.MonkeyPatch, asked: str, expected: int
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert available_threads(**machine)[0] == expected
+
+
+def test_memory_respects_the_container(machine: dict[str, Path]) -> None:
+    paths = {name: machine[name] for name in ("cgroup_root", "cgroup_membership")}
+    whole = available_memory(**paths)
+    (machine["cgroup_root"] / "memory.max").write_text("max\n", encoding="ascii")
+    assert available_memory(**paths) == whole
+    (machine["cgroup_root"] / "memory.max").write_text("1048576\n", encoding="ascii")
+    assert available_memory(**paths) == 2**20
+
+
+def touched(size: int) -> mmap.mmap:
+    """Memory straight from the system, all of it in use: the C library may keep what is freed of its own."""
+    memory = mmap.mmap(-1, size)
+    for page in range(0, size, mmap.PAGESIZE):
+        memory[page] = 1
+    return memory
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel resets no peak here")
+def test_peak_memory_sees_what_was_freed() -> None:
+    size = 128 * 2**20
+    earlier = touched(2 * size)
+    earlier_peak = peak_memory()
+    earlier.close()
+    with PeakMemory() as small:
+        pass
+    assert small.bytes < earlier_peak - size
+    before = memory_in_use()
+    with PeakMemory() as large:
+        touched(size).close()
+    assert large.bytes - small.bytes == pytest.approx(size, rel=0.1)
+    assert large.bytes == pytest.approx(before + size, rel=0.1)
+    assert peak_memory() >= large.bytes
+
+
+@needs_cuda
+def test_cuda_memory_counts_tensors() -> None:
+    with PeakMemory("cuda") as peak:
+        block = torch.empty(2**26, dtype=torch.uint8, device="cuda")
+        held = memory_in_use("cuda")
+        del block
+    assert peak.bytes >= held >= 2**26
+
+
+# --- sampling ---------------------------------------------------------------------------------------------
+
+
+def first_line(seconds: float = 0.02) -> tuple[str, str]:
+    """The source and first line of a sampler that runs until it has spoken."""
+    lines: list[str] = []
+    spoken = threading.Event()
+
+    def take(line: str) -> None:
+        lines.append(line)
+        spoken.set()
+
+    with ResourceSampler(take, seconds=seconds) as sampler:
+        assert spoken.wait(10)
+    count = len(lines)
+    time.sleep(3 * seconds)
+    assert len(lines) == count, "a line came after stop()"
+    return sampler.source, lines[0]
+
+
+def test_sampling_without_a_gpu(empty_path: Path) -> None:
+    source, line = first_line()
+    assert source == "psutil"
+    assert "CPU" in line and "GiB used here" in line
+
+
+@without_cuda
+def test_sampling_by_nvidia_smi_where_nvml_is_not(empty_path: Path) -> None:
+    add_nvidia_smi(empty_path, "echo '97, 40960, 143771, 61, 645.20'; echo '3, 1024, 143771, 30, [N/A]'")
+    source, line = first_line()
+    assert source == "nvidia-smi"
+    first = "GPU 0: memory 40.0 of 140.4 GiB, busy 97 %, temperature 61 C, power 645.20 W"
+    second = "GPU 1: memory 1.0 of 140.4 GiB, busy 3 %, temperature 30 C, power [N/A] W"
+    assert line == f"{first}; {second}"
+
+
+@without_cuda
+@pytest.mark.parametrize("script", ["exit 9", "echo nonsense", "true"])
+def test_sampling_passes_over_a_broken_nvidia_smi(empty_path: Path, script: str) -> None:
+    add_nvidia_smi(empty_path, script)
+    assert first_line()[0] == "psutil"
+
+
+@needs_cuda
+def test_sampling_by_nvml() -> None:
+    source, line = first_line()
+    assert source == "NVML" and "GPU 0: memory" in line and "busy" in line
+
+
+def test_a_failing_callback_ends_sampling_with_a_line(empty_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(line: str) -> None:
+        raise OSError("disk full")
+
+    resources.log.propagate = True
+    sampler = ResourceSampler(fail, seconds=0.01)
+    sampler._thread.join(timeout=10)
+    assert not sampler._thread.is_alive()
+    assert "disk full" in caplog.text
+    sampler.stop()

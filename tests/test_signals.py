@@ -1,0 +1,68 @@
+"""Signals: the first one is a wish, a second SIGINT leaves at once, and what is on the disk stays whole."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mvlm_core.errors import Stopped
+from mvlm_core.signals import PARENT_VARIABLE, StopRequest
+from mvlm_core.training.checkpoint import newest_checkpoint
+from tests.helpers import MODELS, REPOSITORY
+
+
+def test_a_signal_is_noted_and_raised_later(handlers, capfd):
+    stop = StopRequest()
+    stop.defer()
+    assert not stop.wanted()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.wanted() and stop.number == signal.SIGTERM
+    assert "SIGTERM: finishing this step" in capfd.readouterr().err
+    with pytest.raises(Stopped) as caught:
+        stop.raise_at_once()
+    assert caught.value.signal_number == signal.SIGTERM
+    with pytest.raises(Stopped):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
+def test_a_parent_that_is_gone_is_taken_for_sigterm(monkeypatch):
+    monkeypatch.setenv(PARENT_VARIABLE, str(os.getppid()))
+    assert not StopRequest().wanted()
+    monkeypatch.setenv(PARENT_VARIABLE, "999999")
+    stop = StopRequest()
+    assert stop.wanted() and stop.number == signal.SIGTERM
+
+
+def test_a_second_sigint_leaves_at_once_without_harm(tiny_corpus, tmp_path):
+    """A step that never ends, as on a GPU that hangs: the first SIGINT waits for it, the second does not."""
+    script = tmp_path / "hangs.py"
+    script.write_text(
+        "import time\nfrom tests import helpers\nfrom tests.training import distributed_run\n"
+        "from mvlm_core.signals import StopRequest\n"
+        "from mvlm_core.training.loop import TrainingLoop\n"
+        "helpers.StopAfter.defer = StopRequest.defer\n"
+        "real = TrainingLoop._micro_batch\n"
+        "def hanging(self, *arguments):\n"
+        "    while self.state.step == 12: print('hanging', flush=True); time.sleep(0.2)\n"
+        "    return real(self, *arguments)\n"
+        "TrainingLoop._micro_batch = hanging\n"
+        "distributed_run.main()\n"
+    )
+    command = [sys.executable, str(script), str(tiny_corpus), str(tmp_path), MODELS[0], "99"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "hanging\n", process.stderr.read()
+        process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        assert process.poll() is None, "the first one waits for the step"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+    finally:
+        process.kill()
+        process.communicate()
+    assert newest_checkpoint(tmp_path / MODELS[0] / "checkpoints").step == 10

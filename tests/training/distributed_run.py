@@ -1,0 +1,35 @@
+"""A tiny run in float64 for ``torchrun``: ``-m tests.training.distributed_run CORPUS WORK MODEL STEPS``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from mvlm_core.errors import Stopped
+from mvlm_core.training.distributed import join
+from mvlm_core.training.ema import WeightAverage
+from tests.helpers import StopAfter, make_loop, tiny_settings
+from tests.training.test_loop import everything_on
+
+
+def main() -> None:
+    corpus, work, model, steps = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    torch.set_num_threads(1)
+    changes = {**everything_on(model), "dropout": 0.0, "max_steps": 50, "checkpoint_interval": 10, "eval_interval": 10}
+    loop = make_loop(model, tiny_settings(model, corpus, work, **changes), join("cpu"))
+    for module in loop.task.modules.values():
+        module.double()
+    average = WeightAverage(loop.task.modules["model"], 0.9)
+    loop.task = replace(loop.task, average=average)
+    try:
+        loop.run(StopAfter(steps))
+    except Stopped:
+        pass
+    loop.ranks.leave()
+
+
+if __name__ == "__main__":
+    main()

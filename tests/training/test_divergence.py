@@ -1,0 +1,139 @@
+"""Broken numbers: a bad step is skipped, a bad stretch is undone, and a guard with nothing to do changes nothing."""
+
+import math
+
+import pytest
+import torch
+
+from mvlm_core.errors import Stopped, TrainingFailed
+from mvlm_core.training.checkpoint import checkpoint_folders
+from mvlm_core.training.divergence import GuardState
+from mvlm_core.training.history import read_history
+from mvlm_core.training.optimizer import build_optimizers
+from tests.helpers import MODELS, StopAfter, make_loop, tiny_settings
+from tests.training.test_loop import everything_on, final_state
+
+
+def breaking_loop(model, corpus, work, breaks, **changes):
+    """A real run whose loss is multiplied by what ``breaks(step, learning rate)`` gives."""
+    settings = tiny_settings(model, corpus, work, **{"dropout": 0.1, **changes})
+    loop = make_loop(model, settings)
+    real = loop.task.loss
+
+    def loss(*arguments):
+        result = real(*arguments)
+        factor = breaks(loop.state.step + 1, loop.task.optimizers.groups()[0]["lr"])
+        return type(result)(result.total * factor, result.train_loss * factor, result.parts)
+
+    object.__setattr__(loop.task, "loss", loss)
+    return loop
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_broken_step_leaves_weights_and_optimizer_as_they_were(model, value, tiny_corpus, tmp_path):
+    def weights_after(steps, breaks):
+        loop = breaking_loop(model, tiny_corpus, tmp_path / f"{steps}", breaks, max_steps=12)
+        with pytest.raises(Stopped):
+            loop.run(StopAfter(steps))
+        return final_state(loop)
+
+    before = weights_after(5, lambda step, rate: 1.0)
+    after = weights_after(6, lambda step, rate: value if step == 6 else 1.0)
+    for expected, found in zip(before[:2], after[:2], strict=True):
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert after[3]["guard"]["skipped"] == 1 and after[3]["guard"]["trouble_since"] == 6
+    last = after[2][-1]
+    assert last["skipped"] is True and "train_loss" not in last and last["step"] == 6
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_guard_with_nothing_to_do_changes_no_bit(kind):
+    def train(found_inf):
+        torch.manual_seed(3)
+        layers = torch.nn.ModuleList([torch.nn.Embedding(40, 48), torch.nn.Linear(48, 64), torch.nn.Linear(64, 40)])
+        optimizers = build_optimizers(
+            layers.named_parameters(), kind=kind, learning_rate=0.02, weight_decay=0.1, embedding_names=("0.",)
+        )
+        for _ in range(20):
+            ids = torch.randint(0, 40, (16,))
+            hidden = layers[1](layers[0](ids)).tanh()
+            torch.nn.functional.cross_entropy(layers[2](hidden), ids.roll(1)).backward()
+            optimizers.step(found_inf)
+            optimizers.zero_grad()
+        return list(layers.parameters())
+
+    for with_guard, without in zip(train(torch.zeros(())), train(None), strict=True):
+        assert torch.equal(with_guard, without)
+
+
+def test_a_bad_stretch_is_undone_and_a_stop_in_between_changes_nothing(tiny_corpus, tmp_path):
+    """NaN from step 8 on at the full rate: back to the checkpoint of step 5, on with half of the rate."""
+
+    def run(work, *stops):
+        def breaks(step, rate):
+            return math.nan if step >= 8 and rate > 0.55 * full(step) else 1.0
+
+        changes = {"max_steps": 20, "lr_schedule": "constant", "warmup_steps": 1, "eval_interval": 20}
+        make = lambda: breaking_loop("mvlm_gpt2", tiny_corpus, work, breaks, **changes)  # noqa: E731
+        for steps in stops:
+            with pytest.raises(Stopped):
+                make().run(StopAfter(steps))
+        loop = make()
+        assert loop.run(StopAfter()).finished
+        return final_state(loop)
+
+    def full(step):
+        return tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path).learning_rate
+
+    whole = run(tmp_path / "whole")
+    guard = whole[3]["guard"]
+    assert guard["rollbacks"] == 1 and guard["rate_factor"] == 0.5 and guard["skipped"] >= 5
+    assert [record["step"] for record in whole[2]] == list(range(1, 21)), "each step once"
+    rates = [record["learning_rate"] for record in whole[2]]
+    assert rates[4] == 2 * rates[5] == 2 * rates[19]
+    for stops in ((7,), (7, 2, 3, 4)):
+        stopped = run(tmp_path / f"stopped{len(stops)}", *stops)
+        assert all(torch.equal(whole[0][name], stopped[0][name]) for name in whole[0])
+        assert whole[2:] == stopped[2:]
+
+
+def test_it_gives_up_after_a_few_tries(tiny_corpus, tmp_path):
+    loop = breaking_loop(
+        "mvlm_gpt2", tiny_corpus, tmp_path, lambda step, rate: math.nan if step > 6 else 1.0, max_steps=40
+    )
+    with pytest.raises(TrainingFailed, match="after 3 rollbacks: start again with a lower --learning_rate"):
+        loop.run(StopAfter())
+    assert checkpoint_folders(loop.checkpoint_root), "what was good is still there"
+    assert all(record.get("skipped", False) == (record["step"] > 6) for record in read_history(loop.history_path))
+
+
+def test_a_sustained_spike_counts_and_a_single_one_does_not():
+    noise = torch.Generator().manual_seed(0)
+    losses = (3 + 0.1 * torch.randn(400, generator=noise)).tolist()
+    calm = GuardState()
+    assert not any(calm.observe(step, loss, False) for step, loss in enumerate(losses, 1))
+    calm.observe(401, 9.0, False)
+    assert calm.trouble_since == 401 and calm.observe(402, 3.0, False) is None and calm.trouble_since is None
+    verdicts = [calm.observe(step, 4.5, False) for step in range(500, 560)]
+    assert verdicts.index(next(v for v in verdicts if v)) == 49
+    assert calm.trouble_since == 500 and "stayed above" in verdicts[49]
+
+
+def test_a_falling_loss_is_no_trouble():
+    guard = GuardState()
+    assert not any(guard.observe(step, 8 * 0.99**step + 1, False) for step in range(1, 600))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_guards_memory_survives_a_resume(model, tiny_corpus, tmp_path):
+    changes = {**everything_on(model), "max_steps": 10}
+    nan_at = lambda step, rate: math.nan if step in (3, 4, 7) else 1.0  # noqa: E731
+    whole = breaking_loop(model, tiny_corpus, tmp_path / "a", nan_at, **changes)
+    whole.run(StopAfter())
+    with pytest.raises(Stopped):
+        breaking_loop(model, tiny_corpus, tmp_path / "b", nan_at, **changes).run(StopAfter(4))
+    again = breaking_loop(model, tiny_corpus, tmp_path / "b", nan_at, **changes)
+    again.run(StopAfter())
+    assert final_state(whole)[2:] == final_state(again)[2:]
+    assert final_state(again)[3]["guard"]["skipped"] == 3

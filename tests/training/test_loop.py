@@ -1,0 +1,336 @@
+"""The loop: resume to the bit, early stopping, out-of-memory back-off, limits, and losses that must not move."""
+
+import json
+import math
+import resource
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from mvlm_core.errors import Stopped, TrainingFailed, UserError
+from mvlm_core.training.checkpoint import checkpoint_folders, newest_checkpoint
+from mvlm_core.training.history import read_history
+from mvlm_core.training.state import total_steps, warmup_steps
+from tests.helpers import EVERYTHING_ON, FIXTURES, MODELS, StopAfter, make_loop, tiny_settings
+
+TIMES = ("seconds", "tokens_per_second", "memory_bytes")
+GOLDEN = FIXTURES / "golden_losses.json"
+
+
+def everything_on(model):
+    parts = {"alignment_weight": 0.5, "coherence_weight": 0.3} if model == "simone_enhanced" else {}
+    return {**EVERYTHING_ON, **parts}
+
+
+def final_state(loop):
+    checkpoint = newest_checkpoint(loop.checkpoint_root)
+    history = [{k: v for k, v in record.items() if k not in TIMES} for record in read_history(loop.history_path)]
+    state = {k: v for k, v in checkpoint.state.items() if k != "seconds"}
+    kept = checkpoint.tensors("optimizer")
+    if (checkpoint.folder / "average.safetensors").exists():
+        kept |= {f"average/{name}": tensor for name, tensor in checkpoint.tensors("average").items()}
+    return checkpoint.tensors("model"), kept, history, state
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_stopped_and_resumed_equals_undisturbed_to_the_bit(model, tiny_corpus, tmp_path):
+    changes = {**everything_on(model), "max_steps": 24}
+    whole = make_loop(model, tiny_settings(model, tiny_corpus, tmp_path / "a", **changes))
+    whole.run(StopAfter())
+    settings = tiny_settings(model, tiny_corpus, tmp_path / "b", **changes)
+    for steps in (3, 7, 1):
+        with pytest.raises(Stopped):
+            make_loop(model, settings).run(StopAfter(steps))
+    last = make_loop(model, settings)
+    state = last.run(StopAfter())
+    assert state.finished and state.step == 24
+    for expected, found in zip(final_state(whole)[:2], final_state(last)[:2], strict=True):
+        assert expected.keys() == found.keys() and expected
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert final_state(whole)[2:] == final_state(last)[2:]
+    assert [record["step"] for record in read_history(last.history_path)] == list(range(1, 25))
+
+
+def test_history_records_what_the_contract_says(tiny_corpus, tmp_path):
+    loop = make_loop("simone_enhanced", tiny_settings("simone_enhanced", tiny_corpus, tmp_path, coherence_weight=0.3))
+    loop.run(StopAfter())
+    records = read_history(loop.history_path)
+    wanted = {
+        "step",
+        "epoch",
+        "tokens",
+        "bytes",
+        "seconds",
+        "train_loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_second",
+    }
+    for record in records:
+        assert wanted <= record.keys() and None not in record.values()
+        assert record["tokens"] == record["step"] * 4 * 32
+        assert ("validation_bpb" in record) == (record["step"] % 4 == 0)
+        assert ("coherence_loss" in record) == (record["step"] <= 6)
+    assert records[0]["train_loss"] == pytest.approx(math.log(400), abs=0.3)
+    assert records[-1]["train_loss"] < records[0]["train_loss"] - 0.05
+    sizes = [record["bytes"] for record in records]
+    assert sizes == sorted(sizes) and 1.2 < sizes[-1] / records[-1]["tokens"] < 4
+
+
+def test_a_larger_max_steps_goes_on_from_the_end(tiny_corpus, tmp_path):
+    make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path)).run(StopAfter())
+    longer = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=15))
+    assert longer.run(StopAfter()).step == 15
+    assert [record["step"] for record in read_history(longer.history_path)] == list(range(1, 16))
+    same = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=15))
+    assert same.run(StopAfter(1)).finished, "nothing is left to do"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, "--seed was 0, now 1"),
+        ({"hidden_dim": 64}, "--hidden_dim was 32, now 64"),
+        ({"batch_size": 8}, "batch_size"),
+    ],
+)
+def test_another_run_is_not_continued(tiny_corpus, tmp_path, change, named):
+    make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=3)).run(StopAfter())
+    with pytest.raises(UserError, match=named):
+        make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **change)).run(StopAfter())
+
+
+def test_another_corpus_or_tokenizer_is_named(tiny_corpus, tmp_path):
+    make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=3)).run(StopAfter())
+    genesis = tiny_corpus / "bible" / "kjv" / "01-genesis.txt"
+    genesis.write_text(genesis.read_text().replace("In the beginning", "At the beginning"))
+    (genesis.with_suffix(".json")).unlink()
+    with pytest.raises(UserError) as caught:
+        make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path)).run(StopAfter())
+    named = "\n".join(caught.value.problems)
+    assert "corpus was" in named and "tokenizer was" in named and "--fresh" in named
+
+
+def test_harmless_changes_are_accepted(tiny_corpus, tmp_path):
+    make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=3)).run(StopAfter())
+    changes = {"log_interval": 1, "batch_size": 2, "gradient_accumulation_steps": 2, "keep_checkpoints": 1}
+    assert (
+        make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **changes)).run(StopAfter()).step == 12
+    )
+
+
+def test_resume_from_an_older_checkpoint(tiny_corpus, tmp_path):
+    loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, keep_checkpoints=9))
+    loop.run(StopAfter())
+    expected = final_state(loop)
+    older = [folder for folder in checkpoint_folders(loop.checkpoint_root) if folder.name.endswith("5")][0]
+    again = make_loop(
+        "mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, keep_checkpoints=9, resume_from=str(older))
+    )
+    again.run(StopAfter())
+    found = final_state(again)
+    assert all(torch.equal(expected[0][name], found[0][name]) for name in expected[0])
+    assert expected[2:] == found[2:]
+
+
+def test_accumulation_changes_the_losses_by_rounding_only(tiny_corpus, tmp_path):
+    curves = []
+    for name, changes in (("whole", {"batch_size": 8}), ("parts", {"batch_size": 2, "gradient_accumulation_steps": 4})):
+        loop = make_loop("simone_enhanced", tiny_settings("simone_enhanced", tiny_corpus, tmp_path / name, **changes))
+        loop.run(StopAfter())
+        curves.append([record["train_loss"] for record in read_history(loop.history_path)])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def run_with_memory_for(limit, tiny_corpus, folder, batch_size=8):
+    loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, folder, batch_size=batch_size, max_steps=6))
+    real = loop.task.loss
+
+    def loss(inputs, *rest):
+        if inputs.shape[0] > limit:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(inputs, *rest)
+
+    object.__setattr__(loop.task, "loss", loss)
+    state = loop.run(StopAfter())
+    return state, [record["train_loss"] for record in read_history(loop.history_path)]
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_curve(tiny_corpus, tmp_path):
+    plenty, expected = run_with_memory_for(8, tiny_corpus, tmp_path / "plenty")
+    scarce, found = run_with_memory_for(3, tiny_corpus, tmp_path / "scarce")
+    assert (plenty.micro_batch, scarce.micro_batch) == (8, 2)
+    assert found == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(TrainingFailed, match="--max_length"):
+        run_with_memory_for(0, tiny_corpus, tmp_path / "none")
+
+
+def test_memory_that_runs_out_later_is_answered_too_and_the_answer_kept(tiny_corpus, tmp_path):
+    def loop(folder):
+        return make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, folder, batch_size=8, max_steps=10))
+
+    whole, scarce = loop(tmp_path / "whole"), loop(tmp_path / "scarce")
+    whole.run(StopAfter())
+    real = scarce.task.loss
+
+    def loss(inputs, *rest):
+        if scarce.state.step == 5 and inputs.shape[0] > 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(inputs, *rest)
+
+    object.__setattr__(scarce.task, "loss", loss)
+    with pytest.raises(Stopped):
+        scarce.run(StopAfter(7))
+    again = loop(tmp_path / "scarce")
+    assert again.run(StopAfter()).micro_batch == 4
+    curves = [[record["train_loss"] for record in read_history(each.history_path)] for each in (whole, again)]
+    assert curves[0][:5] == curves[1][:5] and curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_early_stopping_waits_for_patience_and_min_epochs(tiny_corpus, tmp_path):
+    settings = tiny_settings(
+        "mvlm_gpt2",
+        tiny_corpus,
+        tmp_path,
+        max_steps=40,
+        eval_interval=1,
+        patience=2,
+        keep_checkpoints=1,
+    )
+    loop = make_loop("mvlm_gpt2", settings)
+    settings.min_epochs = loop.task.batches.epoch_at(6)
+    values = iter([3.0, 2.0, 2.5, 2.6, 2.7, 2.8, 2.9] + [3.0] * 40)
+    object.__setattr__(loop.task, "evaluate", lambda: next(values))
+    state = loop.run(StopAfter())
+    assert state.stopped_early and state.best_step == 2
+    assert state.step == 6, "patience alone would have stopped at step 4"
+    assert {folder.name[-2:] for folder in checkpoint_folders(loop.checkpoint_root)} == {"02", "05", "06"}
+
+
+def test_the_first_limit_ends_the_run(tiny_corpus, tmp_path):
+    def steps(**limits):
+        settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **{"max_steps": None, **limits})
+        return total_steps(settings, make_loop("mvlm_gpt2", settings).task.batches)
+
+    assert steps() == steps(max_bytes=190_000), "the preset's own limit"
+    assert steps(max_tokens=128 * 7) == 7
+    assert steps(max_tokens=128 * 7, max_steps=5) == 5
+    batches = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path)).task.batches
+    assert steps(num_epochs=2) == round(2 * batches.sequences_per_epoch / 4)
+    assert steps(max_bytes=20_000) == round(20_000 / batches.store.bytes_per_token / 128)
+
+
+def test_warm_up_is_a_share_of_the_run_and_never_longer(tiny_corpus, tmp_path):
+    assert warmup_steps(tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path), 1000) == 20
+    with pytest.raises(UserError, match="not shorter than the run of 12 steps"):
+        warmup_steps(tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, warmup_steps=12), 12)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_golden_losses(model, tiny_corpus, tmp_path):
+    """The first 20 losses as recorded by ``python -m tests.record_golden_losses``: a refactoring must not move them."""
+    loop = make_loop(
+        model, tiny_settings(model, tiny_corpus, tmp_path, max_steps=20, **{**everything_on(model), "dropout": 0.0})
+    )
+    loop.run(StopAfter())
+    golden = json.loads(GOLDEN.read_text())
+    losses = [record["train_loss"] for record in read_history(loop.history_path)]
+    assert losses == pytest.approx(golden[model], rel=golden["relative_tolerance"])
+
+
+@contextmanager
+def files_at_most(size):
+    """No file may grow beyond ``size`` bytes: writes fail as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tiny_corpus, tmp_path, caplog):
+    whole = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path / "a", max_steps=24))
+    whole.run(StopAfter())
+    loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path / "b", max_steps=24))
+
+    class FullForAWhile(StopAfter):
+        def wanted(self):
+            self.asked += 1
+            if self.asked == 3:
+                self.full = files_at_most(100)
+                self.full.__enter__()
+            if self.asked == 14:
+                assert newest_checkpoint(loop.checkpoint_root).step == 0, "the one before is intact"
+                self.full.__exit__(None, None, None)
+            return False
+
+    assert loop.run(FullForAWhile()).finished
+    assert "no checkpoint at step 5" in caplog.text and "the history cannot be written" in caplog.text
+    assert final_state(loop)[2:] == final_state(whole)[2:]
+    assert torch.equal(*(final_state(each)[0]["model.transformer.wpe.weight"] for each in (whole, loop)))
+
+
+def test_a_disk_without_room_is_found_before_the_first_step(tiny_corpus, tmp_path):
+    loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path))
+    with files_at_most(100), pytest.raises(TrainingFailed, match="no checkpoint can be written.*free some space"):
+        loop.run(StopAfter())
+    assert loop.state.step == 0
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resume_is_exact_at_the_edge_of_an_epoch_and_within_one(model, optimizer, tiny_corpus, tmp_path):
+    """Every optimizer, dropout, accumulation and every part of the loss; stops before, at and after the edge."""
+    changes = {**everything_on(model), "optimizer": optimizer, "max_length": 256, "max_steps": 30, "eval_interval": 6}
+
+    def loop(work):
+        return make_loop(model, tiny_settings(model, tiny_corpus, work, **changes))
+
+    whole = loop(tmp_path / "whole")
+    edge = next(step for step in range(1, 30) if whole.task.batches.epoch_at(step) >= 1)
+    assert 4 < edge < 27
+    whole.run(StopAfter())
+    for steps in (edge - 1, 1, 1):
+        with pytest.raises(Stopped):
+            loop(tmp_path / "parts").run(StopAfter(steps))
+    parts = loop(tmp_path / "parts")
+    parts.run(StopAfter())
+    for expected, found in zip(final_state(whole)[:2], final_state(parts)[:2], strict=True):
+        assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    assert final_state(whole)[2:] == final_state(parts)[2:]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("model", MODELS)
+def test_resume_is_exact_on_cuda_with_deterministic_algorithms(model, tiny_corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        changes = {**everything_on(model), "device": "cuda", "precision": "auto", "no_compile": True}
+        whole = make_loop(model, tiny_settings(model, tiny_corpus, tmp_path / "a", **changes))
+        whole.run(StopAfter())
+        with pytest.raises(Stopped):
+            make_loop(model, tiny_settings(model, tiny_corpus, tmp_path / "b", **changes)).run(StopAfter(5))
+        parts = make_loop(model, tiny_settings(model, tiny_corpus, tmp_path / "b", **changes))
+        parts.run(StopAfter())
+        assert all(
+            torch.equal(final_state(whole)[0][name], final_state(parts)[0][name]) for name in whole.task.weights()
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_the_trial_before_the_first_step_leaves_no_trace(tiny_corpus, tmp_path):
+    losses = []
+    for trial in (True, False):
+        loop = make_loop(
+            "simone_enhanced", tiny_settings("simone_enhanced", tiny_corpus, tmp_path / str(trial), dropout=0.2)
+        )
+        if not trial:
+            loop._try_micro_batch = lambda: None
+        loop.run(StopAfter())
+        losses.append(final_state(loop))
+    assert losses[0][2:] == losses[1][2:]
+    assert all(torch.equal(losses[0][0][name], losses[1][0][name]) for name in losses[0][0])

@@ -1,0 +1,131 @@
+"""A whole run of each trainer in this process: export, scores, finished runs, other runs, bad folders."""
+
+import json
+import logging
+import math
+
+import pytest
+import torch
+
+from mvlm_core.data.corpus import load_corpus
+from mvlm_core.errors import UserError
+from mvlm_core.evaluation.bits_per_byte import Score, load_export, score_export
+from mvlm_core.files import sha256_file
+from mvlm_core.training.run import run_training
+from prioritary_mvlm import EnhancedPrioritaryTrainer, PrioritaryConfig
+from tests.helpers import MODELS, recipe_of, tiny_settings
+
+EXPORTED = {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "README.md",
+    "training_config.json",
+    "training_history.json",
+    "training_plots.png",
+}
+MODELLING = {"enhanced_model.py", "rope_attention.py", "modern_layers.py"}
+
+
+@pytest.fixture(params=MODELS)
+def trained(request, tiny_corpus, tmp_path):
+    settings = tiny_settings(request.param, tiny_corpus, tmp_path, max_steps=8)
+    return request.param, settings, run_training(recipe_of(request.param), settings)
+
+
+def test_the_export_is_whole_and_its_scores_can_be_measured_again(trained, tiny_corpus):
+    name, settings, folder = trained
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["name"] == name
+    assert set(manifest["files"]) == EXPORTED | (MODELLING if name == "simone_enhanced" else set())
+    assert all(sha256_file(folder / file) == expected for file, expected in manifest["files"].items())
+    assert not (folder / ".export").exists()
+
+    results = json.loads((folder / "training_config.json").read_text())["results"]
+    model, tokenizer = load_export(folder)
+    assert model.num_parameters() == results["parameters"]
+    assert results["steps"] == 8 and results["tokens"] == 8 * 128
+    corpus = load_corpus(tiny_corpus, only=settings.data_subset)
+    score = score_export(folder, corpus)
+    assert score.bits_per_byte == pytest.approx(results["test_bpb"], rel=1e-6)
+    assert results["test_bpb"] == pytest.approx(results["test_bpb_kjv"], rel=1e-9), "only the KJV is in this corpus"
+    assert 2 < results["test_bpb"] < 6
+    history = json.loads((folder / "training_history.json").read_text())
+    assert history[-1]["validation_bpb"] == pytest.approx(results["validation_bpb"])
+    text = tokenizer("the LORD", return_tensors="pt")
+    assert model.generate(**text, max_new_tokens=3, do_sample=False).shape[1] <= text.input_ids.shape[1] + 3
+
+
+def test_the_card_is_valid_and_holds_the_runs_figures(trained):
+    from huggingface_hub import ModelCard
+
+    name, _, folder = trained
+    card = ModelCard.load(folder / "README.md")
+    data = card.data.to_dict()
+    assert (data["language"], data["license"], data["library_name"]) == ("en", "mit", "transformers")
+    assert data["pipeline_tag"] == "text-generation" and "bible" in data["tags"]
+    results = json.loads((folder / "training_config.json").read_text())["results"]
+    for key in ("validation_bpb", "test_bpb", "test_bpb_kjv"):
+        assert f"{results[key]:.4f}" in card.text
+    recalled = results["memorisation"]
+    for part in ("train", "held_out"):
+        exact = recalled[part]["exact"]
+        assert 0 <= exact["value"] <= 1 and exact["count"] > 0 and f"of {exact['count']} |" in card.text
+
+
+def test_a_finished_run_says_so_and_changes_nothing(trained, caplog, monkeypatch):
+    name, settings, folder = trained
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir() if file.is_file()}
+    monkeypatch.setattr(logging.getLogger("mvlm"), "propagate", True)
+    with caplog.at_level(logging.INFO, "mvlm"):
+        run_training(recipe_of(name), settings)
+    assert "already finished" in caplog.text
+    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir() if file.is_file()} == before
+
+
+def test_another_run_over_a_finished_model_is_refused_unless_fresh(trained, tiny_corpus, tmp_path):
+    name, settings, folder = trained
+    manifest = (folder / "manifest.json").read_bytes()
+    other = tiny_settings(name, tiny_corpus, tmp_path, max_steps=8, seed=5)
+    with pytest.raises(UserError) as caught:
+        run_training(recipe_of(name), other)
+    assert "--seed was 0, now 5" in str(caught.value) and "--fresh" in str(caught.value)
+    assert (folder / "manifest.json").read_bytes() == manifest
+    (folder / "mine.txt").write_text("kept")
+    other.fresh = True
+    run_training(recipe_of(name), other)
+    assert (folder / "manifest.json").read_bytes() != manifest and (folder / "mine.txt").exists()
+
+
+def test_the_best_weights_are_exported_and_the_last_kept(tiny_corpus, tmp_path, monkeypatch):
+    values = iter([2.0, 3.0, 4.0])
+    monkeypatch.setattr(
+        "mvlm_core.training.run.score_documents", lambda *_, **__: Score({"all": (next(values) * math.log(2), 1, 1)})
+    )
+    settings = tiny_settings("simone_enhanced", tiny_corpus, tmp_path)
+    folder = EnhancedPrioritaryTrainer(settings, tiny_corpus, tmp_path / "out").train()
+    monkeypatch.undo()
+    from safetensors.torch import load_file
+
+    exported = load_file(folder / "model.safetensors")
+    best = load_file(folder / "checkpoints" / "step-00000004" / "model.safetensors")
+    last = load_file(folder / "checkpoints" / "step-00000012" / "model.safetensors")
+    name = "layers.0.attention.q_proj.weight"
+    assert torch.equal(exported[name], best[f"model.{name}"])
+    assert not torch.equal(exported[name], last[f"model.{name}"])
+    assert json.loads((folder / "training_config.json").read_text())["results"]["best_step"] == 4
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "binary"])
+def test_a_folder_without_text_is_refused_before_anything_is_written(kind, tmp_path):
+    data = tmp_path / "data"
+    if kind != "missing":
+        data.mkdir()
+    if kind == "binary":
+        (data / "x.txt").write_bytes(bytes(range(256)) * 50)
+    config = PrioritaryConfig(preset="smoke", device="cpu", data_subset=None, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=str(data)):
+        EnhancedPrioritaryTrainer(config, data, tmp_path / "out").train()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()

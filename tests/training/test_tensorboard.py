@@ -1,0 +1,55 @@
+"""TensorBoard's event files say what the history says, and trouble with them stops nothing."""
+
+import logging
+
+import pytest
+
+from mvlm_core.training.history import read_history
+from mvlm_core.training.run import run_training
+from mvlm_core.training.tensorboard import EVENTS_NAME, EventFiles
+from tests.helpers import make_loop, tiny_settings
+
+
+def scalars(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    return {name: {e.step: e.value for e in events.Scalars(name)} for name in events.Tags()["scalars"]}
+
+
+def test_a_run_writes_its_history(tiny_corpus, tmp_path):
+    from prioritary_mvlm.enhanced_trainer import RECIPE
+
+    folder = run_training(RECIPE, tiny_settings("simone_enhanced", tiny_corpus, tmp_path, tensorboard=True))
+    history, found = read_history(folder / "training_history.jsonl"), scalars(folder / EVENTS_NAME)
+    assert len(history) == 12
+    for name in ("train_loss", "validation_bpb", "learning_rate", "grad_norm", "tokens_per_second"):
+        wanted = {record["step"]: pytest.approx(record[name], rel=1e-6) for record in history if name in record}
+        assert found[name] == wanted
+
+
+def test_steps_that_are_made_again_replace_the_first(tmp_path):
+    events = EventFiles(tmp_path)
+    events.add([{"step": step, "train_loss": 5.0} for step in (1, 2, 3)])
+    events.add([{"step": 2, "train_loss": 4.0}])  # rolled back: step 3 has not been made again
+    assert scalars(tmp_path)["train_loss"] == {1: 5.0, 2: 4.0}
+    EventFiles(tmp_path).add([{"step": 1, "train_loss": 3.0}])  # and in another process after a resume
+    assert scalars(tmp_path)["train_loss"] == {1: 3.0}
+
+
+def test_trouble_is_told_once_and_stops_nothing(tiny_corpus, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("mvlm"), "propagate", True)
+    (tmp_path / "file").write_text("in the way")
+    loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path))
+    loop.listener = EventFiles(tmp_path / "file").add
+    from tests.helpers import StopAfter
+
+    assert loop.run(StopAfter()).step == 12
+    assert caplog.text.count("training goes on without") == 1
+
+
+def test_without_tensorboard_the_run_goes_on(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("mvlm"), "propagate", True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    EventFiles(tmp_path).add([{"step": 1, "train_loss": 5.0}])
+    assert "pip install tensorboard" in caplog.text and not list(tmp_path.iterdir())
