@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from mvlm_core.settings import TrainingSettings, option
+
+# The modelling files that ship in each export: the only code that an export may hold.
+MODELLING_FILES = Path(__file__).resolve().parent.parent / "simone_transformer"
 
 # What short runs on a processor do best with (benchmarks/RESULTS.md).
 SMALL = {

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .modern_layers import RMSNorm, SwiGLU, swiglu_width
-from .rope_attention import EnhancedGovernanceAttention, rotary_tables
+from .rope_attention import TRACE_FIELDS, EnhancedGovernanceAttention, rotary_tables
 
 
 class EnhancedSIMONEConfig(PreTrainedConfig):
@@ -190,6 +190,11 @@ class EnhancedSIMONEPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _can_compile_fullgraph = True
+
+    @property
+    def trace_fields(self) -> dict[str, str]:
+        """Name and meaning of each field of ``traces``, in their order; empty where the model reports none."""
+        return dict(TRACE_FIELDS) if self.config.trace_head else {}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

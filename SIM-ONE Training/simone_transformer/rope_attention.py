@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from .modern_layers import RMSNorm
 
-TRACE_FIELDS = ("policy", "memory", "entropy", "distance")
+# The last dimension of the traces, in order: what each field says.
+TRACE_FIELDS = {
+    "policy": "how much of what attention read is let through (0 to 2)",
+    "memory": "share of the first layer's values in the later layers' (0 to 1)",
+    "entropy": "how widely attention is spread, in nats",
+    "distance": "how far back attention looks, in tokens",
+}
 _TRACE_QUERY_ROWS = 128
 
 

@@ -172,6 +172,7 @@ def test_traces_report_what_the_heads_did():
     plain, traced = model(ids, use_cache=False), model(ids, use_cache=False, output_traces=True)
     assert torch.equal(plain.logits, traced.logits), "a trace must not change what it watches"
     assert plain.traces is None and len(traced.traces) == 3
+    assert model.trace_fields == TRACE_FIELDS and make_model(trace_head=False).trace_fields == {}
     assert traced.memory_signals[0] is None and traced.memory_signals[1].shape == (2, 20, 4)
     fields = dict(zip(TRACE_FIELDS, traced.traces[1].unbind(-1), strict=True))
     torch.testing.assert_close(fields["policy"], 2 * traced.policy_logits[1].sigmoid())
