@@ -1,22 +1,22 @@
 """Every setting of a training run, once: its default, its flag, its help and what it may be.
 
-A settings class is a dataclass whose fields are made by ``option``. A value that is not given comes from the preset,
-and what the preset does not name from the field's own default: a flag beats the preset, the preset the default.
+A settings class is a dataclass whose fields are made by ``option``. A flag overrides the preset, and the preset
+overrides the field's default.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import MISSING, asdict, dataclass, field, fields
+import operator
+from collections.abc import Collection
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, get_args, get_type_hints
 
-from mvlm_core.errors import Stopped, UserError, run_main
+from mvlm_core.errors import UserError
 from mvlm_core.files import output_folder_problems
-from mvlm_core.hardware import resolve_preset
-
-__all__ = ["Stopped", "UserError", "run_main", "TrainingSettings", "option", "parse_settings", "PRESET_NAMES"]
+from mvlm_core.hardware import ATTENTION_BACKENDS, DEVICES, PRECISIONS, resolve_preset
 
 REPOSITORY_ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_DATA_DIR = REPOSITORY_ROOT / "mvlm_training_dataset_complete"
@@ -28,6 +28,12 @@ OPTIMIZERS = ("adamw", "muon")
 LENGTHS = ("num_epochs", "max_steps", "max_tokens", "max_bytes")
 Settings = TypeVar("Settings", bound="TrainingSettings")
 SMALLEST_VOCABULARY = 260  # 256 bytes and four special tokens
+_BOUNDS = {
+    "minimum": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "maximum": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
 
 
 def option(
@@ -36,28 +42,26 @@ def option(
     group: str = "run",
     *,
     choices: tuple[str, ...] | None = None,
-    minimum: float | None = None,
-    above: float | None = None,
-    maximum: float | None = None,
-    below: float | None = None,
     both_ways: bool = False,
     identity: bool = False,
+    aliases: tuple[str, ...] = (),
+    **bounds: float,
 ) -> Any:
     """A field of a settings class.
 
     Args:
-        minimum, above, maximum, below: the range, ends included or not.
-        both_ways: a switch with a flag for off, ``--no_`` and its name, as well.
-        identity: part of what the run *is*: a checkpoint made with another value is not continued.
+        both_ways: a switch that has a flag for off as well, ``--no_`` and its name.
+        identity: whether the value defines the run: a checkpoint made with another value is not resumed.
+        aliases: older spellings of the flag, which still parse but are not shown by ``--help``.
+        bounds: the range: ``minimum``, ``maximum`` (inclusive), ``above``, ``below`` (exclusive).
     """
-    rules = {"choices": choices, "minimum": minimum, "above": above, "maximum": maximum, "below": below}
-    known = {"default": default, "help": help, "group": group, "both_ways": both_ways, "identity": identity}
-    return field(default=None, metadata=known | rules)
+    known = {"default": default, "help": help, "group": group, "choices": choices, "both_ways": both_ways}
+    return field(default=None, metadata={**known, "identity": identity, "aliases": aliases, "bounds": bounds})
 
 
 @dataclass
 class TrainingSettings:
-    """What both trainers share. Sizes in tokens, sequences or bytes as said; rates per optimizer step."""
+    """What both trainers share."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         # Length here, rates, decay and dropout in the models' own presets: from small runs by the rules of
@@ -139,13 +143,14 @@ class TrainingSettings:
     warmup_steps: int | None = option(
         None, "steps of linear warm-up (default: 2 %% of the run)", "optimisation", minimum=0, identity=True
     )
-    input_noise: float = option(
+    unigram_noise: float = option(
         0.0,
-        "share of the input tokens replaced by others of the text, against learning by heart a text that is read often",
+        "share of the input tokens replaced by tokens drawn from the text, against memorizing a text read many times",
         "optimisation",
         minimum=0,
         below=1,
         identity=True,
+        aliases=("input_noise",),
     )
     weight_decay: float = option(
         0.1, "decoupled weight decay of the matrices", "optimisation", minimum=0, identity=True
@@ -177,14 +182,12 @@ class TrainingSettings:
     min_epochs: float = option(1.0, "never stop early before this many passes", "length", minimum=0)
 
     seed: int = option(0, "seed of weights, data order and dropout", "run", minimum=0, maximum=2**32 - 1, identity=True)
-    device: str = option("auto", "auto, cpu or cuda", "hardware", choices=("auto", "cpu", "cuda"))
-    precision: str = option("auto", "auto, fp32 or bf16", "hardware", choices=("auto", "fp32", "bf16"))
-    attention_backend: str = option(
-        "auto", "attention kernel", "hardware", choices=("auto", "sdpa", "flash_attn", "xformers", "eager")
-    )
+    device: str = option("auto", "auto, cpu or cuda", "hardware", choices=DEVICES)
+    precision: str = option("auto", "auto, fp32 or bf16", "hardware", choices=PRECISIONS)
+    attention_backend: str = option("auto", "attention kernel", "hardware", choices=ATTENTION_BACKENDS)
     processes: int = option(
         1,
-        "processes of one thread that share each batch on a processor's cores, instead of one process of many threads",
+        "single-threaded processes that share each batch on a CPU, instead of one process with many threads",
         "hardware",
         minimum=1,
     )
@@ -213,8 +216,8 @@ class TrainingSettings:
         if self.preset in (None, "auto"):
             self.preset = "cpu" if self.device == "cpu" else resolve_preset("auto")[0]
         chosen = self.preset_values(self.preset)
-        # Lengths that are asked for replace the preset's altogether: --max_steps 5000 means 5,000 steps, not the
-        # preset's one epoch. Several given at once hold together: the first one reached ends the run.
+        # A length that is given replaces all of the preset's: --max_steps 5000 means 5,000 steps, not the preset's one
+        # epoch. Of several given, the first one reached ends the run.
         lengths = [name for name in LENGTHS if getattr(self, name) is not None]
         preset_lengths = [name for name in LENGTHS if name in chosen]
         for entry in fields(self):
@@ -255,8 +258,10 @@ class TrainingSettings:
         return self.batch_size * self.gradient_accumulation_steps
 
     def identity(self) -> dict[str, Any]:
-        """The values that make this run another run when they change."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.metadata["identity"]}
+        """The values that define this run: a checkpoint is resumed only where they agree."""
+        identifying = [entry for entry in fields(self) if entry.metadata["identity"]]
+        # A renamed one keeps its first name here, or older checkpoints could not be resumed.
+        values = {(*entry.metadata["aliases"], entry.name)[0]: getattr(self, entry.name) for entry in identifying}
         return values | {"batch_size × gradient_accumulation_steps": self.sequences_per_step}
 
     def as_dict(self) -> dict[str, Any]:
@@ -267,73 +272,77 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _range_problem(entry: Any, value: Any) -> str | None:
-    """One sentence when ``value`` is outside the field's rules."""
-    rules, flag = entry.metadata, f"--{entry.name}"
+def _range_problem(entry: Field[Any], value: Any) -> str | None:
+    """One sentence when ``value`` is not one of the field's choices or outside its bounds."""
+    choices, bounds = entry.metadata["choices"], entry.metadata["bounds"]
     if value is None:
         return None
-    if rules["choices"]:
-        return (
-            None
-            if value in rules["choices"]
-            else f"{flag} {value}: unknown; choose one of {', '.join(rules['choices'])}"
-        )
-    wanted = []
-    if rules["minimum"] is not None:
-        wanted.append((f"at least {rules['minimum']}", lambda x: x >= rules["minimum"]))
-    if rules["above"] is not None:
-        wanted.append((f"above {rules['above']}", lambda x: x > rules["above"]))
-    if rules["maximum"] is not None:
-        wanted.append((f"at most {rules['maximum']}", lambda x: x <= rules["maximum"]))
-    if rules["below"] is not None:
-        wanted.append((f"below {rules['below']}", lambda x: x < rules["below"]))
-    if not wanted:
+    if choices and value not in choices:
+        return f"--{entry.name} {value}: unknown; choose one of {', '.join(choices)}"
+    if not bounds:
         return None
-    if not _is_number(value) or not math.isfinite(value) or not all(holds(value) for _, holds in wanted):
-        return f"{flag} {value}: must be {' and '.join(words for words, _ in wanted)}"
-    return None
+    wanted = [(*_BOUNDS[name], bounds[name]) for name in _BOUNDS if name in bounds]
+    if _is_number(value) and math.isfinite(value) and all(holds(value, bound) for _, holds, bound in wanted):
+        return None
+    return f"--{entry.name} {value}: must be {' and '.join(f'{words} {bound}' for words, _, bound in wanted)}"
 
 
-def add_options(parser: argparse.ArgumentParser, cls: type[TrainingSettings]) -> None:
-    """One flag per field of ``cls``, grouped as the fields are, with help that names default and presets."""
-    hints, groups = get_type_hints(cls), {}
+def add_options(
+    parser: argparse.ArgumentParser,
+    cls: type[TrainingSettings],
+    names: Collection[str] | None = None,
+    *,
+    title: str | None = None,
+) -> None:
+    """One flag per field of ``cls``, in the fields' groups, with help that shows the default and the presets' values.
+
+    Args:
+        names: only these fields.
+        title: one group for all of them, with help that leaves defaults and presets out.
+    """
+    hints = get_type_hints(cls)
+    groups: dict[str, Any] = {}
     for entry in fields(cls):
-        meta = entry.metadata
-        group = groups.setdefault(
-            meta["group"], parser.add_argument_group(meta["group"]) if meta["group"] not in groups else None
-        )
-        kind = next((part for part in get_args(hints[entry.name]) if part is not type(None)), hints[entry.name])
-        text = meta["help"]
-        if kind is bool:
-            if meta["both_ways"]:
-                text += f" [default {'on' if meta['default'] else 'off'}]"
-                group.add_argument(f"--{entry.name}", f"--no_{entry.name}", action=_Switch, nargs=0, help=text)
-            else:
-                group.add_argument(f"--{entry.name}", action="store_true", default=None, help=text)
+        if names is not None and entry.name not in names:
             continue
-        presets = {name: cls.preset_values(name).get(entry.name, MISSING) for name in PRESET_NAMES}
-        notes = [f"{name} {value}" for name, value in presets.items() if value is not MISSING]
-        default = (
-            []
-            if meta["default"] is None or kind is str and "/" in str(meta["default"])
-            else [f"default {meta['default']}"]
-        )
-        if meta["choices"]:
-            text += f" ({', '.join(meta['choices'])})" if not all(choice in text for choice in meta["choices"]) else ""
-        if default or notes:
-            text += f" [{'; '.join(default + notes)}]"
-        group.add_argument(f"--{entry.name}", type=kind, default=None, metavar=_metavar(kind), help=text)
+        heading = title or entry.metadata["group"]
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        kind = next((part for part in get_args(hints[entry.name]) if part is not type(None)), hints[entry.name])
+        help = entry.metadata["help"] if title else _help(cls, entry, kind)
+        form: dict[str, Any]
+        if kind is not bool:
+            form = {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
+        elif entry.metadata["both_ways"]:
+            form = {"action": _Switch, "nargs": 0}
+        else:
+            form = {"action": "store_true", "default": None}
+        for name in (entry.name, *entry.metadata["aliases"]):
+            flags = [f"--{name}", f"--no_{name}"] if entry.metadata["both_ways"] else [f"--{name}"]
+            shown = help if name == entry.name else argparse.SUPPRESS
+            groups[heading].add_argument(*flags, dest=entry.name, help=shown, **form)
+
+
+def _help(cls: type[TrainingSettings], entry: Field[Any], kind: type) -> str:
+    meta = entry.metadata
+    text, default = meta["help"], meta["default"]
+    if kind is bool:
+        return f"{text} [default {'on' if default else 'off'}]" if meta["both_ways"] else text
+    if meta["choices"] and not all(choice in text for choice in meta["choices"]):
+        text += f" ({', '.join(meta['choices'])})"
+    is_path = kind is str and "/" in str(default)
+    notes = [] if default is None or is_path else [f"default {default}"]
+    for preset in PRESET_NAMES:
+        values = cls.preset_values(preset)
+        notes += [f"{preset} {values[entry.name]}"] if entry.name in values else []
+    return f"{text} [{'; '.join(notes)}]" if notes else text
 
 
 class _Switch(argparse.Action):
     """``--name`` sets True, ``--no_name`` False; without either, None: the preset or the default decides."""
 
-    def __call__(self, parser, namespace, values, option_string=None) -> None:  # noqa: ANN001  (argparse's own)
-        setattr(namespace, self.dest, not option_string.startswith("--no_"))
-
-
-def _metavar(kind: type) -> str:
-    return {int: "N", float: "X"}.get(kind, "TEXT")
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, not str(option_string).startswith("--no_"))
 
 
 def parse_settings(

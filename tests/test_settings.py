@@ -1,5 +1,6 @@
 """Settings: precedence, ranges, and one message that names every problem."""
 
+import argparse
 import subprocess
 import sys
 import time
@@ -8,7 +9,7 @@ from dataclasses import fields
 import pytest
 
 from mvlm_core.errors import UserError
-from mvlm_core.settings import parse_settings
+from mvlm_core.settings import add_options, parse_settings
 from mvlm_trainer import GPT2Settings
 from prioritary_mvlm import PrioritaryConfig
 
@@ -48,6 +49,26 @@ def test_a_head_has_a_flag_for_on_and_one_for_off():
     ):
         settings = parse(PrioritaryConfig, "--preset", "smoke", *given)
         assert tuple(getattr(settings, name) for name in heads) == wanted, given
+
+
+def test_a_renamed_flag_keeps_its_old_spelling_and_its_checkpoints(capsys):
+    settings = parse(GPT2Settings, "--preset", "smoke", "--input_noise", "0.1")
+    assert settings.unigram_noise == 0.1 == settings.identity()["input_noise"]
+    assert parse(GPT2Settings, "--preset", "smoke", "--unigram_noise", "0.1") == settings
+    with pytest.raises(SystemExit):
+        parse(GPT2Settings, "--help")
+    shown = capsys.readouterr().out
+    assert "--unigram_noise" in shown and "input_noise" not in shown
+
+
+def test_only_the_named_flags_under_one_heading():
+    parser = argparse.ArgumentParser()
+    add_options(parser, PrioritaryConfig, ["num_heads", "quiet", "unigram_noise"], title="passed on")
+    assert vars(parser.parse_args(["--num_heads", "3", "--input_noise", "0.2"])) == {
+        "num_heads": 3, "quiet": None, "unigram_noise": 0.2
+    }  # fmt: skip
+    text = parser.format_help()
+    assert "passed on:" in text and "attention heads" in text and "[default" not in text and "model:" not in text
 
 
 def test_the_h200_preset_is_the_briefs_shape():

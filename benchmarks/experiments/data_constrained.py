@@ -31,7 +31,7 @@ SMALLER = {"hidden_dim": 192, "num_heads": 3, "ff_dim": 768, "num_layers": 6}
 LARGER = {"hidden_dim": 256, "num_heads": 4, "ff_dim": 1024, "num_layers": 6}
 SHORT = {"hidden_dim": 128, "num_heads": 2, "ff_dim": 512, "num_layers": 4, "num_epochs": 4.0}
 FIRST = {"learning_rate": 0.003, "batch_size": 8, "eval_interval": 200, "dropout": 0.0, "weight_decay": 0.4}
-SECOND = {"output_head": "tied", "learning_rate": 0.02, "adamw_learning_rate": 0.006, "input_noise": 0.03}
+SECOND = {"output_head": "tied", "learning_rate": 0.02, "adamw_learning_rate": 0.006, "unigram_noise": 0.03}
 # About equal arithmetic, not equal parameters: two of the smaller ones or one of the larger for seven epochs.
 LINES: dict[str, tuple[str, dict[str, Any]]] = {
     "committee": (

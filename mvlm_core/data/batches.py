@@ -1,8 +1,8 @@
 """Which tokens make batch number N: a pure function of the seed and N, so the data order *is* the step counter.
 
-Every epoch the documents are put in a new random order and strung together, the string is cut into sequences from a
-random start, and the sequences are visited in a random order. Nothing is kept between batches but a cache of the
-current epoch's order, so a resumed run reads exactly what an undisturbed one would have read.
+Every epoch the documents are shuffled and concatenated, the result is cut into sequences from a random offset, and the
+sequences are visited in a random order. Nothing is kept between batches but a cache of the current epoch's order, so a
+resumed run reads exactly what an uninterrupted one would have read.
 """
 
 from __future__ import annotations
@@ -35,15 +35,17 @@ class BatchSource:
     """Batches of ``sequences`` sequences of ``context`` tokens.
 
     Args:
-        input_noise: share of the inputs that are replaced by tokens drawn from the text, targets staying as they are
-            (unigram noising, Xie et al., arXiv 1703.02573). A model cannot learn by heart what it never reads twice.
+        unigram_noise: share of the inputs that are replaced by tokens drawn from the text, targets staying as they are
+            (unigram noising, Xie et al., arXiv 1703.02573). A model cannot memorize what it never reads twice.
     Raises:
         UserError: less text than one sequence.
     """
 
-    def __init__(self, store: TokenStore, *, context: int, sequences: int, seed: int, input_noise: float = 0.0) -> None:
+    def __init__(
+        self, store: TokenStore, *, context: int, sequences: int, seed: int, unigram_noise: float = 0.0
+    ) -> None:
         self.store, self.context, self.sequences, self.seed = store, context, sequences, seed
-        self.input_noise = input_noise
+        self.unigram_noise = unigram_noise
         self.tokens_per_epoch = int((np.diff(store.starts) * store.repeats).sum())
         self.sequences_per_epoch = (self.tokens_per_epoch - 1) // context
         if self.sequences_per_epoch < 1:
@@ -80,14 +82,14 @@ class BatchSource:
         begin = self._shift + int(self._order[place]) * self.context
         tokens, weights = self._read(np.arange(begin, begin + self.context + 1) % self.tokens_per_epoch)
         inputs = tokens[:-1]
-        if self.input_noise:
+        if self.unigram_noise:
             random = np.random.Generator(np.random.PCG64([self.seed, number, 1]))
             others, _ = self._read(random.integers(self.tokens_per_epoch, size=self.context))
-            inputs = np.where(random.random(self.context) < self.input_noise, others, inputs)
+            inputs = np.where(random.random(self.context) < self.unigram_noise, others, inputs)
         return inputs, tokens[1:], weights[1:]
 
     def _read(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and weights at positions of the current epoch's string."""
+        """Tokens and weights at positions of the current epoch's concatenated text."""
         documents = np.searchsorted(self._starts, positions, side="right") - 1
         source = positions - self._starts[documents] + self.store.starts[self._documents[documents]]
         return self.store.tokens[source], self.store.weights[self._documents[documents]]
@@ -99,7 +101,7 @@ class BatchSource:
         lengths = np.diff(self.store.starts)
         self._documents = random.permutation(np.repeat(np.arange(len(lengths)), self.store.repeats))
         self._starts = np.concatenate(([0], np.cumsum(lengths[self._documents])))[:-1]
-        # The string is a ring: with a random cut no token is left out for good and none is read twice in an epoch.
+        # The text wraps around: with a random offset no token is always left out and none is read twice in an epoch.
         self._shift = int(random.integers(self.tokens_per_epoch))
         self._order = random.permutation(self.sequences_per_epoch)
         self._epoch = epoch

@@ -260,7 +260,7 @@ def batch_source(settings: TrainingSettings, text: PreparedText) -> BatchSource:
         context=settings.max_length,
         sequences=settings.sequences_per_step,
         seed=settings.seed,
-        input_noise=settings.input_noise,
+        unigram_noise=settings.unigram_noise,
     )
 
 

@@ -78,7 +78,7 @@ def test_a_mix_reads_documents_as_often_as_it_says():
 
 def test_noise_replaces_inputs_by_tokens_of_the_text_and_leaves_targets_alone():
     store = make_store(lengths=(4000,), repeats=[2])
-    clean, noisy = (BatchSource(store, context=512, sequences=8, seed=3, input_noise=n) for n in (0.0, 0.25))
+    clean, noisy = (BatchSource(store, context=512, sequences=8, seed=3, unigram_noise=n) for n in (0.0, 0.25))
     before, after = clean.batch(1), noisy.batch(1)
     assert np.array_equal(before.targets, after.targets) and before.text_bytes == after.text_bytes
     assert np.mean(before.inputs != after.inputs) == pytest.approx(0.25, abs=0.03)
@@ -89,7 +89,7 @@ def test_noise_replaces_inputs_by_tokens_of_the_text_and_leaves_targets_alone():
 
 def test_noise_is_drawn_from_what_a_pass_reads():
     store = make_store(repeats=[1, 0, 0, 0, 0])
-    batches = BatchSource(store, context=CONTEXT, sequences=4, seed=0, input_noise=0.9)
+    batches = BatchSource(store, context=CONTEXT, sequences=4, seed=0, unigram_noise=0.9)
     assert batches.batch(0).inputs.max() < 100, "only the first document is read, so only its tokens are drawn"
 
 
