@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mvlm_core.hardware import DEVICES
 from mvlm_core.settings import REPOSITORY_ROOT as REPOSITORY
 
 
@@ -33,7 +34,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--words", type=int, default=64, help="words of a continuation [default 64]")
     parser.add_argument("--pairs", type=int, default=200, help="most pairs of a rule [default 200]")
     parser.add_argument("--no_bits_per_byte", action="store_true", help="leave out what the trainers measure already")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="[default auto]")
+    parser.add_argument("--device", default="auto", choices=DEVICES, help="[default auto]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the results here")
     return parser.parse_args()
@@ -59,6 +60,7 @@ def main() -> int:
     from mvlm_core.hardware import set_process_environment
 
     set_process_environment()
+    from bible_corpus.grammar import RULES
     from mvlm_core.data.corpus import load_corpus
     from mvlm_core.evaluation.suite import Size, draw, measure, over_seeds, sizes
     from mvlm_core.evaluation.suite_table import rows
@@ -77,7 +79,7 @@ def main() -> int:
     hardware.apply()
     same = {"asked": asked, "fingerprint": corpus.fingerprint}
     known = known_results(options.json, same) if options.json else {}
-    material, results = draw(corpus, options.split, size, options.seed), {}
+    material, results = draw(corpus, options.split, size, options.seed, RULES), {}
     for folder in exports:
         weights = sha256_file(folder / "model.safetensors")
         if (before := known.get(str(folder), {})).get("weights") == weights:

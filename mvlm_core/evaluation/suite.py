@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from mvlm_core.data.verses import Verse, followed_by, matched_verses, sample_ver
 from mvlm_core.evaluation import generation, memorization
 from mvlm_core.evaluation.bits_per_byte import bits_per_byte_by_part, load_export, score_loaded
 from mvlm_core.evaluation.calibration import calibration
-from mvlm_core.evaluation.minimal_pairs import Pair, minimal_pairs, pair_accuracy
+from mvlm_core.evaluation.minimal_pairs import Pair, Rule, minimal_pairs, pair_accuracy
 
 SHORTEST = 8  # words of a verse that is asked about: its second half has four at least
 
@@ -42,8 +43,12 @@ class Material:
     pairs: list[Pair]
 
 
-def draw(corpus: Corpus, split: str, size: Size, seed: int) -> Material:
-    """Material from ``split`` ("validation" or "test"), and train verses of the same translations and lengths."""
+def draw(corpus: Corpus, split: str, size: Size, seed: int, rules: Sequence[Rule]) -> Material:
+    """Material from ``split`` ("validation" or "test"), and train verses of the same translations and lengths.
+
+    Args:
+        rules: of the minimal pairs.
+    """
     held_out = corpus.split(split)
     every = list(verses_of(held_out))
     asked = sample_verses((v for v in every if len(v.text.split()) >= SHORTEST), size.verses, seed)
@@ -52,7 +57,7 @@ def draw(corpus: Corpus, split: str, size: Size, seed: int) -> Material:
         asked,
         matched_verses(asked, verses_of(corpus.split("train")), seed),
         sample_verses((v for v in every if followed_by(v, size.words) is not None), size.prompts, seed),
-        minimal_pairs(every, per_rule=size.pairs, seed=seed),
+        minimal_pairs(every, rules, per_rule=size.pairs, seed=seed),
     )
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from bible_corpus.grammar import RULES
 from mvlm_core.data.corpus import load_corpus
 from mvlm_core.data.verses import Verse, followed_by, matched_verses, sample_verses, verses_of
 from mvlm_core.evaluation import generation, memorization
 from mvlm_core.evaluation.bits_per_byte import bits_per_byte_by_part, context_of, encode, score_documents
 from mvlm_core.evaluation.calibration import calibration, calibration_error
-from mvlm_core.evaluation.minimal_pairs import RULES, Pair, minimal_pairs, pair_accuracy, pair_point
+from mvlm_core.evaluation.minimal_pairs import Pair, minimal_pairs, pair_accuracy, pair_point
 from mvlm_core.evaluation.suite import over_seeds
 from mvlm_core.evaluation.suite_table import share
 from prioritary_mvlm import AdvancedBPETokenizer
@@ -296,7 +297,7 @@ def test_pairs_of_known_verses():
         "Ye are the salt of the earth: and we have seen it.",
         "They that dwell in Shethou art said that he is of himself.",
     ]
-    pairs = minimal_pairs([line(text) for text in [*verses, verses[0]]])
+    pairs = minimal_pairs([line(text) for text in [*verses, verses[0]]], RULES)
     changes = {}
     for pair in pairs:
         good, bad = pair.good.split(), pair.bad.split()
@@ -315,10 +316,12 @@ def test_pairs_of_known_verses():
 
 def test_every_rule_finds_pairs_in_the_corpus_and_keeps_to_its_number(corpus):
     verses = list(verses_of(corpus.documents))
-    pairs = minimal_pairs(verses, per_rule=15, seed=1)
+    pairs = minimal_pairs(verses, RULES, per_rule=15, seed=1)
     counts = {rule.name: sum(pair.rule == rule.name for pair in pairs) for rule in RULES}
     assert all(3 <= count <= 15 for count in counts.values()) and counts["verb after he, she, it"] == 15
-    assert pairs == minimal_pairs(verses, per_rule=15, seed=1) != minimal_pairs(verses, per_rule=15, seed=2)
+    assert (
+        pairs == minimal_pairs(verses, RULES, per_rule=15, seed=1) != minimal_pairs(verses, RULES, per_rule=15, seed=2)
+    )
     assert len({(pair.rule, pair.good) for pair in pairs}) == len(pairs)
 
 
@@ -329,7 +332,8 @@ def test_a_tie_is_half_a_point():
 
 def test_a_model_prefers_the_verses_it_read(couples, tokenizer, overfitted):
     pairs = [
-        Pair("all", p.good, p.bad) for p in minimal_pairs([verse for couple in couples[:KNOWN] for verse in couple])
+        Pair("all", p.good, p.bad)
+        for p in minimal_pairs([verse for couple in couples[:KNOWN] for verse in couple], RULES)
     ]
     assert len(pairs) >= 20
     turned = [Pair("turned", pair.bad, pair.good) for pair in pairs]
