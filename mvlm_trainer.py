@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from bible_corpus.settings import BibleSettings
 from mvlm_core.console import outlive_terminal, setup_logging
 from mvlm_core.errors import run_main
 from mvlm_core.hardware import Hardware, set_process_environment
-from mvlm_core.settings import REPOSITORY_ROOT, TrainingSettings, parse_settings
+from mvlm_core.settings import REPOSITORY_ROOT, parse_settings
 
 if TYPE_CHECKING:  # heavy imports wait until the arguments are known: --help answers at once
     from torch import Tensor
@@ -31,7 +32,7 @@ Run it again after an interruption: it goes on from the newest checkpoint.
 
 
 @dataclass
-class GPT2Settings(TrainingSettings):
+class GPT2Settings(BibleSettings):
     """Settings of model 1: GPT-2's shape and its classic recipe, AdamW with warm-up and cosine."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {

@@ -82,8 +82,6 @@ class TrainingSettings:
             "ff_dim": 512,
             "num_layers": 4,
             "max_bytes": 5_500_000,
-            # Half of what is read is the King James text, the other half all translations alike.
-            "train_mix": "bible/kjv=16",
             "dropout": 0.0,
             "eval_interval": 50,
             "checkpoint_interval": 100,
@@ -101,14 +99,13 @@ class TrainingSettings:
             "eval_interval": 40,
             "checkpoint_interval": 20,
             "log_interval": 5,
-            "data_subset": "bible/kjv",
         },
     }
 
     data_dir: str = option(str(DEFAULT_DATA_DIR), "folder of .txt files (with optional .json beside them)", "data")
     data_subset: str | None = option(None, "use only this folder below --data_dir", "data")
     train_mix: str | None = option(
-        None, "times a pass reads the train text of a folder, such as bible/kjv=8,bible/web=2", "data", identity=True
+        None, "FOLDER=TIMES,...: how often one epoch reads the train text of these folders", "data", identity=True
     )
     output_dir: str | None = option(None, "where the finished model and its checkpoints go", "data")
     cache_dir: str = option(str(CACHE_DIR), "where tokenizers and tokens are kept between runs", "data")

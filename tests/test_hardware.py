@@ -206,7 +206,7 @@ def test_hidden_gpu_counts_as_none(empty_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_module_and_preset_do_not_import_torch(tmp_path: Path) -> None:
     program = (
-        "import sys; from mvlm_core import hardware, resources; resources.NVIDIA_TRACES = ();"
+        "import sys; from mvlm_core import hardware, monitor; monitor.NVIDIA_TRACES = ();"
         "hardware.resolve_preset('auto'); hardware.set_process_environment(); print('torch' in sys.modules)"
     )
     environment = {**os.environ, "PATH": str(tmp_path)}

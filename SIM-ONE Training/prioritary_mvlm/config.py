@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mvlm_core.settings import TrainingSettings, option
+from bible_corpus.settings import BibleSettings
+from mvlm_core.settings import option
 
 # The modelling files that ship in each export: the only code that an export may hold.
 MODELLING_FILES = Path(__file__).resolve().parent.parent / "simone_transformer"
@@ -27,7 +28,7 @@ def _head(default: bool, what: str) -> Any:
 
 
 @dataclass
-class PrioritaryConfig(TrainingSettings):
+class PrioritaryConfig(BibleSettings):
     """Everything that a run of Enhanced SIM-ONE can be told.
 
     ``PrioritaryConfig()`` is the preset that fits this machine; ``PrioritaryConfig(preset="smoke", max_steps=10)``

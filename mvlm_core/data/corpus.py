@@ -109,7 +109,7 @@ def load_corpus(
         validation_split: share of the documents without a split for validation, and as much again for test; 0 to 0.5.
         validation_dir: a folder whose files are all the validation split (their paths begin with "validation_dir/");
             in `data_dir` what would have been validation is then train.
-        only: use only this folder below `data_dir`, such as "bible/kjv".
+        only: use only this folder below `data_dir`.
 
     Raises:
         UserError: no such folder, no readable text in it, or no text left to train on or to validate with.

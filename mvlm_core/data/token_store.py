@@ -65,7 +65,7 @@ class TokenStore:
 
 
 def parse_mix(mix: str | None) -> dict[str, int]:
-    """``"bible/kjv=8,bible/web=2"`` as folder → repeats.
+    """``"folder=8,another/folder=2"`` as folder → repeats.
 
     Raises:
         UserError: not of that form, or a negative number.
@@ -74,7 +74,7 @@ def parse_mix(mix: str | None) -> dict[str, int]:
     for part in mix.split(",") if mix else []:
         folder, _, number = part.strip().rpartition("=")
         if not folder or not number.isdecimal():
-            raise UserError(f"--train_mix {mix}: expected FOLDER=TIMES, with commas between, such as bible/kjv=8")
+            raise UserError(f"--train_mix {mix}: expected FOLDER=TIMES, separated by commas")
         repeats[folder.strip("/")] = int(number)
     return repeats
 
