@@ -146,7 +146,7 @@ find_python() {
     advice+=" older ones: from python.org, or  uv python install 3.12)"
     if [ -z "$ASKED_PYTHON" ]; then
         IFS=$'\n' read -r -d '' -a candidates < <(
-            for candidate in python3 python3.13 python3.12 python3.11 python3.14 python; do type -aP "$candidate" || true; done
+            type -aP python3 python3.13 python3.12 python3.11 python3.14 python || true
         ) || true
     fi
     for candidate in ${candidates[@]+"${candidates[@]}"}; do
