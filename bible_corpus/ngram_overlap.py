@@ -1,4 +1,4 @@
-"""Sequences of words as numbers, to find what two texts share: what the leak audits count."""
+"""n-gram overlap: runs of words as 64-bit hashes, to find what two texts share. The leak audits count with it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy as np
 LENGTH = 13  # words: long enough that only a quotation shares one (Brown et al. 2020, arXiv 2005.14165, appendix C)
 
 
-class WordSequences:
-    """Texts to 64-bit hashes of every ``LENGTH`` words in a row, in lower case and without punctuation.
+class NgramHasher:
+    """Texts to hashes of every ``LENGTH`` words in a row, in lower case and without punctuation.
 
-    Hashes of one object compare with each other, those of different objects do not.
+    Only hashes of the same hasher compare with each other.
     """
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
-        # Odd multipliers of a fixed generator: two of 10**6 builds' sequences collide about once.
+        # Odd multipliers from a fixed seed: in 10**6 builds, two n-grams collide about once.
         random = np.random.default_rng(13)
         self._weights = random.integers(0, 2**63, LENGTH, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 
     def __call__(self, texts: Iterable[str]) -> np.ndarray:
-        """``[sequences]`` uint64 of the texts strung together."""
+        """``[n-grams]`` uint64 of the concatenated texts."""
         numbers = self._numbers
         words = re.findall(r"[^\W_]+", re.sub(r"['\u2019]", "", " ".join(texts).lower()))
         ids = np.fromiter((numbers.setdefault(word, len(numbers)) for word in words), np.uint64, len(words))

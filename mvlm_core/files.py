@@ -116,7 +116,8 @@ class RunLock:
 
     def __exit__(self, *_: object) -> None:
         self.path.unlink(missing_ok=True)
-        os.close(self._descriptor)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
         self._descriptor = None
 
     def _try_acquire(self) -> int | None:

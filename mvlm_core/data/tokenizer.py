@@ -37,7 +37,6 @@ class ByteLevelBPE:
     """Role (as transformers names it: ``bos_token``, …) to text, in the order of their ids."""
     SPECIAL_TOKENS_LAST: ClassVar[bool] = False
     """Whether their ids follow the ordinary ones (as GPT-2 has it) or come first."""
-    START_ROLE: ClassVar[str] = "bos_token"
     END_ROLE: ClassVar[str | None] = "eos_token"
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -151,15 +150,17 @@ class ByteLevelBPE:
 
     @property
     def start_id(self) -> int:
-        return self.tokenizer.token_to_id(self.SPECIAL_TOKENS[self.START_ROLE])
+        start_id = self.token_id("bos_token")
+        assert start_id is not None, "checked when it was loaded"
+        return start_id
 
     @property
     def end_id(self) -> int | None:
-        return None if self.END_ROLE is None else self.tokenizer.token_to_id(self.SPECIAL_TOKENS[self.END_ROLE])
+        return self.token_id(self.END_ROLE)
 
-    def token_id(self, role: str) -> int | None:
+    def token_id(self, role: str | None) -> int | None:
         """The id of the special token with this role (``pad_token``, …), or None where there is none."""
-        text = self.SPECIAL_TOKENS.get(role)
+        text = self.SPECIAL_TOKENS.get(role or "")
         return None if text is None else self.tokenizer.token_to_id(text)
 
     @cached_property

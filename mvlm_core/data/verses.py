@@ -1,4 +1,4 @@
-"""Verses, the lines of documents that are not empty, with the text around them: what the probes draw and ask about."""
+"""Verses, the non-empty lines of documents, with the text around them: what the evaluation suite samples from."""
 
 from __future__ import annotations
 
@@ -32,24 +32,27 @@ class Verse:
 
     @property
     def before(self) -> str:
-        """What the document says before it, the line break included."""
+        """The document's text before it, including the line break."""
         return self.document[: self.begin]
 
 
 def verses_of(documents: Iterable[Document]) -> Iterator[Verse]:
-    """All lines that are not empty. Without a list of verses in the metadata, a place is a path and a line's number."""
+    """All non-empty lines. Without a list of verses in the metadata, a place is a path and a line's number."""
     for document in documents:
         text, names = document.read(), document.metadata.get("verses")
         lines = list(LINE.finditer(text))
-        known = document.book is not None and isinstance(names, list) and len(names) == len(lines)
-        for number, line in enumerate(lines):
-            place = f"{document.book} {names[number]}" if known else f"{document.path}:{number + 1}"
+        if document.book is not None and isinstance(names, list) and len(names) == len(lines):
+            places = [f"{document.book} {name}" for name in names]
+        else:
+            places = [f"{document.path}:{number}" for number in range(1, len(lines) + 1)]
+        for line, place in zip(lines, places, strict=True):
             yield Verse(text, line.start(), line.end(), place, document.translation)
 
 
 def sample_verses(verses: Iterable[Verse], count: int, seed: int) -> list[Verse]:
-    """At most ``count``, drawn at random, no two of one place: two translations of a verse say the same twice."""
-    pool, chosen = list(verses), {}
+    """At most ``count``, drawn at random, no two with the same place: translations of a verse are near duplicates."""
+    pool = list(verses)
+    chosen: dict[str, Verse] = {}
     random.Random(seed).shuffle(pool)
     for verse in pool:
         chosen.setdefault(verse.place, verse)
@@ -57,9 +60,9 @@ def sample_verses(verses: Iterable[Verse], count: int, seed: int) -> list[Verse]
 
 
 def matched_verses(verses: Iterable[Verse], pool: Iterable[Verse], seed: int) -> list[Verse]:
-    """For each verse one of the pool, of the same translation and as nearly as possible as many words.
+    """For each verse one from the pool, of the same translation and of the nearest length in words.
 
-    A verse whose translation the pool lacks has none; a verse of the pool may come twice.
+    A verse whose translation is not in the pool gets none; a verse of the pool may be drawn twice.
     """
     by_length: dict[str | None, dict[int, list[Verse]]] = defaultdict(lambda: defaultdict(list))
     for verse in pool:
@@ -76,7 +79,7 @@ def matched_verses(verses: Iterable[Verse], pool: Iterable[Verse], seed: int) ->
 
 
 def followed_by(verse: Verse, words: int) -> str | None:
-    """The first ``words`` words from the verse on, or None where the document ends before or begins here."""
+    """``words`` words from the start of the verse, or None if the document has fewer or begins with the verse."""
     found = list(islice(BETWEEN_BLANKS.finditer(verse.document, verse.begin), words))
     enough = len(found) == words and verse.begin > 0
     return verse.document[verse.begin : found[-1].end()] if enough else None
