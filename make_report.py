@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Make models/report.html: a finished run on one page that opens from disk, without a network.
 
-train_all_models.py makes it at its end; run this to make it again. The finished models are asked for samples and
-governance traces, all else comes from the run's records.
+train_all_models.py makes it at its end; run this to make it again. Samples and governance traces come from the finished
+models, everything else from the run's records.
 
 Exit codes: 0 done, 2 bad arguments or no run, 130/143 stopped by a signal.
 """
@@ -13,18 +13,17 @@ import argparse
 from pathlib import Path
 
 from mvlm_core.errors import UserError, run_main
-from mvlm_core.export.opening import check_export
 from mvlm_core.files import output_folder_problems, read_json
 from mvlm_core.hardware import DEVICES, set_process_environment
 from mvlm_core.run_layout import Layout
-from mvlm_core.settings import DEFAULT_DATA_DIR, MODELLING_SOURCES, REPOSITORY_ROOT
+from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line.
+    """The command line, checked.
 
     Raises:
-        UserError: every problem with it.
+        UserError: with every problem at once.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -32,7 +31,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work_dir", type=Path, default=REPOSITORY_ROOT, help="where models/ is [this repository]")
     parser.add_argument("--data_dir", default=str(DEFAULT_DATA_DIR), help="the corpus, for held-out verses")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda [default auto]")
-    parser.add_argument("--seed", type=int, default=0, help="of the verses and the samples [default 0]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the verses and the samples [default 0]")
     options = parser.parse_args(arguments)
     problems = output_folder_problems(options.work_dir / "models", "--work_dir:")
     if options.device not in DEVICES:
@@ -52,26 +51,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     set_process_environment()
-    from mvlm_core.data.corpus import load_corpus
-    from mvlm_core.export.validation import corpus_choice
-    from mvlm_core.hardware import choose_hardware
-    from mvlm_core.pipeline.report import ask, write_report
+    from mvlm_core.pipeline.report import make_report
+    from prioritary_mvlm.config import MODELLING_FILES
 
-    layout, exports, problems = options.layout, {}, []
-    models = read_json(layout.summary).get("models", {})
-    for name in (name for name, entry in models.items() if entry.get("status") == "finished"):
-        try:
-            check_export(layout.export(name), MODELLING_SOURCES)
-            exports[name] = layout.export(name)
-        except UserError as error:
-            problems += error.problems
-    samples, traces = [], []
-    if exports:
-        hardware = choose_hardware(device=options.device)
-        hardware.apply()
-        corpus = load_corpus(options.data_dir, **corpus_choice(next(iter(exports.values())) / "training_config.json"))
-        samples, traces = ask(exports, corpus, device=hardware.device, seed=options.seed)
-    print(f"report: {write_report(layout, samples, traces, problems)}")
+    page = make_report(options.layout, options.data_dir, MODELLING_FILES, device=options.device, seed=options.seed)
+    print(f"report: {page}")
     return 0
 
 

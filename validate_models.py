@@ -21,7 +21,7 @@ from mvlm_core.export.strict_tar import name_problem
 from mvlm_core.export.validation import check_loading, check_packed, check_scores, rescore
 from mvlm_core.files import output_folder_problems, read_json, write_json_atomic
 from mvlm_core.hardware import DEVICES, set_process_environment
-from mvlm_core.pipeline.stages import now
+from mvlm_core.pipeline.summary import now
 from mvlm_core.run_layout import Layout
 from mvlm_core.settings import DEFAULT_DATA_DIR, MODELLING_SOURCES, REPOSITORY_ROOT
 

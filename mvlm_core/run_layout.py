@@ -3,54 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mvlm_core.files import read_json, read_regular
 
 
-@dataclass(frozen=True)
 class Layout:
-    """Where a run keeps its things; `--work_dir` moves all of them."""
+    """Where a run keeps its files below ``root``, which `--work_dir` chooses."""
 
-    root: Path
-
-    @property
-    def models(self) -> Path:
-        return self.root / "models"
-
-    @property
-    def logs(self) -> Path:
-        return self.root / "logs"
-
-    @property
-    def downloads(self) -> Path:
-        return self.root / "models_for_download"
-
-    @property
-    def summary(self) -> Path:
-        return self.models / "training_summary.json"
-
-    @property
-    def report(self) -> Path:
-        return self.models / "validation_report.json"
-
-    @property
-    def page(self) -> Path:
-        return self.models / "report.html"
-
-    @property
-    def plot(self) -> Path:
-        return self.models / "comparison.png"
-
-    @property
-    def text_probes(self) -> Path:
-        return self.models / "text_probes.json"
-
-    @property
-    def checksums(self) -> Path:
-        return self.downloads / "SHA256SUMS"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.models, self.logs, self.downloads = root / "models", root / "logs", root / "models_for_download"
+        self.summary = self.models / "training_summary.json"
+        self.evaluation_suite = self.models / "evaluation_suite.json"
+        self.plot = self.models / "comparison.png"
+        self.report = self.models / "validation_report.json"
+        self.page = self.models / "report.html"
+        self.checksums = self.downloads / "SHA256SUMS"
 
     def export(self, name: str) -> Path:
         return self.models / name

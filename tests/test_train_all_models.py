@@ -1,8 +1,6 @@
-"""The main job with stand-ins for the trainers: order, record, failures, signals, lock, arguments."""
+"""The main job with stand-ins for the scripts it starts: order, record, failures, signals, lock, arguments."""
 
-import gzip
 import json
-import lzma
 import os
 import pty
 import signal
@@ -16,17 +14,18 @@ import psutil
 import pytest
 
 import train_all_models
+from mvlm_core.data.corpus import load_corpus
 from mvlm_core.errors import UserError
 from mvlm_core.export.archive import check_archive, read_checksums, sha256_file
-from mvlm_core.pipeline import comparison
 from mvlm_core.run_layout import Layout
+from tests.helpers import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-
-# Behaves like a trainer towards its caller; what it does is told by MODE_<model> in the environment.
+# Behaves like a trainer towards its caller; MODE_<model> in the environment tells it what to do.
 TRAINER = """
 import hashlib, json, os, signal, sys, time
 from pathlib import Path
+if "--dry_run" in sys.argv:
+    print("an hour,\\n2 GB"); sys.exit(os.environ.get("MODE_dry_run"))
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 out, name = Path(flags["--output_dir"]), Path(flags["--output_dir"]).name
 out.mkdir(parents=True, exist_ok=True)
@@ -34,11 +33,13 @@ mode = os.environ.get(f"MODE_{name}", "ok")
 log = open(flags["--log_file"], "a", buffering=1)
 def say(text):
     print(text, flush=True); print(text, file=log)
-say(f"{name} starts, terminal {sys.stderr.isatty()}")
-(out / "pid").write_text(str(os.getpid()))
 signals = []
+def handle(number, frame):
+    signals.append(number); say(f"received {number}")
 for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda n, frame: signals.append(n))
+    signal.signal(number, handle)
+(out / "pid").write_text(str(os.getpid()))
+say(f"{name} starts, terminal {sys.stderr.isatty()}")
 if mode == "fail":
     raise RuntimeError("the loss went up in smoke")
 if mode == "bad":
@@ -49,12 +50,10 @@ if mode in ("slow", "deaf") and not (out / "checkpoint").exists():
     say("waiting")
     while mode == "deaf" or not signals:
         time.sleep(0.02)
-    time.sleep(0.3)
+    time.sleep(0.1)
     (out / "checkpoint").write_text(json.dumps(signals))
     sys.exit(128 + signals[0])
 time.sleep(float(os.environ.get("SECONDS_EACH", 0)))
-sys.path.insert(0, os.environ["REPOSITORY"])
-from mvlm_core.data.corpus import load_corpus
 second = name == "simone_enhanced"
 results = {
     "parameters": 1010 if second else 1000, "steps": 9, "tokens": 500, "bytes": 2000, "seconds": 3.0,
@@ -63,8 +62,7 @@ results = {
 }
 config = {
     "model": name, "preset": flags["--preset"], "settings": {"seed": 0}, "results": results,
-    "data": {"fingerprint": load_corpus(flags["--data_dir"]).fingerprint, "only": None},
-    "hardware": {"device": "cpu"},
+    "data": {"fingerprint": os.environ["FINGERPRINT"], "only": None}, "hardware": {"device": "cpu"},
 }
 history = [
     {"bytes": 1000, "seconds": 1.0, "train_loss": 5.0},
@@ -78,6 +76,8 @@ files = {
 for file, text in files.items():
     (out / file).write_text(text)
 digests = {file: hashlib.sha256(text.encode()).hexdigest() for file, text in files.items()}
+if mode == "incomplete":
+    (out / "model.safetensors").unlink()
 (out / "manifest.json").write_text(json.dumps({"format": 1, "name": name, "files": digests}))
 say("finished")
 """
@@ -99,6 +99,9 @@ for name, entry in asked.items():
 sys.exit(any(name in bad for name in found) or len(found) < len(asked))
 """
 
+# The evaluation suite and the report: what they fail at is told and ends nothing.
+OPTIONAL = "import sys; sys.exit('not today')"
+
 
 class Job:
     """The real train_all_models.py in a process of its own, with the stand-ins in its table."""
@@ -106,42 +109,35 @@ class Job:
     def __init__(self, folder: Path, data_dir: Path, whole: bool = False):
         self.work_dir, self.data_dir = folder / "work", data_dir
         self.layout = Layout(self.work_dir)
-        (folder / "trainer.py").write_text(TRAINER)
-        (folder / "validator.py").write_text(VALIDATOR)
+        for name, text in (("trainer", TRAINER), ("validator", VALIDATOR), ("optional", OPTIONAL)):
+            (folder / f"{name}.py").write_text(text)
         self.runner = folder / "runner.py"
         self.runner.write_text(
             textwrap.dedent(f"""
             import sys
             sys.path.insert(0, {str(REPOSITORY)!r})
             from pathlib import Path
-            import train_all_models as job
+            import train_all_models as entry
             from mvlm_core.errors import run_main
-            job.TRAINERS = dict.fromkeys(job.TRAINERS, Path({str(folder / "trainer.py")!r}))
-            job.VALIDATOR = Path({str(folder / "validator.py")!r})
-            job.CACHE_DIR = Path({str(folder / "cache")!r})
+            from mvlm_core.pipeline import stages
+            here = Path({str(folder)!r})
+            entry.TRAINERS = dict.fromkeys(entry.TRAINERS, here / "trainer.py")
+            entry.VALIDATOR = here / "validator.py"
+            entry.EVALUATOR = entry.REPORTER = here / "optional.py"
+            stages.CACHE_DIR = here / "cache"
             if not {whole}:     # torch and matplotlib take seconds to import; one test has them
-                job.probe_hardware = lambda options: {{"device": "cpu: some", "lines": []}}
-                from mvlm_core.pipeline import comparison
-                comparison.plot = comparison.compressor_anchors = lambda *given: {{}}
-            run_main(job.main)
+                entry.probe_hardware = lambda job: {{"device": "cpu: some", "lines": []}}
+                stages.plots.plot_comparison = stages.compression_baselines = lambda *given: {{}}
+            run_main(entry.main)
         """)
         )
 
     def command(self, *flags: str) -> list[str]:
-        return [
-            sys.executable,
-            str(self.runner),
-            "--preset",
-            "smoke",
-            "--data_dir",
-            str(self.data_dir),
-            "--work_dir",
-            str(self.work_dir),
-            *flags,
-        ]
+        places = ["--data_dir", str(self.data_dir), "--work_dir", str(self.work_dir)]
+        return [sys.executable, str(self.runner), "--preset", "smoke", *places, *flags]
 
     def environment(self, **extra: str) -> dict:
-        return os.environ | {"REPOSITORY": str(REPOSITORY)} | extra
+        return os.environ | {"FINGERPRINT": load_corpus(self.data_dir).fingerprint} | extra
 
     def run(self, *flags: str, **extra: str) -> subprocess.CompletedProcess:
         return subprocess.run(
@@ -149,23 +145,26 @@ class Job:
         )
 
     def start(self, *flags: str, stdout=subprocess.PIPE, **extra: str) -> subprocess.Popen:
+        environment = self.environment(**extra)
         return subprocess.Popen(
-            self.command(*flags),
-            env=self.environment(**extra),
-            text=True,
-            stdout=stdout,
-            stderr=subprocess.STDOUT,
+            self.command(*flags), env=environment, text=True, stdout=stdout, stderr=subprocess.STDOUT
         )
 
     def summary(self) -> dict:
         return json.loads(self.layout.summary.read_text())
 
+    def statuses(self) -> set[str]:
+        return {entry["status"] for entry in self.summary()["models"].values()}
+
+    def offered(self) -> list[str]:
+        return sorted(path.name for path in self.layout.downloads.glob("*.gz"))
+
     def wait_for(self, name: str, text: str) -> None:
-        for _ in range(400):
-            log = self.layout.log_file(name)
+        deadline, log = time.monotonic() + 30, self.layout.log_file(name)
+        while time.monotonic() < deadline:
             if log.exists() and text in log.read_text():
                 return
-            time.sleep(0.05)
+            time.sleep(0.02)
         raise AssertionError(f"{name} never said {text!r}")
 
 
@@ -174,57 +173,46 @@ def job(tmp_path, tiny_corpus):
     return Job(tmp_path, tiny_corpus)
 
 
+ARCHIVES = ["mvlm_gpt2_model.tar.gz", "simone_enhanced_model.tar.gz"]
+CONTRACT = """
+status parameters tokens bytes seconds tokens_per_second validation_bpb test_bpb test_bpb_kjv peak_memory_bytes
+size_bytes archive
+""".split()
+
+
 def test_whole_run_then_everything_is_kept(tmp_path, tiny_corpus):
     job = Job(tmp_path, tiny_corpus, whole=True)
     done = job.run()
     assert done.returncode == 0, done.stdout + done.stderr
     summary = job.summary()
     assert list(summary) == ["device", "preset", "started", "finished", "models", "comparison"]
-    assert (
-        summary["preset"] == "smoke"
-        and summary["device"].startswith("cpu")
-        and summary["finished"] >= summary["started"]
-    )
+    assert summary["preset"] == "smoke" and summary["device"].startswith("cpu")
+    assert summary["finished"] >= summary["started"]
     assert list(summary["models"]) == ["mvlm_gpt2", "simone_enhanced"]
     for name, entry in summary["models"].items():
-        assert set(entry) == {
-            "status",
-            "parameters",
-            "tokens",
-            "bytes",
-            "seconds",
-            "tokens_per_second",
-            "validation_bpb",
-            "test_bpb",
-            "test_bpb_kjv",
-            "peak_memory_bytes",
-            "size_bytes",
-            "archive",
-        }
+        assert set(entry) == set(CONTRACT) and None not in entry.values()
         assert entry["status"] == "finished" and entry["archive"] == f"models_for_download/{name}_model.tar.gz"
         assert check_archive(job.work_dir / entry["archive"]) == []
         files = [path for path in job.layout.export(name).iterdir() if path.name != "pid"]
         assert entry["size_bytes"] == sum(path.stat().st_size for path in files)
     assert summary["comparison"]["test_bpb"]["ratio"] == pytest.approx(1.8 / 1.9)
     assert summary["comparison"]["parameters"]["equal_within_2_percent"] is True
-    assert {path.name for path in job.layout.downloads.iterdir()} == {
-        "mvlm_gpt2_model.tar.gz",
-        "simone_enhanced_model.tar.gz",
-        "SHA256SUMS",
-        "training_summary.json",
-        "DOWNLOAD_INSTRUCTIONS.md",
-    }
+    assert summary["comparison"]["compression_baselines"]["translation"] == "kjv"
+    notes = {"SHA256SUMS", "training_summary.json", "DOWNLOAD_INSTRUCTIONS.md"}
+    assert {path.name for path in job.layout.downloads.iterdir()} == notes | set(ARCHIVES)
     subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=job.layout.downloads, check=True, capture_output=True)
     assert json.loads((job.layout.downloads / "training_summary.json").read_text()) == summary
     assert job.layout.plot.read_bytes().startswith(b"\x89PNG")
     assert done.stdout.index("mvlm_gpt2 starts") < done.stdout.index("simone_enhanced starts")
-    assert "scp -r" in done.stdout and "test bits/byte" in done.stdout
+    assert "scp -r" in done.stdout and "test, bits per byte" in done.stdout
+    for what in ("evaluation suite", "report"):
+        assert f"the {what} failed with exit code 1: not today" in done.stdout
     (log,) = job.layout.logs.glob("h200_training_*.log")
     assert "=== validation" in log.read_text()
 
     before = {path.name: (path.stat().st_mtime_ns, sha256_file(path)) for path in job.layout.downloads.glob("*.gz")}
     again = Job(tmp_path, tiny_corpus).run()
-    assert again.returncode == 0 and again.stdout.count("kept, it holds this export already") == 2
+    assert again.returncode == 0 and again.stdout.count("kept, it already holds this export") == 2
     assert {p.name: (p.stat().st_mtime_ns, sha256_file(p)) for p in job.layout.downloads.glob("*.gz")} == before
 
 
@@ -236,22 +224,23 @@ def test_failing_model_is_recorded_and_the_other_runs(job):
     assert "RuntimeError: the loss went up in smoke" in models["mvlm_gpt2"]["error"]
     assert "RuntimeError: the loss went up in smoke" in job.layout.log_file("mvlm_gpt2").read_text()
     assert models["simone_enhanced"]["status"] == "finished"
-    assert list(read_checksums(job.layout.checksums)) == ["simone_enhanced_model.tar.gz"]
-    assert [path.name for path in job.layout.downloads.glob("*.gz")] == ["simone_enhanced_model.tar.gz"]
+    assert list(read_checksums(job.layout.checksums)) == job.offered() == ARCHIVES[1:]
 
     again = job.run()
     assert again.returncode == 0 and "error" not in job.summary()["models"]["mvlm_gpt2"]
     assert len(read_checksums(job.layout.checksums)) == 2
 
 
-def test_killed_trainer_and_bad_input(job):
-    done = job.run(MODE_mvlm_gpt2="killed")
+def test_killed_trainer_incomplete_export_and_bad_input(job):
+    done = job.run(MODE_mvlm_gpt2="killed", MODE_simone_enhanced="incomplete")
     assert done.returncode == 1 and "SIGKILL" in job.summary()["models"]["mvlm_gpt2"]["error"]
+    assert "its export is not complete" in job.summary()["models"]["simone_enhanced"]["error"]
+    assert job.statuses() == {"failed"} and "no finished model to compare" in done.stdout
     assert job.run(MODE_mvlm_gpt2="bad", MODE_simone_enhanced="bad").returncode == 2
 
 
 @pytest.mark.parametrize("name, number", [("mvlm_gpt2", signal.SIGINT), ("simone_enhanced", signal.SIGTERM)])
-def test_signal_is_handed_on_once_and_the_next_call_goes_on(job, name, number):
+def test_signal_is_passed_on_once_and_the_next_call_continues(job, name, number):
     running = job.start(**{f"MODE_{name}": "slow"})
     job.wait_for(name, "waiting")
     running.send_signal(number)
@@ -260,10 +249,10 @@ def test_signal_is_handed_on_once_and_the_next_call_goes_on(job, name, number):
     assert json.loads((job.layout.export(name) / "checkpoint").read_text()) == [number]
     summary = job.summary()
     assert summary["models"][name]["status"] == "interrupted" and summary["finished"] is None
-    assert not list(job.layout.downloads.glob("*.gz"))
+    assert job.offered() == []
     again = job.run(**{f"MODE_{name}": "slow"})
     assert again.returncode == 0, again.stdout
-    assert {entry["status"] for entry in job.summary()["models"].values()} == {"finished"}
+    assert job.statuses() == {"finished"}
 
 
 def test_second_ctrl_c_ends_at_once(job):
@@ -271,27 +260,27 @@ def test_second_ctrl_c_ends_at_once(job):
     job.wait_for("mvlm_gpt2", "waiting")
     pid = int((job.layout.export("mvlm_gpt2") / "pid").read_text())
     running.send_signal(signal.SIGINT)
-    time.sleep(1)
+    job.wait_for("mvlm_gpt2", "received 2")
     assert running.poll() is None
     running.send_signal(signal.SIGINT)
     assert running.wait(timeout=10) == 130
-    for _ in range(50):
+    for _ in range(100):
         if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
             break
-        time.sleep(0.1)
+        time.sleep(0.05)
     else:
         raise AssertionError("the trainer outlived its pipeline")
 
 
 def test_hangup_and_a_closed_console_end_nothing(job):
     read_end, write_end = os.pipe()
-    running = job.start(stdout=write_end, MODE_mvlm_gpt2="ok", SECONDS_EACH="1")
+    running = job.start(stdout=write_end, MODE_mvlm_gpt2="ok", SECONDS_EACH="0.5")
     os.close(write_end)
     job.wait_for("mvlm_gpt2", "starts")
     os.close(read_end)  # whoever read the output is gone
     running.send_signal(signal.SIGHUP)
     assert running.wait(timeout=60) == 0
-    assert {entry["status"] for entry in job.summary()["models"].values()} == {"finished"}
+    assert job.statuses() == {"finished"}
 
 
 def test_closed_standard_streams(job):
@@ -302,9 +291,8 @@ def test_closed_standard_streams(job):
 
 def test_a_terminal_is_passed_on_to_the_trainers(job):
     leader, follower = pty.openpty()
-    running = subprocess.Popen(
-        job.command("--models", "mvlm_gpt2"), env=job.environment(), stdout=follower, stderr=follower
-    )
+    command = job.command("--models", "mvlm_gpt2")
+    running = subprocess.Popen(command, env=job.environment(), stdout=follower, stderr=follower)
     os.close(follower)
     seen = b""
     while True:
@@ -332,9 +320,9 @@ def test_failed_validation_withdraws_the_archive(job):
     assert done.returncode == 1
     entry = job.summary()["models"]["simone_enhanced"]
     assert entry["status"] == "failed" and "hashes: differs" in entry["error"] and entry["archive"] is None
-    assert [path.name for path in job.layout.downloads.glob("*.gz")] == ["mvlm_gpt2_model.tar.gz"]
+    assert job.offered() == ARCHIVES[:1]
     assert job.run(VALIDATOR="crash").returncode == 1  # what was not validated is not offered
-    assert not list(job.layout.downloads.glob("*.gz")) and not job.layout.checksums.exists()
+    assert job.offered() == [] and not job.layout.checksums.exists()
 
 
 def test_one_model_then_the_other(job):
@@ -355,13 +343,14 @@ def test_other_preset_or_text_over_finished_models(job):
     assert done.returncode == 2 and "other text" in done.stderr and "--fresh" in done.stderr
     done = job.run("--preset", "cpu", "--seed", "3")
     assert done.returncode == 2
-    for words in (
-        "mvlm_gpt2: finished with --preset smoke",
-        "simone_enhanced: finished with --preset smoke",
-        "--seed 0",
-    ):
-        assert words in done.stderr
+    for name in before["models"]:
+        assert f"{name}: finished with --preset smoke; this run asks for cpu" in done.stderr
+        assert f"{name}: finished with --seed 0; this run asks for 3" in done.stderr
     assert job.summary() == before
+    assert job.run("--fresh").returncode == 0
+
+
+# --- arguments ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -387,26 +376,15 @@ def test_bad_arguments_write_nothing(tmp_path, tiny_corpus, flags, words):
 
 def test_every_problem_in_one_message(tmp_path):
     (tmp_path / "file").write_text("")
+    flags = ["--preset", "x", "--models", "a,b", "--batch_size", "0"]
+    places = ["--data_dir", str(tmp_path / "no"), "--work_dir", str(tmp_path / "file" / "below")]
     with pytest.raises(UserError) as caught:
-        train_all_models.parse(
-            [
-                "--preset",
-                "x",
-                "--models",
-                "a,b",
-                "--batch_size",
-                "0",
-                "--data_dir",
-                str(tmp_path / "no"),
-                "--work_dir",
-                str(tmp_path / "file" / "below"),
-            ]
-        )
+        train_all_models.parse([*flags, *places])
     assert len(caught.value.problems) == 6
 
 
 def test_empty_and_binary_data_folders(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_all_models, "probe_hardware", lambda options: {})
+    monkeypatch.setattr(train_all_models, "probe_hardware", lambda job: {})
     data = tmp_path / "data"
     data.mkdir()
     for content in (None, bytes(range(256)) * 20):
@@ -417,101 +395,17 @@ def test_empty_and_binary_data_folders(tmp_path, monkeypatch):
         assert not (tmp_path / "w").exists()
 
 
-def test_dry_run_writes_nothing(tmp_path, tiny_corpus, capsys):
-    flags = [
-        "--dry_run",
-        "--preset",
-        "smoke",
-        "--work_dir",
-        str(tmp_path / "w"),
-        "--data_dir",
-        str(tiny_corpus),
-        "--quiet",
-        "--max_steps",
-        "7",
-        "--fresh",
-    ]
+def test_dry_run_shows_the_estimates_and_writes_nothing(job, tmp_path, tiny_corpus, monkeypatch, capsys):
+    monkeypatch.setattr(train_all_models, "TRAINERS", dict.fromkeys(train_all_models.TRAINERS, tmp_path / "trainer.py"))
+    places = ["--work_dir", str(tmp_path / "w"), "--data_dir", str(tiny_corpus)]
+    flags = ["--dry_run", "--preset", "smoke", *places, "--quiet", "--max_steps", "7"]
+    assert train_all_models.main([*flags, "--fresh"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("--max_steps 7 --quiet") + shown.count("--quiet --max_steps 7") == 2
+    assert shown.count("starts from scratch (--fresh)") == shown.count("--fresh\n") == 2
+    assert shown.count("\n  an hour,\n  2 GB\n") == 2 and shown.startswith("preset:   smoke (asked for)\n")
+    monkeypatch.setenv("MODE_dry_run", "no such place")
     assert train_all_models.main(flags) == 0
     shown = capsys.readouterr().out
-    assert shown.count("--max_steps 7 --quiet") + shown.count("--quiet --max_steps 7") == 2 and "--fresh" in shown
+    assert shown.count("  no estimate: no such place") == 2 and "--fresh" not in shown
     assert not (tmp_path / "w").exists()
-
-
-# --- comparison ---------------------------------------------------------------------------------------------
-
-
-def entry(parameters=1000, text=10**6, score=1.5, **more):
-    return {
-        "parameters": parameters,
-        "bytes": text,
-        "tokens": text // 4,
-        "seconds": 10.0,
-        "tokens_per_second": 25000.0,
-        "validation_bpb": score,
-        "test_bpb": score,
-        "test_bpb_kjv": score,
-        "peak_memory_bytes": 1,
-        "size_bytes": 1,
-    } | more
-
-
-def test_comparison_says_what_is_equal_and_what_is_noise():
-    names = ["mvlm_gpt2", "simone_enhanced"]
-    anchors = {
-        "text": "kjv",
-        "train_bytes": 9,
-        "test_bytes": 9,
-        "xz": 1.88,
-        "ppmd_order_6": 1.58,
-        "ppmd_order_16": 1.51,
-    }
-    result = comparison.compare({names[0]: entry(), names[1]: entry(1019, 1_009_000, 1.4)}, names, anchors)
-    assert result["parameters"]["equal_within_2_percent"] and result["training_bytes"]["equal_within_1_percent"]
-    words = " ".join(result["sentences"])
-    assert "6.7 % less" in words and "one seed" in words.lower() and words.count("predicts this text better") == 2
-    # 0.001 bits a byte are 0.0028 nats a token at 4 bytes each: noise
-    result = comparison.compare(
-        {names[0]: entry(), names[1]: entry(1030, 1_020_000, 1.501)}, names, anchors | {"ppmd_order_16": 1.4}
-    )
-    words = " ".join(result["sentences"])
-    assert "within noise" in words and words.count("NOT equal") == 2 and words.count("loses to a compressor") == 2
-    assert not result["parameters"]["equal_within_2_percent"] and not result["training_bytes"]["equal_within_1_percent"]
-    lines = comparison.table(result, names)
-    assert any("PPMd order 16 1.400" in line for line in lines)
-
-
-def test_comparison_of_one_model_or_missing_numbers():
-    result = comparison.compare({"mvlm_gpt2": entry(test_bpb=None, test_bpb_kjv=None)}, ["mvlm_gpt2"], {})
-    assert (
-        result["test_bpb"] == {"mvlm_gpt2": None, "ratio": None}
-        and result["parameters"]["equal_within_2_percent"] is None
-    )
-    assert comparison.table(result, ["mvlm_gpt2"])
-    json.dumps(result, allow_nan=False)
-
-
-def test_compressors_are_primed_with_the_train_text(tiny_corpus, tmp_path):
-    from mvlm_core.data.corpus import load_corpus
-
-    corpus = load_corpus(tiny_corpus)
-    anchors = comparison.compressor_anchors(corpus, tmp_path / "cache")
-    train = "".join(d.read() for d in corpus.split("train") if d.translation == "kjv").encode()
-    test = "".join(d.read() for d in corpus.split("test") if d.translation == "kjv").encode()
-    assert (anchors["text"], anchors["train_bytes"], anchors["test_bytes"]) == ("kjv", len(train), len(test))
-    primed = len(lzma.compress(train + test, preset=9 | lzma.PRESET_EXTREME)) - len(
-        lzma.compress(train, preset=9 | lzma.PRESET_EXTREME)
-    )
-    assert anchors["xz"] == pytest.approx(primed * 8 / len(test))
-    assert anchors["xz"] < len(gzip.compress(test)) * 8 / len(test)  # priming helps
-    assert anchors["ppmd_order_16"] < anchors["xz"] and anchors["ppmd_order_6"] < anchors["xz"]
-    assert comparison.compressor_anchors(corpus, tmp_path / "cache") == anchors
-
-
-def test_plot_is_a_picture(tmp_path):
-    from PIL import Image
-
-    names = ["mvlm_gpt2", "simone_enhanced"]
-    result = comparison.compare({names[0]: entry(), names[1]: entry(score=1.4)}, names, {})
-    history = [{"bytes": n * 1000, "seconds": n * 1.0, "validation_bpb": 3 / n} for n in range(1, 6)]
-    comparison.plot(result, {name: history for name in names}, tmp_path / "c.png")
-    assert Image.open(tmp_path / "c.png").size[0] > 1000

@@ -21,7 +21,7 @@ from benchmarks.experiments.runner import SETTINGS, Run, command_line, make, set
 from mvlm_core.errors import run_main
 from mvlm_core.export.folder import read_training_config
 from mvlm_core.files import write_atomic, write_json_atomic
-from mvlm_core.pipeline.comparison import STYLES
+from mvlm_core.pipeline.plots import STYLES
 
 NAMES = tuple(SETTINGS)
 ROWS = (

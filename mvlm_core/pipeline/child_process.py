@@ -1,4 +1,6 @@
-"""Running a program as a child: its output on our console, signals handed on once, its last words kept."""
+"""Running a program as a child: its output on our console, signals passed on once, its last lines kept."""
+
+from __future__ import annotations
 
 import contextlib
 import fcntl
@@ -14,9 +16,9 @@ import time
 from collections import deque
 from datetime import datetime
 from pathlib import Path
+from typing import Any, Self
 
 from mvlm_core.errors import Stopped
-from mvlm_core.monitor import ResourceSampler
 from mvlm_core.signals import PARENT_VARIABLE
 
 TAIL_LINES = 40
@@ -24,28 +26,27 @@ log = logging.getLogger("mvlm")
 
 
 class Signals:
-    """SIGINT and SIGTERM, as a context manager: handed on once to the running child, else the job stops at
-    once.
+    """SIGINT and SIGTERM, as a context manager: passed on once to the running child; without one the job stops.
 
-    A second SIGINT kills the child's whole process group and leaves.
+    A second SIGINT kills the child's whole process group and stops the job.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.number: int | None = None
-        self._child: subprocess.Popen | None = None
+        self._child: subprocess.Popen[bytes] | None = None
         self._starting = False
-        self._before = {}
+        self._before: dict[int, Any] = {}
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _handle(self, number, _frame):
+    def _handle(self, number: int, _frame: Any) -> None:
         # No logging here: a handler may interrupt a half-written log line.
         if self.number is None:
             self.number = number
@@ -55,15 +56,19 @@ class Signals:
                 raise Stopped(number)
         elif number == signal.SIGINT:
             if self._child is not None:
-                _kill_group(self._child)
+                # Not `child.kill()`: this may interrupt `child.wait()`, whose lock must not be waited for.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._child.pid, signal.SIGKILL)
             raise Stopped(number)
 
-    def check(self) -> None:
-        """Raise Stopped when a signal has come."""
+    def check(self, code: int = 0) -> None:
+        """Raise Stopped when a signal has come, or ended a child with exit code ``code``."""
         if self.number is not None:
             raise Stopped(self.number)
+        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            raise Stopped(code - 128)
 
-    def start(self, command: list[str], **options) -> subprocess.Popen:
+    def start(self, command: list[str], **options: Any) -> subprocess.Popen[bytes]:
         """Start a child in a session of its own: a terminal's Ctrl-C reaches it from here only, and once."""
         self.check()
         self._starting = True
@@ -77,40 +82,29 @@ class Signals:
 
     def wait(self) -> int:
         """Wait for the child; returns its exit code, 128 + n for signal n."""
+        assert self._child is not None, "start comes first"
         told = False
-        while (code := _poll(self._child)) is None:
-            if self.number is not None and not told:
-                told = True
-                log.info(
-                    "%s: handed on; waiting for the checkpoint (Ctrl-C once more ends at once)",
-                    signal.Signals(self.number).name,
-                )
+        while True:
+            try:
+                code = self._child.wait(timeout=0.5)
+                break
+            except subprocess.TimeoutExpired:
+                if self.number is not None and not told:
+                    told = True
+                    name = signal.Signals(self.number).name
+                    log.info("%s: passed on; waiting for the checkpoint (Ctrl-C again stops at once)", name)
         self._child = None
         return 128 - code if code < 0 else code
 
 
-def _poll(child: subprocess.Popen) -> int | None:
-    try:
-        return child.wait(timeout=0.5)
-    except subprocess.TimeoutExpired:
-        return None
-
-
-def _kill_group(child: subprocess.Popen) -> None:
-    # Called from a signal handler, perhaps in the middle of `child.wait()`, whose lock is not to be waited
-    # for.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-
-
 class Relay:
-    """Copies a child's output to the console as it comes and keeps the last lines of it.
+    """Copies a child's output to the console as it comes and keeps its last lines.
 
-    On a terminal the child gets a terminal too, so that its progress bars stay bars; otherwise a pipe. The
-    reading end is drained even when our own console is gone, so the child never notices.
+    On a terminal the child gets a terminal too, so that it draws progress bars; otherwise a pipe. The output is read
+    even when our own console is gone, so the child never blocks or fails on it.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.console = 2 if os.isatty(2) else 1
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._rest = b""
@@ -179,20 +173,6 @@ def run_child(command: list[str], signals: Signals) -> tuple[int, list[str]]:
         relay.start()
     code = signals.wait()
     return code, relay.finish()
-
-
-class ResourceLog:
-    """GPU or CPU statistics in the run's log file only: on the console they would break the progress bar."""
-
-    def __init__(self, log_file: Path, seconds: float = 30.0):
-        self._log_file, self._sampler, self._seconds = log_file, None, seconds
-
-    def __enter__(self):
-        self._sampler = ResourceSampler(lambda line: note(self._log_file, line), self._seconds)
-        return self
-
-    def __exit__(self, *_):
-        self._sampler.stop()
 
 
 def note(log_file: Path, line: str) -> None:

@@ -1,160 +1,115 @@
-"""What the main job is made of: its folders, its record, training, archives, validation.
+"""The stages of the main job: training, comparison, archives, validation, report.
 
-Knows no model: names and commands come from the entry script. Everything it writes is whole or not there, so
-the job can be stopped or killed at any place and be started again.
+Knows no model and no text: names, scripts and corpus come with the `Job`. Every file it writes is complete or absent,
+so the job can be stopped or killed anywhere and started again.
 """
+
+from __future__ import annotations
 
 import json
 import logging
-import math
+import os
+import shlex
 import signal
-import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from mvlm_core.errors import Stopped
-from mvlm_core.export.archive import ArchiveError, matches_export, read_manifest, write_archive
-from mvlm_core.export.strict_tar import name_problem
-from mvlm_core.files import read_json, sha256_file, write_atomic, write_json_atomic
-from mvlm_core.pipeline.child_process import TAIL_LINES, Signals, run_child
-from mvlm_core.run_layout import Layout, finite_number, training_config
+from mvlm_core.evaluation.compression import compression_baselines
+from mvlm_core.export.archive import ArchiveError, matches_export, write_archive
+from mvlm_core.files import read_json, sha256_file, write_atomic
+from mvlm_core.monitor import ResourceSampler
+from mvlm_core.pipeline import plots
+from mvlm_core.pipeline.child_process import TAIL_LINES, Signals, note, run_child
+from mvlm_core.pipeline.comparison import compare, scores_by_part, table
+from mvlm_core.pipeline.job import Job
+from mvlm_core.pipeline.summary import Summary
+from mvlm_core.run_layout import Layout, training_config, training_history
+from mvlm_core.settings import CACHE_DIR
 from mvlm_core.signals import PARENT_VARIABLE
 
-RESULT_KEYS = (
-    "parameters",
-    "tokens",
-    "bytes",
-    "seconds",
-    "tokens_per_second",
-    "validation_bpb",
-    "test_bpb",
-    "test_bpb_kjv",
-    "peak_memory_bytes",
-)
+# What the evaluation suite is asked at `smoke`: enough to see that it works.
+SMOKE_SUITE = ("--verses", "40", "--prompts", "8", "--words", "24", "--pairs", "20")
 log = logging.getLogger("mvlm")
 
 
-# --- the run's record ---------------------------------------------------------------------------------------
+def run_stages(job: Job, hardware: dict[str, Any], log_file: Path, signals: Signals) -> int:
+    """Every stage in order; returns the exit code.
+
+    Raises:
+        UserError: the corpus, or what is there already, does not fit this run.
+        Stopped: by a signal.
+    """
+    log.info("preset %s (%s)", job.preset, job.preset_reason)
+    for line in hardware["lines"]:
+        log.info("%s", line)
+    prepare_corpus(job, signals)
+    summary = Summary(job.layout, job.names, preset=job.preset, device=hardware["device"])
+    codes = train_models(job, summary, log_file, signals)
+    compared = compare_models(job, summary, signals)
+    pack_models(job, summary, signals)
+    validated = validate_models(job, summary, signals)
+    summary.close()
+    make_report(job, signals)
+    log_results(job.layout, summary, compared, log_file)
+    if codes and all(code == 2 for code in codes):
+        return 2
+    return 0 if validated and not summary.failed() else 1
 
 
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+# --- corpus and training ------------------------------------------------------------------------------------
 
 
-def _plain(value):
-    """What JSON can hold: NaN and infinity become null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class Summary:
-    """`models/training_summary.json`, written after every change so that a crash leaves a true record."""
-
-    def __init__(self, layout: Layout, names: list[str], *, preset: str, device: str):
-        before = read_json(layout.summary).get("models")
-        self.layout = layout
-        # A model of an earlier run that this one was not asked for stays in the record while its export is
-        # there.
-        kept = {
-            name: self._known(entry)
-            for name, entry in (before.items() if isinstance(before, dict) else ())
-            if name not in names
-            and not ("/" in name or name_problem(name))
-            and isinstance(entry, dict)
-            and entry.get("status") == "finished"
-            and training_config(layout.export(name))
-        }
-        self.models = kept | {name: self._empty() for name in names}
-        self.value = {
-            "device": device,
-            "preset": preset,
-            "started": now(),
-            "finished": None,
-            "models": self.models,
-            "comparison": {},
-        }
-        self.save()
-
-    @staticmethod
-    def _empty() -> dict:
-        return {"status": "waiting"} | dict.fromkeys((*RESULT_KEYS, "size_bytes", "archive"))
-
-    @classmethod
-    def _known(cls, entry: dict) -> dict:
-        """A finished model's entry of an earlier run, with null for what is damaged."""
-        numbers = {key: finite_number(entry.get(key)) for key in (*RESULT_KEYS, "size_bytes")}
-        archive = entry.get("archive") if isinstance(entry.get("archive"), str) else None
-        return cls._empty() | numbers | {"status": "finished", "archive": archive}
-
-    def update(self, name: str, **values) -> None:
-        self.models[name].update({key: _plain(value) for key, value in values.items()})
-        self.save()
-
-    def finished(self) -> list[str]:
-        return [name for name, entry in self.models.items() if entry["status"] == "finished"]
-
-    def failed(self) -> list[str]:
-        return [name for name, entry in self.models.items() if entry["status"] == "failed"]
-
-    def save(self) -> None:
-        write_json_atomic(self.layout.summary, self.value)
-
-    def close(self) -> None:
-        """The run is over: note the time, also in the copy beside the archives."""
-        self.value["finished"] = now()
-        self.save()
-        write_json_atomic(self.layout.downloads / self.layout.summary.name, self.value)
-
-
-# --- stages -------------------------------------------------------------------------------------------------
-
-
-def take_results(name: str, layout: Layout, summary: Summary) -> None:
-    """What a finished trainer wrote about itself, into the summary."""
-    export = layout.export(name)
-    config = training_config(export)
-    results = config.get("results") or {}
-    files = [export / file for file in (*read_manifest(export)["files"], "manifest.json")]
-    summary.models[name].pop("error", None)
-    summary.update(
-        name,
-        status="finished",
-        size_bytes=sum(file.stat().st_size for file in files),
-        **{key: finite_number(results.get(key)) for key in RESULT_KEYS},
+def prepare_corpus(job: Job, signals: Signals) -> None:
+    if job.build_corpus:
+        job.build_corpus()
+        signals.check()
+        job.check_finished_models()
+    corpus = job.corpus()
+    log.info(
+        "corpus: %d documents for training, %d for validation, %d for testing; %d files skipped",
+        *(len(corpus.split(split)) for split in ("train", "validation", "test")),
+        len(corpus.skipped),
     )
-    if (hardware := config.get("hardware") or {}).get("device"):
-        summary.value["device"] = f"{hardware['device']}: {hardware.get('name', 'unknown')}"
-        summary.save()
 
 
-def train_model(name: str, command: list[str], layout: Layout, summary: Summary, signals: Signals) -> int:
+def train_models(job: Job, summary: Summary, log_file: Path, signals: Signals) -> list[int]:
+    """Train one model after the other, a failure does not stop the next one; returns their exit codes."""
+    codes = []
+    with ResourceSampler(lambda line: note(log_file, line)):  # on the console it would break the progress bar
+        for number, name in enumerate(job.names, 1):
+            log.info("=== training %d of %d: %s (log: %s)", number, len(job.names), name, job.layout.log_file(name))
+            codes.append(train_model(job, name, summary, signals))
+            signals.check()
+    return codes
+
+
+def train_model(job: Job, name: str, summary: Summary, signals: Signals) -> int:
     """Run one trainer and record how it ended; returns its exit code. Raises Stopped after a signal."""
-    log_file = layout.log_file(name)
     summary.update(name, status="running")
     start = time.monotonic()
     try:
-        wait_for_orphans(layout.export(name))
-        code, tail = run_child(command, signals)
+        wait_for_orphans(job.layout.export(name))
+        code, tail = run_child(job.trainer_command(name), signals)
+        if code == 0:
+            try:
+                summary.take_results(name)
+                log.info("%s: finished after %.0f s", name, time.monotonic() - start)
+                return 0
+            except (ArchiveError, OSError) as error:
+                code, tail = 1, [f"the trainer reported success, but its export is not complete: {error}"]
+        signals.check(code)
     except Stopped:
         summary.update(name, status="interrupted")
         raise
-    if code == 0:
-        try:
-            take_results(name, layout, summary)
-            log.info("%s: finished after %.0f s", name, time.monotonic() - start)
-            return 0
-        except (ArchiveError, OSError) as error:
-            code, tail = 1, [f"the trainer said that it had finished, but its export is not whole: {error}"]
-    if signals.number is not None or code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-        summary.update(name, status="interrupted")
-        raise Stopped(signals.number or code - 128)
     if code > 128:
         tail.append(f"ended by {_signal_name(code - 128)}")
         if code == 128 + signal.SIGKILL:
             tail.append("(the system kills a process this way when memory runs out: try a smaller --batch_size)")
-    keep_last_words(log_file, code, tail)
+    append_tail(job.layout.log_file(name), code, tail)
     summary.update(name, status="failed", error="\n".join(tail[-TAIL_LINES:]))
     log.error("%s: FAILED with exit code %d; the end of its output:", name, code)
     for line in tail:
@@ -190,7 +145,7 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def keep_last_words(log_file: Path, code: int, tail: list[str]) -> None:
+def append_tail(log_file: Path, code: int, tail: list[str]) -> None:
     """Into the model's log what only reached the console: a traceback, a library's last message."""
     known = log_file.read_text(encoding="utf-8", errors="replace") if log_file.is_file() else ""
     missing = [line for line in tail if line not in known]
@@ -198,15 +153,65 @@ def keep_last_words(log_file: Path, code: int, tail: list[str]) -> None:
         file.writelines(f"{line}\n" for line in [f"--- ended with exit code {code}", *missing])
 
 
-def pack_models(layout: Layout, summary: Summary, signals: Signals) -> None:
+# --- comparison ---------------------------------------------------------------------------------------------
+
+
+def compare_models(job: Job, summary: Summary, signals: Signals) -> list[str]:
+    """Comparison and plot of the finished models of this preset and text; returns the table's lines."""
+    log.info("=== comparison")
+    finished = summary.finished()
+    configs = {name: training_config(job.layout.export(name)) for name in job.trainers if name in finished}
+    configs = {name: config for name, config in configs.items() if config.get("preset") == job.preset}
+    data = {name: config.get("data", {}) for name, config in configs.items()}
+    first = next((data[name] for name in job.names if name in data), None)
+    if first is None:
+        return ["no finished model to compare"]
+    names = [name for name in configs if data[name].get("fingerprint") == first.get("fingerprint")]
+    baselines = compression_baselines(job.corpus(only=first.get("only")), CACHE_DIR)
+    suite = evaluate_suite(job, names, signals)
+    result = compare(summary.models, names, baselines, suite, {name: scores_by_part(configs[name]) for name in names})
+    summary.value["comparison"] = result
+    summary.save()
+    histories = {name: training_history(job.layout.export(name)) for name in names}
+    plots.plot_comparison(result, histories, job.layout.plot)
+    return table(result, names)
+
+
+def evaluate_suite(job: Job, names: list[str], signals: Signals) -> dict[str, dict[str, Any]]:
+    """The evaluation suite's results by model name; {} where it failed."""
+    exports = {name: str(job.layout.export(name)) for name in names}
+    flags = ["--split", "test", "--no_bits_per_byte", "--json", job.layout.evaluation_suite]
+    flags += SMOKE_SUITE if job.preset == "smoke" else ()
+    command = job.script_command(job.evaluator, *exports.values(), *flags)
+    if not _run_optional("the evaluation suite", command, signals):
+        return {}
+    results = read_json(job.layout.evaluation_suite).get("results", {})
+    return {name: results[export] for name, export in exports.items() if export in results}
+
+
+def _run_optional(what: str, command: list[str], signals: Signals) -> bool:
+    """Whether a script succeeded whose results no model needs to ship: a failure is logged and ends nothing."""
+    code, tail = run_child(command, signals)
+    signals.check()
+    if code:
+        log.error("%s failed with exit code %d: %s", what, code, tail[-1] if tail else "no output")
+    return code == 0
+
+
+# --- archives and validation --------------------------------------------------------------------------------
+
+
+def pack_models(job: Job, summary: Summary, signals: Signals) -> None:
     """An archive of every finished model; one that already holds exactly its export is kept."""
+    log.info("=== archives")
+    layout = job.layout
     layout.downloads.mkdir(parents=True, exist_ok=True)
     for name in summary.finished():
         signals.check()
         archive = layout.archive(name)
         try:
             if matches_export(archive, layout.export(name)):
-                log.info("%s: kept, it holds this export already", archive.name)
+                log.info("%s: kept, it already holds this export", archive.name)
             else:
                 write_archive(layout.export(name), archive)
                 log.info("%s: written, %.1f MB", archive.name, archive.stat().st_size / 1e6)
@@ -216,105 +221,83 @@ def pack_models(layout: Layout, summary: Summary, signals: Signals) -> None:
             archive.unlink(missing_ok=True)
             continue
         summary.update(name, archive=str(archive.relative_to(layout.root)))
-    write_download_notes(layout, summary)
+    write_download_notes(job, summary)
 
 
-def write_download_notes(layout: Layout, summary: Summary) -> None:
+def write_download_notes(job: Job, summary: Summary) -> None:
     """SHA256SUMS, the summary and the instructions beside the archives that are there."""
-    offered = [name for name in summary.finished() if layout.archive(name).is_file()]
+    layout, instructions = job.layout, job.layout.downloads / "DOWNLOAD_INSTRUCTIONS.md"
     for name in summary.failed():  # never offer the archive of an earlier run as this one's
         layout.archive(name).unlink(missing_ok=True)
-    sums = "".join(f"{sha256_file(layout.archive(name))}  {layout.archive(name).name}\n" for name in offered)
+    offered = [name for name in summary.finished() if layout.archive(name).is_file()]
     if offered:
-        write_atomic(layout.checksums, sums)
-        write_atomic(layout.downloads / "DOWNLOAD_INSTRUCTIONS.md", download_instructions(offered, layout))
+        archives = [layout.archive(name) for name in offered]
+        write_atomic(layout.checksums, "".join(f"{sha256_file(archive)}  {archive.name}\n" for archive in archives))
+        write_atomic(instructions, download_instructions(offered, layout, job.prompt))
     else:
         layout.checksums.unlink(missing_ok=True)
-        (layout.downloads / "DOWNLOAD_INSTRUCTIONS.md").unlink(missing_ok=True)
-    write_json_atomic(layout.downloads / summary.layout.summary.name, summary.value)
+        instructions.unlink(missing_ok=True)
+    summary.copy_to_downloads()
 
 
-def validate(layout: Layout, summary: Summary, command: list[str], signals: Signals) -> bool:
-    """Run validate_models.py; what it does not find good is withdrawn from the downloads."""
+def validate_models(job: Job, summary: Summary, signals: Signals) -> bool:
+    """Run the validator; a model that does not pass is withdrawn from the downloads."""
+    log.info("=== validation")
+    layout = job.layout
     layout.report.unlink(missing_ok=True)
-    code, tail = run_child(command, signals)
-    if signals.number is not None or code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-        raise Stopped(signals.number or code - 128)
+    code, tail = run_child(job.script_command(job.validator, "--work_dir", layout.root), signals)
+    signals.check(code)
     found = read_json(layout.report).get("models", {})
     for name in summary.finished():
         if found.get(name, {}).get("passed") is True:
             continue
         checks = found.get(name, {}).get("checks", [])
-        failed = [f"{check['name']}: {check['detail']}" for check in checks if not check["passed"]]
-        summary.update(
-            name,
-            status="failed",
-            archive=None,
-            error="validation: " + ("; ".join(failed) or "\n".join(tail) or "no report was written"),
-        )
+        failed = "; ".join(f"{check['name']}: {check['detail']}" for check in checks if not check["passed"])
+        error = "validation: " + (failed or "\n".join(tail) or "no report was written")
+        summary.update(name, status="failed", archive=None, error=error)
         log.error("%s: failed its validation and was withdrawn from %s", name, layout.downloads)
-    write_download_notes(layout, summary)
+    write_download_notes(job, summary)
     return code == 0
 
 
-def probe_text(script: Path, layout: Layout, names: list[str], flags: list[str], signals: Signals) -> dict[str, dict]:
-    """The text probes' results by model name; {} where they fail, which ends nothing: they are not needed to ship."""
-    exports = {name: str(layout.export(name)) for name in names}
-    command = [sys.executable, str(script), *exports.values(), *flags, "--json", str(layout.text_probes)]
-    code, tail = run_child(command, signals)
-    signals.check()
-    if code:
-        log.error("the text probes failed with exit code %d: %s", code, tail[-1] if tail else "no output")
-        return {}
-    results = read_json(layout.text_probes).get("results", {})
-    return {name: results[export] for name, export in exports.items() if export in results}
+# --- report -------------------------------------------------------------------------------------------------
 
 
-def make_page(command: list[str], signals: Signals) -> None:
-    """`models/report.html`. Where it cannot be made this is told, and ends nothing: it is not needed to ship."""
-    code, tail = run_child(command, signals)
-    signals.check()
-    if code:
-        log.error("no report: exit code %d: %s", code, tail[-1] if tail else "no output")
+def make_report(job: Job, signals: Signals) -> None:
+    """`models/report.html`."""
+    log.info("=== report")
+    _run_optional("the report", job.script_command(job.reporter, "--work_dir", job.layout.root), signals)
 
 
-def score_parts(config: dict) -> dict[str, dict[str, float]]:
-    """Test bits per byte by book and by translation, from a trainer's record; what is damaged is left out."""
-    results = config.get("results", {})
-    parts = {part: results.get(f"test_bpb_by_{part}") for part in ("book", "translation")}
-    return {
-        part: {str(name): value for name, value in values.items() if finite_number(value) is not None}
-        for part, values in parts.items()
-        if isinstance(values, dict)
-    }
+def log_results(layout: Layout, summary: Summary, compared: list[str], log_file: Path) -> None:
+    """The comparison, what failed, and where everything is."""
+    log.info("=== done")
+    for line in compared:
+        log.info("%s", line)
+    for name, entry in summary.models.items():
+        if entry["status"] == "failed":
+            log.error("FAILED: %s: %s", name, entry["error"].splitlines()[-1])
+        elif entry["archive"]:
+            log.info("archive: %s", layout.root / entry["archive"])
+    log.info("summary: %s, plot: %s, validation: %s, log: %s", layout.summary, layout.plot, layout.report, log_file)
+    if layout.page.is_file():
+        log.info("open in a browser: %s", layout.page)
+    if any(entry["archive"] for entry in summary.models.values()):
+        place = f"{os.environ.get('USER', 'root')}@{os.uname().nodename}"
+        log.info("next, on your own machine:  scp -r %s:%s .", place, shlex.quote(str(layout.downloads)))
+        log.info("then follow %s", layout.downloads / "DOWNLOAD_INSTRUCTIONS.md")
 
 
-def child_command(script: Path, layout: Layout, data_dir: str, device: str | None) -> list[str]:
-    """The command line of a script that looks at what a run made."""
-    return [
-        sys.executable,
-        str(script),
-        "--work_dir",
-        str(layout.root),
-        "--data_dir",
-        data_dir,
-        *(["--device", device] if device else []),
-    ]
-
-
-def download_instructions(names: list[str], layout: Layout) -> str:
+def download_instructions(names: list[str], layout: Layout, prompt: str) -> str:
     """Commands that work as written in the folder that holds the archives."""
-    archives = [layout.archive(name).name for name in names]
-    unpack = "\n".join(f"tar -xzf {archive}" for archive in archives)
-    coded = [name for name in names if list(layout.export(name).glob("*.py"))]
-    remote = (
-        f"`trust_remote_code=True` lets `{coded[0]}` use the modelling files in its folder; nothing is fetched.\n"
-        if coded
-        else ""
+    unpack = "\n".join(f"tar -xzf {layout.archive(name).name}" for name in names)
+    remote = "".join(
+        f"`trust_remote_code=True` lets `{name}` use the modelling files in its folder; nothing is fetched.\n"
+        for name in [name for name in names if list(layout.export(name).glob("*.py"))][:1]
     )
     return f"""# Downloading and using the models
 
-Copy this folder from the training machine (`USER@HOST` is yours):
+Copy this folder from the training machine (replace `USER@HOST` with yours):
 
     scp -r USER@HOST:{layout.downloads} .
 
@@ -330,7 +313,7 @@ Extract them:
 {unpack}
 ```
 
-Run one with plain transformers (`pip install torch transformers`); no network and nothing else is needed:
+Run them with plain transformers (`pip install torch transformers`), offline and with nothing else:
 
 ```bash
 python - <<'END'
@@ -339,7 +322,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 for folder in {json.dumps([f"./{name}" for name in names])}:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    prompt = tokenizer("In the beginning God", return_tensors="pt")
+    prompt = tokenizer({json.dumps(prompt)}, return_tensors="pt")
     output = model.generate(**prompt, max_new_tokens=40, do_sample=False)
     print(folder, tokenizer.decode(output[0], skip_special_tokens=True), sep="\\n")
 END

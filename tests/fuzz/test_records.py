@@ -18,7 +18,7 @@ from mvlm_core.export.archive import read_checksums
 from mvlm_core.export.file_checks import EXPECTED_FILES, Checks
 from mvlm_core.export.folder import read_training_config, remove_export
 from mvlm_core.pipeline import comparison
-from mvlm_core.pipeline.stages import Summary, take_results
+from mvlm_core.pipeline.summary import Summary
 from mvlm_core.run_layout import Layout, training_history
 from tests.fuzz.test_exports import export, set_json, whole  # noqa: F401  fixtures
 from tests.helpers import ANY_JSON, ANY_TEXT, HUGE, SCALARS, cases, raises_only, with_a_value_replaced, within
@@ -93,7 +93,7 @@ def test_any_training_config(whole, export, answer, seed, value, deep):
     layout = Layout(export.parent.parent)
     layout.downloads.mkdir(exist_ok=True)
     summary = Summary(layout, ["mvlm_gpt2"], preset="smoke", device="cpu")
-    take_results("mvlm_gpt2", layout, summary)
+    summary.take_results("mvlm_gpt2")
     summary.close()
     assert comparison.table(comparison.compare(summary.models, ["mvlm_gpt2"], {}), ["mvlm_gpt2"])
 

@@ -10,28 +10,34 @@ import make_report
 from mvlm_core.errors import UserError
 from mvlm_core.files import write_json_atomic
 from mvlm_core.pipeline import comparison
-from mvlm_core.pipeline.stages import Summary, score_parts, take_results
+from mvlm_core.pipeline.summary import Summary
 from mvlm_core.run_layout import Layout, training_config
 from tests.helpers import MODELS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-ANCHORS = {"text": "kjv", "test_bytes": 1000, "xz": 2.5, "ppmd_order_6": 2.2, "ppmd_order_16": 2.1}
+BASELINES = {"translation": "kjv", "test_bytes": 1000, "xz": 2.5, "ppmd_order_6": 2.2, "ppmd_order_16": 2.1}
 
 
-@pytest.fixture
-def run(trained, tmp_path):
+def make_run(trained, root):
     """A finished run's folders and record, with the tiny models in it."""
-    layout = Layout(tmp_path / "run")
+    layout = Layout(root)
     for name in MODELS:
         shutil.copytree(trained / name, layout.export(name), ignore=shutil.ignore_patterns("checkpoints"))
     layout.downloads.mkdir()
     summary = Summary(layout, list(MODELS), preset="smoke", device="cpu")
     for name in MODELS:
-        take_results(name, layout, summary)
-    parts = {name: score_parts(training_config(layout.export(name))) for name in MODELS}
-    summary.value["comparison"] = comparison.compare(summary.models, list(MODELS), ANCHORS, {}, parts)
+        summary.take_results(name)
+    parts = {name: comparison.scores_by_part(training_config(layout.export(name))) for name in MODELS}
+    summary.value["comparison"] = comparison.compare(summary.models, list(MODELS), BASELINES, {}, parts)
     summary.close()
     return layout, summary
+
+
+@pytest.fixture(scope="module")
+def run(trained, tmp_path_factory):
+    """An intact run and its page; to be read, not written."""
+    layout, summary = make_run(trained, tmp_path_factory.mktemp("run"))
+    return layout, summary, page_of(layout, trained)
 
 
 def page_of(layout, trained):
@@ -40,9 +46,8 @@ def page_of(layout, trained):
     return layout.page.read_text(encoding="utf-8")
 
 
-def test_the_page_holds_the_runs_figures_and_needs_nothing_else(run, trained):
-    layout, summary = run
-    page = page_of(layout, trained)
+def test_the_page_holds_the_runs_figures_and_needs_nothing_else(run):
+    _, summary, page = run
     for name in MODELS:
         assert f"{summary.models[name]['test_bpb']:.4f}" in page
         assert f"{summary.models[name]['parameters']:,}" in page
@@ -54,22 +59,26 @@ def test_the_page_holds_the_runs_figures_and_needs_nothing_else(run, trained):
     assert "Nothing failed" in page
 
 
-def test_samples_stand_side_by_side_and_traces_have_a_span_a_token(run, trained):
-    page = page_of(run[0], trained)
+def test_samples_stand_side_by_side_and_traces_have_a_span_a_token(run):
+    page = run[2]
     assert page.count("<blockquote>") == 3 * len(MODELS)
+    assert "<h3>In the beginning …</h3>" in page, "the first words of the train text"
+    assert page.count("; the original continues: “") == 2 and page.count(", held out") == 4
     traces = re.findall(r'<div class="heat">(.*?)</div>', page, re.S)
     assert len(traces) == 2 * 4, "two verses, four fields, of the one model that has traces"
+    assert page.count("how widely attention is spread, in nats") == 2
     counts = [trace.count("<span") for trace in traces]
     assert counts[0] > 10 and counts == [counts[0]] * 4 + [counts[4]] * 4
     assert all(0 <= float(share) <= 0.55 for share in re.findall(r"var\(--blue\) / ([\d.]+)\)", page))
 
 
 def test_the_same_run_gives_the_same_page(run, trained):
-    assert page_of(run[0], trained) == page_of(run[0], trained)
+    layout, _, page = run
+    assert page_of(layout, trained) == page
 
 
-def test_what_failed_is_told_and_cannot_act(run, trained):
-    layout, summary = run
+def test_what_failed_is_told_and_cannot_act(trained, tmp_path):
+    layout, summary = make_run(trained, tmp_path)
     summary.update("simone_enhanced", status="failed", error="<script>alert(1)</script>")
     with (layout.export("mvlm_gpt2") / "model.safetensors").open("ab") as file:
         file.write(b"\0")
@@ -88,8 +97,7 @@ def test_without_a_run_there_is_one_clear_error(tmp_path, trained):
 @pytest.mark.integration
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("width", (1280, 390))
-def test_a_browser_shows_it_without_complaint_or_sideways_scrolling(run, trained, tmp_path, width):
-    page_of(run[0], trained)
+def test_a_browser_shows_it_without_complaint_or_sideways_scrolling(run, tmp_path, width):
     frame = tmp_path / "frame.html"
     frame.write_text(
         f'<iframe src="{run[0].page.as_uri()}" width="{width}" height="900" style="border: 0" onload="'

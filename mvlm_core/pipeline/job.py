@@ -1,0 +1,151 @@
+"""What a run of the main job is asked for, and what is known before it starts: hardware, earlier models, plan."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from mvlm_core.data.corpus import Corpus, load_corpus
+from mvlm_core.errors import UserError
+from mvlm_core.run_layout import Layout, training_config
+from mvlm_core.settings import REPOSITORY_ROOT
+
+HARDWARE_PROBE = """
+import json, sys
+from mvlm_core.errors import UserError
+from mvlm_core.hardware import choose_hardware, describe
+try:
+    hardware = choose_hardware(**json.loads(sys.argv[1]))
+    print(json.dumps({"device": f"{hardware.device}: {hardware.name}", "lines": describe(hardware)}))
+except UserError as error:
+    print(json.dumps({"problems": error.problems}))
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One call of the main job.
+
+    Attributes:
+        trainers: the script that trains each model, in the order of training.
+        names: the models this run is asked for, in the same order.
+        settings: the trainers' settings that were given, by the name of their flag.
+        build_corpus: builds the default corpus where it is missing or damaged; None for a folder of the user's own.
+        evaluator, validator, reporter: the scripts of these stages.
+        prompt: what the download instructions let the models continue.
+    """
+
+    layout: Layout
+    trainers: dict[str, Path]
+    names: list[str]
+    preset: str
+    preset_reason: str
+    data_dir: str
+    settings: dict[str, Any]
+    fresh: bool
+    build_corpus: Callable[[], None] | None
+    evaluator: Path
+    validator: Path
+    reporter: Path
+    prompt: str
+
+    @cached_property
+    def corpus(self) -> Callable[..., Corpus]:
+        """`load_corpus` with this run's choices, each part (``only=``) read once."""
+        split = {key: value for key, value in self.settings.items() if key == "validation_split"}
+        return cache(partial(load_corpus, self.data_dir, **split))
+
+    def trainer_command(self, name: str) -> list[str]:
+        places = {"output_dir": self.layout.export(name), "log_file": self.layout.log_file(name)}
+        command = [sys.executable, str(self.trainers[name])]
+        for flag, value in ({"preset": self.preset, "data_dir": self.data_dir} | places | self.settings).items():
+            command += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+        return [*command, "--fresh"] if self.fresh else command
+
+    def script_command(self, script: Path, *arguments: Any) -> list[str]:
+        """The command line of a script that reads what the run has made."""
+        device = ["--device", self.settings["device"]] if "device" in self.settings else []
+        return [sys.executable, str(script), *map(str, arguments), "--data_dir", self.data_dir, *device]
+
+    def check_finished_models(self) -> None:
+        """Raises UserError where a finished model is not what is asked for now: other preset, settings or text."""
+        found = [line for name in self.names if not self.fresh for line in self._differences(name)]
+        if found:
+            advice = "give --fresh to throw these models away and start again, or another --work_dir to keep them"
+            raise UserError([*found, advice])
+
+    def _differences(self, name: str) -> list[str]:
+        config = training_config(self.layout.export(name))
+        if not config:
+            return []
+        settings, data = config.get("settings") or {}, config.get("data") or {}
+        finished = {"preset": config.get("preset"), **{flag: settings.get(flag) for flag in ("seed", "max_length")}}
+        asked = {"preset": self.preset, **self.settings}
+        found = [
+            f"{name}: finished with --{flag} {value}; this run asks for {asked[flag]}"
+            for flag, value in finished.items()
+            if asked.get(flag, value) != value and (flag == "preset" or value is not None)
+        ]
+        if config.get("preset") == self.preset:
+            corpus = self.corpus(only=data.get("only"))
+            if data.get("fingerprint") != corpus.fingerprint:
+                found.append(
+                    f"{name}: finished with other text ({data.get('train_documents')} training documents of "
+                    f"{data.get('data_dir')}); this run has {len(corpus.split('train'))} of {self.data_dir}"
+                )
+        return found
+
+
+def probe_hardware(job: Job) -> dict[str, Any]:
+    """What the trainers will run on: `device` and `lines` for the log.
+
+    Asked in another process, because CUDA would hold GPU memory in this one for as long as the job runs.
+
+    Raises:
+        UserError: everything that is asked for and not there.
+    """
+    keys = ("device", "precision", "attention_backend", "no_mixed_precision", "no_compile")
+    asked = json.dumps({key: job.settings[key] for key in keys if key in job.settings})
+    command = [sys.executable, "-c", HARDWARE_PROBE, asked]
+    answer = subprocess.run(command, cwd=REPOSITORY_ROOT, stdout=subprocess.PIPE, text=True, check=False).stdout
+    try:
+        found = json.loads(answer.strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        return {"device": "unknown", "lines": ["the hardware probe failed; the trainers will report what they find"]}
+    if "problems" in found:
+        raise UserError(found["problems"])
+    return found
+
+
+def show_plan(job: Job, *, corpus_is_ready: bool) -> None:
+    """Print what would run. Writes nothing."""
+    print(f"preset:   {job.preset} ({job.preset_reason})")
+    print(f"corpus:   {job.data_dir}{'' if corpus_is_ready else ' (to be built)'}")
+    for name in job.names:
+        command = job.trainer_command(name)
+        print(f"\n{name}: {_state(job, name)}\n  output:  {job.layout.export(name)}")
+        print(f"  log:     {job.layout.log_file(name)}\n  command: {shlex.join(command)}", flush=True)
+        if corpus_is_ready:
+            found = subprocess.run([*command, "--dry_run"], capture_output=True, text=True, check=False)
+            told = found.stdout if found.returncode == 0 else f"no estimate: {found.stderr.strip()[-500:]}"
+            print("".join(f"  {line}\n" for line in told.splitlines()), end="")
+    print(f"\nthen:     comparison -> {job.layout.plot}\n          archives   -> {job.layout.downloads}")
+    print(f"          validation -> {job.layout.report}\n          report     -> {job.layout.page}")
+
+
+def _state(job: Job, name: str) -> str:
+    if job.fresh:
+        return "starts from scratch (--fresh)"
+    export = job.layout.export(name)
+    results = training_config(export).get("results", {})
+    if all(isinstance(results.get(key), int) for key in ("parameters", "steps")):
+        return f"finished: {results['parameters']:,} parameters, {results['steps']:,} steps; kept"
+    checkpoints = sum(path.is_dir() for path in (export / "checkpoints").glob("*"))
+    return f"resumes from its checkpoints ({checkpoints})" if checkpoints else "starts from scratch"

@@ -1,0 +1,150 @@
+"""Plots of a run: validation and training curves, test scores; for `comparison.png` and for the report."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from mvlm_core.evaluation.compression import LABELS
+from mvlm_core.files import write_atomic
+from mvlm_core.metrics import BY_NAME, PRIMARY_TEST_BPB
+
+# Okabe and Ito's palette: distinct for every kind of colour vision, and light and dark in greyscale.
+STYLES = (
+    {"color": "#0072B2", "linestyle": "-", "marker": "o", "hatch": ""},
+    {"color": "#E69F00", "linestyle": "--", "marker": "s", "hatch": "//"},
+)
+PART_STYLES = (("#0072B2", "-"), ("#E69F00", "--"), ("#009E73", ":"), ("#CC79A7", "-."))  # for curves of one model
+POINTS = 400  # of a curve: more than a page has pixels for
+BY_TEXT, BY_TIME = ("bytes", 1e6, "training text read, MB"), ("seconds", 1.0, "seconds of training")
+Axis = tuple[str, float, str]
+Histories = dict[str, list[dict[str, Any]]]
+
+
+def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most about ``POINTS`` of them, always with the last one."""
+    step = -(-len(points) // POINTS)
+    return points[::-1][::step][::-1] if step > 1 else points
+
+
+def curves(histories: Histories, keys: Iterable[str], x: Axis, ylabel: str) -> Callable[[Any], None] | None:
+    """What draws values of the history against text or time onto axes, or None where no record has any.
+
+    Args:
+        keys: one for a curve for each model, several for a curve for each key.
+        x: the record's key, what it is divided by, and the axis's label.
+    """
+    (x_key, unit, xlabel), keys, lines = x, list(keys), []
+    for style, (name, history) in zip(STYLES, histories.items(), strict=False):
+        for number, key in enumerate(keys):
+            points = thinned([(record[x_key] / unit, record[key]) for record in history if key in record])
+            color, line = PART_STYLES[number % 4] if len(keys) > 1 else (style["color"], style["linestyle"])
+            look: dict[str, Any] = {"color": color, "linestyle": line, "label": name if len(keys) == 1 else key.replace("_", " ")}
+            look |= {"marker": style["marker"], "markersize": 4} if len(points) < 60 else {}
+            lines += [(points, look)] if points else []
+
+    def draw(axes: Any) -> None:
+        for points, look in lines:
+            axes.plot(*zip(*points, strict=True), linewidth=1.3, **look)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+
+    return draw if lines else None
+
+
+def book_bars(by_book: dict[str, dict[str, float]]) -> Callable[[Any], None] | None:
+    """What draws the test score of each book, a bar for each model; None where there are no scores."""
+    books = list(next(iter(by_book.values()), {}))
+
+    def draw(axes: Any) -> None:
+        width = 0.8 / len(by_book)
+        for number, (style, (name, scores)) in enumerate(zip(STYLES, by_book.items(), strict=False)):
+            places = [place + number * width for place in range(len(books))]
+            look = {"label": name, "color": style["color"], "hatch": style["hatch"], "edgecolor": "black"}
+            bars = axes.barh(places, [scores.get(book, 0.0) for book in books], width, **look)
+            axes.bar_label(bars, fmt="%.3f", fontsize=8, padding=2)
+        axes.set_yticks([place + width * (len(by_book) - 1) / 2 for place in range(len(books))], books)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set_xlabel("test, bits per byte (lower is better)")
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=2, frameon=False)
+
+    return draw if books else None
+
+
+def plot_comparison(comparison: dict[str, Any], histories: Histories, path: Path) -> None:
+    """`comparison.png`: validation curves by text and by time, test scores with the compression baselines as lines."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)  # no pyplot: it would ask for a display and leave global state behind
+    *axes, scores = figure.subplots(1, 3)
+    for place, x, title in zip(axes, (BY_TEXT, BY_TIME), ("Validation, by text", "Validation, by time"), strict=True):
+        if draw := curves(histories, ["validation_bpb"], x, "bits per byte"):
+            draw(place)
+        place.set(title=title)
+    _score_bars(scores, comparison, list(histories))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    write_atomic(path, buffer.getvalue())
+
+
+def _score_bars(axes: Any, comparison: dict[str, Any], names: list[str]) -> None:
+    from matplotlib.patheffects import withStroke
+
+    scores = [BY_NAME[key] for key in ("test_bpb", PRIMARY_TEST_BPB)]
+    scores = [metric for metric in scores if any(comparison[metric.name].get(name) is not None for name in names)]
+    width = 0.8 / max(len(names), 1)
+    for number, (style, name) in enumerate(zip(STYLES, names, strict=False)):
+        places = [group + (number - (len(names) - 1) / 2) * width for group in range(len(scores))]
+        look = {"label": name, "color": style["color"], "hatch": style["hatch"], "edgecolor": "black"}
+        bars = axes.bar(places, [comparison[metric.name].get(name) or 0 for metric in scores], width, **look)
+        axes.bar_label(bars, fmt="%.3f", fontsize=8)
+    axes.set_xticks(range(len(scores)), [metric.label for metric in scores])
+    axes.set(ylabel="bits per byte", title="Test scores (lower is better)")
+    baselines = comparison["compression_baselines"]
+    if baselines and scores:
+        last = len(scores) - 1  # they are measured on the primary translation, or on all of a corpus without one
+        halo = [withStroke(linewidth=3, foreground="white")]
+        for key in ("xz", "ppmd_order_16"):
+            value = baselines[key]
+            reach = ([last - 0.48, last + 0.5], [value] * 2)
+            axes.plot(*reach, color="black", linewidth=1.5, linestyle=":", path_effects=halo)
+            axes.annotate(f"{LABELS[key]}\n{value:.3f}", (last + 0.54, value), va="center", fontsize=8)
+        axes.set_xlim(-0.6, last + 1.3)
+
+
+def svg_url(draw: Callable[[Any], None], *, height: float = 3.0) -> str:
+    """A scalable figure as a data URL; ``draw`` gets the axes."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    draw(figure.subplots())
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "report"}):  # the same run gives the same bytes
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def figures(histories: Histories, by_book: dict[str, dict[str, float]]) -> list[dict[str, str]]:
+    """Title and data URL of each figure of the report for which there are values."""
+    wanted = [
+        ("Validation by text", curves(histories, ["validation_bpb"], BY_TEXT, "bits per byte"), 3.0),
+        ("Validation by time", curves(histories, ["validation_bpb"], BY_TIME, "bits per byte"), 3.0),
+        ("Test scores by book", book_bars(by_book), 1.0 + 0.5 * len(next(iter(by_book.values()), {}))),
+        ("Training loss", curves(histories, ["train_loss"], BY_TEXT, "nats per token"), 3.0),
+        ("Learning rate", curves(histories, ["learning_rate"], BY_TEXT, "learning rate"), 3.0),
+        ("Gradient norm", curves(histories, ["grad_norm"], BY_TEXT, "norm"), 3.0),
+    ]
+    for name, history in histories.items():
+        parts = sorted({key for record in history for key in record if "_loss" in key} - {"train_loss"})
+        wanted.append((f"Loss components, {name}", curves({name: history}, parts, BY_TEXT, "nats per token"), 3.0))
+    return [{"title": title, "url": svg_url(draw, height=height)} for title, draw, height in wanted if draw]

@@ -1,0 +1,101 @@
+"""`models/training_summary.json`, written after every change so that a crash leaves a true record."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+from typing import Any
+
+from mvlm_core.export.archive import read_manifest
+from mvlm_core.export.strict_tar import name_problem
+from mvlm_core.files import read_json, write_json_atomic
+from mvlm_core.metrics import METRICS
+from mvlm_core.run_layout import Layout, finite_number, training_config
+
+EMPTY = {"status": "waiting"} | dict.fromkeys([*(metric.name for metric in METRICS), "archive"])
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _json_value(value: Any) -> Any:
+    """What JSON can hold: NaN and infinity become null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(entry: dict[str, Any]) -> dict[str, Any]:
+    """The value of every metric, null where it is missing or damaged."""
+    return {metric.name: finite_number(entry.get(metric.name)) for metric in METRICS}
+
+
+class Summary:
+    """The record of a run: `models` by name, each with its status, its results and its archive."""
+
+    def __init__(self, layout: Layout, names: list[str], *, preset: str, device: str) -> None:
+        before = read_json(layout.summary).get("models")
+        self.layout = layout
+        # A model of an earlier run that this one does not train stays in the record while its export is there.
+        kept = {
+            name: self._kept(entry)
+            for name, entry in (before.items() if isinstance(before, dict) else ())
+            if name not in names
+            and not ("/" in name or name_problem(name))
+            and isinstance(entry, dict)
+            and entry.get("status") == "finished"
+            and training_config(layout.export(name))
+        }
+        self.models: dict[str, dict[str, Any]] = kept | {name: dict(EMPTY) for name in names}
+        self.value: dict[str, Any] = {
+            "device": device,
+            "preset": preset,
+            "started": now(),
+            "finished": None,
+            "models": self.models,
+            "comparison": {},
+        }
+        self.save()
+
+    @staticmethod
+    def _kept(entry: dict[str, Any]) -> dict[str, Any]:
+        archive = entry.get("archive")
+        return (
+            EMPTY | _numbers(entry) | {"status": "finished", "archive": archive if isinstance(archive, str) else None}
+        )
+
+    def update(self, name: str, **values: Any) -> None:
+        self.models[name].update({key: _json_value(value) for key, value in values.items()})
+        self.save()
+
+    def take_results(self, name: str) -> None:
+        """Record what a finished trainer wrote about itself.
+
+        Raises:
+            ArchiveError, OSError: its export is not complete.
+        """
+        export = self.layout.export(name)
+        config = training_config(export)
+        files = [export / file for file in (*read_manifest(export)["files"], "manifest.json")]
+        results = _numbers(config.get("results") or {}) | {"size_bytes": sum(file.stat().st_size for file in files)}
+        self.models[name].pop("error", None)
+        if (hardware := config.get("hardware") or {}).get("device"):
+            self.value["device"] = f"{hardware['device']}: {hardware.get('name', 'unknown')}"
+        self.update(name, status="finished", **results)
+
+    def finished(self) -> list[str]:
+        return [name for name, entry in self.models.items() if entry["status"] == "finished"]
+
+    def failed(self) -> list[str]:
+        return [name for name, entry in self.models.items() if entry["status"] == "failed"]
+
+    def save(self) -> None:
+        write_json_atomic(self.layout.summary, self.value)
+
+    def copy_to_downloads(self) -> None:
+        write_json_atomic(self.layout.downloads / self.layout.summary.name, self.value)
+
+    def close(self) -> None:
+        """Note when the run ended, in the copy beside the archives as well."""
+        self.value["finished"] = now()
+        self.save()
+        self.copy_to_downloads()

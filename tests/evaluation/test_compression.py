@@ -1,0 +1,34 @@
+"""Compression baselines: primed with the train text, cached by the text's hash."""
+
+import gzip
+import lzma
+
+import pytest
+
+from mvlm_core.data.corpus import MANIFEST_NAME, load_corpus
+from mvlm_core.evaluation.compression import compression_baselines
+
+
+def test_compressors_are_primed_with_the_train_text(tiny_corpus, tmp_path):
+    corpus = load_corpus(tiny_corpus)
+    found = compression_baselines(corpus, tmp_path / "cache")
+    train = "".join(d.read() for d in corpus.split("train") if d.translation == "kjv").encode()
+    test = "".join(d.read() for d in corpus.split("test") if d.translation == "kjv").encode()
+    assert (found["translation"], found["train_bytes"], found["test_bytes"]) == ("kjv", len(train), len(test))
+    both, alone = (len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) for text in (train + test, train))
+    assert found["xz"] == pytest.approx((both - alone) * 8 / len(test))
+    assert found["xz"] < len(gzip.compress(test)) * 8 / len(test)  # priming helps
+    assert found["ppmd_order_16"] < found["xz"] and found["ppmd_order_6"] < found["xz"]
+
+
+def test_what_was_measured_is_read_again_unless_it_is_damaged(tiny_corpus, tmp_path):
+    (tiny_corpus / MANIFEST_NAME).unlink()
+    corpus = load_corpus(tiny_corpus)
+    first = compression_baselines(corpus, tmp_path)
+    assert first["translation"] is None
+    assert first["test_bytes"] == sum(document.size for document in corpus.split("test"))
+    (cache,) = tmp_path.rglob("compressors/*.json")
+    cache.write_text(cache.read_text().replace(str(first["xz"]), "9.5"))
+    assert compression_baselines(corpus, tmp_path) == first | {"xz": 9.5}
+    cache.write_text('{"xz": NaN, "ppmd_order_6": 1.0, "ppmd_order_16": 1.0}')
+    assert compression_baselines(corpus, tmp_path) == first

@@ -1,0 +1,104 @@
+"""The comparison's numbers, sentences and tables."""
+
+import json
+
+from mvlm_core.metrics import METRICS
+from mvlm_core.pipeline import comparison, plots
+
+NAMES = ["mvlm_gpt2", "simone_enhanced"]
+BASELINES = {
+    "translation": "kjv",
+    "train_bytes": 9,
+    "test_bytes": 9,
+    "xz": 1.88,
+    "ppmd_order_6": 1.58,
+    "ppmd_order_16": 1.51,
+}
+
+
+def entry(parameters=1000, text=10**6, score=1.5, **more):
+    return {
+        "parameters": parameters,
+        "bytes": text,
+        "tokens": text // 4,
+        "seconds": 10.0,
+        "tokens_per_second": 25000.0,
+        "validation_bpb": score,
+        "test_bpb": score,
+        "test_bpb_kjv": score,
+        "peak_memory_bytes": 1,
+        "size_bytes": 1,
+    } | more
+
+
+def test_comparison_says_what_is_equal_and_what_is_noise():
+    models = dict(zip(NAMES, (entry(), entry(1019, 1_009_000, 1.4)), strict=True))
+    result = comparison.compare(models, NAMES, BASELINES)
+    assert result["parameters"]["equal_within_2_percent"] and result["bytes"]["equal_within_1_percent"]
+    words = " ".join(result["sentences"])
+    assert "6.7% less" in words and "one seed" in words.lower() and words.count("predicts this text better") == 2
+    assert "simone_enhanced scores 1.4000 bits per byte, mvlm_gpt2 1.5000" in words
+    # 0.001 bits a byte are 0.0028 nats a token at 4 bytes each: noise
+    models["simone_enhanced"] = entry(1030, 1_020_000, 1.501)
+    result = comparison.compare(models, NAMES, BASELINES | {"ppmd_order_16": 1.4})
+    words = " ".join(result["sentences"])
+    assert "within noise" in words and words.count("NOT equal") == 2 and words.count("loses to a compressor") == 2
+    assert not result["parameters"]["equal_within_2_percent"] and not result["bytes"]["equal_within_1_percent"]
+    assert any("PPMd order 16 1.400" in line for line in comparison.table(result, NAMES))
+
+
+def test_comparison_of_one_model_or_missing_numbers():
+    result = comparison.compare({"mvlm_gpt2": entry(test_bpb=None, test_bpb_kjv=None)}, ["mvlm_gpt2"], {})
+    assert result["test_bpb"] == {"mvlm_gpt2": None, "ratio": None}
+    assert result["parameters"]["equal_within_2_percent"] is None
+    assert comparison.table(result, ["mvlm_gpt2"])
+    json.dumps(result, allow_nan=False)
+
+
+def test_baselines_of_all_text_are_compared_with_the_score_of_all_text():
+    model = {"mvlm_gpt2": entry(test_bpb=1.6, test_bpb_kjv=1.4)}
+    for translation, words in (
+        ("kjv", "1.400 bits per byte on the KJV part"),
+        (None, "1.600 bits per byte on the test"),
+    ):
+        result = comparison.compare(model, ["mvlm_gpt2"], BASELINES | {"translation": translation})
+        assert words in result["sentences"][-1]
+    assert result["sentences"][-1].endswith("the model loses to a compressor, so it is undertrained.")
+
+
+def test_rows_hold_every_metric_the_books_and_the_extreme_translations():
+    scores = {"kjv": 1.2, "web": 1.9, "asv": 1.5}
+    parts = {name: {"book": {"Esther": 1.25}, "translation": scores} for name in NAMES}
+    parts["mvlm_gpt2"] = {"book": {"Esther": 2.5}, "translation": {"web": 2.0}}
+    result = comparison.compare({name: entry() for name in NAMES}, NAMES, {}, {}, parts)
+    rows = comparison.metric_rows(result, NAMES)
+    assert [row[0] for row in rows[: len(METRICS)]] == [metric.title for metric in METRICS]
+    assert rows[len(METRICS) :] == [
+        ["· Esther", "2.5000", "1.2500", "0.500"],
+        ["· easiest translation (kjv)", "-", "1.2000", ""],
+        ["· hardest translation (web)", "2.0000", "1.9000", "0.950"],
+    ]
+
+
+def test_a_table_has_aligned_columns_under_a_header_with_a_rule():
+    lines = comparison.text_table(["", "model", "b"], [["first row", "1", "2,000"], ["x", "-", ""]])
+    assert lines == [
+        "           model      b",
+        "-----------------------",
+        "first row      1  2,000",
+        "x              -       ",
+    ]
+
+
+def test_scores_by_part_leave_damaged_values_out():
+    config = {"results": {"test_bpb_by_book": {"Esther": 1.5, "Ruth": "?", "Job": 1e300}, "test_bpb_by_translation": 3}}
+    assert comparison.scores_by_part(config) == {"book": {"Esther": 1.5}}
+
+
+def test_plot_is_a_picture(tmp_path):
+    from PIL import Image
+
+    result = comparison.compare({NAMES[0]: entry(), NAMES[1]: entry(score=1.4)}, NAMES, BASELINES)
+    history = [{"bytes": n * 1000, "seconds": n * 1.0, "validation_bpb": 3 / n} for n in range(1, 6)]
+    plots.plot_comparison(result, {name: history for name in NAMES}, tmp_path / "c.png")
+    assert Image.open(tmp_path / "c.png").size[0] > 1000

@@ -1,0 +1,102 @@
+"""Single stages of the main job, called directly."""
+
+import sys
+
+import pytest
+
+from mvlm_core.errors import UserError
+from mvlm_core.pipeline import job as jobs
+from mvlm_core.pipeline import stages
+from mvlm_core.pipeline.child_process import Signals
+from mvlm_core.run_layout import Layout
+
+EVALUATOR = """
+import json, sys
+from pathlib import Path
+place = sys.argv.index("--json") + 1
+exports = [word for word in sys.argv[1:] if "/models/" in word and not word.endswith(".json")]
+Path(sys.argv[place]).write_text(json.dumps({"results": {export: {"flags": sys.argv[1:]} for export in exports}}))
+"""
+
+
+def make_job(folder, **changes):
+    script = folder / "script.py"
+    values = {
+        "layout": Layout(folder / "work"),
+        "trainers": {"one": script, "two": script},
+        "names": ["one", "two"],
+        "preset": "smoke",
+        "preset_reason": "asked for",
+        "data_dir": str(folder / "data"),
+        "settings": {"device": "cpu", "quiet": True, "max_steps": 5},
+        "fresh": False,
+        "build_corpus": None,
+        "evaluator": script,
+        "validator": script,
+        "reporter": script,
+        "prompt": "In the beginning",
+    }
+    (folder / "work" / "models").mkdir(parents=True, exist_ok=True)
+    return jobs.Job(**(values | changes))
+
+
+def test_commands_hold_what_was_given(tmp_path):
+    job = make_job(tmp_path, fresh=True)
+    command = job.trainer_command("two")
+    assert command[:2] == [sys.executable, str(tmp_path / "script.py")]
+    assert command[-5:] == ["cpu", "--quiet", "--max_steps", "5", "--fresh"]
+    assert command[command.index("--output_dir") + 1] == str(job.layout.export("two"))
+    assert command[command.index("--log_file") + 1] == str(job.layout.log_file("two"))
+    assert job.script_command(job.validator, "--x", 1)[2:] == [
+        "--x",
+        "1",
+        "--data_dir",
+        job.data_dir,
+        "--device",
+        "cpu",
+    ]
+
+
+@pytest.mark.parametrize("preset, short", [("smoke", True), ("cpu", False)])
+def test_the_evaluation_suites_results_by_model(tmp_path, preset, short):
+    (tmp_path / "script.py").write_text(EVALUATOR)
+    job = make_job(tmp_path, preset=preset)
+    with Signals() as signals:
+        found = stages.evaluate_suite(job, ["two"], signals)
+    assert list(found) == ["two"]
+    flags = found["two"]["flags"]
+    assert flags[0] == str(job.layout.export("two")) and ["--split", "test", "--no_bits_per_byte"] == flags[1:4]
+    assert ("--verses" in flags) is short and flags[-2:] == ["--device", "cpu"]
+
+
+@pytest.mark.parametrize(
+    "probe, found",
+    [
+        ("import sys; print('noise'); print(sys.argv[1].replace('cpu', 'ok'))", {"device": "ok"}),
+        ('print(\'{"problems": ["no GPU", "no bf16"]}\')', ["no GPU", "no bf16"]),
+        ("print('not JSON')", "unknown"),
+        ("import sys; sys.exit(3)", "unknown"),
+    ],
+)
+def test_the_hardware_probes_answer(tmp_path, monkeypatch, probe, found):
+    monkeypatch.setattr(jobs, "HARDWARE_PROBE", probe)
+    job = make_job(tmp_path)
+    if isinstance(found, list):
+        with pytest.raises(UserError) as caught:
+            jobs.probe_hardware(job)
+        assert caught.value.problems == found
+    elif found == "unknown":
+        assert jobs.probe_hardware(job)["device"] == "unknown"
+    else:
+        assert jobs.probe_hardware(job) == found
+
+
+def test_only_models_with_code_of_their_own_need_the_word_about_it(tmp_path):
+    layout = Layout(tmp_path)
+    for name in ("plain", "coded"):
+        layout.export(name).mkdir(parents=True)
+    (layout.export("coded") / "modelling.py").touch()
+    both = stages.download_instructions(["plain", "coded"], layout, 'Say "so"')
+    assert "lets `coded` use" in both and 'tokenizer("Say \\"so\\"", return_tensors' in both
+    assert "tar -xzf plain_model.tar.gz\ntar -xzf coded_model.tar.gz\n" in both
+    assert "nothing is fetched" not in stages.download_instructions(["plain"], layout, "x")
