@@ -42,7 +42,8 @@ def curves(histories: Histories, keys: Iterable[str], x: Axis, ylabel: str) -> C
         for number, key in enumerate(keys):
             points = thinned([(record[x_key] / unit, record[key]) for record in history if key in record])
             color, line = PART_STYLES[number % 4] if len(keys) > 1 else (style["color"], style["linestyle"])
-            look: dict[str, Any] = {"color": color, "linestyle": line, "label": name if len(keys) == 1 else key.replace("_", " ")}
+            label = name if len(keys) == 1 else key.replace("_", " ")
+            look: dict[str, Any] = {"color": color, "linestyle": line, "label": label}
             look |= {"marker": style["marker"], "markersize": 4} if len(points) < 60 else {}
             lines += [(points, look)] if points else []
 
