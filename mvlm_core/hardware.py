@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_core.errors import UserError
-from mvlm_core.monitor import available_memory, available_threads, nvidia_may_be_there, processor_name
+from mvlm_core.monitor import available_memory, available_threads, cpu_name, cpuinfo, nvidia_may_be_there
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -27,7 +27,7 @@ ATTENTION_BACKENDS = ("auto", "sdpa", "flash_attn", "xformers", "eager")
 ALLOCATOR_ADVICE = "max_split_size_mb:512"
 # Multiplication units for bf16. Without one of them a bf16 matrix product is emulated: on 2 cores of an AVX2
 # EPYC fp32 reached 170 GFLOP/s and bf16 0.3.
-BF16_PROCESSOR_FLAGS = frozenset({"amx_bf16", "avx512_bf16"})
+BF16_CPU_FLAGS = frozenset({"amx_bf16", "avx512_bf16"})
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _NO_BLOCK_IS_LARGER = 2**31 - 1
 OPTIONAL_BACKENDS = {"flash_attn": "flash-attn", "xformers": "xformers"}
@@ -220,7 +220,7 @@ def _choose_precision(asked: str, device: str, problems: list[str]) -> tuple[str
     if device == "cuda":
         has_bf16, why = _cuda_has_bf16()
     else:
-        has_bf16, why = processor_has_bf16()
+        has_bf16, why = cpu_has_bf16()
     if asked == "bf16":
         if not has_bf16:
             problems.append(f"--precision bf16: {why}; use --precision fp32 or auto")
@@ -238,22 +238,16 @@ def _cuda_has_bf16() -> tuple[bool, str]:
     return False, "the GPU has no native bf16 (needs Ampere or newer)"
 
 
-def processor_has_bf16(cpuinfo: Path | str = "/proc/cpuinfo") -> tuple[bool, str]:
-    """Whether the processor multiplies bf16 in hardware, with the reason.
+def cpu_has_bf16(file: Path | str = "/proc/cpuinfo") -> tuple[bool, str]:
+    """Whether the CPU multiplies bf16 in hardware, with the reason.
 
     Args:
-        cpuinfo: where the kernel lists the processor's flags; a machine without that file counts as "no".
+        file: where the kernel lists the CPU's flags; a machine without that file counts as "no".
     """
-    flags: set[str] = set()
-    with contextlib.suppress(OSError):
-        for line in Path(cpuinfo).read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("flags"):
-                flags.update(line.partition(":")[2].split())
-                break
-    found = sorted(BF16_PROCESSOR_FLAGS & flags)
+    found = sorted(BF16_CPU_FLAGS & set(cpuinfo("flags", file).split()))
     if found:
-        return True, f"the processor has {', '.join(found)}"
-    return False, "no AMX-BF16 or AVX512-BF16 in the processor: emulated, bf16 is some 500 times slower"
+        return True, f"the CPU has {', '.join(found)}"
+    return False, "the CPU has no AMX-BF16 or AVX512-BF16: bf16 would be emulated, some 500 times slower"
 
 
 def _choose_attention(asked: str, device: str, precision: str, problems: list[str]) -> tuple[str, str]:
@@ -302,4 +296,4 @@ def _name_and_memory(device: str) -> tuple[str, int]:
 
         properties = torch.cuda.get_device_properties(0)
         return properties.name, properties.total_memory
-    return processor_name(), available_memory()
+    return cpu_name(), available_memory()

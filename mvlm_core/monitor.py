@@ -1,4 +1,4 @@
-"""What this machine has and what a run uses of it: processors, memory, and their load while a run goes on.
+"""What this machine has and what a run uses of it: CPU cores, memory, and their load during a run.
 
 Importing this module does not import torch: entry scripts use it before they parse their arguments.
 """
@@ -11,7 +11,6 @@ import os
 import platform
 import resource
 import shutil
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -27,16 +26,13 @@ log = logging.getLogger("mvlm")
 
 
 def nvidia_may_be_there() -> bool:
-    """False only where no NVIDIA GPU can be usable: then torch need not be asked."""
+    """False only where no NVIDIA GPU can be usable; torch need not be imported then."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1"):
         return False
     return any(os.path.exists(path) for path in NVIDIA_TRACES) or shutil.which("nvidia-smi") is not None
 
 
-# --- the single choices -------------------------------------------------------------------------------------
-
-
-# --- processor and memory -----------------------------------------------------------------------------------
+# --- CPU and memory -----------------------------------------------------------------------------------------
 
 
 def available_threads(
@@ -54,62 +50,52 @@ def available_threads(
     if asked.isdecimal() and int(asked) > 0:
         return int(asked), "OMP_NUM_THREADS"
     try:
-        processors = sorted(os.sched_getaffinity(0))
+        cpus = sorted(os.sched_getaffinity(0))
     except AttributeError:  # macOS has no affinity
-        processors = list(range(psutil.cpu_count(logical=False) or 1))
-    cores = len({_core_of(processor, Path(topology)) for processor in processors})
-    reason = f"physical cores of the {len(processors)} processors this process may use"
+        cpus = list(range(psutil.cpu_count(logical=False) or 1))
+    cores = len({_core_of(cpu, Path(topology)) for cpu in cpus})
+    reason = f"physical cores of the {len(cpus)} logical CPUs this process may use"
     quota = _cpu_quota(Path(cgroup_root), Path(cgroup_membership))
     if quota is not None and quota < cores:
-        return max(1, int(quota)), f"container limit of {quota:g} processors"
+        return max(1, int(quota)), f"container limit of {quota:g} CPUs"
     return max(1, cores), reason
 
 
-def _core_of(processor: int, topology: Path) -> str:
-    """What the hyper-threads of one core share, such as "0,4"; a processor without the file counts alone."""
-    siblings = topology / f"cpu{processor}/topology/thread_siblings_list"
+def _core_of(cpu: int, topology: Path) -> str:
+    """The hyper-threads of one core, such as "0,4"; a logical CPU without the file counts alone."""
     try:
-        return siblings.read_text(encoding="ascii").strip()
+        return (topology / f"cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii").strip()
     except OSError:
-        return str(processor)
+        return str(cpu)
 
 
 def _cgroup_folders(root: Path, membership: Path, controller: str) -> list[Path]:
-    """Folders whose limits hold for this process: its own group and all above it, version 2 and version 1."""
-    folders = []
-    lines = []
-    with contextlib.suppress(OSError):
-        lines = membership.read_text(encoding="utf-8", errors="replace").splitlines()
-    for line in lines:
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if controllers and controller not in controllers.split(","):
-            continue
-        base = root / controllers if controllers else root
-        group = base / path.lstrip("/")
-        folders += [folder for folder in (group, *group.parents) if folder.is_relative_to(base)]
+    """Folders whose limits hold for this process: its own group and all above it, cgroup version 2 and version 1."""
     # Inside a container the membership may name a path of the host; the limits then stand at the root.
-    return [*folders, root, root / controller]
+    folders = [root, root / controller]
+    with contextlib.suppress(OSError):
+        for line in membership.read_text(encoding="utf-8", errors="replace").splitlines():
+            controllers, _, path = line.partition(":")[2].partition(":")
+            if not controllers or controller in controllers.split(","):
+                base = root / controllers
+                group = base / path.lstrip("/")
+                folders += [folder for folder in (group, *group.parents) if folder.is_relative_to(base)]
+    return folders
 
 
 def _cpu_quota(root: Path, membership: Path) -> float | None:
-    """Processors' worth of time that the control groups allow, the smallest of all; None if unlimited."""
+    """CPUs' worth of time that the control groups allow, the smallest of all; None if unlimited."""
     quotas = []
     for folder in _cgroup_folders(root, membership, "cpu"):
-        for read in (_quota_version_2, _quota_version_1):
-            with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
-                quotas.append(read(folder))
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # "max" is no number: no limit
+            quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
+            quotas.append(int(quota) / int(period))
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # version 1; -1: no limit
+            quota, period = (
+                (folder / f"cpu.cfs_{name}_us").read_text(encoding="ascii") for name in ("quota", "period")
+            )
+            quotas.append(int(quota) / int(period))
     return min((quota for quota in quotas if quota > 0), default=None)
-
-
-def _quota_version_2(folder: Path) -> float:
-    quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
-    return int(quota) / int(period)  # "max" is no number: no limit
-
-
-def _quota_version_1(folder: Path) -> float:
-    quota = int((folder / "cpu.cfs_quota_us").read_text(encoding="ascii"))  # -1: no limit
-    return quota / int((folder / "cpu.cfs_period_us").read_text(encoding="ascii"))
 
 
 def available_memory(
@@ -124,12 +110,17 @@ def available_memory(
     return min(limits)
 
 
-def processor_name(cpuinfo: Path | str = "/proc/cpuinfo") -> str:
+def cpuinfo(field: str, file: Path | str = "/proc/cpuinfo") -> str:
+    """What the kernel says of the first CPU, such as its "flags"; "" where there is no such file."""
     with contextlib.suppress(OSError):
-        for line in Path(cpuinfo).read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
+        for line in Path(file).read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith(field):
                 return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return ""
+
+
+def cpu_name(file: Path | str = "/proc/cpuinfo") -> str:
+    return cpuinfo("model name", file) or platform.processor() or platform.machine()
 
 
 def memory_in_use(device: str = "cpu") -> int:
@@ -157,21 +148,21 @@ def peak_memory(device: str = "cpu") -> int:
 
 
 def gpu_load(device: str) -> int | None:
-    """Percent of the last moments in which the GPU was busy; None without one, or where it does not say."""
+    """GPU utilization in percent; None without a GPU or where it is not available."""
     if device != "cuda":
         return None
     import torch
 
     try:
         return torch.cuda.utilization()
-    except Exception:  # no NVML in some containers, not supported by some slices: a run does not depend on it
+    except Exception:  # some containers have no NVML, some MIG slices no utilization: a run does not depend on it
         return None
 
 
 class PeakMemory:
     """Peak bytes of a stretch of work: ``with PeakMemory("cpu") as peak: ...`` then ``peak.bytes``.
 
-    It starts the process's own count anew: afterwards `peak_memory` counts from the last such start.
+    It resets the process's own counter: afterwards `peak_memory` counts from the last reset.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -195,16 +186,14 @@ class PeakMemory:
         self.bytes = peak_memory(self.device)
 
 
-# --- sampling while a run goes on ---------------------------------------------------------------------------
-
-_SMI_QUERY = "utilization.gpu,memory.used,memory.total,temperature.gpu,power.draw"
+# --- sampling during a run ----------------------------------------------------------------------------------
 
 
 class ResourceSampler:
     """Calls ``callback(line)`` every ``seconds`` on a background thread, from construction until ``stop()``.
 
-    The line comes from NVML, nvidia-smi where NVML does not answer, or psutil where there is no GPU:
-    then it tells the CPU's load and the memory of this process with its children.
+    The line comes from NVML or, where that gives nothing, from psutil: the CPU's load and the memory of this process
+    and its children.
     """
 
     def __init__(self, callback: Callable[[str], None], seconds: float = 30.0) -> None:
@@ -238,12 +227,11 @@ class ResourceSampler:
 
 def _open_source() -> tuple[str, Callable[[], str]]:
     if nvidia_may_be_there():
-        for name, read in (("NVML", _sample_nvml), ("nvidia-smi", _sample_nvidia_smi)):
-            try:
-                read()
-                return name, read
-            except Exception as error:  # each source has its own exception classes; the next one takes over
-                log.info("no GPU statistics from %s: %s: %s", name, type(error).__name__, error)
+        try:
+            _sample_nvml()
+            return "NVML", _sample_nvml
+        except Exception as error:  # of NVML's own classes, or no such library; a run does not depend on it
+            log.info("no GPU statistics from NVML: %s: %s", type(error).__name__, error)
     return "psutil", _sample_psutil
 
 
@@ -273,21 +261,6 @@ def _nvml_part(pynvml: Any, index: int, handle: Any) -> str:
         with contextlib.suppress(pynvml.NVMLError_NotSupported):  # MIG slices lack some of these
             parts.append(f"{name} {read()}")
     return ", ".join(parts)
-
-
-def _sample_nvidia_smi() -> str:
-    command = ["nvidia-smi", f"--query-gpu={_SMI_QUERY}", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-    parts = []
-    for index, line in enumerate(answer.strip().splitlines()):
-        busy, used, total, temperature, power = (field.strip() for field in line.split(","))
-        parts.append(
-            f"GPU {index}: memory {float(used) / 1024:.1f} of {float(total) / 1024:.1f} GiB, busy {busy} %, "
-            f"temperature {temperature} C, power {power} W"
-        )
-    if not parts:
-        raise RuntimeError("no GPU listed")
-    return "; ".join(parts)
 
 
 def _sample_psutil() -> str:

@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvlm_core import hardware
-from mvlm_core import monitor as resources
+from mvlm_core import hardware, monitor
 from mvlm_core.errors import UserError
 from mvlm_core.hardware import (
     Hardware,
     choose_hardware,
+    cpu_has_bf16,
     describe,
-    processor_has_bf16,
     resolve_preset,
     set_process_environment,
 )
@@ -38,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("no_thread_setting")
 def test_cpu_choice_and_its_reasons() -> None:
     chosen = choose_hardware(device="cpu")
     assert chosen.device == "cpu" and chosen.attention_backend == "sdpa" and chosen.compile is False
-    assert chosen.precision == ("bf16" if processor_has_bf16()[0] else "fp32")
+    assert chosen.precision == ("bf16" if cpu_has_bf16()[0] else "fp32")
     assert 1 <= chosen.threads <= os.cpu_count()
     assert chosen.memory_bytes > 2**28
     assert set(chosen.reasons) == {"device", "precision", "attention_backend", "compile", "threads"}
@@ -100,22 +99,22 @@ def test_switches_are_given_as_reasons() -> None:
         ("amx_tile amx_bf16 amx_int8", True),
     ],
 )
-def test_bf16_is_read_from_the_processor(tmp_path: Path, flags: str, expected: bool) -> None:
+def test_bf16_is_read_from_the_cpu(tmp_path: Path, flags: str, expected: bool) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: {flags}\n\n", encoding="utf-8")
-    has_bf16, why = processor_has_bf16(cpuinfo)
+    has_bf16, why = cpu_has_bf16(cpuinfo)
     assert has_bf16 is expected
     assert "bf16" in why.lower()
-    assert resources.processor_name(cpuinfo) == "Some CPU"
+    assert monitor.cpu_name(cpuinfo) == "Some CPU"
 
 
 def test_no_cpuinfo_means_fp32(tmp_path: Path) -> None:
-    assert processor_has_bf16(tmp_path / "missing")[0] is False
-    assert resources.processor_name(tmp_path / "missing")
+    assert cpu_has_bf16(tmp_path / "missing")[0] is False
+    assert monitor.cpu_name(tmp_path / "missing")
 
 
-def test_bf16_asked_of_a_processor_without_it() -> None:
-    if processor_has_bf16()[0]:
+def test_bf16_asked_of_a_cpu_without_it() -> None:
+    if cpu_has_bf16()[0]:
         assert choose_hardware(device="cpu", precision="bf16").precision == "bf16"
     else:
         with pytest.raises(UserError, match="--precision bf16"):
@@ -198,10 +197,10 @@ def test_auto_preset_with_a_gpu_that_torch_cannot_use(empty_path: Path) -> None:
 
 def test_hidden_gpu_counts_as_none(empty_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add_nvidia_smi(empty_path, "exit 0")
-    assert resources.nvidia_may_be_there()
+    assert monitor.nvidia_may_be_there()
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-        assert not resources.nvidia_may_be_there()
+        assert not monitor.nvidia_may_be_there()
 
 
 def test_module_and_preset_do_not_import_torch(tmp_path: Path) -> None:

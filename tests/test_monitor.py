@@ -1,4 +1,4 @@
-"""mvlm_core/resources.py: processors, memory and load are counted as they are."""
+"""mvlm_core/monitor.py: CPU cores, memory and load are counted as they are."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import pynvml
 import pytest
 import torch
 
-from mvlm_core import monitor as resources
+from mvlm_core import monitor
 from mvlm_core.monitor import (
     PeakMemory,
     ResourceSampler,
@@ -53,7 +55,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
 
 def test_threads_are_physical_cores(machine: dict[str, Path]) -> None:
     threads, why = available_threads(**machine)
-    assert threads == 4 and "physical cores of the 8 processors" in why
+    assert threads == 4 and "physical cores of the 8 logical CPUs" in why
 
 
 @pytest.mark.parametrize(("allowed", "expected"), [({0, 4}, 1), ({0, 1}, 2), ({0, 1, 2, 4, 5}, 3)])
@@ -175,20 +177,38 @@ def test_sampling_without_a_gpu(empty_path: Path) -> None:
 
 
 @without_cuda
-def test_sampling_by_nvidia_smi_where_nvml_is_not(empty_path: Path) -> None:
-    add_nvidia_smi(empty_path, "echo '97, 40960, 143771, 61, 645.20'; echo '3, 1024, 143771, 30, [N/A]'")
+def test_sampling_without_nvml_says_why(empty_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    add_nvidia_smi(empty_path, "exit 9")
+    monitor.log.propagate = True
+    with caplog.at_level("INFO", "mvlm"):
+        assert first_line()[0] == "psutil"
+    assert "no GPU statistics from NVML: NVMLError" in caplog.text
+
+
+def test_sampling_of_several_gpus_leaves_out_what_one_does_not_say(
+    empty_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_nvidia_smi(empty_path, "exit 9")
+    memory = SimpleNamespace(used=40 * 2**30, total=140 * 2**30)
+    power = {0: 645_200}
+    monkeypatch.setattr("pynvml.nvmlInit", lambda: None)
+    monkeypatch.setattr("pynvml.nvmlShutdown", lambda: None)
+    monkeypatch.setattr("pynvml.nvmlDeviceGetCount", lambda: 2)
+    monkeypatch.setattr("pynvml.nvmlDeviceGetHandleByIndex", lambda index: index)
+    monkeypatch.setattr("pynvml.nvmlDeviceGetMemoryInfo", lambda _: memory)
+    monkeypatch.setattr("pynvml.nvmlDeviceGetUtilizationRates", lambda _: SimpleNamespace(gpu=97))
+    monkeypatch.setattr("pynvml.nvmlDeviceGetTemperature", lambda *_: 61)
+
+    def power_of(index: int) -> int:
+        if index not in power:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return power[index]
+
+    monkeypatch.setattr("pynvml.nvmlDeviceGetPowerUsage", power_of)
     source, line = first_line()
-    assert source == "nvidia-smi"
-    first = "GPU 0: memory 40.0 of 140.4 GiB, busy 97 %, temperature 61 C, power 645.20 W"
-    second = "GPU 1: memory 1.0 of 140.4 GiB, busy 3 %, temperature 30 C, power [N/A] W"
-    assert line == f"{first}; {second}"
-
-
-@without_cuda
-@pytest.mark.parametrize("script", ["exit 9", "echo nonsense", "true"])
-def test_sampling_passes_over_a_broken_nvidia_smi(empty_path: Path, script: str) -> None:
-    add_nvidia_smi(empty_path, script)
-    assert first_line()[0] == "psutil"
+    assert source == "NVML"
+    one = "memory 40.0 of 140.0 GiB, busy 97 %, temperature 61 C"
+    assert line == f"GPU 0: {one}, power 645 W; GPU 1: {one}"
 
 
 @needs_cuda
@@ -201,7 +221,7 @@ def test_a_failing_callback_ends_sampling_with_a_line(empty_path: Path, caplog: 
     def fail(line: str) -> None:
         raise OSError("disk full")
 
-    resources.log.propagate = True
+    monitor.log.propagate = True
     sampler = ResourceSampler(fail, seconds=0.01)
     sampler._thread.join(timeout=10)
     assert not sampler._thread.is_alive()
