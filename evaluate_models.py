@@ -1,109 +1,130 @@
 #!/usr/bin/env python3
-"""What exported models can do beside bits per byte, on held-out text: calibration, cloze, recall, repetition, grammar.
+"""The evaluation suite: calibration, cloze, extractable memorization, repetition and grammar on held-out text.
 
-    python evaluate_models.py [MODEL_DIR ...] [--split test] [--json FILE]
+    python evaluate_models.py [MODEL ...] [--split test] [--json FILE]
 
-One table with a model a column; "text" is what the held-out text itself gives. A value after ± is a standard error.
-A folder of the exports of several seeds (seed0, seed1, …) is one column too: their mean, ± its error between the seeds.
-With --json, what that file already says of the same model, text and questions is not measured again.
-The probes and their sources stand in mvlm_core/text_probes.py and mvlm_core/minimal_pairs.py.
+MODEL is an export folder, a .tar.gz, or a folder with the exports of several seeds (seed0, seed1, …). Prints one table
+with a column for each: for seeds their mean, ± its standard error between seeds; otherwise ± is the standard error over
+samples. The column "text" is the held-out text's own value. What the --json file already holds for the same weights,
+text and options is not measured again. Sources of the measures: the modules of mvlm_core/evaluation.
+
+Exit codes: 0 done, 2 bad arguments or unusable models, 130/143 stopped by a signal.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
+import signal
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from mvlm_core.hardware import DEVICES
-from mvlm_core.settings import REPOSITORY_ROOT as REPOSITORY
+from mvlm_core.errors import UserError, run_main
+from mvlm_core.export.opening import checked_export
+from mvlm_core.files import read_json, sha256_file, write_json_atomic
+from mvlm_core.hardware import DEVICES, choose_hardware, set_process_environment
+from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
+from prioritary_mvlm.config import MODELLING_FILES
+
+SIZES = ("verses", "prompts", "words", "pairs")
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = [REPOSITORY / "models" / name for name in ("mvlm_gpt2", "simone_enhanced")]
-    parser.add_argument("models", nargs="*", type=Path, default=default, metavar="MODEL_DIR", help="export folders")
-    parser.add_argument("--data_dir", default=str(REPOSITORY / "mvlm_training_dataset_complete"))
-    parser.add_argument("--data_subset", help="use only this folder below --data_dir [default: as the first model did]")
-    parser.add_argument("--split", choices=("validation", "test"), default="validation")
-    parser.add_argument("--verses", type=int, default=300, help="verses for each question [default 300]")
-    parser.add_argument("--prompts", type=int, default=100, help="prompts to continue [default 100]")
-    parser.add_argument("--words", type=int, default=64, help="words of a continuation [default 64]")
-    parser.add_argument("--pairs", type=int, default=200, help="most pairs of a rule [default 200]")
-    parser.add_argument("--no_bits_per_byte", action="store_true", help="leave out what the trainers measure already")
-    parser.add_argument("--device", default="auto", choices=DEVICES, help="[default auto]")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="also write the results here")
-    return parser.parse_args()
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    default = [REPOSITORY_ROOT / "models" / name for name in ("mvlm_gpt2", "simone_enhanced")]
+    add("models", nargs="*", type=Path, default=default, metavar="MODEL", help="[default: both of models/]")
+    add("--data_dir", default=str(DEFAULT_DATA_DIR), help="the corpus that the models were trained on")
+    add("--data_subset", help="use only this folder below --data_dir [default: as the first model did]")
+    add("--split", choices=("validation", "test"), default="validation", help="held-out text [default validation]")
+    add("--verses", type=int, default=300, help="verses for each measure [default 300]")
+    add("--prompts", type=int, default=100, help="prompts to continue [default 100]")
+    add("--words", type=int, default=64, help="words of a continuation [default 64]")
+    add("--pairs", type=int, default=200, help="most minimal pairs of a rule [default 200]")
+    add("--no_bits_per_byte", action="store_true", help="leave out what training has already measured")
+    add("--device", default="auto", choices=DEVICES, help="[default auto]")
+    add("--seed", type=int, default=0, help="random seed of the samples [default 0]")
+    add("--json", type=Path, help="also write the results to this file")
+    return parser
 
 
-def known_results(path: Path, same: dict[str, Any]) -> dict[str, Any]:
-    """The results in ``path`` where it was written for the same questions and text."""
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        alike = all(before[key] == value for key, value in same.items())
-        return before["results"] if alike and isinstance(before["results"], dict) else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+def open_exports(options: argparse.Namespace, stack: ExitStack) -> dict[Path, dict[Path, Path]]:
+    """For each MODEL its exports: the place given, or those of its seeds → the checked folder.
+
+    Raises:
+        UserError: every problem with the arguments and the exports.
+    """
+    problems = [f"--{name} {value}: at least 1" for name in SIZES if (value := getattr(options, name)) < 1]
+    if not 0 <= options.seed < 2**63:
+        problems.append(f"--seed {options.seed}: from 0 to 2**63 - 1")
+    if options.json and (options.json.is_dir() or not os.access(options.json.parent, os.W_OK)):
+        problems.append(f"--json {options.json}: a file in a folder that exists and can be written to")
+    columns: dict[Path, dict[Path, Path]] = {}
+    for place in options.models:
+        columns[place] = {}
+        for export in sorted(path.parent for path in place.glob("seed*/model.safetensors")) or [place]:
+            try:
+                columns[place][export] = stack.enter_context(checked_export(export, MODELLING_FILES))
+            except UserError as error:
+                problems += error.problems
+    if problems:
+        raise UserError(problems)
+    return columns
 
 
-def seeds_of(folder: Path) -> list[Path]:
-    """The exports that a column stands for: ``folder`` itself, or those of the seeds in it."""
-    return sorted(path.parent for path in folder.glob("seed*/model.safetensors")) or [folder]
-
-
-def main() -> int:
-    options = parse()
-    from mvlm_core.hardware import set_process_environment
-
+def main(arguments: list[str] | None = None) -> int:
+    options = make_parser().parse_args(arguments)
     set_process_environment()
-    from bible_corpus.grammar import RULES
-    from mvlm_core.data.corpus import load_corpus
-    from mvlm_core.evaluation.suite import Size, draw, measure, over_seeds, sizes
-    from mvlm_core.evaluation.suite_table import rows
-    from mvlm_core.export.folder import read_training_config
-    from mvlm_core.export.validation import corpus_choice
-    from mvlm_core.files import sha256_file, write_json_atomic
-    from mvlm_core.hardware import choose_hardware
-
-    size = Size(options.verses, options.prompts, options.words, options.pairs)
-    asked = {key: value for key, value in vars(options).items() if key not in ("models", "json")}
-    columns = {folder: seeds_of(folder) for folder in options.models}
-    exports = list(dict.fromkeys(export for seeds in columns.values() for export in seeds))  # each once
-    choice = corpus_choice(exports[0] / "training_config.json")
-    corpus = load_corpus(options.data_dir, **choice | ({"only": options.data_subset} if options.data_subset else {}))
-    hardware = choose_hardware(device=options.device)
-    hardware.apply()
-    same = {"asked": asked, "fingerprint": corpus.fingerprint}
-    known = known_results(options.json, same) if options.json else {}
-    material, results = draw(corpus, options.split, size, options.seed, RULES), {}
-    for folder in exports:
-        weights = sha256_file(folder / "model.safetensors")
-        if (before := known.get(str(folder), {})).get("weights") == weights:
-            results[str(folder)] = before
-            continue
-        config, started = read_training_config(folder) or {}, time.perf_counter()
-        if config.get("data", {}).get("fingerprint") != corpus.fingerprint:
-            print(f"{folder} was trained on another corpus: held-out text may have been read, train text may not")
-        scored = not options.no_bits_per_byte
-        result = measure(folder, material, size, options.seed, device=hardware.device, bits_per_byte=scored)
-        results[str(folder)] = result | {"weights": weights}
-        print(f"{folder}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-        if options.json:
-            write_json_atomic(options.json, same | {"results": results})
-    found = [over_seeds([results[str(export)] for export in seeds]) for seeds in columns.values()]
-    print("| " + " | ".join([options.split, "text", *(folder.name for folder in columns)]) + " |")
-    print("| --- |" + " ---: |" * (len(found) + 1))
-    for cells in rows(found):
-        print("| " + " | ".join(cells) + " |")
-    print("\n".join(["", *sizes(found[0], material, size), f"Seed {options.seed}."]))
+    with ExitStack() as stack:
+        columns = open_exports(options, stack)
+        run(options, columns)
     return 0
 
 
-if __name__ == "__main__":
-    from mvlm_core.errors import run_main
+def run(options: argparse.Namespace, columns: dict[Path, dict[Path, Path]]) -> None:
+    """Evaluate every export and print the table."""
+    from bible_corpus.grammar import RULES
+    from mvlm_core.data.corpus import load_corpus
+    from mvlm_core.evaluation.results import over_seeds, rows
+    from mvlm_core.evaluation.suite import draw, evaluate, notes
+    from mvlm_core.export.validation import corpus_choice
+    from mvlm_core.run_layout import training_config
 
-    sys.exit(run_main(main))
+    exports = {export: folder for found in columns.values() for export, folder in found.items()}
+    choice = corpus_choice(next(iter(exports.values())) / "training_config.json")
+    corpus = load_corpus(options.data_dir, **choice | ({"only": options.data_subset} if options.data_subset else {}))
+    hardware = choose_hardware(device=options.device)
+    hardware.apply()
+    sizes = {name: getattr(options, name) for name in SIZES}
+    text = draw(corpus, options.split, RULES, seed=options.seed, **sizes)
+    used = {key: value for key, value in vars(options).items() if key not in ("models", "json")}
+    same = {"options": used, "fingerprint": corpus.fingerprint}
+    before = read_json(options.json) if options.json else {}
+    known = before.get("results", {}) if all(before.get(key) == value for key, value in same.items()) else {}
+    results: dict[str, dict[str, Any]] = {}
+    for export, folder in exports.items():
+        name, weights, started = str(export), sha256_file(folder / "model.safetensors"), time.perf_counter()
+        if known.get(name, {}).get("weights") == weights:
+            results[name] = known[name]
+            continue
+        if training_config(folder).get("data", {}).get("fingerprint") != corpus.fingerprint:
+            print(f"{export} was trained on another corpus: it may have read held-out text, or not the train text")
+        scored = not options.no_bits_per_byte
+        results[name] = evaluate(folder, text, device=hardware.device, bits_per_byte=scored) | {"weights": weights}
+        print(f"{export}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        if options.json:
+            write_json_atomic(options.json, same | {"results": results})
+    means = [over_seeds([results[str(export)] for export in found]) for found in columns.values()]
+    table = [[options.split, "text", *(place.name for place in columns)], ["---", *["---:"] * (len(means) + 1)]]
+    print("\n".join("| " + " | ".join(cells) + " |" for cells in [*table, *rows(means)]))
+    print("\n".join(["", *notes(means[0], text)]))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # an unpacked archive is removed first
+    run_main(main)

@@ -1,4 +1,4 @@
-"""How good a model is, in bits per byte: the one number that compares models with different tokenizers."""
+"""Bits per byte: the one measure of quality that compares models with different tokenizers. Lower is better."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from mvlm_core.console import hush_transformers
 from mvlm_core.data.corpus import Corpus, Document
 
 
+def bits_per_byte(nats: float, size: float) -> float:
+    """Total nats over (ln 2 × bytes of text). NaN for no text."""
+    return nats / (math.log(2) * size) if size else math.nan
+
+
 @dataclass
 class Score:
-    """What scoring some text gave.
-
-    Attributes:
-        nats: total negative log-likelihood.
-        bytes: UTF-8 bytes of the text.
-        documents: per document, its nats, bytes and tokens.
-    """
+    """Negative log-likelihood of a text: for each document its nats, UTF-8 bytes and tokens."""
 
     documents: dict[str, tuple[float, int, int]] = field(default_factory=dict)
 
@@ -51,14 +50,9 @@ class Score:
         return Score({key: value for key, value in self.documents.items() if keep(key)})
 
 
-def bits_per_byte(nats: float, size: float) -> float:
-    """Total nats over (ln 2 × bytes of text); lower is better. NaN for no text."""
-    return nats / (math.log(2) * size) if size else math.nan
-
-
 @dataclass(frozen=True)
 class BitsPerByte:
-    """Bits per byte of all documents, of each book and of each translation; lower is better."""
+    """Bits per byte of all documents, and by book and translation of those that have one."""
 
     all: float
     books: dict[str, float]
@@ -66,7 +60,7 @@ class BitsPerByte:
 
 
 def bits_per_byte_by_part(score: Score, documents: Sequence[Document]) -> BitsPerByte:
-    """A score of ``documents`` in parts. Documents without a book or translation count in ``all`` only."""
+    """A score of ``documents``, keyed by path, in parts."""
 
     def by(attribute: str) -> dict[str, float]:
         groups: dict[str, set[str]] = defaultdict(set)
@@ -80,7 +74,7 @@ def bits_per_byte_by_part(score: Score, documents: Sequence[Document]) -> BitsPe
 
 @dataclass(frozen=True)
 class _Window:
-    """One stretch of a document: inputs, their targets, and from where on the targets are new."""
+    """A stretch of a document: input tokens, their targets, and the index of the first target not yet scored."""
 
     key: str
     inputs: np.ndarray
@@ -89,10 +83,10 @@ class _Window:
 
 
 def windows(key: str, ids: list[int], start_id: int, context: int) -> Iterator[_Window]:
-    """Cut a document so that each token is a new target exactly once.
+    """Cut a document into windows so that each token is a new target exactly once.
 
-    The first window scores all its targets, each later one starts half a context further on and scores what the one
-    before it did not reach, with at least half a context to look back on.
+    The first window scores all its targets. Each later one starts half a context further on and scores only what the
+    previous one did not reach, so every target has at least half a context before it.
     """
     sequence = np.array([start_id, *ids], dtype=np.int64)
     stride, scored, begin = max(1, context // 2), 0, 0
@@ -114,59 +108,55 @@ def score_documents(
     device: str = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> Score:
-    """Score ``(key, text)`` pairs with a transformers causal language model, in the weights' own precision.
+    """Score ``(key, text)`` pairs with a transformers causal language model, in the precision of its weights.
 
-    Every token of a text is scored once, the first one after ``start_id``; windows are ``context`` long, half of it
-    apart, and only their new half counts.
+    Every token is scored once, the first one after ``start_id``; see ``windows``.
 
     Args:
-        progress: called with the bytes of each document when it is cut up.
+        progress: called with the bytes of each document when it is cut into windows.
     """
     was_training = model.training
     model.eval()
-    score, totals = Score(), {}
-    later: list[_Window] = []  # full windows with an old first half: all alike, so their logits can be halved
-    others: list[_Window] = []  # first and last windows of documents, of any length
-    half = context - max(1, context // 2)
+    nats: dict[str, float] = {}
+    sizes: dict[str, tuple[int, int]] = {}
+    stride = max(1, context // 2)
+    # Batches in the making, by how many last positions need logits (0: all). Full windows of which only the second
+    # half is new are all alike and save half the logits; the first and last ones of documents have any length.
+    batches: dict[int, list[_Window]] = {stride: [], 0: []}
 
-    def flush(group: list[_Window], keep: int) -> None:
-        if group:
-            for window, nats in zip(group, _score_windows(model, group, keep, device), strict=True):
-                totals[window.key] += nats
-            group.clear()
+    def score_batch(last: int) -> None:
+        for window, value in zip(batches[last], _score_windows(model, batches[last], last, device), strict=True):
+            nats[window.key] += value
+        batches[last].clear()
 
     for key, text in documents:
         ids = encode(text)
-        score.documents[key] = (0.0, len(text.encode()), len(ids))
-        totals[key] = 0.0
+        nats[key], sizes[key] = 0.0, (len(text.encode()), len(ids))
         for window in windows(key, ids, start_id, context):
-            alike = len(window.inputs) == context and window.first_new == half
-            (later if alike else others).append(window)
-            if len(later) == batch_size:
-                flush(later, context - half)
-            if len(others) == batch_size:
-                flush(others, 0)
+            last = stride if len(window.inputs) == context and window.first_new == context - stride else 0
+            batches[last].append(window)
+            if len(batches[last]) == batch_size:
+                score_batch(last)
         if progress is not None:
-            progress(score.documents[key][1])
-    flush(later, context - half)
-    flush(others, 0)
+            progress(sizes[key][0])
+    for last, batch in batches.items():
+        if batch:
+            score_batch(last)
     model.train(was_training)
-    score.documents = {key: (totals[key], size, tokens) for key, (_, size, tokens) in score.documents.items()}
-    return score
+    return Score({key: (nats[key], *sizes[key]) for key in sizes})
 
 
-def _score_windows(model: Any, group: list[_Window], keep: int, device: str) -> list[float]:
-    """Nats of each window's new targets. ``keep``: only the logits of so many last positions are needed (0: all)."""
-    length = max(len(window.inputs) for window in group)
-    inputs = np.zeros((len(group), length), dtype=np.int64)  # padding stands on the right: causal models never see it
+def _score_windows(model: Any, batch: list[_Window], last: int, device: str) -> list[float]:
+    """Nats of each window's new targets, which lie in the ``last`` positions (0: anywhere)."""
+    length = max(len(window.inputs) for window in batch)
+    inputs = np.zeros((len(batch), length), dtype=np.int64)  # padded on the right, which causal models never see
     targets = np.zeros_like(inputs)
     new = np.zeros(inputs.shape, dtype=bool)
-    for row, window in enumerate(group):
+    for row, window in enumerate(batch):
         size = len(window.inputs)
         inputs[row, :size], targets[row, :size], new[row, window.first_new : size] = window.inputs, window.targets, True
-    logits = model(input_ids=torch.from_numpy(inputs).to(device), use_cache=False, logits_to_keep=keep).logits
-    if keep:
-        targets, new = targets[:, -keep:], new[:, -keep:]
+    logits = model(input_ids=torch.from_numpy(inputs).to(device), use_cache=False, logits_to_keep=last).logits
+    targets, new = targets[:, -last:], new[:, -last:]
     nll = token_nll(logits, torch.from_numpy(targets).to(device)).double().cpu()
     return (nll * torch.from_numpy(new)).sum(dim=1).tolist()
 
@@ -177,25 +167,49 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def load_export(model_dir: Path | str, device: str = "cpu") -> tuple[Any, Any]:
-    """Model and tokenizer of an export folder, from local files only; model 2 brings its code along."""
+    """Model and tokenizer of an export folder, from local files only.
+
+    Runs the modelling code in that folder: ``export.opening`` checks folders of unknown origin.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     hush_transformers()
     model = AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=True, local_files_only=True)
-    # The tokenizer needs no code of its own, but transformers reads the model's configuration on the way to it and
-    # would stop to ask about that.
+    # The tokenizer needs no code of its own, but transformers reads the model's configuration to find it and would
+    # stop to ask about the code named there.
     tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=True, local_files_only=True)
     return model.to(device).eval(), tokenizer
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token numbers of ``text`` by an export's tokenizer, nothing added."""
+    """Token ids of ``text`` by an export's tokenizer, without special tokens."""
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
 def context_of(model: Any) -> int:
-    """The most tokens the model was trained to read at once."""
+    """The model's context length in tokens."""
     return getattr(model.config, "max_position_embeddings", None) or model.config.n_positions
+
+
+def score_loaded(
+    model: Any,
+    tokenizer: Any,
+    documents: Iterable[tuple[str, str]],
+    *,
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> Score:
+    """``score_documents`` with what ``load_export`` returned."""
+    return score_documents(
+        model,
+        lambda text: encode(tokenizer, text),
+        documents,
+        start_id=tokenizer.bos_token_id,
+        context=context_of(model),
+        batch_size=batch_size,
+        device=str(model.device),
+        progress=progress,
+    )
 
 
 def score_export(
@@ -203,25 +217,9 @@ def score_export(
     corpus: Corpus,
     *,
     split: str = "test",
-    translation: str | None = None,
     device: str = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> Score:
-    """``score_loaded`` of a split of the corpus, or of one translation's part of it, by an export folder's weights."""
-    documents = [d for d in corpus.split(split) if translation is None or d.translation == translation]
+    """Score a split of the corpus with an export folder's weights; keys are the documents' paths."""
+    documents = ((document.path, document.read()) for document in corpus.split(split))
     return score_loaded(*load_export(model_dir, device), documents, progress=progress)
-
-
-def score_loaded(
-    model: Any, tokenizer: Any, documents: Iterable[Document], *, progress: Callable[[int], None] | None = None
-) -> Score:
-    """Score documents with what ``load_export`` gave; keys of the score are the documents' paths."""
-    return score_documents(
-        model,
-        lambda text: encode(tokenizer, text),
-        ((document.path, document.read()) for document in documents),
-        start_id=tokenizer.bos_token_id,
-        context=context_of(model),
-        device=str(model.device),
-        progress=progress,
-    )

@@ -1,107 +1,123 @@
-"""What a model completes word for word: a verse's last word (cloze), and verses by heart (extractable memorization)."""
+"""Words that a model completes exactly: the last word of a verse (cloze), and second halves of verses (extractable
+memorization)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
-from mvlm_core.data.verses import BETWEEN_BLANKS, Verse
+from mvlm_core.data.corpus import Corpus
+from mvlm_core.data.verses import WORD, Verse, matched_verses, sample_verses, verses_of
 from mvlm_core.evaluation.bits_per_byte import context_of, encode
-from mvlm_core.evaluation.estimate import Mean, mean
 from mvlm_core.evaluation.generation import continuations, prompt_ids
+from mvlm_core.evaluation.results import Mean, as_json, mean
 
+LEAST_WORDS = 8  # of a verse that is used: its second half has four at least
 _LETTERS = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
 
 
 @dataclass(frozen=True)
 class Cloze:
-    """Share of verses whose last word the model names: after all the text before it, and after the verse alone."""
+    """Share of verses whose last word is predicted: from all the text before it, and from the verse alone."""
 
     full: Mean
     alone: Mean
 
 
-def cloze(model: Any, tokenizer: Any, verses: Sequence[Verse], *, batch_size: int = 32) -> Cloze:
+def cloze(model: Any, tokenizer: Any, verses: Iterable[Verse], *, batch_size: int = 32) -> Cloze:
     """Last word of a verse, after LAMBADA (Paperno et al. 2016, arXiv:1606.06031).
 
-    The likeliest tokens, one by one, must spell the word exactly (letters, case and apostrophes) and no longer one.
-    Verses of one word are left out, and so are those of which half the context does not hold the end to be guessed.
+    Greedy decoding must give the word exactly (letters, case and apostrophes) and no longer one. Verses of one word
+    are left out, and so are those whose last word with its punctuation takes more than half the context.
     """
-    room, asked = context_of(model), []
+    context, items = context_of(model), []
     for verse in verses:
         words = list(_LETTERS.finditer(verse.text))
         head = verse.text[: words[-1].start()].rstrip() if words else ""
         length = len(encode(tokenizer, verse.text[len(head) :] + "\n"))
-        if head and length <= room // 2:
-            asked.append((verse, head, verse.text[len(head) : words[-1].end()], length))
-    lengths = [length for *_, length in asked]
+        if head and length <= context // 2:
+            items.append((verse.before, head, verse.text[len(head) : words[-1].end()], length))
+    lengths = [length for *_, length in items]
 
-    def share(before: Sequence[str]) -> Mean:
+    def accuracy(alone: bool) -> Mean:
         prompts = [
-            prompt_ids(tokenizer, text + head, room - length)
-            for text, (_, head, _, length) in zip(before, asked, strict=True)
+            prompt_ids(tokenizer, head if alone else before + head, context - length)
+            for before, head, _, length in items
         ]
-        said = continuations(model, tokenizer, prompts, lengths, batch_size=batch_size)
-        return mean([_says(text, word) for text, (_, _, word, _) in zip(said, asked, strict=True)])
+        generated = continuations(model, tokenizer, prompts, lengths, batch_size=batch_size)
+        return mean([_is_word(text, word) for text, (_, _, word, _) in zip(generated, items, strict=True)])
 
-    return Cloze(share([verse.before for verse, *_ in asked]), share([""] * len(asked)))
+    return Cloze(accuracy(alone=False), accuracy(alone=True))
 
 
-def _says(text: str, word: str) -> bool:
+def _is_word(text: str, word: str) -> bool:
     return text.startswith(word) and not re.match(r"['\u2019]?[^\W\d_]", text[len(word) :])
 
 
 @dataclass(frozen=True)
-class Recall:
-    """What the model gives back of the second halves of verses, as shares from 0 to 1.
+class Extraction:
+    """How much of the second halves of verses greedy decoding reproduces, as shares from 0 to 1.
 
     Attributes:
-        exact: share of verses whose second half comes word for word.
-        prefix: words that are right from the first one on, of those of the second half.
-        longest: the longest run of words that stands in both, of those of the second half.
+        exact: share of verses whose second half is reproduced word for word.
+        prefix: correct words from the first one on, over the words of the second half.
+        longest: longest run of words in both, over the words of the second half.
     """
 
     exact: Mean
     prefix: Mean
     longest: Mean
 
-    def __sub__(self, other: Recall) -> Recall:
-        """Of train text minus that of held-out text: what is known by heart, not guessed from the language."""
-        return Recall(self.exact - other.exact, self.prefix - other.prefix, self.longest - other.longest)
+    def __sub__(self, other: Extraction) -> Extraction:
+        """Train minus held-out text: what is memorized rather than predicted from the language."""
+        return Extraction(self.exact - other.exact, self.prefix - other.prefix, self.longest - other.longest)
 
 
-def recall(model: Any, tokenizer: Any, verses: Sequence[Verse], *, batch_size: int = 32) -> Recall:
-    """Extractable memorisation (Carlini et al. 2023, arXiv:2202.07646): the first half of a verse's words is the
-    prompt, and the likeliest continuation, of as many tokens as the second half has, is compared with it.
+def extraction(model: Any, tokenizer: Any, verses: Iterable[Verse], *, batch_size: int = 32) -> Extraction:
+    """Extractable memorization (Carlini et al. 2023, arXiv:2202.07646): the prompt is the first half of a verse's
+    words; the greedy continuation, of as many tokens as the second half has, is compared with that half.
 
     Verses of fewer than two words, or longer than the context, are left out.
     """
-    prompts, lengths, wanted = [], [], []
+    prompts, lengths, references = [], [], []
     for verse in verses:
-        words = list(BETWEEN_BLANKS.finditer(verse.text))
+        words = list(WORD.finditer(verse.text))
         if len(words) < 2:
             continue
         cut = words[len(words) // 2 - 1].end()
-        prompt = [tokenizer.bos_token_id, *encode(tokenizer, verse.text[:cut])]
+        prompt = prompt_ids(tokenizer, verse.text[:cut])
         length = len(encode(tokenizer, verse.text[cut:] + "\n"))
         if len(prompt) + length <= context_of(model):
             prompts.append(prompt)
             lengths.append(length)
-            wanted.append(verse.text[cut:].split())
-    said = continuations(model, tokenizer, prompts, lengths, batch_size=batch_size)
-    shares = [overlap(text.split(), words) for text, words in zip(said, wanted, strict=True)]
-    exact, prefix, longest = ([share[n] for share in shares] for n in range(3))
-    return Recall(mean(exact), mean(prefix), mean(longest))
+            references.append(verse.text[cut:].split())
+    generated = continuations(model, tokenizer, prompts, lengths, batch_size=batch_size)
+    shares = [overlap(text.split(), words) for text, words in zip(generated, references, strict=True)]
+    return Extraction(*(mean([share[n] for share in shares]) for n in range(3)))
 
 
-def overlap(said: list[str], wanted: list[str]) -> tuple[float, float, float]:
-    """Whether ``said`` begins with ``wanted`` (0 or 1), the common prefix and the longest common run, as shares of
-    ``wanted``."""
-    prefix = next(
-        (n for n, (a, b) in enumerate(zip(said, wanted, strict=False)) if a != b), min(len(said), len(wanted))
-    )
-    run = SequenceMatcher(None, said, wanted, autojunk=False).find_longest_match().size
-    return float(prefix == len(wanted)), prefix / len(wanted), run / len(wanted)
+def overlap(words: Sequence[str], reference: Sequence[str]) -> tuple[float, float, float]:
+    """Whether ``words`` begins with ``reference`` (0 or 1), and the common prefix and the longest common run as shares
+    of ``reference``."""
+    pairs = zip(words, reference, strict=False)
+    prefix = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(words), len(reference)))
+    run = SequenceMatcher(None, words, reference, autojunk=False).find_longest_match().size
+    return float(prefix == len(reference)), prefix / len(reference), run / len(reference)
+
+
+def extractable_memorization(
+    model: Any, tokenizer: Any, corpus: Corpus, *, verses: int = 100, seed: int = 0
+) -> dict[str, Any]:
+    """``Extraction`` as JSON of "train" verses and, as a control, of "held_out" validation verses of the same lengths.
+
+    Only the primary translation's where it has validation text: it is read most often, so it is memorized first.
+    """
+    split = corpus.primary_part if corpus.primary_part("validation") else corpus.split
+    control = sample_verses(verses_of(split("validation"), LEAST_WORDS), verses, seed)
+    train = matched_verses(control, verses_of(split("train")), seed)
+    return {
+        name: as_json(extraction(model, tokenizer, some)) for name, some in (("train", train), ("held_out", control))
+    }

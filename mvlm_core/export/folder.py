@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mvlm_core.evaluation.suite_table import share
+from mvlm_core.evaluation.results import share
 from mvlm_core.export.archive import ArchiveError, read_manifest
 from mvlm_core.files import LOCK_NAME, fsync_path, read_regular, sha256_file, write_json_atomic
 
@@ -132,7 +132,7 @@ def model_card(config: dict[str, Any], *, title: str, description: str, sources:
         return form(results[key]) if results.get(key) is not None else "no such text in this corpus"
 
     def recalled(part: str) -> str:
-        return f"{share(results['memorisation'][part]['exact'])} of {results['memorisation'][part]['exact']['count']}"
+        return f"{share(results['memorization'][part]['exact'])} of {results['memorization'][part]['exact']['count']}"
 
     return f"""---
 language: en

@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from mvlm_core.evaluation.compression import LABELS
-from mvlm_core.evaluation.suite_table import rows as suite_rows
+from mvlm_core.evaluation.results import rows as suite_rows
 from mvlm_core.metrics import BY_NAME, METRICS, PRIMARY_TEST_BPB
 from mvlm_core.run_layout import finite_number
 

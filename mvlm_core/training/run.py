@@ -26,7 +26,7 @@ from mvlm_core.evaluation.bits_per_byte import (
     score_documents,
     score_export,
 )
-from mvlm_core.evaluation.suite import memorisation
+from mvlm_core.evaluation.memorization import extractable_memorization
 from mvlm_core.export.archive import verify_folder
 from mvlm_core.export.folder import (
     finish_export,
@@ -368,7 +368,7 @@ def _export(
         "test_bpb_kjv": kjv,
         "test_bpb_by_book": parts.books,
         "test_bpb_by_translation": parts.translations,
-        "memorisation": memorisation(built.model, tokenizer, text.corpus),
+        "memorization": extractable_memorization(built.model, tokenizer, text.corpus),
         "peak_memory_bytes": peak_memory_bytes,
         "micro_batch": state.micro_batch,
         "stopped_early": state.stopped_early,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mvlm_core.evaluation.bits_per_byte import score_documents, windows
+from mvlm_core.evaluation.bits_per_byte import bits_per_byte_by_part, context_of, encode, score_documents, windows
 from prioritary_mvlm import AdvancedBPETokenizer
 from simone_transformer import EnhancedSIMONEConfig, EnhancedSIMONEModel
 
@@ -51,7 +51,7 @@ def by_hand(model, tokenizer, text, context):
 
 def test_equals_scoring_by_hand(small, real_text):
     model, tokenizer = small
-    documents = [(str(number), text[: 40 + 67 * number]) for number, text in enumerate(real_text[:6])] + [("empty", "")]
+    documents = [(str(number), text[: 40 + 50 * number]) for number, text in enumerate(real_text[:5])] + [("empty", "")]
     score = score_documents(model, tokenizer.encode, documents, start_id=tokenizer.start_id, context=16, batch_size=3)
     for key, text in documents:
         nats, size, tokens = score.documents[key]
@@ -73,8 +73,21 @@ def test_an_untrained_model_needs_log2_of_the_vocabulary_a_token(small, real_tex
 
 def test_batch_size_changes_nothing(small, real_text):
     model, tokenizer = small
-    documents = [(str(number), text) for number, text in enumerate(real_text[:4])]
+    documents = [(str(number), text[: 90 + 70 * number]) for number, text in enumerate(real_text[:9])]
     one, many = (
         score_documents(model, tokenizer.encode, documents, start_id=2, context=16, batch_size=size) for size in (1, 32)
     )
     assert one.nats == pytest.approx(many.nats, rel=1e-6)
+
+
+def test_parts_make_up_the_whole(corpus, tokenizer, overfitted):
+    documents = [d for split in ("validation", "test") for d in corpus.split(split)]
+    texts = ((document.path, document.read()) for document in documents)
+    start, context = tokenizer.bos_token_id, context_of(overfitted)
+    score = score_documents(overfitted, lambda text: encode(tokenizer, text), texts, start_id=start, context=context)
+    found = bits_per_byte_by_part(score, documents)
+    assert set(found.books) == {"Ruth", "Ecclesiastes"} and set(found.translations) == {"kjv", "plain"}
+    for attribute, parts in (("book", found.books), ("translation", found.translations)):
+        weighted = sum(parts[getattr(d, attribute)] * d.size for d in documents) / sum(d.size for d in documents)
+        assert weighted == pytest.approx(found.all, rel=1e-9)
+    assert found.translations["plain"] > found.translations["kjv"], "the one it was not trained on"

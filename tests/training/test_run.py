@@ -69,7 +69,7 @@ def test_the_card_is_valid_and_holds_the_runs_figures(trained):
     results = json.loads((folder / "training_config.json").read_text())["results"]
     for key in ("validation_bpb", "test_bpb", "test_bpb_kjv"):
         assert f"{results[key]:.4f}" in card.text
-    recalled = results["memorisation"]
+    recalled = results["memorization"]
     for part in ("train", "held_out"):
         exact = recalled[part]["exact"]
         assert 0 <= exact["value"] <= 1 and exact["count"] > 0 and f"of {exact['count']} |" in card.text

@@ -1,0 +1,107 @@
+"""Results of the evaluations: a mean with its standard error, as JSON, over seeds, and as a table."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from functools import reduce
+from operator import getitem
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean of ``count`` values and its standard error (NaN for fewer than two), as if they were independent."""
+
+    value: float
+    error: float
+    count: int
+
+    def __sub__(self, other: Mean) -> Mean:
+        """The difference of two means of independent samples; ``count`` is the smaller one."""
+        return Mean(self.value - other.value, math.hypot(self.error, other.error), min(self.count, other.count))
+
+
+def mean(values: Sequence[float]) -> Mean:
+    array = np.asarray(values, dtype=np.float64)
+    error = float(array.std(ddof=1)) / math.sqrt(len(array)) if len(array) > 1 else math.nan
+    return Mean(float(array.mean()) if len(array) else math.nan, error, len(array))
+
+
+def as_json(value: Any) -> Any:
+    """Dataclasses as dictionaries and non-finite numbers as None: a ``Mean`` is ``{"value", "error", "count"}``."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {key: as_json(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def over_seeds(results: list[Any]) -> Any:
+    """Results, as JSON, of models that differ only in their seed, averaged into one.
+
+    The error of a ``Mean`` becomes the standard error between seeds, since all were evaluated on the same set. Equal
+    values stay as they are; a value that one seed lacks is None.
+    """
+    first = results[0]
+    if all(result == first for result in results):
+        return first
+    if None in results:
+        return None
+    if isinstance(first, dict) and first.keys() == {"value", "error", "count"}:
+        values = [result["value"] for result in results]
+        error = None if None in values else statistics.stdev(values) / len(values) ** 0.5
+        return first | {"value": over_seeds(values), "error": error}
+    if isinstance(first, dict):
+        return {key: over_seeds([result[key] for result in results]) for key in first}
+    return statistics.mean(results) if isinstance(first, float) else first
+
+
+def share(mean: dict[str, Any], sign: str = "") -> str:
+    """A mean as a percentage with its standard error."""
+    if mean["value"] is None:
+        return "–"
+    error = "" if mean["error"] is None else f" ± {mean['error']:.1%}"
+    return f"{mean['value']:{sign}.1%}{error}"
+
+
+def rows(results: list[dict[str, Any]]) -> list[list[str]]:
+    """The table of ``suite.evaluate``'s results: what is measured, the held-out text's own value, each model's."""
+    table: list[list[str]] = []
+    if not results:
+        return table
+    first = results[0]
+
+    def cell(value: Any, form: str) -> str:
+        if isinstance(value, dict):
+            return share(value, form)
+        return "–" if value is None else format(value, form)
+
+    def row(label: str, *keys: str, form: str = "", text: str = "") -> None:
+        table.append([label, text, *(cell(reduce(getitem, keys, result), form) for result in results)])
+
+    if all("bits_per_byte" in result for result in results):
+        row("bits per byte", "bits_per_byte", "all", form=".4f")
+        for part in ("books", "translations"):
+            for name in first["bits_per_byte"][part]:
+                row(f"· {name}", "bits_per_byte", part, name, form=".4f")
+    row("calibration error (ECE)", "calibration", "error", form=".2%")
+    row("· mean confidence", "calibration", "confidence", form=".2%")
+    row("· accuracy, next token", "calibration", "accuracy", form=".2%")
+    row("last word, all text before it", "cloze", "full")
+    row("last word, the verse alone", "cloze", "alone")
+    for key, words in (("exact", "second half exact"), ("prefix", "common prefix"), ("longest", "longest match")):
+        row(f"{words}, train", "memorization", "train", key)
+        row(f"{words}, held out", "memorization", "held_out", key)
+        row("· memorized (difference)", "memorization", "difference", key, form="+")
+    text = first["repetition"]["reference"]
+    for decoding in ("greedy", "sampled"):
+        for label, key, form in (("rep-4", "rep_4", ""), ("distinct-2", "distinct_2", ".1%")):
+            row(f"{label}, {decoding}", "repetition", decoding, key, form=form, text=cell(text[key], form))
+    for rule, found in first["pairs"].items():
+        row(f"{rule} ({found['count']} pairs)", "pairs", rule)
+    return table

@@ -1,0 +1,53 @@
+"""Verses of the tiny corpus: their context, samples and matches."""
+
+import pytest
+
+from mvlm_core.data.corpus import load_corpus
+from mvlm_core.data.verses import followed_by, matched_verses, sample_verses, verses_of
+from tests.evaluation import verse_of
+from tests.helpers import build_tiny_corpus
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return load_corpus(build_tiny_corpus(tmp_path_factory.mktemp("corpus")))
+
+
+def test_a_verse_knows_its_place_and_the_text_before_it(corpus):
+    verses = list(verses_of(corpus.split("validation")))
+    assert len(verses) == 2 * len({verse.place for verse in verses}), "two translations of the same places"
+    sixteenth = next(v for v in verses if v.place == "Ruth 1:16" and v.translation == "kjv")
+    assert sixteenth.text.startswith("And Ruth said, Intreat me not to leave thee")
+    assert sixteenth.before.endswith("return thou after thy sister in law.\n")
+    assert sixteenth.document.startswith(sixteenth.before + sixteenth.text + "\n")
+    assert followed_by(sixteenth, 4) == "And Ruth said, Intreat"
+    assert followed_by(verses[0], 4) is None, "there is no text before the first verse"
+    assert followed_by(sixteenth, 10**6) is None
+    long = list(verses_of(corpus.split("validation"), 20))
+    assert long == [verse for verse in verses if len(verse.text.split()) >= 20] and 0 < len(long) < len(verses)
+
+
+def test_a_sample_has_no_duplicate_places_and_follows_the_seed(corpus):
+    verses = list(verses_of(corpus.documents))
+    places = {verse.place for verse in verses}
+    whole = sample_verses(verses, 10**6, 1)
+    assert {verse.place for verse in whole} == places and len(whole) == len(places) == len(verses) / 2
+    assert 0.35 < sum(v.translation == "kjv" for v in whole) / len(whole) < 0.65
+    assert sample_verses(verses, 30, 1) == whole[:30] != sample_verses(verses, 30, 2)
+
+
+def test_matched_verses_are_of_the_same_translation_and_length(corpus):
+    control = sample_verses(verses_of(corpus.split("validation")), 50, 0)
+    pool = list(verses_of(corpus.split("train")))
+    found = matched_verses(control, pool, 0)
+    assert [v.translation for v in found] == [v.translation for v in control]
+    lengths = {t: {len(v.text.split()) for v in pool if v.translation == t} for t in ("kjv", "plain")}
+    for ours, theirs in zip(control, found, strict=True):
+        words = len(ours.text.split())
+        nearest = min(abs(words - n) for n in lengths[ours.translation])
+        assert abs(words - len(theirs.text.split())) == nearest
+    assert pool[-1].translation == "plain"
+    assert matched_verses([v for v in control if v.translation == "kjv"], pool[-1:], 0) == []
+    three, eight, ten = (verse_of(" ".join(["word"] * words)) for words in (3, 8, 10))
+    verses = [verse_of(" ".join(["word"] * words)) for words in (1, 5, 6, 9, 10, 40)]
+    assert matched_verses(verses, [ten, three, eight], 0) == [three, three, eight, eight, ten, ten]

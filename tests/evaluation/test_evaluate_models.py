@@ -1,0 +1,103 @@
+"""``evaluate_models.py`` with real exports: one table, means over seeds, no work done twice, no unchecked code."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import evaluate_models
+from mvlm_core.errors import UserError
+from mvlm_core.evaluation.results import share
+from mvlm_core.export.archive import write_archive
+from mvlm_core.files import sha256_file
+
+
+@pytest.fixture
+def evaluate(trained, capsys):
+    """A function of further arguments: the printed table's rows, and what was printed."""
+
+    def evaluate(*arguments):
+        sizes = ["--verses", "12", "--prompts", "4", "--words", "10", "--pairs", "25", "--device", "cpu"]
+        corpus = ["--data_dir", str(trained / "corpus")]
+        assert evaluate_models.main([*map(str, arguments), *sizes, *corpus]) == 0
+        printed = capsys.readouterr()
+        rows = [row for row in printed.out.splitlines() if row.startswith("|")]
+        return [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows], printed
+
+    return evaluate
+
+
+@pytest.fixture
+def variant(make, tokenizer, trained):
+    """A function that writes an export of an untrained model of some width, its manifest made anew."""
+
+    def variant(folder, width):
+        shutil.copytree(trained / "mvlm_gpt2", folder, ignore=shutil.ignore_patterns("checkpoints"), dirs_exist_ok=True)
+        make("gpt2", width).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["files"] = {name: sha256_file(folder / name) for name in manifest["files"]}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return folder
+
+    return variant
+
+
+def test_one_table_for_all_models_and_nothing_is_measured_twice(evaluate, variant, trained, tmp_path):
+    gpt2 = variant(tmp_path / "mvlm_gpt2", 16)
+    archive = tmp_path / "simone_enhanced_model.tar.gz"
+    write_archive(trained / "simone_enhanced", archive)
+    arguments = [gpt2, archive, "--json", tmp_path / "out.json"]
+    table, printed = evaluate(*arguments)
+    assert table[0] == ["validation", "text", gpt2.name, archive.name] and {len(row) for row in table} == {4}
+    labels = [row[0] for row in table]
+    assert {"bits per byte", "· Ruth", "· kjv", "calibration error (ECE)", "rep-4, sampled"} <= set(labels)
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    first = results[str(gpt2)]
+    assert f"{first['bits_per_byte']['all']:.4f}" == table[labels.index("bits per byte")][2]
+    assert first["memorization"]["train"]["exact"]["count"] == first["cloze"]["full"]["count"] == 12
+    assert "another corpus" not in printed.out
+    again, printed = evaluate(*arguments)
+    assert "mvlm_gpt2:" not in printed.err and again == table, "nothing is measured twice"
+    variant(gpt2, 24)
+    changed, printed = evaluate(*arguments)
+    assert "mvlm_gpt2:" in printed.err and "tar.gz:" not in printed.err
+    assert [row[3] for row in changed] == [row[3] for row in table] and changed != table
+    _, printed = evaluate(archive, "--data_subset", "bible/plain", "--no_bits_per_byte")
+    assert f"{archive} was trained on another corpus" in printed.out
+
+
+def test_a_folder_of_seeds_is_one_column_with_their_mean(evaluate, variant, tmp_path):
+    for seed, width in enumerate((16, 24, 32)):
+        variant(tmp_path / "seeds" / f"seed{seed}", width)
+    seeds = tmp_path / "seeds"
+    table, _ = evaluate(seeds, seeds / "seed0", "--no_bits_per_byte", "--json", tmp_path / "out.json")
+    assert table[0] == ["validation", "text", "seeds", "seed0"]
+    written = json.loads((tmp_path / "out.json").read_text())["results"]
+    results = [written[str(seeds / f"seed{seed}")] for seed in range(3)]
+    assert "bits_per_byte" not in results[0]
+    cells = {row[0]: row[2] for row in table}
+    errors = [result["calibration"]["error"] for result in results]
+    assert cells["calibration error (ECE)"] == f"{sum(errors) / 3:.2%}" and len(set(errors)) == 3
+    values = [result["memorization"]["difference"]["longest"]["value"] for result in results]
+    spread = np.std(values, ddof=1) / 3**0.5
+    assert cells["· memorized (difference)"] == f"{np.mean(values):+.1%} ± {spread:.1%}" and spread > 0
+    text = next(row[1] for row in table if row[0] == "rep-4, greedy")
+    reference = share(results[0]["repetition"]["reference"]["rep_4"])
+    assert "±" in text and text == reference, "the text is one, not three"
+
+
+def test_every_problem_is_named_before_anything_is_measured(trained, tmp_path):
+    other = tmp_path / "changed"
+    shutil.copytree(trained / "simone_enhanced", other, ignore=shutil.ignore_patterns("checkpoints"))
+    with (other / "rope_attention.py").open("a") as file:
+        file.write("print('run')\n")
+    arguments = [other, tmp_path, tmp_path / "none", "--verses", 0, "--seed", -1, "--json", tmp_path / "none" / "x"]
+    with pytest.raises(UserError) as caught:
+        evaluate_models.main([str(argument) for argument in arguments])
+    problems = "\n".join(caught.value.problems)
+    for words in ("rope_attention.py: differs", "no finished export", "no such folder"):
+        assert words in problems
+    flags = ["--verses 0: at least 1", "--seed -1: from 0 to 2**63 - 1", f"--json {arguments[-1]}"]
+    assert all(found.startswith(flag) for found, flag in zip(caught.value.problems, flags, strict=False))
