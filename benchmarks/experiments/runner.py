@@ -1,6 +1,6 @@
-"""Trainings as trials: each a process of its own, kept when finished, continued when interrupted.
+"""The experiment runner: trainings in processes of their own, kept when finished, resumed when interrupted.
 
-``ablations.py``, ``side_by_side.py``, ``mixes.py`` and ``scaling.py`` say which; this room runs them.
+An experiment is a set of lines, what each of them changes, and a table; this module does the rest.
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mvlm_trainer
+from benchmarks.command import below_one, new_parser, show
 from mvlm_core.console import log, outlive_terminal, setup_logging
 from mvlm_core.errors import LINE_BREAK, UserError, printable, run_main
 from mvlm_core.export.folder import read_training_config
 from mvlm_core.files import RunLock, output_folder_problems
 from mvlm_core.hardware import set_process_environment
+from mvlm_core.metrics import BY_NAME as METRICS
 from mvlm_core.pipeline.child_process import Signals
 from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR, REPOSITORY_ROOT, TrainingSettings
 from mvlm_core.signals import PARENT_VARIABLE
@@ -32,8 +35,10 @@ if TYPE_CHECKING:
     from mvlm_core.training.run import Recipe
 
 SETTINGS = {"mvlm_gpt2": mvlm_trainer.GPT2Settings, "simone_enhanced": PrioritaryConfig}
-FIGURES = ("parameters", "validation_bpb", "tokens_per_second", "seconds", "steps", "best_step", "bytes", "rollbacks")
 PLACES = {"output_dir", "cache_dir"}  # settings that say where, not what
+TOLD = ("validation_bpb", "tokens_per_second", "seconds")  # of each finished run
+Figures = dict[str, Any]
+Found = dict[str, dict[int, Figures]]  # label → seed → figures of a finished run
 
 
 def recipe_of(model: str) -> Recipe:
@@ -46,14 +51,30 @@ def recipe_of(model: str) -> Recipe:
 
 
 @dataclass(frozen=True)
+class Line:
+    """One line of an experiment's table.
+
+    Attributes:
+        model: "mvlm_gpt2" or "simone_enhanced".
+        changes: settings in place of the preset's; ``False``, 0.0 and "" beat the preset as any other value does.
+        what: a description for the table.
+        classic_part: the one of ``classic_parts.py`` to train with.
+    """
+
+    model: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    what: str = ""
+    classic_part: str | None = None
+
+
+@dataclass(frozen=True)
 class Run:
     """One training, in a folder of its own.
 
     Attributes:
-        label: what it tries, in a word; runs that differ in the seed alone share it.
-        model: "mvlm_gpt2" or "simone_enhanced".
+        label: of its line; runs that differ only in the seed share it.
         values: the settings that are given, seed and output_dir among them; the rest is the preset's.
-        classic_part: the one of ``classic_parts.py`` to train with; the folder must be another for each.
+        classic_part: as in ``Line``; each needs another folder.
     """
 
     label: str
@@ -80,41 +101,54 @@ class Run:
     def settings(self) -> TrainingSettings:
         return SETTINGS[self.model](**self.values)
 
-    def result(self) -> dict[str, Any] | None:
-        """The figures and the origin of this run, or None while it is not finished (or was another)."""
+    def result(self) -> Figures | None:
+        """The results and the origin of this run, or None while it is not finished (or had other settings)."""
         config = read_training_config(self.folder)
         made, wanted = (config or {}).get("settings"), self.settings().as_dict()
-        # A setting that is younger than the run was as its default is.
+        # A setting that is newer than the run had its default value.
         if not made or any(made.get(name, wanted[name]) != wanted[name] for name in wanted.keys() - PLACES):
             return None
         hardware = {key: value for key, value in config["hardware"].items() if key != "device"}
-        origin = {"corpus": config["data"]["fingerprint"], **hardware}
-        return {name: config["results"][name] for name in FIGURES} | {"origin": origin}
+        return config["results"] | {"origin": {"corpus": config["data"]["fingerprint"], **hardware}}
+
+    def history(self) -> list[dict[str, Any]]:
+        """The records of a finished run, one per logged step."""
+        return json.loads((self.folder / "training_history.json").read_text(encoding="utf-8"))
+
+
+def plan(lines: Mapping[str, Line], options: argparse.Namespace, shared: dict[str, Any]) -> list[Run]:
+    """A run for each line and seed, seed by seed: an early end still leaves whole seeds, and a machine that grows
+    slower does so for all lines."""
+    return [
+        Run(label, line.model, shared | line.changes | {"seed": seed, "output_dir": str(folder)}, line.classic_part)
+        for seed in range(options.seeds)
+        for label, line in lines.items()
+        for folder in [options.root / label.replace(" ", "-") / f"seed{seed}"]
+    ]
 
 
 def run_one() -> None:
-    """One run in this process, by the command line's ``{"model": …, "settings": {…}, "classic_part": …}``."""
-    given = json.loads(sys.argv[1])
-    settings = SETTINGS[given["model"]](**given["settings"]).check()
+    """The run that the command line gives as JSON, in this process."""
+    run = Run(**json.loads(sys.argv[1]))
+    settings = run.settings().check()
     set_process_environment()
     setup_logging(settings.log_file, quiet=settings.quiet)
     from mvlm_core.training.run import run_training
 
-    if given.get("classic_part"):
+    if run.classic_part:
         from benchmarks.experiments.classic_parts import CLASSIC_PARTS
 
-        CLASSIC_PARTS[given["classic_part"]]()
-    run_training(recipe_of(given["model"]), settings)
+        CLASSIC_PARTS[run.classic_part]()
+    run_training(recipe_of(run.model), settings)
 
 
 def execute(run: Run, signals: Signals) -> tuple[int, str]:
-    """Run in a child process with its output in the run's log; returns its exit code and its last lines."""
+    """Run in a child process that appends to the run's log; returns its exit code and its last lines."""
     run.log.parent.mkdir(parents=True, exist_ok=True)
-    job = json.dumps({"model": run.model, "settings": run.values, "classic_part": run.classic_part})
     with open(run.log, "a+b") as file:
         before = file.seek(0, os.SEEK_END)
         environment = os.environ | {PARENT_VARIABLE: str(os.getpid())}  # no run outlives this process
-        command = [sys.executable, "-m", "benchmarks.experiments.runner", job]
+        command = [sys.executable, "-m", "benchmarks.experiments.runner", json.dumps(asdict(run))]
         signals.start(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY_ROOT)
         code = signals.wait()
         file.seek(before)
@@ -136,50 +170,82 @@ def run_all(runs: list[Run], signals: Signals) -> list[Run]:
         result = run.result() if code == 0 else None
         if result is None:
             failed.append(run)
-            problem = f"exit code {code}" if code else f"{run.folder} holds a run of other settings: remove it"
+            problem = f"exit code {code}" if code else f"{run.folder} holds a run with other settings: remove it"
             log.error("%s failed: %s; %s ends:\n%s", run.name, problem, run.log, printable(tail, LINE_BREAK))
             continue
-        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # the finished model stays; these are 80 MB a run
+        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # 80 MB a run; the finished model stays
         seconds.append(time.monotonic() - started)
-        log.info(
-            "%s of %s  %s: %.4f bits per byte, %s tokens/s, %.0f s of training; about %.0f min left",
-            number,
-            len(left),
-            run.name,
-            result["validation_bpb"],
-            f"{result['tokens_per_second']:,.0f}",
-            result["seconds"],
-            statistics.mean(seconds) * (len(left) - number) / 60,
-        )
+        minutes = statistics.mean(seconds) * (len(left) - number) / 60
+        told = ", ".join(f"{METRICS[name].text(result[name])} {METRICS[name].unit}" for name in TOLD)
+        log.info("%s of %s  %s: %s; about %.0f min left", number, len(left), run.name, told, minutes)
     return failed
 
 
 def make(runs: list[Run], folder: Path) -> list[Run]:
-    """``run_all`` as a command does it: alone in ``folder``, and through a closed terminal; returns what failed.
+    """``run_all`` as a command does it: holding the lock of ``folder``, and surviving a closed terminal.
 
     Raises:
-        UserError: another process works in ``folder``.
+        UserError: another process works in ``folder``, or settings that are not valid.
         Stopped: by a signal, after the running child has written its checkpoint.
     """
+    if problems := sorted({problem for run in runs for problem in run.settings().problems()}):
+        raise UserError(problems)
     outlive_terminal()
     setup_logging()
     with RunLock(folder, str(folder)), Signals() as signals:
         return run_all(runs, signals)
 
 
-def command_line(description: str, name: str) -> argparse.ArgumentParser:
-    """A parser with what every command of trials takes; ``name`` is of the folder below .cache."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def conduct(
+    runs: list[Run],
+    options: argparse.Namespace,
+    table: Callable[[Found], str],
+    figures: Callable[[Run], Figures | None] = Run.result,
+) -> int:
+    """Run what is missing (nothing with ``--table``) and show the table of what is finished; returns the exit code."""
+    failed = [] if options.table else make(runs, options.root)
+    finished = [run for run in runs if run.result() is not None]
+    found: Found = {}
+    for run in finished:
+        found.setdefault(run.label, {})[run.seed] = figures(run)
+    if found:
+        show(table(found), found, options)
+    print(f"\nPreset {options.preset}; {len(finished)} of {len(runs)} runs finished.")
+    warn_of_origins(finished)
+    return 1 if failed else 0
+
+
+def warn_of_origins(finished: Iterable[Run]) -> None:
+    """Say so where runs come from different machines, precisions or texts."""
+    origins = {json.dumps(run.result()["origin"]) for run in finished}
+    if len(origins) > 1:
+        print("Runs of several kinds, which are not to be compared:", *sorted(origins), sep="\n  ")
+
+
+def command_line(description: str | None, name: str, lines: Iterable[str] = ()) -> argparse.ArgumentParser:
+    """A parser with the options of every experiment.
+
+    Args:
+        name: of the experiment's folder below .cache.
+        lines: what ``--only`` chooses from; without any there is no such option.
+    """
+    parser = new_parser(description)
     parser.add_argument("--preset", choices=("cpu", "smoke"), default="cpu", help="[default cpu]")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1 [default 3]")
     parser.add_argument("--max_bytes", type=int, help="bytes of training text a run [default: the preset's]")
     parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR)
     parser.add_argument("--work_dir", type=Path, default=CACHE_DIR / name, help=f"[default .cache/{name}]")
+    parser.add_argument("--table", action="store_true", help="run nothing: only print what is finished")
+    if names := ", ".join(lines):
+        parser.add_argument("--only", metavar="LINES", help=f"these lines, separated by commas, of: {names}")
     return parser
 
 
-def settled(options: argparse.Namespace) -> argparse.Namespace:
+def settled(options: argparse.Namespace, *counts: str) -> argparse.Namespace:
     """The parsed command line with absolute folders, and ``root``: a folder for each preset and length.
+
+    Args:
+        counts: options besides ``--seeds`` that must be at least 1.
 
     Raises:
         UserError: every problem with it.
@@ -187,16 +253,14 @@ def settled(options: argparse.Namespace) -> argparse.Namespace:
     options.data_dir, options.work_dir = options.data_dir.absolute(), options.work_dir.absolute()
     # Runs of another length are other runs: a preset and a budget have a folder of their own.
     options.root = options.work_dir / "-".join(str(part) for part in (options.preset, options.max_bytes) if part)
-    problems = output_folder_problems(options.work_dir, "--work_dir")
-    if options.seeds < 1:
-        problems.append(f"--seeds {options.seeds}: at least 1")
+    problems = output_folder_problems(options.work_dir, "--work_dir") + below_one(options, "seeds", *counts)
     if problems:
         raise UserError(problems)
     return options
 
 
-def values_of(options: argparse.Namespace, *, test_score: bool = False) -> dict[str, Any]:
-    """The settings that all runs of a command share."""
+def shared_values(options: argparse.Namespace, *, test_score: bool = False) -> dict[str, Any]:
+    """The settings that all runs of an experiment share."""
     values = {"preset": options.preset, "quiet": True, "no_test_score": not test_score}
     values |= {"data_dir": str(options.data_dir), "cache_dir": str(CACHE_DIR)}
     return values | ({"max_bytes": options.max_bytes} if options.max_bytes else {})

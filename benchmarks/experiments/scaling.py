@@ -1,21 +1,25 @@
 #!/usr/bin/env python3
-"""From small to large: how the best rate moves with size and batch, decay and dropout with repeats, and what to expect.
+"""From small to large: how the best learning rate moves with size and batch, decay and dropout with repeats, and what
+bits per byte to expect.
 
-    rates    each model at three sizes, the rate in steps of two from a start, on until the lowest point has a worse one
-             on both sides; a size's best rate is where the parabola through these three, in log rate, has its
-             minimum. Rule: best rate = a · width ** b · (batch / 8) ** c · text ** d, by least squares, text in times
-             --max_bytes; c and d from the next parts.
-    batches  the smallest size with half and with twice the batch, its rate found in the same way.
-    lengths  the smallest size on four times the text, its rate found in the same way.
-    test     a fourth size, larger than the others, at half of what the rule says, at it, and at twice it.
-    amounts  small sizes on more text: bits per byte = floor + A · parameters ** -α + B · bytes ** -β, by least squares
-             over these and the best of rates. The fourth size was not used: it tests the law.
-    repeats  a tiny size, with as little text for each parameter as the h200 preset has (a few books, all translations),
-             read 1, 3 and 8 times with several decays and dropouts.
+    python -m benchmarks.experiments.scaling --seeds 1 --max_bytes 1000000
 
-Shapes and text are the h200 preset's in small: heads of 64, feed-forward four times the width, output tied, every text
-read once a pass. Each run is a process of its own; run the command again and it goes on where it stopped. Validation
-books only.
+    learning_rates  each model at three sizes, the learning rate in steps of two from a start, until the lowest point
+                    has a worse one on both sides; a size's best learning rate is where the parabola through these
+                    three, in log learning rate, has its minimum.
+                    Rule: best learning rate = a · width ** b · (batch / 8) ** c · text ** d, by least squares, text in
+                    units of --max_bytes; c and d from the next two parts.
+    batches         the smallest size with half and with twice the batch, searched in the same way.
+    lengths         the smallest size on four times the text, searched in the same way.
+    test            a fourth size, larger than the others, at half of the rule's learning rate, at it, and at twice it.
+    amounts         small sizes on more text: bits per byte = floor + A · parameters ** -α + B · bytes ** -β, by least
+                    squares over these and the best of learning_rates. The fourth size was not used: it tests the law.
+    repeats         a tiny size, with as little text per parameter as the h200 preset has (a few books, all
+                    translations), read 1, 3 and 8 times with several decays and dropouts.
+
+Shapes and text are those of the h200 preset, scaled down: heads of 64, feed-forward four times the width, output tied,
+every text read once a pass. Each run is a process of its own; run the command again to resume. Scores are of the
+validation books of the primary translation.
 
 Exit codes: 0 done, 1 a run failed (the others still ran), 2 bad arguments, 130/143 stopped by a signal.
 """
@@ -29,37 +33,52 @@ import os
 import random
 import shutil
 import statistics
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiments.runner import SETTINGS, Run, command_line, make, settled, values_of
+from benchmarks import command
+from benchmarks.experiments import runner
+from benchmarks.experiments.runner import SETTINGS, Line, Run
 from mvlm_core.console import log
 from mvlm_core.data.corpus import Document, load_corpus
 from mvlm_core.errors import UserError, run_main
-from mvlm_core.files import write_json_atomic
 
 HEAD = 64
 FULL_WIDTH = 768  # of the h200 preset
 CONTEXT, BATCH = 256, 8  # of these runs
-# name → (width, layers): about 2, 7 and 19 million parameters with 4,096 tokens, and 27 for the test.
-SIZES = {"small": (192, 3), "medium": (320, 5), "large": (448, 7)}
-TEST_SIZE = ("test", (512, 8))
-REPEATS_SIZE = ("tiny", (128, 3))  # 1.1 million parameters
+# name → (width, layers): about 2, 7, 19 and 27 million parameters with 4,096 tokens; 1.1 million for the repeats.
+SHAPES = {"small": (192, 3), "medium": (320, 5), "large": (448, 7), "test": (512, 8), "tiny": (128, 3)}
 STARTS = {"mvlm_gpt2": 2e-3, "simone_enhanced": 0.02}
 MOST_RATES = 6  # of one search
-BATCHES = (BATCH // 2, BATCH * 2)
-LENGTH = 4  # times --max_bytes
-AMOUNTS = {"small": (2, 4, 8), "medium": (2, 4)}  # times --max_bytes
+# Part → (size, batch, text in units of --max_bytes) of its searches or, for the last two, of its runs.
+POINTS = {
+    "learning_rates": [("small", BATCH, 1), ("medium", BATCH, 1), ("large", BATCH, 1)],
+    "batches": [("small", BATCH // 2, 1), ("small", BATCH * 2, 1)],
+    "lengths": [("small", BATCH, 4)],
+    "test": [("test", BATCH, 1)],
+    "amounts": [
+        ("small", BATCH, 2),
+        ("small", BATCH, 4),
+        ("small", BATCH, 8),
+        ("medium", BATCH, 2),
+        ("medium", BATCH, 4),
+    ],
+}
+SEARCHES = ("learning_rates", "batches", "lengths")
+PARTS = (*POINTS, "repeats")
 EPOCHS, DECAYS, DROPOUTS = (1, 3, 8), (0.1, 0.4, 1.6), (0.0, 0.1, 0.3)
-PARTS = ("rates", "batches", "lengths", "test", "amounts", "repeats")
+
+
+# --- the arithmetic ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Rule:
-    """``rate = a · width ** b · (batch / 8) ** c · amount ** d``.
+    """``learning rate = a · width ** b · (batch / 8) ** c · amount ** d``.
 
-    Batches in sequences of ``CONTEXT`` tokens, amounts of text in times ``--max_bytes``.
+    Batches in sequences of ``CONTEXT`` tokens, amounts of text in units of ``--max_bytes``.
     """
 
     a: float
@@ -85,45 +104,12 @@ class Law:
         return self.floor + self.a * parameters**-self.alpha + self.b * size**-self.beta
 
 
-@dataclass(frozen=True)
-class Search:
-    """The best rate of one model at one size, batch and amount of text; ``options`` are the command line's."""
-
-    model: str
-    size_name: str
-    options: argparse.Namespace
-    batch: int = BATCH
-    amount: int = 1
-
-    def runs(self, rate: float) -> list[Run]:
-        """The runs of one rate, a seed each."""
-        return rate_runs(self.model, self.size_name, rate, self.options, batch=self.batch, amount=self.amount)
-
-    def points(self) -> dict[float, float]:
-        """Rate → bits per byte of what is finished, as far as the search has come."""
-        found: dict[float, float] = {}
-        while new := wanted(found, STARTS[self.model]):
-            values = {rate: value for rate in new if (value := bits(self.runs(rate))) is not None}
-            found |= values
-            if len(values) < len(new):
-                break
-        return found
-
-    def make(self) -> list[Run]:
-        """Run what is wanted until nothing is; returns what failed."""
-        while new := wanted(self.points(), STARTS[self.model]):
-            if failed := make([run for rate in new for run in self.runs(rate)], self.options.root / self.model):
-                return failed
-        return []
-
-    def best(self) -> float | None:
-        """The best rate, or None while the search is not finished."""
-        points = self.points()
-        return None if wanted(points, STARTS[self.model]) else best_rate(points)
-
-
 def wanted(points: dict[float, float], start: float) -> list[float]:
-    """The rates that a search needs next; none where the lowest point lies between two others, or after many."""
+    """The learning rates that a search needs next; none once the lowest point lies between two others, or after many.
+
+    Args:
+        points: learning rate → bits per byte.
+    """
     if len(points) < 3:
         return [start / 2, start, start * 2]
     rates = sorted(points)
@@ -134,42 +120,42 @@ def wanted(points: dict[float, float], start: float) -> list[float]:
 
 
 def best_rate(points: dict[float, float]) -> float:
-    """Where the parabola through the lowest point and its neighbours, in log rate, has its minimum.
+    """Where the parabola through the lowest point and its neighbours, in log learning rate, has its minimum.
 
-    At an end of the grid the end itself.
+    At an end of the grid, the end itself.
 
     Args:
-        points: rate → bits per byte.
+        points: learning rate → bits per byte.
     """
+    import numpy as np
+
     rates = sorted(points)
-    lowest = rates.index(min(rates, key=points.get))
+    lowest = rates.index(min(rates, key=points.__getitem__))
     if lowest in (0, len(rates) - 1):
         return rates[lowest]
-    x = [math.log(rate) for rate in rates[lowest - 1 : lowest + 2]]
-    y = [points[rate] for rate in rates[lowest - 1 : lowest + 2]]
-    left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
-    curvature = (right - left) / (x[2] - x[0])
-    slope = left + curvature * (x[1] - x[0])  # of the parabola at the middle point
-    return math.exp(x[1] - slope / (2 * curvature)) if curvature > 0 else rates[lowest]
+    three = rates[lowest - 1 : lowest + 2]
+    middle = math.log(rates[lowest])
+    curvature, slope, _ = np.polyfit([math.log(rate) - middle for rate in three], [points[r] for r in three], 2)
+    return math.exp(middle - slope / (2 * curvature)) if curvature > 0 else rates[lowest]
+
+
+def power_law(points: dict[int, float]) -> tuple[float, float]:
+    """``a`` and ``b`` of ``y = a · x ** b``, by least squares in logarithms; ``points``: x → y."""
+    x, y = [math.log(value) for value in points], [math.log(value) for value in points.values()]
+    b, log_a = statistics.linear_regression(x, y)
+    return math.exp(log_a), b
 
 
 def fit_rule(best: dict[int, float], by_batch: dict[int, float], by_amount: dict[int, float]) -> Rule:
     """The power laws of least squares in logarithms.
 
     Args:
-        best: width → rate, all at ``BATCH`` and one amount of text.
-        by_batch: batch → rate, all at one width; fewer than two: no change with the batch.
-        by_amount: amount of text → rate, likewise.
+        best: width → learning rate, all at ``BATCH`` and one amount of text.
+        by_batch: batch → learning rate, all at one width; fewer than two: no change with the batch.
+        by_amount: amount of text → learning rate, likewise.
     """
     c, d = (power_law(points)[1] if len(points) > 1 else 0.0 for points in (by_batch, by_amount))
     return Rule(*power_law(best), c, d)
-
-
-def power_law(points: dict[int, float]) -> tuple[float, float]:
-    """``a`` and ``b`` of ``y = a · x ** b``; ``points``: x → y."""
-    x, y = [math.log(value) for value in points], [math.log(value) for value in points.values()]
-    b = statistics.linear_regression(x, y).slope
-    return math.exp(statistics.mean(y) - b * statistics.mean(x)), b
 
 
 def fit_law(points: list[tuple[int, int, float]]) -> Law:
@@ -187,7 +173,7 @@ def fit_law(points: list[tuple[int, int, float]]) -> Law:
     for alpha, beta in itertools.product(exponents, exponents):
         columns = np.stack((np.ones_like(y), parameters**-alpha, size**-beta), axis=1)
         scale = columns.max(axis=0)
-        # The least squares with none below 0 are those of one of these choices of terms.
+        # The least squares with no negative term are those of one of these choices of terms.
         for terms in ([0, 1, 2], [1, 2], [0, 2], [0, 1], [0]):
             solved = np.zeros(3)
             solved[terms] = np.linalg.lstsq((columns / scale)[:, terms], y, rcond=None)[0]
@@ -200,75 +186,94 @@ def fit_law(points: list[tuple[int, int, float]]) -> Law:
 # --- the runs ------------------------------------------------------------------------------------------------
 
 
-def shape(size_name: str) -> dict[str, Any]:
-    width, layers = dict([*SIZES.items(), TEST_SIZE, REPEATS_SIZE])[size_name]
-    return {"hidden_dim": width, "num_layers": layers, "num_heads": width // HEAD, "ff_dim": 4 * width}
+@dataclass(frozen=True)
+class Search:
+    """The best learning rate of one model at one size, batch and amount of text; ``options``: the command line's."""
+
+    options: argparse.Namespace
+    model: str
+    size: str
+    batch: int = BATCH
+    amount: int = 1
+
+    def values(self, rate: float) -> dict[str, Any]:
+        """The settings of its runs."""
+        width, layers = SHAPES[self.size]
+        values = {"hidden_dim": width, "num_layers": layers, "num_heads": width // HEAD, "ff_dim": 4 * width}
+        values |= {"max_length": CONTEXT, "train_mix": "", "eval_interval": 10**6, "learning_rate": rate}
+        values |= {"batch_size": self.batch, "max_bytes": self.amount * self.options.max_bytes}
+        if self.model == "simone_enhanced":
+            # AdamW's learning rate moves with Muon's: one to find, as in the small presets.
+            values |= {"output_head": "tied", "adamw_learning_rate": rate / 2, "coherence_weight": 0.0}
+        return values
+
+    def runs(self, rate: float) -> list[Run]:
+        """The runs at one learning rate, one per seed."""
+        batch = f"-batch{self.batch}" if self.batch != BATCH else ""
+        amount = f"-amount{self.amount}" if self.amount > 1 else ""
+        line = {f"{self.model} {self.size}{batch}{amount} {rate:.2e}": Line(self.model, self.values(rate))}
+        return runner.plan(line, self.options, runner.shared_values(self.options))
+
+    def points(self) -> dict[float, float]:
+        """Learning rate → mean bits per byte of what is finished, as far as the search has come."""
+        found: dict[float, float] = {}
+        while new := wanted(found, STARTS[self.model]):
+            values = {rate: [bits for _, _, bits in figures(self.runs(rate))] for rate in new}
+            found |= {rate: statistics.mean(bits) for rate, bits in values.items() if bits}
+            if not all(values.values()):
+                break
+        return found
+
+    def make(self) -> list[Run]:
+        """Run what is wanted until nothing is; returns what failed."""
+        while new := wanted(self.points(), STARTS[self.model]):
+            runs = [run for rate in new for run in self.runs(rate)]
+            if failed := runner.make(runs, self.options.root / self.model):
+                return failed
+        return []
+
+    def best(self) -> float | None:
+        """The best learning rate, or None while the search is not finished."""
+        points = self.points()
+        return None if wanted(points, STARTS[self.model]) else best_rate(points)
 
 
-def settings_of(model: str, size_name: str, rate: float, options: argparse.Namespace) -> dict[str, Any]:
-    values = values_of(options) | shape(size_name) | {"learning_rate": rate, "batch_size": BATCH, "max_length": CONTEXT}
-    values |= {"train_mix": "", "eval_interval": 10**6}
-    if model == "simone_enhanced":
-        # AdamW's part moves with Muon's: one rate to find, as the small presets have it.
-        values |= {"output_head": "tied", "adamw_learning_rate": rate / 2, "coherence_weight": 0.0}
-    return values
+def searches(part: str, model: str, options: argparse.Namespace) -> list[Search]:
+    return [Search(options, model, *point) for point in POINTS[part]]
 
 
-def rate_runs(
-    model: str, size_name: str, rate: float, options: argparse.Namespace, *, batch: int = BATCH, amount: int = 1
-) -> list[Run]:
-    """A seed each, of ``amount`` times ``--max_bytes``."""
-    kind = size_name + (f"-batch{batch}" if batch != BATCH else "") + (f"-amount{amount}" if amount > 1 else "")
-    values = settings_of(model, size_name, rate, options)
-    values |= {"batch_size": batch, "max_bytes": amount * options.max_bytes}
-    folder = options.root / model / kind / f"{rate:.2e}"
-    return [
-        Run(f"{model} {kind} {rate:.2e}", model, values | {"seed": seed, "output_dir": str(folder / f"seed{seed}")})
-        for seed in range(options.seeds)
-    ]
-
-
-def bits(runs: list[Run]) -> float | None:
-    """Mean validation of those that are finished; None while none is."""
-    found = [result["validation_bpb"] for run in runs if (result := run.result())]
-    return statistics.mean(found) if found else None
-
-
-def amount_runs(model: str, rule: Rule, options: argparse.Namespace) -> list[Run]:
-    pairs = [(name, amount) for name, amounts in AMOUNTS.items() for amount in amounts]
+def ruled_runs(part: str, model: str, rule: Rule, options: argparse.Namespace) -> list[Run]:
+    """The runs of "test" and "amounts", whose learning rates are the rule's."""
+    factors = (0.5, 1.0, 2.0) if part == "test" else (1.0,)
     return [
         run
-        for name, amount in pairs
-        for run in rate_runs(model, name, rule(shape(name)["hidden_dim"]), options, amount=amount)
+        for search in searches(part, model, options)
+        for factor in factors
+        for run in search.runs(factor * rule(SHAPES[search.size][0]))
     ]
 
 
-def runs_at_fourth_size(model: str, rule: Rule, options: argparse.Namespace) -> list[Run]:
-    name, (width, _) = TEST_SIZE
-    return [run for factor in (0.5, 1.0, 2.0) for run in rate_runs(model, name, rule(width) * factor, options)]
-
-
-def little_text(options: argparse.Namespace) -> Path:
-    """A data folder of train books up to ``--little_bytes``, in all translations, and of the validation books.
+def few_books(options: argparse.Namespace) -> Path:
+    """A data folder of train books up to ``--repeat_bytes``, in all translations, and of the validation books.
 
     Raises:
         UserError: every train book is larger than that.
     """
-    folder = options.work_dir / f"text-{options.little_bytes}"
+    folder = options.work_dir / f"text-{options.repeat_bytes}"
     if folder.is_dir():
         return folder
     corpus = load_corpus(options.data_dir)
     books: dict[str | None, list[Document]] = {}
     for document in corpus.split("train"):
         books.setdefault(document.book, []).append(document)
-    chosen, left = [], options.little_bytes
+    chosen, left = [], options.repeat_bytes
     for book in random.Random(0).sample(list(books), len(books)):
         if (size := sum(document.size for document in books[book])) <= left:
             chosen += books[book]
             left -= size
     if not chosen:
-        raise UserError(f"--little_bytes {options.little_bytes}: no train book is so small in all its translations")
-    staging = folder.with_name(f".{folder.name}-{os.getpid()}")  # one for each of two commands at a time
+        raise UserError(f"--repeat_bytes {options.repeat_bytes}: no train book is so small in all its translations")
+    staging = folder.with_name(f".{folder.name}-{os.getpid()}")  # two commands may run at a time
     shutil.rmtree(staging, ignore_errors=True)
     for document in (*chosen, *corpus.split("validation")):
         for name in (document.path, str(Path(document.path).with_suffix(".json"))):
@@ -277,154 +282,138 @@ def little_text(options: argparse.Namespace) -> Path:
             shutil.copyfile(corpus.root / name, target)
     try:
         staging.rename(folder)
-    except OSError:  # the other was first
+    except OSError:  # the other command was first
         shutil.rmtree(staging)
     return folder
 
 
 def repeat_runs(options: argparse.Namespace) -> list[Run]:
-    """Decays at a dropout of 0.1 and dropouts at a decay of 0.4, at each number of epochs; both models, one seed."""
-    data_dir, runs = little_text(options), []
-    for epochs in reversed(EPOCHS):  # what tells most comes first
-        for model, rate in STARTS.items():
-            pairs = {(decay, 0.1) for decay in DECAYS} | {(0.4, dropout) for dropout in DROPOUTS}
-            for decay, dropout in sorted(pairs):
-                folder = options.work_dir / f"repeats-{options.little_bytes}" / model / f"{epochs}-{decay}-{dropout}"
-                values = settings_of(model, REPEATS_SIZE[0], rate, options)
-                del values["max_bytes"]
-                values |= {"num_epochs": float(epochs), "weight_decay": decay, "dropout": dropout}
-                values |= {"data_dir": str(data_dir), "seed": 0, "output_dir": str(folder)}
-                runs.append(Run(f"{model} epochs {epochs} decay {decay} dropout {dropout}", model, values))
-    return runs
+    """Decays at a dropout of 0.1 and dropouts at a decay of 0.4, at each number of epochs, of both models."""
+    lines = {}
+    settings = sorted({(decay, 0.1) for decay in DECAYS} | {(0.4, dropout) for dropout in DROPOUTS})
+    # The most telling ones first.
+    for epochs, (model, rate), (decay, dropout) in itertools.product(reversed(EPOCHS), STARTS.items(), settings):
+        values = Search(options, model, "tiny").values(rate) | {"max_bytes": None, "num_epochs": float(epochs)}
+        values |= {"data_dir": str(few_books(options)), "weight_decay": decay, "dropout": dropout}
+        label = f"{model} repeats {options.repeat_bytes} epochs {epochs} decay {decay} dropout {dropout}"
+        lines[label] = Line(model, values)
+    return runner.plan(lines, options, runner.shared_values(options))
 
 
 # --- the tables ----------------------------------------------------------------------------------------------
 
 
-def searches(model: str, options: argparse.Namespace) -> list[Search]:
-    return [Search(model, name, options) for name in SIZES]
-
-
-def batch_searches(model: str, options: argparse.Namespace) -> list[Search]:
-    return [Search(model, "small", options, batch) for batch in BATCHES]
-
-
-def length_searches(model: str, options: argparse.Namespace) -> list[Search]:
-    return [Search(model, "small", options, amount=LENGTH)]
-
-
-def rule_of(model: str, options: argparse.Namespace) -> Rule | None:
-    """From what is finished; None while a size is not."""
-    best = {SIZES[search.size_name][0]: search.best() for search in searches(model, options)}
-    if None in best.values():
-        return None
-    small = best[SIZES["small"][0]]
-    by_batch = {search.batch: rate for search in batch_searches(model, options) if (rate := search.best())}
-    by_amount = {search.amount: rate for search in length_searches(model, options) if (rate := search.best())}
-    return fit_rule(best, {BATCH: small} | by_batch, {1: small} | by_amount)
-
-
-def law_of(model: str, rule: Rule, options: argparse.Namespace) -> Law | None:
-    """From the lowest points of the three sizes and the runs on more text; None while one is missing."""
-    points = []
-    for search in searches(model, options):
-        found = search.points()
-        points += figures(search.runs(min(found, key=found.__getitem__)))
-    more = amount_runs(model, rule, options)
-    if any(run.result() is None for run in more):
-        return None
-    return fit_law(points + figures(more))
-
-
-def figures(runs: list[Run]) -> list[tuple[int, int, float]]:
+def figures(runs: Iterable[Run]) -> list[tuple[int, int, float]]:
     """Parameters, bytes of text and bits per byte of each finished run."""
     results = [result for run in runs if (result := run.result())]
     return [(result["parameters"], result["bytes"], result["validation_bpb"]) for result in results]
 
 
-def report(options: argparse.Namespace) -> dict[str, Any]:
-    """Print the tables of what is finished; returns their figures."""
-    print("| model | size | batch | text | bits per byte by rate | best rate |")
-    print("| --- | --- | ---: | ---: | --- | ---: |")
-    for model in SETTINGS:
-        for search in (
-            *searches(model, options), *batch_searches(model, options), *length_searches(model, options)
-        ):  # fmt: skip
+def rule_of(model: str, options: argparse.Namespace) -> Rule | None:
+    """From what is finished; None while a size is not."""
+    best = {SHAPES[search.size][0]: search.best() for search in searches("learning_rates", model, options)}
+    rates = {width: rate for width, rate in best.items() if rate}
+    if len(rates) < len(best):
+        return None
+    small = rates[SHAPES["small"][0]]
+    by_batch = {search.batch: rate for search in searches("batches", model, options) if (rate := search.best())}
+    by_amount = {search.amount: rate for search in searches("lengths", model, options) if (rate := search.best())}
+    return fit_rule(rates, {BATCH: small} | by_batch, {1: small} | by_amount)
+
+
+def law_of(model: str, rule: Rule, options: argparse.Namespace) -> Law | None:
+    """From the lowest points of the three sizes and the runs on more text; None while one is missing."""
+    more = ruled_runs("amounts", model, rule, options)
+    if any(run.result() is None for run in more):
+        return None
+    for search in searches("learning_rates", model, options):
+        found = search.points()
+        more += search.runs(min(found, key=found.__getitem__))
+    return fit_law(figures(more))
+
+
+def search_table(options: argparse.Namespace) -> str:
+    """A row for each search that has begun."""
+    rows = []
+    for model, part in itertools.product(SETTINGS, SEARCHES):
+        for search in searches(part, model, options):
             if points := search.points():
+                size = f"{search.size}, {figures(search.runs(min(points)))[0][0]:,} parameters"
                 cells = ", ".join(f"{rate:g}: {value:.4f}" for rate, value in sorted(points.items()))
-                best = search.best()
-                print(
-                    f"| {model} | {search.size_name}, {figures(search.runs(min(points)))[0][0]:,} parameters "
-                    f"| {search.batch} | {search.amount} | {cells} | {f'{best:.2g}' if best else 'not finished'} |"
-                )
-    found: dict[str, Any] = {}
-    for model in SETTINGS:
-        if (rule := rule_of(model, options)) is None:
-            continue
-        found[model] = {"rule": asdict(rule)}
-        print(
-            f"\n{model}: best rate = {rule.a:.3g} · width ** {rule.b:.2f} · (batch / {BATCH}) ** {rule.c:.2f} "
-            f"· text ** {rule.d:.2f}; {rule(FULL_WIDTH):.2g} at {FULL_WIDTH} wide, the rest alike"
+                best = f"{found:.2g}" if (found := search.best()) else "not finished"
+                rows.append((model, size, cells, search.batch, search.amount, best))
+    columns = ("model", "size", "bits per byte by learning rate", "batch", "text", "best learning rate")
+    return command.table(columns, rows, left=3)
+
+
+def rule_lines(model: str, rule: Rule, law: Law | None, options: argparse.Namespace) -> list[str]:
+    """What a model's rule and law say, beside what was measured."""
+    lines = [
+        f"\n{model}: best learning rate = {rule.a:.3g} · width ** {rule.b:.2f} · (batch / {BATCH}) ** {rule.c:.2f} "
+        f"· text ** {rule.d:.2f}; {rule(FULL_WIDTH):.2g} at {FULL_WIDTH} wide, the rest alike"
+    ]
+    for run in (run for part in ("test", "amounts") for run in ruled_runs(part, model, rule, options)):
+        for parameters, size, value in figures([run]):
+            expected = f", {law(parameters, size):.4f} by the law" if law else ""
+            lines.append(f"  {run.name}: {parameters:,} parameters, {size:,} bytes: {value:.4f}{expected}")
+    if law:
+        lines.append(
+            f"  bits per byte = {law.floor:.3f} + {law.a:.3g} · parameters ** -{law.alpha:.2f} "
+            f"+ {law.b:.3g} · bytes ** -{law.beta:.2f}"
         )
-        law = law_of(model, rule, options)
-        for run in (*runs_at_fourth_size(model, rule, options), *amount_runs(model, rule, options)):
-            for parameters, size, value in figures([run]):
-                expected = f", {law(parameters, size):.4f} by the law" if law else ""
-                print(f"  {run.name}: {parameters:,} parameters, {size:,} bytes: {value:.4f}{expected}")
-        if law:
-            found[model] |= {"law": asdict(law)}
-            print(
-                f"  bits per byte = {law.floor:.3f} + {law.a:.3g} · parameters ** -{law.alpha:.2f} "
-                f"+ {law.b:.3g} · bytes ** -{law.beta:.2f}"
-            )
-    if (options.work_dir / f"text-{options.little_bytes}").is_dir():
-        print("\n| model | epochs | decay | dropout | bits per byte |\n| --- | ---: | ---: | ---: | ---: |")
-        for run in repeat_runs(options):
-            if result := run.result():
-                row = [run.values[key] for key in ("num_epochs", "weight_decay", "dropout")]
-                print(f"| {run.model} | {row[0]:g} | {row[1]} | {row[2]} | {result['validation_bpb']:.4f} |")
-    return found
+    return lines
 
 
-def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line.
+def repeat_table(options: argparse.Namespace) -> str:
+    rows = []
+    for run in repeat_runs(options):
+        for _, _, bits in figures([run]):
+            settings = (f"{run.values[key]:g}" for key in ("num_epochs", "weight_decay", "dropout"))
+            rows.append((run.model, *settings, f"{bits:.4f}"))
+    return command.table(("model", "epochs", "decay", "dropout", "bits per byte"), rows)
 
-    Raises:
-        UserError: every problem with it.
-    """
-    parser = command_line(__doc__, "scaling")
-    parser.set_defaults(seeds=1, max_bytes=1_000_000)
-    parser.add_argument("--only", choices=PARTS, help="this part [default: all, in order]")
-    parser.add_argument("--model", choices=tuple(SETTINGS), help="this model alone, such as on each of two cores")
-    parser.add_argument("--little_bytes", type=int, default=500_000, help="text of repeats [default 500000]")
-    parser.add_argument("--table", action="store_true", help="only print what is finished")
-    parser.add_argument("--json", type=Path, help="also write the rules and laws here")
-    options = settled(parser.parse_args(arguments))
-    if options.little_bytes < 1:
-        raise UserError(f"--little_bytes {options.little_bytes}: at least 1")
-    return options
+
+def report(options: argparse.Namespace) -> None:
+    """Show the tables of what is finished."""
+    text, found = [search_table(options)], {}
+    for model in SETTINGS:
+        if rule := rule_of(model, options):
+            law = law_of(model, rule, options)
+            found[model] = {"rule": asdict(rule)} | ({"law": asdict(law)} if law else {})
+            text += rule_lines(model, rule, law, options)
+    if (options.work_dir / f"text-{options.repeat_bytes}").is_dir():
+        text += ["", repeat_table(options)]
+    command.show("\n".join(text), found, options)
 
 
 def run_part(part: str, model: str, options: argparse.Namespace) -> list[Run]:
     """Run what is missing of one part for one model; returns what failed."""
-    if kind := {"rates": searches, "batches": batch_searches, "lengths": length_searches}.get(part):
-        return [run for search in kind(model, options) for run in search.make()]
+    if part in SEARCHES:
+        return [run for search in searches(part, model, options) for run in search.make()]
     if part == "repeats":
-        return make([run for run in repeat_runs(options) if run.model == model], options.root / model)
-    if (rule := rule_of(model, options)) is None:
-        log.warning("%s: the rule of %s is not known: --only rates comes first", part, model)
+        runs = [run for run in repeat_runs(options) if run.model == model]
+    elif rule := rule_of(model, options):
+        runs = ruled_runs(part, model, rule, options)
+    else:
+        log.warning("%s: the rule of %s is unknown: --only learning_rates comes first", part, model)
         return []
-    return make({"test": runs_at_fourth_size, "amounts": amount_runs}[part](model, rule, options), options.root / model)
+    return runner.make(runs, options.root / model)
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = runner.command_line(__doc__, "scaling", PARTS)
+    parser.set_defaults(seeds=1, max_bytes=1_000_000)
+    parser.add_argument("--model", choices=tuple(SETTINGS), help="this model alone, for example one on each core")
+    parser.add_argument("--repeat_bytes", type=int, default=500_000, help="text of repeats [default 500000]")
+    return runner.settled(parser.parse_args(arguments), "max_bytes", "repeat_bytes")
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
     models = (options.model,) if options.model else tuple(SETTINGS)
-    parts = () if options.table else (options.only,) if options.only else PARTS
+    parts = () if options.table else command.chosen(options.only, PARTS)
     failed = [run for part in parts for model in models for run in run_part(part, model, options)]
-    found = report(options)
-    if options.json:
-        write_json_atomic(options.json, found)
+    report(options)
     return 1 if failed else 0
 
 

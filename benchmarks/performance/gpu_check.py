@@ -3,7 +3,7 @@
 
     python -m benchmarks.performance.gpu_check
 
-Right: the smallest models, the same weights and tokens on the processor in float32 and on the device in float32 and in
+Right: the smallest models, the same weights and tokens on the CPU in float32 and on the device in float32 and in
 the run's precision: loss and gradients side by side. Fast: a whole training step (forward, backward, clipping,
 optimizer) of both models at every preset's shape, on random tokens, with its share of the device's peak and its memory.
 
@@ -12,11 +12,11 @@ Exit codes: 0 all is right, 1 something is not, 2 bad arguments (no such device)
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import replace
 from typing import Any
 
+from benchmarks import command
 from benchmarks.experiments.runner import SETTINGS, recipe_of
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.hardware import Hardware, set_process_environment
@@ -31,9 +31,10 @@ PEAKS = {
     "L4": 121e12,
     "A10": 125e12,
 }
-# A relative difference of loss and of the gradients' norm from the processor's float32.
+# A relative difference of loss and of the gradients' norm from the CPU's float32.
 TOLERANCES = {"fp32": (1e-4, 1e-3), "bf16": (1e-2, 5e-2)}
 WARM_UP = 3
+PRESETS = ("h200", "cpu", "smoke")
 
 
 def build(name: str, preset: str, hardware: Hardware) -> tuple[Any, Any]:
@@ -71,7 +72,7 @@ def forward_and_backward(settings: Any, built: Any, hardware: Hardware, sequence
 
 
 def check(name: str, hardware: Hardware, reference: Hardware) -> tuple[str, bool]:
-    """A row: the device beside the processor, without compilation and with it where the run has it."""
+    """A row: the device beside the CPU, without compilation and with it where the run has it."""
     expected = forward_and_backward(*build(name, "smoke", reference), reference, 4)
     cells, good = [], True
     for precision in dict.fromkeys(("fp32", hardware.precision)):
@@ -83,12 +84,15 @@ def check(name: str, hardware: Hardware, reference: Hardware) -> tuple[str, bool
             good &= right
             words = f"{precision}{', compiled' if compiled else ''}"
             cells.append(f"{words}: loss {errors[0]:.1e}, gradients {errors[1]:.1e}{'' if right else ' WRONG'}")
-    return f"| {name} | {'; '.join(cells)} |", good
+    return command.row((name, "; ".join(cells))), good
 
 
 def time_step(name: str, preset: str, hardware: Hardware, seconds: float) -> str:
     """A row of the table of speed; the micro-batch is halved until it fits, as in a run."""
     import torch
+
+    from mvlm_core.monitor import peak_memory
+    from mvlm_core.training.cost import step_cost
 
     settings, built = build(name, preset, hardware)
     parameters = [p for module in built.modules.values() for p in module.parameters()]
@@ -111,54 +115,42 @@ def time_step(name: str, preset: str, hardware: Hardware, seconds: float) -> str
         except torch.OutOfMemoryError:
             built.optimizers.zero_grad()
             if sequences == 1:
-                return f"| {name} | {preset} | not even one sequence fits | | | |"
+                return command.row((name, preset, "not even one sequence fits", "", "", ""))
             sequences = -(-sequences // 2)
-    _wait(hardware)
-    _reset_peak(hardware)
+    on_gpu = hardware.device == "cuda"
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
+    wait()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     started, count = time.perf_counter(), 0
     while count < 5 or time.perf_counter() - started < seconds:
         step()
         count += 1
-        _wait(hardware)
+        wait()
     rate = count * sequences * settings.max_length / (time.perf_counter() - started)
-    from mvlm_core.monitor import peak_memory
-    from mvlm_core.training.cost import step_cost
-
     flops = step_cost(recipe_of(name).build, settings, hardware, 1).flops_per_token * rate
     peak = device_peak(hardware.name)
-    share = f"{flops / peak:.1%}" if hardware.device == "cuda" and peak else "–"
+    share = f"{flops / peak:.1%}" if on_gpu and peak else "–"
     shape = f"{settings.hidden_dim} × {settings.num_layers}, {sequences} × {settings.max_length}"
-    memory = peak_memory(hardware.device) / 1e9
-    return f"| {name} | {preset}: {shape} | {rate:,.0f} | {flops / 1e12:.2f} | {share} | {memory:.2f} |"
+    memory = f"{peak_memory(hardware.device) / 1e9:.2f}"
+    return command.row((name, f"{preset}: {shape}", f"{rate:,.0f}", f"{flops / 1e12:.2f}", share, memory))
 
 
 def device_peak(name: str) -> float | None:
     return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
-def _wait(hardware: Hardware) -> None:
-    if hardware.device == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
-
-
-def _reset_peak(hardware: Hardware) -> None:
-    if hardware.device == "cuda":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats()
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.new_parser(__doc__, json=False)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the command itself")
-    parser.add_argument("--presets", default="h200,cpu,smoke", help="with commas between [default h200,cpu,smoke]")
+    parser.add_argument(
+        "--presets", default=",".join(PRESETS), help=f"separated by commas [default {','.join(PRESETS)}]"
+    )
     parser.add_argument("--seconds", type=float, default=15.0, help="of each timing [default 15]")
     parser.add_argument("--attention_backend", default="auto")
     options = parser.parse_args(arguments)
     presets = options.presets.split(",")
-    if unknown := [preset for preset in presets if preset not in ("h200", "cpu", "smoke")]:
+    if unknown := [preset for preset in presets if preset not in PRESETS]:
         raise UserError([f"--presets {preset}: unknown" for preset in unknown])
     set_process_environment()
     import torch
@@ -170,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
     reference = choose_hardware(device="cpu", precision="fp32", no_compile=True)
     print("\n".join(describe(hardware)))
     print(f"torch {torch.__version__}, matrix products in float32: {torch.get_float32_matmul_precision()}\n")
-    print("| model | relative difference from the processor's float32 |\n| --- | --- |")
+    print(command.head(("model", "relative difference from the CPU's float32"), left=2))
     good = True
     # TF32 rounds to ten bits: what is compared in float32 is computed in it.
     torch.set_float32_matmul_precision("highest")
@@ -179,8 +171,8 @@ def main(arguments: list[str] | None = None) -> int:
         good &= right
         print(row, flush=True)
     hardware.apply()
-    print("\n| model | preset: shape, batch | tokens/s | TFLOP/s | of the peak | memory, GB |")
-    print("| --- | --- | ---: | ---: | ---: | ---: |")
+    columns = ("model", "preset: shape, batch", "tokens/s", "TFLOP/s", "of the peak", "memory, GB")
+    print("\n" + command.head(columns, left=2))
     for preset in presets:
         for name in SETTINGS:
             print(time_step(name, preset, hardware, options.seconds), flush=True)

@@ -4,7 +4,7 @@
     python -m benchmarks.performance.latency
 
 Generation (256 tokens after a first one, one sequence) and scoring use fresh weights: speed does not depend on what a
-model knows. Medians of --rounds; least and most beside them.
+model knows. Medians of --rounds, with least and most.
 
 Exit codes: 0 done, 2 bad arguments, 130/143 stopped by a signal.
 """
@@ -22,23 +22,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import command
 from benchmarks.experiments.runner import SETTINGS, recipe_of
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.files import write_json_atomic
 from mvlm_core.hardware import set_process_environment
-from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR
-from mvlm_core.settings import REPOSITORY_ROOT as REPOSITORY
+from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR, REPOSITORY_ROOT
 
 TRAINERS = {"mvlm_gpt2": "mvlm_trainer.py", "simone_enhanced": "SIM-ONE Training/enhanced_train.py"}
-ENTRY_POINTS = (
-    *TRAINERS.values(),
-    "SIM-ONE Training/train.py",
-    "train_all_models.py",
-    "validate_models.py",
-    "generate.py",
-    "make_report.py",
-    "prepare_dataset.py",
-)
+OTHER_SCRIPTS = ("SIM-ONE Training/train.py", "train_all_models.py", "validate_models.py", "generate.py")
+ENTRY_POINTS = (*TRAINERS.values(), *OTHER_SCRIPTS, "make_report.py", "prepare_dataset.py")
 NEW_TOKENS = 256
 SHAPES = {
     "cpu preset": {},
@@ -55,24 +48,23 @@ def seconds(do: Callable[[], Any], rounds: int) -> list[float]:
     return found
 
 
-def help_of(script: str) -> None:
-    subprocess.run([sys.executable, REPOSITORY / script, "--help"], check=True, stdout=subprocess.DEVNULL)
+def show_help(script: str) -> None:
+    subprocess.run([sys.executable, REPOSITORY_ROOT / script, "--help"], check=True, stdout=subprocess.DEVNULL)
 
 
-def first_step(script: str, data_dir: Path) -> float:
-    """Seconds from the command to the end of its first step, with tokenizer and tokens in the cache."""
+def first_step(script: str, data_dir: Path) -> None:
+    """From the command to the end of its first step, with tokenizer and tokens in the cache."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        command = [sys.executable, str(REPOSITORY / script), "--preset", "cpu", "--data_dir", str(data_dir), "--quiet"]
-        command += ["--output_dir", f"{folder}/out", "--log_file", str(log), "--log_interval", "1"]
-        started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        arguments = ["--preset", "cpu", "--data_dir", data_dir, "--output_dir", f"{folder}/out", "--quiet"]
+        arguments += ["--log_file", log, "--log_interval", "1"]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen([sys.executable, REPOSITORY_ROOT / script, *arguments], **quiet)
         try:
             while "step 1/" not in (log.read_text(encoding="utf-8") if log.exists() else ""):
                 if process.poll() is not None:
                     raise RuntimeError(f"{script} ended with exit code {process.returncode} before its first step")
                 time.sleep(0.02)
-            return time.perf_counter() - started
         finally:
             process.kill()
             process.wait()
@@ -117,11 +109,10 @@ def measure(options: argparse.Namespace) -> Iterator[tuple[str, list[float]]]:
     from mvlm_core.hardware import choose_hardware
 
     for script in ENTRY_POINTS:
-        yield f"--help of {script}", seconds(partial(help_of, script), options.rounds)
+        yield f"--help of {script}", seconds(partial(show_help, script), options.rounds)
     for model, script in TRAINERS.items():
         first_step(script, options.data_dir)  # fills the cache
-        times = [first_step(script, options.data_dir) for _ in range(options.rounds)]
-        yield f"command to first step, {model}", times
+        yield f"command to first step, {model}", seconds(partial(first_step, script, options.data_dir), options.rounds)
     choose_hardware(device="cpu").apply()
     for model in TRAINERS:
         for name, shape in SHAPES.items():
@@ -132,18 +123,14 @@ def measure(options: argparse.Namespace) -> Iterator[tuple[str, list[float]]]:
         yield f"score of the whole test text, {model}", seconds(partial(score, model, options.data_dir), 1)
 
 
-def row(words: str, times: list[float]) -> str:
-    return f"| {words} | {statistics.median(times):.2f} ({min(times):.2f} … {max(times):.2f}) |"
-
-
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.new_parser(__doc__)
     parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR)
     parser.add_argument("--rounds", type=int, default=5, help="of each but the score [default 5]")
-    parser.add_argument("--json", type=Path, help="also write all figures here")
     options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        raise UserError(f"--rounds {options.rounds}: at least 1")
+    if problems := command.below_one(options, "rounds"):
+        raise UserError(problems)
+    options.data_dir = options.data_dir.absolute()
     return options
 
 
@@ -151,9 +138,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
     set_process_environment()
     found = {}
-    print("| what | seconds (least … most) |", "| --- | ---: |", sep="\n", flush=True)
+    print(command.head(("what", "seconds (least … most)")), flush=True)
     for words, times in measure(options):
-        print(row(words, times), flush=True)
+        print(command.row((words, command.spread(times, "{:.2f}", statistics.median))), flush=True)
         found[words] = times
     if options.json:
         write_json_atomic(options.json, found)

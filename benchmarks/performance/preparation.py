@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Corpus to tokens: how long it takes and how much memory, as the corpus grows, and what a second run costs.
 
+    python -m benchmarks.performance.preparation --copies 1,4,16
+
 The train text of the corpus is laid out once, four times and sixteen times (its files under other names; tokenizer and
 tokens are made as for any other text). Each size is prepared in a process of its own from an empty cache: the
 tokenizer is trained, all text is encoded and written. Then again, from the cache; and once more after one byte of one
@@ -13,22 +15,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from benchmarks import command
 from mvlm_core.data.corpus import load_corpus
-from mvlm_core.errors import UserError, run_main
-from mvlm_core.files import write_json_atomic
-from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
+from mvlm_core.errors import TrainingFailed, run_main
+from mvlm_core.hardware import set_process_environment
+from mvlm_core.settings import DEFAULT_DATA_DIR
 
 SAMPLE_SECONDS = 0.05
+CONTEXT = multiprocessing.get_context("spawn")
 
 
 def lay_out(data_dir: Path, only: str | None, copies: int, folder: Path) -> int:
@@ -45,59 +50,50 @@ def lay_out(data_dir: Path, only: str | None, copies: int, folder: Path) -> int:
     return size
 
 
-def prepare(data_dir: str, cache_dir: str, vocab_size: str) -> None:
-    """In a process of its own: what a trainer does before its first step; prints seconds and tokens."""
+def prepare(line: Connection, data_dir: Path, cache_dir: Path, vocab_size: int) -> None:
+    """In a process of its own: what a trainer does before its first step; sends seconds and tokens."""
+    set_process_environment()
     import mvlm_core.training.run as training_run
-    from mvlm_core.hardware import set_process_environment
     from prioritary_mvlm.config import PrioritaryConfig
     from prioritary_mvlm.enhanced_trainer import RECIPE
 
-    set_process_environment()
-    settings = PrioritaryConfig(
-        preset="h200", data_dir=data_dir, cache_dir=cache_dir, vocab_size=int(vocab_size), quiet=True
-    )
-    marks = {"start": time.perf_counter()}
-    plain = training_run.build_token_store
+    places = {"data_dir": str(data_dir), "cache_dir": str(cache_dir)}
+    settings = PrioritaryConfig(preset="h200", vocab_size=vocab_size, quiet=True, **places)
+    plain, marks = training_run.build_token_store, [time.perf_counter()]
 
     def timed(*arguments: Any, **named: Any) -> Any:
-        marks["tokenizer"] = time.perf_counter()
+        marks.append(time.perf_counter())
         return plain(*arguments, **named)
 
     training_run.build_token_store = timed
-    text = training_run.prepare_text(settings, RECIPE.tokenizer_class)
-    end = time.perf_counter()
-    answer = {
-        "tokenizer_seconds": marks["tokenizer"] - marks["start"],
-        "token_seconds": end - marks["tokenizer"],
-        "tokens": len(text.store.tokens),
-    }
-    print(json.dumps(answer), flush=True)
+    tokens = len(training_run.prepare_text(settings, RECIPE.tokenizer_class).store.tokens)
+    start, middle, end = *marks, time.perf_counter()
+    line.send({"tokenizer_seconds": middle - start, "token_seconds": end - middle, "tokens": tokens})
 
 
 def run(data_dir: Path, cache_dir: Path, vocab_size: int) -> dict[str, Any]:
     """One preparation: its own figures, the wall time of the whole process, and its peak memory."""
-    command = [sys.executable, "-m", "benchmarks.performance.preparation", "--prepare", str(data_dir), str(cache_dir)]
+    line, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=prepare, args=(theirs, data_dir, cache_dir, vocab_size), daemon=False)
     started, peak = time.perf_counter(), 0
-    process = psutil.Popen(
-        [*command, str(vocab_size)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY_ROOT
-    )
-    while process.poll() is None:
-        peak = max(peak, _alone(process))
+    process.start()
+    theirs.close()
+    while process.is_alive():
+        peak = max(peak, _alone(process.pid))
         time.sleep(SAMPLE_SECONDS)
-    output, errors = process.communicate()
-    if process.returncode:
-        raise RuntimeError(errors[-2000:])
-    return json.loads(output.splitlines()[-1]) | {"seconds": time.perf_counter() - started, "peak": peak}
+    if process.exitcode:
+        raise TrainingFailed(f"a preparation ended with exit code {process.exitcode}")
+    return line.recv() | {"seconds": time.perf_counter() - started, "peak": peak}
 
 
-def _alone(process: psutil.Process) -> int:
-    """Bytes that the process and its children hold and share with nobody."""
-    total, left = 0, [process]
+def _alone(pid: int) -> int:
+    """Bytes that the process and its descendants hold and share with nobody."""
+    total, left = 0, [pid]
     while left:
-        one = left.pop()
         try:
+            one = psutil.Process(left.pop())
             total += one.memory_full_info().uss
-            left += one.children()
+            left += [child.pid for child in one.children()]
         except psutil.Error:  # it has just ended
             continue
     return total
@@ -111,8 +107,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             size = lay_out(options.data_dir, options.data_subset, copies, data_dir)
             first, second = (run(data_dir, cache_dir, options.vocab_size) for _ in range(2))
             one = next((data_dir / "copy00").rglob("*.txt"))
-            text = one.read_bytes()
-            one.write_bytes(text.replace(b"e", b"a", 1))
+            one.write_bytes(one.read_bytes().replace(b"e", b"a", 1))
             stores = {path.name for path in (cache_dir / "tokens").iterdir()}
             run(data_dir, cache_dir, options.vocab_size)
             noticed = {path.name for path in (cache_dir / "tokens").iterdir()} > stores
@@ -124,45 +119,32 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    lines = ["| text, MB | tokenizer, s | tokens, s | MB/s | peak memory, MB | again, s | one byte changed |"]
-    lines.append("| ---: | ---: | ---: | ---: | ---: | ---: | --- |")
+    rows = []
     for one in found:
-        first, second = one["first"], one["second"]
-        again = second["tokenizer_seconds"] + second["token_seconds"]
-        lines.append(
-            f"| {one['bytes'] / 1e6:.1f} | {first['tokenizer_seconds']:.1f} | {first['token_seconds']:.1f} "
-            f"| {one['bytes'] / 1e6 / first['token_seconds']:.1f} | {first['peak'] / 1e6:.0f} | {again:.2f} "
-            f"| {'noticed' if one['noticed'] else 'NOT NOTICED'} |"
-        )
-    return "\n".join(lines)
+        first, second, size = one["first"], one["second"], one["bytes"] / 1e6
+        seconds = (f"{first['tokenizer_seconds']:.1f}", f"{first['token_seconds']:.1f}")
+        again = f"{second['tokenizer_seconds'] + second['token_seconds']:.2f}"
+        speed, peak = f"{size / first['token_seconds']:.1f}", f"{first['peak'] / 1e6:.0f}"
+        rows.append((f"{size:.1f}", *seconds, speed, peak, again, "noticed" if one["noticed"] else "NOT NOTICED"))
+    columns = ("text, MB", "tokenizer, s", "tokens, s", "MB/s", "peak memory, MB", "again, s", "one byte changed")
+    return command.table(columns, rows, left=0)
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.new_parser(__doc__)
     parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR)
     parser.add_argument("--data_subset", help="only this folder of it, such as bible/kjv")
-    parser.add_argument("--copies", default="1,4,16", help="times the text is laid out [default 1,4,16]")
+    copies = "times the text is laid out [default 1,4,16]"
+    parser.add_argument("--copies", type=command.whole_numbers, default=[1, 4, 16], help=copies)
     parser.add_argument("--vocab_size", type=int, default=32000, help="tokenizer entries [default 32000]")
-    parser.add_argument("--scratch", type=Path, help="where text and caches go meanwhile [default: the system's place]")
-    parser.add_argument("--json", type=Path, help="also write all figures here")
-    options = parser.parse_args(arguments)
-    numbers = options.copies.split(",")
-    if not all(number.isdecimal() and int(number) > 0 for number in numbers):
-        raise UserError([f"--copies {options.copies}: whole numbers above 0, with commas between"])
-    options.copies = [int(number) for number in numbers]
-    return options
+    parser.add_argument("--scratch", type=Path, help="temporary folder for text and caches [default: the system's]")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    given = sys.argv[1:] if arguments is None else arguments
-    if given[:1] == ["--prepare"]:
-        prepare(*given[1:])
-        return 0
-    options = parse_options(given)
+    options = parse_options(arguments)
     found = measure(options)
-    print(table(found))
-    if options.json:
-        write_json_atomic(options.json, found)
+    command.show(table(found), found, options)
     return 0 if all(one["noticed"] for one in found) else 1
 
 

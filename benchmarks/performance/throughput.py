@@ -8,8 +8,8 @@
     python -m benchmarks.performance.throughput --contexts 128,256,512,1024   our two, as many tokens a step in each
 
 Every contender lives in a process of its own; they take turns, a few steps at a time, so that what the machine does
-meanwhile meets all of them. A step is the whole step: batch, forward, backward, clipping, optimizer; one contender only
-multiplies what model 1's step multiplies, which no step is faster than. Printed are the medians over the rounds. FLOP/s
+meanwhile affects all of them. A step is the whole step: batch, forward, backward, clipping, optimizer; one contender
+only does the matrix products of model 1's step, which no step can beat. Printed are the medians over the rounds. FLOP/s
 count what is useful: products with weights and attention, forward and backward, not the optimizer's; their share is of
 the matrix product's own speed, measured between the rounds.
 
@@ -20,30 +20,34 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from benchmarks import command
 from benchmarks.experiments.runner import SETTINGS, recipe_of
-from mvlm_core.errors import UserError, run_main
+from mvlm_core.errors import TrainingFailed, UserError, run_main
 from mvlm_core.hardware import set_process_environment
-from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR, REPOSITORY_ROOT
+from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR
 
 WARM_UP = 2  # steps that allocate, not counted
+CONTEXT = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What is trained, for all contenders alike; ``layers_2`` and ``vocab_2`` are model 2's."""
+    """What is trained, for all contenders alike; ``layers_2``, ``vocab_2`` and ``head_2`` are model 2's."""
 
     width: int
     layers: int
@@ -56,6 +60,11 @@ class Shape:
     vocab_2: int
     head_2: str
 
+    @property
+    def tokens(self) -> int:
+        """Tokens per step."""
+        return self.batch * self.context
+
 
 SHAPES = {
     # The cpu preset, its baseline with GPT-2's own feed-forward width, which the peers cannot change.
@@ -63,10 +72,6 @@ SHAPES = {
     "124m": Shape(768, 12, 12, 3072, 50257, 1024, 2, 12, 32000, "tied"),
     "32k": Shape(256, 4, 4, 1024, 32000, 1024, 4, 4, 32000, "tied"),
 }
-PEERS = ("transformers.Trainer", "nanoGPT", "litgpt")
-GIVEN_PEERS = {"nanoGPT": "nanogpt", "litgpt": "litgpt"}  # that need a folder: the option that names it
-PRODUCTS = "model 1's products alone"
-CONTENDERS = ("mvlm_gpt2", "simone_enhanced", "simone_enhanced, coherence on", *PEERS, PRODUCTS)
 
 
 @dataclass
@@ -81,7 +86,7 @@ class Contender:
 
 def flops_per_token(matrix_parameters: int, layers: int, width: int, context: int) -> float:
     """Forward and backward, after Chowdhery et al. 2022 (arXiv 2204.02311, appendix B); torch's own count of both
-    models agrees within 3 % (``tests/test_cost_estimate.py``).
+    models agrees within 3 % (``tests/training/test_cost.py``).
 
     Args:
         matrix_parameters: weights that every token is multiplied with, the output matrix among them, embeddings not.
@@ -99,38 +104,28 @@ def matrices(model: Any) -> int:
     return tied + sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in looked_up)
 
 
-def ours(name: str, shape: Shape, folder: Path, given: dict[str, Any]) -> Contender:
-    """One of our two, by what the command line gave."""
+def ours(
+    model: str, shape: Shape, options: argparse.Namespace, folder: Path, coherence_weight: float = 0.0
+) -> Contender:
+    """One of our two models, by what the command line gave."""
     from mvlm_core.hardware import choose_hardware
     from mvlm_core.signals import StopRequest
     from mvlm_core.training.loop import TrainingLoop
     from mvlm_core.training.run import batch_source, build_task, prepare_text
 
-    second = name.startswith("simone")
-    model = "simone_enhanced" if second else "mvlm_gpt2"
-    values: dict[str, Any] = {
-        "preset": "cpu",
-        "hidden_dim": shape.width,
-        "num_heads": shape.heads,
-        "ff_dim": shape.ff_dim,
-        "num_layers": shape.layers_2 if second else shape.layers,
-        "vocab_size": shape.vocab_2 if second else shape.vocab,
-        "max_length": shape.context,
-        "batch_size": shape.batch,
-        "precision": given["precision"],
-        "quiet": True,
-        "max_steps": 10**6,
-        "output_dir": str(folder),
-        "data_dir": given["data_dir"],
-        "cache_dir": str(CACHE_DIR),
-    }
-    if second:
-        values |= {"output_head": shape.head_2, "coherence_weight": 0.3 if name.endswith("coherence on") else 0.0}
+    values: dict[str, Any] = {"preset": "cpu", "quiet": True, "max_steps": 10**6, "precision": options.precision}
+    values |= {"output_dir": str(folder), "cache_dir": str(CACHE_DIR), "data_dir": str(options.data_dir.absolute())}
+    values |= {"hidden_dim": shape.width, "num_heads": shape.heads, "ff_dim": shape.ff_dim}
+    values |= {"num_layers": shape.layers, "vocab_size": shape.vocab}
+    values |= {"max_length": shape.context, "batch_size": shape.batch}
+    if model == "simone_enhanced":
+        values |= {"num_layers": shape.layers_2, "vocab_size": shape.vocab_2, "output_head": shape.head_2}
+        values |= {"coherence_weight": coherence_weight}
     recipe, settings = recipe_of(model), SETTINGS[model](**values).check()
-    hardware = choose_hardware(precision=given["precision"])
+    hardware = choose_hardware(precision=options.precision)
     text = prepare_text(settings, recipe.tokenizer_class)
     batches = batch_source(settings, text)
-    ranks = ranks_of(given["processes"])
+    ranks = ranks_of(options.processes)
     built, task = build_task(recipe, settings, hardware, text, batches, {}, ranks)
     loop, stop = TrainingLoop(task, settings, hardware, folder, 10**6, ranks), StopRequest()
 
@@ -140,63 +135,43 @@ def ours(name: str, shape: Shape, folder: Path, given: dict[str, Any]) -> Conten
 
     serve_child(ranks, step)
     count = matrices(built.model)
-    if name.endswith("coherence on"):
+    if coherence_weight:
         count += built.model.lm_head.weight.numel() + shape.width**2  # the second prediction and its adapter
     flops = flops_per_token(count, settings.num_layers, shape.width, shape.context)
     return Contender(step, built.model.num_parameters(), flops, batches.tokens_per_batch)
 
 
-def nanogpt(shape: Shape, precision: str, folder: Path) -> Contender:
+def nanogpt(shape: Shape, options: argparse.Namespace, _folder: Path) -> Contender:
     """nanoGPT's model, optimizer and loss."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", options.nanogpt / "model.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    config = module.GPTConfig(
-        block_size=shape.context,
-        vocab_size=shape.vocab,
-        n_layer=shape.layers,
-        n_head=shape.heads,
-        n_embd=shape.width,
-        dropout=0.0,
-        bias=True,
-    )
-    model = module.GPT(config)
+    sizes = {"block_size": shape.context, "vocab_size": shape.vocab, "n_layer": shape.layers, "n_head": shape.heads}
+    model = module.GPT(module.GPTConfig(**sizes, n_embd=shape.width, dropout=0.0, bias=True))
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
-
-    def loss(inputs: Any, targets: Any) -> Any:
-        return model(inputs, targets)[1]
-
-    return plain_loop(model, optimizer, loss, shape, precision)
+    return plain_loop(model, optimizer, lambda inputs, targets: model(inputs, targets)[1], shape, options.precision)
 
 
-def litgpt(shape: Shape, precision: str, folder: Path) -> Contender:
+def litgpt(shape: Shape, options: argparse.Namespace, _folder: Path) -> Contender:
     """litgpt's GPT-NeoX at GPT-2's shape: rotary positions, an output matrix of its own, its own loss."""
     import torch
 
-    sys.path.append(str(folder))
+    sys.path.append(str(options.litgpt))  # the user's own folder, with what litgpt needs
     from litgpt.config import Config
     from litgpt.model import GPT
     from litgpt.utils import chunked_cross_entropy
 
-    config = Config(
-        block_size=shape.context,
-        padded_vocab_size=shape.vocab,
-        n_layer=shape.layers,
-        n_head=shape.heads,
-        n_embd=shape.width,
-        intermediate_size=shape.ff_dim,
-        parallel_residual=False,
-        mlp_class_name="GptNeoxMLP",
-        gelu_approximate="tanh",
-    )
-    model = GPT(config)
+    sizes = {"block_size": shape.context, "padded_vocab_size": shape.vocab, "n_layer": shape.layers}
+    sizes |= {"n_head": shape.heads, "n_embd": shape.width, "intermediate_size": shape.ff_dim}
+    layer = {"parallel_residual": False, "mlp_class_name": "GptNeoxMLP", "gelu_approximate": "tanh"}
+    model = GPT(Config(**sizes, **layer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def loss(inputs: Any, targets: Any) -> Any:
         return chunked_cross_entropy(model(inputs), targets, chunk_size=0)
 
-    return plain_loop(model, optimizer, loss, shape, precision)
+    return plain_loop(model, optimizer, loss, shape, options.precision)
 
 
 def plain_loop(model: Any, optimizer: Any, loss: Callable[..., Any], shape: Shape, precision: str) -> Contender:
@@ -215,28 +190,23 @@ def plain_loop(model: Any, optimizer: Any, loss: Callable[..., Any], shape: Shap
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    return Contender(step, *counted(model, shape))
+
+
+def counted(model: Any, shape: Shape) -> tuple[int, float, int]:
+    """The figures of a ``Contender`` with model 1's shape."""
     flops = flops_per_token(matrices(model), shape.layers, shape.width, shape.context)
-    return Contender(step, sum(p.numel() for p in model.parameters()), flops, shape.batch * shape.context)
+    return sum(p.numel() for p in model.parameters()), flops, shape.tokens
 
 
-def huggingface(shape: Shape, precision: str, folder: Path) -> Contender:
+def huggingface(shape: Shape, options: argparse.Namespace, folder: Path) -> Contender:
     """``transformers.Trainer`` with ``GPT2LMHeadModel``, its own optimizer and collator; dropout off as elsewhere."""
-    import threading
-
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
-    config = GPT2Config(
-        vocab_size=shape.vocab,
-        n_positions=shape.context,
-        n_embd=shape.width,
-        n_layer=shape.layers,
-        n_head=shape.heads,
-        embd_pdrop=0.0,
-        resid_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
-    model = GPT2LMHeadModel(config)
+    sizes = {"vocab_size": shape.vocab, "n_positions": shape.context, "n_embd": shape.width, "n_layer": shape.layers}
+    dropout = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.0)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **dropout, n_head=shape.heads))
     ids = torch.randint(shape.vocab, (64 * shape.batch, shape.context), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": row, "labels": row} for row in ids]
     go, done = threading.Semaphore(0), threading.Semaphore(0)
@@ -248,17 +218,10 @@ def huggingface(shape: Shape, precision: str, folder: Path) -> Contender:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             done.release()
 
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=shape.batch,
-        max_steps=10**6,
-        bf16=precision == "bf16",
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-    )
+    quiet = {"report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+    length = {"per_device_train_batch_size": shape.batch, "max_steps": 10**6}
+    precision = {"bf16": options.precision == "bf16", "use_cpu": True}
+    arguments = TrainingArguments(output_dir=str(folder), **quiet, **length, **precision)
     trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[TakesTurns()])
     threading.Thread(target=trainer.train, daemon=True).start()
 
@@ -266,12 +229,11 @@ def huggingface(shape: Shape, precision: str, folder: Path) -> Contender:
         go.release()
         done.acquire()
 
-    flops = flops_per_token(matrices(model), shape.layers, shape.width, shape.context)
-    return Contender(step, model.num_parameters(), flops, shape.batch * shape.context)
+    return Contender(step, *counted(model, shape))
 
 
-def products_alone(shape: Shape, precision: str, processes: int = 1) -> Contender:
-    """What model 1's step multiplies, forward and backward, and nothing else: how fast a step could be if norms,
+def products_alone(shape: Shape, options: argparse.Namespace, _folder: Path) -> Contender:
+    """The matrix products of model 1's step, forward and backward, and nothing else: how fast a step could be if norms,
     activations, softmax over the vocabulary, optimizer and all else were free."""
     import torch
     import torch.nn.functional as F
@@ -279,9 +241,9 @@ def products_alone(shape: Shape, precision: str, processes: int = 1) -> Contende
     from mvlm_core.training.cross_entropy import rows_at_a_time
 
     width, heads = shape.width, shape.heads
-    ranks = ranks_of(processes)
+    ranks = ranks_of(options.processes)
     batch = shape.batch // ranks.world
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     scale = width**-0.5
 
     def matrix(rows: int, columns: int) -> Any:
@@ -337,7 +299,7 @@ def serve_child(ranks: Any, step: Callable[[], None]) -> None:
         ranks.end()
 
 
-def random_batches(shape: Shape):
+def random_batches(shape: Shape) -> Iterator[tuple[Any, Any]]:
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -347,48 +309,46 @@ def random_batches(shape: Shape):
             yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
 
-def serve(text: str) -> None:
-    """One contender: says what it is, then makes as many steps as each line of its input asks for."""
-    given = json.loads(text)
-    name, shape, precision = given["name"], Shape(**given["shape"]), given["precision"]
+# Peers, which run as they come; two of them need a folder: the option that names it, and a file that must be in it.
+PEERS = {"transformers.Trainer": huggingface, "nanoGPT": nanogpt, "litgpt": litgpt}
+GIVEN_PEERS = {"nanoGPT": ("nanogpt", "model.py"), "litgpt": ("litgpt", "litgpt/model.py")}
+PRODUCTS = "model 1's products alone"
+CONTENDERS = {
+    "mvlm_gpt2": partial(ours, "mvlm_gpt2"),
+    "simone_enhanced": partial(ours, "simone_enhanced"),
+    "simone_enhanced, coherence on": partial(ours, "simone_enhanced", coherence_weight=0.3),
+    **PEERS,
+    PRODUCTS: products_alone,
+}
+
+
+def serve(line: Connection, name: str, shape: Shape, options: argparse.Namespace, folder: Path) -> None:
+    """A contender's process: sends its figures, then makes as many steps as each message asks for."""
     set_process_environment()
+    os.dup2(2, 1)  # what libraries print is not part of the table
 
     import torch
 
     from mvlm_core.hardware import choose_hardware
     from mvlm_core.monitor import peak_memory
 
-    hardware = choose_hardware(precision=precision)
+    hardware = choose_hardware(precision=options.precision)
     if name in PEERS:  # as they come, on as many threads
         torch.set_num_threads(hardware.threads)
     else:
         hardware.apply()
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
-    with tempfile.TemporaryDirectory() as folder:
-        if name == "nanoGPT":
-            contender = nanogpt(shape, precision, Path(given["nanogpt"]))
-        elif name == "litgpt":
-            contender = litgpt(shape, precision, Path(given["litgpt"]))
-        elif name == PRODUCTS:
-            contender = products_alone(shape, precision, given["processes"])
-        elif name == "transformers.Trainer":
-            contender = huggingface(shape, precision, Path(folder))
-        else:
-            contender = ours(name, shape, Path(folder), given)
-        before = peak_memory()
-        for _ in range(WARM_UP):
-            contender.step()
-        facts = {key: value for key, value in asdict(replace(contender, step=None)).items() if key != "step"}
-        print(json.dumps(facts | {"before": before}), file=answers, flush=True)
-        for line in sys.stdin:
-            seconds = []
-            for _ in range(int(line)):
-                started = time.perf_counter()
-                contender.step()
-                seconds.append(time.perf_counter() - started)
-            print(json.dumps({"seconds": seconds, "peak": peak_memory()}), file=answers, flush=True)
-        os._exit(0)  # a trainer that still waits for its turn would keep the process
+    one = CONTENDERS[name](shape, options, folder)
+    before = peak_memory()
+    for _ in range(WARM_UP):
+        one.step()
+    line.send({key: value for key, value in vars(one).items() if key != "step"} | {"before": before})
+    while True:
+        seconds = []
+        for _ in range(line.recv()):
+            started = time.perf_counter()
+            one.step()
+            seconds.append(time.perf_counter() - started)
+        line.send((statistics.median(seconds), peak_memory()))
 
 
 def matmul_peak(precision: str, size: int = 2048, rounds: int = 5) -> float:
@@ -406,50 +366,51 @@ def matmul_peak(precision: str, size: int = 2048, rounds: int = 5) -> float:
 
 
 class Process:
-    """A contender's process."""
+    """A contender's process; its errors go to our stderr."""
 
-    def __init__(self, name: str, shape: Shape, options: argparse.Namespace, label: str | None = None) -> None:
-        self.name, self.seconds, self.peak = label or name, [], 0
-        given = {"name": name, "shape": asdict(shape), "precision": options.precision}
-        given |= {option: str(vars(options)[option]) for option in GIVEN_PEERS.values()}
-        given["data_dir"] = str(options.data_dir.absolute())
-        given["processes"] = options.processes
-        job = json.dumps(given)
-        command = [sys.executable, "-m", "benchmarks.performance.throughput", "--serve", job]
-        self.log = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, cwd=REPOSITORY_ROOT
-        )
+    def __init__(self, name: str, shape: Shape, label: str, options: argparse.Namespace, scratch: str) -> None:
+        self.name, self.seconds, self.peak = label, [], 0
+        self.line, theirs = CONTEXT.Pipe()
+        folder = Path(tempfile.mkdtemp(dir=scratch))
+        self.process = CONTEXT.Process(target=serve, args=(theirs, name, shape, options, folder), daemon=True)
+        self.process.start()
+        theirs.close()
         self.facts = self._answer()
 
-    def _answer(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
-        if not line:
-            self.log.seek(0)
-            raise RuntimeError(f"{self.name} ended: {self.log.read()[-2000:]}")
-        return json.loads(line)
+    def _answer(self) -> Any:
+        try:
+            return self.line.recv()
+        except (EOFError, ConnectionError):
+            raise TrainingFailed(f"{self.name}: its process ended") from None
 
     def turn(self, steps: int) -> None:
-        with suppress(BrokenPipeError):  # of one that ended its answer tells
-            self.process.stdin.write(f"{steps}\n")
-            self.process.stdin.flush()
-        answer = self._answer()
-        self.seconds.append(statistics.median(answer["seconds"]))
-        self.peak = answer["peak"]
+        with suppress(BrokenPipeError):  # a process that has ended: the missing answer tells
+            self.line.send(steps)
+        seconds, self.peak = self._answer()
+        self.seconds.append(seconds)
 
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.log.close()
+    def result(self, peak: float) -> dict[str, Any]:
+        """Its figures over all rounds; ``peak``: FLOP/s of a matrix product."""
+        tokens, seconds = self.facts["tokens_per_step"], statistics.median(self.seconds)
+        rates = [tokens / s for s in self.seconds]
+        flops = self.facts["flops_per_token"] * tokens / seconds
+        return self.facts | {
+            "tokens_per_second": statistics.median(rates),
+            "rates": rates,
+            "flops_per_second": flops,
+            "share_of_peak": flops / peak,
+            "peak_memory": self.peak,
+            "step_memory": self.peak - self.facts["before"],
+            "rounds": self.seconds,
+        }
 
 
 def contenders(shape: Shape, options: argparse.Namespace) -> list[tuple[str, Shape, str]]:
     """Name, shape and label of each process."""
     if options.contexts:
-        tokens = shape.batch * shape.context
-        shapes = [replace(shape, context=context, batch=max(1, tokens // context)) for context in options.contexts]
-        return [(name, one, f"{name}, context {one.context:,}") for name in CONTENDERS[:2] for one in shapes]
-    names = [name for name in CONTENDERS if name not in GIVEN_PEERS or vars(options)[GIVEN_PEERS[name]]]
+        shapes = [replace(shape, context=c, batch=max(1, shape.tokens // c)) for c in options.contexts]
+        return [(name, one, f"{name}, context {one.context:,}") for name in SETTINGS for one in shapes]
+    names = [name for name in CONTENDERS if name not in GIVEN_PEERS or vars(options)[GIVEN_PEERS[name][0]]]
     return [(name, shape, name) for name in names if not options.only or name in options.only]
 
 
@@ -461,98 +422,62 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     shape = SHAPES[options.shape]
     if options.batch_size:
         shape = replace(shape, batch=options.batch_size)
-    if options.context:
-        shape = replace(shape, context=options.context)
     processes: list[Process] = []
-    try:
-        for name, of_its_own, label in contenders(shape, options):
-            processes.append(Process(name, of_its_own, options, label))
-            print(f"{label}: ready", file=sys.stderr, flush=True)
-        peaks = []
-        for _ in range(options.rounds):
-            peaks.append(matmul_peak(options.precision))
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            for name, own_shape, label in contenders(shape, options):
+                processes.append(Process(name, own_shape, label, options, scratch))
+                print(f"{label}: ready", file=sys.stderr, flush=True)
+            peaks = []
+            for _ in range(options.rounds):
+                peaks.append(matmul_peak(options.precision))
+                for process in processes:
+                    process.turn(options.steps)
+        finally:
             for process in processes:
-                process.turn(options.steps)
-        peak = statistics.median(peaks)
-        found = {}
-        for process in processes:
-            facts, seconds = process.facts, statistics.median(process.seconds)
-            rates = [facts["tokens_per_step"] / s for s in process.seconds]
-            flops = facts["flops_per_token"] * facts["tokens_per_step"] / seconds
-            found[process.name] = facts | {
-                "tokens_per_second": statistics.median(rates),
-                "least": min(rates),
-                "most": max(rates),
-                "flops_per_second": flops,
-                "share_of_peak": flops / peak,
-                "peak_memory": process.peak,
-                "step_memory": process.peak - facts["before"],
-                "rounds": process.seconds,
-            }
-        return {"shape": asdict(shape), "precision": options.precision, "matmul_peak": peak, "contenders": found}
-    finally:
-        for process in processes:
-            process.close()
+                process.process.kill()
+                process.process.join()
+    peak = statistics.median(peaks)
+    found = {process.name: process.result(peak) for process in processes}
+    return {"shape": asdict(shape), "precision": options.precision, "matmul_peak": peak, "contenders": found}
 
 
 def table(result: dict[str, Any]) -> str:
-    contenders = result["contenders"]
-    first = next(iter(contenders.values()))
-    lines = ["| contender | parameters | tokens/s (least … most) | ratio | GFLOP/s | of the peak | memory, MB |"]
-    lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for name, one in contenders.items():
-        # Paired by round: what the machine did in a round met both.
+    first, rows = next(iter(result["contenders"].values())), []
+    for name, one in result["contenders"].items():
+        # Paired by round: what the machine did in a round affected both.
         paired = [theirs / mine for mine, theirs in zip(one["rounds"], first["rounds"], strict=True)]
-        scale = first["tokens_per_step"] / one["tokens_per_step"]
-        ratio = statistics.median(paired) / scale
-        rate = f"{one['tokens_per_second']:,.0f} ({one['least']:,.0f} … {one['most']:,.0f})"
-        lines.append(
-            f"| {name} | {one['parameters']:,} | {rate} | {ratio:.2f} "
-            f"| {one['flops_per_second'] / 1e9:.0f} | {one['share_of_peak']:.0%} "
-            f"| {one['peak_memory'] / 1e6:,.0f} ({one['step_memory'] / 1e6:+,.0f} by steps) |"
-        )
-    lines.append("")
-    lines.append(f"{result['precision']}, {result['shape']}; matrix product {result['matmul_peak'] / 1e9:.0f} GFLOP/s.")
-    return "\n".join(lines)
-
-
-def numbers(text: str) -> list[int]:
-    """Whole numbers with commas between."""
-    return [int(part) for part in text.split(",")]
+        ratio = statistics.median(paired) * one["tokens_per_step"] / first["tokens_per_step"]
+        rate = command.spread(one["rates"], "{:,.0f}", statistics.median)
+        flops = (f"{one['flops_per_second'] / 1e9:.0f}", f"{one['share_of_peak']:.0%}")
+        memory = f"{one['peak_memory'] / 1e6:,.0f} ({one['step_memory'] / 1e6:+,.0f} by steps)"
+        rows.append((name, f"{one['parameters']:,}", rate, f"{ratio:.2f}", *flops, memory))
+    columns = ("contender", "parameters", "tokens/s (least … most)", "ratio", "GFLOP/s", "of the peak", "memory, MB")
+    end = f"{result['precision']}, {result['shape']}; matrix product {result['matmul_peak'] / 1e9:.0f} GFLOP/s."
+    return f"{command.table(columns, rows)}\n\n{end}"
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=tuple(SHAPES), default="cpu", help="[default cpu]")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of all of them [default fp32]")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each contender [default 7]")
-    parser.add_argument("--steps", type=int, default=3, help="steps a turn [default 3]")
-    parser.add_argument("--batch_size", type=int, help="sequences a step [default: the shape's]")
-    parser.add_argument("--context", type=int, help="tokens a sequence [default: the shape's]")
-    parser.add_argument(
-        "--contexts",
-        type=numbers,
-        help="our two models alone, at each of these contexts, with commas between",
-    )
-    parser.add_argument("--only", type=lambda text: text.split(";"), help="these contenders, with semicolons between")
-    parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR, help="text of our two")
-    parser.add_argument(
-        "--processes",
-        type=int,
-        default=1,
-        help="that share each batch of our two; their memory is then the first one's alone [default 1]",
-    )
-    parser.add_argument("--nanogpt", type=Path, help="folder of nanoGPT's model.py")
-    parser.add_argument("--litgpt", type=Path, help="folder of the package litgpt and what it needs")
-    parser.add_argument("--json", type=Path, help="also write all figures here")
-    parser.add_argument("--serve", metavar="JSON", help=argparse.SUPPRESS)
+    parser = command.new_parser(__doc__)
+    add = parser.add_argument
+    add("--shape", choices=tuple(SHAPES), default="cpu", help="[default cpu]")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of all of them [default fp32]")
+    add("--rounds", type=int, default=7, help="turns of each contender [default 7]")
+    add("--steps", type=int, default=3, help="steps per turn [default 3]")
+    add("--batch_size", type=int, help="sequences per step [default: the shape's]")
+    add("--contexts", type=command.whole_numbers, help="our two models alone, at each of these contexts")
+    add("--only", type=lambda text: text.split(";"), help="these contenders, separated by semicolons")
+    add("--data_dir", type=Path, default=DEFAULT_DATA_DIR, help="text of our two")
+    workers = "CPU workers that share each batch of our two; memory is then the first one's alone [default 1]"
+    add("--processes", type=int, default=1, help=workers)
+    add("--nanogpt", type=Path, help="folder of nanoGPT's model.py")
+    add("--litgpt", type=Path, help="folder of the package litgpt and its dependencies")
     options = parser.parse_args(arguments)
-    problems = [f"--{name} must be at least 1" for name in ("rounds", "steps", "processes") if vars(options)[name] < 1]
-    problems += [f"--contexts {context}: must be at least 2" for context in options.contexts or () if context < 2]
-    if options.nanogpt and not (options.nanogpt / "model.py").is_file():
-        problems.append(f"--nanogpt {options.nanogpt}: has no model.py")
-    if options.litgpt and not (options.litgpt / "litgpt" / "model.py").is_file():
-        problems.append(f"--litgpt {options.litgpt}: has no package litgpt")
+    problems = command.below_one(options, "rounds", "steps", "processes")
+    problems += [f"--contexts {context}: at least 2" for context in options.contexts or () if context < 2]
+    for option, file in GIVEN_PEERS.values():
+        if (folder := vars(options)[option]) and not (folder / file).is_file():
+            problems.append(f"--{option} {folder}: has no {file}")
     if problems:
         raise UserError(problems)
     return options
@@ -561,13 +486,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
     set_process_environment()
-    if options.serve:
-        serve(options.serve)
-        return 0
     result = measure(options)
-    print(table(result))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    command.show(table(result), result, options)
     return 0
 
 

@@ -9,8 +9,7 @@ every history record but its times, and the archive against the export.
 
 from __future__ import annotations
 
-import argparse
-import json
+import itertools
 import multiprocessing
 import os
 import random
@@ -19,9 +18,14 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import command
+from mvlm_core.errors import run_main
+
+MODELS = ("mvlm_gpt2", "simone_enhanced")
 STEPS, CHECKPOINT_INTERVAL = 24, 4
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"}
 TIMES = ("seconds", "tokens_per_second", "memory_bytes")
@@ -59,17 +63,9 @@ def job(model: str, corpus: str, place: str, kill_before: int | None, count: Any
 
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    settings = tiny_settings(
-        model,
-        Path(corpus),
-        Path(place),
-        max_steps=STEPS,
-        checkpoint_interval=CHECKPOINT_INTERVAL,
-        eval_interval=6,
-        log_interval=1,
-        dropout=0.1,
-        cache_dir=str(Path(corpus).parent / "cache"),
-    )
+    intervals = {"checkpoint_interval": CHECKPOINT_INTERVAL, "eval_interval": 6, "log_interval": 1}
+    changes = intervals | {"max_steps": STEPS, "dropout": 0.1, "cache_dir": str(Path(corpus).parent / "cache")}
+    settings = tiny_settings(model, Path(corpus), Path(place), **changes)
     count_file_events(place, kill_before, count)
     try:
         folder = run_training(recipe_of(model), settings)
@@ -80,8 +76,9 @@ def job(model: str, corpus: str, place: str, kill_before: int | None, count: Any
 
 @dataclass
 class Outcome:
-    """What one kind of fault did to the runs."""
+    """What one kind of fault did to the runs of one model."""
 
+    model: str
     fault: str
     tried: int = 0
     runs: int = 0
@@ -132,10 +129,8 @@ class Bench:
 
         folder, archive = place / self.model, place / f"{self.model}_model.tar.gz"
         newest = newest_checkpoint(folder / "checkpoints")
-        history = [
-            {k: v for k, v in record.items() if k not in TIMES}
-            for record in read_history(folder / "training_history.jsonl")
-        ]
+        records = read_history(folder / "training_history.jsonl")
+        history = [{k: v for k, v in record.items() if k not in TIMES} for record in records]
         return {
             "step": newest.step,
             "checkpoint": {n: sha256_file(newest.folder / f"{n}.safetensors") for n in ("model", "optimizer")},
@@ -150,16 +145,15 @@ class Bench:
         from mvlm_core.training.checkpoint import DamagedCheckpoint, checkpoint_folders, open_checkpoint
         from mvlm_core.training.history import read_history
 
-        folders = checkpoint_folders(place / self.model / "checkpoints")
-        records = read_history(place / self.model / "training_history.jsonl")
-        if not folders:
-            return
-        try:
-            step = open_checkpoint(folders[-1]).step
-        except DamagedCheckpoint:
-            outcome.lost_checkpoints += 1
-            return
-        outcome.repeated.append(max(0, (records[-1]["step"] if records else 0) - step))
+        outcome.tried += 1
+        if folders := checkpoint_folders(place / self.model / "checkpoints"):
+            records = read_history(place / self.model / "training_history.jsonl")
+            try:
+                step = open_checkpoint(folders[-1]).step
+            except DamagedCheckpoint:
+                outcome.lost_checkpoints += 1
+            else:
+                outcome.repeated.append(max(0, (records[-1]["step"] if records else 0) - step))
 
     def finish(self, place: Path, outcome: Outcome) -> None:
         """Start once more, undisturbed, and compare."""
@@ -169,113 +163,93 @@ class Bench:
             outcome.differing += 1
             print(f"  differs: {outcome.fault}, {place}, exit code {code}", flush=True)
 
-    def kill_at_random(self, kills: int, chance: random.Random) -> Outcome:
-        """Kill each run some times at moments drawn evenly from its whole length."""
-        outcome = Outcome("SIGKILL at a random moment")
-        while outcome.tried < kills:
-            place = self.root / f"random{outcome.runs}"
-            for _ in range(min(5, kills - outcome.tried)):
-                code, _ = self.start(place, after=chance.uniform(0, self.seconds))
-                if code == 0:  # it was faster
-                    continue
-                outcome.tried += 1
-                self.after_fault(place, outcome)
+    def stop_at_random(self, number: signal.Signals, count: int, chance: random.Random) -> Outcome:
+        """Signal each run some times, at moments drawn evenly from its whole length."""
+        outcome = Outcome(self.model, f"{number.name} at a random moment")
+        while outcome.tried < count:
+            place = self.root / f"{number.name}{outcome.runs}"
+            for _ in range(min(5, count - outcome.tried)):
+                code, _ = self.start(place, after=chance.uniform(0, self.seconds), number=number)
+                if code != 0:  # else the run was faster
+                    self.after_fault(place, outcome)
             self.finish(place, outcome)
         return outcome
 
     def kill_at_writes(self, every: int) -> Outcome:
         """Kill before each ``every``-th operation on a file: checkpoints, export, archive, and all between."""
-        outcome = Outcome("SIGKILL before a file operation")
+        outcome = Outcome(self.model, "SIGKILL before a file operation")
         for number in range(1, self.events + 1, every):
             place = self.root / f"write{number}"
             self.start(place, kill_before=number)
-            outcome.tried += 1
             self.after_fault(place, outcome)
-            self.finish(place, outcome)
-        return outcome
-
-    def stop_at_random(self, stops: int, chance: random.Random) -> Outcome:
-        outcome = Outcome("SIGTERM at a random moment")
-        while outcome.tried < stops:
-            place = self.root / f"stop{outcome.runs}"
-            for _ in range(min(5, stops - outcome.tried)):
-                self.start(place, after=chance.uniform(0, self.seconds), number=signal.SIGTERM)
-                outcome.tried += 1
-                self.after_fault(place, outcome)
             self.finish(place, outcome)
         return outcome
 
     def damage_newest(
         self, chance: random.Random, files: tuple[str, ...] = FILES, damages: tuple[str, ...] = DAMAGES
     ) -> Outcome:
-        """Kill in the middle, damage one file of the newest checkpoint, go on."""
+        """Kill in the middle, damage one file of the newest checkpoint, resume."""
         from mvlm_core.training.checkpoint import checkpoint_folders
 
-        outcome = Outcome("newest checkpoint damaged")
-        for name in files:
-            for damage in damages:
-                place = self.root / f"damage{outcome.tried}"
-                self.start(place, kill_before=int(self.events * chance.uniform(0.4, 0.6)))
-                file = checkpoint_folders(place / self.model / "checkpoints")[-1] / name
-                content = bytearray(file.read_bytes())
-                if damage == "delete":
-                    file.unlink()
-                elif damage == "cut in half":
-                    file.write_bytes(content[: len(content) // 2])
-                else:
-                    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
-                    file.write_bytes(content)
-                outcome.tried += 1
-                self.finish(place, outcome)
+        outcome = Outcome(self.model, "newest checkpoint damaged")
+        for name, damage in itertools.product(files, damages):
+            place = self.root / f"damage{outcome.tried}"
+            self.start(place, kill_before=int(self.events * chance.uniform(0.4, 0.6)))
+            file = checkpoint_folders(place / self.model / "checkpoints")[-1] / name
+            content = bytearray(file.read_bytes())
+            if damage == "delete":
+                file.unlink()
+            elif damage == "cut in half":
+                file.write_bytes(content[: len(content) // 2])
+            else:
+                content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+                file.write_bytes(content)
+            outcome.tried += 1
+            self.finish(place, outcome)
         return outcome
 
 
-def table(rows: list[tuple[str, Outcome]]) -> str:
-    lines = ["| model | fault | tried | runs finished | differing | lost checkpoints | steps repeated, mean |"]
-    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
-    for model, outcome in rows:
-        mean = sum(outcome.repeated) / len(outcome.repeated) if outcome.repeated else 0.0
-        lines.append(
-            f"| {model} | {outcome.fault} | {outcome.tried} | {outcome.runs} | {outcome.differing} | "
-            f"{outcome.lost_checkpoints} | {mean:.1f} |"
-        )
-    return "\n".join(lines)
+def table(outcomes: list[Outcome]) -> str:
+    rows = []
+    for one in outcomes:
+        mean = sum(one.repeated) / len(one.repeated) if one.repeated else 0.0
+        counts = (one.tried, one.runs, one.differing, one.lost_checkpoints)
+        rows.append((one.model, one.fault, *counts, f"{mean:.1f}"))
+    columns = ("model", "fault", "tried", "runs finished", "differing", "lost checkpoints", "steps repeated, mean")
+    return command.table(columns, rows, left=2)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str] | None = None) -> int:
+    parser = command.new_parser(__doc__)
     parser.add_argument("--kills", type=int, default=100, help="kills at random moments, a model [default 100]")
     parser.add_argument("--every", type=int, default=1, help="kill before every N-th file operation [default 1]")
-    parser.add_argument("--models", default="mvlm_gpt2,simone_enhanced", help="which, with a comma between")
+    parser.add_argument("--only", default=",".join(MODELS), help="these models, separated by commas [default both]")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="also write the counts here")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     CONTEXT.set_forkserver_preload(PRELOAD)
     from tests.helpers import build_tiny_corpus
 
-    rows: list[tuple[str, Outcome]] = []
-    for model in options.models.split(","):
+    outcomes: list[Outcome] = []
+    for model in command.chosen(options.only, MODELS):
         with tempfile.TemporaryDirectory(prefix="faults-") as folder:
             root = Path(folder)
             bench = Bench(model, build_tiny_corpus(root / "corpus"), root)
             print(f"{model}: undisturbed in {bench.seconds:.1f} s, {bench.events} file operations", flush=True)
-            faults = (
-                lambda bench=bench: bench.kill_at_random(options.kills, random.Random(options.seed)),
-                lambda bench=bench: bench.kill_at_writes(options.every),
-                lambda bench=bench: bench.stop_at_random(max(5, options.kills // 5), random.Random(options.seed + 1)),
-                lambda bench=bench: bench.damage_newest(random.Random(options.seed + 2)),
-            )
-            for inject in faults:
-                outcome = inject()
-                rows.append((model, outcome))
-                print(f"  {outcome.fault}: {outcome.tried} tried, {outcome.differing} differing", flush=True)
-    print(table(rows))
-    print(f"{STEPS} steps a run, a checkpoint every {CHECKPOINT_INTERVAL}; seed {options.seed}")
-    if options.json:
-        options.json.write_text(json.dumps([{"model": m, **vars(o)} for m, o in rows], indent=1))
-    return 0 if all(outcome.survived for _, outcome in rows) else 1
+            kills, stops, damage = (random.Random(options.seed + n) for n in range(3))
+            for inject in (
+                partial(bench.stop_at_random, signal.SIGKILL, options.kills, kills),
+                partial(bench.kill_at_writes, options.every),
+                partial(bench.stop_at_random, signal.SIGTERM, max(5, options.kills // 5), stops),
+                partial(bench.damage_newest, damage),
+            ):
+                outcomes.append(inject())
+                done = outcomes[-1]
+                print(f"  {done.fault}: {done.tried} tried, {done.differing} differing", flush=True)
+    end = f"{STEPS} steps a run, a checkpoint every {CHECKPOINT_INTERVAL}; seed {options.seed}"
+    command.show(f"{table(outcomes)}\n{end}", [vars(outcome) for outcome in outcomes], options)
+    return 0 if all(outcome.survived for outcome in outcomes) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

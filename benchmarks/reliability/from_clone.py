@@ -11,7 +11,6 @@ Exit codes: 0 all worked, 1 a step failed (its output is shown), 2 bad arguments
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
@@ -21,7 +20,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mvlm_core.settings import REPOSITORY_ROOT as REPOSITORY
+from benchmarks import command
+from mvlm_core.errors import run_main
+from mvlm_core.settings import REPOSITORY_ROOT
 
 USED = ("torch", "transformers")  # what DOWNLOAD_INSTRUCTIONS.md asks for
 
@@ -79,7 +80,7 @@ def steps(place: Path) -> list[tuple[str, Callable[[], str]]]:
         return ", ".join(sorted(path.name for path in downloads.iterdir()))
 
     return [
-        ("git clone", lambda: run(["git", "clone", "--quiet", REPOSITORY, clone], place)),
+        ("git clone", lambda: run(["git", "clone", "--quiet", REPOSITORY_ROOT, clone], place)),
         ("setup_environment.sh", lambda: run(["bash", "setup_environment.sh"], clone).strip().splitlines()[-1]),
         ("train_all_models.py --preset smoke", job),
         ("download", fetch),
@@ -89,21 +90,21 @@ def steps(place: Path) -> list[tuple[str, Callable[[], str]]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scratch", type=Path, help="where all of it goes meanwhile [default: the system's place]")
+    parser = command.new_parser(__doc__, json=False)
+    parser.add_argument("--scratch", type=Path, help="temporary folder for all of it [default: the system's]")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=options.scratch) as place:
-        print("| step | seconds | |\n| --- | ---: | --- |", flush=True)
+        print(command.head(("step", "seconds", "")), flush=True)
         for words, do in steps(Path(place)):
             started = time.monotonic()
             try:
                 told = do()
             except Failed as error:
-                print(f"| {words} | {time.monotonic() - started:.0f} | FAILED |\n\n{error}")
+                print(command.row((words, f"{time.monotonic() - started:.0f}", "FAILED")), error, sep="\n\n")
                 return 1
-            print(f"| {words} | {time.monotonic() - started:.0f} | {told} |", flush=True)
+            print(command.row((words, f"{time.monotonic() - started:.0f}", told)), flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)
