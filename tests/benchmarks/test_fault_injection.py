@@ -1,6 +1,7 @@
-"""A few faults of ``benchmarks/fault_injection.py``: killed, stopped and damaged runs end as undisturbed ones."""
+"""Faults of ``benchmarks/reliability/fault_injection.py``: killed, stopped, damaged runs end as undisturbed ones."""
 
 import random
+import signal
 
 import pytest
 
@@ -16,7 +17,7 @@ def bench(tmp_path_factory):
 
 
 def test_killed_at_random_moments(bench):
-    outcome = bench.kill_at_random(4, random.Random(0))
+    outcome = bench.stop_at_random(signal.SIGKILL, 4, random.Random(0))
     assert outcome.tried == 4 and outcome.survived
 
 

@@ -1,4 +1,4 @@
-"""``benchmarks/gpu_check.py``, tried on the processor: its table, and that it notices a wrong device."""
+"""``benchmarks/performance/gpu_check.py``, tried on the CPU: its table, and that it notices a wrong device."""
 
 from benchmarks.performance import gpu_check
 

@@ -1,4 +1,6 @@
-"""``benchmarks/latency.py``: what it times is the real thing, on a small scale."""
+"""``benchmarks/performance/latency.py``: what it times is the real thing, on a small scale."""
+
+import json
 
 import pytest
 
@@ -18,5 +20,18 @@ def test_generation_is_timed_with_and_without_the_cache(model, monkeypatch):
     assert calls == [1] * 6 + [1, 2, 3, 4, 5, 6], "with the cache each pass reads one token"
 
 
-def test_the_table_has_median_and_spread():
-    assert latency.row("it", [3.0, 1.0, 2.0]) == "| it | 2.00 (1.00 … 3.00) |"
+def test_the_table_has_median_and_spread(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(latency, "measure", lambda options: [("it", [3.0, 1.0, 2.0])])
+    assert latency.main(["--json", str(tmp_path / "found.json")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "| it | 2.00 (1.00 … 3.00) |"
+    assert json.loads((tmp_path / "found.json").read_text()) == {"it": [3.0, 1.0, 2.0]}
+
+
+def test_scoring_reads_the_whole_test_text(tiny_corpus, monkeypatch):
+    monkeypatch.setattr(latency, "CACHE_DIR", tiny_corpus.parent / "cache")
+    seen = []
+    monkeypatch.setattr(
+        "mvlm_core.evaluation.bits_per_byte.score_documents", lambda *arguments, **_: seen.extend(arguments[2])
+    )
+    latency.score("mvlm_gpt2", tiny_corpus)
+    assert [key for key, _ in seen] == ["bible/kjv/21-ecclesiastes.txt", "bible/plain/21-ecclesiastes.txt"]

@@ -1,5 +1,6 @@
-"""``benchmarks/scaling.py``: the parabola and the power law by known answers, the runs by their settings."""
+"""``benchmarks/experiments/scaling.py``: parabola, power law and rule by known answers, runs by their settings."""
 
+import json
 import math
 from collections import Counter
 
@@ -66,33 +67,63 @@ def test_sizes_are_what_they_say_and_settings_are_valid(tmp_path, tiny_corpus):
     options = options_of(tmp_path, tiny_corpus)
     for model, rate in scaling.STARTS.items():
         folders = set()
-        for search in (*scaling.searches(model, options), *scaling.batch_searches(model, options)):
-            settings = search.runs(rate)[0].settings().check()
-            assert settings.hidden_dim // settings.num_heads == 64 and settings.max_bytes == options.max_bytes
-            assert settings.batch_size == search.batch
-            folders.add(settings.output_dir)
-            assert search.points() == {} and search.best() is None
-        (longer,) = scaling.length_searches(model, options)
+        for part in ("learning_rates", "batches"):
+            for search in scaling.searches(part, model, options):
+                settings = search.runs(rate)[0].settings().check()
+                assert settings.hidden_dim // settings.num_heads == 64 and settings.max_bytes == options.max_bytes
+                assert settings.batch_size == search.batch
+                folders.add(settings.output_dir)
+                assert search.points() == {} and search.best() is None
+        (longer,) = scaling.searches("lengths", model, options)
         assert longer.runs(rate)[0].settings().max_bytes == 4 * options.max_bytes
-        more = scaling.amount_runs(model, scaling.Rule(rate, 0.0), options)
+        rule = scaling.Rule(rate, 0.0)
+        more = scaling.ruled_runs("amounts", model, rule, options)
         assert [run.settings().max_bytes // options.max_bytes for run in more] == [2, 4, 8, 2, 4]
+        tried = [run.settings().learning_rate for run in scaling.ruled_runs("test", model, rule, options)]
+        assert tried == [rate / 2, rate, rate * 2]
         assert len(folders | {str(run.folder) for run in more}) == 5 + 5
 
 
-def test_little_text_is_a_few_train_books_in_all_translations_and_all_validation(tmp_path, tiny_corpus):
+def test_few_books_are_train_books_in_all_translations_and_all_validation(tmp_path, tiny_corpus):
     whole = scaling.load_corpus(tiny_corpus)
     sizes = Counter()
     for document in whole.split("train"):
         sizes[document.book] += document.size
-    options = options_of(tmp_path, tiny_corpus, "--little_bytes", str(max(sizes.values())))
-    corpus = scaling.load_corpus(scaling.little_text(options))
+    options = options_of(tmp_path, tiny_corpus, "--repeat_bytes", str(max(sizes.values())))
+    corpus = scaling.load_corpus(scaling.few_books(options))
     chosen = {d.book for d in corpus.split("train")}
-    assert 0 < sum(sizes[book] for book in chosen) <= options.little_bytes < sizes.total()
+    assert 0 < sum(sizes[book] for book in chosen) <= options.repeat_bytes < sizes.total()
     assert {d.path for d in corpus.split("train")} == {d.path for d in whole.split("train") if d.book in chosen}
     assert [d.path for d in corpus.split("validation")] == [d.path for d in whole.split("validation")]
-    with pytest.raises(UserError, match="--little_bytes 1: no train book"):
-        scaling.little_text(options_of(tmp_path / "other", tiny_corpus, "--little_bytes", "1"))
+    with pytest.raises(UserError, match="--repeat_bytes 1: no train book"):
+        scaling.few_books(options_of(tmp_path / "other", tiny_corpus, "--repeat_bytes", "1"))
     runs = scaling.repeat_runs(options)
     assert len({run.folder for run in runs}) == len(runs) == 2 * 3 * 5
     for run in runs:
-        run.settings().check()
+        assert run.settings().check().max_bytes is None
+
+
+def test_finished_runs_make_rules_laws_and_tables(tmp_path, tiny_corpus, monkeypatch, capsys):
+    """Bits per byte from a known law and rule, in place of trainings."""
+    rule, law = scaling.Rule(0.5, -1.0, 0.5, -0.25), scaling.Law(0.7, 60.0, 0.35, 90.0, 0.4)
+
+    def result(run):
+        settings = run.settings()
+        size = settings.max_bytes or 500_000
+        parameters = settings.hidden_dim**2 * settings.num_layers * 12
+        best = rule(settings.hidden_dim, settings.batch_size, size / 1e6)
+        loss = law(parameters, size) + 0.1 * math.log(settings.learning_rate / best) ** 2
+        return {"parameters": parameters, "bytes": size, "validation_bpb": loss, "origin": {}}
+
+    monkeypatch.setattr(scaling.Run, "result", result)
+    monkeypatch.setattr(scaling.runner, "make", lambda runs, folder: [])
+    options = options_of(tmp_path, tiny_corpus, "--json", str(tmp_path / "found.json"))
+    scaling.few_books(options)
+    assert not [run for part in scaling.PARTS for run in scaling.run_part(part, "mvlm_gpt2", options)]
+    found = scaling.rule_of("mvlm_gpt2", options)
+    assert [found.a, found.b, found.c, found.d] == pytest.approx([0.5, -1.0, 0.5, -0.25])
+    scaling.report(options)
+    out = capsys.readouterr().out
+    assert out.count("| mvlm_gpt2 | small, ") == 4 and out.count("| mvlm_gpt2 | 8 | ") == 5
+    assert "best learning rate = 0.5 · width ** -1.00 · (batch / 8) ** 0.50 · text ** -0.25" in out
+    assert json.loads((tmp_path / "found.json").read_text()).keys() == scaling.SETTINGS.keys()

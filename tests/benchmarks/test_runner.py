@@ -1,0 +1,104 @@
+"""``benchmarks/experiments/runner.py``: runs that are planned seed by seed, made once, and reported."""
+
+import json
+import logging
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+
+from benchmarks.experiments import runner
+from benchmarks.experiments.runner import Line, Run
+from mvlm_core.errors import UserError
+from tests.helpers import TINY
+
+
+def options_of(tmp_path, *arguments):
+    parser = runner.command_line("", "experiment", ["one", "two"])
+    return runner.settled(parser.parse_args(["--work_dir", str(tmp_path), *arguments]))
+
+
+def test_lines_are_planned_seed_by_seed(tmp_path):
+    lines = {"a b": Line("mvlm_gpt2", {"dropout": 0.2}), "c": Line("simone_enhanced", classic_part="gelu")}
+    options = options_of(tmp_path, "--seeds", "2", "--max_bytes", "1000")
+    runs = runner.plan(lines, options, runner.shared_values(options) | {"dropout": 0.1})
+    assert [run.name for run in runs] == ["a b, seed 0", "c, seed 0", "a b, seed 1", "c, seed 1"]
+    assert [run.values["dropout"] for run in runs[:2]] == [0.2, 0.1], "a line's settings beat the shared ones"
+    assert runs[3].classic_part == "gelu" and runs[2].folder == tmp_path / "cpu-1000" / "a-b" / "seed1"
+    for run in runs:
+        settings = run.settings().check()
+        assert settings.max_bytes == 1000 and settings.num_epochs is None and settings.no_test_score
+    assert not runner.shared_values(options, test_score=True)["no_test_score"]
+
+
+def test_another_length_is_another_folder(tmp_path):
+    assert options_of(tmp_path).root != options_of(tmp_path, "--max_bytes", "1000").root
+
+
+def test_bad_arguments_are_refused(tmp_path):
+    with pytest.raises(UserError, match="--seeds 0"):
+        options_of(tmp_path, "--seeds", "0")
+    bad = Run("bad", "mvlm_gpt2", TINY | {"learning_rate": -1.0, "output_dir": str(tmp_path / "bad")})
+    with pytest.raises(UserError, match="--learning_rate -1.0: must be above 0"):
+        runner.make([bad], tmp_path / "work")
+    assert not (tmp_path / "work").exists(), "nothing is written before the settings are known to be good"
+
+
+def test_only_a_run_of_the_same_settings_is_finished(finished):
+    run = finished["simone_enhanced"]
+    result = run.result()
+    assert result["steps"] == TINY["max_steps"] and 1 < result["validation_bpb"] < 9
+    assert result["origin"]["precision"] == "fp32" and "device" not in result["origin"]
+    assert replace(run, values=run.values | {"output_head": "tied"}).result() is None
+    assert replace(run, values=run.values | {"cache_dir": "/elsewhere"}).result() == result
+
+
+def test_runs_are_made_once_and_a_failure_is_told(trained, finished, tmp_path, caplog, capsys, monkeypatch):
+    """One good run with a classic part and one bad one, each in a process of its own."""
+    monkeypatch.setattr(runner, "setup_logging", lambda *_, **__: None)  # caplog listens instead
+    monkeypatch.setattr(runner, "outlive_terminal", lambda: None)
+    monkeypatch.setattr(runner, "set_process_environment", lambda: None)
+    caplog.set_level(logging.INFO, "mvlm")
+    monkeypatch.setattr(runner.log, "propagate", True)
+    options = options_of(tmp_path, "--seeds", "1")
+    shared = finished["simone_enhanced"].values | {"no_test_score": True}
+    lines = {
+        "good": Line("simone_enhanced", {"max_steps": 3}, classic_part="layer_norm"),
+        "bad": Line("mvlm_gpt2", {"data_subset": "no/such"}),
+    }
+    good, bad = runner.plan(lines, options, shared)
+    assert good.result() is None
+
+    shown = []
+    assert (
+        runner.conduct([good, bad, finished["mvlm_gpt2"]], options, lambda found: shown.append(found) or "TABLE") == 1
+    )
+    assert "1 of them finished already" in caplog.text and f"{bad.name} failed: exit code 2" in caplog.text
+    assert "no/such" in caplog.text, "the end of the run's log is shown"
+    assert "TABLE" in (out := capsys.readouterr().out) and "2 of 3 runs finished" in out
+    assert shown == [{"good": {0: good.result()}, "mvlm_gpt2": {0: finished["mvlm_gpt2"].result()}}]
+    result = good.result()
+    assert result["steps"] == 3 and not (good.folder / "checkpoints").exists()
+    assert result["parameters"] != finished["simone_enhanced"].result()["parameters"], "LayerNorm has biases"
+    tests = {name: value for name, value in result.items() if name.startswith("test")}
+    assert tests and not any(tests.values()), "the test books are not read"
+
+    monkeypatch.setattr(sys, "argv", ["runner.py", json.dumps(asdict(replace(good, classic_part=None)))])
+    runner.run_one()
+    assert f"already finished: {good.folder}" in caplog.text
+
+
+def test_table_alone_runs_nothing_and_origins_that_differ_are_told(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "make", None)
+    here = finished["mvlm_gpt2"]
+    options = options_of(tmp_path, "--table")
+    assert (
+        runner.conduct([here, replace(here, values=here.values | {"seed": 7})], options, lambda found: str(list(found)))
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert out.startswith("['mvlm_gpt2']") and "1 of 2 runs" in out and "not to be compared" not in out
+    result = here.result()
+    monkeypatch.setattr(Run, "result", lambda run: result | {"origin": {"precision": run.seed}})
+    runner.conduct([here, replace(here, values=here.values | {"seed": 7})], options, str)
+    assert 'not to be compared:\n  {"precision": 0}\n  {"precision": 7}' in capsys.readouterr().out
