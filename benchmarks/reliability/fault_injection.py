@@ -96,6 +96,7 @@ class Bench:
 
     def __init__(self, model: str, corpus: Path, root: Path) -> None:
         self.model, self.corpus, self.root = model, corpus, root
+        self.places = (root / f"run{number}" for number in itertools.count())
         self.events = self.start(root / "undisturbed")[1]  # also starts the server and fills the cache
         self.expected = self.result(root / "undisturbed")
         started = time.perf_counter()
@@ -167,7 +168,7 @@ class Bench:
         """Signal each run some times, at moments drawn evenly from its whole length."""
         outcome = Outcome(self.model, f"{number.name} at a random moment")
         while outcome.tried < count:
-            place = self.root / f"{number.name}{outcome.runs}"
+            place = next(self.places)
             for _ in range(min(5, count - outcome.tried)):
                 code, _ = self.start(place, after=chance.uniform(0, self.seconds), number=number)
                 if code != 0:  # else the run was faster
@@ -179,7 +180,7 @@ class Bench:
         """Kill before each ``every``-th operation on a file: checkpoints, export, archive, and all between."""
         outcome = Outcome(self.model, "SIGKILL before a file operation")
         for number in range(1, self.events + 1, every):
-            place = self.root / f"write{number}"
+            place = next(self.places)
             self.start(place, kill_before=number)
             self.after_fault(place, outcome)
             self.finish(place, outcome)
@@ -193,7 +194,7 @@ class Bench:
 
         outcome = Outcome(self.model, "newest checkpoint damaged")
         for name, damage in itertools.product(files, damages):
-            place = self.root / f"damage{outcome.tried}"
+            place = next(self.places)
             self.start(place, kill_before=int(self.events * chance.uniform(0.4, 0.6)))
             file = checkpoint_folders(place / self.model / "checkpoints")[-1] / name
             content = bytearray(file.read_bytes())

@@ -17,21 +17,28 @@ def bench(tmp_path_factory):
 
 
 def test_killed_at_random_moments(bench):
-    outcome = bench.stop_at_random(signal.SIGKILL, 4, random.Random(0))
-    assert outcome.tried == 4 and outcome.survived
+    outcome = bench.stop_at_random(signal.SIGKILL, 2, random.Random(0))
+    assert outcome.tried == 2 and outcome.survived
 
 
-def test_killed_between_file_operations(bench):
-    outcome = bench.kill_at_writes(every=bench.events // 8)
-    assert outcome.tried >= 8 and outcome.survived
+@pytest.mark.parametrize("points", [3, pytest.param(12, marks=pytest.mark.integration)])
+def test_killed_between_file_operations(bench, points):
+    outcome = bench.kill_at_writes(every=bench.events // points)
+    assert outcome.tried >= points and outcome.survived
     assert max(outcome.repeated) <= fault_injection.CHECKPOINT_INTERVAL
 
 
-def test_damaged_newest_checkpoint(bench):
-    outcome = bench.damage_newest(
-        random.Random(1), files=("model.safetensors", "manifest.json"), damages=("flip a bit",)
-    )
-    assert outcome.tried == 2 and outcome.survived
+@pytest.mark.parametrize("file", ["model.safetensors", pytest.param("manifest.json", marks=pytest.mark.integration)])
+def test_damaged_newest_checkpoint(bench, file):
+    outcome = bench.damage_newest(random.Random(1), files=(file,), damages=("flip a bit",))
+    assert outcome.tried == 1 and outcome.survived
+
+
+@pytest.mark.integration
+def test_killed_and_stopped_often(bench):
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        outcome = bench.stop_at_random(number, 6, random.Random(2))
+        assert outcome.tried == 6 and outcome.survived
 
 
 def test_the_comparison_sees_a_difference(bench):
