@@ -209,11 +209,23 @@ def test_broken_environment_is_rebuilt(machine: Machine, damage: str) -> None:
     assert "Making .venv" in again.stdout
 
 
-def test_changed_requirements_are_installed_over(machine: Machine) -> None:
+def test_what_a_link_points_to_is_not_cleared(machine: Machine, tmp_path: Path) -> None:
+    machine.add_python()
+    elsewhere = tmp_path / "environment"
+    elsewhere.mkdir()
+    (elsewhere / "file").touch()
+    (machine.checkout / ".venv").symlink_to(elsewhere)
+    answer = machine.run("--no_corpus")
+    assert answer.returncode == 1 and "symbolic link" in answer.stderr
+    assert (elsewhere / "file").exists() and machine.logged() == []
+
+
+@pytest.mark.parametrize("changed", ["requirements-dev.txt", "constraints.txt"])
+def test_changed_requirements_are_installed_over(machine: Machine, changed: str) -> None:
     machine.add_python()
     machine.run("--no_corpus")
     machine.log.unlink()
-    with open(machine.checkout / "requirements-dev.txt", "a", encoding="utf-8") as file:
+    with open(machine.checkout / changed, "a", encoding="utf-8") as file:
         file.write("# another line\n")
     answer = machine.run("--no_corpus")
     assert "the requirements have changed" in answer.stdout
@@ -250,8 +262,9 @@ def test_package_of_another_checkout_is_replaced(machine: Machine) -> None:
 
 
 def test_another_python_is_used_when_named(machine: Machine, tmp_path: Path) -> None:
-    machine.add_python()
+    python = machine.add_python()
     machine.run("--no_corpus")
+    assert "Packages: complete." in machine.run("--no_corpus", "--python", str(python)).stdout
     other = executable(tmp_path / "python3.13", "#!/bin/bash\necho '3.13 /opt'\n")
     answer = machine.run("--no_corpus", "--python", str(other))
     assert "now root=" in answer.stdout and "python=3.13 /opt" in answer.stdout
