@@ -36,9 +36,11 @@ TRAINERS = {
     "mvlm_gpt2": REPOSITORY_ROOT / "mvlm_trainer.py",
     "simone_enhanced": REPOSITORY_ROOT / "SIM-ONE Training" / "enhanced_train.py",
 }
-EVALUATOR = REPOSITORY_ROOT / "evaluate_models.py"
-VALIDATOR = REPOSITORY_ROOT / "validate_models.py"
-REPORTER = REPOSITORY_ROOT / "make_report.py"
+SCRIPTS = {
+    "evaluate": REPOSITORY_ROOT / "evaluate_models.py",
+    "validate": REPOSITORY_ROOT / "validate_models.py",
+    "report": REPOSITORY_ROOT / "make_report.py",
+}
 PROMPT = "In the beginning God"  # for the download instructions
 # Settings of both trainers that this command passes on unchanged.
 PASSED_ON = (
@@ -117,9 +119,7 @@ def make_job(options: argparse.Namespace) -> Job:
         settings=options.settings,
         fresh=options.fresh,
         build_corpus=partial(build_corpus, options.settings.get("quiet", False)) if options.is_default_corpus else None,
-        evaluator=EVALUATOR,
-        validator=VALIDATOR,
-        reporter=REPORTER,
+        scripts=SCRIPTS,
         prompt=PROMPT,
     )
 

@@ -1,4 +1,4 @@
-"""The whole job with real trainers, as people run it: minutes, so `-m integration`."""
+"""The whole job with real trainers, as a user runs it: takes minutes, so `-m integration`."""
 
 import hashlib
 import json
@@ -92,9 +92,10 @@ def test_everything_the_design_promises_is_there(reference):
         log = reference.log_file(name).read_text()
         assert "\r" not in log and "\x1b" not in log and re.search(r"step (1\d\d)/\1 ", log)
         assert check_archive(reference.archive(name)) == []
-    compressors = summary["comparison"]["compressors"]
-    assert compressors["xz"] == pytest.approx(1.88, abs=0.03)
-    assert compressors["ppmd_order_16"] == pytest.approx(1.51, abs=0.03)
+    baselines = summary["comparison"]["compression_baselines"]
+    assert baselines["xz"] == pytest.approx(1.88, abs=0.03)
+    assert baselines["ppmd_order_16"] == pytest.approx(1.51, abs=0.03)
+    assert list(summary["comparison"]["evaluation_suite"]) == list(TRAINERS)
     report = json.loads(reference.report.read_text())
     assert report["passed"] and report["rescored"] and all(len(m["samples"]) == 6 for m in report["models"].values())
     assert run(["sha256sum", "-c", "SHA256SUMS"], cwd=reference.downloads).returncode == 0
@@ -272,7 +273,7 @@ def test_trainer_from_inside_its_folder(tmp_path):
 
 @pytest.fixture(scope="module")
 def odd_places(tmp_path_factory, reference) -> Path:
-    """Folders and files that nothing can be made of."""
+    """Folders and files that are no usable input."""
     place = tmp_path_factory.mktemp("odd")
     (place / "empty").mkdir()
     (place / "binaries").mkdir()

@@ -122,8 +122,7 @@ class Job:
             from mvlm_core.pipeline import stages
             here = Path({str(folder)!r})
             entry.TRAINERS = dict.fromkeys(entry.TRAINERS, here / "trainer.py")
-            entry.VALIDATOR = here / "validator.py"
-            entry.EVALUATOR = entry.REPORTER = here / "optional.py"
+            entry.SCRIPTS = dict.fromkeys(entry.SCRIPTS, here / "optional.py") | {{"validate": here / "validator.py"}}
             stages.CACHE_DIR = here / "cache"
             if not {whole}:     # torch and matplotlib take seconds to import; one test has them
                 entry.probe_hardware = lambda job: {{"device": "cpu: some", "lines": []}}

@@ -38,7 +38,7 @@ class Job:
         names: the models this run is asked for, in the same order.
         settings: the trainers' settings that were given, by the name of their flag.
         build_corpus: builds the default corpus where it is missing or damaged; None for a folder of the user's own.
-        evaluator, validator, reporter: the scripts of these stages.
+        scripts: what runs the stages "evaluate", "validate" and "report".
         prompt: what the download instructions let the models continue.
     """
 
@@ -51,9 +51,7 @@ class Job:
     settings: dict[str, Any]
     fresh: bool
     build_corpus: Callable[[], None] | None
-    evaluator: Path
-    validator: Path
-    reporter: Path
+    scripts: dict[str, Path]
     prompt: str
 
     @cached_property
@@ -69,10 +67,10 @@ class Job:
             command += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
         return [*command, "--fresh"] if self.fresh else command
 
-    def script_command(self, script: Path, *arguments: Any) -> list[str]:
-        """The command line of a script that reads what the run has made."""
+    def script_command(self, stage: str, *arguments: Any) -> list[str]:
+        """The command line of the script of a stage that reads what the run has made."""
         device = ["--device", self.settings["device"]] if "device" in self.settings else []
-        return [sys.executable, str(script), *map(str, arguments), "--data_dir", self.data_dir, *device]
+        return [sys.executable, str(self.scripts[stage]), *map(str, arguments), "--data_dir", self.data_dir, *device]
 
     def check_finished_models(self) -> None:
         """Raises UserError where a finished model is not what is asked for now: other preset, settings or text."""

@@ -31,6 +31,7 @@ from mvlm_core.run_layout import Layout, training_config, training_history
 from mvlm_core.settings import CACHE_DIR
 from mvlm_core.signals import PARENT_VARIABLE
 
+INSTRUCTIONS = Path(__file__).with_name("download_instructions.md")
 # What the evaluation suite is asked at `smoke`: enough to see that it works.
 SMOKE_SUITE = ("--verses", "40", "--prompts", "8", "--words", "24", "--pairs", "20")
 log = logging.getLogger("mvlm")
@@ -106,7 +107,7 @@ def train_model(job: Job, name: str, summary: Summary, signals: Signals) -> int:
         summary.update(name, status="interrupted")
         raise
     if code > 128:
-        tail.append(f"ended by {_signal_name(code - 128)}")
+        tail.append(f"ended by {next((s.name for s in signal.Signals if s == code - 128), 'an unknown signal')}")
         if code == 128 + signal.SIGKILL:
             tail.append("(the system kills a process this way when memory runs out: try a smaller --batch_size)")
     append_tail(job.layout.log_file(name), code, tail)
@@ -136,13 +137,6 @@ def _is_orphan(process: psutil.Process, export: Path) -> bool:
         return starter.isdecimal() and process.ppid() != int(starter)
     except (psutil.Error, OSError):
         return False
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def append_tail(log_file: Path, code: int, tail: list[str]) -> None:
@@ -182,7 +176,7 @@ def evaluate_suite(job: Job, names: list[str], signals: Signals) -> dict[str, di
     exports = {name: str(job.layout.export(name)) for name in names}
     flags = ["--split", "test", "--no_bits_per_byte", "--json", job.layout.evaluation_suite]
     flags += SMOKE_SUITE if job.preset == "smoke" else ()
-    command = job.script_command(job.evaluator, *exports.values(), *flags)
+    command = job.script_command("evaluate", *exports.values(), *flags)
     if not _run_optional("the evaluation suite", command, signals):
         return {}
     results = read_json(job.layout.evaluation_suite).get("results", {})
@@ -245,7 +239,7 @@ def validate_models(job: Job, summary: Summary, signals: Signals) -> bool:
     log.info("=== validation")
     layout = job.layout
     layout.report.unlink(missing_ok=True)
-    code, tail = run_child(job.script_command(job.validator, "--work_dir", layout.root), signals)
+    code, tail = run_child(job.script_command("validate", "--work_dir", layout.root), signals)
     signals.check(code)
     found = read_json(layout.report).get("models", {})
     for name in summary.finished():
@@ -266,7 +260,7 @@ def validate_models(job: Job, summary: Summary, signals: Signals) -> bool:
 def make_report(job: Job, signals: Signals) -> None:
     """`models/report.html`."""
     log.info("=== report")
-    _run_optional("the report", job.script_command(job.reporter, "--work_dir", job.layout.root), signals)
+    _run_optional("the report", job.script_command("report", "--work_dir", job.layout.root), signals)
 
 
 def log_results(layout: Layout, summary: Summary, compared: list[str], log_file: Path) -> None:
@@ -290,44 +284,13 @@ def log_results(layout: Layout, summary: Summary, compared: list[str], log_file:
 
 def download_instructions(names: list[str], layout: Layout, prompt: str) -> str:
     """Commands that work as written in the folder that holds the archives."""
-    unpack = "\n".join(f"tar -xzf {layout.archive(name).name}" for name in names)
-    remote = "".join(
-        f"`trust_remote_code=True` lets `{name}` use the modelling files in its folder; nothing is fetched.\n"
-        for name in [name for name in names if list(layout.export(name).glob("*.py"))][:1]
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    return environment.from_string(INSTRUCTIONS.read_text(encoding="utf-8")).render(
+        folder=layout.downloads,
+        archives=[layout.archive(name).name for name in names],
+        folders=json.dumps([f"./{name}" for name in names]),
+        prompt=json.dumps(prompt),
+        coded=[name for name in names if list(layout.export(name).glob("*.py"))],
     )
-    return f"""# Downloading and using the models
-
-Copy this folder from the training machine (replace `USER@HOST` with yours):
-
-    scp -r USER@HOST:{layout.downloads} .
-
-Verify the archives, in this folder:
-
-```bash
-sha256sum -c SHA256SUMS
-```
-
-Extract them:
-
-```bash
-{unpack}
-```
-
-Run them with plain transformers (`pip install torch transformers`), offline and with nothing else:
-
-```bash
-python - <<'END'
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-for folder in {json.dumps([f"./{name}" for name in names])}:
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    prompt = tokenizer({json.dumps(prompt)}, return_tensors="pt")
-    output = model.generate(**prompt, max_new_tokens=40, do_sample=False)
-    print(folder, tokenizer.decode(output[0], skip_special_tokens=True), sep="\\n")
-END
-```
-
-{remote}`training_summary.json` holds what was trained and how well it scored; each model's `README.md` is its
-model card.
-"""

@@ -31,9 +31,7 @@ def make_job(folder, **changes):
         "settings": {"device": "cpu", "quiet": True, "max_steps": 5},
         "fresh": False,
         "build_corpus": None,
-        "evaluator": script,
-        "validator": script,
-        "reporter": script,
+        "scripts": dict.fromkeys(("evaluate", "validate", "report"), script),
         "prompt": "In the beginning",
     }
     (folder / "work" / "models").mkdir(parents=True, exist_ok=True)
@@ -47,7 +45,7 @@ def test_commands_hold_what_was_given(tmp_path):
     assert command[-5:] == ["cpu", "--quiet", "--max_steps", "5", "--fresh"]
     assert command[command.index("--output_dir") + 1] == str(job.layout.export("two"))
     assert command[command.index("--log_file") + 1] == str(job.layout.log_file("two"))
-    assert job.script_command(job.validator, "--x", 1)[2:] == [
+    assert job.script_command("validate", "--x", 1)[2:] == [
         "--x",
         "1",
         "--data_dir",
