@@ -58,11 +58,9 @@ def make_parser() -> argparse.ArgumentParser:
     texts = {
         "preset": ("auto", f"one of {', '.join(PRESET_NAMES)}; auto: h200 with a CUDA device, else cpu [default auto]"),
         "data_dir": (str(DEFAULT_DATA_DIR), "folder of .txt files; the default is built if it is missing or damaged"),
-        "work_dir": (
-            str(REPOSITORY_ROOT), "where models/, logs/ and models_for_download/ go [default: this repository]"
-        ),
+        "work_dir": (str(REPOSITORY_ROOT), "where models/, logs/ and models_for_download/ go [this repository]"),
         "models": (",".join(TRAINERS), f"which models, separated by commas [default {','.join(TRAINERS)}]"),
-    }  # fmt: skip
+    }
     for name, (default, text) in texts.items():
         parser.add_argument(f"--{name}", default=default, metavar="TEXT", help=text)
     parser.add_argument("--fresh", action="store_true", help="delete what there is of these models and start again")
@@ -105,10 +103,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def make_job(options: argparse.Namespace) -> Job:
-    if options.preset == "auto" and options.settings.get("device") == "cpu":
-        preset, reason = "cpu", "--device cpu"
-    else:
-        preset, reason = resolve_preset(options.preset)
+    on_cpu = options.preset == "auto" and options.settings.get("device") == "cpu"
+    preset, reason = ("cpu", "--device cpu") if on_cpu else resolve_preset(options.preset)
     return Job(
         layout=options.layout,
         trainers=TRAINERS,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import lzma
-import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_core.data.corpus import Corpus
-from mvlm_core.files import read_regular, write_json_atomic
+from mvlm_core.files import read_json, write_json_atomic
+from mvlm_core.run_layout import finite_number
 
 TEXT_LIMIT = 64 << 20  # bytes; above that it would take minutes and gigabytes
 VERSION = 1  # part of the cache's key: raise it when the measurement changes
@@ -57,7 +56,8 @@ def compression_baselines(corpus: Corpus, cache_dir: Path) -> dict[str, Any]:
     train, test = ("".join(document.read() for document in split).encode() for split in splits)
     key = hashlib.sha256(b"%d %d " % (VERSION, len(train)) + train + test).hexdigest()
     cache = Path(cache_dir) / "compressors" / f"{key[:32]}.json"
-    if not (found := _cached(cache)):
+    found = {name: value for name in METHODS if (value := finite_number(read_json(cache).get(name))) is not None}
+    if len(found) < len(METHODS):  # not measured before, or the record is damaged
         with ThreadPoolExecutor(2) as pool:  # both libraries release the interpreter's lock while they work
             jobs = {
                 name: [pool.submit(size, data) for data in (train + test, train)] for name, (_, size) in METHODS.items()
@@ -67,13 +67,3 @@ def compression_baselines(corpus: Corpus, cache_dir: Path) -> dict[str, Any]:
         write_json_atomic(cache, found)
     known = {"translation": corpus.primary_translation if primary else None}
     return known | {"train_bytes": len(train), "test_bytes": len(test)} | found
-
-
-def _cached(cache: Path) -> dict[str, float]:
-    """What was measured before; {} where there is nothing, or something other than such a measurement."""
-    try:
-        found = json.loads(read_regular(cache))
-        values = {name: found[name] for name in METHODS}
-        return values if all(isinstance(value, float) and math.isfinite(value) for value in values.values()) else {}
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
-        return {}

@@ -115,13 +115,10 @@ def _against_baselines(result: dict[str, Any], names: list[str]) -> list[str]:
         return []
     scores = result[PRIMARY_TEST_BPB if baselines["translation"] else "test_bpb"]
     label, best = LABELS["ppmd_order_16"], baselines["ppmd_order_16"]
+    verdicts = "the model loses to a compressor, so it is undertrained", "the model predicts this text better"
     return [
         f"{name} scores {scores[name]:.3f} bits per byte on {_baseline_text(baselines)}, {label} {best:.3f}: "
-        + (
-            "the model predicts this text better."
-            if scores[name] < best
-            else "the model loses to a compressor, so it is undertrained."
-        )
+        f"{verdicts[scores[name] < best]}."
         for name in names
         if scores[name] is not None
     ]

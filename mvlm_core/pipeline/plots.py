@@ -57,18 +57,24 @@ def curves(histories: Histories, keys: Iterable[str], x: Axis, ylabel: str) -> C
     return draw if lines else None
 
 
+def _grouped_bars(axes: Any, draw: Callable[..., Any], values: dict[str, list[float]]) -> None:
+    """Bars around 0, 1, 2, …, one for each model; ``draw`` is ``axes.bar`` or ``axes.barh``."""
+    width = 0.8 / max(len(values), 1)
+    for number, (style, (name, lengths)) in enumerate(zip(STYLES, values.items(), strict=False)):
+        places = [group + (number - (len(values) - 1) / 2) * width for group in range(len(lengths))]
+        bars = draw(places, lengths, width, label=name, color=style["color"], hatch=style["hatch"], edgecolor="black")
+        axes.bar_label(bars, fmt="%.3f", fontsize=8, padding=2)
+
+
 def book_bars(by_book: dict[str, dict[str, float]]) -> Callable[[Any], None] | None:
     """What draws the test score of each book, a bar for each model; None where there are no scores."""
     books = list(next(iter(by_book.values()), {}))
 
     def draw(axes: Any) -> None:
-        width = 0.8 / len(by_book)
-        for number, (style, (name, scores)) in enumerate(zip(STYLES, by_book.items(), strict=False)):
-            places = [place + number * width for place in range(len(books))]
-            look = {"label": name, "color": style["color"], "hatch": style["hatch"], "edgecolor": "black"}
-            bars = axes.barh(places, [scores.get(book, 0.0) for book in books], width, **look)
-            axes.bar_label(bars, fmt="%.3f", fontsize=8, padding=2)
-        axes.set_yticks([place + width * (len(by_book) - 1) / 2 for place in range(len(books))], books)
+        axes.figure.set_figheight(1.0 + 0.5 * len(books))
+        values = {name: [scores.get(book, 0.0) for book in books] for name, scores in by_book.items()}
+        _grouped_bars(axes, axes.barh, values)
+        axes.set_yticks(range(len(books)), books)
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.set_xlabel("test, bits per byte (lower is better)")
@@ -100,12 +106,7 @@ def _score_bars(axes: Any, comparison: dict[str, Any], names: list[str]) -> None
 
     scores = [BY_NAME[key] for key in ("test_bpb", PRIMARY_TEST_BPB)]
     scores = [metric for metric in scores if any(comparison[metric.name].get(name) is not None for name in names)]
-    width = 0.8 / max(len(names), 1)
-    for number, (style, name) in enumerate(zip(STYLES, names, strict=False)):
-        places = [group + (number - (len(names) - 1) / 2) * width for group in range(len(scores))]
-        look = {"label": name, "color": style["color"], "hatch": style["hatch"], "edgecolor": "black"}
-        bars = axes.bar(places, [comparison[metric.name].get(name) or 0 for metric in scores], width, **look)
-        axes.bar_label(bars, fmt="%.3f", fontsize=8)
+    _grouped_bars(axes, axes.bar, {name: [comparison[m.name].get(name) or 0 for m in scores] for name in names})
     axes.set_xticks(range(len(scores)), [metric.label for metric in scores])
     axes.set(ylabel="bits per byte", title="Test scores (lower is better)")
     baselines = comparison["compression_baselines"]
@@ -120,13 +121,13 @@ def _score_bars(axes: Any, comparison: dict[str, Any], names: list[str]) -> None
         axes.set_xlim(-0.6, last + 1.3)
 
 
-def svg_url(draw: Callable[[Any], None], *, height: float = 3.0) -> str:
+def svg_url(draw: Callable[[Any], None]) -> str:
     """A scalable figure as a data URL; ``draw`` gets the axes."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6, height), layout="constrained")
+    figure = Figure(figsize=(5.6, 3.0), layout="constrained")
     FigureCanvasSVG(figure)
     draw(figure.subplots())
     buffer = io.BytesIO()
@@ -138,14 +139,14 @@ def svg_url(draw: Callable[[Any], None], *, height: float = 3.0) -> str:
 def figures(histories: Histories, by_book: dict[str, dict[str, float]]) -> list[dict[str, str]]:
     """Title and data URL of each figure of the report for which there are values."""
     wanted = [
-        ("Validation by text", curves(histories, ["validation_bpb"], BY_TEXT, "bits per byte"), 3.0),
-        ("Validation by time", curves(histories, ["validation_bpb"], BY_TIME, "bits per byte"), 3.0),
-        ("Test scores by book", book_bars(by_book), 1.0 + 0.5 * len(next(iter(by_book.values()), {}))),
-        ("Training loss", curves(histories, ["train_loss"], BY_TEXT, "nats per token"), 3.0),
-        ("Learning rate", curves(histories, ["learning_rate"], BY_TEXT, "learning rate"), 3.0),
-        ("Gradient norm", curves(histories, ["grad_norm"], BY_TEXT, "norm"), 3.0),
+        ("Validation by text", curves(histories, ["validation_bpb"], BY_TEXT, "bits per byte")),
+        ("Validation by time", curves(histories, ["validation_bpb"], BY_TIME, "bits per byte")),
+        ("Test scores by book", book_bars(by_book)),
+        ("Training loss", curves(histories, ["train_loss"], BY_TEXT, "nats per token")),
+        ("Learning rate", curves(histories, ["learning_rate"], BY_TEXT, "learning rate")),
+        ("Gradient norm", curves(histories, ["grad_norm"], BY_TEXT, "norm")),
     ]
     for name, history in histories.items():
         parts = sorted({key for record in history for key in record if "_loss" in key} - {"train_loss"})
-        wanted.append((f"Loss components, {name}", curves({name: history}, parts, BY_TEXT, "nats per token"), 3.0))
-    return [{"title": title, "url": svg_url(draw, height=height)} for title, draw, height in wanted if draw]
+        wanted.append((f"Loss components, {name}", curves({name: history}, parts, BY_TEXT, "nats per token")))
+    return [{"title": title, "url": svg_url(draw)} for title, draw in wanted if draw]

@@ -136,8 +136,7 @@ def make_report(layout: Layout, data_dir: str, sources: Path, *, device: str, se
     Args:
         sources: the folder of the modelling files, the only code that an export may hold.
     """
-    exports: dict[str, Path] = {}
-    problems: list[str] = []
+    exports, problems = {}, []
     for name, entry in read_json(layout.summary).get("models", {}).items():
         if entry.get("status") == "finished":
             try:
@@ -145,13 +144,12 @@ def make_report(layout: Layout, data_dir: str, sources: Path, *, device: str, se
                 exports[name] = layout.export(name)
             except UserError as error:
                 problems += error.problems
-    samples: list[Sample] = []
-    traces: list[Trace] = []
-    if exports:
-        hardware = choose_hardware(device=device)
-        hardware.apply()
-        corpus = load_corpus(data_dir, **corpus_choice(next(iter(exports.values())) / "training_config.json"))
-        samples, traces = ask(exports, corpus, device=hardware.device, seed=seed)
+    if not exports:
+        return write_report(layout, [], [], problems)
+    hardware = choose_hardware(device=device)
+    hardware.apply()
+    corpus = load_corpus(data_dir, **corpus_choice(next(iter(exports.values())) / "training_config.json"))
+    samples, traces = ask(exports, corpus, device=hardware.device, seed=seed)
     return write_report(layout, samples, traces, problems)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from mvlm_core.data.corpus import SPLITS
 from mvlm_core.errors import Stopped
 from mvlm_core.evaluation.compression import compression_baselines
 from mvlm_core.export.archive import ArchiveError, matches_export, write_archive
@@ -70,11 +71,8 @@ def prepare_corpus(job: Job, signals: Signals) -> None:
         signals.check()
         job.check_finished_models()
     corpus = job.corpus()
-    log.info(
-        "corpus: %d documents for training, %d for validation, %d for testing; %d files skipped",
-        *(len(corpus.split(split)) for split in ("train", "validation", "test")),
-        len(corpus.skipped),
-    )
+    counts = ", ".join(f"{len(corpus.split(split))} {split}" for split in SPLITS)
+    log.info("corpus: %s documents; %d files skipped", counts, len(corpus.skipped))
 
 
 def train_models(job: Job, summary: Summary, log_file: Path, signals: Signals) -> list[int]:

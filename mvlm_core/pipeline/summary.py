@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,11 +16,6 @@ EMPTY = {"status": "waiting"} | dict.fromkeys([*(metric.name for metric in METRI
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _json_value(value: Any) -> Any:
-    """What JSON can hold: NaN and infinity become null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _numbers(entry: dict[str, Any]) -> dict[str, Any]:
@@ -46,14 +40,8 @@ class Summary:
             and training_config(layout.export(name))
         }
         self.models: dict[str, dict[str, Any]] = kept | {name: dict(EMPTY) for name in names}
-        self.value: dict[str, Any] = {
-            "device": device,
-            "preset": preset,
-            "started": now(),
-            "finished": None,
-            "models": self.models,
-            "comparison": {},
-        }
+        self.value: dict[str, Any] = {"device": device, "preset": preset, "started": now(), "finished": None}
+        self.value |= {"models": self.models, "comparison": {}}
         self.save()
 
     @staticmethod
@@ -64,7 +52,7 @@ class Summary:
         )
 
     def update(self, name: str, **values: Any) -> None:
-        self.models[name].update({key: _json_value(value) for key, value in values.items()})
+        self.models[name].update(values)
         self.save()
 
     def take_results(self, name: str) -> None:
