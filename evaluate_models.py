@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_core.errors import UserError, run_main
-from mvlm_core.export.opening import checked_export
+from mvlm_core.export.file_checks import checked_export
 from mvlm_core.files import read_json, sha256_file, write_json_atomic
 from mvlm_core.hardware import DEVICES, choose_hardware, set_process_environment
 from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
@@ -92,11 +92,10 @@ def run(options: argparse.Namespace, columns: dict[Path, dict[Path, Path]]) -> N
     from mvlm_core.data.corpus import load_corpus
     from mvlm_core.evaluation.results import over_seeds, rows
     from mvlm_core.evaluation.suite import draw, evaluate, notes
-    from mvlm_core.export.validation import corpus_choice
-    from mvlm_core.run_layout import training_config
+    from mvlm_core.export.manifest import corpus_choice, training_config
 
     exports = {export: folder for found in columns.values() for export, folder in found.items()}
-    choice = corpus_choice(next(iter(exports.values())) / "training_config.json")
+    choice = corpus_choice(next(iter(exports.values())))
     corpus = load_corpus(options.data_dir, **choice | ({"only": options.data_subset} if options.data_subset else {}))
     hardware = choose_hardware(device=options.device)
     hardware.apply()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mvlm_core.errors import UserError, printable, run_main
-from mvlm_core.export.opening import checked_export
+from mvlm_core.export.file_checks import checked_export
 from mvlm_core.hardware import DEVICES, set_process_environment
 from prioritary_mvlm.config import MODELLING_FILES
 

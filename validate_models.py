@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Check trained models and their archives; say what was checked, and exit 0 only if all of it is good.
+"""Check trained models and their archives, list the checks, and exit 0 only if all of them passed.
 
 Without arguments: every model that the last run of train_all_models.py was asked to make. With folders:
 those. Each export is copied elsewhere under another name and loaded by a fresh process that has no network
@@ -8,60 +8,70 @@ and nothing of this repository. The findings go to models/validation_report.json
 Exit codes: 0 every check passed, 1 a check failed (named), 2 bad arguments, 130/143 stopped by a signal.
 """
 
+from __future__ import annotations
+
 import argparse
 import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NoReturn
 
 from mvlm_core.errors import Stopped, UserError, printable, run_main
-from mvlm_core.export.archive import MANIFEST
 from mvlm_core.export.file_checks import Checks, check_files
+from mvlm_core.export.manifest import MANIFEST
 from mvlm_core.export.strict_tar import name_problem
-from mvlm_core.export.validation import check_loading, check_packed, check_scores, rescore
+from mvlm_core.export.validation import LOADING, check_loading, check_packed, check_scores
 from mvlm_core.files import output_folder_problems, read_json, write_json_atomic
 from mvlm_core.hardware import DEVICES, set_process_environment
 from mvlm_core.pipeline.summary import now
 from mvlm_core.run_layout import Layout
-from mvlm_core.settings import DEFAULT_DATA_DIR, MODELLING_SOURCES, REPOSITORY_ROOT
+from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
+from prioritary_mvlm.config import MODELLING_FILES
 
 MODELS = ("mvlm_gpt2", "simone_enhanced")
+PROMPTS = (
+    "In the beginning God",
+    "The LORD is my shepherd",
+    "Blessed are the",
+    "And it came to pass",
+    "For God so loved the world",
+    "Thou shalt not",
+)
+VERSES = (
+    "In the beginning God created the heaven and the earth.\nAnd the earth was without form, and void;",
+    "The LORD is my shepherd; I shall not want.\nHe maketh me to lie down in green pastures:",
+    "Jesus wept.\n\nThen said the Jews, Behold how he loved him!",
+)
 
 
 def validate_model(
     folder: Path, layout: Layout, options: argparse.Namespace, texts: list[str]
-) -> tuple[Checks, list[dict]]:
+) -> tuple[Checks, list[dict[str, Any]]]:
+    """All checks of one export, and the texts that it generated."""
     checks, samples = Checks(), []
-    if not checks.add(
-        "files",
-        "export",
-        (folder / MANIFEST).is_file(),
-        str(folder) if (folder / MANIFEST).is_file() else f"{folder} holds no finished export",
-    ):
+    finished = (folder / MANIFEST).is_file()
+    if not checks.add("files", "export", finished, f"{folder}{'' if finished else ' holds no finished export'}"):
         return checks, samples
+    files: list[str] = []
     try:
-        manifest = check_files(folder, checks, MODELLING_SOURCES)
+        files = check_files(folder, checks, MODELLING_FILES)
     except OSError as error:
         checks.add("files", "manifest", False, f"{folder} cannot be read: {error}")
     if all(check.passed for check in checks):  # what was tampered with is not loaded: its code would run
-        samples = check_loading(folder, manifest, texts, checks)
+        samples = check_loading(folder, files, checks, prompts=PROMPTS, texts=texts)
         if not options.quick and samples:
             check_scores(folder, options.data_dir, options.device, checks)
     else:
-        checks.add(
-            "loading",
-            "loads elsewhere, offline, by itself",
-            False,
-            "not tried: its files are not what they should be",
-        )
+        checks.add("loading", LOADING, False, "not tried: its files are not what they should be")
     if folder.parent == layout.models:
         check_packed(folder.name, folder, layout, checks)
     return checks, samples
 
 
-def verses_of(data_dir: str) -> list[str]:
+def sample_texts(data_dir: str) -> list[str]:
     """Some real text for the round trip: the beginnings of a few files of the corpus."""
-    texts, files = [], sorted(Path(data_dir).rglob("*.txt"))
+    texts, files = list(VERSES), sorted(Path(data_dir).rglob("*.txt"))
     for file in files[:: max(1, len(files) // 12)][:12]:
         try:
             if file.is_file():  # a pipe would be waited for
@@ -72,33 +82,32 @@ def verses_of(data_dir: str) -> list[str]:
     return texts
 
 
-def tell(name: str, checks: Checks) -> None:
+def print_checks(name: str, checks: Checks) -> None:
     """A line for each group, and one for each failed check."""
     for group in dict.fromkeys(check.group for check in checks):
-        members = [check for check in checks if check.group == group]
-        failed = [check for check in members if not check.passed]
-        words = "ok    " if not failed else "FAILED"
-        names = ", ".join(check.name for check in members)
-        print(f"{words}  {name}: {group} ({names})")
+        made = [check for check in checks if check.group == group]
+        failed = [check for check in made if not check.passed]
+        print(f"{'FAILED' if failed else 'ok    '}  {name}: {group} ({', '.join(check.name for check in made)})")
         for check in failed:
             print(f"        {name}: {check.name}: {check.detail}")
     sys.stdout.flush()
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        UserError: every problem with it.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "folders", nargs="*", metavar="MODEL_DIR", help="export folders [default: what the last run made]"
-    )
-    parser.add_argument("--work_dir", default=str(REPOSITORY_ROOT), help="where models/ and models_for_download/ are")
-    parser.add_argument(
-        "--data_dir", default=str(DEFAULT_DATA_DIR), help="the corpus, to compute the test scores again"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda, for the scores [default auto]")
-    parser.add_argument("--quick", action="store_true", help="do not compute the test scores again")
-    parser.add_argument("--rescore", metavar="ANSWER", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("folders", nargs="*", metavar="MODEL_DIR", help="export folders [default: what the last run made]")
+    add("--work_dir", default=str(REPOSITORY_ROOT), help="where models/ and models_for_download/ are")
+    add("--data_dir", default=str(DEFAULT_DATA_DIR), help="the corpus, to compute the test scores again")
+    add("--device", default="auto", help="auto, cpu or cuda, for the scores [default auto]")
+    add("--quick", action="store_true", help="do not compute the test scores again")
     options = parser.parse_args(arguments)
     problems = [f"{folder}: no such folder" for folder in options.folders if not Path(folder).is_dir()]
     if options.device not in DEVICES:
@@ -125,11 +134,11 @@ def wanted_folders(options: argparse.Namespace, layout: Layout) -> dict[str, Pat
     asked = read_json(layout.summary).get("models")
     asked = list(asked) if isinstance(asked, dict) and asked else MODELS
     if odd := [name for name in asked if "/" in name or name_problem(name)]:
-        raise UserError(f"{layout.summary}: {ascii(odd[0])} is no name of a model; name the folders to check instead")
+        raise UserError(f"{layout.summary}: {ascii(odd[0])} is not a model; name the folders to check instead")
     return {name: layout.export(name) for name in asked}
 
 
-def stop(number, _frame):
+def stop(number: int, _frame: object) -> NoReturn:
     raise Stopped(number)  # run_python ends its child when an exception passes through it
 
 
@@ -138,28 +147,24 @@ def main(arguments: list[str] | None = None) -> int:
     set_process_environment()
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    if options.rescore:
-        return rescore(options.folders[0], options.data_dir, options.device, options.rescore)
     layout = Layout(Path(options.work_dir).absolute())
-    report, failed = (
-        {"passed": False, "checked": now(), "rescored": not options.quick, "models": {}, "failed": []},
-        [],
-    )
-    texts = verses_of(options.data_dir)
+    models: dict[str, Any] = {}
+    failed: list[str] = []
+    texts = sample_texts(options.data_dir)
     for name, folder in wanted_folders(options, layout).items():
         checks, samples = validate_model(folder, layout, options, texts)
-        tell(name, checks)
+        print_checks(name, checks)
         failed += [f"{name}: {check.name}: {check.detail}" for check in checks if not check.passed]
-        report["models"][name] = {
+        models[name] = {
             "passed": all(check.passed for check in checks),
             "folder": printable(str(folder)),
             "checks": [asdict(check) for check in checks],
             "samples": samples,
         }
-    report["failed"], report["passed"] = failed, not failed
+    report = {"passed": not failed, "checked": now(), "rescored": not options.quick, "models": models, "failed": failed}
     layout.models.mkdir(parents=True, exist_ok=True)
     write_json_atomic(layout.report, report)
-    count = sum(len(model["checks"]) for model in report["models"].values())
+    count = sum(len(model["checks"]) for model in models.values())
     print(f"{count - len(failed)} of {count} checks passed; report: {layout.report}")
     for line in failed:
         print(f"failed: {line}")

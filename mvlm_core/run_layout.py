@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mvlm_core.files import read_json, read_regular
+from mvlm_core.files import read_regular
 
 
 class Layout:
@@ -36,14 +36,6 @@ def finite_number(value: Any) -> Any:
     """A finite number of ordinary size, or None for whatever else a damaged record holds."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value if is_number and abs(value) < 1e18 else None
-
-
-def training_config(export: Path) -> dict:
-    """`training_config.json` of a finished export, {} when the export is not finished or its record is damaged."""
-    config = read_json(export / "training_config.json") if (export / "manifest.json").is_file() else {}
-    if not all(isinstance(config.get(section, {}), dict) for section in ("settings", "data", "hardware", "results")):
-        return {}
-    return config if isinstance(config.get("data", {}).get("only", ""), str | None) else {}
 
 
 def training_history(export: Path) -> list[dict]:

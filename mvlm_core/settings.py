@@ -20,7 +20,6 @@ from mvlm_core.hardware import ATTENTION_BACKENDS, DEVICES, PRECISIONS, resolve_
 
 REPOSITORY_ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_DATA_DIR = REPOSITORY_ROOT / "mvlm_training_dataset_complete"
-MODELLING_SOURCES = REPOSITORY_ROOT / "SIM-ONE Training" / "simone_transformer"  # the only code an export may hold
 CACHE_DIR = REPOSITORY_ROOT / ".cache"
 PRESET_NAMES = ("auto", "h200", "cpu", "smoke")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.reliability.from_clone import shell_blocks
-from mvlm_core.export.archive import check_archive, verify_folder
+from mvlm_core.export.archive import check_archive
+from mvlm_core.export.manifest import verify_folder
 from mvlm_core.run_layout import Layout
 from tests.helpers import REPOSITORY
 

@@ -12,9 +12,10 @@ import pytest
 import validate_models
 from mvlm_core.errors import UserError
 from mvlm_core.export import file_checks as export_files
-from mvlm_core.export import load_probe
+from mvlm_core.export import load_probe, rescore
 from mvlm_core.export import validation as export_checks
-from mvlm_core.export.archive import read_manifest, write_archive
+from mvlm_core.export.archive import write_archive
+from mvlm_core.export.manifest import read_manifest
 from mvlm_core.files import sha256_file
 from mvlm_core.run_layout import Layout
 
@@ -124,8 +125,9 @@ def in_this_process(monkeypatch):
         for key, value in extra.items():
             monkeypatch.setenv(key, value)
         try:
-            if "--rescore" in arguments:
-                return validate_models.main(arguments[1:]), ""
+            if "mvlm_core.export.rescore" in arguments:
+                rescore.main(arguments[2:])
+                return 0, ""
             folder, request, answer = arguments[2:]
             Path(answer).write_text(json.dumps(load_probe.probe(folder, json.loads(Path(request).read_text()))))
         except Exception as error:
@@ -178,7 +180,7 @@ def test_good_export_in_real_fresh_processes(export, tiny_corpus):
         assert any(member == group for member, _ in checks), group
         assert f"ok      mvlm_gpt2: {group}" in done.stdout
     samples = report["models"]["mvlm_gpt2"]["samples"]
-    assert [sample["prompt"] for sample in samples] == list(export_checks.PROMPTS)
+    assert [sample["prompt"] for sample in samples] == list(validate_models.PROMPTS)
     assert all(sample["text"].startswith(sample["prompt"]) for sample in samples)
 
 
@@ -192,7 +194,7 @@ def test_export_that_needs_this_repository_does_not_load(export):
     (export / "config.json").write_text(json.dumps(config))
     seal(export)
     checks = export_files.Checks()
-    export_checks.check_loading(export, read_manifest(export), [], checks)
+    export_checks.check_loading(export, list(read_manifest(export)["files"]), checks, prompts=(), texts=[])
     (found,) = checks
     assert not found.passed and "needs a module of the repository" in found.detail and "config.json" in found.detail
 
@@ -211,7 +213,7 @@ def test_weights_tokenizer_and_counts_that_are_not_as_said(export, tiny_corpus, 
         capsys, str(export), "--quick", "--work_dir", str(tmp_path / "other"), "--data_dir", str(tiny_corpus)
     )
     assert set(found) == {"finite", "parameter count", "vocabulary size", "generates"}
-    assert name in found["finite"] and "training said 7" in found["parameter count"]
+    assert name in found["finite"] and "recorded in training: 7" in found["parameter count"]
 
 
 def test_tokenizer_that_changes_text_or_reads_special_words(export, tiny_corpus, tmp_path, capsys, in_this_process):
@@ -287,7 +289,7 @@ def prepare_problem(folder, kind):
 def test_file_problems_are_named(export, kind, check, words):
     prepare_problem(export, kind)
     checks = export_files.Checks()
-    export_files.check_files(export, checks, validate_models.MODELLING_SOURCES)
+    export_files.check_files(export, checks, validate_models.MODELLING_FILES)
     found = {member.name: member.detail for member in checks if not member.passed}
     assert words in found[check], found
 
@@ -303,7 +305,7 @@ def test_safetensors_whose_header_length_looks_like_a_pickle(export):
     header = b'{"__metadata__":{"format":"pt"}}'.ljust(0x280)
     (export / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     assert (export / "model.safetensors").read_bytes().startswith(b"\x80\x02")
-    assert export_files.pickles(export, {}) == []
+    assert export_files.pickles(export, []) == []
 
 
 @pytest.mark.parametrize("config", [[], {"results": 3, "data": [], "settings": None}, {"results": {"test_bpb": "low"}}])

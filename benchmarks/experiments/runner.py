@@ -22,7 +22,7 @@ import mvlm_trainer
 from benchmarks.command import below_one, new_parser, show
 from mvlm_core.console import log, outlive_terminal, setup_logging
 from mvlm_core.errors import LINE_BREAK, UserError, printable, run_main
-from mvlm_core.export.folder import read_training_config
+from mvlm_core.export.manifest import training_config
 from mvlm_core.files import RunLock, output_folder_problems
 from mvlm_core.hardware import set_process_environment
 from mvlm_core.metrics import BY_NAME as METRICS
@@ -103,8 +103,8 @@ class Run:
 
     def result(self) -> Figures | None:
         """The results and the origin of this run, or None while it is not finished (or had other settings)."""
-        config = read_training_config(self.folder)
-        made, wanted = (config or {}).get("settings"), self.settings().as_dict()
+        config = training_config(self.folder)
+        made, wanted = config.get("settings"), self.settings().as_dict()
         # A setting that is newer than the run had its default value.
         if not made or any(made.get(name, wanted[name]) != wanted[name] for name in wanted.keys() - PLACES):
             return None

@@ -169,7 +169,7 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
 def load_export(model_dir: Path | str, device: str = "cpu") -> tuple[Any, Any]:
     """Model and tokenizer of an export folder, from local files only.
 
-    Runs the modelling code in that folder: ``export.opening`` checks folders of unknown origin.
+    Runs the modelling code in that folder: ``export.file_checks`` checks folders of unknown origin.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

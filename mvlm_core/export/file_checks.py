@@ -4,32 +4,27 @@ A manifest that agrees with the files proves nothing about who made them. So cod
 repository's own, to the byte, and every other file is opened by nothing that could run what is in it.
 """
 
+from __future__ import annotations
+
 import ast
 import json
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from mvlm_core.errors import LINE_BREAK, printable
-from mvlm_core.export.archive import MANIFEST, ArchiveError, read_manifest, verify_folder
-from mvlm_core.files import read_json, read_regular
+from mvlm_core.errors import LINE_BREAK, UserError, printable
+from mvlm_core.export.archive import extract_archive
+from mvlm_core.export.folder import STAGING_NAME
+from mvlm_core.export.manifest import EXPECTED_FILES, MANIFEST, ArchiveError, read_manifest, verify_folder
+from mvlm_core.files import LOCK_NAME, read_json, read_regular
 
-EXPECTED_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "README.md",
-    "training_config.json",
-    "training_history.json",
-    "training_plots.png",
-)
 # What may lie in an export folder beside the manifest's files; none of it goes into an archive.
-BESIDE = {MANIFEST, "checkpoints", "training_history.jsonl", "tensorboard", "run.lock", ".export"}
+BESIDE = {MANIFEST, STAGING_NAME, LOCK_NAME, "checkpoints", "training_history.jsonl", "tensorboard"}
 PICKLE_SUFFIXES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
-# torch's zip, pickle 2 to 5
-WEIGHTS_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch's zip, pickle 2 to 5
 JSON_LIMIT = 256 << 20  # bytes; tokenizers have a few million, a long run's history some tens
 
 
@@ -41,7 +36,7 @@ class Check:
     detail: str
 
 
-class Checks(list):
+class Checks(list[Check]):
     """The checks of one model, in the order in which they were made."""
 
     def add(self, group: str, name: str, passed: bool, detail: str = "") -> bool:
@@ -52,26 +47,57 @@ class Checks(list):
         return self.add(group, name, not problems, "; ".join(problems[:20]) if problems else good)
 
 
-def check_files(folder: Path, checks: Checks, sources: Path) -> dict | None:
-    """Manifest, expected files, nothing else, no code but our own; returns the manifest.
+def check_export(folder: Path, sources: Path, place: Path | None = None) -> None:
+    """Judge an export folder's files.
+
+    Args:
+        sources: the folder with the repository's own modelling files: no other code is run.
+        place: what the user calls it, where that is not the folder.
+    Raises:
+        UserError: it is no finished export, or not what its manifest says, every problem named.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder}: holds no finished export (no {MANIFEST})")
+    checks = Checks()
+    check_files(folder, checks, sources)
+    if failed := [f"{place or folder}: {check.name}: {check.detail}" for check in checks if not check.passed]:
+        raise UserError(failed)
+
+
+@contextmanager
+def checked_export(place: Path, sources: Path) -> Iterator[Path]:
+    """The export folder at ``place``, which may be a ``.tar.gz``; what that held is gone afterwards.
+
+    Raises:
+        UserError: no such folder or archive, or as ``check_export``.
+    """
+    if not place.exists():
+        raise UserError(f"{place}: no such folder or archive; train a model first, or name where one is")
+    with tempfile.TemporaryDirectory(prefix="mvlm-open-") as scratch:
+        folder = place if place.is_dir() else extract_archive(place, Path(scratch))
+        check_export(folder, sources, place)
+        yield folder
+
+
+def check_files(folder: Path, checks: Checks, sources: Path) -> list[str]:
+    """Manifest, expected files, nothing else, no code but our own; returns the manifest's files.
 
     Args:
         sources: the folder with the repository's own modelling files.
     """
     try:
-        manifest = read_manifest(folder)
+        files = list(read_manifest(folder)["files"])
     except ArchiveError as error:
         checks.add("files", "manifest", False, str(error))
-        return None
-    files = manifest["files"]
+        return []
     checks.add("files", "manifest", True, f"{len(files)} files")
     checks.add_problems("files", "hashes", verify_folder(folder), "every SHA-256 equals the manifest's")
     code = modelling_files(sources, read_json(folder / "config.json"))
-    missing = [f"{name} is missing" for name in (*EXPECTED_FILES, *sorted(code)) if name not in files]
+    expected = [*EXPECTED_FILES, *sorted(code)]
+    missing = [f"{name} is missing" for name in expected if name not in files]
     checks.add_problems("files", "expected files", missing, "all there")
-    present = sorted(path.name for path in folder.iterdir())
-    extra = sorted(set(files) - set(EXPECTED_FILES) - code)
-    extra += [name for name in present if name not in BESIDE and name not in {file.split("/")[0] for file in files}]
+    known = BESIDE | {file.split("/")[0] for file in files}
+    extra = sorted(set(files) - set(expected)) + sorted({path.name for path in folder.iterdir()} - known)
     checks.add_problems("files", "no extra files", [f"{name} does not belong there" for name in extra], "none")
     checks.add_problems("files", "no pickle", pickles(folder, files), "none")
     checks.add_problems("files", "no remote code", remote_code(folder), "auto_map stays inside the folder")
@@ -79,10 +105,10 @@ def check_files(folder: Path, checks: Checks, sources: Path) -> dict | None:
     checks.add_problems("files", "readable", unreadable(folder), "JSON and safetensors can be read")
     size = sum((folder / name).stat().st_size for name in files if (folder / name).is_file())
     checks.add("files", "size", size > 0, f"{size / 1e6:.1f} MB")
-    return manifest
+    return files
 
 
-def modelling_files(sources: Path, config: dict) -> set[str]:
+def modelling_files(sources: Path, config: dict[str, Any]) -> set[str]:
     """The Python files that `auto_map` names, and those that our own sources of these names import beside them."""
     waiting = [target.split(".")[0] for target in _strings(config.get("auto_map"))]
     own = {path.name for path in sources.glob("*.py")}
@@ -147,7 +173,7 @@ def _strings(value: object) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
-def pickles(folder: Path, files: dict) -> list[str]:
+def pickles(folder: Path, files: list[str]) -> list[str]:
     """Files that torch or pickle would unpack, by name or by their first bytes, under whatever name."""
     found = []
     for name in (*files, *(path.name for path in folder.iterdir() if path.is_file())):
@@ -163,7 +189,7 @@ def pickles(folder: Path, files: dict) -> list[str]:
                 continue
             # A safetensors file starts with the length of its header, which may look like a pickle; then
             # comes the "{".
-            if start.startswith(WEIGHTS_MAGIC) and not (path.suffix == ".safetensors" and start[8:] == b"{"):
+            if start.startswith(PICKLE_MAGIC) and not (path.suffix == ".safetensors" and start[8:] == b"{"):
                 found.append(f"{name}: a pickle by its first bytes")
     return sorted(set(found))
 
@@ -180,7 +206,7 @@ def unreadable(folder: Path) -> list[str]:
             if path.suffix == ".json":
                 kind, words = (list, "list") if name == "training_history.json" else (dict, "object")
                 if not isinstance(json.loads(read_regular(path, JSON_LIMIT).decode("utf-8")), kind):
-                    raise ValueError(f"no JSON {words}")
+                    raise ValueError(f"not a JSON {words}")
             elif path.suffix == ".safetensors":
                 _open_safetensors(path)
         except (OSError, ValueError, RecursionError) as error:
@@ -199,10 +225,4 @@ def _open_safetensors(path: Path) -> None:
             if not file.keys():
                 raise ValueError("holds no tensor")
     except SafetensorError as error:
-        raise ValueError(f"no safetensors file ({error})") from None
-
-
-def part(config: dict, key: str) -> dict:
-    """A section of `training_config.json`, {} when it is missing or something else."""
-    value = config.get(key)
-    return value if isinstance(value, dict) else {}
+        raise ValueError(f"not a safetensors file ({error})") from None

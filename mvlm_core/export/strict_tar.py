@@ -161,9 +161,9 @@ def _entry_problem(entry: Entry, seen: dict[str, str]) -> str | None:
         return reason
     earlier = seen.get(name.lower())
     if earlier == name:
-        return f"{name}: stands there twice"
+        return f"{name}: duplicate entry"
     if earlier is not None:
-        return f"{name}: differs from {earlier} only in capital letters"
+        return f"{name}: differs from {earlier} only in case"
     if entry.mode & 0o7000:
         return f"{name}: set-uid, set-gid or sticky bit"
     if entry.is_folder and entry.size:

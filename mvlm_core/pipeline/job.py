@@ -14,7 +14,8 @@ from typing import Any
 
 from mvlm_core.data.corpus import Corpus, load_corpus
 from mvlm_core.errors import UserError
-from mvlm_core.run_layout import Layout, training_config
+from mvlm_core.export.manifest import training_config
+from mvlm_core.run_layout import Layout
 from mvlm_core.settings import REPOSITORY_ROOT
 
 HARDWARE_PROBE = """

@@ -12,13 +12,13 @@ from typing import Any
 from mvlm_core.data.corpus import Corpus, load_corpus
 from mvlm_core.data.verses import sample_verses, verses_of
 from mvlm_core.errors import UserError
-from mvlm_core.export.opening import check_export
-from mvlm_core.export.validation import corpus_choice
+from mvlm_core.export.file_checks import check_export
+from mvlm_core.export.manifest import corpus_choice, training_config
 from mvlm_core.files import read_json, write_atomic
 from mvlm_core.hardware import choose_hardware
 from mvlm_core.pipeline.comparison import baseline_lines, evaluation_rows, metric_rows
 from mvlm_core.pipeline.plots import figures
-from mvlm_core.run_layout import Layout, training_config, training_history
+from mvlm_core.run_layout import Layout, training_history
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 CONTINUATION = 80  # tokens
@@ -148,7 +148,7 @@ def make_report(layout: Layout, data_dir: str, sources: Path, *, device: str, se
         return write_report(layout, [], [], problems)
     hardware = choose_hardware(device=device)
     hardware.apply()
-    corpus = load_corpus(data_dir, **corpus_choice(next(iter(exports.values())) / "training_config.json"))
+    corpus = load_corpus(data_dir, **corpus_choice(next(iter(exports.values()))))
     samples, traces = ask(exports, corpus, device=hardware.device, seed=seed)
     return write_report(layout, samples, traces, problems)
 

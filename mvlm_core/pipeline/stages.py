@@ -20,7 +20,8 @@ import psutil
 from mvlm_core.data.corpus import SPLITS
 from mvlm_core.errors import Stopped
 from mvlm_core.evaluation.compression import compression_baselines
-from mvlm_core.export.archive import ArchiveError, matches_export, write_archive
+from mvlm_core.export.archive import matches_export, write_archive
+from mvlm_core.export.manifest import ArchiveError, training_config
 from mvlm_core.files import read_json, sha256_file, write_atomic
 from mvlm_core.monitor import ResourceSampler
 from mvlm_core.pipeline import plots
@@ -28,7 +29,7 @@ from mvlm_core.pipeline.child_process import TAIL_LINES, Signals, note, run_chil
 from mvlm_core.pipeline.comparison import compare, scores_by_part, table
 from mvlm_core.pipeline.job import Job
 from mvlm_core.pipeline.summary import Summary
-from mvlm_core.run_layout import Layout, training_config, training_history
+from mvlm_core.run_layout import Layout, training_history
 from mvlm_core.settings import CACHE_DIR
 from mvlm_core.signals import PARENT_VARIABLE
 

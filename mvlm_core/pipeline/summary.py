@@ -5,11 +5,11 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from mvlm_core.export.archive import read_manifest
+from mvlm_core.export.manifest import MANIFEST, read_manifest, training_config
 from mvlm_core.export.strict_tar import name_problem
 from mvlm_core.files import read_json, write_json_atomic
 from mvlm_core.metrics import METRICS
-from mvlm_core.run_layout import Layout, finite_number, training_config
+from mvlm_core.run_layout import Layout, finite_number
 
 EMPTY = {"status": "waiting"} | dict.fromkeys([*(metric.name for metric in METRICS), "archive"])
 
@@ -63,7 +63,7 @@ class Summary:
         """
         export = self.layout.export(name)
         config = training_config(export)
-        files = [export / file for file in (*read_manifest(export)["files"], "manifest.json")]
+        files = [export / file for file in (*read_manifest(export)["files"], MANIFEST)]
         results = _numbers(config.get("results") or {}) | {"size_bytes": sum(file.stat().st_size for file in files)}
         self.models[name].pop("error", None)
         if (hardware := config.get("hardware") or {}).get("device"):

@@ -27,15 +27,9 @@ from mvlm_core.evaluation.bits_per_byte import (
     score_export,
 )
 from mvlm_core.evaluation.memorization import extractable_memorization
-from mvlm_core.export.archive import verify_folder
-from mvlm_core.export.folder import (
-    finish_export,
-    model_card,
-    read_training_config,
-    remove_export,
-    software_versions,
-    stage_model,
-)
+from mvlm_core.export.folder import finish_export, remove_export, software_versions, stage_model
+from mvlm_core.export.manifest import training_config, verify_folder
+from mvlm_core.export.model_card import model_card
 from mvlm_core.files import RunLock
 from mvlm_core.hardware import Hardware, choose_hardware, describe
 from mvlm_core.monitor import peak_memory
@@ -312,8 +306,8 @@ def _is_finished(output_dir: Path, identity: dict[str, Any], steps: int) -> bool
     Raises:
         UserError: one of another run is.
     """
-    config = read_training_config(output_dir)
-    if config is None:
+    config = training_config(output_dir, "identity", "results")
+    if not config:
         return False
     differences = identity_differences(config.get("identity", {}), identity)
     if differences:

@@ -12,16 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mvlm_core.export import archive as packaging
-from mvlm_core.export.archive import (
-    ArchiveError,
-    check_archive,
-    extract_archive,
-    matches_export,
-    parse_manifest,
-    sha256_file,
-    verify_folder,
-    write_archive,
-)
+from mvlm_core.export.archive import check_archive, extract_archive, matches_export, write_archive
+from mvlm_core.export.manifest import MANIFEST_LIMIT, ArchiveError, parse_manifest, verify_folder
+from mvlm_core.files import sha256_file
 from tests.helpers import damaged
 
 FILES = {
@@ -147,8 +140,8 @@ def test_verify_folder_names_each_fault(export, tmp_path):
 @pytest.mark.parametrize(
     "extra, reason",
     [
-        (entry("mvlm_gpt2/config.json"), "twice"),
-        (entry("mvlm_gpt2/CONFIG.json"), "capital letters"),
+        (entry("mvlm_gpt2/config.json"), "duplicate"),
+        (entry("mvlm_gpt2/CONFIG.json"), "only in case"),
         (entry("mvlm_gpt2/extra.json"), "not in the manifest"),
         (entry("mvlm_gpt2/../../evil"), "'..'"),
         (entry("../evil"), "'..'"),
@@ -233,11 +226,11 @@ def test_no_archive_at_all(tmp_path):
 def test_archive_changed_between_check_and_extraction(archive, tmp_path, monkeypatch):
     real, calls = packaging._scan, []
 
-    def scan(path, sink=None):
+    def scan(path, destination=None):
         calls.append(path)
         if len(calls) == 2:
             repack(path, [(m, b"changed" if m.name.endswith("README.md") else d) for m, d in members(path)])
-        return real(path, sink)
+        return real(path, destination)
 
     monkeypatch.setattr(packaging, "_scan", scan)
     with pytest.raises(ArchiveError, match="README.md"):
@@ -263,7 +256,7 @@ def test_archive_changed_between_check_and_extraction(archive, tmp_path, monkeyp
         json.dumps({"format": 1, "name": "m", "files": {"../a": "0" * 64}}).encode(),
         json.dumps({"format": 1, "name": "m", "files": {"a": "0" * 64, "A": "0" * 64}}).encode(),
         json.dumps({"format": 1, "name": "m", "files": {"a": "0" * 64, "a/b": "0" * 64}}).encode(),
-        b" " * (packaging.MANIFEST_LIMIT + 1),
+        b" " * (MANIFEST_LIMIT + 1),
     ],
 )
 def test_bad_manifests(data):

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mvlm_core.export import archive as packaging
-from mvlm_core.export.archive import ArchiveError, check_archive, extract_archive, write_archive
+from mvlm_core.export.archive import check_archive, extract_archive, write_archive
+from mvlm_core.export.manifest import ArchiveError
 from tests.export.test_archive import FILES, make_export, members, repack
 from tests.helpers import ANY_JSON, cases, damaged, within
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 import validate_models
 from mvlm_core.errors import UserError
 from mvlm_core.export import validation as export_checks
-from mvlm_core.export.file_checks import EXPECTED_FILES, Checks, check_files
-from mvlm_core.export.folder import read_training_config
-from mvlm_core.run_layout import training_config, training_history
+from mvlm_core.export.file_checks import Checks, check_files
+from mvlm_core.export.manifest import EXPECTED_FILES, training_config
+from mvlm_core.run_layout import training_history
 from tests.helpers import (
     ANY_JSON,
     BROKEN_JSON,
@@ -29,7 +29,7 @@ from tests.helpers import (
 )
 from tests.test_validate_models import seal, staged  # noqa: F401  a fixture
 
-SOURCES = validate_models.MODELLING_SOURCES
+SOURCES = validate_models.MODELLING_FILES
 JSON_FILES = [name for name in EXPECTED_FILES if name.endswith(".json")]
 
 
@@ -125,7 +125,7 @@ def test_any_json_in_any_file(whole, export, name, seed, value, deep, sealed):
     found = failed(export)
     assert sealed or name in found["hashes"] or (export / name).read_bytes() == before
     right = list if name == "training_history.json" else dict
-    assert deep or isinstance(value, right) or f"{name}: no JSON" in found["readable"]
+    assert deep or isinstance(value, right) or f"{name}: not a JSON" in found["readable"]
     shutil.copy(whole / name, export / name)
     shutil.copy(whole / "manifest.json", export / "manifest.json")
 
@@ -162,9 +162,7 @@ def test_no_ordinary_file(export, name, kind):
     found = failed(export)
     assert any(name in detail for detail in found.values()) or (name, kind) == ("extra", "missing")
     with within(10):
-        raises_only(
-            UserError, lambda: (read_training_config(export), training_config(export), training_history(export))
-        )
+        raises_only(UserError, lambda: (training_config(export), training_history(export)))
 
 
 # -- code ----------------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from mvlm_core.errors import UserError
 from mvlm_core.export import load_probe
 from mvlm_core.export import validation as export_checks
 from mvlm_core.export.archive import read_checksums
-from mvlm_core.export.file_checks import EXPECTED_FILES, Checks
-from mvlm_core.export.folder import read_training_config, remove_export
+from mvlm_core.export.file_checks import Checks
+from mvlm_core.export.folder import remove_export
+from mvlm_core.export.manifest import EXPECTED_FILES, SECTIONS, corpus_choice, training_config
 from mvlm_core.pipeline import comparison
 from mvlm_core.pipeline.summary import Summary
 from mvlm_core.run_layout import Layout, training_history
@@ -61,7 +62,7 @@ def test_a_process_that_cannot_load_ends_with_a_reason(export, monkeypatch, file
     set_json(export / file, **values)
     checks = Checks()
     with within(200):
-        export_checks.check_loading(export, {"files": dict.fromkeys(EXPECTED_FILES)}, [], checks)
+        export_checks.check_loading(export, list(EXPECTED_FILES), checks, prompts=(), texts=[])
     (check,) = checks
     assert not check.passed and reason in check.detail and "Traceback" not in check.detail, check.detail
 
@@ -81,15 +82,16 @@ def test_any_training_config(whole, export, answer, seed, value, deep):
     config = with_a_value_replaced(config, seed, value) if deep else value
     (export / "training_config.json").write_text(json.dumps(config))
     seal(export)
-    found = config if isinstance(config, dict) else {}
+    found = training_config(export)
     checks = Checks()
-    export_checks._check_weights(answer["weights"], found, checks)
-    export_checks._check_tokenizer(answer["tokenizer"], answer["weights"]["rows"], found, checks)
+    export_checks.check_weights(answer["weights"], found, checks)
+    export_checks.check_tokenizer(answer["tokenizer"], answer["weights"]["rows"], found, checks)
     json.dumps([check.detail for check in checks], ensure_ascii=False).encode()
-    choice, message = raises_only(UserError, lambda: export_checks.corpus_choice(export / "training_config.json"))
+    choice, message = raises_only(UserError, lambda: corpus_choice(export))
     assert choice or "training_config.json" in message
-    known = read_training_config(export)
-    assert known is None or isinstance(known["identity"], dict) and isinstance(known["results"], dict)
+    known = training_config(export, "identity", "results")
+    assert known in (found, {}) and all(isinstance(known.get(key, {}), dict) for key in SECTIONS)
+    assert not known or known.keys() >= {"identity", "results"}
     layout = Layout(export.parent.parent)
     layout.downloads.mkdir(exist_ok=True)
     summary = Summary(layout, ["mvlm_gpt2"], preset="smoke", device="cpu")

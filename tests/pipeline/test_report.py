@@ -8,10 +8,11 @@ import pytest
 
 import make_report
 from mvlm_core.errors import UserError
+from mvlm_core.export.manifest import training_config
 from mvlm_core.files import write_json_atomic
 from mvlm_core.pipeline import comparison
 from mvlm_core.pipeline.summary import Summary
-from mvlm_core.run_layout import Layout, training_config
+from mvlm_core.run_layout import Layout
 from tests.helpers import MODELS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -1,0 +1,183 @@
+"""The manifest of an export: its files with their SHA-256, written last, so that without it there is no export.
+
+Also the list of the files that every export has, and the record of the run among them, `training_config.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mvlm_core.errors import UserError
+from mvlm_core.export.strict_tar import ENTRY_LIMIT, PROBLEM_LIMIT, name_problem
+from mvlm_core.files import read_regular, sha256_file, write_json_atomic
+
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT = 1
+MANIFEST_LIMIT = 1 << 20  # bytes; a real one has a few kilobytes
+TRAINING_CONFIG = "training_config.json"
+EXPECTED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "README.md",
+    TRAINING_CONFIG,
+    "training_history.json",
+    "training_plots.png",
+)
+SECTIONS = ("settings", "identity", "data", "tokenizer", "hardware", "results")  # objects in training_config.json
+log = logging.getLogger("mvlm")
+
+
+class ArchiveError(UserError):
+    """An archive or an export folder that must not be used; `.problems` says why."""
+
+
+def write_manifest(folder: Path, name: str, files: dict[str, str]) -> None:
+    """Write the manifest of the export ``name``.
+
+    Args:
+        files: SHA-256 by file name.
+    """
+    write_json_atomic(folder / MANIFEST, {"format": MANIFEST_FORMAT, "name": name, "files": files})
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise ValueError("duplicate name")
+    return dict(pairs)
+
+
+def parse_manifest(data: bytes) -> dict[str, Any]:
+    """The manifest in ``data``.
+
+    Raises:
+        ArchiveError: it is no manifest, every problem named.
+    """
+    if len(data) > MANIFEST_LIMIT:
+        raise ArchiveError(f"{MANIFEST}: larger than {MANIFEST_LIMIT:,} bytes")
+    try:
+        manifest = json.loads(data.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ArchiveError(f"{MANIFEST}: not valid JSON ({error})") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
+        raise ArchiveError(f"{MANIFEST}: not a manifest of format {MANIFEST_FORMAT}")
+    name, files = manifest.get("name"), manifest.get("files")
+    problems = []
+    if not isinstance(name, str) or "/" in name or name_problem(name):
+        problems.append(f"{MANIFEST}: 'name' is not a plain folder name")
+    if not isinstance(files, dict) or not files or len(files) > ENTRY_LIMIT:
+        raise ArchiveError([*problems, f"{MANIFEST}: 'files' does not map names to their SHA-256"])
+    if problems := problems + _file_problems(files):
+        raise ArchiveError(problems)
+    return manifest
+
+
+def _file_problems(files: dict[str, Any]) -> list[str]:
+    problems: list[str] = []
+    folded = {MANIFEST: MANIFEST}
+    for file, digest in files.items():
+        if (reason := name_problem(file)) or file == MANIFEST:
+            problems.append(f"{MANIFEST}: {reason or 'lists itself'}")
+        elif not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
+            problems.append(f"{MANIFEST}: {file} has no SHA-256")
+        elif folded.setdefault(file.lower(), file) != file:
+            problems.append(f"{MANIFEST}: {file} and {folded[file.lower()]} differ only in case")
+        elif any(str(parent) in files for parent in PurePosixPath(file).parents):
+            problems.append(f"{MANIFEST}: {file} lies below a file")
+        if len(problems) >= PROBLEM_LIMIT:
+            break
+    return problems
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an export folder.
+
+    Raises:
+        ArchiveError: there is none, or it is damaged.
+    """
+    path = folder / MANIFEST
+    try:
+        if path.is_symlink() or not path.is_file():
+            raise ArchiveError(f"{path}: no manifest, so no finished export")
+        with path.open("rb") as file:
+            return parse_manifest(file.read(MANIFEST_LIMIT + 1))
+    except OSError as error:
+        raise ArchiveError(f"{path}: {error.strerror}") from None
+    except ArchiveError as error:
+        raise ArchiveError([p if str(path) in p else f"{folder}: {p}" for p in error.problems]) from None
+
+
+def verify_folder(folder: Path) -> list[str]:
+    """What differs between an export folder and its manifest; [] = every listed file has its hash."""
+    try:
+        files = read_manifest(folder)["files"]
+    except ArchiveError as error:
+        return list(error.problems)
+    problems = []
+    for name, digest in sorted(files.items()):
+        path = folder / name
+        try:
+            if any((folder / part).is_symlink() for part in (name, *PurePosixPath(name).parents)):
+                problems.append(f"{path}: a symbolic link, not a file of the export")
+            elif not path.is_file():
+                problems.append(f"{path}: missing")
+            elif sha256_file(path) != digest:
+                problems.append(f"{path}: SHA-256 differs from the manifest's")
+        except OSError as error:
+            problems.append(f"{path}: cannot be read ({error.strerror})")
+    return problems
+
+
+def training_config(folder: Path, *required: str) -> dict[str, Any]:
+    """`training_config.json` of a finished export, {} where there is none; a damaged one is {} with a line in the log.
+
+    The sections that it has are objects, and those that are ``required`` are there.
+    """
+    if not (folder / MANIFEST).exists():
+        return {}
+    try:
+        read_manifest(folder)
+        config = json.loads(read_regular(folder / TRAINING_CONFIG))
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
+        for section in SECTIONS:
+            if not isinstance(config.get(section, None if section in required else {}), dict):
+                raise ValueError(f"no section '{section}'")
+        if not isinstance(config.get("data", {}).get("only"), str | None):
+            raise ValueError("data.only is not a path")
+        if not isinstance(config.get("results", {}).get("steps", 0), int):
+            raise ValueError("results.steps is not a number")
+    except (ArchiveError, OSError, ValueError, RecursionError) as error:
+        log.warning("%s/%s is damaged, so the export does not count as finished: %s", folder, TRAINING_CONFIG, error)
+        return {}
+    return config
+
+
+def corpus_choice(folder: Path) -> dict[str, Any]:
+    """Which part of the corpus an export was trained on, as `load_corpus` takes it.
+
+    Raises:
+        UserError: the export is not finished, or its record says something impossible.
+    """
+    config, path = training_config(folder), folder / TRAINING_CONFIG
+    settings = config.get("settings", {})
+    choice = {
+        "validation_split": settings.get("validation_split", 0.05),
+        "validation_dir": settings.get("validation_dir"),
+        "only": config.get("data", {}).get("only"),
+    }
+    problems = [] if config else [f"{path}: not the record of a finished export"]
+    if not isinstance(choice["validation_split"], int | float):
+        problems.append(f"{path}: validation_split is not a number")
+    for key in ("validation_dir", "only"):
+        if choice[key] is not None and (not isinstance(choice[key], str) or "\0" in choice[key]):
+            problems.append(f"{path}: {key} is not a path")
+    if problems:
+        raise UserError(problems)
+    return choice
