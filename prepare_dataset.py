@@ -23,12 +23,11 @@ def list_or_add(args: argparse.Namespace) -> int:
     from bible_corpus import import_texts
     from mvlm_core.data.corpus import load_corpus
 
-    there = any(args.data_dir.rglob("*.txt")) if args.data_dir.is_dir() else False
-    corpus = load_corpus(args.data_dir) if there or args.list else None
     if args.list:
-        print("\n".join(import_texts.listing(corpus)))
+        print("\n".join(import_texts.listing(load_corpus(args.data_dir))))
         return 0
-    found = import_texts.gather(args.add, corpus)
+    has_texts = args.data_dir.is_dir() and any(args.data_dir.rglob("*.txt"))
+    found = import_texts.gather(args.add, load_corpus(args.data_dir) if has_texts else None)
     print("\n".join(import_texts.report(found)))
     if args.dry_run:
         print("nothing was written (--dry_run)")

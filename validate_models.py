@@ -49,7 +49,8 @@ def validate_model(
     folder: Path, layout: Layout, options: argparse.Namespace, texts: list[str]
 ) -> tuple[Checks, list[dict[str, Any]]]:
     """All checks of one export, and the texts that it generated."""
-    checks, samples = Checks(), []
+    checks = Checks()
+    samples: list[dict[str, Any]] = []
     finished = (folder / MANIFEST).is_file()
     if not checks.add("files", "export", finished, f"{folder}{'' if finished else ' holds no finished export'}"):
         return checks, samples
