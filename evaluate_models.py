@@ -29,10 +29,15 @@ from mvlm_core.hardware import DEVICES, choose_hardware, set_process_environment
 from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
 from prioritary_mvlm.config import MODELLING_FILES
 
-SIZES = ("verses", "prompts", "words", "pairs")
+SIZES = {
+    "verses": (300, "verses for each measure"),
+    "prompts": (100, "prompts to continue"),
+    "words": (64, "words of a continuation"),
+    "pairs": (200, "most minimal pairs of a rule"),
+}
 
 
-def make_parser() -> argparse.ArgumentParser:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -42,19 +47,17 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data_dir", default=str(DEFAULT_DATA_DIR), help="the corpus that the models were trained on")
     add("--data_subset", help="use only this folder below --data_dir [default: as the first model did]")
     add("--split", choices=("validation", "test"), default="validation", help="held-out text [default validation]")
-    add("--verses", type=int, default=300, help="verses for each measure [default 300]")
-    add("--prompts", type=int, default=100, help="prompts to continue [default 100]")
-    add("--words", type=int, default=64, help="words of a continuation [default 64]")
-    add("--pairs", type=int, default=200, help="most minimal pairs of a rule [default 200]")
+    for name, (number, what) in SIZES.items():
+        add(f"--{name}", type=int, default=number, help=f"{what} [default {number}]")
     add("--no_bits_per_byte", action="store_true", help="leave out what training has already measured")
     add("--device", default="auto", choices=DEVICES, help="[default auto]")
     add("--seed", type=int, default=0, help="random seed of the samples [default 0]")
     add("--json", type=Path, help="also write the results to this file")
-    return parser
+    return parser.parse_args(arguments)
 
 
 def open_exports(options: argparse.Namespace, stack: ExitStack) -> dict[Path, dict[Path, Path]]:
-    """For each MODEL its exports: the place given, or those of its seeds → the checked folder.
+    """For each MODEL its exports, or those of its seeds: the place given → the checked folder.
 
     Raises:
         UserError: every problem with the arguments and the exports.
@@ -64,12 +67,11 @@ def open_exports(options: argparse.Namespace, stack: ExitStack) -> dict[Path, di
         problems.append(f"--seed {options.seed}: from 0 to 2**63 - 1")
     if options.json and (options.json.is_dir() or not os.access(options.json.parent, os.W_OK)):
         problems.append(f"--json {options.json}: a file in a folder that exists and can be written to")
-    columns: dict[Path, dict[Path, Path]] = {}
-    for place in options.models:
-        columns[place] = {}
+    columns: dict[Path, dict[Path, Path]] = {place: {} for place in options.models}
+    for place, exports in columns.items():
         for export in sorted(path.parent for path in place.glob("seed*/model.safetensors")) or [place]:
             try:
-                columns[place][export] = stack.enter_context(checked_export(export, MODELLING_FILES))
+                exports[export] = stack.enter_context(checked_export(export, MODELLING_FILES))
             except UserError as error:
                 problems += error.problems
     if problems:
@@ -77,17 +79,8 @@ def open_exports(options: argparse.Namespace, stack: ExitStack) -> dict[Path, di
     return columns
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = make_parser().parse_args(arguments)
-    set_process_environment()
-    with ExitStack() as stack:
-        columns = open_exports(options, stack)
-        run(options, columns)
-    return 0
-
-
-def run(options: argparse.Namespace, columns: dict[Path, dict[Path, Path]]) -> None:
-    """Evaluate every export and print the table."""
+def evaluate_columns(options: argparse.Namespace, columns: dict[Path, dict[Path, Path]]) -> None:
+    """Evaluate every export once and print the table."""
     from bible_corpus.grammar import RULES
     from mvlm_core.data.corpus import load_corpus
     from mvlm_core.evaluation.results import over_seeds, rows
@@ -99,8 +92,7 @@ def run(options: argparse.Namespace, columns: dict[Path, dict[Path, Path]]) -> N
     corpus = load_corpus(options.data_dir, **choice | ({"only": options.data_subset} if options.data_subset else {}))
     hardware = choose_hardware(device=options.device)
     hardware.apply()
-    sizes = {name: getattr(options, name) for name in SIZES}
-    text = draw(corpus, options.split, RULES, seed=options.seed, **sizes)
+    text = draw(corpus, options.split, RULES, seed=options.seed, **{name: getattr(options, name) for name in SIZES})
     used = {key: value for key, value in vars(options).items() if key not in ("models", "json")}
     same = {"options": used, "fingerprint": corpus.fingerprint}
     before = read_json(options.json) if options.json else {}
@@ -122,6 +114,14 @@ def run(options: argparse.Namespace, columns: dict[Path, dict[Path, Path]]) -> N
     table = [[options.split, "text", *(place.name for place in columns)], ["---", *["---:"] * (len(means) + 1)]]
     print("\n".join("| " + " | ".join(cells) + " |" for cells in [*table, *rows(means)]))
     print("\n".join(["", *notes(means[0], text)]))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    set_process_environment()
+    with ExitStack() as stack:
+        evaluate_columns(options, open_exports(options, stack))
+    return 0
 
 
 if __name__ == "__main__":

@@ -54,7 +54,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "gate, memory share, attention entropy in nats and attention distance in tokens",
     )
     options = parser.parse_args(arguments)
-    last_seed = 2**63 - 1 - max(1, options.samples)
     problems = [
         f"--{name} {getattr(options, name)}: {rule}"
         for name, rule, holds in (
@@ -63,11 +62,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             ("top_p", "above 0 and at most 1", 0 < options.top_p <= 1),
             ("top_k", "0 or more", options.top_k >= 0),
             ("samples", "at least 1", options.samples >= 1),
-            ("seed", "from 0 to 2**63 - 1 - samples", 0 <= options.seed <= last_seed),
+            ("seed", "from 0 to 2**63 - 1 - samples", 0 <= options.seed < 2**63 - max(1, options.samples)),
             ("device", f"one of {', '.join(DEVICES)}", options.device in DEVICES),
         )
         if not holds
     ]
+    if any("\ud800" <= character <= "\udfff" for character in options.prompt):  # how Python reads bytes that are not
+        problems.append("the prompt is not valid UTF-8 text")
     if problems:
         raise UserError(problems)
     return options
@@ -119,10 +120,6 @@ def trace_table(model: Any, tokenizer: Any, ids: Tensor) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        options.prompt.encode()
-    except UnicodeEncodeError:
-        raise UserError("the prompt is not valid UTF-8 text") from None
     set_process_environment()
     with checked_export(options.model, MODELLING_FILES) as folder:
         import torch

@@ -14,44 +14,44 @@ from tests.helpers import REPOSITORY
 PROMPT = "In the beginning"
 
 
-def said(capsys, *arguments):
+def generated(capsys, *arguments):
     assert generate.main([str(argument) for argument in arguments]) == 0
     return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model", ("mvlm_gpt2", "simone_enhanced"))
-def test_a_folder_and_its_archive_say_the_same(model, trained, tmp_path, capsys):
+def test_a_folder_and_its_archive_give_the_same_text(model, trained, tmp_path, capsys):
     archive = tmp_path / f"{model}_model.tar.gz"
     write_archive(trained / model, archive)
     options = ("--max_new_tokens", 12, "--device", "cpu")
-    from_folder = said(capsys, trained / model, PROMPT, *options)
+    from_folder = generated(capsys, trained / model, PROMPT, *options)
     assert from_folder.startswith(PROMPT) and len(from_folder) > len(PROMPT) + 2
-    assert said(capsys, archive, PROMPT, *options) == from_folder, "the seed decides, not the place"
-    assert said(capsys, archive, PROMPT, *options, "--seed", 1) != from_folder
+    assert generated(capsys, archive, PROMPT, *options) == from_folder, "the seed decides, not the place"
+    assert generated(capsys, archive, PROMPT, *options, "--seed", 1) != from_folder
 
 
 def test_samples_are_drawn_with_the_seeds_that_are_named(trained, capsys):
     options = ("--max_new_tokens", 8, "--device", "cpu")
-    both = said(capsys, trained / "mvlm_gpt2", PROMPT, *options, "--samples", 2, "--seed", 5)
-    apart = [said(capsys, trained / "mvlm_gpt2", PROMPT, *options, "--seed", seed) for seed in (5, 6)]
+    both = generated(capsys, trained / "mvlm_gpt2", PROMPT, *options, "--samples", 2, "--seed", 5)
+    apart = [generated(capsys, trained / "mvlm_gpt2", PROMPT, *options, "--seed", seed) for seed in (5, 6)]
     heads = [f"--- sample {n} of 2, seed {n + 4}\n" for n in (1, 2)]
     assert both == heads[0] + apart[0] + heads[1] + apart[1]
 
 
 def test_temperature_zero_is_the_likeliest_whatever_the_seed(trained, capsys):
     options = ("--max_new_tokens", 8, "--temperature", 0, "--device", "cpu")
-    texts = {said(capsys, trained / "simone_enhanced", PROMPT, *options, "--seed", seed) for seed in range(3)}
+    texts = {generated(capsys, trained / "simone_enhanced", PROMPT, *options, "--seed", seed) for seed in range(3)}
     assert len(texts) == 1
 
 
 def test_it_ends_where_the_context_does(trained, capsys):
-    text = said(capsys, trained / "simone_enhanced", "--max_new_tokens", 500, "--trace", "--device", "cpu")
+    text = generated(capsys, trained / "simone_enhanced", "--max_new_tokens", 500, "--trace", "--device", "cpu")
     rows = text[text.index("token  ") :].splitlines()[1:]
     assert 2 <= len(rows) <= 32, "no more tokens than the context of 32"
 
 
 def test_the_trace_has_a_row_for_each_token(trained, capsys):
-    text = said(
+    text = generated(
         capsys, trained / "simone_enhanced", PROMPT, "--max_new_tokens", 5, "--temperature", 0, "--trace",
         "--device", "cpu",
     )  # fmt: skip
@@ -82,6 +82,8 @@ def test_every_bad_argument_is_named_in_one_message(tmp_path):
     with pytest.raises(UserError) as caught:
         generate.main([str(tmp_path), PROMPT, "--temperature", "-1", "--top_p", "0", "--samples", "0"])
     assert [problem.split()[0] for problem in caught.value.problems] == ["--temperature", "--top_p", "--samples"]
+    with pytest.raises(UserError, match="--seed -1.*not valid UTF-8"):
+        generate.main([str(tmp_path), "\udcff", "--seed", "-1"])
     for place, words in ((tmp_path, "no finished export"), (tmp_path / "none", "no such folder")):
         with pytest.raises(UserError, match=words):
             generate.main([str(place), PROMPT])

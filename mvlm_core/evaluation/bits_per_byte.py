@@ -38,10 +38,6 @@ class Score:
         return sum(size for _, size, _ in self.documents.values())
 
     @property
-    def tokens(self) -> int:
-        return sum(tokens for _, _, tokens in self.documents.values())
-
-    @property
     def bits_per_byte(self) -> float:
         return bits_per_byte(self.nats, self.bytes)
 

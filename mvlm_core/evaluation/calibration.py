@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,26 +47,15 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 1
 
 
 @torch.inference_mode()
-def calibration(
-    model: Any, tokenizer: Any, verses: Sequence[Verse], *, bins: int = 15, batch_size: int = 16
-) -> Calibration:
+def calibration(model: Any, tokenizer: Any, verses: Iterable[Verse], *, bins: int = 15) -> Calibration:
     """Calibration on the tokens of the verses, each predicted from all the text before it."""
-    context, device = context_of(model), next(model.parameters()).device
-    rows = []
+    context, confidence, correct = context_of(model), [np.empty(0)], [np.empty(0)]
     for verse in verses:
         new = encode(tokenizer, verse.text + "\n")
         ids = (prompt_ids(tokenizer, verse.before, context + 1) + new)[-context - 1 :]
-        rows.append((ids, max(1, len(ids) - len(new))))  # index of the first target; its logits' is one less
-    rows.sort(key=lambda row: len(row[0]))
-    confidence, correct = [], []
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        length, first = max(len(ids) for ids, _ in batch), min(first for _, first in batch)
-        padded = torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in batch], device=device)
-        output = model(input_ids=padded[:, :-1], use_cache=False, logits_to_keep=length - first)
-        top, predicted = output.logits.float().softmax(dim=-1).max(dim=-1)
-        hit = predicted == padded[:, first:]
-        for row, (ids, begin) in enumerate(batch):
-            confidence.append(top[row, begin - first : len(ids) - first].cpu().numpy())
-            correct.append(hit[row, begin - first : len(ids) - first].cpu().numpy())
-    return calibration_error(np.concatenate(confidence or [[]]), np.concatenate(correct or [[]]), bins)
+        tokens, count = torch.tensor([ids], device=model.device), min(len(new), len(ids) - 1)
+        logits = model(input_ids=tokens[:, :-1], use_cache=False, logits_to_keep=count).logits[0]
+        top, predicted = logits.float().softmax(dim=-1).max(dim=-1)
+        confidence.append(top.cpu().numpy())
+        correct.append((predicted == tokens[0, -count:]).cpu().numpy())
+    return calibration_error(np.concatenate(confidence), np.concatenate(correct), bins)

@@ -103,21 +103,13 @@ class Diversity:
     words: float
 
 
-@dataclass(frozen=True)
-class Repetition:
-    """Diversity of greedy and of sampled continuations, and of the true ones as reference."""
-
-    greedy: Diversity
-    sampled: Diversity
-    reference: Diversity
-
-
 def repetition(
     model: Any, tokenizer: Any, verses: Iterable[Verse], *, words: int = 64, seed: int = 0, batch_size: int = 32
-) -> Repetition:
-    """Continue the text before each verse by ``words`` words, or as many as half the context holds.
+) -> dict[str, Diversity]:
+    """Diversity of "greedy" and "sampled" continuations of the text before each verse, and of the true "reference".
 
-    Verses with less text after them, or none before them, are left out.
+    They are ``words`` words long, or as long as half the context. Verses without text before them, or with less than
+    that after them, are left out.
     """
     context, prompts, lengths, references = context_of(model), [], [], []
     for verse in verses:
@@ -131,7 +123,8 @@ def repetition(
         continuations(model, tokenizer, prompts, lengths, sample=sample, seed=seed, batch_size=batch_size)
         for sample in (False, True)
     )
-    return Repetition(*(diversity([text.split()[:words] for text in texts]) for texts in (greedy, sampled, references)))
+    found = {"greedy": greedy, "sampled": sampled, "reference": references}
+    return {name: diversity([text.split()[:words] for text in texts]) for name, texts in found.items()}
 
 
 def diversity(texts: Sequence[list[str]]) -> Diversity:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -19,16 +18,9 @@ LEAST_WORDS = 8  # of a verse that is used: its second half has four at least
 _LETTERS = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
 
 
-@dataclass(frozen=True)
-class Cloze:
-    """Share of verses whose last word is predicted: from all the text before it, and from the verse alone."""
-
-    full: Mean
-    alone: Mean
-
-
-def cloze(model: Any, tokenizer: Any, verses: Iterable[Verse], *, batch_size: int = 32) -> Cloze:
-    """Last word of a verse, after LAMBADA (Paperno et al. 2016, arXiv:1606.06031).
+def cloze(model: Any, tokenizer: Any, verses: Iterable[Verse], *, batch_size: int = 32) -> dict[str, Mean]:
+    """Share of verses whose last word is predicted, after LAMBADA (Paperno et al. 2016, arXiv:1606.06031): from all the
+    text before it ("full"), and from the verse alone ("alone").
 
     Greedy decoding must give the word exactly (letters, case and apostrophes) and no longer one. Verses of one word
     are left out, and so are those whose last word with its punctuation takes more than half the context.
@@ -50,37 +42,22 @@ def cloze(model: Any, tokenizer: Any, verses: Iterable[Verse], *, batch_size: in
         generated = continuations(model, tokenizer, prompts, lengths, batch_size=batch_size)
         return mean([_is_word(text, word) for text, (_, _, word, _) in zip(generated, items, strict=True)])
 
-    return Cloze(accuracy(alone=False), accuracy(alone=True))
+    return {"full": accuracy(alone=False), "alone": accuracy(alone=True)}
 
 
 def _is_word(text: str, word: str) -> bool:
     return text.startswith(word) and not re.match(r"['\u2019]?[^\W\d_]", text[len(word) :])
 
 
-@dataclass(frozen=True)
-class Extraction:
-    """How much of the second halves of verses greedy decoding reproduces, as shares from 0 to 1.
-
-    Attributes:
-        exact: share of verses whose second half is reproduced word for word.
-        prefix: correct words from the first one on, over the words of the second half.
-        longest: longest run of words in both, over the words of the second half.
-    """
-
-    exact: Mean
-    prefix: Mean
-    longest: Mean
-
-    def __sub__(self, other: Extraction) -> Extraction:
-        """Train minus held-out text: what is memorized rather than predicted from the language."""
-        return Extraction(self.exact - other.exact, self.prefix - other.prefix, self.longest - other.longest)
-
-
-def extraction(model: Any, tokenizer: Any, verses: Iterable[Verse], *, batch_size: int = 32) -> Extraction:
+def extraction(model: Any, tokenizer: Any, verses: Iterable[Verse], *, batch_size: int = 32) -> dict[str, Mean]:
     """Extractable memorization (Carlini et al. 2023, arXiv:2202.07646): the prompt is the first half of a verse's
     words; the greedy continuation, of as many tokens as the second half has, is compared with that half.
 
     Verses of fewer than two words, or longer than the context, are left out.
+
+    Returns:
+        "exact": share of verses whose second half is reproduced word for word; and, over the words of that half,
+        "prefix": correct words from the first one on, "longest": the longest run of words in both.
     """
     prompts, lengths, references = [], [], []
     for verse in verses:
@@ -96,7 +73,7 @@ def extraction(model: Any, tokenizer: Any, verses: Iterable[Verse], *, batch_siz
             references.append(verse.text[cut:].split())
     generated = continuations(model, tokenizer, prompts, lengths, batch_size=batch_size)
     shares = [overlap(text.split(), words) for text, words in zip(generated, references, strict=True)]
-    return Extraction(*(mean([share[n] for share in shares]) for n in range(3)))
+    return {name: mean([share[n] for share in shares]) for n, name in enumerate(("exact", "prefix", "longest"))}
 
 
 def overlap(words: Sequence[str], reference: Sequence[str]) -> tuple[float, float, float]:
@@ -111,7 +88,7 @@ def overlap(words: Sequence[str], reference: Sequence[str]) -> tuple[float, floa
 def extractable_memorization(
     model: Any, tokenizer: Any, corpus: Corpus, *, verses: int = 100, seed: int = 0
 ) -> dict[str, Any]:
-    """``Extraction`` as JSON of "train" verses and, as a control, of "held_out" validation verses of the same lengths.
+    """``extraction`` as JSON of "train" verses and, as a control, of "held_out" validation verses of the same lengths.
 
     Only the primary translation's where it has validation text: it is read most often, so it is memorized first.
     """

@@ -82,10 +82,11 @@ def evaluate(model_dir: Path | str, text: EvaluationSet, *, device: str, bits_pe
         score = score_loaded(model, tokenizer, ((d.path, d.read()) for d in text.held_out))
         found["bits_per_byte"] = bits_per_byte_by_part(score, text.held_out)
     train, held_out = (extraction(model, tokenizer, verses) for verses in (text.train_verses, text.verses))
+    difference = {name: train[name] - held_out[name] for name in train}  # memorized, not predicted from the language
     found |= {
         "calibration": calibration(model, tokenizer, text.verses),
         "cloze": cloze(model, tokenizer, text.verses),
-        "memorization": {"train": train, "held_out": held_out, "difference": train - held_out},
+        "memorization": {"train": train, "held_out": held_out, "difference": difference},
         "repetition": repetition(model, tokenizer, text.prompts, words=text.words, seed=text.seed),
         "pairs": pair_accuracy(model, tokenizer, text.pairs),
     }
@@ -94,14 +95,12 @@ def evaluate(model_dir: Path | str, text: EvaluationSet, *, device: str, bits_pe
 
 def notes(result: dict[str, Any], text: EvaluationSet) -> list[str]:
     """Sample sizes, and how to read the errors."""
-    memorization = result["memorization"]
+    train, held_out = (result["memorization"][name]["exact"]["count"] for name in ("train", "held_out"))
     return [
-        f"{len(text.verses)} held-out verses, each of another place, for calibration; "
-        f"{result['cloze']['full']['count']} of them for the last word; {memorization['held_out']['exact']['count']} "
-        f"as the control for memorization, beside {memorization['train']['exact']['count']} train verses of the same "
-        f"translations and lengths; {result['repetition']['reference']['rep_4']['count']} prompts continued by "
-        f"{text.words} words.",
+        f"{len(text.verses)} held-out verses, each of another place ({result['cloze']['full']['count']} for the last "
+        f"word, {held_out} for memorization, beside {train} train verses of the same translations and lengths); "
+        f"{result['repetition']['reference']['rep_4']['count']} prompts continued by {text.words} words; seed "
+        f"{text.seed}.",
         "Chance is 50 % for the pairs. They come from all translations, which share wording, so their true errors are "
         "larger than ± says.",
-        f"Seed {text.seed}.",
     ]

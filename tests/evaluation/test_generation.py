@@ -58,12 +58,12 @@ def test_greedy_text_repeats_more_than_sampled_or_real_text(corpus, make, tokeni
     verses = sample_verses(verses_of(corpus.split("validation")), 24, 0)
     used = [verse for verse in verses if followed_by(verse, 24) is not None]
     found = repetition(overfitted, tokenizer, verses, words=24, seed=5)
-    assert found.reference == diversity([followed_by(verse, 24).split() for verse in used])
-    assert found.reference.words == 24 and found.greedy.rep_4.count == len(used) > 15
-    assert found.greedy.distinct_2 < found.sampled.distinct_2
+    assert found["reference"] == diversity([followed_by(verse, 24).split() for verse in used])
+    assert found["reference"].words == 24 and found["greedy"].rep_4.count == len(used) > 15
+    assert found["greedy"].distinct_2 < found["sampled"].distinct_2
     assert found == repetition(overfitted, tokenizer, verses, words=24, seed=5)
-    assert found.sampled != repetition(overfitted, tokenizer, verses, words=24, seed=6).sampled
+    assert found["sampled"] != repetition(overfitted, tokenizer, verses, words=24, seed=6)["sampled"]
     stuck = make()
     with torch.no_grad():
         stuck.lm_head.weight.zero_()  # all tokens equal: greedy decoding always takes the first
-    assert repetition(stuck, tokenizer, verses, words=24).greedy.words < 2
+    assert repetition(stuck, tokenizer, verses, words=24)["greedy"].words < 2

@@ -1,6 +1,10 @@
-"""Results: means over seeds."""
+"""Results: means, their differences, over seeds and as JSON."""
 
-from mvlm_core.evaluation.results import over_seeds
+import math
+
+import pytest
+
+from mvlm_core.evaluation.results import Mean, as_json, mean, over_seeds
 
 
 def test_what_one_seed_lacks_has_no_mean():
@@ -9,3 +13,18 @@ def test_what_one_seed_lacks_has_no_mean():
     assert over_seeds([{"a": known}]) == {"a": known}
     assert over_seeds([{"b": 0.5}, {"b": None}]) == over_seeds([{"b": None}, {"b": 0.5}]) == {"b": None}
     assert over_seeds([{"b": 0.5}, {"b": 0.25}]) == {"b": 0.375}
+
+
+def test_a_difference_of_means_adds_the_errors_in_quadrature():
+    one, other = mean([1.0, 2.0, 3.0, 6.0]), mean([0.0, 1.0])
+    assert (one.value, one.count, other.error) == (3.0, 4, pytest.approx(0.5))
+    difference = one - other
+    assert (difference.value, difference.count) == (2.5, 2)
+    assert difference.error == pytest.approx(math.hypot(one.error, 0.5))
+
+
+def test_json_holds_no_number_that_is_not_finite():
+    assert as_json({"a": Mean(math.nan, math.inf, 0), "b": 0.5}) == {
+        "a": {"value": None, "error": None, "count": 0},
+        "b": 0.5,
+    }
