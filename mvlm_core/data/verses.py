@@ -40,10 +40,11 @@ def verses_of(documents: Iterable[Document], least_words: int = 1) -> Iterator[V
     for document in documents:
         text, names = document.read(), document.metadata.get("verses")
         lines = list(LINE.finditer(text))
-        known = document.book is not None and isinstance(names, list) and len(names) == len(lines)
-        for number, line in enumerate(lines):
+        places = [f"{document.path}:{number}" for number in range(1, len(lines) + 1)]
+        if document.book is not None and isinstance(names, list) and len(names) == len(lines):
+            places = [f"{document.book} {name}" for name in names]
+        for line, place in zip(lines, places, strict=True):
             if len(line[0].split()) >= least_words:
-                place = f"{document.book} {names[number]}" if known else f"{document.path}:{number + 1}"
                 yield Verse(text, line.start(), line.end(), place, document.translation)
 
 

@@ -170,7 +170,7 @@ def load_export(model_dir: Path | str, device: str = "cpu") -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     hush_transformers()
-    model = AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=True, local_files_only=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=True, local_files_only=True)
     # The tokenizer needs no code of its own, but transformers reads the model's configuration to find it and would
     # stop to ask about the code named there.
     tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=True, local_files_only=True)

@@ -7,8 +7,16 @@ import torch
 
 from mvlm_core.data.verses import followed_by, sample_verses, verses_of
 from mvlm_core.evaluation.bits_per_byte import encode
-from mvlm_core.evaluation.generation import continuations, diversity, repetition
+from mvlm_core.evaluation.generation import continuations, diversity, prompt_ids, repetition
 from tests.evaluation import CONTEXT
+
+
+def test_a_prompt_is_the_start_token_and_the_text_or_the_end_of_it(tokenizer, real_text):
+    text = "".join(real_text[:3])
+    whole = prompt_ids(tokenizer, text)
+    assert whole[0] == tokenizer.bos_token_id and tokenizer.decode(whole[1:]) == text
+    assert prompt_ids(tokenizer, text, len(whole)) == whole
+    assert [prompt_ids(tokenizer, text, room) for room in (1, 40)] == [whole[-1:], whole[-40:]]
 
 
 @pytest.mark.parametrize("name", ["simone", "gpt2"])
