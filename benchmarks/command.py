@@ -11,10 +11,13 @@ from typing import Any
 from mvlm_core.errors import UserError
 from mvlm_core.files import write_json_atomic
 
+EXIT_CODES = "Exit codes: 0 done, 1 something failed, 2 bad arguments, 130/143 stopped by a signal."
 
-def new_parser(description: str | None, *, json: bool = True) -> argparse.ArgumentParser:
+
+def new_parser(description: str | None, epilog: str = EXIT_CODES, *, json: bool = True) -> argparse.ArgumentParser:
     """A parser whose help is the module's docstring, with ``--json`` where there are figures to keep."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=formatter)
     if json:
         parser.add_argument("--json", type=Path, help="also write all figures to this file")
     return parser

@@ -1,14 +1,9 @@
-#!/usr/bin/env python3
 """What each mechanism is worth: trainings with one thing changed, compared seed by seed with the unchanged model.
 
     python -m benchmarks.experiments.ablations --seeds 3 --max_bytes 1400000
     python -m benchmarks.experiments.ablations --only no_memory,gelu           their references are added
 
-Each run is a process of its own, trains as the trainers do and keeps its finished model below --work_dir. Run the
-command again to resume: finished runs are kept, an interrupted one continues from its checkpoint. Only the validation
-books are read.
-
-Exit codes: 0 done, 1 a run failed (the others still ran), 2 bad arguments, 130/143 stopped by a signal.
+Only the validation books are read.
 """
 
 from __future__ import annotations
@@ -16,7 +11,6 @@ from __future__ import annotations
 import argparse
 import statistics
 from functools import partial
-from typing import Any
 
 from benchmarks import command
 from benchmarks.experiments import runner
@@ -40,11 +34,7 @@ def lines(preset: str) -> dict[str, Line]:
 
     An optimizer is tried at two learning rates of its own: AdamW around the baseline's best, Muon around model 2's.
     """
-
-    def line(model: str, what: str, changes: dict[str, Any] | None = None, classic_part: str | None = None) -> Line:
-        return Line(model, changes or {}, what, classic_part)
-
-    full, base = partial(line, "simone_enhanced"), partial(line, "mvlm_gpt2")
+    full, base = partial(Line, "simone_enhanced"), partial(Line, "mvlm_gpt2")
     return {
         "full": full("model 2 as the preset has it"),
         "policy": full("with the policy head", {"policy_head": True}),

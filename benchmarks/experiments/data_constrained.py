@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Data-constrained training: both models read the primary translation's train text alone, many times.
 
     python -m benchmarks.experiments.data_constrained                       all lines, one seed: hours on two cores
@@ -7,9 +6,7 @@
 
 Each line is judged by the primary translation's validation and test books. GPT-2's settings come from the lines of its
 sweep, which run only when named, model 2's from shorter runs. Each run uses --processes CPU workers of one thread,
-which at these sizes is faster than one process with as many threads. Run the command again to resume.
-
-Exit codes: 0 done, 1 a run failed (the others still ran), 2 bad arguments, 130/143 stopped by a signal.
+which at these sizes is faster than one process with as many threads.
 """
 
 from __future__ import annotations
@@ -35,14 +32,14 @@ SECOND = {"output_head": "tied", "learning_rate": 0.02, "unigram_noise": 0.03, "
 # About equal arithmetic, not equal parameters: two of the smaller ones or one of the larger for seven epochs.
 LINES = {
     "ensemble": Line(
-        "simone_enhanced", SMALLER | SECOND | {"num_members": 2, "adamw_learning_rate": 0.006, "dropout": 0.1}
+        "simone_enhanced", changes=SMALLER | SECOND | {"num_members": 2, "adamw_learning_rate": 0.006, "dropout": 0.1}
     ),
-    "one model": Line("simone_enhanced", LARGER | SECOND | {"adamw_learning_rate": 0.005, "dropout": 0.12}),
-    "GPT-2": Line("mvlm_gpt2", SMALLER | FIRST | {"num_epochs": 7.0}),
+    "one model": Line("simone_enhanced", changes=LARGER | SECOND | {"adamw_learning_rate": 0.005, "dropout": 0.12}),
+    "GPT-2": Line("mvlm_gpt2", changes=SMALLER | FIRST | {"num_epochs": 7.0}),
 }
 # How the settings of GPT-2's line were chosen: a smaller model, one thing changed at a time, without the test books.
 SWEEP = {
-    f"sweep{name}": Line("mvlm_gpt2", SHORT | FIRST | {"no_test_score": True} | change)
+    f"sweep{name}": Line("mvlm_gpt2", changes=SHORT | FIRST | {"no_test_score": True} | change)
     for name, change in {
         "": {},
         " dropout": {"dropout": 0.1},

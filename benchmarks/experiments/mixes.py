@@ -1,13 +1,10 @@
-#!/usr/bin/env python3
 """Which mix of translations serves best: model 2 on the same budget of text, drawn in different shares.
 
     python -m benchmarks.experiments.mixes --seeds 3 --max_bytes 1400000
 
 The translations are near-duplicates of each other: how much of the budget should go to the one that is scored? Each
 mix is judged twice on the validation books: by the primary translation, and by all translations, each weighted by the
-bytes of its text. Run the command again to resume.
-
-Exit codes: 0 done, 1 a run failed (the others still ran), 2 bad arguments, 130/143 stopped by a signal.
+bytes of its text.
 """
 
 from __future__ import annotations
@@ -26,9 +23,9 @@ from mvlm_core.errors import run_main
 from mvlm_core.files import write_json_atomic
 
 PRIMARY = f"bible/{PRIMARY_TRANSLATION}"
-LINES = {"all alike": Line("simone_enhanced", {"train_mix": ""})}
-LINES |= {f"primary {n} times": Line("simone_enhanced", {"train_mix": f"{PRIMARY}={n}"}) for n in (4, 16, 64)}
-LINES |= {"primary only": Line("simone_enhanced", {"train_mix": "", "data_subset": PRIMARY})}
+MIXES = {"all alike": {"train_mix": ""}} | {f"primary {n} times": {"train_mix": f"{PRIMARY}={n}"} for n in (4, 16, 64)}
+MIXES["primary only"] = {"train_mix": "", "data_subset": PRIMARY}
+LINES = {name: Line("simone_enhanced", changes=changes) for name, changes in MIXES.items()}
 
 
 def score(run: Run, data_dir: Path) -> Figures:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mvlm_trainer
-from benchmarks.command import below_one, new_parser, show
+from benchmarks import command
 from mvlm_core.console import log, outlive_terminal, setup_logging
 from mvlm_core.errors import LINE_BREAK, UserError, printable, run_main
 from mvlm_core.export.manifest import training_config
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from mvlm_core.training.run import Recipe
 
 SETTINGS = {"mvlm_gpt2": mvlm_trainer.GPT2Settings, "simone_enhanced": PrioritaryConfig}
+EPILOG = f"""Each run trains as the trainers do, in a process of its own, and keeps its finished model below --work_dir.
+Run the command again to resume: finished runs are kept, an interrupted one continues from its checkpoint.
+{command.EXIT_CODES}"""
 PLACES = {"output_dir", "cache_dir"}  # settings that say where, not what
 TOLD = ("validation_bpb", "tokens_per_second", "seconds")  # of each finished run
 Figures = dict[str, Any]
@@ -56,18 +59,18 @@ class Line:
 
     Attributes:
         model: "mvlm_gpt2" or "simone_enhanced".
-        changes: settings in place of the preset's; ``False``, 0.0 and "" beat the preset as any other value does.
         what: a description for the table.
+        changes: settings in place of the preset's; ``False``, 0.0 and "" beat the preset as any other value does.
         classic_part: the one of ``classic_parts.py`` to train with.
     """
 
     model: str
-    changes: dict[str, Any] = field(default_factory=dict)
     what: str = ""
+    changes: dict[str, Any] = field(default_factory=dict)
     classic_part: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """One training, in a folder of its own.
 
@@ -148,41 +151,15 @@ def execute(run: Run, signals: Signals) -> tuple[int, str]:
     with open(run.log, "a+b") as file:
         before = file.seek(0, os.SEEK_END)
         environment = os.environ | {PARENT_VARIABLE: str(os.getpid())}  # no run outlives this process
-        command = [sys.executable, "-m", "benchmarks.experiments.runner", json.dumps(asdict(run))]
-        signals.start(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY_ROOT)
+        child = [sys.executable, "-m", "benchmarks.experiments.runner", json.dumps(asdict(run))]
+        signals.start(child, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY_ROOT)
         code = signals.wait()
         file.seek(before)
         return code, "\n".join(file.read().decode("utf-8", "replace").splitlines()[-15:])
 
 
-def run_all(runs: list[Run], signals: Signals) -> list[Run]:
-    """Run what is not finished; returns what failed.
-
-    Raises:
-        Stopped: by a signal, after the running child has written its checkpoint.
-    """
-    left, failed, seconds = [run for run in runs if run.result() is None], [], []
-    log.info("%s runs, %s of them finished already", len(runs), len(runs) - len(left))
-    for number, run in enumerate(left, 1):
-        started = time.monotonic()
-        code, tail = execute(run, signals)
-        signals.check()
-        result = run.result() if code == 0 else None
-        if result is None:
-            failed.append(run)
-            problem = f"exit code {code}" if code else f"{run.folder} holds a run with other settings: remove it"
-            log.error("%s failed: %s; %s ends:\n%s", run.name, problem, run.log, printable(tail, LINE_BREAK))
-            continue
-        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # 80 MB a run; the finished model stays
-        seconds.append(time.monotonic() - started)
-        minutes = statistics.mean(seconds) * (len(left) - number) / 60
-        told = ", ".join(f"{METRICS[name].text(result[name])} {METRICS[name].unit}" for name in TOLD)
-        log.info("%s of %s  %s: %s; about %.0f min left", number, len(left), run.name, told, minutes)
-    return failed
-
-
 def make(runs: list[Run], folder: Path) -> list[Run]:
-    """``run_all`` as a command does it: holding the lock of ``folder``, and surviving a closed terminal.
+    """Run what is not finished, holding the lock of ``folder`` and surviving a closed terminal; returns what failed.
 
     Raises:
         UserError: another process works in ``folder``, or settings that are not valid.
@@ -192,8 +169,26 @@ def make(runs: list[Run], folder: Path) -> list[Run]:
         raise UserError(problems)
     outlive_terminal()
     setup_logging()
+    failed, seconds = [], []
     with RunLock(folder, str(folder)), Signals() as signals:
-        return run_all(runs, signals)
+        left = [run for run in runs if run.result() is None]
+        log.info("%s runs, %s of them finished already", len(runs), len(runs) - len(left))
+        for number, run in enumerate(left, 1):
+            started = time.monotonic()
+            code, tail = execute(run, signals)
+            signals.check()
+            result = run.result() if code == 0 else None
+            if result is None:
+                failed.append(run)
+                problem = f"exit code {code}" if code else f"{run.folder} holds a run with other settings: remove it"
+                log.error("%s failed: %s; %s ends:\n%s", run.name, problem, run.log, printable(tail, LINE_BREAK))
+                continue
+            shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # 80 MB a run; the finished model stays
+            seconds.append(time.monotonic() - started)
+            minutes = statistics.mean(seconds) * (len(left) - number) / 60
+            told = ", ".join(f"{METRICS[name].text(result[name])} {METRICS[name].unit}" for name in TOLD)
+            log.info("%s of %s  %s: %s; about %.0f min left", number, len(left), run.name, told, minutes)
+    return failed
 
 
 def conduct(
@@ -204,22 +199,17 @@ def conduct(
 ) -> int:
     """Run what is missing (nothing with ``--table``) and show the table of what is finished; returns the exit code."""
     failed = [] if options.table else make(runs, options.root)
-    finished = [run for run in runs if run.result() is not None]
+    finished = {run: result["origin"] for run in runs if (result := run.result()) is not None}
     found: Found = {}
     for run in finished:
         found.setdefault(run.label, {})[run.seed] = figures(run)
     if found:
-        show(table(found), found, options)
+        command.show(table(found), found, options)
     print(f"\nPreset {options.preset}; {len(finished)} of {len(runs)} runs finished.")
-    warn_of_origins(finished)
-    return 1 if failed else 0
-
-
-def warn_of_origins(finished: Iterable[Run]) -> None:
-    """Say so where runs come from different machines, precisions or texts."""
-    origins = {json.dumps(run.result()["origin"]) for run in finished}
-    if len(origins) > 1:
+    origins = {json.dumps(origin) for origin in finished.values()}
+    if len(origins) > 1:  # other machines, precisions or texts
         print("Runs of several kinds, which are not to be compared:", *sorted(origins), sep="\n  ")
+    return 1 if failed else 0
 
 
 def command_line(description: str | None, name: str, lines: Iterable[str] = ()) -> argparse.ArgumentParser:
@@ -229,7 +219,7 @@ def command_line(description: str | None, name: str, lines: Iterable[str] = ()) 
         name: of the experiment's folder below .cache.
         lines: what ``--only`` chooses from; without any there is no such option.
     """
-    parser = new_parser(description)
+    parser = command.new_parser(description, EPILOG)
     parser.add_argument("--preset", choices=("cpu", "smoke"), default="cpu", help="[default cpu]")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1 [default 3]")
     parser.add_argument("--max_bytes", type=int, help="bytes of training text a run [default: the preset's]")
@@ -253,7 +243,7 @@ def settled(options: argparse.Namespace, *counts: str) -> argparse.Namespace:
     options.data_dir, options.work_dir = options.data_dir.absolute(), options.work_dir.absolute()
     # Runs of another length are other runs: a preset and a budget have a folder of their own.
     options.root = options.work_dir / "-".join(str(part) for part in (options.preset, options.max_bytes) if part)
-    problems = output_folder_problems(options.work_dir, "--work_dir") + below_one(options, "seeds", *counts)
+    problems = output_folder_problems(options.work_dir, "--work_dir") + command.below_one(options, "seeds", *counts)
     if problems:
         raise UserError(problems)
     return options

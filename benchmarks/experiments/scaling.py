@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """From small to large: how the best learning rate moves with size and batch, decay and dropout with repeats, and what
 bits per byte to expect.
 
@@ -18,10 +17,7 @@ bits per byte to expect.
                     translations), read 1, 3 and 8 times with several decays and dropouts.
 
 Shapes and text are those of the h200 preset, scaled down: heads of 64, feed-forward four times the width, output tied,
-every text read once a pass. Each run is a process of its own; run the command again to resume. Scores are of the
-validation books of the primary translation.
-
-Exit codes: 0 done, 1 a run failed (the others still ran), 2 bad arguments, 130/143 stopped by a signal.
+every text read once a pass. Scores are of the validation books of the primary translation.
 """
 
 from __future__ import annotations
@@ -29,11 +25,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import os
 import random
 import shutil
 import statistics
+import tempfile
+from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +40,7 @@ from benchmarks import command
 from benchmarks.experiments import runner
 from benchmarks.experiments.runner import SETTINGS, Line, Run
 from mvlm_core.console import log
-from mvlm_core.data.corpus import Document, load_corpus
+from mvlm_core.data.corpus import MANIFEST_NAME, load_corpus
 from mvlm_core.errors import UserError, run_main
 
 HEAD = 64
@@ -58,13 +56,7 @@ POINTS = {
     "batches": [("small", BATCH // 2, 1), ("small", BATCH * 2, 1)],
     "lengths": [("small", BATCH, 4)],
     "test": [("test", BATCH, 1)],
-    "amounts": [
-        ("small", BATCH, 2),
-        ("small", BATCH, 4),
-        ("small", BATCH, 8),
-        ("medium", BATCH, 2),
-        ("medium", BATCH, 4),
-    ],
+    "amounts": [*(("small", BATCH, amount) for amount in (2, 4, 8)), *(("medium", BATCH, amount) for amount in (2, 4))],
 }
 SEARCHES = ("learning_rates", "batches", "lengths")
 PARTS = (*POINTS, "repeats")
@@ -211,7 +203,7 @@ class Search:
         """The runs at one learning rate, one per seed."""
         batch = f"-batch{self.batch}" if self.batch != BATCH else ""
         amount = f"-amount{self.amount}" if self.amount > 1 else ""
-        line = {f"{self.model} {self.size}{batch}{amount} {rate:.2e}": Line(self.model, self.values(rate))}
+        line = {f"{self.model} {self.size}{batch}{amount} {rate:.2e}": Line(self.model, changes=self.values(rate))}
         return runner.plan(line, self.options, runner.shared_values(self.options))
 
     def points(self) -> dict[float, float]:
@@ -245,12 +237,8 @@ def searches(part: str, model: str, options: argparse.Namespace) -> list[Search]
 def ruled_runs(part: str, model: str, rule: Rule, options: argparse.Namespace) -> list[Run]:
     """The runs of "test" and "amounts", whose learning rates are the rule's."""
     factors = (0.5, 1.0, 2.0) if part == "test" else (1.0,)
-    return [
-        run
-        for search in searches(part, model, options)
-        for factor in factors
-        for run in search.runs(factor * rule(SHAPES[search.size][0]))
-    ]
+    pairs = itertools.product(searches(part, model, options), factors)
+    return [run for search, factor in pairs for run in search.runs(factor * rule(SHAPES[search.size][0]))]
 
 
 def few_books(options: argparse.Namespace) -> Path:
@@ -262,28 +250,25 @@ def few_books(options: argparse.Namespace) -> Path:
     folder = options.work_dir / f"text-{options.repeat_bytes}"
     if folder.is_dir():
         return folder
-    corpus = load_corpus(options.data_dir)
-    books: dict[str | None, list[Document]] = {}
+    corpus, books, left = load_corpus(options.data_dir), defaultdict(list), options.repeat_bytes
     for document in corpus.split("train"):
-        books.setdefault(document.book, []).append(document)
-    chosen, left = [], options.repeat_bytes
+        books[document.book].append(document)
+    kept = corpus.split("validation")
     for book in random.Random(0).sample(list(books), len(books)):
         if (size := sum(document.size for document in books[book])) <= left:
-            chosen += books[book]
+            kept = books[book] + kept
             left -= size
-    if not chosen:
-        raise UserError(f"--repeat_bytes {options.repeat_bytes}: no train book is so small in all its translations")
-    staging = folder.with_name(f".{folder.name}-{os.getpid()}")  # two commands may run at a time
-    shutil.rmtree(staging, ignore_errors=True)
-    for document in (*chosen, *corpus.split("validation")):
-        for name in (document.path, str(Path(document.path).with_suffix(".json"))):
-            target = staging / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(corpus.root / name, target)
-    try:
+    if left == options.repeat_bytes:
+        raise UserError(f"--repeat_bytes {left}: no train book is so small in all its translations")
+    options.work_dir.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=options.work_dir))
+    files = [Path(document.path).with_suffix(kind) for document in kept for kind in (".txt", ".json")]
+    for file in (Path(MANIFEST_NAME), *files):  # the manifest names the primary translation, which is scored
+        (staging / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(corpus.root / file, staging / file)
+    with suppress(OSError):  # another command, on the other model, may have been first
         staging.rename(folder)
-    except OSError:  # the other command was first
-        shutil.rmtree(staging)
+    shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 
@@ -296,7 +281,7 @@ def repeat_runs(options: argparse.Namespace) -> list[Run]:
         values = Search(options, model, "tiny").values(rate) | {"max_bytes": None, "num_epochs": float(epochs)}
         values |= {"data_dir": str(few_books(options)), "weight_decay": decay, "dropout": dropout}
         label = f"{model} repeats {options.repeat_bytes} epochs {epochs} decay {decay} dropout {dropout}"
-        lines[label] = Line(model, values)
+        lines[label] = Line(model, changes=values)
     return runner.plan(lines, options, runner.shared_values(options))
 
 

@@ -1,13 +1,9 @@
-#!/usr/bin/env python3
 """Both models with one preset on several seeds: the final table, and the figure of the README.
 
     python -m benchmarks.experiments.side_by_side --seeds 3 --plot docs/side_by_side.png
 
-Each run is a process of its own and keeps its finished model below --work_dir; run the command again to resume. The
-two models of a seed run one after the other, so that a machine that grows slower does so for both. Test scores are
+The two models of a seed run one after the other, so that a machine that grows slower does so for both. Test scores are
 those that the trainers compute once, from the exported files.
-
-Exit codes: 0 done, 1 a run failed (the others still ran), 2 bad arguments, 130/143 stopped by a signal.
 """
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Is this GPU right, and how fast is it here? One command, under eight minutes, tables to paste.
 
     python -m benchmarks.performance.gpu_check
@@ -6,8 +5,6 @@
 Right: the smallest models, the same weights and tokens on the CPU in float32 and on the device in float32 and in
 the run's precision: loss and gradients side by side. Fast: a whole training step (forward, backward, clipping,
 optimizer) of both models at every preset's shape, on random tokens, with its share of the device's peak and its memory.
-
-Exit codes: 0 all is right, 1 something is not, 2 bad arguments (no such device).
 """
 
 from __future__ import annotations

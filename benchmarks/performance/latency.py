@@ -1,12 +1,9 @@
-#!/usr/bin/env python3
 """What a user waits for: help, the first step, generation with and without a cache, the score of the whole test text.
 
     python -m benchmarks.performance.latency
 
 Generation (256 tokens after a first one, one sequence) and scoring use fresh weights: speed does not depend on what a
 model knows. Medians of --rounds, with least and most.
-
-Exit codes: 0 done, 2 bad arguments, 130/143 stopped by a signal.
 """
 
 from __future__ import annotations

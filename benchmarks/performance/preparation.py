@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Corpus to tokens: how long it takes and how much memory, as the corpus grows, and what a second run costs.
 
     python -m benchmarks.performance.preparation --copies 1,4,16
@@ -7,8 +6,6 @@ The train text of the corpus is laid out once, four times and sixteen times (its
 tokens are made as for any other text). Each size is prepared in a process of its own from an empty cache: the
 tokenizer is trained, all text is encoded and written. Then again, from the cache; and once more after one byte of one
 file has changed, which must be noticed. Memory is what all processes of a preparation hold alone (USS), sampled.
-
-Exit codes: 0 done, 1 a preparation failed or a change went unnoticed, 2 bad arguments.
 """
 
 from __future__ import annotations
@@ -74,10 +71,9 @@ def prepare(line: Connection, data_dir: Path, cache_dir: Path, vocab_size: int) 
 def run(data_dir: Path, cache_dir: Path, vocab_size: int) -> dict[str, Any]:
     """One preparation: its own figures, the wall time of the whole process, and its peak memory."""
     line, theirs = CONTEXT.Pipe()
-    process = CONTEXT.Process(target=prepare, args=(theirs, data_dir, cache_dir, vocab_size), daemon=False)
+    process = CONTEXT.Process(target=prepare, args=(theirs, data_dir, cache_dir, vocab_size))
     started, peak = time.perf_counter(), 0
     process.start()
-    theirs.close()
     while process.is_alive():
         peak = max(peak, _alone(process.pid))
         time.sleep(SAMPLE_SECONDS)

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """How fast a training step is, beside peers that are trained in the same run on the same machine.
 
     python -m benchmarks.performance.throughput                      both models, and transformers.Trainer with GPT-2
@@ -12,8 +11,6 @@ meanwhile affects all of them. A step is the whole step: batch, forward, backwar
 only does the matrix products of model 1's step, which no step can beat. Printed are the medians over the rounds. FLOP/s
 count what is useful: products with weights and attention, forward and backward, not the optimizer's; their share is of
 the matrix product's own speed, measured between the rounds.
-
-Exit codes: 0 done, 1 a contender failed, 2 bad arguments, 130/143 stopped by a signal.
 """
 
 from __future__ import annotations
@@ -28,21 +25,22 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from benchmarks import command
 from benchmarks.experiments.runner import SETTINGS, recipe_of
-from mvlm_core.errors import TrainingFailed, UserError, run_main
+from mvlm_core.errors import UserError, run_main
 from mvlm_core.hardware import set_process_environment
 from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR
 
 WARM_UP = 2  # steps that allocate, not counted
 CONTEXT = multiprocessing.get_context("spawn")
+_here: dict[str, Contender] = {}  # in a contender's process: the contender
 
 
 @dataclass(frozen=True)
@@ -322,8 +320,8 @@ CONTENDERS = {
 }
 
 
-def serve(line: Connection, name: str, shape: Shape, options: argparse.Namespace, folder: Path) -> None:
-    """A contender's process: sends its figures, then makes as many steps as each message asks for."""
+def prepare(name: str, shape: Shape, options: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """In a contender's process: make it ready; returns its figures."""
     set_process_environment()
     os.dup2(2, 1)  # what libraries print is not part of the table
 
@@ -337,18 +335,23 @@ def serve(line: Connection, name: str, shape: Shape, options: argparse.Namespace
         torch.set_num_threads(hardware.threads)
     else:
         hardware.apply()
-    one = CONTENDERS[name](shape, options, folder)
+    one = _here["contender"] = CONTENDERS[name](shape, options, folder)
     before = peak_memory()
     for _ in range(WARM_UP):
         one.step()
-    line.send({key: value for key, value in vars(one).items() if key != "step"} | {"before": before})
-    while True:
-        seconds = []
-        for _ in range(line.recv()):
-            started = time.perf_counter()
-            one.step()
-            seconds.append(time.perf_counter() - started)
-        line.send((statistics.median(seconds), peak_memory()))
+    return {key: value for key, value in vars(one).items() if key != "step"} | {"before": before}
+
+
+def turn(steps: int) -> tuple[float, int]:
+    """In a contender's process: make these steps; returns their median in seconds, and the peak memory so far."""
+    from mvlm_core.monitor import peak_memory
+
+    seconds = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        _here["contender"].step()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds), peak_memory()
 
 
 def matmul_peak(precision: str, size: int = 2048, rounds: int = 5) -> float:
@@ -365,44 +368,14 @@ def matmul_peak(precision: str, size: int = 2048, rounds: int = 5) -> float:
     return 2 * size**3 / best
 
 
-class Process:
-    """A contender's process; its errors go to our stderr."""
-
-    def __init__(self, name: str, shape: Shape, label: str, options: argparse.Namespace, scratch: str) -> None:
-        self.name, self.seconds, self.peak = label, [], 0
-        self.line, theirs = CONTEXT.Pipe()
-        folder = Path(tempfile.mkdtemp(dir=scratch))
-        self.process = CONTEXT.Process(target=serve, args=(theirs, name, shape, options, folder), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.facts = self._answer()
-
-    def _answer(self) -> Any:
-        try:
-            return self.line.recv()
-        except (EOFError, ConnectionError):
-            raise TrainingFailed(f"{self.name}: its process ended") from None
-
-    def turn(self, steps: int) -> None:
-        with suppress(BrokenPipeError):  # a process that has ended: the missing answer tells
-            self.line.send(steps)
-        seconds, self.peak = self._answer()
-        self.seconds.append(seconds)
-
-    def result(self, peak: float) -> dict[str, Any]:
-        """Its figures over all rounds; ``peak``: FLOP/s of a matrix product."""
-        tokens, seconds = self.facts["tokens_per_step"], statistics.median(self.seconds)
-        rates = [tokens / s for s in self.seconds]
-        flops = self.facts["flops_per_token"] * tokens / seconds
-        return self.facts | {
-            "tokens_per_second": statistics.median(rates),
-            "rates": rates,
-            "flops_per_second": flops,
-            "share_of_peak": flops / peak,
-            "peak_memory": self.peak,
-            "step_memory": self.peak - self.facts["before"],
-            "rounds": self.seconds,
-        }
+def result(facts: dict[str, float], turns: list[tuple[float, int]], peak: float) -> dict[str, Any]:
+    """A contender's figures over all rounds; ``peak``: FLOP/s of a matrix product."""
+    rounds, peak_memory = [seconds for seconds, _ in turns], turns[-1][1]
+    rates = [facts["tokens_per_step"] / seconds for seconds in rounds]
+    flops = facts["flops_per_token"] * facts["tokens_per_step"] / statistics.median(rounds)
+    speed = {"tokens_per_second": statistics.median(rates), "rates": rates, "rounds": rounds}
+    memory = {"peak_memory": peak_memory, "step_memory": peak_memory - facts["before"]}
+    return facts | speed | memory | {"flops_per_second": flops, "share_of_peak": flops / peak}
 
 
 def contenders(shape: Shape, options: argparse.Namespace) -> list[tuple[str, Shape, str]]:
@@ -422,23 +395,20 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     shape = SHAPES[options.shape]
     if options.batch_size:
         shape = replace(shape, batch=options.batch_size)
-    processes: list[Process] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            for name, own_shape, label in contenders(shape, options):
-                processes.append(Process(name, own_shape, label, options, scratch))
-                print(f"{label}: ready", file=sys.stderr, flush=True)
-            peaks = []
-            for _ in range(options.rounds):
-                peaks.append(matmul_peak(options.precision))
-                for process in processes:
-                    process.turn(options.steps)
-        finally:
-            for process in processes:
-                process.process.kill()
-                process.process.join()
+    facts, peaks = {}, []
+    with ExitStack() as stack:
+        scratch, pools = Path(stack.enter_context(tempfile.TemporaryDirectory())), {}
+        for name, own_shape, label in contenders(shape, options):
+            pools[label] = stack.enter_context(ProcessPoolExecutor(1, CONTEXT))
+            facts[label] = pools[label].submit(prepare, name, own_shape, options, scratch / str(len(pools))).result()
+            print(f"{label}: ready", file=sys.stderr, flush=True)
+        turns: dict[str, list[tuple[float, int]]] = {label: [] for label in pools}
+        for _ in range(options.rounds):
+            peaks.append(matmul_peak(options.precision))
+            for label, pool in pools.items():
+                turns[label].append(pool.submit(turn, options.steps).result())
     peak = statistics.median(peaks)
-    found = {process.name: process.result(peak) for process in processes}
+    found = {label: result(facts[label], turns[label], peak) for label in facts}
     return {"shape": asdict(shape), "precision": options.precision, "matmul_peak": peak, "contenders": found}
 
 

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Kill a small real training run again and again; what comes out in the end must be what would have come out anyway.
 
 Each run trains, exports and packs a tiny model. It is killed with SIGKILL at random moments and before every

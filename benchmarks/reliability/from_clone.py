@@ -1,12 +1,9 @@
-#!/usr/bin/env python3
 """A new user's first hour, timed: clone, set-up, the whole job at the smoke preset, then the archives somewhere else.
 
     python -m benchmarks.reliability.from_clone      # about five minutes on two cores; packages come from the index
 
 Somewhere else is a new virtual environment with torch and transformers only, in a folder of its own, where the blocks
 of DOWNLOAD_INSTRUCTIONS.md are run as they stand. Uncommitted changes of this repository do not take part.
-
-Exit codes: 0 all worked, 1 a step failed (its output is shown), 2 bad arguments.
 """
 
 from __future__ import annotations

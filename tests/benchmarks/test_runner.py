@@ -19,7 +19,7 @@ def options_of(tmp_path, *arguments):
 
 
 def test_lines_are_planned_seed_by_seed(tmp_path):
-    lines = {"a b": Line("mvlm_gpt2", {"dropout": 0.2}), "c": Line("simone_enhanced", classic_part="gelu")}
+    lines = {"a b": Line("mvlm_gpt2", changes={"dropout": 0.2}), "c": Line("simone_enhanced", classic_part="gelu")}
     options = options_of(tmp_path, "--seeds", "2", "--max_bytes", "1000")
     runs = runner.plan(lines, options, runner.shared_values(options) | {"dropout": 0.1})
     assert [run.name for run in runs] == ["a b, seed 0", "c, seed 0", "a b, seed 1", "c, seed 1"]
@@ -63,8 +63,8 @@ def test_runs_are_made_once_and_a_failure_is_told(trained, finished, tmp_path, c
     options = options_of(tmp_path, "--seeds", "1")
     shared = finished["simone_enhanced"].values | {"no_test_score": True}
     lines = {
-        "good": Line("simone_enhanced", {"max_steps": 3}, classic_part="layer_norm"),
-        "bad": Line("mvlm_gpt2", {"data_subset": "no/such"}),
+        "good": Line("simone_enhanced", changes={"max_steps": 3}, classic_part="layer_norm"),
+        "bad": Line("mvlm_gpt2", changes={"data_subset": "no/such"}),
     }
     good, bad = runner.plan(lines, options, shared)
     assert good.result() is None

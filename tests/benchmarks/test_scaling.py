@@ -92,6 +92,7 @@ def test_few_books_are_train_books_in_all_translations_and_all_validation(tmp_pa
     options = options_of(tmp_path, tiny_corpus, "--repeat_bytes", str(max(sizes.values())))
     corpus = scaling.load_corpus(scaling.few_books(options))
     chosen = {d.book for d in corpus.split("train")}
+    assert corpus.primary_translation == whole.primary_translation == "kjv", "which validation scores"
     assert 0 < sum(sizes[book] for book in chosen) <= options.repeat_bytes < sizes.total()
     assert {d.path for d in corpus.split("train")} == {d.path for d in whole.split("train") if d.book in chosen}
     assert [d.path for d in corpus.split("validation")] == [d.path for d in whole.split("validation")]
