@@ -102,3 +102,10 @@ def test_plot_is_a_picture(tmp_path):
     history = [{"bytes": n * 1000, "seconds": n * 1.0, "validation_bpb": 3 / n} for n in range(1, 6)]
     plots.plot_comparison(result, {name: history for name in NAMES}, tmp_path / "c.png")
     assert Image.open(tmp_path / "c.png").size[0] > 1000
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_end():
+    points = [(float(n), 0.0) for n in range(1001)]
+    found = plots.thinned(points)
+    assert 300 < len(found) <= plots.POINTS and found[-1] == points[-1] and found[0][0] < 3
+    assert plots.thinned(points[: plots.POINTS]) == points[: plots.POINTS]

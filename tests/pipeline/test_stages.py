@@ -1,14 +1,18 @@
 """Single stages of the main job, called directly."""
 
+import os
+import subprocess
 import sys
 
+import psutil
 import pytest
 
-from mvlm_core.errors import UserError
+from mvlm_core.errors import Stopped, UserError
 from mvlm_core.pipeline import job as jobs
 from mvlm_core.pipeline import stages
 from mvlm_core.pipeline.child_process import Signals
 from mvlm_core.run_layout import Layout
+from mvlm_core.signals import PARENT_VARIABLE
 
 EVALUATOR = """
 import json, sys
@@ -98,3 +102,24 @@ def test_only_models_with_code_of_their_own_need_the_word_about_it(tmp_path):
     assert "lets `coded` use" in both and 'tokenizer("Say \\"so\\"", return_tensors' in both
     assert "tar -xzf plain_model.tar.gz\ntar -xzf coded_model.tar.gz\n" in both
     assert "nothing is fetched" not in stages.download_instructions(["plain"], layout, "x")
+
+
+def test_a_child_ended_by_a_signal_stops_the_job_other_codes_do_not():
+    signals = Signals()
+    for code in (0, 1, 2, 128 + 9):
+        signals.check(code)
+    for number in (2, 15):
+        with pytest.raises(Stopped) as caught:
+            signals.check(128 + number)
+        assert caught.value.signal_number == number
+
+
+@pytest.mark.parametrize(
+    "parent, where, expected", [(1, "here", True), (os.getpid(), "here", False), (1, "there", False)]
+)
+def test_an_orphan_writes_into_the_export_and_has_lost_its_pipeline(tmp_path, parent, where, expected):
+    command = [sys.executable, "-c", "input()", str(tmp_path / where)]
+    environment = os.environ | {PARENT_VARIABLE: str(parent)}
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE) as child:
+        assert stages._is_orphan(psutil.Process(child.pid), tmp_path / "here") is expected
+        child.stdin.close()
