@@ -107,7 +107,7 @@ def _score_bars(axes: Any, comparison: dict[str, Any], names: list[str]) -> None
     scores = [BY_NAME[key] for key in ("test_bpb", PRIMARY_TEST_BPB)]
     scores = [metric for metric in scores if any(comparison[metric.name].get(name) is not None for name in names)]
     _grouped_bars(axes, axes.bar, {name: [comparison[m.name].get(name) or 0 for m in scores] for name in names})
-    axes.set_xticks(range(len(scores)), [metric.label for metric in scores])
+    axes.set_xticks(range(len(scores)), [metric.label.replace(", ", ",\n") for metric in scores])
     axes.set(ylabel="bits per byte", title="Test scores (lower is better)")
     baselines = comparison["compression_baselines"]
     if baselines and scores:

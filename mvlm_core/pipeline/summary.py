@@ -65,7 +65,6 @@ class Summary:
         config = training_config(export)
         files = [export / file for file in (*read_manifest(export)["files"], MANIFEST)]
         results = _numbers(config.get("results") or {}) | {"size_bytes": sum(file.stat().st_size for file in files)}
-        self.models[name].pop("error", None)
         if (hardware := config.get("hardware") or {}).get("device"):
             self.value["device"] = f"{hardware['device']}: {hardware.get('name', 'unknown')}"
         self.update(name, status="finished", **results)
