@@ -5,21 +5,20 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bible_corpus.settings import BibleSettings
-from mvlm_core.console import outlive_terminal, setup_logging
+from mvlm_core.console import trainer_settings
 from mvlm_core.errors import run_main
-from mvlm_core.hardware import Hardware, set_process_environment
-from mvlm_core.settings import REPOSITORY_ROOT, parse_settings
+from mvlm_core.hardware import Hardware
+from mvlm_core.settings import REPOSITORY_ROOT
 
 if TYPE_CHECKING:  # heavy imports wait until the arguments are known: --help answers at once
     from torch import Tensor
     from transformers import GPT2LMHeadModel
 
     from mvlm_core.data.tokenizer import ByteLevelBPE
-    from mvlm_core.training.run import BuiltModel, Recipe
+    from mvlm_core.training.state import BuiltModel, Recipe
 
 NAME = "mvlm_gpt2"
 OUTPUT_DIR = REPOSITORY_ROOT / "models" / NAME
@@ -27,7 +26,7 @@ EXAMPLES = """examples:
   python mvlm_trainer.py                     train with the preset that fits this machine
   python mvlm_trainer.py --preset smoke      a minute, to see that everything works
   python mvlm_trainer.py --num_epochs 2 --learning_rate 6e-4
-Run it again after an interruption: it goes on from the newest checkpoint.
+Run it again after an interruption: it resumes from the newest checkpoint.
 """
 
 
@@ -52,7 +51,7 @@ class GPT2Settings(BibleSettings):
 
 
 def tokenizer_class() -> type[ByteLevelBPE]:
-    """GPT-2's tokenizer: its splitting rule, ``<|endoftext|>`` before each document, that id last."""
+    """GPT-2's tokenizer: its splitting rule, and ``<|endoftext|>``, the last id, before each document."""
     from tokenizers import pre_tokenizers
 
     from mvlm_core.data.tokenizer import ByteLevelBPE
@@ -74,13 +73,14 @@ def tokenizer_class() -> type[ByteLevelBPE]:
 def hidden_states(model: GPT2LMHeadModel, input_ids: Tensor) -> Tensor:
     """GPT-2's last hidden states ``[batch, seq, hidden]``, by the weights of a ``GPT2LMHeadModel``.
 
-    The training forward: the same numbers as the library's to 1e-5 (tested), by the shortest way, so fused causal
-    attention is called without a mask, GELU is one kernel and dropout that is off costs nothing.
+    The training forward: the library's numbers to 1e-5 (tested) without its overhead, so fused causal attention is
+    called without a mask, GELU is one kernel and disabled dropout costs nothing.
     """
     import torch
     from torch.nn.functional import dropout, gelu, scaled_dot_product_attention
 
-    transformer, training = model.transformer, model.training
+    transformer: Any = model.transformer
+    training = model.training
     heads, rate = model.config.n_head, model.config.resid_pdrop
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     x = transformer.wte(input_ids) + transformer.wpe(positions)
@@ -103,8 +103,7 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
 
     from mvlm_core.training.cross_entropy import linear_cross_entropy
     from mvlm_core.training.optimizer import build_optimizers
-    from mvlm_core.training.run import BuiltModel
-    from mvlm_core.training.state import StepLoss
+    from mvlm_core.training.state import BuiltModel, StepLoss
 
     end = tokenizer.start_id
     config = GPT2Config(
@@ -121,7 +120,7 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
         eos_token_id=end,
         pad_token_id=end,
     )
-    model = GPT2LMHeadModel(config).to(hardware.device)
+    model = GPT2LMHeadModel(config)
     forward = torch.compile(hidden_states) if hardware.compile else hidden_states
 
     def loss(inputs: Tensor, targets: Tensor, _weights: Tensor, _share_done: float) -> StepLoss:
@@ -140,32 +139,24 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
 
 
 def recipe() -> Recipe:
-    """Model 1 as the shared training run takes it."""
-    from mvlm_core.training.run import Recipe
+    """Model 1, for the training run that both models share."""
+    from mvlm_core.training.state import Recipe
 
     return Recipe(
         name=NAME,
         title="MVLM-GPT2",
-        description="A standard GPT-2 trained from nothing on English Bible translations in the public domain.",
+        description="A standard GPT-2 trained from scratch on English Bible translations in the public domain.",
         remote_code=False,
         tokenizer_class=tokenizer_class(),
         build=build,
     )
 
 
-def train(settings: GPT2Settings) -> Path:
-    """Train with these settings; returns the export folder."""
+def main() -> int:
+    settings = trainer_settings(GPT2Settings, None, description=__doc__, epilog=EXAMPLES, output_dir=OUTPUT_DIR)
     from mvlm_core.training.run import run_training
 
-    return run_training(recipe(), settings)
-
-
-def main() -> int:
-    settings = parse_settings(GPT2Settings, None, description=__doc__, epilog=EXAMPLES, output_dir=OUTPUT_DIR)
-    outlive_terminal()
-    set_process_environment()
-    setup_logging(None if settings.dry_run else settings.log_file, quiet=settings.quiet)
-    train(settings)
+    run_training(recipe(), settings)
     return 0
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import sys
 
-from mvlm_core.console import outlive_terminal, setup_logging
+from mvlm_core.console import trainer_settings
 from mvlm_core.errors import run_main
-from mvlm_core.hardware import set_process_environment
-from mvlm_core.settings import REPOSITORY_ROOT, parse_settings
+from mvlm_core.settings import REPOSITORY_ROOT
 from prioritary_mvlm.config import PrioritaryConfig
 
 OUTPUT_DIR = REPOSITORY_ROOT / "models" / "simone_enhanced"
@@ -21,10 +20,7 @@ Run it again after an interruption: it goes on from the newest checkpoint.
 
 
 def main(arguments: list[str] | None = None) -> int:
-    config = parse_settings(PrioritaryConfig, arguments, description=__doc__, epilog=EXAMPLES, output_dir=OUTPUT_DIR)
-    outlive_terminal()
-    set_process_environment()
-    setup_logging(None if config.dry_run else config.log_file, quiet=config.quiet)
+    config = trainer_settings(PrioritaryConfig, arguments, description=__doc__, epilog=EXAMPLES, output_dir=OUTPUT_DIR)
     from prioritary_mvlm.enhanced_trainer import EnhancedPrioritaryTrainer
 
     EnhancedPrioritaryTrainer(config, config.data_dir, config.output_dir).train()

@@ -11,6 +11,9 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from mvlm_core.hardware import set_process_environment
+from mvlm_core.settings import Settings, parse_settings
+
 log = logging.getLogger("mvlm")
 
 
@@ -92,6 +95,21 @@ def setup_logging(log_file: Path | str | None = None, *, quiet: bool = False) ->
         file.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(file)
     return log
+
+
+def trainer_settings(
+    cls: type[Settings], arguments: list[str] | None, *, description: str | None, epilog: str, output_dir: Path
+) -> Settings:
+    """The settings of a trainer's command line, in a process that is ready to train: signals, environment, logging.
+
+    Raises:
+        UserError: with every problem at once.
+    """
+    settings = parse_settings(cls, arguments, description=description or "", epilog=epilog, output_dir=output_dir)
+    outlive_terminal()
+    set_process_environment()
+    setup_logging(None if settings.dry_run else settings.log_file, quiet=settings.quiet)
+    return settings
 
 
 def progress(total: int | None, desc: str, unit: str, *, initial: int = 0, quiet: bool = False, **bar: Any) -> tqdm:

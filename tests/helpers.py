@@ -19,8 +19,8 @@ from mvlm_core.hardware import choose_hardware
 from mvlm_core.signals import StopRequest
 from mvlm_core.training.distributed import ALONE, Ranks
 from mvlm_core.training.loop import TrainingLoop
-from mvlm_core.training.run import batch_source, build_task, prepare_text, run_identity
-from mvlm_core.training.state import total_steps
+from mvlm_core.training.preparation import prepare_text
+from mvlm_core.training.state import Run, build_task
 from prioritary_mvlm import PrioritaryConfig
 from prioritary_mvlm.enhanced_trainer import RECIPE
 
@@ -144,11 +144,9 @@ def make_loop(model: str, settings: Any, ranks: Ranks = ALONE) -> TrainingLoop:
     """The loop of a run as the trainers put it together, not yet started."""
     recipe, hardware = recipe_of(model), choose_hardware(device=settings.device, precision=settings.precision)
     text = prepare_text(settings, recipe.tokenizer_class)
-    batches = batch_source(settings, text)
-    _, task = build_task(recipe, settings, hardware, text, batches, run_identity(settings, text), ranks)
-    output_dir = Path(settings.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    return TrainingLoop(task, settings, hardware, output_dir, total_steps(settings, batches), ranks)
+    run = Run(recipe, settings, hardware, ranks)
+    run.output_dir.mkdir(parents=True, exist_ok=True)
+    return TrainingLoop(run, build_task(run, text))
 
 
 class StopAfter(StopRequest):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from mvlm_core.data.tokenizer import ByteLevelBPE
 from mvlm_core.hardware import Hardware
 from mvlm_core.training.optimizer import build_optimizers
-from mvlm_core.training.run import BuiltModel, Recipe, run_training
+from mvlm_core.training.run import run_training
+from mvlm_core.training.state import BuiltModel, Recipe
 from prioritary_mvlm.advanced_losses import ComprehensiveTrainingLoss, LossParts, mean_loss
 from prioritary_mvlm.advanced_tokenizer import AdvancedBPETokenizer
 from prioritary_mvlm.config import PrioritaryConfig
@@ -67,12 +68,12 @@ def build(config: PrioritaryConfig, tokenizer: ByteLevelBPE, hardware: Hardware)
     """A fresh model, or committee of them, with its loss and optimizers."""
     shape = model_config(config, tokenizer, hardware.attention_backend)
     if isinstance(shape, EnhancedSIMONECommitteeConfig):
-        model = EnhancedSIMONECommittee(shape).to(hardware.device)
+        model = EnhancedSIMONECommittee(shape)
         members = list(model.members)
     else:
-        model = EnhancedSIMONEModel(shape).to(hardware.device)
+        model = EnhancedSIMONEModel(shape)
         members = [model]
-    losses = nn.ModuleList(_loss(config) for _ in members).to(hardware.device)
+    losses = nn.ModuleList(_loss(config) for _ in members)
     modules = {"model": model, "loss": losses}
     forwards = [torch.compile(m.hidden_states) if hardware.compile else m.hidden_states for m in members]
 

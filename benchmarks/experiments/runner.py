@@ -32,7 +32,7 @@ from mvlm_core.signals import PARENT_VARIABLE
 from prioritary_mvlm.config import PrioritaryConfig
 
 if TYPE_CHECKING:
-    from mvlm_core.training.run import Recipe
+    from mvlm_core.training.state import Recipe
 
 SETTINGS = {"mvlm_gpt2": mvlm_trainer.GPT2Settings, "simone_enhanced": PrioritaryConfig}
 EPILOG = f"""Each run trains as the trainers do, in a process of its own, and keeps its finished model below --work_dir.

@@ -44,7 +44,7 @@ def build(name: str, preset: str, hardware: Hardware) -> tuple[Any, Any]:
     torch.manual_seed(0)
     built = recipe_of(name).build(settings, TokenizerShape(settings.vocab_size), hardware)
     for module in built.modules.values():
-        module.train()
+        module.to(hardware.device).train()
     return settings, built
 
 

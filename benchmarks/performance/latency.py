@@ -92,7 +92,7 @@ def generate(model: Any, cached: bool) -> None:
 def score(model: str, data_dir: Path) -> None:
     """Score the whole test text with fresh weights at the cpu preset's shape."""
     from mvlm_core.evaluation.bits_per_byte import score_documents
-    from mvlm_core.training.run import prepare_text
+    from mvlm_core.training.preparation import prepare_text
 
     settings = SETTINGS[model](preset="cpu", data_dir=str(data_dir), cache_dir=str(CACHE_DIR), quiet=True)
     text = prepare_text(settings, recipe_of(model).tokenizer_class)

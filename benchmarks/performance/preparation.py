@@ -50,20 +50,20 @@ def lay_out(data_dir: Path, only: str | None, copies: int, folder: Path) -> int:
 def prepare(line: Connection, data_dir: Path, cache_dir: Path, vocab_size: int) -> None:
     """In a process of its own: what a trainer does before its first step; sends seconds and tokens."""
     set_process_environment()
-    import mvlm_core.training.run as training_run
+    import mvlm_core.training.preparation as preparation
     from prioritary_mvlm.config import PrioritaryConfig
     from prioritary_mvlm.enhanced_trainer import RECIPE
 
     places = {"data_dir": str(data_dir), "cache_dir": str(cache_dir)}
     settings = PrioritaryConfig(preset="h200", vocab_size=vocab_size, quiet=True, **places)
-    plain, marks = training_run.build_token_store, [time.perf_counter()]
+    plain, marks = preparation.build_token_store, [time.perf_counter()]
 
     def timed(*arguments: Any, **named: Any) -> Any:
         marks.append(time.perf_counter())
         return plain(*arguments, **named)
 
-    training_run.build_token_store = timed
-    tokens = len(training_run.prepare_text(settings, RECIPE.tokenizer_class).store.tokens)
+    preparation.build_token_store = timed
+    tokens = len(preparation.prepare_text(settings, RECIPE.tokenizer_class).store.tokens)
     start, middle, end = *marks, time.perf_counter()
     line.send({"tokenizer_seconds": middle - start, "token_seconds": end - middle, "tokens": tokens})
 

@@ -109,7 +109,8 @@ def ours(
     from mvlm_core.hardware import choose_hardware
     from mvlm_core.signals import StopRequest
     from mvlm_core.training.loop import TrainingLoop
-    from mvlm_core.training.run import batch_source, build_task, prepare_text
+    from mvlm_core.training.preparation import prepare_text
+    from mvlm_core.training.state import Run, build_task
 
     values: dict[str, Any] = {"preset": "cpu", "quiet": True, "max_steps": 10**6, "precision": options.precision}
     values |= {"output_dir": str(folder), "cache_dir": str(CACHE_DIR), "data_dir": str(options.data_dir.absolute())}
@@ -122,21 +123,20 @@ def ours(
     recipe, settings = recipe_of(model), SETTINGS[model](**values).check()
     hardware = choose_hardware(precision=options.precision)
     text = prepare_text(settings, recipe.tokenizer_class)
-    batches = batch_source(settings, text)
-    ranks = ranks_of(options.processes)
-    built, task = build_task(recipe, settings, hardware, text, batches, {}, ranks)
-    loop, stop = TrainingLoop(task, settings, hardware, folder, 10**6, ranks), StopRequest()
+    run = Run(recipe, settings, hardware, ranks_of(options.processes))
+    task = build_task(run, text)
+    loop, stop = TrainingLoop(run, task), StopRequest()
 
     def step() -> None:
         loop._step(stop)
         loop._pending.clear()
 
-    serve_child(ranks, step)
-    count = matrices(built.model)
+    serve_child(run.ranks, step)
+    count = matrices(task.model)
     if coherence_weight:
-        count += built.model.lm_head.weight.numel() + shape.width**2  # the second prediction and its adapter
+        count += task.model.lm_head.weight.numel() + shape.width**2  # the second prediction and its adapter
     flops = flops_per_token(count, settings.num_layers, shape.width, shape.context)
-    return Contender(step, built.model.num_parameters(), flops, batches.tokens_per_batch)
+    return Contender(step, task.model.num_parameters(), flops, task.batches.tokens_per_batch)
 
 
 def nanogpt(shape: Shape, options: argparse.Namespace, _folder: Path) -> Contender:

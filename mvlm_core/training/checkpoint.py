@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there: a folder per step, its manifest of SHA-256 written last.
+"""Checkpoints that are complete or absent: a folder per step, its manifest of SHA-256 written last.
 
 ``checkpoints/step-00000500/`` holds ``model.safetensors``, ``optimizer.safetensors``, ``average.safetensors`` where
-the run averages its weights, ``state.json`` and ``manifest.json``. It is written under a temporary name and renamed,
-so a run that dies leaves the ones before it as they were. No pickle: tensors are safetensors, everything else is JSON.
+the run keeps an EMA, ``state.json`` and ``manifest.json``. It is written under a temporary name and renamed, so a
+run that dies leaves earlier ones intact. No pickle: tensors are safetensors, everything else is JSON.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ log = logging.getLogger("mvlm")
 
 
 class DamagedCheckpoint(Exception):
-    """A checkpoint folder that is not what its manifest says; the message names file and reason."""
+    """A checkpoint folder that does not match its manifest; the message names file and reason."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Checkpoint:
     """A verified checkpoint.
 
     Attributes:
-        state: what ``save_checkpoint`` was given, plus ``step``.
+        state: as passed to ``save_checkpoint``, plus ``step``.
     """
 
     folder: Path
@@ -62,15 +62,15 @@ class Checkpoint:
 
 
 def save_checkpoint(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
-    """Write one checkpoint, whole or not at all, and return its folder.
+    """Write one checkpoint atomically and return its folder.
 
     Args:
-        tensors: file name (without ending) to named tensors.
+        tensors: file name (without extension) to named tensors.
         state: JSON-serialisable.
     Raises:
-        OSError: no room, for one; earlier checkpoints are untouched.
+        OSError: such as a full disk; earlier checkpoints are untouched.
     """
-    final = root / f"step-{step:08d}"
+    final = checkpoint_folder(root, step)
     temporary = root / f"{_TEMPORARY_PREFIX}{final.name}"
     root.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -81,7 +81,7 @@ def save_checkpoint(root: Path, step: int, tensors: dict[str, dict[str, Tensor]]
             path = temporary / f"{name}.safetensors"
             try:
                 save_file({key: value.detach().contiguous() for key, value in named.items()}, path)
-            except SafetensorError as error:  # how the library tells of a full disk
+            except SafetensorError as error:  # how the library reports a full disk
                 raise OSError(f"{path}: {error}") from None
             fsync_path(path)
         write_json_atomic(temporary / "state.json", {"step": step, **state})
@@ -100,7 +100,7 @@ def save_checkpoint(root: Path, step: int, tensors: dict[str, dict[str, Tensor]]
 def _check_space(root: Path, needed: int) -> None:
     free = shutil.disk_usage(root).free
     if free < needed:
-        message = f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB free"
+        message = f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free"
         raise OSError(errno.ENOSPC, message, str(root))
 
 
@@ -113,28 +113,23 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     folder = Path(folder)
     manifest = _read_json(folder / "manifest.json")
     files = manifest.get("files")
-    if (
-        manifest.get("format") != FORMAT
-        or not isinstance(files, dict)
-        or not {"state.json", "model.safetensors"} <= set(files)
-    ):
+    complete = {"state.json", "model.safetensors"}
+    if not (isinstance(files, dict) and complete <= files.keys() and manifest.get("format") == FORMAT):
         raise DamagedCheckpoint(f"{folder / 'manifest.json'} is not the manifest of a checkpoint of format {FORMAT}")
     for name, expected in files.items():
         path = folder / name
         if Path(name).name != name:
-            raise DamagedCheckpoint(
-                f"{folder / 'manifest.json'} names {printable(name)}, which is no file of this folder"
-            )
+            raise DamagedCheckpoint(f"{folder / 'manifest.json'} names {printable(name)}, not a file of this folder")
         try:
             if not path.is_file():
                 raise DamagedCheckpoint(f"{path} is missing")
             if sha256_file(path) != expected:
-                raise DamagedCheckpoint(f"{path} is not as it was written (its SHA-256 differs)")
+                raise DamagedCheckpoint(f"{path} has changed since it was written (its SHA-256 differs)")
         except OSError as error:  # such as a name too long for any file
             raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from None
     state = _read_json(folder / "state.json")
     if not isinstance(state.get("step"), int):
-        raise DamagedCheckpoint(f"{folder / 'state.json'} names no step")
+        raise DamagedCheckpoint(f"{folder / 'state.json'} has no step")
     return Checkpoint(folder, state["step"], state)
 
 
@@ -146,7 +141,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
-        raise DamagedCheckpoint(f"{path} holds no JSON object")
+        raise DamagedCheckpoint(f"{path} is not a JSON object")
     return value
 
 
@@ -154,50 +149,57 @@ def checkpoint_folders(root: Path) -> list[Path]:
     """The checkpoints below ``root``, oldest first, not yet checked."""
     if not root.is_dir():
         return []
-    found = [path for path in root.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
+    return sorted((path for path in root.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)), key=_step_of)
+
+
+def checkpoint_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is, or would be."""
+    return root / f"step-{step:08d}"
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def newest_checkpoint(
     root: Path, *, may_use: Callable[[Checkpoint], None] = lambda checkpoint: None
 ) -> Checkpoint | None:
-    """The newest whole checkpoint, or None; damaged ones are named and set aside under another name.
+    """The newest intact checkpoint, or None; damaged ones are logged and renamed.
 
     Args:
         may_use: called with the checkpoint; raises what should stop the run (another corpus, another shape).
     """
     for leftover in root.glob(f"{_TEMPORARY_PREFIX}*") if root.is_dir() else []:
         shutil.rmtree(leftover, ignore_errors=True)
-    for folder in reversed(checkpoint_folders(root)):
-        try:
-            checkpoint = open_checkpoint(folder)
-        except DamagedCheckpoint as damage:
-            _set_aside(folder, _DAMAGED_SUFFIX)
-            log.warning("set aside a damaged checkpoint: %s", damage)
-            continue
+    for checkpoint in _intact_checkpoints(root):
         may_use(checkpoint)
         return checkpoint
     return None
 
 
 def newest_good_checkpoint(root: Path, before: int | None) -> Checkpoint | None:
-    """The newest whole checkpoint from before step ``before`` that an undisturbed run would have written as well."""
-    for folder in reversed(checkpoint_folders(root)):
-        try:
-            checkpoint = open_checkpoint(folder)
-        except DamagedCheckpoint as damage:
-            log.warning("passed over a damaged checkpoint: %s", damage)
-            continue
+    """The newest intact checkpoint from before step ``before`` that an uninterrupted run would have written too."""
+    for checkpoint in _intact_checkpoints(root):
         if not checkpoint.state.get("for_signal_only") and (before is None or checkpoint.step < before):
             return checkpoint
     return None
+
+
+def _intact_checkpoints(root: Path) -> Iterator[Checkpoint]:
+    """From the newest on; damaged ones are renamed."""
+    for folder in reversed(checkpoint_folders(root)):
+        try:
+            yield open_checkpoint(folder)
+        except DamagedCheckpoint as damage:
+            _set_aside(folder, _DAMAGED_SUFFIX)
+            log.warning("set aside a damaged checkpoint: %s", damage)
 
 
 def named_checkpoint(folder: Path | str) -> Checkpoint:
     """The checkpoint a user named with ``--resume_from``.
 
     Raises:
-        UserError: it is none, or damaged: what was asked for by name is not silently replaced.
+        UserError: missing or damaged; an explicitly named one is not silently replaced.
     """
     if not Path(folder).is_dir():
         raise UserError(f"--resume_from {folder}: no such checkpoint folder")
@@ -208,11 +210,11 @@ def named_checkpoint(folder: Path | str) -> Checkpoint:
 
 
 def set_aside_later(root: Path, step: int) -> None:
-    """Rename the checkpoints after ``step``: the run goes back there; rotation must not keep them for it."""
+    """Rename the checkpoints after ``step``, to which the run returns, so that rotation does not count them."""
     for folder in checkpoint_folders(root):
-        if int(_NAME.fullmatch(folder.name)[1]) > step:
+        if _step_of(folder) > step:
             _set_aside(folder, _LATER_SUFFIX)
-            log.info("set aside %s: the run goes back to step %s", folder, step)
+            log.info("set aside %s: the run returns to step %s", folder, step)
 
 
 def _set_aside(folder: Path, suffix: str) -> None:
@@ -222,17 +224,18 @@ def _set_aside(folder: Path, suffix: str) -> None:
 
 
 def rotate_checkpoints(root: Path, keep: int) -> None:
-    """Delete all but the ``keep`` newest checkpoints (two at least) and the best ones those point to (``best_step``).
+    """Delete all but the ``keep`` newest checkpoints (at least two) and the best ones they refer to (``best_step``).
 
-    Those written for a signal only do not count, and go as soon as there is a newer one.
+    Those written only because of a signal do not count and are deleted as soon as there is a newer one.
     """
     folders = checkpoint_folders(root)
     states = {folder: _state_or_nothing(folder) for folder in folders}
     regular = [folder for folder in folders if not states[folder].get("for_signal_only")]
     kept = {*folders[-1:], *regular[-max(keep, _LEAST_KEPT) :]}
-    best = {f"step-{step:08d}" for folder in kept if isinstance(step := states[folder].get("best_step"), int)}
+    best_steps = (states[folder].get("best_step") for folder in kept)
+    best = {checkpoint_folder(root, step) for step in best_steps if isinstance(step, int)}
     for folder in folders:
-        if folder not in kept and folder.name not in best:
+        if folder not in kept | best:
             (folder / "manifest.json").unlink(missing_ok=True)  # a half-deleted folder must not look whole
             shutil.rmtree(folder)
 

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A block of logits that stays in a processor's last-level cache, or that is small beside a GPU's memory.
+# A block of logits that fits a CPU's last-level cache, or that is small next to a GPU's memory.
 _BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
-_LEAST_ROWS = 128  # of a block, or half of the width: the output matrix and its gradient are read once for each block
-_ALIGNMENT = 64  # rows of the output matrix in a product: kernels are slow at GPT-2's 50,257
+_LEAST_ROWS = 128  # of a block, or half the width: the output matrix and its gradient are read once per block
+_ALIGNMENT = 64  # pad the output matrix to a multiple of so many rows: kernels are slow at GPT-2's 50,257
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Both gradients are formed while a block's logits exist, so the backward pass has nothing to recompute."""
+    """Both gradients are computed while a block's logits exist, so the backward pass recomputes nothing."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, token_weights, z_loss, rows):
@@ -29,7 +29,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if wanted else None
         grad_weight = weight.new_zeros(padded, weight.shape[1]) if wanted else None
-        # One pair of blocks for all: memory of this size, asked for anew, comes from the system page by page.
+        # One pair of buffers for all blocks: newly allocated memory of this size is page-faulted in every time.
         block = hidden.new_empty(min(rows, count), padded)
         probability_block = torch.empty_like(block, dtype=exact)
         for start in range(0, count, rows):
@@ -37,15 +37,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             target = targets[part, None]
             logits = torch.mm(hidden[part], matrix.t(), out=block[: len(target)])
             logits[:, vocab:] = -torch.inf
-            # softmax is the fastest pass over the logits; the likeliest token's probability, at least 1 / vocab, always
-            # has a logarithm, which the target's may not.
+            # softmax is the fastest pass over the logits; the likeliest token's probability is at least 1 / vocab, so
+            # its logarithm is always finite, which the target's may not be.
             probabilities = torch.softmax(logits, dim=-1, dtype=exact, out=probability_block[: len(target)])
             log_partition[part] = logits.amax(dim=1).to(exact) - probabilities.amax(dim=1).log()
             nll[part] = log_partition[part] - logits.gather(1, target).squeeze(1)
             if not wanted:
                 continue
             # d/dlogits of w·(nll + z·lse²) is w·(p·(1 + 2z·lse) − onehot) = w·f·(p − onehot / f) with f = 1 + 2z·lse:
-            # what is the same along a row is put on the narrow matrices, not on the logits.
+            # factors that are constant along a row are applied to the narrow matrices, not to the logits.
             factor = 1 + 2 * z_loss * log_partition[part, None]
             scale = (token_weights[part, None] / count * factor).to(hidden.dtype)
             gradient = probabilities.scatter_add_(1, target, -1 / factor).to(hidden.dtype)
@@ -67,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def rows_at_a_time(vocab: int, dim: int, device: str) -> int:
-    """How many rows of logits ``linear_cross_entropy`` has at once on this kind of device."""
+    """How many rows of logits ``linear_cross_entropy`` computes at a time on this kind of device."""
     return max(_LEAST_ROWS, dim // 2, _BLOCK_BYTES.get(device, 64 << 20) // (4 * vocab))
 
 
@@ -82,22 +82,22 @@ def linear_cross_entropy(
     """Weighted mean cross-entropy of ``hidden @ weight.T`` against ``targets``.
 
     Args:
-        hidden: ``[..., dim]``; under autocast multiplied in its precision, as by any linear layer.
+        hidden: ``[..., dim]``; under autocast multiplied in its precision, as in any linear layer.
         weight: ``[vocab, dim]``, the output embedding.
         targets: ``[...]`` token numbers.
         token_weights: ``[...]``, mean 1 over the training text; None means 1 everywhere.
         z_loss: weight of the squared log partition function (PaLM, arXiv 2204.02311), which keeps logits from drifting.
-        block_rows: rows of logits that exist at a time; chosen for the device where not given.
+        block_rows: rows of logits computed at a time; by default chosen for the device.
     Returns:
-        The loss (nats a token, differentiable) and each token's negative log-likelihood in nats (detached, in float32
-        at least).
+        The loss (nats per token, differentiable) and each token's negative log-likelihood in nats (detached, at least
+        float32).
     """
     flat, device = hidden.reshape(-1, hidden.shape[-1]), hidden.device.type
-    if torch.is_autocast_enabled(device):  # a final norm in float32 is no reason for the largest product of all to be
+    if torch.is_autocast_enabled(device):  # a final norm in float32 must not make the largest product float32
         flat = flat.to(torch.get_autocast_dtype(device))
     flat_targets = targets.reshape(-1)
     if token_weights is None:
         token_weights = torch.ones_like(flat_targets, dtype=torch.float32)
-    rows = block_rows or rows_at_a_time(*weight.shape, device)
+    rows = block_rows or rows_at_a_time(weight.shape[0], weight.shape[1], device)
     loss, nll = _LinearCrossEntropy.apply(flat, weight, flat_targets, token_weights.reshape(-1), z_loss, rows)
     return loss, nll.view(targets.shape)

@@ -1,9 +1,9 @@
-"""Several processes training one model: what they share, through PyTorch's own distributed engine.
+"""Data-parallel training: what the processes of a run exchange, through ``torch.distributed``.
 
 Started by ``torchrun``, each process (rank) works on its part of every global batch; gradients are summed, so all
-ranks take the same step and hold the same weights. Started any other way there is one rank, and nothing here costs
-anything; ``forked_ranks`` has another way to be several. Only the main rank reads checkpoints and writes files; what it
-read it sends to the others, so machines need no common disk for them.
+ranks take the same step and hold the same weights. Otherwise there is one rank, at no cost; ``cpu_workers`` is another
+way to be several. Only the main rank reads and writes checkpoints and sends what it read to the others, so machines
+need no shared disk for them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from mvlm_core.errors import TrainingFailed, UserError
 
-# The main rank may be building tokens of a large corpus while the others wait for it.
-_PATIENCE = timedelta(hours=2)
+# The main rank may be tokenizing a large corpus while the others wait for it.
+_TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Ranks:
 
     Attributes:
         rank, world: its number, and how many there are.
-        host: the group for what stays in host memory (gloo); None when alone.
+        host: the process group for what stays in host memory (gloo); None when alone.
     """
 
     rank: int = 0
@@ -42,11 +42,11 @@ class Ranks:
         return self.rank == 0
 
     def part(self, count: int) -> range:
-        """This rank's part of ``count`` items; the parts of all ranks are neighbours and cover each item once."""
+        """This rank's part of ``count`` items: a contiguous range; each item is in exactly one rank's part."""
         return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
 
     def sum_on_device(self, tensors: Iterable[Tensor]) -> None:
-        """Sum each tensor over all ranks, in place, in one exchange per dtype."""
+        """Sum each tensor over all ranks, in place, with one all-reduce per dtype."""
         if self.world == 1:
             return
         by_type: dict[torch.dtype, list[Tensor]] = {}
@@ -67,47 +67,47 @@ class Ranks:
         return numbers.tolist()
 
     def _sum(self, flat: Tensor, **where: Any) -> None:
-        _speak(dist.all_reduce, flat, **where)
+        _exchange(dist.all_reduce, flat, **where)
 
     def share(self, value: Any) -> Any:
         """The main rank's ``value`` (plain data) on every rank."""
         if self.world == 1:
             return value
         holder = [value]
-        _speak(dist.broadcast_object_list, holder, src=0, group=self.host)
+        _exchange(dist.broadcast_object_list, holder, src=0, group=self.host)
         return holder[0]
 
     def share_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The main rank's named tensors on every rank, in host memory; others may give none."""
+        """The main rank's named tensors on every rank, in host memory; the others may pass none."""
         if self.world == 1:
             return tensors
         shapes = self.share({name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})
         received = {}
         for name, (shape, dtype) in shapes.items():
             tensor = tensors[name].detach().cpu().contiguous() if self.is_main else torch.empty(shape, dtype=dtype)
-            _speak(dist.broadcast, tensor, src=0, group=self.host)
+            _exchange(dist.broadcast, tensor, src=0, group=self.host)
             received[name] = tensor
         return received
 
     def wait(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank gets here."""
         if self.world > 1:
-            _speak(dist.barrier, group=self.host)
+            _exchange(dist.barrier, group=self.host)
 
     def leave(self) -> None:
-        """Take leave of the others; no more exchange after this."""
+        """Leave the process group; no more exchange after this."""
         if self.world > 1:
             dist.destroy_process_group()
 
     def end(self) -> None:
-        """The end of the run, well or not: what was started for it ends too."""
+        """Called at the end of the run, however it ends."""
 
 
 ALONE = Ranks()
 
 
 def join(device: str) -> Ranks:
-    """Join the other processes that ``torchrun`` started; alone where it did not.
+    """Join the other processes that ``torchrun`` started, if it did.
 
     Raises:
         UserError: more processes on this machine than it has GPUs.
@@ -120,19 +120,19 @@ def join(device: str) -> Ranks:
         if local >= torch.cuda.device_count():
             raise UserError(
                 f"torchrun --nproc_per_node started more processes than this machine has GPUs "
-                f"({torch.cuda.device_count()}); start one a GPU"
+                f"({torch.cuda.device_count()}); start one per GPU"
             )
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)
-    host = dist.new_group(backend="gloo", timeout=_PATIENCE) if device == "cuda" else dist.group.WORLD
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_TIMEOUT)
+    host = dist.new_group(backend="gloo", timeout=_TIMEOUT) if device == "cuda" else dist.group.WORLD
     return Ranks(dist.get_rank(), world, host)
 
 
-def _speak(exchange: Any, *arguments: Any, **options: Any) -> None:
+def _exchange(operation: Any, *arguments: Any, **options: Any) -> None:
     try:
-        exchange(*arguments, **options)
+        operation(*arguments, **options)
     except RuntimeError as error:
         raise TrainingFailed(
-            f"the processes of this run lost each other ({str(error).splitlines()[0]}); look for the first one that "
-            "failed, then start all of them again: they go on from the newest checkpoint"
+            f"the processes of this run lost their connection ({str(error).splitlines()[0]}); look for the first one "
+            "that failed, then start all of them again: they resume from the newest checkpoint"
         ) from None

@@ -1,4 +1,4 @@
-"""``training_history.jsonl``: one JSON record a step, each step once, whatever interrupted the run."""
+"""``training_history.jsonl``: one JSON record per step, each step exactly once even after interruptions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HISTORY_NAME = "training_history.jsonl"
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """The records; a last line that was being written when the run died is left out."""
+    """The records, without a last line that was cut off when the run died."""
     records = []
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -27,10 +27,10 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 def append_records(path: Path, records: list[dict[str, Any]]) -> None:
-    """Add records at the end: all of them or none.
+    """Append all of the records or none.
 
     Raises:
-        OSError: no room, for one.
+        OSError: such as a full disk.
     """
     with open(path, "ab", buffering=0) as file:
         size = file.tell()
@@ -44,6 +44,6 @@ def append_records(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def truncate_history(path: Path, step: int) -> None:
-    """Drop what was written after ``step``: the run goes back there and writes it again."""
+    """Drop the records after ``step``, where the run resumes and will write them again."""
     kept = [json.dumps(record) + "\n" for record in read_history(path) if record["step"] <= step]
     write_atomic(path, "".join(kept))

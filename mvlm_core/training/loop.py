@@ -1,8 +1,8 @@
-"""The loop both models are trained by: step, evaluate, log, checkpoint, stop.
+"""The training loop of both models: step, evaluate, log, checkpoint, stop.
 
-What a step does follows from its number alone: the batch (see ``batches``), the learning rate and the random numbers
-of dropout, which are seeded anew for each micro-batch. So a checkpoint needs weights, optimizer state and a few
-counters, and a resumed run equals an undisturbed one to the bit.
+A step is determined by its number alone: the batch (see ``batches``), the learning rate, and the random numbers of
+dropout, which are reseeded for each micro-batch. So a checkpoint needs weights, optimizer state and a few counters,
+and a resumed run equals an uninterrupted one to the bit.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,46 +19,34 @@ from torch import Tensor, nn
 from mvlm_core.console import progress
 from mvlm_core.errors import Stopped, TrainingFailed, UserError
 from mvlm_core.files import fsync_path
-from mvlm_core.hardware import Hardware
-from mvlm_core.monitor import gpu_load, memory_in_use
-from mvlm_core.settings import TrainingSettings
+from mvlm_core.monitor import gpu_load, memory_in_use, peak_memory
 from mvlm_core.signals import StopRequest
 from mvlm_core.training import checkpoint as checkpoints
-from mvlm_core.training.distributed import ALONE, Ranks
 from mvlm_core.training.divergence import ROLLBACKS_AT_MOST
-from mvlm_core.training.history import HISTORY_NAME, append_records, truncate_history
+from mvlm_core.training.history import HISTORY_NAME, append_records, read_history, truncate_history
 from mvlm_core.training.optimizer import learning_rate_scale
-from mvlm_core.training.state import LoopState, TrainingTask, identity_differences, warmup_steps
+from mvlm_core.training.state import LoopState, Run, TrainingTask, identity_differences, total_steps, warmup_steps
+from mvlm_core.training.tensorboard import TENSORBOARD_FOLDER, TensorBoardWriter
 
 log = logging.getLogger("mvlm")
 
 
 class TrainingLoop:
-    """One run: ``run()`` trains from where the newest checkpoint left off to the end.
+    """One run: ``run()`` trains from the newest checkpoint to the end.
 
-    Args:
-        total_steps: optimizer steps of the whole run.
-        output_dir: ``checkpoints/`` and ``training_history.jsonl`` are kept below it.
-        listener: is given the records that were added to the history.
+    ``checkpoints/`` and ``training_history.jsonl`` are kept in the run's output folder.
     """
 
-    def __init__(
-        self,
-        task: TrainingTask,
-        settings: TrainingSettings,
-        hardware: Hardware,
-        output_dir: Path,
-        total_steps: int,
-        ranks: Ranks = ALONE,
-        listener: Callable[[list[dict[str, Any]]], None] | None = None,
-    ) -> None:
-        self.listener = listener
-        self.task, self.settings, self.hardware, self.total_steps = task, settings, hardware, total_steps
-        self.ranks = ranks
-        self.warmup_steps = warmup_steps(settings, total_steps)
-        self.checkpoint_root = output_dir / "checkpoints"
-        self.history_path = output_dir / HISTORY_NAME
-        self.state = LoopState(micro_batch=settings.batch_size)
+    def __init__(self, run: Run, task: TrainingTask) -> None:
+        self.task, self.settings, self.hardware, self.ranks = task, run.settings, run.hardware, run.ranks
+        self.total_steps = total_steps(run.settings, task.batches)
+        self.warmup_steps = warmup_steps(run.settings, self.total_steps)
+        self.checkpoint_root = run.output_dir / "checkpoints"
+        self.history_path = run.output_dir / HISTORY_NAME
+        self.tensorboard: TensorBoardWriter | None = None
+        if run.settings.tensorboard and run.ranks.is_main:
+            self.tensorboard = TensorBoardWriter(run.output_dir / TENSORBOARD_FOLDER)
+        self.state = LoopState(micro_batch=run.settings.batch_size)
         self._pending: list[dict[str, Any]] = []  # steps whose figures are still on the device
         self._pending_seconds = 0.0
         self._records: list[dict[str, Any]] = []  # read, not yet in the history file
@@ -70,8 +56,8 @@ class TrainingLoop:
         """Train to the end.
 
         Raises:
-            Stopped: a signal came; the checkpoint is written.
-            TrainingFailed: the numbers break again and again, or the smallest micro-batch does not fit.
+            Stopped: by a signal; the checkpoint is written.
+            TrainingFailed: training diverges again and again, or the smallest micro-batch does not fit.
         """
         self._resume()
         if self.state.step >= self.total_steps or (self.state.stopped_early and self.state.finished):
@@ -80,7 +66,7 @@ class TrainingLoop:
         stop.defer()
         self._try_micro_batch()
         if self.state.step == 0:
-            self._save()  # a disk that is full or cannot be written is found now, not after an hour
+            self._save()  # a full or read-only disk is found now, not after an hour
         tokens = self.task.batches.tokens_per_batch
         with progress(
             self.total_steps * tokens,
@@ -95,16 +81,36 @@ class TrainingLoop:
                 bar.update(tokens)
                 self._after_step(stopping, bar)
                 if stopping and not self.state.finished:
-                    log.info(
-                        "stopped at step %s of %s; the same command goes on from here",
-                        self.state.step,
-                        self.total_steps,
-                    )
+                    log.info(f"stopped at step {self.state.step} of {self.total_steps}; the same command resumes here")
                     raise Stopped(stop.number)
         return self.state
 
+    def history(self) -> list[dict[str, Any]]:
+        """The records of all steps."""
+        return read_history(self.history_path)
+
+    def peak_memory(self) -> int:
+        """Bytes, over all processes of the run."""
+        return int(self.ranks.sum_numbers(peak_memory(self.hardware.device))[0])
+
+    def load_best(self) -> None:
+        """Put the best weights by validation, averaged where the run keeps an EMA, into the model.
+
+        The last weights stay in the newest checkpoint.
+        """
+        step = self.state.best_step
+        if step is not None and step != self.state.step:
+            name = "model" if self.task.ema is None else "average"
+            try:
+                best = checkpoints.open_checkpoint(checkpoints.checkpoint_folder(self.checkpoint_root, step))
+                self.task.load_state_tensors({name: best.tensors(name)})
+            except checkpoints.DamagedCheckpoint as damage:
+                raise UserError(f"the best checkpoint is damaged: {damage}; run again with --fresh") from None
+        if self.task.ema is not None:
+            self.task.ema.copy_to_model()
+
     def _after_step(self, stopping: bool, bar: Any) -> None:
-        """Whatever is due after this step: read the figures, evaluate, write a checkpoint, or go back."""
+        """Do what is due after this step: read the figures, evaluate, write a checkpoint, or roll back."""
         step, settings = self.state.step, self.settings
         ending = step >= self.total_steps
         evaluating = ending or step % settings.eval_interval == 0
@@ -122,7 +128,7 @@ class TrainingLoop:
         if evaluating:
             self.state.stopped_early = self._should_stop_early() and not ending
             self.state.finished = ending or self.state.stopped_early
-        # While the numbers are bad, the checkpoints from before must not be rotated away.
+        # While training is in trouble, the checkpoints from before must not be rotated away.
         wanted = self.state.finished or improved or (due and self.state.guard.trouble_since is None)
         if wanted or stopping:
             self._save(for_signal_only=not wanted)
@@ -143,16 +149,16 @@ class TrainingLoop:
                 self._halve_micro_batch()
         parameters = [p for group in optimizers.groups() for p in group["params"] if p.grad is not None]
         self.ranks.sum_on_device([*(p.grad for p in parameters), *figures.values()])
-        text_bytes, stopping = self.ranks.sum_numbers(text_bytes, stop.wanted())
+        all_bytes, stopping = self.ranks.sum_numbers(text_bytes, stop.wanted())
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf)
         skipped = (~(norm.isfinite() & figures["train_loss"].isfinite())).float()
         optimizers.step(found_inf=skipped)
         optimizers.zero_grad()
         state.step += 1
-        if self.task.average is not None:
-            self.task.average.update(state.step)
+        if self.task.ema is not None:
+            self.task.ema.update(state.step)
         state.tokens += self.task.batches.tokens_per_batch
-        state.bytes += int(text_bytes)
+        state.bytes += int(all_bytes)
         self._pending.append(
             {
                 "step": state.step,
@@ -167,7 +173,7 @@ class TrainingLoop:
         return bool(stopping)
 
     def _accumulate(self, share_done: float) -> tuple[dict[str, Tensor], int]:
-        """Gradients of this rank's part of the batch, micro-batch by micro-batch, and what the loss reports."""
+        """Gradients of this rank's part of the batch, micro-batch by micro-batch; returns figures and text bytes."""
         sums: dict[str, Tensor] = {}
         text_bytes = 0
         mine = self.ranks.part(self.task.batches.sequences)
@@ -183,11 +189,11 @@ class TrainingLoop:
         """Forward and backward of some sequences; the figures are weighted by their share of the batch."""
         batches, device = self.task.batches, self.hardware.device
         batch = batches.batch(self.state.step, first, count)
-        tensors = [_to_device(array, device) for array in (batch.inputs, batch.targets, batch.weights)]
+        inputs, targets, weights = (_to_device(array, device) for array in (batch.inputs, batch.targets, batch.weights))
         torch.manual_seed(_step_seed(self.settings.seed, self.state.step, first))
         share = count / batches.sequences
         with self.hardware.autocast():
-            loss = self.task.loss(*tensors, share_done)
+            loss = self.task.loss(inputs, targets, weights, share_done)
         (loss.total * share).backward()
         figures = {"train_loss": loss.train_loss, **loss.parts}
         return {name: value.detach() * share for name, value in figures.items()}, batch.text_bytes
@@ -195,22 +201,22 @@ class TrainingLoop:
     # -- out of memory ----------------------------------------------------------------------------------------------
 
     def _try_micro_batch(self) -> None:
-        """Find a micro-batch that fits before the first step, by one that leaves no trace.
+        """Find a micro-batch that fits before the first step, by a trial that leaves no trace.
 
-        Room is held for the optimizer's state where there is none yet: it would be missing later.
+        It reserves memory for the optimizer state where there is none yet, which would be missing later.
         """
         optimizers = self.task.optimizers
         empty = not optimizers.state_tensors()
         while True:
-            held: list[Tensor] = []
+            reserved: list[Tensor] = []
             try:
                 if empty:
-                    held = [torch.empty_like(p) for g in optimizers.groups() for p in g["params"] for _ in range(2)]
+                    reserved = [torch.empty_like(p) for g in optimizers.groups() for p in g["params"] for _ in range(2)]
                 count = min(self.state.micro_batch, len(self.ranks.part(self.task.batches.sequences)))
                 self._micro_batch(0, count, self.state.step / self.total_steps)
                 return
             except torch.OutOfMemoryError:
-                held.clear()
+                reserved.clear()
                 self._halve_micro_batch()
             finally:
                 optimizers.zero_grad()
@@ -225,88 +231,74 @@ class TrainingLoop:
         if self.hardware.device == "cuda":
             torch.cuda.empty_cache()
         log.warning(
-            "out of memory: micro-batch halved to %s sequences; the batch of %s per step stays",
-            self.state.micro_batch,
-            self.task.batches.sequences,
+            f"out of memory: micro-batch halved to {self.state.micro_batch} sequences; "
+            f"each step still has {self.task.batches.sequences}"
         )
 
-    # -- what is read off the device --------------------------------------------------------------------------------
+    # -- figures, evaluation and history ----------------------------------------------------------------------------
 
     def _flush(self, bar: Any) -> str | None:
         """Read the pending steps' figures off the device, the only wait for it, and make their records.
 
-        Returns why the run must go back, where the guard says so.
+        Returns why the run must roll back, if the divergence guard says so.
         """
         if not self._pending:
             return None
         started = time.perf_counter()
-        lines = [_read_figures(record) for record in self._pending]
+        records = [_read_figures(record) for record in self._pending]
         self._pending_seconds += time.perf_counter() - started
-        state, count = self.state, len(lines)
-        rate = count * self.task.batches.tokens_per_batch / self._pending_seconds
+        state, count = self.state, len(records)
+        speed = count * self.task.batches.tokens_per_batch / self._pending_seconds
         load = gpu_load(self.hardware.device)
         resources = {"memory_bytes": memory_in_use(self.hardware.device)} | ({} if load is None else {"gpu_load": load})
         trouble = None
-        for number, line in enumerate(lines, 1):
-            line["seconds"] = state.seconds + self._pending_seconds * number / count
-            line["tokens_per_second"] = rate
-            line |= resources
-            skipped = bool(line.pop("skipped"))
+        for number, record in enumerate(records, 1):
+            record["seconds"] = state.seconds + self._pending_seconds * number / count
+            record["tokens_per_second"] = speed
+            record |= resources
+            skipped = bool(record.pop("skipped"))
+            trouble = trouble or state.guard.observe(record["step"], record["train_loss"], skipped)
             if skipped:
-                log.warning("step %s skipped: its loss or gradient is no finite number", line["step"])
-            trouble = trouble or state.guard.observe(line["step"], line["train_loss"], skipped)
-            if skipped:
-                lines[number - 1] = {k: v for k, v in line.items() if math.isfinite(v)} | {"skipped": True}
-        self._records += lines
+                log.warning("step %s skipped: non-finite loss or gradient", record["step"])
+                records[number - 1] = {k: v for k, v in record.items() if math.isfinite(v)} | {"skipped": True}
+        self._records += records
         state.seconds += self._pending_seconds
         self._pending, self._pending_seconds = [], 0.0
-        self._report(lines[-1], bar)
+        self._report(records[-1], bar)
         return trouble
 
-    def _report(self, line: dict[str, Any], bar: Any) -> None:
-        loss = line.get("train_loss", math.nan)
-        shown = {"loss": f"{loss:.3f}", "lr": f"{line['learning_rate']:.2g}"}
+    def _report(self, record: dict[str, Any], bar: Any) -> None:
+        """Show the newest figures on the progress bar and in the log."""
+        loss, learning_rate = record.get("train_loss", math.nan), record["learning_rate"]
+        shown = {"loss": f"{loss:.3f}", "lr": f"{learning_rate:.2g}"}
         if self.state.best_bpb is not None:
             shown["bits/byte"] = f"{self.state.best_bpb:.4f}"
-        shown["mem"] = f"{line['memory_bytes'] / 2**30:.1f}G"
-        if "gpu_load" in line:
-            shown["gpu"] = f"{line['gpu_load']}%"
+        shown["mem"] = f"{record['memory_bytes'] / 2**30:.1f}G"
+        if "gpu_load" in record:
+            shown["gpu"] = f"{record['gpu_load']}%"
         bar.set_postfix(shown, refresh=False)
-        left = (self.total_steps - line["step"]) * self.task.batches.tokens_per_batch / line["tokens_per_second"]
+        step, speed = record["step"], record["tokens_per_second"]
+        left = (self.total_steps - step) * self.task.batches.tokens_per_batch / speed
         log.debug(
-            "step %d/%d  epoch %.2f  loss %.4f  grad norm %.2f  lr %.3g  %s tok/s  %.0f MB  %s left",
-            line["step"],
-            self.total_steps,
-            line["epoch"],
-            loss,
-            line.get("grad_norm", math.nan),
-            line["learning_rate"],
-            f"{line['tokens_per_second']:,.0f}",
-            line["memory_bytes"] / 1e6,
-            _clock(left),
+            f"step {step}/{self.total_steps}  epoch {record['epoch']:.2f}  loss {loss:.4f}  "
+            f"grad norm {record.get('grad_norm', math.nan):.2f}  lr {learning_rate:.3g}  {speed:,.0f} tok/s  "
+            f"{record['memory_bytes'] / 1e6:.0f} MB  {_clock(left)} left"
         )
 
     def _evaluate(self) -> tuple[bool, str | None]:
-        """Score the validation part: whether it is the best so far, and why the run must go back, if it must."""
-        state = self.state
-        with self.task.evaluated():
-            value = self.task.evaluate()
+        """Score the validation text: whether it is the best so far, and why the run must roll back, if it must."""
+        state, value = self.state, self.task.validation_bpb()
         if not math.isfinite(value):
             state.guard.trouble_since = state.guard.trouble_since or state.step
-            return False, f"validation bits per byte of step {state.step} is {value}, no finite number"
+            return False, f"validation bits per byte of step {state.step} is non-finite ({value})"
         self._records[-1]["validation_bpb"] = value
         improved = state.best_bpb is None or value < state.best_bpb
         if improved:
             state.best_step, state.best_bpb, state.evaluations_since_best = state.step, value, 0
         else:
             state.evaluations_since_best += 1
-        log.info(
-            "step %d/%d  validation %.4f bits per byte%s",
-            state.step,
-            self.total_steps,
-            value,
-            "  (best)" if improved else "",
-        )
+        best = "  (best)" if improved else ""
+        log.info(f"step {state.step}/{self.total_steps}  validation {value:.4f} bits per byte{best}")
         return improved, None
 
     def _write_history(self) -> None:
@@ -316,12 +308,12 @@ class TrainingLoop:
         try:
             self._append_records()
         except OSError as error:
-            log.error("the history cannot be written (%s); training goes on and tries again later", error)
+            log.error("the history cannot be written (%s); training continues and tries again later", error)
 
     def _append_records(self) -> None:
         append_records(self.history_path, self._records)
-        if self.listener is not None:
-            self.listener(self._records)
+        if self.tensorboard is not None:
+            self.tensorboard.add(self._records)
         self._records = []
 
     def _should_stop_early(self) -> bool:
@@ -333,20 +325,20 @@ class TrainingLoop:
         log.info("no better validation in %d evaluations: stopping early", state.evaluations_since_best)
         return True
 
-    # -- where it is kept, where it starts and where it goes back to ------------------------------------------------
+    # -- checkpoints: save, resume, roll back -----------------------------------------------------------------------
 
     def _save(self, for_signal_only: bool = False) -> None:
-        """Write a checkpoint of this moment, then delete what rotation no longer keeps.
+        """Write a checkpoint, then delete those that rotation no longer keeps.
 
         Args:
-            for_signal_only: an undisturbed run would have written none here; a rollback does not go back to it, so
-                that it goes where that of an undisturbed run would have gone.
+            for_signal_only: an uninterrupted run would not have written it; a rollback passes over it, so that it
+                goes where an uninterrupted run would have gone.
         """
         if self._saved_step == self.state.step or not self.ranks.is_main:
             return
         state = {**asdict(self.state), "identity": self.task.identity, "for_signal_only": for_signal_only}
         try:
-            self._append_records()  # what a checkpoint has behind it must be on the disk
+            self._append_records()  # the history up to a checkpoint must be on the disk before it
             fsync_path(self.history_path)
             checkpoints.save_checkpoint(self.checkpoint_root, self.state.step, self.task.state_tensors(), state)
         except OSError as error:
@@ -354,13 +346,13 @@ class TrainingLoop:
                 raise TrainingFailed(
                     f"no checkpoint can be written to {self.checkpoint_root} ({error}); free some space and run again"
                 ) from None
-            log.error("no checkpoint at step %s (%s); training goes on and tries again later", self.state.step, error)
+            log.error("no checkpoint at step %s (%s); training continues and tries again later", self.state.step, error)
             return
         self._saved_step = self.state.step
         checkpoints.rotate_checkpoints(self.checkpoint_root, self.settings.keep_checkpoints)
 
     def _resume(self) -> None:
-        """Start from ``resume_from`` or the newest whole checkpoint; from the beginning where there is none."""
+        """Start from ``resume_from`` or the newest intact checkpoint; from the beginning where there is none."""
         found = None
         if self.ranks.is_main:
             if self.settings.resume_from:
@@ -371,42 +363,36 @@ class TrainingLoop:
                 found = checkpoints.newest_checkpoint(self.checkpoint_root, may_use=self._check_identity)
             if found is None:
                 self.history_path.unlink(missing_ok=True)
-        if self._restore(found):
-            self._saved_step = self.state.step
-            if found is not None and 0 < self.state.step < self.total_steps:
-                log.info("continuing from %s (step %s of %s)", found.folder, found.step, self.total_steps)
+        if self._restore(found) and found is not None and 0 < self.state.step < self.total_steps:
+            log.info("continuing from %s (step %s of %s)", found.folder, found.step, self.total_steps)
 
     def _restore(self, found: checkpoints.Checkpoint | None) -> bool:
-        """Take weights, optimizer and counters from a checkpoint of the main rank's; False where it has none."""
+        """Load the main rank's checkpoint on every rank; False if it has none."""
         state = self.ranks.share(found.state if found else None)
         if state is None:
             return False
-        weights = self.ranks.share_tensors(found.tensors("model") if found else {})
-        moments = self.ranks.share_tensors(found.tensors("optimizer") if found else {})
-        average = None
-        if self.task.average is not None:
-            average = self.ranks.share_tensors(found.tensors("average") if found else {})
+        tensors = {
+            name: self.ranks.share_tensors(found.tensors(name) if found else {}) for name in self.task.state_tensors()
+        }
         try:
             self.state = LoopState.of(state)
-            if self.state.step > 0 and not moments:
+            if self.state.step > 0 and not tensors["optimizer"]:
                 raise ValueError("it holds no optimizer state")
-            self.task.load_weights(weights)
-            self.task.optimizers.load_state_tensors(moments)
-            if average is not None:
-                self.task.average.load(average)
-        except (KeyError, ValueError, RuntimeError) as error:
+            self.task.load_state_tensors(tensors)
+        except (ValueError, RuntimeError) as error:
             where = found.folder if found else "the checkpoint"
             raise UserError(f"{where} does not fit this model: {error}; start over with --fresh") from None
         self.state.micro_batch = min(self.state.micro_batch, self.settings.sequences_per_step)
+        self._saved_step = self.state.step
         if self.ranks.is_main:
             truncate_history(self.history_path, self.state.step)
         return True
 
     def _roll_back(self, trouble: str, bar: Any) -> None:
-        """Go back to the newest checkpoint from before the trouble, with a lower learning rate.
+        """Return to the newest checkpoint from before the trouble, with a lower learning rate.
 
         Raises:
-            TrainingFailed: it was tried often enough.
+            TrainingFailed: after too many rollbacks, or without such a checkpoint.
         """
         broken = self.state
         advice = "start again with a lower --learning_rate, and look at the training text around the last steps"
@@ -420,17 +406,12 @@ class TrainingLoop:
         self._pending, self._pending_seconds, self._records = [], 0.0, []
         if not self._restore(found):
             raise TrainingFailed(f"{trouble}, and no checkpoint from before is left: {advice}")
-        self.state.guard = broken.guard.after_rollback(self.state.guard)
+        guard = self.state.guard = broken.guard.after_rollback(self.state.guard)
         self.state.micro_batch = min(broken.micro_batch, self.state.micro_batch)
-        self._saved_step = self.state.step
         bar.update((self.state.step - broken.step) * self.task.batches.tokens_per_batch)
         log.warning(
-            "%s: back to step %s with %s of the learning rate (rollback %s of at most %s)",
-            trouble,
-            self.state.step,
-            self.state.guard.rate_factor,
-            self.state.guard.rollbacks,
-            ROLLBACKS_AT_MOST,
+            f"{trouble}: rolled back to step {self.state.step} with {guard.rate_factor} times the learning rate "
+            f"(rollback {guard.rollbacks} of at most {ROLLBACKS_AT_MOST})"
         )
 
     def _check_identity(self, found: checkpoints.Checkpoint) -> None:
@@ -439,7 +420,7 @@ class TrainingLoop:
         if differences:
             raise UserError(
                 [f"{found.folder} belongs to another run: {difference}" for difference in differences]
-                + ["go back to those values, choose another --output_dir, or start over with --fresh"]
+                + ["restore those values, choose another --output_dir, or start over with --fresh"]
             )
 
 
@@ -454,7 +435,7 @@ def _to_device(array: Any, device: str) -> Tensor:
 
 
 def _step_seed(seed: int, step: int, first_sequence: int) -> int:
-    """A seed of its own for each micro-batch (splitmix64's mixing, so that neighbours are unlike)."""
+    """A distinct seed for each micro-batch (splitmix64's mixing, so that neighbouring ones are unrelated)."""
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + first_sequence * 0x94D049BB133111EB) % 2**64
     mixed = (mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93 % 2**64
     return (mixed ^ (mixed >> 32)) % 2**63

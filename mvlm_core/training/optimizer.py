@@ -1,9 +1,11 @@
-"""How the weights move: parameter groups, AdamW, Muon, and the course of the learning rate."""
+"""How the weights move: parameter groups, AdamW, Muon, the learning rate schedule, and the EMA of the weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +20,10 @@ _COSINE_FLOOR = 0.1
 
 
 def learning_rate_scale(step: int, total_steps: int, warmup_steps: int, schedule: str) -> float:
-    """Share of the peak learning rate in optimizer step ``step`` (from 0): linear warm-up, then ``schedule``.
+    """Share of the peak learning rate at optimizer step ``step`` (from 0): linear warm-up, then ``schedule``.
 
-    ``linear`` falls to zero, which beats a cosine to a tenth by about 0.8 % (arXiv 2502.15938); ``wsd`` is stable
-    and falls linearly to zero in the last third; ``cosine`` falls to a tenth, as GPT-2's successors did it.
+    ``linear`` decays to zero, which beats a cosine to a tenth by about 0.8 % (arXiv 2502.15938); ``wsd`` is constant
+    and decays linearly to zero in the last third; ``cosine`` decays to a tenth, as in GPT-2's successors.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -37,15 +39,15 @@ def learning_rate_scale(step: int, total_steps: int, warmup_steps: int, schedule
 
 @torch.no_grad()
 def orthogonalize(matrices: Tensor, rounds: int = 5, dtype: torch.dtype | None = None) -> Tensor:
-    """The nearest semi-orthogonal matrices, roughly, of ``[count, rows, columns]``.
+    """Approximately the nearest semi-orthogonal matrices of ``[count, rows, columns]``.
 
     A round multiplies ``x`` from the left by ``p = a + b·gram + c·gram²`` with ``gram = x·xᵀ``. All of these commute,
-    so long matrices go through their small Gram matrix alone, ``p·gram·p``, and meet the product of all ``p`` at the
-    end: the same result for a quarter less work. Squaring the spectrum wants float32's precision.
+    so wide matrices iterate on their small Gram matrix alone, ``p·gram·p``, and are multiplied by the product of all
+    ``p`` at the end: the same result for a quarter less work. Squaring the spectrum needs float32 precision.
 
     Args:
-        dtype: of the iteration, the matrices' own by default. bfloat16 is enough; it is several times faster where
-            there is hardware for it and some hundred times slower where there is none.
+        dtype: of the iteration, the matrices' own by default. bfloat16 is enough; it is several times faster with
+            hardware support and some hundred times slower without.
     """
     a, b, c = _NEWTON_SCHULZ
     x = matrices.to(dtype or matrices.dtype)
@@ -69,10 +71,10 @@ def orthogonalize(matrices: Tensor, rounds: int = 5, dtype: torch.dtype | None =
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised, for matrices; matrices of one shape go through one batched product.
+    """Orthogonalised momentum, for matrices; those of one shape are batched into one product.
 
     Follows Jordan et al. (2024): Nesterov momentum, step scaled by sqrt(max(1, rows / columns)), decoupled weight
-    decay. Give it each of Q, K and V as a matrix of its own: orthogonalised together they would share one spectrum.
+    decay. Pass Q, K and V as separate matrices: orthogonalised together they would share one spectrum.
 
     Args:
         dtype: of the orthogonalisation, see ``orthogonalize``.
@@ -91,8 +93,8 @@ class Muon(torch.optim.Optimizer):
         self.ranks: Ranks = ALONE
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
-        """One step; does nothing where the attribute ``found_inf`` is 1, as in PyTorch's own fused optimizers."""
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure is ever evaluated
+        """One step; a no-op where the attribute ``found_inf`` is 1, as in PyTorch's own fused optimizers."""
         found_inf = getattr(self, "found_inf", None)
         for group in self.param_groups:
             shapes: dict[tuple[int, ...], list[Tensor]] = {}
@@ -102,16 +104,16 @@ class Muon(torch.optim.Optimizer):
             for parameters in shapes.values():
                 self._step_together(parameters, group, found_inf)
 
-    def _step_together(self, parameters: list[Tensor], group: dict, found_inf: Tensor | None) -> None:
+    def _step_together(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         decay = 1 - group["lr"] * group["weight_decay"]
         if found_inf is not None:
-            # Decided on the device, without a wait: the buffer in place of a gradient leaves the buffer as it is, and
-            # a decay of 1 and an update of 0 the weights. In a good step every factor is what it is without this.
+            # Decided on the device, without a synchronization: the buffer in place of a gradient leaves the buffer
+            # unchanged, a decay of 1 and an update of 0 the weights. In a good step nothing differs from the plain one.
             bad = found_inf.bool()
             gradients = [torch.where(bad, b, g) for b, g in zip(buffers, gradients, strict=True)]
             decay = torch.full_like(found_inf, decay, dtype=parameters[0].dtype).masked_fill_(bad, 1.0)
@@ -125,7 +127,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(parameters, list(updates.unbind()), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
 
     def _orthogonalize_together(self, matrices: Tensor) -> Tensor:
-        """``orthogonalize`` of what all ranks hold alike, each rank doing its part of the matrices."""
+        """``orthogonalize`` of matrices that all ranks hold, each rank doing its share."""
         if self.ranks.world == 1:
             return orthogonalize(matrices, dtype=self.dtype)
         part = self.ranks.part(len(matrices))
@@ -141,9 +143,9 @@ _STATE = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum
 
 
 class Optimizers:
-    """AdamW alone, or Muon for the matrices and AdamW for the rest, behind one face.
+    """AdamW alone, or Muon for the matrices and AdamW for the rest, behind one interface.
 
-    Each parameter group keeps its own peak rate (``peak_lr``); ``set_scale`` moves all of them along the schedule.
+    Each parameter group keeps its own peak learning rate (``peak_lr``); ``set_scale`` scales all of them.
     """
 
     def __init__(self, parts: list[torch.optim.Optimizer], names: dict[Tensor, str]) -> None:
@@ -152,16 +154,16 @@ class Optimizers:
             group["peak_lr"] = group["lr"]
 
     def spread_over(self, ranks: Ranks) -> None:
-        """Let the processes of a run, which take the same step, share the work of it."""
+        """Split the work of a step, which is the same in all processes of the run, among them."""
         for part in self.parts:
             if isinstance(part, Muon):
                 part.ranks = ranks
 
-    def groups(self) -> list[dict]:
+    def groups(self) -> list[dict[str, Any]]:
         return [group for part in self.parts for group in part.param_groups]
 
     def set_scale(self, scale: float) -> float:
-        """Set every group's rate to ``scale`` of its peak; returns the first group's rate, the one that is logged."""
+        """Set every group's learning rate to ``scale`` of its peak; returns the first group's, which is logged."""
         for group in self.groups():
             group["lr"] = group["peak_lr"] * scale
         return self.groups()[0]["lr"]
@@ -170,10 +172,10 @@ class Optimizers:
         """One step of every part.
 
         Args:
-            found_inf: 0-dim float32 on the parameters' device; where it is 1, weights and state stay as they are.
+            found_inf: 0-dim float32 on the parameters' device; where it is 1, weights and state do not change.
         """
         for part in self.parts:
-            part.found_inf = found_inf
+            part.found_inf = found_inf  # type: ignore[attr-defined]  # torch's own protocol, see GradScaler
             part.step()
 
     def zero_grad(self) -> None:
@@ -190,10 +192,10 @@ class Optimizers:
         }
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what ``state_tensors`` gave: nothing, or the state of every parameter.
+        """Restore what ``state_tensors`` returned: nothing, or the state of every parameter.
 
         Raises:
-            ValueError: a tensor that is missing, of another shape, or belongs to no parameter.
+            ValueError: a tensor is missing, has another shape, or belongs to no parameter.
         """
         wanted: dict[str, tuple[torch.optim.Optimizer, Tensor, str, tuple[int, ...]]] = {}
         for part in self.parts:
@@ -224,14 +226,14 @@ def build_optimizers(
     """Optimizers for named parameters.
 
     Args:
-        kind: "adamw": all by AdamW at ``learning_rate``. "muon": matrices by Muon at ``learning_rate``; embeddings,
-            heads of a few rows and vectors by AdamW at ``adamw_learning_rate``.
+        kind: "adamw": everything with AdamW at ``learning_rate``. "muon": matrices with Muon at ``learning_rate``;
+            embeddings, heads of a few rows and vectors with AdamW at ``adamw_learning_rate``.
         weight_decay: on matrices, not on vectors; under Muon not on embeddings either.
-        embedding_names: parts of names that mark an embedding or output matrix, which is never Muon's.
+        embedding_names: substrings that mark an embedding or output matrix, which never goes to Muon.
         muon_dtype: of Muon's orthogonalisation.
     """
     named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
-    names = {parameter: name for name, parameter in named}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in named}
     vectors = [p for _, p in named if p.ndim < 2]
     matrices = [(name, p) for name, p in named if p.ndim >= 2]
     if kind == "adamw":
@@ -249,5 +251,56 @@ def build_optimizers(
     return Optimizers([muon, _adamw(groups, adamw_learning_rate or learning_rate, betas)], names)
 
 
-def _adamw(groups: list[dict], learning_rate: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+def _adamw(groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float]) -> torch.optim.AdamW:
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, betas=betas, fused=True)
+
+
+class EMA:
+    """Exponential moving average of a model's parameters, in their own precision.
+
+    While the learning rate is high the weights circle around where they would settle; their average is closer to it
+    (Polyak & Juditsky 1992). Once the learning rate has decayed to zero there is nothing left to average.
+    ``torch.optim.swa_utils.AveragedModel`` would move its step counter to the device in every step, which waits for it.
+
+    Args:
+        decay: per step, in (0, 1); smaller in the first steps, so that the initial weights are forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        self.averages = {name: weight.clone() for name, weight in self._weights.items()}
+
+    def update(self, step: int) -> None:
+        """Average in the weights after optimizer step ``step`` (from 1)."""
+        decay = min(self.decay, step / (10 + step))
+        torch._foreach_lerp_(list(self.averages.values()), list(self._weights.values()), 1 - decay)
+
+    def copy_to_model(self) -> None:
+        copy_named(self._weights, self.averages, "averaged weights")
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model holds the averaged weights inside the context and its own again afterwards."""
+        own = {name: weight.clone() for name, weight in self._weights.items()}
+        self.copy_to_model()
+        try:
+            yield
+        finally:
+            copy_named(self._weights, own, "weights")
+
+
+@torch.no_grad()
+def copy_named(target: dict[str, Tensor], source: dict[str, Tensor], what: str) -> None:
+    """Copy tensors by name, in place.
+
+    Raises:
+        ValueError: names or shapes differ; nothing has been copied.
+    """
+    if odd := sorted(target.keys() ^ source.keys()):
+        raise ValueError(f"{what} missing or of another model: {', '.join(odd[:3])}")
+    for name, tensor in source.items():
+        if tensor.shape != target[name].shape:
+            raise ValueError(f"{what}: {name} has shape {list(tensor.shape)}, not {list(target[name].shape)}")
+    for name, tensor in source.items():
+        target[name].copy_(tensor)

@@ -1,29 +1,34 @@
-"""What a training run is made of: the model's part of it, where it stands, and how long it is."""
+"""What a training run is made of: its recipe, the task it trains, its progress, and its length."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from mvlm_core.data.batches import BatchSource
+from mvlm_core.data.corpus import validation_subset
+from mvlm_core.data.tokenizer import ByteLevelBPE
 from mvlm_core.errors import UserError
+from mvlm_core.evaluation.bits_per_byte import bits_per_byte, score_documents
+from mvlm_core.hardware import Hardware
 from mvlm_core.settings import TrainingSettings
+from mvlm_core.training.distributed import ALONE, Ranks
 from mvlm_core.training.divergence import GuardState
-from mvlm_core.training.ema import WeightAverage
-from mvlm_core.training.optimizer import Optimizers
+from mvlm_core.training.optimizer import EMA, Optimizers, copy_named
+from mvlm_core.training.preparation import PreparedText
 
 _WARMUP_SHARE = 0.02
 
 
 @dataclass(frozen=True)
 class StepLoss:
-    """What a task's loss gives for one micro-batch: ``total`` is minimised, the rest is detached and logged."""
+    """The loss of one micro-batch: ``total`` is minimised, the rest is detached and logged."""
 
     total: Tensor
     train_loss: Tensor
@@ -31,28 +36,71 @@ class StepLoss:
 
 
 @dataclass(frozen=True)
-class TrainingTask:
-    """The part of a run that depends on the model.
+class BuiltModel:
+    """A model with everything that trains it.
 
     Attributes:
-        modules: every module whose weights training moves, by name; ``"model"`` is the one that is exported.
+        model: a transformers causal language model, the one that is exported.
+        modules: every module with weights to train, by name; holds the model as "model".
         loss: (inputs, targets, document weights, share of the run done) → ``StepLoss`` or alike.
-        evaluate: validation bits per byte of the model as it stands.
-        average: of the exported model's weights, where the run keeps one: it is what is evaluated and exported.
-        identity: what a checkpoint must agree on to be continued: settings, data, tokenizer.
     """
 
+    model: Any
     modules: dict[str, nn.Module]
     loss: Callable[[Tensor, Tensor, Tensor, float], Any]
     optimizers: Optimizers
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What distinguishes one model's training from another's.
+
+    Attributes:
+        name: of the export folder and the archive.
+        build: (settings, tokenizer, hardware) → a fresh model on the CPU; random numbers are already seeded.
+    """
+
+    name: str
+    title: str
+    description: str
+    remote_code: bool
+    tokenizer_class: type[ByteLevelBPE]
+    build: Callable[[Any, ByteLevelBPE, Hardware], BuiltModel]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Which model is trained, with which settings, on which hardware, and which of the run's processes this is."""
+
+    recipe: Recipe
+    settings: TrainingSettings
+    hardware: Hardware
+    ranks: Ranks = ALONE
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.settings.output_dir or "")
+
+
+@dataclass(frozen=True)
+class TrainingTask(BuiltModel):
+    """What the training loop works on.
+
+    Attributes:
+        evaluate: validation bits per byte of the model's current weights.
+        identity: settings, data and tokenizer, which must agree with those of a checkpoint to resume it.
+        ema: of the model's weights, where the run keeps one: then the averages are evaluated and exported.
+    """
+
     batches: BatchSource
     evaluate: Callable[[], float]
     identity: dict[str, Any]
-    average: WeightAverage | None = None
+    ema: EMA | None = None
 
     def weights(self) -> dict[str, Tensor]:
         """All weights by ``<module>.<parameter>``; tied ones once."""
-        named, seen = {}, set()
+        named: dict[str, Tensor] = {}
+        seen = set()
         for prefix, module in self.modules.items():
             for name, tensor in module.state_dict().items():
                 if tensor.data_ptr() not in seen or tensor.numel() == 0:
@@ -60,33 +108,85 @@ class TrainingTask:
                     seen.add(tensor.data_ptr())
         return named
 
-    def load_weights(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what ``weights`` gave, in place."""
-        with torch.no_grad():
-            for name, tensor in self.weights().items():
-                tensor.copy_(tensors[name])
-
-    def evaluated(self) -> AbstractContextManager[Any]:
-        """The model as it is evaluated: with its averaged weights, where there are any."""
-        return nullcontext() if self.average is None else self.average.in_module()
+    def validation_bpb(self) -> float:
+        """Validation bits per byte of what would be exported now."""
+        if self.ema is None:
+            return self.evaluate()
+        with self.ema.applied():
+            return self.evaluate()
 
     def state_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Everything of a checkpoint that is a tensor, by the name of its file."""
-        found = {"model": self.weights(), "optimizer": self.optimizers.state_tensors()}
-        return found if self.average is None else found | {"average": self.average.tensors()}
+        """All tensors of a checkpoint, by file name."""
+        tensors = {"model": self.weights(), "optimizer": self.optimizers.state_tensors()}
+        return tensors if self.ema is None else tensors | {"average": self.ema.averages}
+
+    def load_state_tensors(self, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """Restore what ``state_tensors`` returned, or some of its files.
+
+        Raises:
+            ValueError: names or shapes of another model.
+        """
+        for name, named in tensors.items():
+            if name == "optimizer":
+                self.optimizers.load_state_tensors(named)
+            elif name == "model":
+                copy_named(self.weights(), named, "weights")
+            elif self.ema is not None:
+                copy_named(self.ema.averages, named, "averaged weights")
+
+
+def build_task(run: Run, text: PreparedText) -> TrainingTask:
+    """The model with fresh weights on its device, and everything that trains it."""
+    settings, ranks = run.settings, run.ranks
+    torch.manual_seed(settings.seed)
+    built = run.recipe.build(settings, text.tokenizer, run.hardware)
+    built.optimizers.spread_over(ranks)
+    for module in built.modules.values():
+        module.to(run.hardware.device).train()
+    validation = [(document.path, part) for document, part in validation_subset(text.corpus)]
+    validation = validation[ranks.rank :: ranks.world]
+
+    def evaluate() -> float:
+        score = score_documents(
+            built.model,
+            text.tokenizer.encode,
+            validation,
+            start_id=text.tokenizer.start_id,
+            context=settings.max_length,
+            device=run.hardware.device,
+        )
+        return bits_per_byte(*ranks.sum_numbers(score.nats, score.bytes))
+
+    ema = EMA(built.model, settings.ema_decay) if settings.ema_decay else None
+    return TrainingTask(
+        **vars(built), batches=text.batches, evaluate=evaluate, identity=run_identity(settings, text), ema=ema
+    )
+
+
+def run_identity(settings: TrainingSettings, text: PreparedText) -> dict[str, Any]:
+    """What defines this run; a checkpoint with another identity is refused, with the list of differences."""
+    flags = {f"--{name}": value for name, value in settings.identity().items()}
+    fingerprints = {"corpus": text.corpus.fingerprint, "tokenizer": text.tokenizer.sha256}
+    return {"--preset": settings.preset} | flags | fingerprints
+
+
+def identity_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """How two runs' identities differ, one sentence per value."""
+    names = sorted(then.keys() | now.keys())
+    return [f"{name} was {then.get(name)}, now {now.get(name)}" for name in names if then.get(name) != now.get(name)]
 
 
 @dataclass
 class LoopState:
-    """Where a run stands; all of it is in every checkpoint.
+    """The progress of a run; every checkpoint holds all of it.
 
     Attributes:
-        seconds: spent in training steps, evaluations and checkpoints not counted.
+        seconds: spent in training steps, without evaluations and checkpoints.
         best_step, best_bpb: of the evaluations so far.
         evaluations_since_best: for early stopping.
-        micro_batch: sequences that fit the device at a time.
+        micro_batch: sequences per forward pass that fit the device.
         finished: the run reached its end (or stopped early) at this step.
-        guard: what the guard against broken numbers remembers.
+        guard: the divergence guard's memory.
     """
 
     step: int = 0
@@ -106,13 +206,13 @@ class LoopState:
         """The state a checkpoint holds.
 
         Raises:
-            ValueError: it is not one.
+            ValueError: a value is missing or of the wrong type.
         """
         return _typed(cls, {**saved, "guard": _typed(GuardState, saved.get("guard"))})
 
 
 def _typed(cls: type, saved: Any) -> Any:
-    """An instance of a dataclass from its fields in ``saved``, each of the type it is declared with."""
+    """An instance of a dataclass from its fields in ``saved``, each checked against its declared type."""
     values = {}
     for name, kind in get_type_hints(cls).items():
         value = saved.get(name) if isinstance(saved, dict) else None
@@ -126,17 +226,11 @@ def _typed(cls: type, saved: Any) -> Any:
     return cls(**values)
 
 
-def identity_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two runs' identities, one sentence each."""
-    names = sorted(then.keys() | now.keys())
-    return [f"{name} was {then.get(name)}, now {now.get(name)}" for name in names if then.get(name) != now.get(name)]
-
-
 def warmup_steps(settings: TrainingSettings, total_steps: int) -> int:
-    """Steps of warm-up: as given, or a share of the run.
+    """Warm-up steps: as given, or a share of the run.
 
     Raises:
-        UserError: longer than the run, in which the learning rate would never get where it should.
+        UserError: not shorter than the run, so the learning rate would never reach its peak.
     """
     if settings.warmup_steps is None:
         return max(1, round(_WARMUP_SHARE * total_steps))
@@ -146,7 +240,7 @@ def warmup_steps(settings: TrainingSettings, total_steps: int) -> int:
 
 
 def total_steps(settings: TrainingSettings, batches: BatchSource) -> int:
-    """Optimizer steps of the run: up to the first of the limits that are set."""
+    """Optimizer steps of the run: up to the first limit that is set."""
     limits = []
     if settings.max_steps:
         limits.append(settings.max_steps)

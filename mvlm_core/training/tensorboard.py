@@ -1,4 +1,4 @@
-"""The history as TensorBoard event files, for who wants to watch a run there. It never stops a run."""
+"""The training history as TensorBoard scalars. Trouble with TensorBoard never stops a run."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-EVENTS_NAME = "tensorboard"
-NOT_DRAWN = {"step", "tokens", "bytes", "seconds", "epoch", "skipped"}
+TENSORBOARD_FOLDER = "tensorboard"
+NOT_PLOTTED = {"step", "tokens", "bytes", "seconds", "epoch", "skipped"}
 log = logging.getLogger("mvlm")
 
 
-class EventFiles:
+class TensorBoardWriter:
     """Writes every number of a history record as a scalar of its step, below ``folder``."""
 
     def __init__(self, folder: Path) -> None:
@@ -21,22 +21,20 @@ class EventFiles:
         self._last_step = 0
         self._broken = importlib.util.find_spec("tensorboard") is None
         if self._broken:
-            log.warning("--tensorboard: it is not installed (pip install tensorboard); training goes on without it")
+            log.warning("--tensorboard: not installed (pip install tensorboard); training continues without it")
 
     def add(self, records: list[dict[str, Any]]) -> None:
-        """Write records; the first one says where an interrupted or rolled back run goes on from."""
-        if self._broken:
+        """Write records; those that repeat a step, after a resume or a rollback, replace the earlier ones."""
+        if self._broken or not records:
             return
         try:
             for record in records:
                 self._open_at(record["step"])
-                for name, value in record.items():
-                    if name not in NOT_DRAWN:
-                        self._writer.add_scalar(name, value, record["step"])
-            if self._writer is not None:
-                self._writer.flush()
-        except Exception as error:  # whatever it is, the run is worth more
-            log.warning("TensorBoard's files cannot be written, training goes on without: %s", error)
+                for name in record.keys() - NOT_PLOTTED:
+                    self._writer.add_scalar(name, record[name], record["step"])
+            self._writer.flush()
+        except Exception as error:  # whatever it is, the run matters more
+            log.warning("TensorBoard files cannot be written, training continues without them: %s", error)
             self._broken = True
 
     def _open_at(self, step: int) -> None:

@@ -10,25 +10,28 @@ import torch
 
 from mvlm_core.errors import Stopped
 from mvlm_core.training.distributed import join
-from mvlm_core.training.ema import WeightAverage
+from mvlm_core.training.optimizer import EMA
 from tests.helpers import StopAfter, make_loop, tiny_settings
 from tests.training.test_loop import everything_on
 
 
-def main() -> None:
-    corpus, work, model, steps = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+def run(corpus: Path, work: Path, model: str, steps: int) -> None:
+    """Train for up to ``steps`` steps from the newest checkpoint, as the rank that the environment names."""
     torch.set_num_threads(1)
     changes = {**everything_on(model), "dropout": 0.0, "max_steps": 50, "checkpoint_interval": 10, "eval_interval": 10}
     loop = make_loop(model, tiny_settings(model, corpus, work, **changes), join("cpu"))
     for module in loop.task.modules.values():
         module.double()
-    average = WeightAverage(loop.task.modules["model"], 0.9)
-    loop.task = replace(loop.task, average=average)
+    loop.task = replace(loop.task, ema=EMA(loop.task.model, 0.9))
     try:
         loop.run(StopAfter(steps))
     except Stopped:
         pass
     loop.ranks.leave()
+
+
+def main() -> None:
+    run(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
 
 
 if __name__ == "__main__":

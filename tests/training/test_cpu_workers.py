@@ -1,4 +1,4 @@
-"""Processes forked on a processor's cores: exact sums, the curve of one process, exact resume, nobody left behind."""
+"""CPU workers: exact sums, the curve of one process, exact resume, no process left behind."""
 
 import os
 import signal
@@ -10,13 +10,13 @@ import psutil
 import pytest
 import torch
 
-from mvlm_core.errors import TrainingFailed, UserError
-from mvlm_core.training import cpu_workers as forked_ranks
+from mvlm_core.errors import Stopped, TrainingFailed, UserError
+from mvlm_core.training import cpu_workers
 from mvlm_core.training.checkpoint import newest_checkpoint
 from mvlm_core.training.cpu_workers import fork
 from mvlm_core.training.history import read_history
 from mvlm_core.training.run import run_training
-from tests.helpers import REPOSITORY, TINY, recipe_of, tiny_settings
+from tests.helpers import REPOSITORY, TINY, StopAfter, make_loop, recipe_of, tiny_settings
 
 
 def in_ranks(world, work):
@@ -30,7 +30,7 @@ def in_ranks(world, work):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sums_are_the_sums_and_the_same_bits_on_all_ranks(dtype, monkeypatch):
-    monkeypatch.setattr(forked_ranks, "_SHARED_BYTES", 4096)  # so that a sum goes through it in many pieces
+    monkeypatch.setattr(cpu_workers, "_SHARED_BYTES", 4096)  # so that a sum goes through it in many pieces
 
     def work(ranks):
         def mine(rank):
@@ -55,7 +55,7 @@ def test_a_child_that_dies_ends_the_run():
     def work(ranks):
         if not ranks.is_main:
             os._exit(9)
-        with pytest.raises(TrainingFailed, match="a process of this run is gone"):
+        with pytest.raises(TrainingFailed, match="a process of this run died"):
             ranks.wait()
         return True
 
@@ -100,10 +100,21 @@ def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_to_the_bit(tiny_corpus
     assert not child.is_running()
     stopped_at = newest_checkpoint(tmp_path / "a/out/checkpoints").step
     assert 4 <= stopped_at < 400
-    for work in ("a", "b"):
-        subprocess.run(command(tiny_corpus, tmp_path / work, max_steps=400), check=True, timeout=300)
-    ends = [newest_checkpoint(tmp_path / work / "out/checkpoints").tensors("model") for work in ("a", "b")]
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
+    ends = []
+    for work, steps in (("a", 15), ("b", stopped_at + 15)):
+        changes = {"max_steps": 400, "output_dir": str(tmp_path / work / "out"), "processes": 2}
+        settings = tiny_settings("simone_enhanced", tiny_corpus, tmp_path / work, **changes)
+
+        def train(ranks, settings=settings, steps=steps):
+            with pytest.raises(Stopped):
+                make_loop("simone_enhanced", settings, ranks).run(StopAfter(steps))
+
+        in_ranks(2, train)
+        ends.append(newest_checkpoint(tmp_path / work / "out/checkpoints"))
+    assert ends[0].step == ends[1].step == stopped_at + 15
+    for name in ("model", "optimizer"):
+        first, second = (end.tensors(name) for end in ends)
+        assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize("victim", ["parent", "child"])
@@ -112,7 +123,7 @@ def test_neither_outlives_the_other(victim, tiny_corpus, tmp_path):
     (program if victim == "parent" else child).kill()
     if victim == "child":
         assert program.wait(60) == 1
-        assert "a process of this run is gone" in program.stderr.read()
+        assert "a process of this run died" in program.stderr.read()
     program.wait(60)
     psutil.wait_procs([child], timeout=60)
     assert not child.is_running()

@@ -1,8 +1,10 @@
-"""Two processes give what one gives: the same curve, the same files, and either goes on from the other's checkpoint."""
+"""Two processes give what one gives: the same curve, the same files, and either resumes the other's checkpoint."""
 
 import os
+import socket
 import subprocess
 import sys
+import traceback
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from mvlm_core.training.checkpoint import newest_checkpoint
 from mvlm_core.training.distributed import ALONE, Ranks
 from mvlm_core.training.history import read_history
 from tests.helpers import REPOSITORY
+from tests.training import distributed_run
 
 RUN = ("-m", "tests.training.distributed_run")
 
@@ -42,26 +45,71 @@ def test_every_item_is_in_one_part():
     assert ALONE.is_main and ALONE.sum_numbers(1, 2.5) == [1, 2.5] and ALONE.share("x") == "x"
 
 
-@pytest.mark.parametrize(
-    ("model", "ways"),
-    [("mvlm_gpt2", ["by two"]), ("simone_enhanced", ["by two", "by turns"])],
-)
-def test_two_processes_give_the_curve_of_one(model, ways, tiny_corpus, tmp_path):
-    """Fifty steps in float64: alone, by two, and by one, two and one through each other's checkpoints."""
-    starts = {"alone": [(1, 99)], "by two": [(2, 99)], "by turns": [(1, 13), (2, 20), (1, 99)]}
-    for way in ("alone", *ways):
-        for processes, steps in starts[way]:
-            result = start(processes, tiny_corpus, tmp_path / way, model, steps)
-            assert result.returncode == 0, result.stderr
-    losses, sizes, scores = curve(tmp_path / "alone", model)
+def by_two(*arguments):
+    """``distributed_run.run`` as two ranks, forked: what ``torchrun`` does, without importing everything twice."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a forked child cannot use its parent's threads
+    children = []
+    for rank in range(2):
+        if child := os.fork():
+            children.append(child)
+            continue
+        try:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TOKENIZERS_PARALLELISM": "false"}
+            distributed_run.run(*arguments)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    codes = [os.waitpid(child, 0)[1] for child in children]
+    torch.set_num_threads(threads)
+    assert codes == [0, 0]
+
+
+def alone(*arguments):
+    threads = torch.get_num_threads()
+    try:
+        distributed_run.run(*arguments)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def check_curve(folder, model, expected):
+    """Losses, bytes and scores to rounding, and the last weights, of the run in ``expected``."""
+    (losses, sizes, scores), (other, other_sizes, other_scores) = curve(expected, model), curve(folder, model)
     assert len(losses) == 50 and len(scores) == 5
-    for way in ways:
-        other, other_sizes, other_scores = curve(tmp_path / way, model)
-        assert other == pytest.approx(losses, rel=0, abs=1e-8)
-        assert other_sizes == sizes, "each token once"
-        assert other_scores == pytest.approx(scores, rel=0, abs=1e-6), "scored in float32, each document once"
-        for name, tensor in weights(tmp_path / "alone", model).items():
-            torch.testing.assert_close(weights(tmp_path / way, model)[name], tensor, rtol=0, atol=1e-7)
+    assert other == pytest.approx(losses, rel=0, abs=1e-8)
+    assert other_sizes == sizes, "each token once"
+    assert other_scores == pytest.approx(scores, rel=0, abs=1e-6), "scored in float32, each document once"
+    found = weights(folder, model)
+    for name, tensor in weights(expected, model).items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("model", "turns"), [("mvlm_gpt2", False), ("simone_enhanced", False), ("simone_enhanced", True)]
+)
+def test_two_processes_give_the_curve_of_one(model, turns, tiny_corpus, tmp_path):
+    """Fifty steps in float64: alone, by two, and by one, two and one through each other's checkpoints."""
+    alone(tiny_corpus, tmp_path / "alone", model, 99)
+    if turns:
+        alone(tiny_corpus, tmp_path / "others", model, 13)
+    by_two(tiny_corpus, tmp_path / "others", model, 20 if turns else 99)
+    if turns:
+        alone(tiny_corpus, tmp_path / "others", model, 99)
+    check_curve(tmp_path / "others", model, tmp_path / "alone")
+
+
+@pytest.mark.integration
+def test_torchrun_gives_the_curve_of_one(tiny_corpus, tmp_path):
+    alone(tiny_corpus, tmp_path / "alone", "simone_enhanced", 99)
+    result = start(2, tiny_corpus, tmp_path / "two", "simone_enhanced", 99)
+    assert result.returncode == 0, result.stderr
+    check_curve(tmp_path / "two", "simone_enhanced", tmp_path / "alone")
 
 
 def test_a_failing_process_ends_the_run(tiny_corpus, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from mvlm_core.data.corpus import load_corpus
 from mvlm_core.errors import UserError
 from mvlm_core.evaluation.bits_per_byte import Score, load_export, score_export
 from mvlm_core.files import sha256_file
+from mvlm_core.metrics import METRICS
+from mvlm_core.training.checkpoint import newest_checkpoint
 from mvlm_core.training.run import run_training
 from prioritary_mvlm import EnhancedPrioritaryTrainer, PrioritaryConfig
-from tests.helpers import MODELS, recipe_of, tiny_settings
+from tests.helpers import MODELS, build_tiny_corpus, make_loop, recipe_of, tiny_settings
 
 EXPORTED = {
     "config.json",
@@ -29,13 +32,15 @@ EXPORTED = {
 MODELLING = {"enhanced_model.py", "rope_attention.py", "modern_layers.py"}
 
 
-@pytest.fixture(params=MODELS)
-def trained(request, tiny_corpus, tmp_path):
-    settings = tiny_settings(request.param, tiny_corpus, tmp_path, max_steps=8)
+@pytest.fixture(scope="module", params=MODELS)
+def trained(request, tmp_path_factory):
+    """A finished run that keeps an EMA: name, settings, folder; to be read, not written."""
+    work = tmp_path_factory.mktemp("runs")
+    settings = tiny_settings(request.param, build_tiny_corpus(work / "corpus"), work, max_steps=8, ema_decay=0.8)
     return request.param, settings, run_training(recipe_of(request.param), settings)
 
 
-def test_the_export_is_whole_and_its_scores_can_be_measured_again(trained, tiny_corpus):
+def test_the_export_is_complete_and_its_scores_can_be_measured_again(trained):
     name, settings, folder = trained
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["name"] == name
@@ -46,8 +51,10 @@ def test_the_export_is_whole_and_its_scores_can_be_measured_again(trained, tiny_
     results = json.loads((folder / "training_config.json").read_text())["results"]
     model, tokenizer = load_export(folder)
     assert model.num_parameters() == results["parameters"]
-    assert results["steps"] == 8 and results["tokens"] == 8 * 128
-    corpus = load_corpus(tiny_corpus, only=settings.data_subset)
+    assert {metric.name for metric in METRICS} - results.keys() == {"size_bytes"}, "known once the files are written"
+    assert results["steps"] == 8 and results["tokens"] == 8 * 128 and results["seconds"] > 0
+    assert results["tokens_per_second"] == pytest.approx(results["tokens"] / results["seconds"])
+    corpus = load_corpus(settings.data_dir, only=settings.data_subset)
     score = score_export(folder, corpus)
     assert score.bits_per_byte == pytest.approx(results["test_bpb"], rel=1e-6)
     assert results["test_bpb"] == pytest.approx(results["test_bpb_kjv"], rel=1e-9), "only the KJV is in this corpus"
@@ -85,10 +92,32 @@ def test_a_finished_run_says_so_and_changes_nothing(trained, caplog, monkeypatch
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir() if file.is_file()} == before
 
 
-def test_another_run_over_a_finished_model_is_refused_unless_fresh(trained, tiny_corpus, tmp_path):
+def test_what_is_evaluated_is_what_is_exported(trained):
+    """The averaged weights, not the model's own."""
     name, settings, folder = trained
+    from safetensors.torch import load_file
+
+    last = newest_checkpoint(folder / "checkpoints")
+    average, own, exported = last.tensors("average"), last.tensors("model"), load_file(folder / "model.safetensors")
+    assert last.state["best_step"] == 8
+    for key, tensor in exported.items():
+        assert torch.equal(tensor, average[key])
+    assert any(not torch.allclose(average[key], own[f"model.{key}"], atol=1e-4) for key in average)
+
+    loop = make_loop(name, settings)
+    loop._resume()
+    assert loop.task.validation_bpb() == pytest.approx(last.state["best_bpb"], rel=1e-6)
+    assert loop.task.evaluate() != pytest.approx(last.state["best_bpb"], rel=1e-4)
+    assert all(torch.equal(tensor, own[key]) for key, tensor in loop.task.weights().items()), "its own are back"
+
+
+def test_another_run_over_a_finished_model_is_refused_unless_fresh(trained, tmp_path):
+    name, settings, finished = trained
+    folder = shutil.copytree(finished, tmp_path / name)
     manifest = (folder / "manifest.json").read_bytes()
-    other = tiny_settings(name, tiny_corpus, tmp_path, max_steps=8, seed=5)
+    other = tiny_settings(
+        name, settings.data_dir, tmp_path, cache_dir=settings.cache_dir, max_steps=4, seed=5, ema_decay=0.8
+    )
     with pytest.raises(UserError) as caught:
         run_training(recipe_of(name), other)
     assert "--seed was 0, now 5" in str(caught.value) and "--fresh" in str(caught.value)
@@ -102,7 +131,7 @@ def test_another_run_over_a_finished_model_is_refused_unless_fresh(trained, tiny
 def test_the_best_weights_are_exported_and_the_last_kept(tiny_corpus, tmp_path, monkeypatch):
     values = iter([2.0, 3.0, 4.0])
     monkeypatch.setattr(
-        "mvlm_core.training.run.score_documents", lambda *_, **__: Score({"all": (next(values) * math.log(2), 1, 1)})
+        "mvlm_core.training.state.score_documents", lambda *_, **__: Score({"all": (next(values) * math.log(2), 1, 1)})
     )
     settings = tiny_settings("simone_enhanced", tiny_corpus, tmp_path)
     folder = EnhancedPrioritaryTrainer(settings, tiny_corpus, tmp_path / "out").train()

@@ -6,7 +6,7 @@ import pytest
 
 from mvlm_core.training.history import read_history
 from mvlm_core.training.run import run_training
-from mvlm_core.training.tensorboard import EVENTS_NAME, EventFiles
+from mvlm_core.training.tensorboard import TENSORBOARD_FOLDER, TensorBoardWriter
 from tests.helpers import make_loop, tiny_settings
 
 
@@ -21,7 +21,7 @@ def test_a_run_writes_its_history(tiny_corpus, tmp_path):
     from prioritary_mvlm.enhanced_trainer import RECIPE
 
     folder = run_training(RECIPE, tiny_settings("simone_enhanced", tiny_corpus, tmp_path, tensorboard=True))
-    history, found = read_history(folder / "training_history.jsonl"), scalars(folder / EVENTS_NAME)
+    history, found = read_history(folder / "training_history.jsonl"), scalars(folder / TENSORBOARD_FOLDER)
     assert len(history) == 12
     for name in ("train_loss", "validation_bpb", "learning_rate", "grad_norm", "tokens_per_second"):
         wanted = {record["step"]: pytest.approx(record[name], rel=1e-6) for record in history if name in record}
@@ -29,11 +29,11 @@ def test_a_run_writes_its_history(tiny_corpus, tmp_path):
 
 
 def test_steps_that_are_made_again_replace_the_first(tmp_path):
-    events = EventFiles(tmp_path)
+    events = TensorBoardWriter(tmp_path)
     events.add([{"step": step, "train_loss": 5.0} for step in (1, 2, 3)])
     events.add([{"step": 2, "train_loss": 4.0}])  # rolled back: step 3 has not been made again
     assert scalars(tmp_path)["train_loss"] == {1: 5.0, 2: 4.0}
-    EventFiles(tmp_path).add([{"step": 1, "train_loss": 3.0}])  # and in another process after a resume
+    TensorBoardWriter(tmp_path).add([{"step": 1, "train_loss": 3.0}])  # and in another process after a resume
     assert scalars(tmp_path)["train_loss"] == {1: 3.0}
 
 
@@ -41,15 +41,15 @@ def test_trouble_is_told_once_and_stops_nothing(tiny_corpus, tmp_path, caplog, m
     monkeypatch.setattr(logging.getLogger("mvlm"), "propagate", True)
     (tmp_path / "file").write_text("in the way")
     loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path))
-    loop.listener = EventFiles(tmp_path / "file").add
+    loop.tensorboard = TensorBoardWriter(tmp_path / "file")
     from tests.helpers import StopAfter
 
     assert loop.run(StopAfter()).step == 12
-    assert caplog.text.count("training goes on without") == 1
+    assert caplog.text.count("training continues without") == 1
 
 
 def test_without_tensorboard_the_run_goes_on(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("mvlm"), "propagate", True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    EventFiles(tmp_path).add([{"step": 1, "train_loss": 5.0}])
+    TensorBoardWriter(tmp_path).add([{"step": 1, "train_loss": 5.0}])
     assert "pip install tensorboard" in caplog.text and not list(tmp_path.iterdir())

@@ -1,0 +1,129 @@
+"""The outcome of a run: whether it is there already, its test scores, and the record that goes with the export."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mvlm_core.console import progress
+from mvlm_core.data.corpus import Corpus
+from mvlm_core.errors import UserError
+from mvlm_core.evaluation.bits_per_byte import Score, bits_per_byte_by_part, score_export
+from mvlm_core.evaluation.memorization import extractable_memorization
+from mvlm_core.export.folder import remove_export, software_versions
+from mvlm_core.export.manifest import training_config, verify_folder
+from mvlm_core.metrics import METRICS, PRIMARY_TEST_BPB
+from mvlm_core.training.history import HISTORY_NAME
+from mvlm_core.training.preparation import PreparedText
+from mvlm_core.training.state import LoopState, Run, identity_differences
+from mvlm_core.training.tensorboard import TENSORBOARD_FOLDER
+
+log = logging.getLogger("mvlm")
+
+
+def is_finished(output_dir: Path, identity: dict[str, Any], steps: int) -> bool:
+    """Whether the folder already holds the complete export of this run.
+
+    Raises:
+        UserError: it holds that of another run.
+    """
+    config = training_config(output_dir, "identity", "results")
+    if not config:
+        return False
+    differences = identity_differences(config.get("identity", {}), identity)
+    if differences:
+        raise UserError(
+            [f"{output_dir} holds a finished model of another run: {difference}" for difference in differences]
+            + ["choose another --output_dir, or retrain with --fresh"]
+        )
+    results = config.get("results", {})
+    enough = results.get("stopped_early") or results.get("steps", 0) >= steps
+    return bool(enough) and not verify_folder(output_dir)
+
+
+def delete_run(output_dir: Path) -> None:
+    """Delete what an earlier run left in the folder, and nothing else."""
+    remove_export(output_dir)
+    for folder in ("checkpoints", TENSORBOARD_FOLDER):
+        shutil.rmtree(output_dir / folder, ignore_errors=True)
+    (output_dir / HISTORY_NAME).unlink(missing_ok=True)
+
+
+def score_test(export: Path, run: Run, corpus: Corpus) -> Score:
+    """The score of the exported files on the test text; an empty one under ``--no_test_score``."""
+    if run.settings.no_test_score:
+        return Score()
+    total = sum(document.size for document in corpus.split("test"))
+    with progress(total, "test score", "B", quiet=run.settings.quiet, unit_scale=True) as bar:
+        return score_export(export, corpus, split="test", device=run.hardware.device, progress=bar.update)
+
+
+def measure(model: Any, tokenizer: Any, corpus: Corpus, state: LoopState, score: Score) -> dict[str, Any]:
+    """The run's metrics (None where there is nothing to measure), then the details behind them."""
+    scored = [document for document in corpus.split("test") if document.path in score.documents]
+    parts = bits_per_byte_by_part(score, scored)
+    primary = score.part({document.path for document in corpus.primary_part("test")}.__contains__)
+    model.eval()
+    values = vars(state) | {
+        "parameters": model.num_parameters(),
+        "tokens_per_second": state.tokens / state.seconds,
+        "validation_bpb": state.best_bpb,
+        "test_bpb": score.bits_per_byte if score.bytes else None,
+        PRIMARY_TEST_BPB: primary.bits_per_byte if primary.bytes else None,
+    }
+    return {metric.name: values[metric.name] for metric in METRICS if metric.name in values} | {
+        "steps": state.step,
+        "best_step": state.best_step,
+        "test_bpb_by_book": parts.books,
+        "test_bpb_by_translation": parts.translations,
+        "memorization": extractable_memorization(model, tokenizer, corpus),
+        "micro_batch": state.micro_batch,
+        "stopped_early": state.stopped_early,
+        "skipped_steps": state.guard.skipped,
+        "rollbacks": state.guard.rollbacks,
+    }
+
+
+def record(run: Run, text: PreparedText, identity: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """``training_config.json``: settings, data, tokenizer, hardware, software and results of the run."""
+    hardware = run.hardware
+    return {
+        "model": run.recipe.name,
+        "preset": run.settings.preset,
+        "settings": run.settings.as_dict(),
+        "identity": identity,
+        "data": {
+            "fingerprint": text.corpus.fingerprint,
+            "data_dir": str(text.corpus.root),
+            "only": text.only,
+            "train_documents": len(text.corpus.split("train")),
+            "train_bytes": text.store.text_bytes,
+        },
+        "tokenizer": {"sha256": text.tokenizer.sha256, "vocab_size": text.tokenizer.vocab_size},
+        "hardware": {name: getattr(hardware, name) for name in ("device", "name", "precision", "threads")},
+        "software": software_versions(),
+        "results": results,
+    }
+
+
+def describe_sources(corpus: Corpus) -> str:
+    """The train text in a sentence or three, for the model card."""
+    train = corpus.split("train")
+    translations = sorted({document.translation for document in train if document.translation})
+    sentence = f"{len(train)} documents, {sum(document.size for document in train) / 1e6:.1f} MB of text."
+    if not translations:
+        return sentence
+    licenses = sorted({str(d.metadata.get("license")) for d in train if d.metadata.get("license")})
+    listed = f" Licences as the corpus names them: {'; '.join(licenses)}." if licenses else ""
+    return f"{sentence} Translations: {', '.join(translations)}.{listed}"
+
+
+def report(results: dict[str, Any], score: Score, corpus: Corpus) -> None:
+    """Log the scores."""
+    log.info("validation %.4f bits per byte at step %s", results["validation_bpb"], results["best_step"])
+    if score.bytes:
+        primary = results[PRIMARY_TEST_BPB]
+        beside = "" if primary is None else f", {corpus.primary_translation} alone {primary:.4f}"
+        log.info("test %.4f bits per byte over %.2f MB%s", score.bits_per_byte, score.bytes / 1e6, beside)
