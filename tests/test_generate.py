@@ -1,8 +1,11 @@
 """``generate.py`` with real exports: folders and archives, draws that repeat, traces, and what it refuses."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -38,7 +41,7 @@ def test_samples_are_drawn_with_the_seeds_that_are_named(trained, capsys):
     assert both == heads[0] + apart[0] + heads[1] + apart[1]
 
 
-def test_temperature_zero_is_the_likeliest_whatever_the_seed(trained, capsys):
+def test_temperature_zero_decodes_greedily_whatever_the_seed(trained, capsys):
     options = ("--max_new_tokens", 8, "--temperature", 0, "--device", "cpu")
     texts = {generated(capsys, trained / "simone_enhanced", PROMPT, *options, "--seed", seed) for seed in range(3)}
     assert len(texts) == 1
@@ -106,3 +109,19 @@ def test_the_text_reaches_a_pipe_and_control_sequences_do_not(trained):
     done = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("\\x1b[2JAmen") and not done.stderr
+
+
+@pytest.mark.integration
+def test_sigterm_removes_the_unpacked_archive(trained, tmp_path):
+    archive, scratch = tmp_path / "mvlm_gpt2_model.tar.gz", tmp_path / "scratch"
+    write_archive(trained / "mvlm_gpt2", archive)
+    scratch.mkdir()
+    command = [sys.executable, REPOSITORY / "generate.py", archive, PROMPT, "--samples", "100000", "--device", "cpu"]
+    environment = os.environ | {"TMPDIR": str(scratch)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not list(scratch.glob("mvlm-open-*")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    assert not list(scratch.glob("mvlm-open-*"))
