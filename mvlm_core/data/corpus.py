@@ -1,9 +1,8 @@
 """Folders of `.txt` files, each with an optional `.json` beside it, become documents with a split and two scores.
 
-Nothing here knows what the text is about: the built corpus and a user's own files are read by the same rules.
-`.txt` files are found at any depth; hidden files and folders (`.name`) and `README.md` are not corpus text. A file that
-cannot be used is named with the reason in `Corpus.skipped`; a faulty value in a `.json` is named there too, and the
-text is used with the default in its place.
+The built corpus and a user's own files are read by the same rules. `.txt` files are found at any depth; hidden files and
+folders (`.name`) are not corpus text. A file that cannot be used is named with the reason in `Corpus.skipped`; so is an
+invalid value in a `.json`, in whose place the default is used.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import json
 import os
 import reprlib
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,19 +24,19 @@ from mvlm_core.errors import UserError, printable
 from mvlm_core.files import read_json, read_regular
 
 SPLITS = ("train", "validation", "test")
-MANIFEST_NAME = "corpus_manifest.json"  # of a built corpus; a folder of one's own needs none
+MANIFEST_NAME = "corpus_manifest.json"  # of a built corpus; a user's folder needs none
 HIGHEST_SCORE = 10.0
 VALIDATION_SUBSET_BYTES = 65_536
 METADATA_LIMIT = 16 << 20  # bytes; the built corpus's largest has 60 kilobytes
-# Putting combining marks in their order takes time quadratic in the length of their run (a minute for 0.3 MB). Text
-# has a few in a row; Unicode's stream-safe format allows 30 (UAX 15).
+# NFC sorts combining marks in time quadratic in the length of their run (a minute for 0.3 MB). Text has a few in a
+# row; Unicode's stream-safe format allows 30 (UAX 15).
 MARKS_LIMIT = 256
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text file. `path` (POSIX, below the data folder) is its identity; `size` and `sha256` are those of the UTF-8
-    bytes of the text as `read` gives it; the scores run from 0 to 10."""
+    """One text file, identified by `path` (POSIX, below the data folder). `size` and `sha256` are of the UTF-8 bytes of
+    the text that `read` returns; the scores run from 0 to 10."""
 
     path: str
     file: Path
@@ -48,22 +47,22 @@ class Document:
     book: str | None
     size: int
     sha256: str
-    metadata: dict
+    metadata: dict[str, Any]
 
     def read(self) -> str:
-        """The text: NFC, no byte-order mark, lines ending in "\\n". Raises UserError if it is no longer that text."""
+        """The text: NFC, no byte-order mark, lines ending in "\\n". Raises UserError if it has changed."""
         try:
             text = decode(read_regular(self.file))
         except (OSError, ValueError) as error:
             raise UserError(f"{self.file} can no longer be read: {_reason(error)}") from error
         if hashlib.sha256(text.encode()).hexdigest() != self.sha256:
-            raise UserError(f"{self.file} changed while the run was using it; start the run again")
+            raise UserError(f"{self.file} changed during the run; start the run again")
         return text
 
 
 @dataclass(frozen=True)
 class SkippedFile:
-    """A file that is not used, or whose metadata is used only in part, and why."""
+    """A file that is not used, or whose metadata are used only in part, and why."""
 
     path: str
     reason: str
@@ -102,13 +101,13 @@ def load_corpus(
 ) -> Corpus:
     """Read the documents below `data_dir`.
 
-    A document's split is what its metadata say; else a hash of its path gives it to validation with the probability
-    `validation_split`, to test with the same, and to train otherwise, the same way in every run and on every machine.
+    A document's split comes from its metadata; without one, a hash of its path assigns it to validation with probability
+    `validation_split`, to test with the same probability, and otherwise to train, the same on every machine.
 
     Args:
         validation_split: share of the documents without a split for validation, and as much again for test; 0 to 0.5.
-        validation_dir: a folder whose files are all the validation split (their paths begin with "validation_dir/");
-            in `data_dir` what would have been validation is then train.
+        validation_dir: a folder whose files make up the validation split (their paths begin with "validation_dir/");
+            what would have been validation in `data_dir` is then train.
         only: use only this folder below `data_dir`.
 
     Raises:
@@ -119,9 +118,9 @@ def load_corpus(
             f"--validation_split must lie between 0 and 0.5 (as much again is kept for test), not {validation_split}"
         )
     root = Path(data_dir).resolve()
-    documents, skipped = _read_folder(root, "data folder", only or "", validation_split)
+    documents, skipped = _FolderReader(root, validation_split).read("data folder", only or "")
     if validation_dir is not None:
-        own, more_skipped = _read_folder(Path(validation_dir).resolve(), "validation folder", "", 0.0)
+        own, more_skipped = _FolderReader(Path(validation_dir).resolve(), 0.0).read("validation folder")
         theirs = {d.file.resolve() for d in own}  # a validation folder inside the data folder is not trained on
         documents = [d for d in documents if d.file.resolve() not in theirs]
         documents = [replace(d, split="train") if d.split == "validation" else d for d in documents]
@@ -169,8 +168,8 @@ def validation_subset(corpus: Corpus) -> list[tuple[Document, str]]:
 def decode(data: bytes) -> str:
     """The text of a file's bytes: NFC, no byte-order mark, lines ending in "\\n". Raises ValueError with the reason.
 
-    UTF-8, with or without a mark, and UTF-16 or UTF-32 with a mark are certain. Anything else that is not UTF-8 could
-    be any of a dozen one-byte encodings, which differ in exactly the characters that matter: it is not guessed.
+    Only UTF-8 and, with a byte-order mark, UTF-16 and UTF-32 are read. Anything else could be any of a dozen one-byte
+    encodings, which differ in exactly the characters that matter, so it is not guessed.
     """
     for mark, encoding in (
         (codecs.BOM_UTF8, "utf-8"),
@@ -225,145 +224,151 @@ def _decode_as(data: bytes, encoding: str) -> str:
         ) from None
 
 
-def _read_folder(root: Path, what: str, only: str, validation_split: float) -> tuple[list[Document], list[SkippedFile]]:
-    start = root / only
-    if printable(str(root)) != str(root):  # the name goes into logs and the export's record
-        raise UserError(f"{what} {root}: a folder name with control characters or not in UTF-8; rename it")
-    if not root.is_dir():
-        missing = "is not a folder" if root.exists() else "does not exist"
-        raise UserError(f"{what} {root} {missing}; build the corpus with `python prepare_dataset.py` or name another")
-    if not start.is_dir() or not start.resolve().is_relative_to(root):
-        raise UserError(f"{what} {root} has no folder {only}; build the corpus with `python prepare_dataset.py`")
-    skipped: list[SkippedFile] = []
-    documents = []
-    for file in _text_files(start, root, skipped):
-        document = _read_document(file, root, validation_split, skipped)
-        if document is not None:
-            documents.append(document)
-    skipped = [SkippedFile(printable(s.path), s.reason) for s in skipped]
-    if not documents:
-        lines = [f"{what} {start} holds no readable .txt file"]
-        lines += [f"{s.path}: {s.reason}" for s in skipped[:10]]
-        if len(skipped) > 10:
-            lines.append(f"and {len(skipped) - 10} more files that cannot be used")
-        raise UserError(lines)
-    return documents, skipped
+class _FolderReader:
+    """Reads the documents below ``root``; ``skipped`` collects what is not used."""
 
+    def __init__(self, root: Path, validation_split: float) -> None:
+        self.root = root
+        self.validation_split = validation_split
+        self.skipped: list[SkippedFile] = []
 
-def _text_files(start: Path, root: Path, skipped: list[SkippedFile]) -> Iterator[Path]:
-    """Every `.txt` file below `start` once; symbolic links are followed only to places inside `root`."""
-    seen: set[tuple[int, int]] = set()  # a link to a folder or file that was already taken adds nothing
-    stack = [start]
-    while stack:
-        folder = stack.pop()
-        try:
-            status = folder.stat()
-            if (status.st_dev, status.st_ino) in seen:
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            entries = sorted(os.scandir(folder), key=lambda entry: (entry.is_symlink(), entry.name))
-        except OSError as error:
-            skipped.append(SkippedFile(_relative(folder, root), _reason(error)))
-            continue
-        folders, links = [], []
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            path = Path(entry.path)
-            is_text_name = entry.name.lower().endswith(".txt")
+    def read(self, what: str, only: str = "") -> tuple[list[Document], list[SkippedFile]]:
+        """The documents below the folder ``only``, and what was skipped. Raises UserError if there are none."""
+        root, start = self.root, self.root / only
+        if printable(str(root)) != str(root):  # the name goes into logs and the export's record
+            raise UserError(f"{what} {root}: a folder name with control characters or not in UTF-8; rename it")
+        build_it = "build the corpus with `python prepare_dataset.py`"
+        if not root.is_dir():
+            missing = "is not a folder" if root.exists() else "does not exist"
+            raise UserError(f"{what} {root} {missing}; {build_it} or name another")
+        if not start.is_dir() or not start.resolve().is_relative_to(root):
+            raise UserError(f"{what} {root} has no folder {only}; {build_it}")
+        documents = [document for file in self._text_files(start) if (document := self._read_document(file))]
+        if not documents:
+            lines = [f"{what} {start} holds no readable .txt file"]
+            lines += [f"{s.path}: {s.reason}" for s in self.skipped[:10]]
+            if len(self.skipped) > 10:
+                lines.append(f"and {len(self.skipped) - 10} more files that cannot be used")
+            raise UserError(lines)
+        return documents, self.skipped
+
+    def _skip(self, file: Path, reason: str) -> None:
+        self.skipped.append(SkippedFile(printable(self._relative(file)), reason))
+
+    def _relative(self, file: Path) -> str:
+        return file.relative_to(self.root).as_posix()
+
+    def _text_files(self, start: Path) -> Iterator[Path]:
+        """Every `.txt` file below `start` once; symbolic links are followed only to places inside `root`."""
+        seen: set[tuple[int, int]] = set()  # a link to a folder or file that was already taken adds nothing
+
+        def is_new(status: os.stat_result) -> bool:
+            key = (status.st_dev, status.st_ino)
+            return not (key in seen or seen.add(key))
+
+        stack = [start]
+        while stack:
+            folder = stack.pop()
+            folders: list[Path] = []
+            links: list[Path] = []
             try:
-                if entry.is_symlink() and not path.resolve(strict=True).is_relative_to(root):
-                    skipped.append(SkippedFile(_relative(path, root), "a symbolic link out of the data folder"))
-                elif entry.is_dir():
-                    if is_text_name:
-                        skipped.append(SkippedFile(_relative(path, root), "a folder with the name of a text file"))
-                    (links if entry.is_symlink() else folders).append(path)
-                elif is_text_name:
-                    status = entry.stat()
-                    if not entry.is_file():
-                        skipped.append(SkippedFile(_relative(path, root), "not a regular file"))
-                    elif entry.is_symlink() and (status.st_dev, status.st_ino) in seen:
-                        skipped.append(SkippedFile(_relative(path, root), "a symbolic link to a file already read"))
-                    else:
-                        seen.add((status.st_dev, status.st_ino))
+                entries = list(os.scandir(folder)) if is_new(folder.stat()) else []
+            except OSError as error:
+                self._skip(folder, _reason(error))
+                continue
+            for entry in sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name)):
+                path, is_text = Path(entry.path), entry.name.lower().endswith(".txt")
+                try:
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_symlink() and not path.resolve(strict=True).is_relative_to(self.root):
+                        raise ValueError("a symbolic link out of the data folder")
+                    if entry.is_dir():
+                        (links if entry.is_symlink() else folders).append(path)
+                        if is_text:
+                            raise ValueError("a folder with the name of a text file")
+                    elif is_text:
+                        if not entry.is_file():
+                            raise ValueError("not a regular file")
+                        if not is_new(entry.stat()) and entry.is_symlink():
+                            raise ValueError("a symbolic link to a file already read")
                         yield path
-            except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
-                skipped.append(SkippedFile(_relative(path, root), _reason(error)))
-        # Links last, so that a file is known by its own path and not by that of a link to its folder.
-        stack = links + stack + folders[::-1]
+                except (
+                    OSError,
+                    ValueError,
+                    RuntimeError,
+                ) as error:  # RuntimeError: a loop of links, before Python 3.13
+                    self._skip(path, _reason(error))
+            # Links last, so that a file is known by its own path and not by that of a link to its folder.
+            stack = links + stack + folders[::-1]
+
+    def _read_document(self, file: Path) -> Document | None:
+        path = self._relative(file)
+        try:
+            if path.encode(errors="replace") != os.fsencode(path):
+                raise ValueError("a file name that is not UTF-8")
+            text = decode(read_regular(file, psutil.virtual_memory().total // 4))  # several copies are needed
+            if not text.strip():
+                raise ValueError("empty")
+        except (OSError, ValueError) as error:
+            self._skip(file, _reason(error))
+            return None
+        metadata = self._read_metadata(file.with_suffix(".json"))
+        problems: list[str] = []
+
+        def value(key: str, is_good: Callable[[Any], bool], expected: str, default: Any = None) -> Any:
+            found = metadata.get(key)
+            if found is None or is_good(found):
+                return default if found is None else found
+            problems.append(f"{key} {reprlib.repr(found)} is not {expected}")
+            return default
+
+        split = value("split", lambda found: found in SPLITS, f"one of {', '.join(SPLITS)}")
+        quality = value("quality_score", _is_score, "a number from 0 to 10", HIGHEST_SCORE)
+        alignment = value("biblical_alignment", _is_score, "a number from 0 to 10", HIGHEST_SCORE)
+        translation, book = (
+            value(key, lambda found: isinstance(found, str), "text") for key in ("translation", "book")
+        )
+        if problems:
+            self._skip(file.with_suffix(".json"), "; ".join(problems) + "; the text is used with the default")
+        data = text.encode()
+        return Document(
+            path,
+            file,
+            split or _split_by_hash(path, self.validation_split),
+            float(quality),
+            float(alignment),
+            translation,
+            book,
+            len(data),
+            hashlib.sha256(data).hexdigest(),
+            metadata,
+        )
+
+    def _read_metadata(self, file: Path) -> dict[str, Any]:
+        if not os.path.lexists(file):
+            return {}
+        try:
+            if not file.resolve(strict=True).is_relative_to(self.root):
+                raise ValueError("a symbolic link out of the data folder")
+            text = decode(read_regular(file, METADATA_LIMIT))
+            metadata = json.loads(text)
+            if not isinstance(metadata, dict):
+                raise ValueError("not a JSON object")
+            if "\\u" in text:
+                json.dumps(metadata, ensure_ascii=False).encode()  # an escape may name half a character
+        except UnicodeEncodeError:
+            self._skip(file, "metadata not used: a lone surrogate in a string; the text is used")
+            return {}
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: too deep, or a loop of links
+            self._skip(file, f"metadata not used: {_reason(error)}; the text is used")
+            return {}
+        return metadata
 
 
-def _read_document(file: Path, root: Path, validation_split: float, skipped: list[SkippedFile]) -> Document | None:
-    path = _relative(file, root)
-    try:
-        path.encode()
-        text = decode(read_regular(file, psutil.virtual_memory().total // 4))  # it is needed several times over
-    except UnicodeEncodeError:
-        skipped.append(SkippedFile(path, "a file name that is not UTF-8"))
-        return None
-    except (OSError, ValueError) as error:
-        skipped.append(SkippedFile(path, _reason(error)))
-        return None
-    if not text.strip():
-        skipped.append(SkippedFile(path, "empty"))
-        return None
-    metadata = _read_metadata(file.with_suffix(".json"), root, skipped)
-    problems: list[str] = []
-    split = metadata.get("split")
-    if split is not None and split not in SPLITS:
-        problems.append(f"split {reprlib.repr(split)} is none of {', '.join(SPLITS)}")
-        split = None
-    quality = _score(metadata, "quality_score", problems)
-    alignment = _score(metadata, "biblical_alignment", problems)
-    names = [_name(metadata, key, problems) for key in ("translation", "book")]
-    if problems:
-        text_used = "; the text is used with the default"
-        skipped.append(SkippedFile(path.removesuffix(file.suffix) + ".json", "; ".join(problems) + text_used))
-    data = text.encode()
-    split = split or _split_by_hash(path, validation_split)
-    sha256 = hashlib.sha256(data).hexdigest()
-    return Document(path, file, split, quality, alignment, names[0], names[1], len(data), sha256, metadata)
-
-
-def _read_metadata(file: Path, root: Path, skipped: list[SkippedFile]) -> dict[str, Any]:
-    if not os.path.lexists(file):
-        return {}
-    try:
-        if not file.resolve(strict=True).is_relative_to(root):
-            raise ValueError("a symbolic link out of the data folder")
-        text = decode(read_regular(file, METADATA_LIMIT))
-        metadata = json.loads(text)
-        if not isinstance(metadata, dict):
-            raise ValueError("not a JSON object")
-        if "\\u" in text:
-            json.dumps(metadata, ensure_ascii=False).encode()  # an escape may name half a character
-    except UnicodeEncodeError:
-        reason = "metadata not used: a lone surrogate in a string; the text is used"
-        skipped.append(SkippedFile(_relative(file, root), reason))
-        return {}
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: too deep, or a loop of links
-        skipped.append(SkippedFile(_relative(file, root), f"metadata not used: {_reason(error)}; the text is used"))
-        return {}
-    return metadata
-
-
-def _score(metadata: dict[str, Any], key: str, problems: list[str]) -> float:
-    value = metadata.get(key)
-    if value is None:
-        return HIGHEST_SCORE
+def _is_score(value: Any) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= HIGHEST_SCORE:  # NaN is in no range
-        problems.append(f"{key} {reprlib.repr(value)} is no number from 0 to 10")
-        return HIGHEST_SCORE
-    return float(value)
-
-
-def _name(metadata: dict[str, Any], key: str, problems: list[str]) -> str | None:
-    value = metadata.get(key)
-    if value is not None and not isinstance(value, str):
-        problems.append(f"{key} {reprlib.repr(value)} is no text")
-        return None
-    return value
+    return is_number and 0 <= value <= HIGHEST_SCORE  # NaN is in no range
 
 
 def _hash_share(path: str) -> float:
@@ -379,7 +384,7 @@ def _split_by_hash(path: str, validation_split: float) -> str:
 
 
 def _with_every_needed_split(documents: list[Document], root: Path) -> list[Document]:
-    """Give a folder so small that the hash left validation or train empty the one document it lacks."""
+    """Move one document where a folder is so small that the hash left train or validation empty."""
     missing = {"train", "validation"} - {d.split for d in documents}
     free = sorted((d for d in documents if d.metadata.get("split") not in SPLITS), key=lambda d: _hash_share(d.path))
     free = [d for d in free if not d.path.startswith("validation_dir/")]
@@ -397,10 +402,6 @@ def _with_every_needed_split(documents: list[Document], root: Path) -> list[Docu
         documents = [moved if d.path == moved.path else d for d in documents]
         free = [moved if d.path == moved.path else d for d in free]
     return documents
-
-
-def _relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix()
 
 
 def _reason(error: BaseException) -> str:

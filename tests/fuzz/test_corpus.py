@@ -28,6 +28,7 @@ from tests.helpers import (
     ANY_TEXT,
     BROKEN_JSON,
     HUGE,
+    REPOSITORY,
     SCALARS,
     build_tiny_corpus,
     cases,
@@ -313,7 +314,7 @@ def test_a_folder_of_nothing_but_bad_files_ends_with_exit_code_2(tmp_path):
     done = subprocess.run(
         [sys.executable, "mvlm_trainer.py", "--preset", "smoke", "--device", "cpu"]
         + ["--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--data_subset", "."],
-        cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+        cwd=REPOSITORY,
         capture_output=True,
         timeout=60,
     )
