@@ -1,4 +1,4 @@
-"""What a person sees while it runs: log lines on the console and in a file, and a progress bar."""
+"""What a run shows: log lines on the console and in a file, and a progress bar."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,17 +26,16 @@ class UnbreakableStream:
         self._broken = False
 
     def write(self, text: str) -> int:
-        if not self._broken:
-            try:
-                self._stream.write(text)
-            except (OSError, ValueError):
-                self._broken = True
+        self._attempt(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, action: Callable[[], Any]) -> None:
         if not self._broken:
             try:
-                self._stream.flush()
+                action()
             except (OSError, ValueError):
                 self._broken = True
 
@@ -47,7 +47,7 @@ class UnbreakableStream:
 
 
 def _keep_streams_open() -> None:
-    """Give closed standard streams a place to write to: the next file opened would take their number."""
+    """Reopen closed standard streams on /dev/null: the next file opened would take their file descriptor."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -58,7 +58,7 @@ def _keep_streams_open() -> None:
 
 
 def outlive_terminal() -> None:
-    """Ignore SIGHUP and make stdout and stderr unbreakable: work goes on into the log files."""
+    """Ignore SIGHUP and make stdout and stderr unbreakable: work continues into the log files."""
     _keep_streams_open()
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -79,8 +79,8 @@ class _BarFriendlyHandler(logging.Handler):
 def setup_logging(log_file: Path | str | None = None, *, quiet: bool = False) -> logging.Logger:
     """Send the ``mvlm`` log to stdout and, where given, to a file as well (appended, plain lines).
 
-    Lines about single steps (level DEBUG) always go into the file, and to the console only where no progress bar
-    says the same: not in a terminal, and not when ``quiet``.
+    Lines about single steps (level DEBUG) always go into the file, and to the console only where no progress bar shows
+    the same: not in a terminal, and not when ``quiet``.
     """
     log.setLevel(logging.DEBUG)
     log.propagate = False
@@ -113,7 +113,7 @@ def trainer_settings(
 
 
 def progress(total: int | None, desc: str, unit: str, *, initial: int = 0, quiet: bool = False, **bar: Any) -> tqdm:
-    """A progress bar on stderr; none where stderr is no terminal, since bars do not read well in files."""
+    """A progress bar on stderr; none where stderr is not a terminal, since bars do not read well in files."""
     hidden = quiet or not sys.stderr.isatty()
     return tqdm(total=total, desc=desc, unit=unit, initial=initial, disable=hidden, dynamic_ncols=True, **bar)
 

@@ -13,7 +13,7 @@ EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
 
 def printable(text: str, keep: str = "", limit: int = 4000) -> str:
-    """``text`` as a terminal, a log and a JSON file can hold it, at most ``limit`` characters and a mark.
+    """``text`` made safe for a terminal, a log and a JSON file, at most ``limit`` characters and an ellipsis.
 
     Names and values from damaged files may hold control sequences, which a terminal obeys, and lone surrogates, which
     UTF-8 cannot hold: both are written as escapes. So are line breaks, unless they are in ``keep``.
@@ -26,10 +26,10 @@ def printable(text: str, keep: str = "", limit: int = 4000) -> str:
 
 
 class UserError(Exception):
-    """Bad arguments or bad input: told in full, without a traceback, with exit code 2.
+    """Bad arguments or bad input: reported in full, without a traceback, with exit code 2.
 
     Args:
-        problems: one sentence, or all of them: a user should not have to run again to learn the next one.
+        problems: one sentence, or one for each problem, so that all can be fixed before the next try.
     """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
@@ -38,7 +38,7 @@ class UserError(Exception):
 
 
 class TrainingFailed(Exception):
-    """The run cannot go on, through no fault of its arguments: exit code 1, told in one sentence."""
+    """The run cannot continue, through no fault of its arguments: exit code 1, reported in one sentence."""
 
 
 class Stopped(Exception):
@@ -61,7 +61,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
     except Stopped as stop:
-        print(f"{stop}; run the same command again to go on from here", file=sys.stderr)
+        print(f"{stop}; run the same command again to resume", file=sys.stderr)
         sys.exit(128 + stop.signal_number)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writes, hashes, and the lock that keeps two runs apart."""
+"""Atomic writes, hashes, safe reads, and the lock that keeps two runs out of one folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def sha256_file(path: Path | str) -> str:
 
 
 def read_regular(path: Path | str, limit: int | None = None) -> bytes:
-    """The bytes of a regular file. Unlike ``read_bytes`` it never waits: for a pipe's other end, for one.
+    """The bytes of a regular file. Unlike ``read_bytes`` it never blocks, such as on a named pipe.
 
     Raises:
         OSError: missing, a folder, no permission.
@@ -44,7 +44,7 @@ def read_regular(path: Path | str, limit: int | None = None) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file that a run wrote, {} when there is none or it is damaged."""
+    """The JSON object in a file, {} where there is none or it is damaged."""
     try:
         value = json.loads(read_regular(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -62,7 +62,7 @@ def fsync_path(path: Path | str) -> None:
 
 
 def write_atomic(path: Path | str, data: bytes | str) -> None:
-    """Write a file so that a reader sees the old content or the new one, never a part."""
+    """Write a file so that a reader sees the old content or the new, never a part of it."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -77,20 +77,20 @@ def write_atomic(path: Path | str, data: bytes | str) -> None:
 
 
 def write_json_atomic(path: Path | str, value: Any) -> None:
-    """``write_atomic`` of readable JSON. NaN and infinity are refused: other readers cannot parse them."""
+    """``write_atomic`` of indented JSON. NaN and infinity raise ValueError: they are not JSON."""
     write_atomic(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def output_folder_problems(folder: Path | str, flag: str = "--output_dir") -> list[str]:
-    """Why nothing can be written in ``folder`` (made later, perhaps): a file stands in the way, no permission."""
+    """Why ``folder``, which need not exist yet, cannot be written to: a file in its place, no permission."""
     folder = Path(folder).absolute()
     if not str(folder).isprintable():
-        return [f"{flag} {str(folder)!a}: choose a name of letters that can be printed"]
+        return [f"{flag} {str(folder)!a}: choose a name of printable characters"]
     for part in [folder, *folder.parents]:
         if part.is_dir():
             return [] if os.access(part, os.W_OK | os.X_OK) else [f"{flag} {folder}: {part} cannot be written to"]
         if part.exists() or part.is_symlink():
-            where = "is a file" if part == folder else f"lies below {part}, which is no folder"
+            where = "is a file" if part == folder else f"lies below {part}, which is not a folder"
             return [f"{flag} {folder} {where}; name a folder"]
     return [f"{flag} {folder}: no such place"]
 
@@ -98,9 +98,9 @@ def output_folder_problems(folder: Path | str, flag: str = "--output_dir") -> li
 class RunLock:
     """One run per folder, as a context manager.
 
-    The file holds the process id, the host and the process's start time, so that a person can see who has it. The
-    kernel's advisory lock on it decides between two runs that start at the same moment and vanishes with its
-    process; the text decides where that lock does not reach, as on some network file systems.
+    The file names the process that holds it: id, host and start time. The kernel's advisory lock on it decides between
+    two runs that start at the same moment and vanishes with its process; the text decides where that lock does not
+    reach, as on some network file systems.
     """
 
     def __init__(self, folder: Path, what: str) -> None:
@@ -144,14 +144,10 @@ class RunLock:
             raise
 
     def _check_holder(self, held: bytes) -> None:
-        holder = _parse_lock(held)
-        if not holder:
-            return
-        if holder.get("host", socket.gethostname()) != socket.gethostname():
-            raise self._refusal(holder)
-        if _is_alive(holder):
-            raise self._refusal(holder)
-        log.info("took over the stale lock %s of process %s, which is gone", self.path, holder.get("pid"))
+        if holder := _parse_lock(held):
+            if holder.get("host", socket.gethostname()) != socket.gethostname() or _is_alive(holder):
+                raise self._refusal(holder)
+            log.info("took over the stale lock %s of process %s, which has ended", self.path, holder.get("pid"))
 
     def _refusal(self, holder: dict[str, Any]) -> UserError:
         return UserError(
@@ -177,7 +173,7 @@ def _is_alive(holder: dict[str, Any]) -> bool:
     try:
         process = psutil.Process(pid)
         started = holder.get("process_started")
-        # A process id is used again after a while; the start time tells the two apart.
+        # Process ids are reused; the start time tells the two apart.
         return not isinstance(started, int | float) or abs(process.create_time() - started) < 2.0
     except (psutil.NoSuchProcess, OverflowError):
         return False

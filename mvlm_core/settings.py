@@ -1,4 +1,4 @@
-"""Every setting of a training run, once: its default, its flag, its help and what it may be.
+"""Every setting of a training run, once: its default, flag, help and range.
 
 A settings class is a dataclass whose fields are made by ``option``. A flag overrides the preset, and the preset
 overrides the field's default.
@@ -11,6 +11,7 @@ import math
 import operator
 from collections.abc import Collection
 from dataclasses import Field, asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, get_args, get_type_hints
 
@@ -58,21 +59,24 @@ def option(
     return field(default=None, metadata={**known, "identity": identity, "aliases": aliases, "bounds": bounds})
 
 
+_data = partial(option, group="data")
+_model = partial(option, group="model", identity=True)
+_optimization = partial(option, group="optimisation", identity=True)
+_length = partial(option, group="length", minimum=1)
+_hardware = partial(option, group="hardware")
+
+
 @dataclass
 class TrainingSettings:
     """What both trainers share."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        # Length here, rates, decay and dropout in the models' own presets: from small runs by the rules of
-        # benchmarks/scaling.py, not yet measured at this size. At as little text for each parameter the third pass
-        # still helps, the eighth makes both models worse.
-        "h200": {
-            "num_epochs": 3.0,
-            "eval_interval": 100,
-            "checkpoint_interval": 250,
-        },
+        # This length, and learning rate, weight decay and dropout in the models' own presets, come from small runs by
+        # the rules of benchmarks/experiments/scaling.py, not yet measured at this size. With as little text per
+        # parameter the third pass still helps, the eighth makes both models worse.
+        "h200": {"num_epochs": 3.0, "eval_interval": 100, "checkpoint_interval": 250},
         "cpu": {
-            # Small and fed well: at equal compute 1.4 M parameters beat 2.6 M (benchmarks/RESULTS.md).
+            # Small, with more text: at equal compute 1.4 M parameters beat 2.6 M (benchmarks/LOG.md).
             "batch_size": 8,
             "max_length": 256,
             "vocab_size": 4096,
@@ -101,112 +105,80 @@ class TrainingSettings:
         },
     }
 
-    data_dir: str = option(str(DEFAULT_DATA_DIR), "folder of .txt files (with optional .json beside them)", "data")
-    data_subset: str | None = option(None, "use only this folder below --data_dir", "data")
-    train_mix: str | None = option(
-        None, "FOLDER=TIMES,...: how often one epoch reads the train text of these folders", "data", identity=True
+    data_dir: str = _data(str(DEFAULT_DATA_DIR), "folder of .txt files (with optional .json beside them)")
+    data_subset: str | None = _data(None, "use only this folder below --data_dir")
+    train_mix: str | None = _data(
+        None, "FOLDER=TIMES,...: how often one epoch reads the train text of these folders", identity=True
     )
-    output_dir: str | None = option(None, "where the finished model and its checkpoints go", "data")
-    cache_dir: str = option(str(CACHE_DIR), "where tokenizers and tokens are kept between runs", "data")
-    tokenizer_path: str | None = option(
-        None, "a ready tokenizer (folder or tokenizer.json) instead of training one", "data"
-    )
-    validation_split: float = option(
+    output_dir: str | None = _data(None, "where the finished model and its checkpoints go")
+    cache_dir: str = _data(str(CACHE_DIR), "where tokenizers and tokens are kept between runs")
+    tokenizer_path: str | None = _data(None, "an existing tokenizer (folder or tokenizer.json) instead of training one")
+    validation_split: float = _data(
         0.05, "share of documents without a split of their own held out for validation; as much again for the test",
-        "data", above=0, below=0.5, identity=True,
+        above=0, below=0.5, identity=True,
     )  # fmt: skip
-    validation_dir: str | None = option(None, "a folder whose files are the validation text", "data")
+    validation_dir: str | None = _data(None, "a folder whose files are the validation text")
 
-    vocab_size: int = option(
-        32000, "tokenizer entries", "model", minimum=SMALLEST_VOCABULARY, maximum=1_000_000, identity=True
-    )
-    hidden_dim: int = option(768, "width of the model", "model", minimum=2, identity=True)
-    num_heads: int = option(12, "attention heads a layer", "model", minimum=1, identity=True)
-    ff_dim: int = option(3072, "classic width of the feed-forward layer", "model", minimum=1, identity=True)
-    num_layers: int = option(12, "layers", "model", minimum=1, identity=True)
-    max_length: int = option(1024, "training context in tokens", "model", minimum=2, identity=True)
-    dropout: float = option(0.1, "dropout", "model", minimum=0, below=1, identity=True)
+    vocab_size: int = _model(32000, "tokenizer entries", minimum=SMALLEST_VOCABULARY, maximum=1_000_000)
+    hidden_dim: int = _model(768, "width of the model", minimum=2)
+    num_heads: int = _model(12, "attention heads per layer", minimum=1)
+    ff_dim: int = _model(3072, "classic width of the feed-forward layer", minimum=1)
+    num_layers: int = _model(12, "layers", minimum=1)
+    max_length: int = _model(1024, "training context in tokens", minimum=2)
+    dropout: float = _model(0.1, "dropout", minimum=0, below=1)
 
     preset: str = option(
-        "auto", "sizes and budget to start from; auto: h200 with a CUDA device, else cpu", "run", choices=PRESET_NAMES
+        "auto", "sizes and budget to start from; auto: h200 with a CUDA device, else cpu", choices=PRESET_NAMES
     )
-    batch_size: int = option(32, "sequences in a device's micro-batch", "optimisation", minimum=1)
-    gradient_accumulation_steps: int = option(1, "micro-batches an optimizer step", "optimisation", minimum=1)
-    learning_rate: float = option(1e-3, "peak learning rate", "optimisation", above=0, identity=True)
-    lr_schedule: str = option(
-        "cosine", "course of the learning rate after warm-up", "optimisation", choices=SCHEDULES, identity=True
-    )
-    warmup_steps: int | None = option(
-        None, "steps of linear warm-up (default: 2 %% of the run)", "optimisation", minimum=0, identity=True
-    )
-    unigram_noise: float = option(
-        0.0,
-        "share of the input tokens replaced by tokens drawn from the text, against memorizing a text read many times",
-        "optimisation",
-        minimum=0,
-        below=1,
-        identity=True,
-        aliases=("input_noise",),
-    )
-    weight_decay: float = option(
-        0.1, "decoupled weight decay of the matrices", "optimisation", minimum=0, identity=True
-    )
-    ema_decay: float = option(
-        0.0,
-        "evaluate and export a running average of the weights with this decay a step, such as 0.999; 0 switches it off",
-        "optimisation",
-        minimum=0,
-        below=1,
-        identity=True,
-    )
-    max_grad_norm: float = option(
-        1.0, "gradients are scaled down to this norm; 0 switches it off", "optimisation", minimum=0, identity=True
-    )
-    optimizer: str = option(
-        "adamw",
-        "adamw, or muon for the matrices and adamw for the rest",
-        "optimisation",
-        choices=OPTIMIZERS,
-        identity=True,
+    batch_size: int = _optimization(32, "sequences in a device's micro-batch", minimum=1, identity=False)
+    gradient_accumulation_steps: int = _optimization(1, "micro-batches per optimizer step", minimum=1, identity=False)
+    learning_rate: float = _optimization(1e-3, "peak learning rate", above=0)
+    lr_schedule: str = _optimization("cosine", "shape of the learning rate after warm-up", choices=SCHEDULES)
+    warmup_steps: int | None = _optimization(None, "steps of linear warm-up (default: 2 %% of the run)", minimum=0)
+    unigram_noise: float = _optimization(
+        0.0, "share of the input tokens replaced by tokens drawn from the text, against memorizing a repeated text",
+        minimum=0, below=1, aliases=("input_noise",),
+    )  # fmt: skip
+    weight_decay: float = _optimization(0.1, "decoupled weight decay of the matrices", minimum=0)
+    ema_decay: float = _optimization(
+        0.0, "evaluate and export an exponential moving average (EMA) of the weights with this decay per step, "
+        "such as 0.999; 0 switches it off", minimum=0, below=1,
+    )  # fmt: skip
+    max_grad_norm: float = _optimization(1.0, "gradients are clipped to this norm; 0 switches it off", minimum=0)
+    optimizer: str = _optimization(
+        "adamw", "adamw, or muon for the matrices and adamw for the rest", choices=OPTIMIZERS
     )
 
     num_epochs: float | None = option(1.0, "passes over the training text", "length", above=0)
-    max_steps: int | None = option(None, "stop after this many optimizer steps", "length", minimum=1)
-    max_tokens: int | None = option(None, "stop after this many tokens", "length", minimum=1)
-    max_bytes: int | None = option(None, "stop after this many bytes of training text", "length", minimum=1)
-    patience: int | None = option(None, "stop after this many evaluations without a better one", "length", minimum=1)
-    min_epochs: float = option(1.0, "never stop early before this many passes", "length", minimum=0)
+    max_steps: int | None = _length(None, "stop after this many optimizer steps")
+    max_tokens: int | None = _length(None, "stop after this many tokens")
+    max_bytes: int | None = _length(None, "stop after this many bytes of training text")
+    patience: int | None = _length(None, "stop after this many evaluations without improvement")
+    min_epochs: float = _length(1.0, "never stop early before this many passes", minimum=0)
 
-    seed: int = option(0, "seed of weights, data order and dropout", "run", minimum=0, maximum=2**32 - 1, identity=True)
-    device: str = option("auto", "auto, cpu or cuda", "hardware", choices=DEVICES)
-    precision: str = option("auto", "auto, fp32 or bf16", "hardware", choices=PRECISIONS)
-    attention_backend: str = option("auto", "attention kernel", "hardware", choices=ATTENTION_BACKENDS)
-    processes: int = option(
+    seed: int = option(0, "seed of weights, data order and dropout", minimum=0, maximum=2**32 - 1, identity=True)
+    device: str = _hardware("auto", "auto, cpu or cuda", choices=DEVICES)
+    precision: str = _hardware("auto", "auto, fp32 or bf16", choices=PRECISIONS)
+    attention_backend: str = _hardware("auto", "attention kernel", choices=ATTENTION_BACKENDS)
+    processes: int = _hardware(
         1,
         "single-threaded processes that share each batch on a CPU, instead of one process with many threads",
-        "hardware",
         minimum=1,
     )
-    no_mixed_precision: bool = option(False, "train in fp32 wherever it runs", "hardware")
-    no_compile: bool = option(False, "do not use torch.compile", "hardware")
+    no_mixed_precision: bool = _hardware(False, "train in fp32 wherever it runs")
+    no_compile: bool = _hardware(False, "do not use torch.compile")
 
-    eval_interval: int = option(200, "steps between evaluations", "run", minimum=1)
-    log_interval: int = option(10, "steps between log lines", "run", minimum=1)
-    checkpoint_interval: int = option(200, "steps between checkpoints", "run", minimum=1)
-    keep_checkpoints: int = option(
-        2, "newest checkpoints kept, beside the best; never fewer than two", "run", minimum=1
-    )
-    resume_from: str | None = option(
-        None, "continue from this checkpoint folder (default: the newest valid one)", "run"
-    )
-    dry_run: bool = option(False, "say what the run would take (memory, time), and run nothing", "run")
-    fresh: bool = option(False, "throw away what --output_dir holds and start again", "run")
-    no_test_score: bool = option(
-        False, "leave the test books unread: for sweeps, whose choices must not see them", "run"
-    )
-    log_file: str | None = option(None, "also write log lines here", "run")
-    tensorboard: bool = option(False, "also write TensorBoard event files below the output folder", "run")
-    quiet: bool = option(False, "no progress bar", "run")
+    eval_interval: int = option(200, "steps between evaluations", minimum=1)
+    log_interval: int = option(10, "steps between log lines", minimum=1)
+    checkpoint_interval: int = option(200, "steps between checkpoints", minimum=1)
+    keep_checkpoints: int = option(2, "newest checkpoints kept, beside the best; never fewer than two", minimum=1)
+    resume_from: str | None = option(None, "resume from this checkpoint folder (default: the newest valid one)")
+    dry_run: bool = option(False, "estimate the memory and time that the run would take, and run nothing")
+    fresh: bool = option(False, "delete what --output_dir holds and start again")
+    no_test_score: bool = option(False, "leave the test books unread: for sweeps, whose choices must not see them")
+    log_file: str | None = option(None, "also write log lines here")
+    tensorboard: bool = option(False, "also write TensorBoard event files below the output folder")
+    quiet: bool = option(False, "no progress bar")
 
     def __post_init__(self) -> None:
         if self.preset in (None, "auto"):

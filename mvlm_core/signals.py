@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish: the step in progress is finished and a checkpoint written before the run ends."""
+"""SIGINT and SIGTERM: the step in progress is finished and a checkpoint written before the run ends."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ log = logging.getLogger("mvlm")
 
 
 class StopRequest:
-    """What a signal leaves behind: a note while ``defer`` holds, the exception ``Stopped`` after ``raise_at_once``.
+    """A signal is recorded after ``defer`` and raises ``Stopped`` after ``raise_at_once``.
 
-    A second SIGINT leaves at once: checkpoints are whole or not there, so nothing is harmed. Where a parent process
-    is named in the environment, its disappearance is taken for SIGTERM, so that no trainer outlives its pipeline.
+    A second SIGINT exits immediately: checkpoints are written atomically, so nothing is lost. Where the environment
+    names a parent process, its end counts as SIGTERM, so that no trainer outlives its pipeline.
     """
 
     def __init__(self) -> None:
@@ -26,12 +26,12 @@ class StopRequest:
         self._parent = int(os.environ.get(PARENT_VARIABLE) or 0)
 
     def defer(self) -> None:
-        """From now on a signal only leaves a note."""
+        """From now on a signal is only recorded."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
+            signal.signal(number, self._record)
 
     def raise_at_once(self) -> None:
-        """From now on a signal raises ``Stopped`` where it arrives; raises now for one that was noted."""
+        """From now on a signal raises ``Stopped`` where it arrives; raises now for one already recorded."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._raise)
         if self.signal_number is not None:
@@ -39,20 +39,20 @@ class StopRequest:
 
     @property
     def number(self) -> int:
-        """The signal that came here, or SIGTERM where another process of the run was told to stop."""
+        """The signal received here, or SIGTERM where another process of the run received it."""
         return self.signal_number or signal.SIGTERM
 
     def wanted(self) -> bool:
         if self.signal_number is None and self._parent and os.getppid() != self._parent:
-            log.warning("the process that started this run is gone: stopping after a checkpoint")
+            log.warning("the process that started this run has ended: stopping after a checkpoint")
             self.signal_number = signal.SIGTERM
         return self.signal_number is not None
 
-    def _note(self, number: int, _frame: Any) -> None:
+    def _record(self, number: int, _frame: Any) -> None:
         if self.signal_number is not None and number == signal.SIGINT:
             os._exit(128 + number)
         self.signal_number = number
-        with suppress(OSError):  # the log may be in the middle of a line; a plain write is safe in a handler
+        with suppress(OSError):  # logging is not reentrant; a plain write is safe in a handler
             os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then a checkpoint\n".encode())
 
     def _raise(self, number: int, _frame: Any) -> None:

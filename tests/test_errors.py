@@ -23,7 +23,7 @@ def run(body, **pipes):
         (
             "(_ for _ in ()).throw(Stopped(15))",
             143,
-            "stopped by SIGTERM; run the same command again to go on from here\n",
+            "stopped by SIGTERM; run the same command again to resume\n",
         ),
     ],
 )

@@ -100,7 +100,7 @@ def test_one_message_names_every_problem(tmp_path):
         "--batch_size 0",
     ):
         assert word in named
-    assert "--validation_split 1.5" in named and "no folder" in named
+    assert "--validation_split 1.5" in named and "not a folder" in named
     assert len(caught.value.problems) == 8
 
 

@@ -1,8 +1,8 @@
 """Folders of `.txt` files, each with an optional `.json` beside it, become documents with a split and two scores.
 
-The built corpus and a user's own files are read by the same rules. `.txt` files are found at any depth; hidden files and
-folders (`.name`) are not corpus text. A file that cannot be used is named with the reason in `Corpus.skipped`; so is an
-invalid value in a `.json`, in whose place the default is used.
+The built corpus and user data are read by the same rules. `.txt` files are found at any depth; hidden files and folders
+(`.name`) are not corpus text. A file that cannot be used is named with the reason in `Corpus.skipped`; so is an invalid
+value in a `.json`, in whose place the default is used.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def load_corpus(
 ) -> Corpus:
     """Read the documents below `data_dir`.
 
-    A document's split comes from its metadata; without one, a hash of its path assigns it to validation with probability
-    `validation_split`, to test with the same probability, and otherwise to train, the same on every machine.
+    A document's split comes from its metadata; without one, a hash of its path assigns it to validation with the
+    probability `validation_split`, to test with the same, and otherwise to train: the same on every machine.
 
     Args:
         validation_split: share of the documents without a split for validation, and as much again for test; 0 to 0.5.
@@ -263,8 +263,9 @@ class _FolderReader:
         seen: set[tuple[int, int]] = set()  # a link to a folder or file that was already taken adds nothing
 
         def is_new(status: os.stat_result) -> bool:
-            key = (status.st_dev, status.st_ino)
-            return not (key in seen or seen.add(key))
+            count = len(seen)
+            seen.add((status.st_dev, status.st_ino))
+            return len(seen) > count
 
         stack = [start]
         while stack:
@@ -293,11 +294,7 @@ class _FolderReader:
                         if not is_new(entry.stat()) and entry.is_symlink():
                             raise ValueError("a symbolic link to a file already read")
                         yield path
-                except (
-                    OSError,
-                    ValueError,
-                    RuntimeError,
-                ) as error:  # RuntimeError: a loop of links, before Python 3.13
+                except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links, until 3.13
                     self._skip(path, _reason(error))
             # Links last, so that a file is known by its own path and not by that of a link to its folder.
             stack = links + stack + folders[::-1]
@@ -326,24 +323,14 @@ class _FolderReader:
         split = value("split", lambda found: found in SPLITS, f"one of {', '.join(SPLITS)}")
         quality = value("quality_score", _is_score, "a number from 0 to 10", HIGHEST_SCORE)
         alignment = value("biblical_alignment", _is_score, "a number from 0 to 10", HIGHEST_SCORE)
-        translation, book = (
-            value(key, lambda found: isinstance(found, str), "text") for key in ("translation", "book")
-        )
+        translation, book = (value(key, _is_text, "text") for key in ("translation", "book"))
         if problems:
             self._skip(file.with_suffix(".json"), "; ".join(problems) + "; the text is used with the default")
         data = text.encode()
-        return Document(
-            path,
-            file,
-            split or _split_by_hash(path, self.validation_split),
-            float(quality),
-            float(alignment),
-            translation,
-            book,
-            len(data),
-            hashlib.sha256(data).hexdigest(),
-            metadata,
-        )
+        split = split or _split_by_hash(path, self.validation_split)
+        sha256 = hashlib.sha256(data).hexdigest()
+        scores = float(quality), float(alignment)
+        return Document(path, file, split, *scores, translation, book, len(data), sha256, metadata)
 
     def _read_metadata(self, file: Path) -> dict[str, Any]:
         if not os.path.lexists(file):
@@ -364,6 +351,10 @@ class _FolderReader:
             self._skip(file, f"metadata not used: {_reason(error)}; the text is used")
             return {}
         return metadata
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _is_score(value: Any) -> bool:

@@ -11,33 +11,19 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from mvlm_core.console import progress
 from mvlm_core.data.corpus import Corpus, Document
+from mvlm_core.data.tokenizer import ByteLevelBPE
 from mvlm_core.errors import UserError
 from mvlm_core.files import fsync_path, read_regular, sha256_file, write_json_atomic
 
 FORMAT = 3
 _ENCODE_BYTES = 4 << 20  # text handed to the tokenizer at a time: enough to keep all cores busy, little memory
 log = logging.getLogger("mvlm")
-
-
-class Tokenizer(Protocol):
-    """What token files need of a tokenizer."""
-
-    start_id: int
-    """The token before each document."""
-    end_id: int | None
-    """The token after each document, where there is one of its own."""
-    vocab_size: int
-
-    @property
-    def sha256(self) -> str: ...
-    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
-    def token_bytes(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -80,7 +66,7 @@ def parse_mix(mix: str | None) -> dict[str, int]:
 
 
 def document_repeats(documents: list[Document], mix: str | None) -> np.ndarray:
-    """How many times a pass reads each document: as ``mix`` says for its folder (the longest that fits), else once.
+    """How many times a pass reads each document: as ``mix`` says for its folder (the deepest one named), else once.
 
     Raises:
         UserError: a folder that holds no train document, or nothing left to train on.
@@ -100,7 +86,7 @@ def document_repeats(documents: list[Document], mix: str | None) -> np.ndarray:
 def alignment_weights(documents: list[Document], lengths: np.ndarray) -> np.ndarray:
     """Each document's weight: ``quality_score × biblical_alignment``, scaled to a mean of 1 over all tokens.
 
-    A text whose every document is scored 0 says nothing about which to prefer: then all weigh the same.
+    Where every document has the score 0, all weigh the same.
     """
     raw = np.array([document.quality_score * document.biblical_alignment for document in documents], dtype=np.float64)
     mean = float((raw * lengths).sum() / max(1, lengths.sum()))
@@ -121,12 +107,12 @@ def texts(documents: Iterable[Document], batch_bytes: int = _ENCODE_BYTES) -> It
 
 
 def build_token_store(
-    corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path | str, *, mix: str | None = None, quiet: bool = False
+    corpus: Corpus, tokenizer: ByteLevelBPE, cache_dir: Path | str, *, mix: str | None = None, quiet: bool = False
 ) -> TokenStore:
-    """Tokens of the corpus's train split, read from the cache where corpus and tokenizer are the same to the byte.
+    """Tokens of the corpus's train split, from the cache where corpus and tokenizer are the same to the byte.
 
     Args:
-        mix: how many times a pass reads what; see ``document_repeats``.
+        mix: how often a pass reads each folder; see ``document_repeats``.
     """
     documents = corpus.split("train")
     key = hashlib.sha256(f"{FORMAT}:{corpus.fingerprint}:{tokenizer.sha256}".encode()).hexdigest()[:32]
@@ -134,13 +120,24 @@ def build_token_store(
     index = _whole_index(folder, len(documents))
     if index is None:
         _write(documents, tokenizer, folder, quiet)
-        index = _whole_index(folder, len(documents))
-        if index is None:
+        if (index := _whole_index(folder, len(documents))) is None:
             raise UserError(f"{folder} changed while it was read; start the run again")
-    return _read(folder, index, documents, tokenizer, key, document_repeats(documents, mix))
+    repeats = document_repeats(documents, mix)
+    lengths = np.array(index["lengths"], dtype=np.int64)
+    sizes = np.array([document.size for document in documents], dtype=np.int64)
+    return TokenStore(
+        tokens=np.memmap(folder / "tokens.bin", dtype=index["dtype"], mode="r"),
+        starts=np.concatenate(([0], np.cumsum(lengths))),
+        repeats=repeats,
+        weights=alignment_weights(documents, lengths * repeats),
+        token_bytes=tokenizer.token_bytes(),
+        text_bytes=int(sizes.sum()),
+        bytes_per_token=float((sizes * repeats).sum() / (lengths * repeats).sum()),
+        fingerprint=key,
+    )
 
 
-def _write(documents: list[Document], tokenizer: Tokenizer, folder: Path, quiet: bool) -> None:
+def _write(documents: list[Document], tokenizer: ByteLevelBPE, folder: Path, quiet: bool) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -167,10 +164,7 @@ def _write(documents: list[Document], tokenizer: Tokenizer, folder: Path, quiet:
 
 
 def _move_into_place(temporary: Path, folder: Path, documents: int) -> None:
-    """Give ``temporary`` its name; what is there already stays where it is whole.
-
-    Another run may have finished the same work meanwhile and be reading it, so nothing whole is ever taken away.
-    """
+    """Rename ``temporary`` to ``folder``, unless an intact one is there: another run may be reading it already."""
     try:
         os.rename(temporary, folder)
     except OSError:
@@ -184,7 +178,7 @@ def _move_into_place(temporary: Path, folder: Path, documents: int) -> None:
 
 
 def _whole_index(folder: Path, documents: int) -> dict[str, Any] | None:
-    """What ``_write`` noted about the tokens in ``folder``; None where there are none, or damaged ones."""
+    """The index that ``_write`` left in ``folder``; None where there is none, or the tokens are damaged."""
     file = folder / "index.json"
     if not file.exists():
         return None
@@ -201,25 +195,3 @@ def _whole_index(folder: Path, documents: int) -> dict[str, Any] | None:
         log.warning("tokens in %s are damaged and made again: %s", folder, error)
         return None
     return index
-
-
-def _read(
-    folder: Path,
-    index: dict[str, Any],
-    documents: list[Document],
-    tokenizer: Tokenizer,
-    key: str,
-    repeats: np.ndarray,
-) -> TokenStore:
-    lengths = np.array(index["lengths"], dtype=np.int64)
-    sizes = np.array([document.size for document in documents], dtype=np.int64)
-    return TokenStore(
-        tokens=np.memmap(folder / "tokens.bin", dtype=index["dtype"], mode="r"),
-        starts=np.concatenate(([0], np.cumsum(lengths))),
-        repeats=repeats,
-        weights=alignment_weights(documents, lengths * repeats),
-        token_bytes=tokenizer.token_bytes(),
-        text_bytes=int(sizes.sum()),
-        bytes_per_token=float((sizes * repeats).sum() / (lengths * repeats).sum()),
-        fingerprint=key,
-    )
