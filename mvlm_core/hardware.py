@@ -1,6 +1,6 @@
 """Device, precision, attention kernel and compilation: what is chosen for this machine, and why.
 
-Every choice carries its reason in words, because a silent fallback is how a GPU run ends up on a CPU.
+Every choice is logged with its reason, because a silent fallback is how a GPU run ends up on a CPU.
 Importing this module does not import torch: entry scripts use it before they parse their arguments.
 """
 
@@ -40,7 +40,7 @@ class Hardware:
     """What a run uses, with the reason for each choice."""
 
     device: str  # "cpu" | "cuda"
-    name: str  # processor or GPU name
+    name: str  # CPU or GPU name
     memory_bytes: int  # GPU memory, or RAM that this process may use
     precision: str  # "fp32" | "bf16"; weights stay fp32 either way
     attention_backend: str  # "sdpa" | "flash_attn" | "xformers" | "eager"
@@ -58,7 +58,7 @@ class Hardware:
 
     @property
     def muon_dtype(self) -> Any:
-        """What Muon orthogonalises in: bfloat16 where that is fast and the run asks for nothing finer."""
+        """The dtype in which Muon orthogonalizes: bfloat16 on a GPU or in a bf16 run, else float32."""
         import torch
 
         return torch.bfloat16 if self.device == "cuda" or self.precision == "bf16" else torch.float32
@@ -76,10 +76,10 @@ class Hardware:
 
 
 def _keep_freed_memory() -> None:
-    """Let the C library keep what a step frees for the next step; a user's own advice stays.
+    """Let glibc keep the memory that a step frees for the next step, unless the user has set its options.
 
-    By itself glibc gives large blocks back to the system at once and gets them anew page by page: 200,000 page faults
-    a step at GPT-2's size, 4 % of its time (measured), and 2 % in small models. Elsewhere nothing happens.
+    By default it returns large blocks to the system at once and faults them in again page by page: 200,000 page faults
+    per step at GPT-2's size, 4 % of its time (measured), and 2 % in small models. No effect with another C library.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
@@ -90,10 +90,10 @@ def _keep_freed_memory() -> None:
 
 
 def set_process_environment() -> None:
-    """Advise CUDA's caching allocator and OpenMP; a user's own advice stays. Call it before torch is imported.
+    """Set options of CUDA's caching allocator and OpenMP that the user has not set. Call it before importing torch.
 
-    Blocks above 512 MB are never split, so the large logits buffers of one step fit those of the next. Threads that
-    wait sleep instead of spinning: on an idle machine that costs nothing (measured on 2 cores: 3,770 against 3,560
+    Blocks above 512 MB are never split, so the large logits buffers of one step fit those of the next. Waiting threads
+    sleep instead of spinning: on an idle machine that costs nothing (measured on 2 cores: 3,770 against 3,560
     tokens/s), and beside another busy process spinning made training some twenty times slower.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -130,32 +130,18 @@ def choose_hardware(
     if no_mixed_precision:
         precision = "fp32"
 
-    chosen_device, device_reason = _choose_device(device, problems)
-    chosen_precision, precision_reason = _choose_precision(precision, chosen_device, problems)
+    why: dict[str, str] = {}
+    device, why["device"] = _choose_device(device, problems)
+    precision, why["precision"] = _choose_precision(precision, device, problems)
     if no_mixed_precision:
-        precision_reason = "--no_mixed_precision"
-    backend, backend_reason = _choose_attention(attention_backend, chosen_device, chosen_precision, problems)
+        why["precision"] = "--no_mixed_precision"
+    attention_backend, why["attention_backend"] = _choose_attention(attention_backend, device, precision, problems)
     if problems:
         raise UserError(problems)
-    compiled, compile_reason = _choose_compile(no_compile, chosen_device)
-    threads, threads_reason = available_threads()
-    name, memory_bytes = _name_and_memory(chosen_device)
-    return Hardware(
-        device=chosen_device,
-        name=name,
-        memory_bytes=memory_bytes,
-        precision=chosen_precision,
-        attention_backend=backend,
-        compile=compiled,
-        threads=threads,
-        reasons={
-            "device": device_reason,
-            "precision": precision_reason,
-            "attention_backend": backend_reason,
-            "compile": compile_reason,
-            "threads": threads_reason,
-        },
-    )
+    compiled, why["compile"] = _choose_compile(no_compile, device)
+    threads, why["threads"] = available_threads()
+    name, memory_bytes = _name_and_memory(device)
+    return Hardware(device, name, memory_bytes, precision, attention_backend, compiled, threads, why)
 
 
 def describe(hardware: Hardware) -> list[str]:
@@ -174,7 +160,7 @@ def describe(hardware: Hardware) -> list[str]:
 def resolve_preset(preset: str) -> tuple[str, str]:
     """Turn "auto" into the preset for this machine, with the reason; any other name passes through unchanged.
 
-    Does not import torch where a GPU is plainly absent, which keeps small commands quick.
+    Imports torch only where there may be a GPU, which keeps small commands quick.
     """
     if preset != "auto":
         return preset, "asked for"
@@ -280,7 +266,7 @@ def _choose_compile(no_compile: bool, device: str) -> tuple[bool, str]:
 
 
 def compiler_problem() -> str | None:
-    """What Triton, under torch.compile, misses to build its launchers; None when all is there."""
+    """What Triton, under torch.compile, lacks to build its launchers; None if nothing."""
     compilers = (os.environ.get("CC"), "gcc", "clang", "cc")
     if not any(name and shutil.which(name) for name in compilers):
         return "torch.compile needs a C compiler: sudo apt-get install build-essential"

@@ -144,8 +144,8 @@ FAULTS = """
 import resource, torch
 from mvlm_core.hardware import choose_hardware
 choose_hardware(device="cpu").apply()
-for number in range(15):
-    if number == 5:  # the first ones find their place
+for number in range(30):
+    if number == 20:  # the first ones find their place in the heap
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(4 << 20)  # 16 MB, freed at once
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -154,7 +154,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="advice for glibc's allocator")
 def test_freed_memory_is_kept_unless_the_user_says_otherwise(repository: Path) -> None:
-    """Ten times 16 MB are 40,960 pages: asked for anew each time, or kept since the first ones."""
+    """Ten times 16 MB are 40,960 pages: requested again each time, or kept since the first ones."""
     environment = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
     found = []
     for advice in ({}, {"MALLOC_MMAP_THRESHOLD_": "131072"}):
