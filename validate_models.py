@@ -54,10 +54,10 @@ def validate_model(
     finished = (folder / MANIFEST).is_file()
     if not checks.add("files", "export", finished, f"{folder}{'' if finished else ' holds no finished export'}"):
         return checks, samples
-    files: list[str] = []
     try:
         files = check_files(folder, checks, MODELLING_FILES)
     except OSError as error:
+        files = []
         checks.add("files", "manifest", False, f"{folder} cannot be read: {error}")
     if all(check.passed for check in checks):  # what was tampered with is not loaded: its code would run
         samples = check_loading(folder, files, checks, prompts=PROMPTS, texts=texts)

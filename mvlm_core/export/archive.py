@@ -53,18 +53,16 @@ def write_archive(model_dir: Path, archive: Path) -> str:
         raise ArchiveError(problems)
     manifest = read_manifest(model_dir)
     archive.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in archive.parent.glob(f".{archive.name}.*.partial"):
-        leftover.unlink(missing_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{archive.name}.", suffix=".partial", dir=archive.parent)
-    partial = Path(name)
+    partial = archive.with_name(f".{archive.name}.partial")
     try:
-        with os.fdopen(handle, "wb") as raw:
-            with gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=raw, mtime=0) as packed:
-                with tarfile.open(fileobj=packed, mode="w", format=tarfile.GNU_FORMAT) as tar:
-                    _add_files(tar, model_dir, manifest)
-            raw.flush()
-            os.fchmod(raw.fileno(), 0o644)
-            os.fsync(raw.fileno())
+        with (
+            partial.open("wb") as raw,
+            gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=raw, mtime=0) as packed,
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.GNU_FORMAT) as tar,
+        ):
+            _add_files(tar, model_dir, manifest)
+        partial.chmod(0o644)
+        fsync_path(partial)
         scan = _scan(partial)  # a file may have changed between its check and its packing
         if scan.problems or scan.manifest != manifest:
             raise ArchiveError([f"{model_dir}: {p}" for p in scan.problems or ["changed while it was packed"]])
@@ -140,9 +138,8 @@ def _take_file(scan: _Scan, entry: Entry, content: Iterator[bytes], destination:
                 kept += data
             if file:
                 file.write(data)
-        if file:
-            file.flush()
-            os.fsync(file.fileno())
+    if path:
+        fsync_path(path)
     scan.digests[entry.name] = digest.hexdigest()
     if is_manifest and scan.manifest_bytes is None:
         scan.manifest_bytes = bytes(kept)

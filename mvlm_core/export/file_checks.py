@@ -128,7 +128,7 @@ def modelling_files(sources: Path, config: dict[str, Any]) -> set[str]:
 def foreign_code(folder: Path, code: set[str], sources: Path) -> list[str]:
     """Modelling files that are not the repository's own: to load the model would be to run them."""
     problems = []
-    own = {path.name for path in sources.glob("*.py")}
+    own = {path.name for path in sources.glob("*.py")}  # never a path that the export chose
     for name in sorted(code):
         if name not in own:
             problems.append(f"{name}: the repository has no modelling file of this name; it is not run")

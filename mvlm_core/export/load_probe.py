@@ -1,4 +1,4 @@
-"""Loads an exported model the way a stranger would and says what it found, as JSON.
+"""Loads an exported model the way a stranger would and writes what it found, as JSON.
 
     python -I mvlm_core/export/load_probe.py MODEL_DIR REQUEST.json ANSWER.json
 
@@ -7,13 +7,17 @@ only and refuses to import anything of this repository, so it proves that the fo
 request holds `prompts`, `texts` for the round trip and `specials`, words that must be ordinary text.
 """
 
+from __future__ import annotations
+
 import contextlib
 import importlib.abc
 import json
 import os
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 OURS = {
     "bible_corpus",
@@ -33,8 +37,8 @@ class Unusable(Exception):
 
 
 @contextlib.contextmanager
-def concerning(what: str):
-    """Whatever goes wrong in here is said of ``what``."""
+def concerning(what: str) -> Iterator[None]:
+    """Whatever goes wrong in here is reported as a fault of ``what``."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
@@ -47,68 +51,50 @@ def concerning(what: str):
 class Barrier(importlib.abc.MetaPathFinder):
     """An editable install makes the repository importable everywhere; here it must not be."""
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
         if fullname.split(".")[0] in OURS:
             raise ModuleNotFoundError(f"{fullname}: the export needs a module of the repository that made it")
-        return None
 
 
-def weights_part(model, info) -> dict:
-    import torch
-
-    bad = [
-        name
-        for name, value in model.state_dict().items()
-        if value.is_floating_point() and not torch.isfinite(value).all()
-    ]
+def weights_part(model: Any, info: dict[str, Any]) -> dict[str, Any]:
+    tensors = model.state_dict().items()
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
     return {
-        "not_finite": bad,
+        "not_finite": [name for name, value in tensors if value.is_floating_point() and not value.isfinite().all()],
         "parameters": sum(value.numel() for value in model.parameters()),
-        "unfilled": sorted(
-            str(key)
-            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-            for key in info.get(kind, ())
-        ),
+        "unfilled": sorted(str(key) for kind in kinds for key in info.get(kind, ())),
         "rows": model.get_input_embeddings().weight.shape[0],
         "class": type(model).__name__,
     }
 
 
-def round_trips(tokenizer, texts: list[str]) -> list[str]:
-    """The texts that do not come back as they were."""
-    failed = []
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        without = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if back != text or without != text:
-            failed.append(text)
-    return failed
+def comes_back(tokenizer: Any, text: str) -> bool:
+    """Whether a text survives the round trip, with special tokens kept and skipped."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return all(
+        tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False) == text
+        for skip in (False, True)
+    )
 
 
-def tokenizer_part(tokenizer, model, request: dict) -> dict:
-    specials = tokenizer.special_tokens_map
-    taken = [
-        word
-        for word in (*request["specials"], *map(str, specials.values()))
-        if set(tokenizer(word, add_special_tokens=False).input_ids) & set(tokenizer.all_special_ids)
-    ]
+def tokenizer_part(tokenizer: Any, model: Any, request: dict[str, Any]) -> dict[str, Any]:
+    specials, special_ids = tokenizer.special_tokens_map, set(tokenizer.all_special_ids)
+    words = (*request["specials"], *map(str, specials.values()))
+    roles = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {
         "size": len(tokenizer),
         "highest_id": max(tokenizer.get_vocab().values()),
         "specials": specials,
         "special_ids": tokenizer.all_special_ids,
-        "failed": round_trips(tokenizer, request["texts"]),
-        "taken": taken,
+        "failed": [text for text in request["texts"] if not comes_back(tokenizer, text)],
+        "taken": [word for word in words if special_ids & set(tokenizer(word, add_special_tokens=False).input_ids)],
         "start_id": tokenizer.bos_token_id,
         "end_id": tokenizer.eos_token_id,
-        "config_ids": [
-            getattr(model.generation_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-        ],
+        "config_ids": [getattr(model.generation_config, role) for role in roles],
     }
 
 
-def generated(model, tokenizer, prompts: list[str]) -> list[dict]:
+def generated(model: Any, tokenizer: Any, prompts: list[str]) -> list[dict[str, Any]]:
     """Greedy continuations, asked for as the documentation of transformers asks."""
     import torch
 
@@ -123,13 +109,13 @@ def generated(model, tokenizer, prompts: list[str]) -> list[dict]:
             )[0]
         new = output[ids.shape[1] :].tolist()
         end = model.generation_config.eos_token_id
-        whole = len(new) == wanted or bool(new) and new[-1] in (end if isinstance(end, list) else [end])
+        ends = end if isinstance(end, list) else [end]
         found.append(
             {
                 "prompt": prompt,
                 "text": tokenizer.decode(output, skip_special_tokens=True),
                 "new_tokens": len(new),
-                "whole": whole,
+                "whole": len(new) == wanted or bool(new) and new[-1] in ends,
                 "finite": finite,
                 "within_vocabulary": max(new, default=0) < len(tokenizer),
             }
@@ -137,15 +123,16 @@ def generated(model, tokenizer, prompts: list[str]) -> list[dict]:
     return found
 
 
-def probe(model_dir: str, request: dict) -> dict:
+def probe(model_dir: str, request: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with concerning("config.json, generation_config.json or model.safetensors"):
         config = json.loads((Path(model_dir) / "config.json").read_text(encoding="utf-8"))
         own_code = "auto_map" in config  # a model that transformers knows must load without trusting any code
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             model_dir, trust_remote_code=own_code, output_loading_info=True
         )
+        model, info = loaded
         model.eval()
         weights = weights_part(model, info)
     with concerning("tokenizer.json or tokenizer_config.json"):
