@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.export.exports import copy_export
 from tests.helpers import MODELS, REPOSITORY, build_tiny_corpus, recipe_of, sample_books, tiny_settings
 
 LOCAL_ADDRESSES = ("127.0.0.1", "::1", "localhost")
@@ -69,6 +70,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for model in MODELS:
         run_training(recipe_of(model), tiny_settings(model, corpus, work))
     return work
+
+
+@pytest.fixture
+def export(trained: Path, tmp_path: Path) -> Path:
+    """A copy of model 1's tiny export at <work_dir>/models/mvlm_gpt2, which a test may change."""
+    return copy_export(trained / "mvlm_gpt2", tmp_path / "work" / "models" / "mvlm_gpt2")
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """Archives: reproducible, complete, and refused by name when anything about them is odd."""
 
 import gzip
-import hashlib
 import io
-import json
 import os
 import tarfile
 
@@ -13,8 +11,9 @@ from hypothesis import strategies as st
 
 from mvlm_core.export import archive as packaging
 from mvlm_core.export.archive import check_archive, extract_archive, matches_export, write_archive
-from mvlm_core.export.manifest import MANIFEST_LIMIT, ArchiveError, parse_manifest, verify_folder
+from mvlm_core.export.manifest import ArchiveError, verify_folder
 from mvlm_core.files import sha256_file
+from tests.export.exports import make_export
 from tests.helpers import damaged
 
 FILES = {
@@ -25,19 +24,9 @@ FILES = {
 }
 
 
-def make_export(folder, files=FILES, name="mvlm_gpt2"):
-    folder.mkdir(parents=True)
-    for file, data in files.items():
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_bytes(data)
-    digests = {file: hashlib.sha256(data).hexdigest() for file, data in files.items()}
-    (folder / "manifest.json").write_text(json.dumps({"format": 1, "name": name, "files": digests}))
-    return folder
-
-
 @pytest.fixture
 def export(tmp_path):
-    return make_export(tmp_path / "models" / "somewhere")
+    return make_export(tmp_path / "models" / "somewhere", FILES)
 
 
 @pytest.fixture
@@ -124,17 +113,6 @@ def test_damaged_export_is_not_packed_and_the_old_archive_stays(export, archive,
         write_archive(export, archive)
     assert archive.read_bytes() == before
     assert [p.name for p in archive.parent.iterdir()] == [archive.name]
-
-
-def test_verify_folder_names_each_fault(export, tmp_path):
-    (export / "README.md").unlink()
-    (export / "config.json").unlink()
-    (export / "config.json").symlink_to(tmp_path)
-    problems = "\n".join(verify_folder(export))
-    assert "README.md: missing" in problems and "config.json: a symbolic link" in problems
-    (export / "manifest.json").unlink()
-    assert "no manifest" in verify_folder(export)[0]
-    assert verify_folder(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -238,32 +216,6 @@ def test_archive_changed_between_check_and_extraction(archive, tmp_path, monkeyp
     assert list((tmp_path / "o").iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b"{",
-        b"[]",
-        b"null",
-        b"\xff\xfe",
-        b"[" * 100_000,
-        b'{"format": 1}',
-        b'{"format": 1' + b"1" * 5000 + b"}",
-        b'{"format": 1, "name": "../x", "files": {"a": "0"}}',
-        b'{"format": 1, "name": "m", "files": {"a": 3}}',
-        b'{"format": 1, "name": "m", "name": "n", "files": {}}',
-        b'{"format": 1, "name": "m", "files": {"manifest.json": "0"}}',
-        json.dumps({"format": 1, "name": "m", "files": {"../a": "0" * 64}}).encode(),
-        json.dumps({"format": 1, "name": "m", "files": {"a": "0" * 64, "A": "0" * 64}}).encode(),
-        json.dumps({"format": 1, "name": "m", "files": {"a": "0" * 64, "a/b": "0" * 64}}).encode(),
-        b" " * (MANIFEST_LIMIT + 1),
-    ],
-)
-def test_bad_manifests(data):
-    with pytest.raises(ArchiveError, match="manifest.json"):
-        parse_manifest(data)
-
-
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32), inside=st.booleans())
 def test_changed_bytes_never_pass_and_never_crash(archive, tmp_path, seed, inside):
@@ -290,19 +242,3 @@ def test_any_bytes_are_refused_with_a_reason(tmp_path, data, packed):
     path = tmp_path / "any.tar.gz"
     path.write_bytes(gzip.compress(data) if packed else data)
     assert check_archive(path)
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.text(max_size=8),
-        lambda inner: (
-            st.lists(inner, max_size=3)
-            | st.dictionaries(st.sampled_from(["format", "name", "files", "a", "../b", "A"]), inner, max_size=4)
-        ),
-        max_leaves=8,
-    )
-)
-def test_any_json_manifest(value):
-    with pytest.raises(ArchiveError):
-        parse_manifest(json.dumps(value).encode())

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from mvlm_core.export import archive as packaging
 from mvlm_core.export.archive import check_archive, extract_archive, write_archive
 from mvlm_core.export.manifest import ArchiveError
-from tests.export.test_archive import FILES, make_export, members, repack
+from tests.export.exports import make_export
+from tests.export.test_archive import FILES, members, repack
 from tests.helpers import ANY_JSON, cases, damaged, within
 
 SAFE_NAMES = [f"mvlm_gpt2/{name}" for name in (*FILES, "manifest.json", "other.json", "a/b.json")] + ["mvlm_gpt2"]
@@ -63,7 +64,7 @@ def member(name, data=b"x", **fields):
 def good(tmp_path_factory):
     """The bytes of a good archive, unpacked by one layer: its members as they stand in the tar file."""
     folder = tmp_path_factory.mktemp("good")
-    write_archive(make_export(folder / "export"), folder / "good.tar.gz")
+    write_archive(make_export(folder / "export", FILES), folder / "good.tar.gz")
     packed = (folder / "good.tar.gz").read_bytes()
     entries = []
     with tarfile.open(folder / "good.tar.gz") as tar:

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 import validate_models
 from mvlm_core.errors import UserError
-from mvlm_core.export import validation as export_checks
 from mvlm_core.export.file_checks import Checks, check_files
 from mvlm_core.export.manifest import EXPECTED_FILES, training_config
+from mvlm_core.files import sha256_file
 from mvlm_core.run_layout import training_history
+from prioritary_mvlm.config import MODELLING_FILES
+from tests.export.exports import copy_export, seal, set_json
 from tests.helpers import (
     ANY_JSON,
     BROKEN_JSON,
@@ -27,45 +29,20 @@ from tests.helpers import (
     with_a_value_replaced,
     within,
 )
-from tests.test_validate_models import seal, staged  # noqa: F401  a fixture
 
-SOURCES = validate_models.MODELLING_FILES
 JSON_FILES = [name for name in EXPECTED_FILES if name.endswith(".json")]
 
 
 @pytest.fixture(scope="module")
-def whole(staged, tmp_path_factory):  # noqa: F811
+def whole(trained, tmp_path_factory):
     """A finished export; tests work on copies of it."""
-    source, parameters, vocabulary = staged
-    folder = tmp_path_factory.mktemp("whole") / "mvlm_gpt2"
-    shutil.copytree(source, folder)
-    (folder / "README.md").write_text("a card\n")
-    config = {
-        "model": "mvlm_gpt2",
-        "preset": "smoke",
-        "settings": {"validation_split": 0.05, "seed": 1},
-        "identity": {"--seed": 1},
-        "hardware": {"device": "cpu", "name": "x"},
-        "data": {"fingerprint": "0", "only": None, "train_documents": 3},
-        "tokenizer": {"vocab_size": vocabulary},
-        "results": {"parameters": parameters, "steps": 3, "bytes": 10, "tokens": 5, "test_bpb": 3.0},
-    }
-    (folder / "training_config.json").write_text(json.dumps(config))
-    seal(folder)
-    return folder
+    return copy_export(trained / "mvlm_gpt2", tmp_path_factory.mktemp("whole") / "mvlm_gpt2")
 
 
 @pytest.fixture(scope="module")
-def whole_with_code(whole, tmp_path_factory):
+def whole_with_code(trained, tmp_path_factory):
     """An export of model 2, which brings its modelling files along."""
-    from simone_transformer import EnhancedSIMONEConfig, EnhancedSIMONEModel
-
-    folder = tmp_path_factory.mktemp("whole") / "simone_enhanced"
-    shutil.copytree(whole, folder)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}
-    EnhancedSIMONEModel(EnhancedSIMONEConfig(vocab_size=400, **sizes)).save_pretrained(folder)
-    seal(folder)
-    return folder
+    return copy_export(trained / "simone_enhanced", tmp_path_factory.mktemp("whole") / "simone_enhanced")
 
 
 @pytest.fixture
@@ -79,7 +56,7 @@ def failed(folder):
     """Failed checks of the files by name, with their details, none of which may harm a terminal or a report."""
     checks = Checks()
     with within(20):
-        check_files(folder, checks, SOURCES)
+        check_files(folder, checks, MODELLING_FILES)
     for check in checks:
         assert check.detail and check.detail.replace("\n", "").isprintable() and len(check.detail) < 5000
     return {check.name: check.detail for check in checks if not check.passed}
@@ -88,7 +65,7 @@ def failed(folder):
 def test_the_exports_are_good_as_they_are(whole, whole_with_code):
     """2 cases: so that what is refused below is refused for the change."""
     assert failed(whole) == failed(whole_with_code) == {}
-    assert {path.name for path in whole_with_code.glob("*.py")} < {path.name for path in SOURCES.glob("*.py")}
+    assert {path.name for path in whole_with_code.glob("*.py")} < {path.name for path in MODELLING_FILES.glob("*.py")}
 
 
 @cases(200)
@@ -180,10 +157,6 @@ class Harm:
 
 def harmful_code(marker):
     return f"import os\nos.mkdir({str(marker)!r})\n".encode()
-
-
-def set_json(path, **values):
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def torch_file(marker, zipped):
@@ -293,7 +266,7 @@ def test_no_code_is_run(export, tmp_path, tiny_corpus, capsys, handlers, attack,
         seal(export)
         manifest = json.loads((export / "manifest.json").read_text())
         for path in export.glob("*/*.py"):
-            manifest["files"][str(path.relative_to(export))] = export_checks.sha256_file(path)
+            manifest["files"][str(path.relative_to(export))] = sha256_file(path)
         (export / "manifest.json").write_text(json.dumps(manifest))
     found = validate(export, tiny_corpus, capsys)
     assert words in found[check], found

@@ -1,0 +1,58 @@
+"""What tests do to exports: copy one, change it, and make its manifest agree again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mvlm_core.export.archive import write_archive
+from mvlm_core.export.manifest import MANIFEST, read_manifest, write_manifest
+from mvlm_core.files import sha256_file
+from mvlm_core.run_layout import Layout
+
+
+def make_export(folder: Path, files: dict[str, bytes], name: str = "mvlm_gpt2") -> Path:
+    """A folder with these files and their manifest: as good as an export wherever nothing is loaded."""
+    for file, data in files.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(data)
+    write_manifest(folder, name, {file: hashlib.sha256(data).hexdigest() for file, data in files.items()})
+    return folder
+
+
+def copy_export(source: Path, target: Path) -> Path:
+    """The export alone, without checkpoints and whatever else lies beside it."""
+    target.mkdir(parents=True)
+    for name in (*read_manifest(source)["files"], MANIFEST):
+        shutil.copy(source / name, target / name)
+    return target
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest anew, so that it agrees with whatever is in the folder."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    write_manifest(folder, "mvlm_gpt2", {path.name: sha256_file(path) for path in folder.iterdir() if path.is_file()})
+
+
+def set_json(path: Path, section: str | None = None, **values: Any) -> None:
+    """Change values of a JSON file, or of one section of it."""
+    content = json.loads(path.read_text())
+    (content[section] if section else content).update(values)
+    path.write_text(json.dumps(content))
+
+
+def change_config(folder: Path, section: str, **values: Any) -> None:
+    """Change the record of the run, under a manifest that agrees."""
+    set_json(folder / "training_config.json", section, **values)
+    seal(folder)
+
+
+def pack(folder: Path) -> Layout:
+    """Archive the export below its work_dir, and list it in SHA256SUMS."""
+    layout = Layout(folder.parent.parent)
+    digest = write_archive(folder, layout.archive("mvlm_gpt2"))
+    layout.checksums.write_text(f"{digest}  mvlm_gpt2_model.tar.gz\n")
+    return layout

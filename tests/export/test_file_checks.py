@@ -1,0 +1,88 @@
+"""What lies in an export folder is judged before anything of it is loaded."""
+
+import json
+import shutil
+
+import pytest
+
+from mvlm_core.errors import UserError
+from mvlm_core.export.archive import write_archive
+from mvlm_core.export.file_checks import Checks, check_files, checked_export, pickles
+from prioritary_mvlm.config import MODELLING_FILES
+from tests.export.exports import seal, set_json
+
+
+def prepare_problem(folder, kind):
+    if kind == "extra":
+        (folder / "notes.txt").write_text("x")
+    elif kind == "listed extra":
+        (folder / "evil.py").write_text("print('x')")
+        seal(folder)
+    elif kind == "pickle name":
+        (folder / "pytorch_model.bin").write_bytes(b"x")
+    elif kind == "pickle bytes":
+        (folder / "README.md").write_bytes(b"\x80\x04\x95harmless looking")
+        seal(folder)
+    elif kind == "zip bytes":
+        (folder / "training_plots.png").write_bytes(b"PK\x03\x04archive/data.pkl")
+        seal(folder)
+    elif kind == "remote":
+        set_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "someone/elses--modeling.Model"})
+        seal(folder)
+    elif kind == "changed byte":
+        data = bytearray((folder / "model.safetensors").read_bytes())
+        data[-1] ^= 1
+        (folder / "model.safetensors").write_bytes(data)
+    elif kind == "missing":
+        (folder / "generation_config.json").unlink()
+        seal(folder)
+    elif kind == "link":
+        shutil.move(folder / "config.json", folder.parent / "config.json")
+        (folder / "config.json").symlink_to(folder.parent / "config.json")
+    elif kind == "bad manifest":
+        (folder / "manifest.json").write_text('{"format": 1, "name": "m", "files": {"../x": "0"}}')
+
+
+@pytest.mark.parametrize(
+    "kind, check, words",
+    [
+        ("extra", "no extra files", "notes.txt"),
+        ("listed extra", "no extra files", "evil.py"),
+        ("pickle name", "no pickle", "pytorch_model.bin"),
+        ("pickle bytes", "no pickle", "README.md"),
+        ("zip bytes", "no pickle", "training_plots.png"),
+        ("remote", "no remote code", "someone/elses--modeling.Model"),
+        ("changed byte", "hashes", "model.safetensors"),
+        ("missing", "expected files", "generation_config.json"),
+        ("link", "hashes", "config.json: a symbolic link"),
+        ("bad manifest", "manifest", "manifest.json"),
+    ],
+)
+def test_file_problems_are_named(export, kind, check, words):
+    prepare_problem(export, kind)
+    checks = Checks()
+    check_files(export, checks, MODELLING_FILES)
+    found = {check.name: check.detail for check in checks if not check.passed}
+    assert words in found[check], found
+
+
+def test_safetensors_whose_header_length_looks_like_a_pickle(export):
+    header = b'{"__metadata__":{"format":"pt"}}'.ljust(0x280)
+    (export / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert (export / "model.safetensors").read_bytes().startswith(b"\x80\x02")
+    assert pickles(export, []) == []
+
+
+def test_an_export_is_checked_before_it_is_used(trained, export, tmp_path):
+    with checked_export(export, MODELLING_FILES) as folder:
+        assert folder == export
+    packed = tmp_path / "simone_enhanced_model.tar.gz"
+    write_archive(trained / "simone_enhanced", packed)
+    with checked_export(packed, MODELLING_FILES) as folder:
+        assert (folder / "enhanced_model.py").is_file()
+    assert not folder.exists()
+    (export / "config.json").write_text(json.dumps({}))
+    with pytest.raises(UserError, match=r"config\.json"), checked_export(export, MODELLING_FILES):
+        pytest.fail("it was opened")
+    with pytest.raises(UserError, match="train a model first"), checked_export(tmp_path / "none", MODELLING_FILES):
+        pytest.fail("it was opened")

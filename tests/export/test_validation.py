@@ -1,0 +1,48 @@
+"""The checks that load a model or open an archive; `validate_models.py` runs them all."""
+
+import pytest
+
+from mvlm_core.export import validation
+from mvlm_core.export.file_checks import Checks
+from mvlm_core.export.manifest import read_manifest
+from tests.export.exports import pack, seal, set_json
+
+
+def test_export_that_needs_this_repository_does_not_load(export):
+    (export / "modeling.py").write_text("import mvlm_core.export.archive\nclass Model: ...\n")
+    code = {"AutoConfig": "modeling.Model", "AutoModelForCausalLM": "modeling.Model"}
+    set_json(export / "config.json", model_type="odd", auto_map=code)
+    seal(export)
+    checks = Checks()
+    validation.check_loading(export, list(read_manifest(export)["files"]), checks, prompts=(), texts=[])
+    (found,) = checks
+    assert not found.passed and "needs a module of the repository" in found.detail and "config.json" in found.detail
+
+
+def test_archives_are_compared(export, monkeypatch):
+    layout = pack(export)
+
+    def found():
+        checks = Checks()
+        validation.check_packed("mvlm_gpt2", export, layout, checks)
+        return {check.name for check in checks if not check.passed}
+
+    assert found() == set()
+    layout.checksums.write_text(f"{'0' * 64}  mvlm_gpt2_model.tar.gz\n")
+    assert found() == {"SHA256SUMS"}
+    pack(export)
+    (export / "README.md").write_text("another card\n")
+    seal(export)
+    assert found() == {"equals the export"}
+    data = bytearray(layout.archive("mvlm_gpt2").read_bytes())
+    data[len(data) // 2] ^= 1
+    layout.archive("mvlm_gpt2").write_bytes(data)
+    assert found() == {"SHA256SUMS", "opens and holds what its manifest says"}
+    layout.archive("mvlm_gpt2").unlink()
+    assert found() == {"there"}
+
+
+@pytest.mark.parametrize("recorded", [None, "3.0", float("nan"), True, 3, 3.01])
+def test_only_a_score_is_like_a_score(recorded):
+    assert not validation.same_score(recorded, 3.0, 1e-3)
+    assert validation.same_score(3.0005, 3.0, 1e-3) and not validation.same_score(3.0005, 3.0, 1e-4)
