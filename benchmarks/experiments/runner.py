@@ -44,12 +44,16 @@ Figures = dict[str, Any]
 Found = dict[str, dict[int, Figures]]  # label → seed → figures of a finished run
 
 
-def recipe_of(model: str) -> Recipe:
-    """How a model of this name is built and trained; loads torch."""
+def recipe_of(model: str, classic_part: str | None = None) -> Recipe:
+    """How a model of this name is built and trained, model 2 with a part of ``classic_parts.py``; loads torch."""
     if model == "mvlm_gpt2":
         return mvlm_trainer.recipe()
     from prioritary_mvlm.enhanced_trainer import RECIPE
 
+    if classic_part:
+        from benchmarks.experiments.classic_parts import CLASSIC_PARTS
+
+        CLASSIC_PARTS[classic_part]()
     return RECIPE
 
 
@@ -138,11 +142,7 @@ def run_one() -> None:
     setup_logging(settings.log_file, quiet=settings.quiet)
     from mvlm_core.training.run import run_training
 
-    if run.classic_part:
-        from benchmarks.experiments.classic_parts import CLASSIC_PARTS
-
-        CLASSIC_PARTS[run.classic_part]()
-    run_training(recipe_of(run.model), settings)
+    run_training(recipe_of(run.model, run.classic_part), settings)
 
 
 def execute(run: Run, signals: Signals) -> tuple[int, str]:

@@ -279,7 +279,7 @@ def products_alone(shape: Shape, options: argparse.Namespace, _folder: Path) -> 
 
 
 def ranks_of(processes: int) -> Any:
-    """This process alone, or forked into ``processes`` that share each batch."""
+    """This process alone, or with CPU workers that share each batch."""
     from mvlm_core.training.cpu_workers import fork
     from mvlm_core.training.distributed import ALONE
 

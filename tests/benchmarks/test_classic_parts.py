@@ -1,7 +1,10 @@
 """``benchmarks/experiments/classic_parts.py``: each part is in the model, and costs as many parameters."""
 
+from functools import partial
+
 import pytest
 
+from benchmarks.experiments import runner
 from benchmarks.performance import gpu_check
 from benchmarks.reliability import fault_injection
 
@@ -10,12 +13,10 @@ PARTS = (None, "layer_norm", "gelu", "plain_queries", "learned_positions")
 
 def try_part(part):
     """Parameters, loss and gradients of one batch, in a process of its own: a part may change the model's classes."""
-    from benchmarks.experiments.classic_parts import CLASSIC_PARTS
     from mvlm_core.hardware import choose_hardware
 
     hardware = choose_hardware(device="cpu", precision="fp32", no_compile=True)
-    if part:
-        CLASSIC_PARTS[part]()
+    gpu_check.recipe_of = partial(runner.recipe_of, classic_part=part)
     settings, built = gpu_check.build("simone_enhanced", "smoke", hardware)
     return built.model.num_parameters(), *gpu_check.forward_and_backward(settings, built, hardware, 4)
 
