@@ -1,4 +1,4 @@
-"""Faults of the packages' texts that no rule finds in a verse alone: single slips, words run together, borrowed verses.
+"""Errors of the packages' texts that no pattern finds in a single verse: slips, joined words, borrowed verses.
 
 `REPAIRS` is applied to single verses by `cleaning`; `repair_across` to all translations at once, when they are clean.
 """
@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-# Single slips: (translation, verse id) -> (what the package has, what the verse says). Applied before the rules.
+# Single slips: (translation, verse id) -> (what the package has, what the verse says). Applied before the cleaning.
 REPAIRS: dict[tuple[str, int], tuple[str, str]] = {
     ("akjv", 1033020): ("EleloheIsrael", "Elelohe-Israel"),
     ("akjv", 5032051): ("MeribahKadesh", "Meribah-Kadesh"),
@@ -65,8 +65,8 @@ def _joined(words: str) -> dict[str, str]:
     return {re.sub(r"[|-]", "", word): word for word in words.split()}
 
 
-# Words that run together and that no rule of `split_joined_words` parts, or that stand too often for it, by
-# translation: "|" marks the place of what was lost, "-" a hyphen.
+# Joined words that the heuristics of `split_joined_words` miss, or that are too frequent for them, by translation: "|"
+# marks where something was lost, "-" a hyphen.
 JOINED: dict[str, dict[str, str]] = {
     "dr": _joined("was|morning sending|for rest|in the|strength and|have to|them hath|loved in|all "),
     "etheridge": _joined("thirty|and men|in"),
@@ -85,7 +85,7 @@ JOINED: dict[str, dict[str, str]] = {
     "wmth": _joined("compassions|of"),
 }
 
-# Words that look like two but are one.
+# Single words that the heuristics would split.
 NOT_JOINED = frozenset(
     (
         "saddlebags crossbreed damaged grapevine coastline irshemesh hakore alright fittest evilmerodach "
@@ -101,7 +101,7 @@ NOT_JOINED = frozenset(
     ).split()
 )
 
-# What was lost where two words run together: Rotherham's dash, in nheb and oeb the end of a line of poetry.
+# What was lost between two joined words: Rotherham's dash; in nheb and oeb the end of a line of poetry.
 JOINED_BY = {"roth": "\u2014"}
 POETRY_JOINED = frozenset({"nheb", "oeb", "roth"})
 VOCABULARY_SOURCES = ("kjv", "asv", "dar", "ylt", "web", "wbs", "leeser", "wmth")
@@ -124,33 +124,31 @@ _SUFFIXES = frozenset(
 
 
 def split_joined_words(text: str, translation: str, known: Mapping[str, int], own: Mapping[str, int]) -> str:
-    """Part two words that run together (`templemay`) with what was lost between them.
+    """Split joined words (`templemay`), with what was lost between them.
 
-    `known` counts the lower-case words of other translations, `own` those of this one. `JOINED` names
-    joins of any translation. In those with lines of poetry or dashes lost, a word is parted where no other
-    translation has it, this one has it twice at most, and it falls into two well-known words of which neither could be
-    an affix (or one is a function word that stands where it can be none).
+    `known` counts the lower-case words of other translations, `own` those of this one. Words in `JOINED` are always
+    split. In translations that lost line ends of poetry or dashes, a word is split where no other translation has it,
+    this one has it at most twice, and it consists of two frequent words of which neither could be an affix (or one is
+    a function word in a position where it cannot be an affix).
     """
-    return re.sub(r"[A-Za-z]{4,}", lambda word: _parted(word[0], translation, known, own), text)
+    return re.sub(r"[A-Za-z]{4,}", lambda word: _split(word[0], translation, known, own), text)
 
 
-def _parted(word: str, translation: str, known: Mapping[str, int], own: Mapping[str, int]) -> str:
+def _split(word: str, translation: str, known: Mapping[str, int], own: Mapping[str, int]) -> str:
     lower = word.lower()
     joint = JOINED_BY.get(translation, " ")
     if parts := JOINED.get(translation, {}).get(word):
         return parts.replace("|", joint)
     if translation not in POETRY_JOINED or lower in known or own[word] > 2 or lower in NOT_JOINED:
         return word
-    cuts = []
+    best = (0, 0)
     for cut in range(1, len(word)):
         first, second = lower[:cut], lower[cut:]
         weight = min(known.get(first, 0), known.get(second, 0))
         if weight >= 12 and _are_two_words(first, second, weight, word[0].isupper()):
-            cuts.append((weight, cut))
-    if not cuts:
-        return word
-    cut = max(cuts)[1]
-    return word[:cut] + joint + word[cut:]
+            best = max(best, (weight, cut))
+    cut = best[1]
+    return word[:cut] + joint + word[cut:] if cut else word
 
 
 def _are_two_words(first: str, second: str, weight: int, is_name: bool) -> bool:
@@ -173,11 +171,11 @@ def count_words(texts: Iterable[str]) -> Counter[str]:
 def without_borrowed(
     verses: Mapping[int, str], donors: Iterable[Mapping[int, str]], known: Mapping[str, int]
 ) -> dict[int, str]:
-    """The verses that are not another translation's in disguise (gb).
+    """The verses that were not copied from another translation (gb).
 
     The package fills almost half of the Geneva Bible of 1599, whose spelling is its own, with verses of the King
-    James and Webster Bibles. A verse is such a filling if all its words are spelt as in those (`known`) and at least
-    seven in ten of them, as a set, are those of the same verse in one of the `donors`.
+    James and Webster Bibles. A verse counts as copied if all its words are spelt as in those (`known`) and their
+    Jaccard similarity to the same verse in one of the `donors` is at least 0.7.
     """
     donors = list(donors)
 
@@ -196,17 +194,14 @@ def repair_across(
 ) -> None:
     """Apply the rules that compare translations, in place, and count what they do.
 
-    A translation of `VOCABULARY_SOURCES` or a donor that is not among `bibles` is not compared with.
+    Translations of `VOCABULARY_SOURCES` and donors that are not among `bibles` are left out of the comparison.
     """
-    known: Counter[str] = Counter()
-    for name in VOCABULARY_SOURCES:
-        for word, count in count_words(bibles.get(name, {}).values()).items():
-            known[word.lower()] += count
+    known = count_words(text.lower() for name in VOCABULARY_SOURCES for text in bibles.get(name, {}).values())
     for name in sorted((JOINED.keys() | POETRY_JOINED) & bibles.keys()):
         own = count_words(bibles[name].values())
-        parted = {v: split_joined_words(text, name, known, own) for v, text in bibles[name].items()}
-        repaired[name] += sum(parted[v] != text for v, text in bibles[name].items())
-        bibles[name] = parted
+        split = {v: split_joined_words(text, name, known, own) for v, text in bibles[name].items()}
+        repaired[name] += sum(split[v] != text for v, text in bibles[name].items())
+        bibles[name] = split
     if "gb" in bibles:
         donors = [bibles[name] for name in ("kjv", "wbs", "rwebster") if name in bibles]
         genuine = without_borrowed(bibles["gb"], donors, known)

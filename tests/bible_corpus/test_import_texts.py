@@ -5,7 +5,7 @@ import json
 import pytest
 
 import prepare_dataset
-from bible_corpus import import_texts as own_text
+from bible_corpus import import_texts
 from mvlm_core.data.corpus import load_corpus
 from mvlm_core.errors import UserError
 from tests.helpers import sample_books
@@ -44,13 +44,13 @@ def add(folder, data_dir, *more):
 
 
 def test_markdown_gives_its_words_and_nothing_else():
-    assert own_text.plain_text(MARKDOWN).split("\n\n") == [
+    assert import_texts.plain_text(MARKDOWN).split("\n\n") == [
         "On mercy", "Blessed are the merciful: for they\nshall obtain mercy.", "first", "second word", *"abcd",
     ]  # fmt: skip
 
 
 def test_cleaning_leaves_words_and_paragraphs():
-    assert own_text.cleaned("\n\none \t\ntwo\x1b[2J\x00\n\n\n\n\nthree") == "one\ntwo[2J\n\nthree\n"
+    assert import_texts.cleaned("\n\none \t\ntwo\x1b[2J\x00\n\n\n\n\nthree") == "one\ntwo[2J\n\nthree\n"
 
 
 def test_texts_are_added_with_metadata_and_are_trained_on(tiny_corpus, folder):
@@ -73,7 +73,7 @@ def test_a_text_that_is_there_already_is_not_added_again(tiny_corpus, folder):
     (folder / "a.txt").write_text("the same words\n")
     (folder / "b.txt").write_text("the same words \n\n\n")
     (folder / "psalms.txt").write_text(sample_books()["psalms"])
-    found = own_text.gather(folder, load_corpus(tiny_corpus))
+    found = import_texts.gather(folder, load_corpus(tiny_corpus))
     assert [text.path for text in found.texts] == ["a.txt"]
     assert found.refused == {
         "b.txt": "the same text as a.txt",
@@ -86,7 +86,7 @@ def test_a_copy_of_held_out_text_is_refused_and_a_quotation_is_counted(tiny_corp
     half = ruth[: len(ruth) // 2]
     (folder / "copy.txt").write_text("A preface of a few words.\n" + half.upper().replace(",", ""))
     (folder / "quotation.txt").write_text("As it is written: " + " ".join(ruth.split()[:14]) + "\n")
-    found = own_text.gather(folder, load_corpus(tiny_corpus))
+    found = import_texts.gather(folder, load_corpus(tiny_corpus))
     assert [(text.path, text.shared) for text in found.texts] == [("quotation.txt", 2)]
     share = float(found.refused["copy.txt"].split()[2].rstrip("%"))
     assert share == pytest.approx(50, abs=2) and "bible/kjv/08-ruth.txt" in found.refused["copy.txt"]
