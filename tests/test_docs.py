@@ -9,25 +9,43 @@ import pytest
 from benchmarks.reliability.from_clone import run, shell_blocks
 from tests.helpers import REPOSITORY
 
-PAGES = ("README.md", "AGENTS.md", "mvlm_training_dataset_complete/README.md")
+GUIDES = ("docs/h200.md", "docs/your-own-text.md", "docs/troubleshooting.md")
+PAGES = ("README.md", "AGENTS.md", *GUIDES, "benchmarks/README.md", "mvlm_training_dataset_complete/README.md")
+RUN_AS_WRITTEN = ("README.md", *GUIDES)
+SCORED = ("README.md", "docs/h200.md", "benchmarks/README.md")
 ENTRY_POINTS = (
-    "train_all_models.py", "mvlm_trainer.py", "SIM-ONE Training/enhanced_train.py", "validate_models.py", "generate.py",
-    "make_report.py", "prepare_dataset.py", "setup_environment.sh", "benchmarks/from_clone.py",
-)  # fmt: skip
+    "train_all_models.py",
+    "mvlm_trainer.py",
+    "SIM-ONE Training/enhanced_train.py",
+    "validate_models.py",
+    "evaluate_models.py",
+    "generate.py",
+    "make_report.py",
+    "prepare_dataset.py",
+    "setup_environment.sh",
+)
 OTHERS_FLAGS = {"--nproc_per_node", "--model", "--check", "--format"}  # torchrun's, lm_eval's, ruff's
+LINES_OF_README = 130
 
 
 def page(name: str) -> str:
     return (REPOSITORY / name).read_text(encoding="utf-8")
 
 
+def modules_run(text: str) -> set[str]:
+    """Modules that a page runs with ``python -m``, ours only."""
+    return set(re.findall(r"python -m ((?:benchmarks|tests)\.[\w.]+)", text))
+
+
 @pytest.fixture(scope="module")
 def helps() -> str:
-    texts = []
-    for script in ENTRY_POINTS:
-        command = ["bash" if script.endswith(".sh") else sys.executable, REPOSITORY / script, "--help"]
-        texts.append(run(command, REPOSITORY))
-    return "\n".join(texts)
+    """The help of every command that a page names."""
+    commands = [
+        ["bash" if script.endswith(".sh") else sys.executable, REPOSITORY / script, "--help"] for script in ENTRY_POINTS
+    ]
+    modules = sorted(set().union(*(modules_run(page(name)) for name in PAGES)))
+    commands += [[sys.executable, "-m", module, "--help"] for module in modules if module.startswith("benchmarks.")]
+    return "\n".join(run(command, REPOSITORY) for command in commands)
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -37,30 +55,48 @@ def test_every_flag_on_a_page_is_known(name, helps):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_every_file_a_page_links_to_or_names_is_there(name):
-    text = page(name)
-    named = set(re.findall(r"\]\(([^)#:]+)\)", text)) | set(re.findall(r"`((?:benchmarks|tests|docs)/[\w./]+)`", text))
-    missing = {path for path in named if not ((REPOSITORY / name).parent / path).exists()}
-    assert named or name != "README.md"
-    assert not {path for path in missing if not (REPOSITORY / path).exists()}
+def test_every_file_a_page_links_to_or_names_exists(name):
+    text, folder = page(name), (REPOSITORY / name).parent
+    linked = {path for path in re.findall(r"\]\(([^)#:]+)\)", text)}
+    named = set(re.findall(r"`((?:benchmarks|tests|docs|mvlm_core|bible_corpus|SIM-ONE Training)/[\w./ -]+\.\w+)`", text))
+    assert not {path for path in linked if not (folder / path).exists()}
+    assert not {path for path in named if not (REPOSITORY / path).exists()}
+    modules = {f"{module.replace('.', '/')}.py" for module in modules_run(text)}
+    assert not {path for path in modules if not (REPOSITORY / path).exists()}
 
 
-def test_every_message_in_the_table_of_troubles_is_one_that_is_said():
-    table = page("README.md").split("## When something goes wrong")[1]
-    said = "".join(p.read_text(encoding="utf-8") for p in (REPOSITORY / "mvlm_core").glob("*.py")).replace('"\n', "")
+def test_the_guide_answers_ten_questions_with_files_that_exist():
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|$", page("AGENTS.md").split("## Where do I change")[1], re.M)[2:]
+    assert len(rows) >= 10
+    for question, place, proof in rows:
+        files = re.findall(r"`((?:[\w.-]+|SIM-ONE Training)(?:/[\w.-]+)*\.(?:py|sh|md|toml|txt|json|html))", place + proof)
+        assert files, question
+        assert not [file for file in files if not (REPOSITORY / file).exists()], question
+
+
+def test_every_message_in_the_table_of_troubles_is_one_that_the_code_prints():
+    sources = [*(REPOSITORY / "mvlm_core").rglob("*.py"), *REPOSITORY.glob("*.py")]
+    said = "".join(path.read_text(encoding="utf-8") for path in sources).replace('"\n', "")
     said = re.sub(r"\{[^}]*\}|%\w", "", re.sub(r'\s*f?"(?=[^"]*$)', "", said))
-    for message in re.findall(r"^\| `([^`]+)`", table, re.M):
+    messages = re.findall(r"^\| `([^`]+)`", page("docs/troubleshooting.md"), re.M)
+    assert len(messages) >= 8
+    for message in messages:
         if message.startswith("ModuleNotFoundError"):
             continue  # Python's own
         parts = [part.strip() for part in re.split(r"…|\bN\b", message) if len(part.strip()) > 4]
         assert parts and all(part in said for part in parts), message
 
 
-def test_every_score_in_the_readme_stands_in_the_results():
-    numbers = {float(number) for number in re.findall(r"\d+\.\d{3,4}\b", page("benchmarks/RESULTS.md"))}
-    for number in re.findall(r"(?<![\w,])\d\.\d{3,4}\b", page("README.md")):
+@pytest.mark.parametrize("name", SCORED)
+def test_every_score_on_a_page_stands_in_the_log(name):
+    numbers = {float(number) for number in re.findall(r"\d+\.\d{3,4}\b", page("benchmarks/LOG.md"))}
+    for number in re.findall(r"(?<![\w,.])\d\.\d{3,4}\b", page(name)):
         places = len(number.split(".")[1])
         assert any(f"{known:.{places}f}" == number for known in numbers), number
+
+
+def test_the_readme_stays_short():
+    assert page("README.md").count("\n") <= LINES_OF_README
 
 
 @pytest.mark.integration
@@ -69,17 +105,20 @@ def test_every_command_of_the_pages_runs(tmp_path):
     clone = tmp_path / "clone"
     run(["git", "clone", "--quiet", REPOSITORY, clone], tmp_path)
     (clone / "my_texts").mkdir()
-    (clone / "my_texts" / "psalm.md").write_text("# A psalm of my own\n\nSing, all ye machines.\n")
+    for number in range(3):
+        text = "# A psalm of my own\n\n" + f"Sing, all ye machines, for the {number}th time.\n" * 200
+        (clone / "my_texts" / f"psalm{number}.txt").write_text(text)
     commands = []
-    for name in PAGES:
+    for name in RUN_AS_WRITTEN:
         for block in shell_blocks(page(name)):
             commands += [line for line in block.splitlines() if line.strip()]
     assert len(commands) > 12
-    for command in commands:
-        command = re.sub(r"train_all_models\.py$", "train_all_models.py --preset smoke", command)
+    for command in dict.fromkeys(commands):
+        command = re.sub(r"train_all_models\.py(?! --preset)", "train_all_models.py --preset smoke", command)
         command = command.replace("--work_dir /tmp/smoke", f"--work_dir {tmp_path / 'smoke'}")
         command = re.sub(r"_node 8 (.*) --preset h200$", r"_node 2 \1 --preset smoke --fresh", command)
         command = re.sub(r"-m pytest.*", "-m pytest --collect-only --quiet", command)
+        command = re.sub(r"gpu_check$", "gpu_check --device cpu --presets smoke --seconds 0.01", command)
         print(command, flush=True)
         run(["bash", "-ec", command], clone)
     for model in ("mvlm_gpt2", "simone_enhanced"):
