@@ -42,7 +42,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             probabilities = torch.softmax(logits, dim=-1, dtype=exact, out=probability_block[: len(target)])
             log_partition[part] = logits.amax(dim=1).to(exact) - probabilities.amax(dim=1).log()
             nll[part] = log_partition[part] - logits.gather(1, target).squeeze(1)
-            if not wanted:
+            if grad_hidden is None or grad_weight is None:
                 continue
             # d/dlogits of w·(nll + z·lse²) is w·(p·(1 + 2z·lse) − onehot) = w·f·(p − onehot / f) with f = 1 + 2z·lse:
             # factors that are constant along a row are applied to the narrow matrices, not to the logits.
@@ -55,7 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.addmm(grad_weight, gradient.t(), scaled, out=grad_weight)
             else:
                 grad_weight += gradient.t() @ scaled
-        ctx.save_for_backward(grad_hidden, grad_weight[:vocab] if wanted else None)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight[:vocab])
         ctx.mark_non_differentiable(nll)
         loss = (token_weights * (nll + z_loss * log_partition.square())).sum() / count
         return loss, nll
