@@ -68,14 +68,8 @@ class TrainingLoop:
         if self.state.step == 0:
             self._save()  # a full or read-only disk is found now, not after an hour
         tokens = self.task.batches.tokens_per_batch
-        with progress(
-            self.total_steps * tokens,
-            "training",
-            "tok",
-            initial=self.state.step * tokens,
-            quiet=self.settings.quiet or not self.ranks.is_main,
-            unit_scale=True,
-        ) as bar:
+        quiet, done = self.settings.quiet or not self.ranks.is_main, self.state.step * tokens
+        with progress(self.total_steps * tokens, "training", "tok", initial=done, quiet=quiet, unit_scale=True) as bar:
             while not self.state.finished:
                 stopping = self._step(stop)
                 bar.update(tokens)
@@ -147,7 +141,7 @@ class TrainingLoop:
                 break
             except torch.OutOfMemoryError:
                 self._halve_micro_batch()
-        parameters = [p for group in optimizers.groups() for p in group["params"] if p.grad is not None]
+        parameters = [p for p in optimizers.parameters() if p.grad is not None]
         self.ranks.sum_on_device([*(p.grad for p in parameters), *figures.values()])
         all_bytes, stopping = self.ranks.sum_numbers(text_bytes, stop.wanted())
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf)
@@ -211,7 +205,7 @@ class TrainingLoop:
             reserved: list[Tensor] = []
             try:
                 if empty:
-                    reserved = [torch.empty_like(p) for g in optimizers.groups() for p in g["params"] for _ in range(2)]
+                    reserved = [torch.empty_like(p) for p in optimizers.parameters() for _ in range(2)]
                 count = min(self.state.micro_batch, len(self.ranks.part(self.task.batches.sequences)))
                 self._micro_batch(0, count, self.state.step / self.total_steps)
                 return
@@ -371,9 +365,8 @@ class TrainingLoop:
         state = self.ranks.share(found.state if found else None)
         if state is None:
             return False
-        tensors = {
-            name: self.ranks.share_tensors(found.tensors(name) if found else {}) for name in self.task.state_tensors()
-        }
+        files = self.task.state_tensors()
+        tensors = {name: self.ranks.share_tensors(found.tensors(name) if found else {}) for name in files}
         try:
             self.state = LoopState.of(state)
             if self.state.step > 0 and not tensors["optimizer"]:

@@ -162,6 +162,9 @@ class Optimizers:
     def groups(self) -> list[dict[str, Any]]:
         return [group for part in self.parts for group in part.param_groups]
 
+    def parameters(self) -> list[Tensor]:
+        return [parameter for group in self.groups() for parameter in group["params"]]
+
     def set_scale(self, scale: float) -> float:
         """Set every group's learning rate to ``scale`` of its peak; returns the first group's, which is logged."""
         for group in self.groups():
@@ -197,17 +200,19 @@ class Optimizers:
         Raises:
             ValueError: a tensor is missing, has another shape, or belongs to no parameter.
         """
-        wanted: dict[str, tuple[torch.optim.Optimizer, Tensor, str, tuple[int, ...]]] = {}
-        for part in self.parts:
-            for parameter in (p for group in part.param_groups for p in group["params"]):
-                for quantity in _STATE[type(part)]:
-                    shape = () if quantity == "step" else tuple(parameter.shape)
-                    wanted[f"{self._names[parameter]}/{quantity}"] = (part, parameter, quantity, shape)
+        wanted = {
+            f"{self._names[parameter]}/{quantity}": (part, parameter, quantity)
+            for part in self.parts
+            for group in part.param_groups
+            for parameter in group["params"]
+            for quantity in _STATE[type(part)]
+        }
         if tensors and (odd := sorted(tensors.keys() ^ wanted.keys())):
             raise ValueError(f"optimizer state missing or unknown: {', '.join(odd[:3])}")
         for name, value in tensors.items():
-            part, parameter, quantity, shape = wanted[name]
-            if tuple(value.shape) != shape:
+            part, parameter, quantity = wanted[name]
+            shape = torch.Size() if quantity == "step" else parameter.shape
+            if value.shape != shape:
                 raise ValueError(f"optimizer state {name} has shape {list(value.shape)}, not {list(shape)}")
             part.state[parameter][quantity] = value.to(parameter.device)
 

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there; damage is named; rotation keeps the newest and the best."""
+"""Checkpoints are complete or absent; damage is named; rotation keeps the newest and the best."""
 
 import pytest
 import torch

@@ -34,7 +34,7 @@ def final_state(loop):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_stopped_and_resumed_equals_undisturbed_to_the_bit(model, tiny_corpus, tmp_path):
+def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(model, tiny_corpus, tmp_path):
     changes = {**everything_on(model), "max_steps": 24}
     whole = make_loop(model, tiny_settings(model, tiny_corpus, tmp_path / "a", **changes))
     whole.run(StopAfter())

@@ -1,4 +1,4 @@
-"""TensorBoard's event files say what the history says, and trouble with them stops nothing."""
+"""The TensorBoard scalars equal the history, and trouble with them stops nothing."""
 
 import logging
 
