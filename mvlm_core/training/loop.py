@@ -142,7 +142,8 @@ class TrainingLoop:
             except torch.OutOfMemoryError:
                 self._halve_micro_batch()
         parameters = [p for p in optimizers.parameters() if p.grad is not None]
-        self.ranks.sum_on_device([*(p.grad for p in parameters), *figures.values()])
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        self.ranks.sum_on_device([*gradients, *figures.values()])
         all_bytes, stopping = self.ranks.sum_numbers(text_bytes, stop.wanted())
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf)
         skipped = (~(norm.isfinite() & figures["train_loss"].isfinite())).float()
