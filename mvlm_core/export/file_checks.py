@@ -110,7 +110,7 @@ def check_files(folder: Path, checks: Checks, sources: Path) -> list[str]:
 
 def modelling_files(sources: Path, config: dict[str, Any]) -> set[str]:
     """The Python files that `auto_map` names, and those that our own sources of these names import beside them."""
-    waiting = [target.split(".")[0] for target in _strings(config.get("auto_map"))]
+    waiting = [target.split(".")[0] for _, target in _strings(config.get("auto_map"))]
     own = {path.name for path in sources.glob("*.py")}
     found: set[str] = set()
     while waiting:
@@ -142,35 +142,26 @@ def foreign_code(folder: Path, code: set[str], sources: Path) -> list[str]:
 
 
 def remote_code(folder: Path) -> list[str]:
-    """Settings that would fetch code from elsewhere, at any depth."""
+    """What transformers reads as the place of some code, at any depth, and leads out of the folder."""
     return [
-        f"{file}: {key} leads to {target}"
+        f"{file}: {'.'.join(keys)} leads to {target}"
         for file in ("config.json", "tokenizer_config.json", "generation_config.json")
-        for key, target in _code_settings(read_json(folder / file))
-        if "--" in target or "/" in target
+        for keys, target in _strings(read_json(folder / file))
+        if any(key == "auto_map" or key.endswith("attn_implementation") for key in keys)
+        and ("--" in target or "/" in target)
     ]
 
 
-def _code_settings(value: object) -> Iterator[tuple[str, str]]:
-    """(key, string) of what transformers reads as the place of some code: `auto_map`, attention kernels."""
+def _strings(value: object, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Every string in a JSON value, with the keys that lead to it."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            if key == "auto_map" or key.endswith("attn_implementation"):
-                yield from ((key, text) for text in _strings(inner))
-            else:
-                yield from _code_settings(inner)
+            yield from _strings(inner, (*keys, key))
     elif isinstance(value, list):
         for inner in value:
-            yield from _code_settings(inner)
-
-
-def _strings(value: object) -> list[str]:
-    """Every string in a JSON value, however it is nested."""
-    if isinstance(value, dict):
-        return [text for inner in value.values() for text in _strings(inner)]
-    if isinstance(value, list):
-        return [text for inner in value for text in _strings(inner)]
-    return [value] if isinstance(value, str) else []
+            yield from _strings(inner, keys)
+    elif isinstance(value, str):
+        yield keys, value
 
 
 def pickles(folder: Path, files: list[str]) -> list[str]:
@@ -204,9 +195,9 @@ def unreadable(folder: Path) -> list[str]:
             continue
         try:
             if path.suffix == ".json":
-                kind, words = (list, "list") if name == "training_history.json" else (dict, "object")
+                kind, what = (list, "list") if name == "training_history.json" else (dict, "object")
                 if not isinstance(json.loads(read_regular(path, JSON_LIMIT).decode("utf-8")), kind):
-                    raise ValueError(f"not a JSON {words}")
+                    raise ValueError(f"not a JSON {what}")
             elif path.suffix == ".safetensors":
                 _open_safetensors(path)
         except (OSError, ValueError, RecursionError) as error:

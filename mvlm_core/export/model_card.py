@@ -41,8 +41,8 @@ Bits per byte: total negative log-likelihood over ln 2 times the UTF-8 bytes of 
 windows of the training context that start half of it apart. The corpus says which documents are validation and test
 text; "test" is all of it, a dash stands for text that the corpus does not have or that was not scored. In the training
 repository `validate_models.py FOLDER` measures the test figures again from these files, and `evaluate_models.py FOLDER`
-memorization, repetition and calibration. One training run, with seed {config["settings"]["seed"]}: other seeds give
-other figures.
+memorization, repetition and calibration. One training run, with seed {config["settings"]["seed"]}; other seeds give
+different figures.
 
 ## Data
 
