@@ -15,7 +15,7 @@ EXAMPLES = """examples:
   python enhanced_train.py                       train with the preset that fits this machine
   python enhanced_train.py --preset smoke        a minute, to see that everything works
   python enhanced_train.py --policy_head --coherence_weight 0.2
-Run it again after an interruption: it goes on from the newest checkpoint.
+Run it again after an interruption: it resumes from the newest checkpoint.
 """
 
 

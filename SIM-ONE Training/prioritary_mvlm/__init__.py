@@ -1,6 +1,6 @@
 """Model 2's training: settings, tokenizer, losses and trainer.
 
-The heavy names are imported when they are first asked for: the settings alone must answer ``--help`` at once.
+Names are imported on first use, so that the settings alone answer ``--help`` without loading torch.
 """
 
 from importlib import import_module

@@ -1,43 +1,28 @@
 """Model 2's training loss: accuracy, content alignment and coherence, each a proper score of real text.
 
-Every part is a cross-entropy of tokens that stand in the corpus, so none can fall without the model predicting text
-better: there is no part that a constant output, a saturated gate or repeated text would satisfy.
+Every part is a cross-entropy of tokens of the corpus, so none can fall without the model predicting text better: no
+constant output, saturated gate or repeated text satisfies any of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from mvlm_core.training.cross_entropy import linear_cross_entropy
+from mvlm_core.training.state import StepLoss
 
 
-@dataclass(frozen=True)
-class LossParts:
-    """What one micro-batch gave.
-
-    Attributes:
-        total: what is minimised.
-        train_loss: plain next-token cross-entropy in nats a token, detached.
-        parts: the parts by name, unweighted, detached.
-    """
-
-    total: Tensor
-    train_loss: Tensor
-    parts: dict[str, Tensor]
-
-
-def mean_loss(members: list[LossParts]) -> LossParts:
-    """The mean of what a committee's members gave: each is trained by its own part of it alone."""
+def mean_loss(losses: list[StepLoss]) -> StepLoss:
+    """The mean over the models of an ensemble: each is trained by its own part of it alone."""
 
     def mean(values: Iterable[Tensor]) -> Tensor:
         return torch.stack(list(values)).mean()
 
-    parts = {name: mean(member.parts[name] for member in members) for name in members[0].parts}
-    return LossParts(mean(m.total for m in members), mean(m.train_loss for m in members), parts)
+    parts = {name: mean(loss.parts[name] for loss in losses) for name in losses[0].parts}
+    return StepLoss(mean(loss.total for loss in losses), mean(loss.train_loss for loss in losses), parts)
 
 
 class ComprehensiveTrainingLoss(nn.Module):
@@ -90,7 +75,7 @@ class ComprehensiveTrainingLoss(nn.Module):
 
     def forward(
         self, hidden: Tensor, output_weight: Tensor, targets: Tensor, document_weights: Tensor, progress: float
-    ) -> LossParts:
+    ) -> StepLoss:
         """Score one micro-batch.
 
         Args:
@@ -111,4 +96,4 @@ class ComprehensiveTrainingLoss(nn.Module):
             ahead, _ = linear_cross_entropy(early + self.ahead(early), output_weight, targets[:, 1:])
             total = total + weight * ahead
             parts["coherence_loss"] = ahead.detach()
-        return LossParts(total, parts["accuracy_loss"], parts)
+        return StepLoss(total, parts["accuracy_loss"], parts)

@@ -12,7 +12,7 @@ from mvlm_core.settings import option
 # The modelling files that ship in each export: the only code that an export may hold.
 MODELLING_FILES = Path(__file__).resolve().parent.parent / "simone_transformer"
 
-# What short runs on a processor do best with (benchmarks/RESULTS.md).
+# Best for short runs on a CPU (measured: benchmarks/LOG.md).
 SMALL = {
     "optimizer": "muon",
     "learning_rate": 0.03,
@@ -29,7 +29,7 @@ def _head(default: bool, what: str) -> Any:
 
 @dataclass
 class PrioritaryConfig(BibleSettings):
-    """Everything that a run of Enhanced SIM-ONE can be told.
+    """Every setting of an Enhanced SIM-ONE run.
 
     ``PrioritaryConfig()`` is the preset that fits this machine; ``PrioritaryConfig(preset="smoke", max_steps=10)``
     changes one value. See ``TrainingSettings`` for what both models share.
@@ -51,7 +51,7 @@ class PrioritaryConfig(BibleSettings):
 
     adamw_learning_rate: float = option(
         3e-3,
-        "peak rate of what muon leaves to adamw: embeddings, heads, vectors",
+        "peak learning rate of what muon leaves to adamw: embeddings, heads, vectors",
         "optimisation",
         above=0,
         identity=True,
@@ -63,17 +63,18 @@ class PrioritaryConfig(BibleSettings):
         choices=("tied", "own"),
         identity=True,
     )
-    num_members: int = option(
+    num_models: int = option(
         1,
-        "models trained side by side in one run, their probabilities averaged: for a short text that is read often",
+        "models trained side by side as an ensemble, their probabilities averaged: for data-constrained training",
         "model",
         minimum=1,
         identity=True,
+        aliases=("num_members",),
     )
-    # Off because no gain could be told from noise (benchmarks/RESULTS.md).
-    policy_head: bool = _head(False, "gate on what each attention head read")
-    memory_head: bool = _head(True, "keys of the token before, first layer's values")
-    trace_head: bool = _head(True, "report what the other heads and the attention did, when asked")
+    # Off because its gain was within the noise (benchmarks/LOG.md).
+    policy_head: bool = _head(False, "gate on each attention head's output")
+    memory_head: bool = _head(True, "shifted keys, and a value residual from the first layer")
+    trace_head: bool = _head(True, "traces of the other heads and the attention, on request")
     accuracy_weight: float = option(1.0, "weight of next-token cross-entropy", "loss", minimum=0, identity=True)
     alignment_weight: float = option(
         0.0, "weight of the same, weighted by document quality", "loss", minimum=0, identity=True
@@ -82,7 +83,7 @@ class PrioritaryConfig(BibleSettings):
         0.0, "starting weight of predicting the token after the next", "loss", minimum=0, identity=True
     )
     coherence_until: float = option(
-        0.5, "share of the run after which coherence weighs 0", "loss", above=0, maximum=1, identity=True
+        0.5, "share of the run after which the coherence weight is 0", "loss", above=0, maximum=1, identity=True
     )
     z_loss_weight: float = option(
         1e-4, "weight of the squared log partition function", "loss", minimum=0, identity=True

@@ -1,8 +1,9 @@
-"""The trainer of model 2: what is its own, handed to the run both models share."""
+"""The trainer of model 2: its part of the training run that both models share."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -12,14 +13,14 @@ from mvlm_core.data.tokenizer import ByteLevelBPE
 from mvlm_core.hardware import Hardware
 from mvlm_core.training.optimizer import build_optimizers
 from mvlm_core.training.run import run_training
-from mvlm_core.training.state import BuiltModel, Recipe
-from prioritary_mvlm.advanced_losses import ComprehensiveTrainingLoss, LossParts, mean_loss
+from mvlm_core.training.state import BuiltModel, Recipe, StepLoss
+from prioritary_mvlm.advanced_losses import ComprehensiveTrainingLoss, mean_loss
 from prioritary_mvlm.advanced_tokenizer import AdvancedBPETokenizer
 from prioritary_mvlm.config import PrioritaryConfig
 from simone_transformer import (
-    EnhancedSIMONECommittee,
-    EnhancedSIMONECommitteeConfig,
     EnhancedSIMONEConfig,
+    EnhancedSIMONEEnsemble,
+    EnhancedSIMONEEnsembleConfig,
     EnhancedSIMONEModel,
     swiglu_width,
 )
@@ -30,57 +31,49 @@ NAME = "simone_enhanced"
 def model_config(
     config: PrioritaryConfig, tokenizer: ByteLevelBPE, attention_backend: str = "sdpa"
 ) -> EnhancedSIMONEConfig:
-    """The model's shape from the run's settings."""
-    shape = {
+    """The model's shape from the run's settings: fields of the same name are copied, the others are listed here."""
+    kind = EnhancedSIMONEEnsembleConfig if config.num_models > 1 else EnhancedSIMONEConfig
+    shape = {entry.name: getattr(config, entry.name) for entry in fields(kind) if hasattr(config, entry.name)}
+    shape |= {
         "vocab_size": tokenizer.vocab_size,
         "hidden_size": config.hidden_dim,
-        "num_hidden_layers": config.num_members * config.num_layers,
+        "num_hidden_layers": config.num_models * config.num_layers,
         "num_attention_heads": config.num_heads,
         "intermediate_size": swiglu_width(config.ff_dim),
         "max_position_embeddings": config.max_length,
         "hidden_dropout": config.dropout,
-        "policy_head": config.policy_head,
-        "memory_head": config.memory_head,
-        "trace_head": config.trace_head,
         "attention_backend": attention_backend,
         "tie_word_embeddings": config.output_head == "tied",
         "pad_token_id": tokenizer.token_id("pad_token"),
         "bos_token_id": tokenizer.start_id,
         "eos_token_id": tokenizer.end_id,
     }
-    if config.num_members > 1:
-        return EnhancedSIMONECommitteeConfig(num_members=config.num_members, **shape)
-    return EnhancedSIMONEConfig(**shape)
+    return kind(**shape)
 
 
-def _loss(config: PrioritaryConfig) -> ComprehensiveTrainingLoss:
-    return ComprehensiveTrainingLoss(
-        config.hidden_dim,
-        accuracy_weight=config.accuracy_weight,
-        alignment_weight=config.alignment_weight,
-        coherence_weight=config.coherence_weight,
-        coherence_until=config.coherence_until,
-        z_loss_weight=config.z_loss_weight,
-    )
-
-
-def build(config: PrioritaryConfig, tokenizer: ByteLevelBPE, hardware: Hardware) -> BuiltModel:
-    """A fresh model, or committee of them, with its loss and optimizers."""
+def build_model(
+    config: PrioritaryConfig, tokenizer: ByteLevelBPE, hardware: Hardware
+) -> EnhancedSIMONEModel | EnhancedSIMONEEnsemble:
+    """A fresh model, or an ensemble of them."""
     shape = model_config(config, tokenizer, hardware.attention_backend)
-    if isinstance(shape, EnhancedSIMONECommitteeConfig):
-        model = EnhancedSIMONECommittee(shape)
-        members = list(model.members)
-    else:
-        model = EnhancedSIMONEModel(shape)
-        members = [model]
-    losses = nn.ModuleList(_loss(config) for _ in members)
+    kind = EnhancedSIMONEEnsemble if isinstance(shape, EnhancedSIMONEEnsembleConfig) else EnhancedSIMONEModel
+    return kind(shape)
+
+
+def add_training(
+    model: EnhancedSIMONEModel | EnhancedSIMONEEnsemble, config: PrioritaryConfig, hardware: Hardware
+) -> BuiltModel:
+    """The model with its loss and optimizers; each model of an ensemble has a loss of its own."""
+    members = list(model.members) if isinstance(model, EnhancedSIMONEEnsemble) else [model]
+    weights = {name: getattr(config, name) for name in signature(ComprehensiveTrainingLoss).parameters}
+    losses = nn.ModuleList(ComprehensiveTrainingLoss(**weights) for _ in members)
     modules = {"model": model, "loss": losses}
     forwards = [torch.compile(m.hidden_states) if hardware.compile else m.hidden_states for m in members]
 
-    def loss(inputs: Tensor, targets: Tensor, document_weights: Tensor, share_done: float) -> LossParts:
+    def loss(inputs: Tensor, targets: Tensor, document_weights: Tensor, share_done: float) -> StepLoss:
         return mean_loss(
             [
-                score(forward(inputs)[0], member.lm_head.weight, targets, document_weights, share_done)
+                score(forward(inputs), member.lm_head.weight, targets, document_weights, share_done)
                 for member, forward, score in zip(members, forwards, losses, strict=True)
             ]
         )
@@ -95,6 +88,11 @@ def build(config: PrioritaryConfig, tokenizer: ByteLevelBPE, hardware: Hardware)
         muon_dtype=hardware.muon_dtype,
     )
     return BuiltModel(model, modules, loss, optimizers)
+
+
+def build(config: PrioritaryConfig, tokenizer: ByteLevelBPE, hardware: Hardware) -> BuiltModel:
+    """A fresh model, or an ensemble of them, with its losses and optimizers."""
+    return add_training(build_model(config, tokenizer, hardware), config, hardware)
 
 
 RECIPE = Recipe(
@@ -121,11 +119,11 @@ class EnhancedPrioritaryTrainer:
         self.config = replace(config, data_dir=str(data_dir), output_dir=str(output_dir))
 
     def train(self) -> Path:
-        """Train to the end, or go on where an earlier call was interrupted; returns the export folder.
+        """Train to the end, resuming an interrupted run; returns the export folder.
 
         Raises:
             UserError: bad settings or input, every problem named.
-            Stopped: SIGINT or SIGTERM came; the checkpoint is written.
-            TrainingFailed: the run cannot go on.
+            Stopped: by SIGINT or SIGTERM, after a checkpoint.
+            TrainingFailed: the run cannot continue.
         """
         return run_training(RECIPE, self.config)

@@ -1,9 +1,9 @@
 """The Enhanced SIM-ONE model. It stands on torch and transformers alone, because it ships inside each export."""
 
 from .enhanced_model import (
-    EnhancedSIMONECommittee,
-    EnhancedSIMONECommitteeConfig,
     EnhancedSIMONEConfig,
+    EnhancedSIMONEEnsemble,
+    EnhancedSIMONEEnsembleConfig,
     EnhancedSIMONEModel,
     EnhancedSIMONEOutput,
 )
@@ -13,9 +13,9 @@ from .rope_attention import TRACE_FIELDS, EnhancedGovernanceAttention
 __all__ = [
     "TRACE_FIELDS",
     "EnhancedGovernanceAttention",
-    "EnhancedSIMONECommittee",
-    "EnhancedSIMONECommitteeConfig",
     "EnhancedSIMONEConfig",
+    "EnhancedSIMONEEnsemble",
+    "EnhancedSIMONEEnsembleConfig",
     "EnhancedSIMONEModel",
     "EnhancedSIMONEOutput",
     "RMSNorm",

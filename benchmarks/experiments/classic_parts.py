@@ -1,66 +1,67 @@
-"""Model 2 with a classic part in the place of a modern one, as many parameters: for trials of what the part is worth.
+"""Model 2 with a classic part in place of a modern one, at about as many parameters: ablations of single parts.
 
-Each function changes the model's classes in this process, before a model is built. What is exported then holds weights
-for a model that its modelling files do not make: such a folder is for its figures alone, with ``no_test_score``.
+Each function replaces modules of a built model. What is then exported holds weights that the exported modelling files
+do not fit: such a folder is for its figures alone, with ``no_test_score``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from simone_transformer import enhanced_model, rope_attention
-
-
-class ClassicFeedForward(nn.Module):
-    """``down(gelu(up(x)))``, half again as wide as the SwiGLU that it stands for."""
-
-    def __init__(self, dim: int, inner_dim: int) -> None:
-        super().__init__()
-        self.up_proj = nn.Linear(dim, inner_dim * 3 // 2, bias=False)
-        self.down_proj = nn.Linear(inner_dim * 3 // 2, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+from mvlm_core.data.tokenizer import ByteLevelBPE
+from mvlm_core.hardware import Hardware
+from mvlm_core.training.state import BuiltModel, Recipe
+from prioritary_mvlm.config import PrioritaryConfig
+from prioritary_mvlm.enhanced_trainer import add_training, build_model
+from simone_transformer import EnhancedSIMONEModel
 
 
-def layer_norm() -> None:
-    """LayerNorm with gain and bias for RMSNorm, but for queries and keys."""
-    enhanced_model.RMSNorm = nn.LayerNorm
+def layer_norm(model: EnhancedSIMONEModel) -> None:
+    """LayerNorm with gain and bias for RMSNorm, except for queries and keys."""
+    for module in [model, *model.layers]:
+        for name in ("embed_norm", "attention_norm", "feed_forward_norm", "final_norm"):
+            if hasattr(module, name):
+                setattr(module, name, nn.LayerNorm(model.config.hidden_size, model.config.rms_norm_eps))
 
 
-def gelu() -> None:
-    """GPT-2's feed-forward layer for SwiGLU."""
-    enhanced_model.SwiGLU = ClassicFeedForward
+def gelu(model: EnhancedSIMONEModel) -> None:
+    """GPT-2's feed-forward layer for SwiGLU, half again as wide."""
+    width, inner = model.config.hidden_size, model.config.intermediate_size * 3 // 2
+    for layer in model.layers:
+        up, down = nn.Linear(width, inner, bias=False), nn.Linear(inner, width, bias=False)
+        layer.feed_forward = nn.Sequential(up, nn.GELU("tanh"), down).apply(model._init_weights)
 
 
-def plain_queries() -> None:
+def plain_queries(model: EnhancedSIMONEModel) -> None:
     """Queries and keys as they are projected, not normalised."""
-    rope_attention.RMSNorm = lambda dim, eps: nn.Identity()
+    for layer in model.layers:
+        layer.attention.q_norm = layer.attention.k_norm = nn.Identity()
 
 
-def learned_positions() -> None:
-    """A learned embedding of each position, added to the token's; nothing is rotated."""
-
-    def unrotated(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        cos, sin = rope_attention.rotary_tables(positions, head_dim, theta, dtype)
-        return torch.ones_like(cos), torch.zeros_like(sin)
-
-    class Positioned(enhanced_model.EnhancedSIMONEModel):
-        def __init__(self, config: enhanced_model.EnhancedSIMONEConfig) -> None:
-            super().__init__(config)
-            # "embed_tokens" in the name: AdamW's, as the token embedding is.
-            self.embed_tokens_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-            nn.init.normal_(self.embed_tokens_positions.weight, std=config.initializer_range)
-            self.embed_tokens.register_forward_hook(
-                lambda module, inputs, output: output + self.embed_tokens_positions.weight[: output.shape[1]]
-            )
-
-    enhanced_model.rotary_tables = unrotated
-    from prioritary_mvlm import enhanced_trainer
-
-    enhanced_trainer.EnhancedSIMONEModel = Positioned
+def learned_positions(model: EnhancedSIMONEModel) -> None:
+    """A learned embedding of each position, added to the token's; nothing is rotated. Not for cached decoding."""
+    config, embed = model.config, model.embed_tokens
+    positions = torch.empty(config.max_position_embeddings, config.hidden_size).normal_(std=config.initializer_range)
+    embed.positions = nn.Parameter(positions)
+    embed.register_forward_hook(lambda _module, _ids, tokens: tokens + embed.positions[: tokens.shape[1]])
+    model.rotary.register_forward_hook(lambda *call: (torch.ones_like(call[2][0]), torch.zeros_like(call[2][1])))
 
 
-CLASSIC_PARTS = {part.__name__: part for part in (layer_norm, gelu, plain_queries, learned_positions)}
+CLASSIC_PARTS: dict[str, Callable[[EnhancedSIMONEModel], None]] = {
+    part.__name__: part for part in (layer_norm, gelu, plain_queries, learned_positions)
+}
+
+
+def with_classic_part(recipe: Recipe, part: str) -> Recipe:
+    """Model 2's recipe with one of ``CLASSIC_PARTS`` in the model."""
+
+    def build(config: PrioritaryConfig, tokenizer: ByteLevelBPE, hardware: Hardware) -> BuiltModel:
+        model = build_model(config, tokenizer, hardware)
+        CLASSIC_PARTS[part](model)
+        return add_training(model, config, hardware)
+
+    return replace(recipe, build=build)

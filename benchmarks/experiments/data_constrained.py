@@ -32,7 +32,7 @@ SECOND = {"output_head": "tied", "learning_rate": 0.02, "unigram_noise": 0.03, "
 # About equal arithmetic, not equal parameters: two of the smaller ones or one of the larger for seven epochs.
 LINES = {
     "ensemble": Line(
-        "simone_enhanced", changes=SMALLER | SECOND | {"num_members": 2, "adamw_learning_rate": 0.006, "dropout": 0.1}
+        "simone_enhanced", changes=SMALLER | SECOND | {"num_models": 2, "adamw_learning_rate": 0.006, "dropout": 0.1}
     ),
     "one model": Line("simone_enhanced", changes=LARGER | SECOND | {"adamw_learning_rate": 0.005, "dropout": 0.12}),
     "GPT-2": Line("mvlm_gpt2", changes=SMALLER | FIRST | {"num_epochs": 7.0}),

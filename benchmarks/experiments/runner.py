@@ -50,11 +50,11 @@ def recipe_of(model: str, classic_part: str | None = None) -> Recipe:
         return mvlm_trainer.recipe()
     from prioritary_mvlm.enhanced_trainer import RECIPE
 
-    if classic_part:
-        from benchmarks.experiments.classic_parts import CLASSIC_PARTS
+    if not classic_part:
+        return RECIPE
+    from benchmarks.experiments.classic_parts import with_classic_part
 
-        CLASSIC_PARTS[classic_part]()
-    return RECIPE
+    return with_classic_part(RECIPE, classic_part)
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,50 @@
-"""``benchmarks/experiments/classic_parts.py``: each part is in the model, and costs as many parameters."""
-
-from functools import partial
+"""``classic_parts.py``: each part is in the model, trains, and spends what the modern one spends."""
 
 import pytest
+import torch
 
-from benchmarks.experiments import runner
-from benchmarks.performance import gpu_check
-from benchmarks.reliability import fault_injection
-
-PARTS = (None, "layer_norm", "gelu", "plain_queries", "learned_positions")
-
-
-def try_part(part):
-    """Parameters, loss and gradients of one batch, in a process of its own: a part may change the model's classes."""
-    from mvlm_core.hardware import choose_hardware
-
-    hardware = choose_hardware(device="cpu", precision="fp32", no_compile=True)
-    gpu_check.recipe_of = partial(runner.recipe_of, classic_part=part)
-    settings, built = gpu_check.build("simone_enhanced", "smoke", hardware)
-    return built.model.num_parameters(), *gpu_check.forward_and_backward(settings, built, hardware, 4)
+from benchmarks.experiments.classic_parts import CLASSIC_PARTS
+from benchmarks.experiments.runner import recipe_of
+from mvlm_core.hardware import choose_hardware
+from mvlm_core.training.cost import TokenizerShape
+from tests.helpers import tiny_settings
 
 
-def test_classic_parts_are_in_the_model_and_spend_the_same():
-    fault_injection.CONTEXT.set_forkserver_preload(fault_injection.PRELOAD)
-    with fault_injection.CONTEXT.Pool(1, maxtasksperchild=1) as pool:
-        found = dict(zip(PARTS, pool.map(try_part, PARTS, chunksize=1), strict=True))
-    assert len({loss for _, loss, _ in found.values()}) == len(PARTS)
-    for part, (parameters, loss, norm) in found.items():
-        assert parameters == pytest.approx(found[None][0], rel=0.05), part
-        assert 0 < loss < 10 and norm > 0, part
+def built(part, folder):
+    settings = tiny_settings("simone_enhanced", folder, folder, hidden_dim=64, num_layers=3)
+    torch.manual_seed(0)
+    return recipe_of("simone_enhanced", part).build(
+        settings, TokenizerShape(400), choose_hardware(device="cpu", precision="fp32")
+    )
+
+
+@pytest.mark.parametrize("part", CLASSIC_PARTS)
+def test_a_classic_part_is_in_the_model_trains_and_spends_the_same(part, tmp_path):
+    modern, classic = built(None, tmp_path), built(part, tmp_path)
+    assert classic.model.num_parameters() == pytest.approx(modern.model.num_parameters(), rel=0.05)
+    ids = torch.randint(400, (2, 17), generator=torch.Generator().manual_seed(0))
+    weights = torch.ones(2, 16)
+    losses = [model.loss(ids[:, :-1], ids[:, 1:], weights, 0.9).total for model in (modern, classic)]
+    assert losses[0].isfinite() and losses[1].isfinite() and losses[0] != losses[1]
+    losses[1].backward()
+    trained = [name for name, parameter in classic.model.named_parameters() if parameter.grad is not None]
+    assert trained == [name for name, _ in classic.model.named_parameters()]
+    optimized = {id(p) for part in classic.optimizers.parts for group in part.param_groups for p in group["params"]}
+    assert optimized >= {id(parameter) for parameter in classic.model.parameters()}
+
+
+@torch.no_grad()
+def test_what_each_part_replaces(tmp_path):
+    models = {part: built(part, tmp_path).model.eval() for part in CLASSIC_PARTS}
+    kinds = {part: [type(module).__name__ for module in model.modules()] for part, model in models.items()}
+    # Two a layer beside the embedding's and the last; queries' and keys' stay.
+    assert kinds["layer_norm"].count("LayerNorm") == 2 * 3 + 2 and kinds["layer_norm"].count("RMSNorm") == 2 * 3
+    assert kinds["gelu"].count("GELU") == 3 and "SwiGLU" not in kinds["gelu"]
+    assert kinds["plain_queries"].count("RMSNorm") == 2 * 3 + 2
+    # Without rotation a position is known by its embedding alone.
+    model, ids = models["learned_positions"], torch.full((1, 8), 7)
+    model.embed_tokens.positions.zero_()
+    assert torch.allclose(*(model.rotary(torch.arange(8)[None], torch.float32)[0][:, :, place] for place in (0, 7)))
+    before = model.hidden_states(ids)
+    model.embed_tokens.positions.normal_()
+    assert not torch.allclose(model.hidden_states(ids), before)

@@ -32,7 +32,7 @@ def make(**weights):
 
 
 def parts_on(model, loss, rows):
-    hidden, _ = model.hidden_states(rows[:, :-1])
+    hidden = model.hidden_states(rows[:, :-1])
     weights = torch.ones(rows.shape[0], CONTEXT)
     result = loss(hidden, model.lm_head.weight, rows[:, 1:], weights, progress=0.0)
     return {name: value.item() for name, value in result.parts.items()}, result.total
@@ -103,7 +103,7 @@ def test_a_model_that_only_repeats_loses(sequences, trained):
     model, loss = trained
     repeater, repeater_loss = make(**PARTS)
     repeated = sequences[:, :1].repeat(1, CONTEXT + 1)
-    train(repeater, repeater_loss, repeated)
+    train(repeater, repeater_loss, repeated, steps=80)
     with torch.no_grad():
         honest, _ = parts_on(model, loss, sequences[-64:])
         cheat, _ = parts_on(repeater, repeater_loss, sequences[-64:])
@@ -117,7 +117,7 @@ def test_alignment_weights_documents(sequences):
     model, loss = make(accuracy_weight=0.0, alignment_weight=1.0)
     rows = sequences[:8]
     weights = torch.linspace(0, 2, 8)[:, None].expand(8, CONTEXT)
-    hidden, _ = model.hidden_states(rows[:, :-1])
+    hidden = model.hidden_states(rows[:, :-1])
     result = loss(hidden, model.lm_head.weight, rows[:, 1:], weights, 0.0)
     nll = torch.nn.functional.cross_entropy(
         (hidden @ model.lm_head.weight.T).flatten(0, 1), rows[:, 1:].flatten(), reduction="none"
@@ -130,7 +130,7 @@ def test_alignment_weights_documents(sequences):
 def test_coherence_looks_one_token_further_and_fades(sequences):
     model, loss = make(coherence_weight=0.4, coherence_until=0.5)
     rows = sequences[:4]
-    hidden, _ = model.hidden_states(rows[:, :-1])
+    hidden = model.hidden_states(rows[:, :-1])
     head = model.lm_head.weight
     expected = torch.nn.functional.cross_entropy((hidden[:, :-1] @ head.T).flatten(0, 1), rows[:, 2:].flatten()).item()
 

@@ -1,10 +1,12 @@
 """Enhanced SIM-ONE: strict causality, cache equality, switches that cost nothing, traces, and a whole export."""
 
 import itertools
+import sys
 
 import pytest
 import torch
-from transformers import StaticCache
+import torch.nn.functional as F
+from transformers import DynamicCache, StaticCache
 
 from simone_transformer import (
     TRACE_FIELDS,
@@ -15,7 +17,7 @@ from simone_transformer import (
     swiglu_width,
 )
 from simone_transformer.modern_layers import RMSNorm
-from simone_transformer.rope_attention import attend_remembering, causal_attention, remember_previous
+from simone_transformer.rope_attention import attend, attend_shifted_keys_once, shift_keys
 
 SWITCHES = list(itertools.product([True, False], repeat=2))
 
@@ -83,23 +85,23 @@ def test_logits_are_the_same_with_a_static_cache():
     torch.testing.assert_close(torch.cat(parts, dim=1), model(ids, use_cache=False).logits, rtol=0, atol=1e-4)
 
 
-def test_half_of_a_key_is_of_the_token_before():
+def test_half_of_a_key_is_the_previous_tokens():
     key = torch.arange(12.0).view(1, 1, 3, 4)
-    assert remember_previous(key).tolist() == [[[[0, 0, 2, 0], [4, 1, 6, 3], [8, 5, 10, 7]]]]
+    assert shift_keys(key).tolist() == [[[[0, 0, 2, 0], [4, 1, 6, 3], [8, 5, 10, 7]]]]
 
 
 @pytest.mark.parametrize("keys", [1, 2, 9])
-def test_one_new_query_reads_keys_as_if_they_remembered(keys):
+def test_one_new_query_reads_cached_keys_as_if_shifted(keys):
     torch.manual_seed(0)
     query, key, value = torch.randn(2, 3, 1, 8), torch.randn(2, 3, keys, 8), torch.randn(2, 3, keys, 8)
-    expected = causal_attention(query, remember_previous(key), value, None)
-    torch.testing.assert_close(attend_remembering(query, key, value), expected, rtol=0, atol=1e-6)
+    expected = attend(query, shift_keys(key), value, None, shifted=False, backend="sdpa")
+    torch.testing.assert_close(attend_shifted_keys_once(query, key, value), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("layers", [1, 3])
 @torch.no_grad()
 def test_the_memory_head_is_used(layers):
-    """The feed-forward layer reads the value of the token before, and attention its key."""
+    """The feed-forward layer reads the previous token's value, and attention its key."""
     ids = tokens(1, 12)
     changed = ids.clone()
     changed[0, 8] = 5 if ids[0, 8] != 5 else 6
@@ -108,9 +110,11 @@ def test_the_memory_head_is_used(layers):
     model.layers[-1].previous_gain.zero_()
     assert not torch.allclose(model(ids, use_cache=False).logits, whole, atol=0.1)
     keys = []
-    attend = rope_attention.causal_attention
+    kernel = F.scaled_dot_product_attention
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rope_attention, "causal_attention", lambda q, k, *rest: keys.append(k) or attend(q, k, *rest))
+        patch.setattr(
+            F, "scaled_dot_product_attention", lambda q, k, *rest, **how: keys.append(k) or kernel(q, k, *rest, **how)
+        )
         for row in (ids, changed):
             model(row, use_cache=False)
     before, after = keys[0], keys[layers]
@@ -133,8 +137,8 @@ def test_generation_is_the_same_with_any_cache_and_left_padding():
 
 
 @torch.no_grad()
-def test_padding_is_not_remembered():
-    """The first real token has no token before it, whatever fills up the row on its left, with a cache or without."""
+def test_padding_is_not_shifted_into_the_first_token():
+    """The first real token has no previous one, whatever pads the row on its left, with a cache or without."""
     model, ids = make_model(), tokens(2, 10)
     expected = model(ids, use_cache=False).logits
     for filler in (0, 7):
@@ -147,13 +151,59 @@ def test_padding_is_not_remembered():
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+class FakeKernels:
+    """flash_attn's and xformers' modules, whose kernels take and give ``[batch, seq, heads, head_dim]``."""
+
+    class LowerTriangularMask:
+        pass
+
+    def __init__(self):
+        self.calls = []
+
+    def flash_attn_func(self, query, key, value, causal):
+        self.calls.append(query.shape[1])
+        heads = (x.transpose(1, 2) for x in (query, key, value))
+        return F.scaled_dot_product_attention(*heads, is_causal=causal).transpose(1, 2)
+
+    def memory_efficient_attention(self, query, key, value, attn_bias):
+        return self.flash_attn_func(query, key, value, isinstance(attn_bias, self.LowerTriangularMask))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "flash_attn", "xformers"])
 @torch.no_grad()
-def test_eager_attention_gives_the_same_logits():
-    model, ids = make_model(), tokens(2, 20)
-    expected = model(ids, use_cache=False).logits
-    for layer in model.layers:
-        layer.attention.backend = "eager"
-    torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=0, atol=1e-5)
+def test_every_backend_gives_the_same_and_decodes_by_its_own_kernel(backend, monkeypatch):
+    """In one pass, a prompt and then token by token from the cache, and with padding."""
+    ids, rest = tokens(2, 20), tokens(2, 3, seed=9)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    reference = make_model()
+    expected = reference(ids, use_cache=False).logits, reference(ids, attention_mask=mask).logits[:, -1]
+    longer = reference(torch.cat((ids, rest), dim=1), use_cache=False).logits[:, -3:]
+
+    kernels, eager, once = FakeKernels(), [], []
+    monkeypatch.setitem(sys.modules, "flash_attn", kernels)
+    monkeypatch.setitem(sys.modules, "xformers.ops", kernels)
+    for calls, name in ((eager, "attention_probabilities"), (once, "attend_shifted_keys_once")):
+        own = getattr(rope_attention, name)
+        spy = lambda query, *rest, calls=calls, own=own: calls.append(query.shape[2]) or own(query, *rest)  # noqa: E731
+        monkeypatch.setattr(rope_attention, name, spy)
+    model = make_model(attention_backend=backend)
+    found = model(ids, use_cache=False).logits, model(ids, attention_mask=mask).logits[:, -1]
+    cache = model(ids, use_cache=True).past_key_values
+    for calls in (kernels.calls, eager, once):
+        calls.clear()
+    decoded = [model(rest[:, place : place + 1], past_key_values=cache).logits for place in range(3)]
+    for mine, right in zip((*found, torch.cat(decoded, dim=1)), (*expected, longer), strict=True):
+        torch.testing.assert_close(mine, right, rtol=0, atol=1e-4)
+    layers = [1] * 3 * model.config.num_hidden_layers
+    assert once == (layers if backend == "sdpa" else [])
+    assert eager == (layers if backend == "eager" else [])
+    assert kernels.calls == (layers if backend in ("flash_attn", "xformers") else [])
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="unknown attention backend 'magic'"):
+        make_model(attention_backend="magic")
 
 
 def test_switched_off_heads_have_no_weights():
@@ -204,7 +254,31 @@ def test_swiglu_spends_what_the_classic_layer_spends():
 
 def test_heads_of_an_odd_width_are_refused():
     with pytest.raises(ValueError, match="divisible by 4"):
-        EnhancedGovernanceAttention(30, 10, 0)
+        EnhancedGovernanceAttention(EnhancedSIMONEConfig(hidden_size=30, num_attention_heads=10), 0)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    """Each layer runs twice, which must not fill a cache that it was given twice."""
+    model, ids, gradients = make_model().train(), tokens(2, 12), []
+    for cache in (None, DynamicCache()):
+        if cache is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.zero_grad()
+        model(ids, labels=ids, past_key_values=cache).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert cache.get_seq_length() == 0
+    assert all(torch.equal(plain, again) for plain, again in zip(*gradients, strict=True))
+
+
+@torch.no_grad()
+def test_a_trace_counts_distance_from_the_token_in_a_static_cache_too():
+    """Which holds more places than tokens."""
+    model, ids = make_model(), tokens(1, 10)
+    expected = model(ids, use_cache=False, output_traces=True).traces
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    found = model(ids, past_key_values=cache, output_traces=True).traces
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=0, atol=1e-4)
 
 
 def test_saved_and_loaded_weights_give_the_same_logits(tmp_path):
