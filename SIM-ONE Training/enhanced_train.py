@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     config = trainer_settings(PrioritaryConfig, arguments, description=__doc__, epilog=EXAMPLES, output_dir=OUTPUT_DIR)
     from prioritary_mvlm.enhanced_trainer import EnhancedPrioritaryTrainer
 
-    EnhancedPrioritaryTrainer(config, config.data_dir, config.output_dir).train()
+    EnhancedPrioritaryTrainer(config, config.data_dir, config.output_dir or OUTPUT_DIR).train()
     return 0
 
 

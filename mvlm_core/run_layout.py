@@ -38,7 +38,7 @@ def finite_number(value: Any) -> Any:
     return value if is_number and abs(value) < 1e18 else None
 
 
-def training_history(export: Path) -> list[dict]:
+def training_history(export: Path) -> list[dict[str, Any]]:
     """The records of `training_history.json` with what a plot needs; what is damaged is left out."""
     try:
         records = json.loads(read_regular(export / "training_history.json"))

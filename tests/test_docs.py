@@ -58,7 +58,9 @@ def test_every_flag_on_a_page_is_known(name, helps):
 def test_every_file_a_page_links_to_or_names_exists(name):
     text, folder = page(name), (REPOSITORY / name).parent
     linked = {path for path in re.findall(r"\]\(([^)#:]+)\)", text)}
-    named = set(re.findall(r"`((?:benchmarks|tests|docs|mvlm_core|bible_corpus|SIM-ONE Training)/[\w./ -]+\.\w+)`", text))
+    named = set(
+        re.findall(r"`((?:benchmarks|tests|docs|mvlm_core|bible_corpus|SIM-ONE Training)/[\w./ -]+\.\w+)`", text)
+    )
     assert not {path for path in linked if not (folder / path).exists()}
     assert not {path for path in named if not (REPOSITORY / path).exists()}
     modules = {f"{module.replace('.', '/')}.py" for module in modules_run(text)}
@@ -69,7 +71,9 @@ def test_the_guide_answers_ten_questions_with_files_that_exist():
     rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|$", page("AGENTS.md").split("## Where do I change")[1], re.M)[2:]
     assert len(rows) >= 10
     for question, place, proof in rows:
-        files = re.findall(r"`((?:[\w.-]+|SIM-ONE Training)(?:/[\w.-]+)*\.(?:py|sh|md|toml|txt|json|html))", place + proof)
+        files = re.findall(
+            r"`((?:[\w.-]+|SIM-ONE Training)(?:/[\w.-]+)*\.(?:py|sh|md|toml|txt|json|html))", place + proof
+        )
         assert files, question
         assert not [file for file in files if not (REPOSITORY / file).exists()], question
 

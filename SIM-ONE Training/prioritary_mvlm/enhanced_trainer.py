@@ -56,8 +56,9 @@ def build_model(
 ) -> EnhancedSIMONEModel | EnhancedSIMONEEnsemble:
     """A fresh model, or an ensemble of them."""
     shape = model_config(config, tokenizer, hardware.attention_backend)
-    kind = EnhancedSIMONEEnsemble if isinstance(shape, EnhancedSIMONEEnsembleConfig) else EnhancedSIMONEModel
-    return kind(shape)
+    if isinstance(shape, EnhancedSIMONEEnsembleConfig):
+        return EnhancedSIMONEEnsemble(shape)
+    return EnhancedSIMONEModel(shape)
 
 
 def add_training(
@@ -67,7 +68,7 @@ def add_training(
     members = list(model.members) if isinstance(model, EnhancedSIMONEEnsemble) else [model]
     weights = {name: getattr(config, name) for name in signature(ComprehensiveTrainingLoss).parameters}
     losses = nn.ModuleList(ComprehensiveTrainingLoss(**weights) for _ in members)
-    modules = {"model": model, "loss": losses}
+    modules: dict[str, nn.Module] = {"model": model, "loss": losses}
     forwards = [torch.compile(m.hidden_states) if hardware.compile else m.hidden_states for m in members]
 
     def loss(inputs: Tensor, targets: Tensor, document_weights: Tensor, share_done: float) -> StepLoss:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ class EnhancedSIMONEConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | None = None
 
-    def __post_init__(self, **kwargs) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.intermediate_size is None:
             self.intermediate_size = swiglu_width(4 * self.hidden_size)
         super().__post_init__(**kwargs)
@@ -102,6 +103,7 @@ class EnhancedSIMONEBlock(GradientCheckpointingLayer):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = EnhancedGovernanceAttention(config, layer_index)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        assert config.intermediate_size is not None  # filled in by the configuration
         self.feed_forward = SwiGLU(config.hidden_size, config.intermediate_size)
         self.previous_gain = nn.Parameter(torch.zeros(config.hidden_size)) if config.memory_head else None
         self.dropout = config.hidden_dropout
@@ -168,7 +170,7 @@ class EnhancedSIMONEPreTrainedModel(PreTrainedModel):
         return DynamicCache(config=self.config) if given is None and wanted and not self.training else given
 
     def _output(
-        self, logits: Tensor, labels: Tensor | None, cache: Cache | None, heads: dict[str, tuple], **kwargs
+        self, logits: Tensor, labels: Tensor | None, cache: Cache | None, heads: dict[str, Any], **kwargs: Any
     ) -> EnhancedSIMONEOutput:
         """A forward pass's answer, with the loss where there are labels."""
         loss = None
@@ -229,7 +231,7 @@ class EnhancedSIMONEModel(EnhancedSIMONEPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_traces: bool = False,
         logits_to_keep: int | Tensor = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> EnhancedSIMONEOutput:
         """Next-token logits ``[batch, seq, vocab]`` (of the last ``logits_to_keep`` positions where given).
 
@@ -272,9 +274,11 @@ class EnhancedSIMONEModel(EnhancedSIMONEPreTrainedModel, GenerationMixin):
             layer_idx=self.first_layer,
         )
         if mask is not None:
-            context.mask = mask if mask.dtype == torch.bool else mask == 0  # else it is added to the scores
+            assert isinstance(mask, Tensor)  # the other kind is of flex attention, which this model does not offer
+            visible = mask if mask.dtype == torch.bool else mask == 0  # else it is added to the scores
             own = places.view(1, -1, 1).expand(mask.shape[0], -1, -1)
-            context.padding = ~context.mask[:, 0].gather(-1, own).squeeze(-1)  # what may not see itself
+            context.mask = visible
+            context.padding = ~visible[:, 0].gather(-1, own).squeeze(-1)  # what may not see itself
         return context
 
 
@@ -292,14 +296,14 @@ class EnhancedSIMONEEnsemble(EnhancedSIMONEPreTrainedModel, GenerationMixin):
     def __init__(self, config: EnhancedSIMONEEnsembleConfig) -> None:
         super().__init__(config)
         shape = config.of_one_model()
-        self.members = nn.ModuleList(
+        self.members: Any = nn.ModuleList(  # Any: torch types what a list holds as Module, without our methods
             EnhancedSIMONEModel(shape, number * shape.num_hidden_layers) for number in range(config.num_models)
         )
         # Named here: while weights are loaded, transformers ties what the outermost model names and nothing below it.
         self._tied_weights_keys = {
             f"members.{number}.{name}": f"members.{number}.{source}"
-            for number, member in enumerate(self.members)
-            for name, source in member._tied_weights_keys.items()
+            for number in range(config.num_models)
+            for name, source in EnhancedSIMONEModel._tied_weights_keys.items()
         }
         self.post_init()
 
@@ -309,7 +313,7 @@ class EnhancedSIMONEEnsemble(EnhancedSIMONEPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Linear:
         return self.members[0].get_output_embeddings()
 
-    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Every model's (see ``PreTrainedModel.resize_token_embeddings``); returns the first one's."""
         resized = [member.resize_token_embeddings(*args, **kwargs) for member in self.members]
         self.config.vocab_size = self.members[0].config.vocab_size
@@ -326,7 +330,7 @@ class EnhancedSIMONEEnsemble(EnhancedSIMONEPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_traces: bool = False,
         logits_to_keep: int | Tensor = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> EnhancedSIMONEOutput:
         """The logarithm of the models' mean probabilities as ``logits``; the rest as in ``EnhancedSIMONEModel``."""
         cache = self._cache(past_key_values, use_cache)

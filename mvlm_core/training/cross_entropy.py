@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +18,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Both gradients are computed while a block's logits exist, so the backward pass recomputes nothing."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, token_weights, z_loss, rows):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, z_loss: float, rows: int
+    ) -> tuple[Tensor, Tensor]:
         count = targets.numel()
         vocab = weight.shape[0]
         padded = -(-vocab // _ALIGNMENT) * _ALIGNMENT  # in the products only: weights and gradients keep their rows
@@ -61,7 +65,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss, nll
 
     @staticmethod
-    def backward(ctx, grad_loss, _grad_nll):
+    def backward(ctx: Any, grad_loss: Tensor, _grad_nll: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss, None, None, None, None
 
