@@ -25,6 +25,8 @@ CACHE_DIR = REPOSITORY_ROOT / ".cache"
 PRESET_NAMES = ("auto", "h200", "cpu", "smoke")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 OPTIMIZERS = ("adamw", "muon")
+VALIDATION_TEXTS = ("primary", "all")
+UNLESS_DEFAULT = "unless default"
 LENGTHS = ("num_epochs", "max_steps", "max_tokens", "max_bytes")
 Settings = TypeVar("Settings", bound="TrainingSettings")
 SMALLEST_VOCABULARY = 260  # 256 bytes and four special tokens
@@ -43,7 +45,7 @@ def option(
     *,
     choices: tuple[str, ...] | None = None,
     both_ways: bool = False,
-    identity: bool = False,
+    identity: bool | str = False,
     aliases: tuple[str, ...] = (),
     **bounds: float,
 ) -> Any:
@@ -51,7 +53,8 @@ def option(
 
     Args:
         both_ways: a switch that has a flag for off as well, ``--no_`` and its name.
-        identity: whether the value defines the run: a checkpoint made with another value is not resumed.
+        identity: whether the value defines the run: a checkpoint made with another value is not resumed. For a setting
+            younger than some checkpoints, ``UNLESS_DEFAULT``: its default stands for what they were made with.
         aliases: older spellings of the flag, which still parse but are not shown by ``--help``.
         bounds: the range: ``minimum``, ``maximum`` (inclusive), ``above``, ``below`` (exclusive).
     """
@@ -74,7 +77,7 @@ class TrainingSettings:
         # This length, and learning rate, weight decay and dropout in the models' own presets, come from small runs by
         # the rules of benchmarks/experiments/scaling.py, not yet measured at this size. With as little text per
         # parameter the third pass still helps, the eighth makes both models worse.
-        "h200": {"num_epochs": 3.0, "eval_interval": 100, "checkpoint_interval": 250},
+        "h200": {"num_epochs": 3.0, "eval_interval": 100, "checkpoint_interval": 250, "validation_text": "all"},
         "cpu": {
             # Small, with more text: at equal compute 1.4 M parameters beat 2.6 M (benchmarks/LOG.md).
             "batch_size": 8,
@@ -118,6 +121,10 @@ class TrainingSettings:
         above=0, below=0.5, identity=True,
     )  # fmt: skip
     validation_dir: str | None = _data(None, "a folder whose files are the validation text")
+    validation_text: str = _data(
+        "primary", "what chooses the best checkpoint: primary, the primary translation's validation documents (64 KB "
+        "where there is no such translation), or all", choices=VALIDATION_TEXTS, identity=UNLESS_DEFAULT,
+    )  # fmt: skip
 
     vocab_size: int = _model(32000, "tokenizer entries", minimum=SMALLEST_VOCABULARY, maximum=1_000_000)
     hidden_dim: int = _model(768, "width of the model", minimum=2)
@@ -227,7 +234,12 @@ class TrainingSettings:
 
     def identity(self) -> dict[str, Any]:
         """The values that define this run: a checkpoint is resumed only where they agree."""
-        identifying = [entry for entry in fields(self) if entry.metadata["identity"]]
+        identifying = [
+            entry
+            for entry in fields(self)
+            if (how := entry.metadata["identity"])
+            and not (how == UNLESS_DEFAULT and getattr(self, entry.name) == entry.metadata["default"])
+        ]
         # A renamed one keeps its first name here, or older checkpoints could not be resumed.
         values = {(*entry.metadata["aliases"], entry.name)[0]: getattr(self, entry.name) for entry in identifying}
         return values | {"batch_size × gradient_accumulation_steps": self.sequences_per_step}

@@ -7,11 +7,15 @@ import time
 from dataclasses import fields
 
 import pytest
+import torch
 
 from mvlm_core.errors import UserError
+from mvlm_core.hardware import choose_hardware
 from mvlm_core.settings import add_options, parse_settings
+from mvlm_core.training.cost import TokenizerShape
 from mvlm_trainer import GPT2Settings
 from prioritary_mvlm import PrioritaryConfig
+from tests.helpers import recipe_of
 
 CONTRACT = """
 data_dir output_dir tokenizer_path preset batch_size gradient_accumulation_steps max_length learning_rate
@@ -71,11 +75,31 @@ def test_only_the_named_flags_under_one_heading():
     assert "passed on:" in text and "attention heads" in text and "[default" not in text and "model:" not in text
 
 
-def test_the_h200_preset_is_the_briefs_shape():
-    for cls, vocabulary in ((GPT2Settings, 50257), (PrioritaryConfig, 32000)):
+def test_the_h200_preset_is_one_shape_and_vocabulary_for_both():
+    for cls in (GPT2Settings, PrioritaryConfig):
         s = cls(preset="h200")
         assert (s.hidden_dim, s.num_layers, s.num_heads, s.ff_dim, s.max_length) == (768, 12, 12, 3072, 1024)
-        assert s.vocab_size == vocabulary
+        assert s.vocab_size == 32000
+
+
+@pytest.mark.parametrize("preset", ["h200", "cpu"])
+def test_both_models_have_equally_many_parameters(preset):
+    counts = []
+    for model, cls in (("mvlm_gpt2", GPT2Settings), ("simone_enhanced", PrioritaryConfig)):
+        settings = cls(preset=preset)
+        with torch.device("meta"):
+            built = recipe_of(model).build(settings, TokenizerShape(settings.vocab_size), choose_hardware(device="cpu"))
+        counts.append(built.model.num_parameters())
+    assert counts[0] == pytest.approx(counts[1], rel=0.02)
+
+
+def test_the_h200_preset_chooses_by_all_validation_text_the_small_ones_as_they_did():
+    for cls in (GPT2Settings, PrioritaryConfig):
+        texts = {preset: cls(preset=preset).validation_text for preset in ("h200", "cpu", "smoke")}
+        assert texts == {"h200": "all", "cpu": "primary", "smoke": "primary"}
+        # A checkpoint from before there was a choice still resumes; one scored on other text does not.
+        assert "validation_text" not in cls(preset="cpu").identity()
+        assert cls(preset="cpu", validation_text="all").identity()["validation_text"] == "all"
 
 
 def test_lengths_that_are_given_replace_the_presets():

@@ -37,7 +37,6 @@ class PrioritaryConfig(BibleSettings):
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "h200": {
-            "vocab_size": 32000,
             "optimizer": "muon",
             "learning_rate": 0.013,
             "adamw_learning_rate": 0.0065,

@@ -141,12 +141,17 @@ def load_corpus(
     )
 
 
-def validation_subset(corpus: Corpus) -> list[tuple[Document, str]]:
-    """The fixed small part scored during training, as (document, text).
+def validation_subset(corpus: Corpus, *, whole: bool = False) -> list[tuple[Document, str]]:
+    """The fixed part scored during training, as (document, text).
 
     The primary translation's validation documents where there are any, otherwise the first 65,536 bytes of all
     validation documents in path order, cut at the end of a line (or of a character, where a line alone is longer).
+
+    Args:
+        whole: all validation documents instead.
     """
+    if whole:
+        return [(d, d.read()) for d in corpus.split("validation")]
     if primary := corpus.primary_part("validation"):
         return [(d, d.read()) for d in primary]
     subset, left = [], VALIDATION_SUBSET_BYTES

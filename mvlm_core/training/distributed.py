@@ -9,7 +9,7 @@ need no shared disk for them.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -44,6 +44,16 @@ class Ranks:
     def part(self, count: int) -> range:
         """This rank's part of ``count`` items: a contiguous range; each item is in exactly one rank's part."""
         return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+
+    def part_by_size(self, sizes: Sequence[int]) -> list[int]:
+        """The indices of this rank's items, in order, where each costs its size: largest first to the least loaded."""
+        loads, mine = [0] * self.world, []
+        for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
+            least = loads.index(min(loads))
+            loads[least] += sizes[index]
+            if least == self.rank:
+                mine.append(index)
+        return sorted(mine)
 
     def sum_on_device(self, tensors: Iterable[Tensor]) -> None:
         """Sum each tensor over all ranks, in place, with one all-reduce per dtype."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mvlm_core.data.batches import BatchSource
-from mvlm_core.data.corpus import validation_subset
+from mvlm_core.data.corpus import Corpus, validation_subset
 from mvlm_core.data.tokenizer import ByteLevelBPE
 from mvlm_core.errors import UserError
 from mvlm_core.evaluation.bits_per_byte import bits_per_byte, score_documents
@@ -143,13 +144,13 @@ def build_task(run: Run, text: PreparedText) -> TrainingTask:
     built.optimizers.spread_over(ranks)
     for module in built.modules.values():
         module.to(run.hardware.device).train()
-    validation = [(document.path, part) for document, part in validation_subset(text.corpus)]
-    validation = validation[ranks.rank :: ranks.world]
+    validation = validation_documents(settings, text.corpus, ranks)
+    encode = cache(text.tokenizer.encode)  # the same text at every evaluation
 
     def evaluate() -> float:
         score = score_documents(
             built.model,
-            text.tokenizer.encode,
+            encode,
             validation,
             start_id=text.tokenizer.start_id,
             context=settings.max_length,
@@ -161,6 +162,12 @@ def build_task(run: Run, text: PreparedText) -> TrainingTask:
     return TrainingTask(
         **vars(built), batches=text.batches, evaluate=evaluate, identity=run_identity(settings, text), ema=ema
     )
+
+
+def validation_documents(settings: TrainingSettings, corpus: Corpus, ranks: Ranks = ALONE) -> list[tuple[str, str]]:
+    """This rank's part of what an evaluation scores, as (path, text); the ranks' parts are about equally long."""
+    documents = [(d.path, text) for d, text in validation_subset(corpus, whole=settings.validation_text == "all")]
+    return [documents[index] for index in ranks.part_by_size([len(text.encode()) for _, text in documents])]
 
 
 def run_identity(settings: TrainingSettings, text: PreparedText) -> dict[str, Any]:

@@ -275,6 +275,13 @@ def test_validation_subset(tmp_path):
     assert [d.path for d, _ in subset] == ["v0.txt", "v1.txt", "v2.txt"] and subset[-1][1].endswith("\n")
     kjv = replace(corpus.documents[1], translation="kjv")
     assert validation_subset(replace(corpus, documents=(corpus.documents[0], kjv))) == [(kjv, kjv.read())]
+    everything = corpus.split("validation")
+    for primary in (None, "kjv"):
+        whole = replace(corpus, documents=(corpus.documents[0], kjv, *everything[1:]), primary_translation=primary)
+        assert [(d.path, text) for d, text in validation_subset(whole, whole=True)] == [
+            (d.path, d.read()) for d in everything
+        ]
+    assert validation_subset(whole) == [(kjv, kjv.read())]
     long_line = "ö" * VALIDATION_SUBSET_BYTES
     write(tmp_path, "v0.txt", "x" + long_line, split="validation")
     ((_, text),) = validation_subset(load_corpus(tmp_path))

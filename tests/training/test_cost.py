@@ -108,6 +108,6 @@ def test_a_dry_run_of_model_1_in_this_process(tiny_corpus, tmp_path, capsys):
     )
     run_training(recipe_of("mvlm_gpt2"), settings)
     shown = capsys.readouterr().out
-    assert "123," in shown.split(" parameters")[0] or "124," in shown.split(" parameters")[0]
+    assert shown.startswith("110,")
     assert "MFLOP per token" in shown and "80 GB: micro-batches of 32 fit" in shown
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]

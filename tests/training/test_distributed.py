@@ -42,6 +42,11 @@ def test_every_item_is_in_one_part():
     for world in (1, 2, 3, 8):
         parts = [list(Ranks(rank, world).part(10)) for rank in range(world)]
         assert sum(parts, []) == list(range(10))
+        sizes = [9, 1, 1, 1, 8, 2, 7, 3]
+        shares = [Ranks(rank, world).part_by_size(sizes) for rank in range(world)]
+        assert sorted(sum(shares, [])) == list(range(8)) and all(share == sorted(share) for share in shares)
+        loads = [sum(sizes[index] for index in share) for share in shares]
+        assert max(loads) == max(9, -(-32 // world)), "no rank has more than it must"
     assert ALONE.is_main and ALONE.sum_numbers(1, 2.5) == [1, 2.5] and ALONE.share("x") == "x"
 
 
