@@ -91,7 +91,7 @@ class ComprehensiveTrainingLoss(nn.Module):
         total, nll = linear_cross_entropy(hidden, output_weight, targets, token_weights, self.z_loss_weight)
         parts = {"accuracy_loss": nll.mean(), "alignment_loss": (nll * document_weights).mean()}
         weight = self.coherence_weight_at(progress)
-        if weight > 0 and self.ahead is not None:
+        if self.ahead is not None and weight > 0:
             early = hidden[:, :-1]
             ahead, _ = linear_cross_entropy(early + self.ahead(early), output_weight, targets[:, 1:])
             total = total + weight * ahead

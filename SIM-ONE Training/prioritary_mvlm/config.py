@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,8 +24,7 @@ SMALL = {
 }
 
 
-def _head(default: bool, what: str) -> Any:
-    return option(default, what, "governance", both_ways=True, identity=True)
+_own = partial(option, identity=True)
 
 
 @dataclass
@@ -48,45 +48,30 @@ class PrioritaryConfig(BibleSettings):
         "smoke": SMALL,
     }
 
-    adamw_learning_rate: float = option(
-        3e-3,
-        "peak learning rate of what muon leaves to adamw: embeddings, heads, vectors",
-        "optimisation",
-        above=0,
-        identity=True,
-    )  # fmt: skip
-    output_head: str = option(
-        "tied",
-        "the output matrix: tied to the input embedding, or its own",
-        "model",
-        choices=("tied", "own"),
-        identity=True,
+    adamw_learning_rate: float = _own(
+        3e-3, "peak learning rate of what muon leaves to adamw: embeddings, heads, vectors", "optimisation", above=0
     )
-    num_models: int = option(
+    output_head: str = _own(
+        "tied", "the output matrix: tied to the input embedding, or its own", "model", choices=("tied", "own")
+    )
+    num_models: int = _own(
         1,
         "models trained side by side as an ensemble, their probabilities averaged: for data-constrained training",
         "model",
         minimum=1,
-        identity=True,
         aliases=("num_members",),
     )
     # Off because its gain was within the noise (benchmarks/LOG.md).
-    policy_head: bool = _head(False, "gate on each attention head's output")
-    memory_head: bool = _head(True, "shifted keys, and a value residual from the first layer")
-    trace_head: bool = _head(True, "traces of the other heads and the attention, on request")
-    accuracy_weight: float = option(1.0, "weight of next-token cross-entropy", "loss", minimum=0, identity=True)
-    alignment_weight: float = option(
-        0.0, "weight of the same, weighted by document quality", "loss", minimum=0, identity=True
+    policy_head: bool = _own(False, "gate on each attention head's output", "governance", both_ways=True)
+    memory_head: bool = _own(True, "shifted keys, and a value residual", "governance", both_ways=True)
+    trace_head: bool = _own(True, "traces of the other heads and the attention", "governance", both_ways=True)
+    accuracy_weight: float = _own(1.0, "weight of next-token cross-entropy", "loss", minimum=0)
+    alignment_weight: float = _own(0.0, "weight of the same, weighted by document quality", "loss", minimum=0)
+    coherence_weight: float = _own(0.0, "starting weight of predicting the token after the next", "loss", minimum=0)
+    coherence_until: float = _own(
+        0.5, "share of the run after which the coherence weight is 0", "loss", above=0, maximum=1
     )
-    coherence_weight: float = option(
-        0.0, "starting weight of predicting the token after the next", "loss", minimum=0, identity=True
-    )
-    coherence_until: float = option(
-        0.5, "share of the run after which the coherence weight is 0", "loss", above=0, maximum=1, identity=True
-    )
-    z_loss_weight: float = option(
-        1e-4, "weight of the squared log partition function", "loss", minimum=0, identity=True
-    )
+    z_loss_weight: float = _own(1e-4, "weight of the squared log partition function", "loss", minimum=0)
 
     def problems(self) -> list[str]:
         found = super().problems()

@@ -65,17 +65,17 @@ def add_training(
     model: EnhancedSIMONEModel | EnhancedSIMONEEnsemble, config: PrioritaryConfig, hardware: Hardware
 ) -> BuiltModel:
     """The model with its loss and optimizers; each model of an ensemble has a loss of its own."""
-    members = list(model.members) if isinstance(model, EnhancedSIMONEEnsemble) else [model]
+    models = list(model.members) if isinstance(model, EnhancedSIMONEEnsemble) else [model]
     weights = {name: getattr(config, name) for name in signature(ComprehensiveTrainingLoss).parameters}
-    losses = nn.ModuleList(ComprehensiveTrainingLoss(**weights) for _ in members)
+    losses = nn.ModuleList(ComprehensiveTrainingLoss(**weights) for _ in models)
     modules: dict[str, nn.Module] = {"model": model, "loss": losses}
-    forwards = [torch.compile(m.hidden_states) if hardware.compile else m.hidden_states for m in members]
+    forwards = [torch.compile(one.hidden_states) if hardware.compile else one.hidden_states for one in models]
 
     def loss(inputs: Tensor, targets: Tensor, document_weights: Tensor, share_done: float) -> StepLoss:
         return mean_loss(
             [
-                score(forward(inputs), member.lm_head.weight, targets, document_weights, share_done)
-                for member, forward, score in zip(members, forwards, losses, strict=True)
+                score(forward(inputs), one.lm_head.weight, targets, document_weights, share_done)
+                for one, forward, score in zip(models, forwards, losses, strict=True)
             ]
         )
 

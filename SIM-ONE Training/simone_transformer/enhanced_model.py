@@ -30,7 +30,7 @@ class EnhancedSIMONEConfig(PreTrainedConfig):
     """Shape and switches of the model.
 
     Attributes:
-        intermediate_size: SwiGLU's own inner width (``swiglu_width`` gives it from a classic width).
+        intermediate_size: SwiGLU's own inner width (``swiglu_width`` gives it from a classic width); 0: of four widths.
         policy_head, memory_head: the governance heads that change what is computed; off costs nothing.
         trace_head: whether ``output_traces=True`` may be asked for.
         hidden_dropout: on the embedding and on what each half layer adds, in training only.
@@ -44,7 +44,7 @@ class EnhancedSIMONEConfig(PreTrainedConfig):
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    intermediate_size: int | None = None
+    intermediate_size: int = 0
     max_position_embeddings: int = 1024
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
@@ -61,8 +61,7 @@ class EnhancedSIMONEConfig(PreTrainedConfig):
     eos_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.intermediate_size is None:
-            self.intermediate_size = swiglu_width(4 * self.hidden_size)
+        self.intermediate_size = self.intermediate_size or swiglu_width(4 * self.hidden_size)
         super().__post_init__(**kwargs)
 
 
@@ -103,7 +102,6 @@ class EnhancedSIMONEBlock(GradientCheckpointingLayer):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = EnhancedGovernanceAttention(config, layer_index)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        assert config.intermediate_size is not None  # filled in by the configuration
         self.feed_forward = SwiGLU(config.hidden_size, config.intermediate_size)
         self.previous_gain = nn.Parameter(torch.zeros(config.hidden_size)) if config.memory_head else None
         self.dropout = config.hidden_dropout
@@ -265,7 +263,7 @@ class EnhancedSIMONEModel(EnhancedSIMONEPreTrainedModel, GenerationMixin):
             context.position_ids = places[None]
         if attention_mask is None and cache is None:
             return context
-        mask = create_causal_mask(
+        mask: Any = create_causal_mask(
             config=self.config,
             inputs_embeds=embeddings,
             attention_mask=attention_mask,
@@ -274,11 +272,9 @@ class EnhancedSIMONEModel(EnhancedSIMONEPreTrainedModel, GenerationMixin):
             layer_idx=self.first_layer,
         )
         if mask is not None:
-            assert isinstance(mask, Tensor)  # the other kind is of flex attention, which this model does not offer
-            visible = mask if mask.dtype == torch.bool else mask == 0  # else it is added to the scores
+            context.mask = mask if mask.dtype == torch.bool else mask == 0  # a float mask is added to the scores
             own = places.view(1, -1, 1).expand(mask.shape[0], -1, -1)
-            context.mask = visible
-            context.padding = ~visible[:, 0].gather(-1, own).squeeze(-1)  # what may not see itself
+            context.padding = ~context.mask[:, 0].gather(-1, own).squeeze(-1)  # padding may not see itself
         return context
 
 
@@ -336,10 +332,7 @@ class EnhancedSIMONEEnsemble(EnhancedSIMONEPreTrainedModel, GenerationMixin):
         cache = self._cache(past_key_values, use_cache)
         outputs = [
             member(
-                input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=cache,
+                *(input_ids, attention_mask, position_ids, cache),
                 use_cache=cache is not None,
                 output_traces=output_traces,
                 return_dict=True,

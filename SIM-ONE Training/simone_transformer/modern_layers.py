@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def _normalise(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``x`` at root mean square 1 in ``dtype``, and what it was multiplied by ``[..., 1]``, in float32 at least."""
+    """``x`` at root mean square 1 in ``dtype``, and its scale ``[..., 1]`` in float32 at least."""
     exact = torch.promote_types(x.dtype, torch.float32)
     square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact).square()
     scale = torch.rsqrt(square / x.shape[-1] + eps)
@@ -18,10 +18,10 @@ def _normalise(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 
 class _RMSNorm(torch.autograd.Function):
-    """The norm with a backward pass in few passes over memory, whose result has the type that is asked for.
+    """The norm in the requested type, with a backward pass that reads memory few times.
 
-    ``F.rms_norm`` would give a float32 residual stream back in float32 for autocast to cast once for each matrix that
-    reads it, and on a processor its backward pass takes up to four times as long.
+    ``F.rms_norm`` would return a float32 residual stream in float32, for autocast to cast once for each matrix that
+    reads it, and its backward pass takes up to four times as long on a CPU.
     """
 
     @staticmethod
@@ -32,7 +32,7 @@ class _RMSNorm(torch.autograd.Function):
         return normalised * weight.to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         normalised, weight, scale = ctx.saved_tensors
         gain = weight.to(gradient.dtype)
         product = gradient * normalised
@@ -61,10 +61,10 @@ class RMSNorm(nn.Module):
 
 
 def swiglu_width(ff_dim: int) -> int:
-    """SwiGLU's inner width that spends what a classic feed-forward layer of width ``ff_dim`` spends.
+    """SwiGLU's inner width with the parameters of a classic feed-forward layer of width ``ff_dim``.
 
-    Three matrices instead of two, so two thirds of the width (Shazeer, arXiv 2002.05202), rounded up to a multiple
-    of 64, which matrix kernels like.
+    Three matrices instead of two, so two thirds of the width (Shazeer, arXiv 2002.05202), rounded up to a multiple of
+    64 for the matrix kernels.
     """
     return -(-2 * ff_dim // (3 * 64)) * 64
 

@@ -146,7 +146,8 @@ class EnhancedGovernanceAttention(nn.Module):
             heads = heads * (2 * policy_logits.sigmoid()).unsqueeze(-1).to(heads.dtype)
         if context.head_outputs is not None:
             key = shift_keys(key) if self.shifts else key
-            context.head_outputs.append(trace_heads(query, key, policy_logits, memory_signals, context))
+            trace = trace_heads(query, key, policy_logits, memory_signals, context)
+            context.head_outputs.append((policy_logits, memory_signals, trace))
         return self.o_proj(heads.reshape(x.shape)), value_residual, previous
 
     def _split(self, x: Tensor) -> Tensor:
@@ -165,7 +166,7 @@ class ForwardContext:
             its value after the value residual.
         cache_position: ``[seq]``, the tokens' places in the cache.
         first_layer: where in the cache the model's first layer is.
-        head_outputs: where each layer adds its ``trace_heads``; None asks for none.
+        head_outputs: where each layer adds its policy logits, memory signals and trace; None asks for none.
     """
 
     position_ids: Tensor | None = None
@@ -240,30 +241,23 @@ _FUSED_KERNELS: dict[str, Callable[..., Tensor]] = {"flash_attn": _flash_attn, "
 ATTENTION_BACKENDS = ("sdpa", "eager", *_FUSED_KERNELS)
 
 
+@torch.no_grad()
 def trace_heads(
     query: Tensor, key: Tensor, policy_logits: Tensor | None, memory_signals: Tensor | None, context: ForwardContext
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """What a layer's heads put out: policy logits and memory signals as given, ``[batch, seq, heads]`` or None, and
-    the trace ``[batch, seq, heads, 4]`` with the fields of ``TRACE_FIELDS``."""
-    with torch.no_grad():
-        entropy, distance = _attention_spread(query, key, context)
-        policy = torch.ones_like(entropy) if policy_logits is None else 2 * policy_logits.float().sigmoid()
-        memory = torch.zeros_like(entropy) if memory_signals is None else memory_signals.float()
-        return policy_logits, memory_signals, torch.stack((policy, memory, entropy, distance), dim=-1)
+) -> Tensor:
+    """The trace ``[batch, seq, heads, 4]`` with the fields of ``TRACE_FIELDS``.
 
-
-def _attention_spread(query: Tensor, key: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
-    """Entropy (nats) and mean distance (tokens) of each query's attention, ``[batch, seq, heads]``.
-
-    The probabilities are formed for a few query rows at a time: here too there is no S×S matrix.
+    The attention probabilities are formed for a few query rows at a time: here too there is no S×S matrix.
     """
-    columns, found = torch.arange(key.shape[2], device=key.device), []
+    columns, spread = torch.arange(key.shape[2], device=key.device), []
     places = columns if context.cache_position is None else context.cache_position
     for start in range(0, query.shape[2], _TRACE_QUERY_ROWS):
         rows = slice(start, start + _TRACE_QUERY_ROWS)
         mask = None if context.mask is None else context.mask[:, :, rows]
         probabilities = attention_probabilities(query[:, :, rows], key, mask, places[rows])
         distances = (places[rows, None] - columns).clamp(min=0)
-        found.append((torch.special.entr(probabilities).sum(-1), (probabilities * distances).sum(-1)))
-    entropy, distance = (torch.cat(parts, dim=2).transpose(1, 2) for parts in zip(*found, strict=True))
-    return entropy, distance
+        spread.append((torch.special.entr(probabilities).sum(-1), (probabilities * distances).sum(-1)))
+    entropy, distance = (torch.cat(parts, dim=2).transpose(1, 2) for parts in zip(*spread, strict=True))
+    policy = torch.ones_like(entropy) if policy_logits is None else 2 * policy_logits.float().sigmoid()
+    memory = torch.zeros_like(entropy) if memory_signals is None else memory_signals.float()
+    return torch.stack((policy, memory, entropy, distance), dim=-1)

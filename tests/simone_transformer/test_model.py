@@ -263,7 +263,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
     model, ids, gradients = make_model().train(), tokens(2, 12), []
     for cache in (None, DynamicCache()):
         if cache is not None:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
         model.zero_grad()
         model(ids, labels=ids, past_key_values=cache).loss.backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
