@@ -27,7 +27,7 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant")
 OPTIMIZERS = ("adamw", "muon")
 VALIDATION_TEXTS = ("primary", "all")
 UNLESS_DEFAULT = "unless default"
-LENGTHS = ("num_epochs", "max_steps", "max_tokens", "max_bytes")
+LENGTHS = ("num_epochs", "max_steps", "max_tokens", "max_bytes", "max_hours")
 Settings = TypeVar("Settings", bound="TrainingSettings")
 SMALLEST_VOCABULARY = 260  # 256 bytes and four special tokens
 _BOUNDS = {
@@ -141,7 +141,9 @@ class TrainingSettings:
     gradient_accumulation_steps: int = _optimization(1, "micro-batches per optimizer step", minimum=1, identity=False)
     learning_rate: float = _optimization(1e-3, "peak learning rate", above=0)
     lr_schedule: str = _optimization("cosine", "shape of the learning rate after warm-up", choices=SCHEDULES)
-    warmup_steps: int | None = _optimization(None, "steps of linear warm-up (default: 2 %% of the run)", minimum=0)
+    warmup_steps: int | None = _optimization(
+        None, "steps of linear warm-up (default: 2 %% of the run; 50 under --max_hours)", minimum=0
+    )
     unigram_noise: float = _optimization(
         0.0, "share of the input tokens replaced by tokens drawn from the text, against memorizing a repeated text",
         minimum=0, below=1, aliases=("input_noise",),
@@ -160,6 +162,10 @@ class TrainingSettings:
     max_steps: int | None = _length(None, "stop after this many optimizer steps")
     max_tokens: int | None = _length(None, "stop after this many tokens")
     max_bytes: int | None = _length(None, "stop after this many bytes of training text")
+    max_hours: float | None = option(
+        None, "train for so many hours, evaluations and checkpoints included: after a minute's measuring (a tenth of a "
+        "shorter time) the number of steps is fixed; set-up before and scoring after come on top", "length", above=0,
+    )  # fmt: skip
     patience: int | None = _length(None, "stop after this many evaluations without improvement")
     min_epochs: float = _length(1.0, "never stop early before this many passes", minimum=0)
 

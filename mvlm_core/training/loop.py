@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -24,9 +26,9 @@ from mvlm_core.signals import StopRequest
 from mvlm_core.training import checkpoint as checkpoints
 from mvlm_core.training.divergence import ROLLBACKS_AT_MOST
 from mvlm_core.training.history import HISTORY_NAME, append_records, read_history, truncate_history
-from mvlm_core.training.optimizer import learning_rate_scale
-from mvlm_core.training.state import LoopState, Run, TrainingTask, identity_differences, total_steps, warmup_steps
+from mvlm_core.training.state import LoopState, Run, Spent, TrainingTask, identity_differences, run_length
 from mvlm_core.training.tensorboard import TENSORBOARD_FOLDER, TensorBoardWriter
+from mvlm_core.training.time_budget import Pace, RunLength, TimeBudget
 
 log = logging.getLogger("mvlm")
 
@@ -39,8 +41,9 @@ class TrainingLoop:
 
     def __init__(self, run: Run, task: TrainingTask) -> None:
         self.task, self.settings, self.hardware, self.ranks = task, run.settings, run.hardware, run.ranks
-        self.total_steps = total_steps(run.settings, task.batches)
-        self.warmup_steps = warmup_steps(run.settings, self.total_steps)
+        self._length = run_length(run.settings, task.batches)
+        self._budget: TimeBudget | None = None
+        self.clock = time.perf_counter
         self.checkpoint_root = run.output_dir / "checkpoints"
         self.history_path = run.output_dir / HISTORY_NAME
         self.tensorboard: TensorBoardWriter | None = None
@@ -60,24 +63,33 @@ class TrainingLoop:
             TrainingFailed: training diverges again and again, or the smallest micro-batch does not fit.
         """
         self._resume()
-        if self.state.step >= self.total_steps or (self.state.stopped_early and self.state.finished):
+        if self.length.is_reached(self.state.step) or (self.state.stopped_early and self.state.finished):
             return self.state
         self.state.finished = False
         stop.defer()
         self._try_micro_batch()
         if self.state.step == 0:
             self._save()  # a full or read-only disk is found now, not after an hour
+            self.state.spent = Spent()  # it holds no optimizer state: no measure for the others
+        if self.settings.max_hours and self.state.fixed_steps is None:
+            self._budget = TimeBudget(self.settings.max_hours, self.state.seconds, self.clock)
         tokens = self.task.batches.tokens_per_batch
         quiet, done = self.settings.quiet or not self.ranks.is_main, self.state.step * tokens
-        with progress(self.total_steps * tokens, "training", "tok", initial=done, quiet=quiet, unit_scale=True) as bar:
+        total = self.length.total and self.length.total * tokens
+        with progress(total, "training", "tok", initial=done, quiet=quiet, unit_scale=True) as bar:
             while not self.state.finished:
                 stopping = self._step(stop)
                 bar.update(tokens)
                 self._after_step(stopping, bar)
                 if stopping and not self.state.finished:
-                    log.info(f"stopped at step {self.state.step} of {self.total_steps}; the same command resumes here")
+                    log.info(f"stopped at step {self.state.step} of {self.length}; the same command resumes here")
                     raise Stopped(stop.number)
         return self.state
+
+    @property
+    def length(self) -> RunLength:
+        """How long this run is, as far as that is known by now."""
+        return replace(self._length, fixed_at=self.state.fixed_at, fixed_steps=self.state.fixed_steps)
 
     def history(self) -> list[dict[str, Any]]:
         """The records of all steps."""
@@ -106,9 +118,10 @@ class TrainingLoop:
     def _after_step(self, stopping: bool, bar: Any) -> None:
         """Do what is due after this step: read the figures, evaluate, write a checkpoint, or roll back."""
         step, settings = self.state.step, self.settings
-        ending = step >= self.total_steps
-        evaluating = ending or step % settings.eval_interval == 0
-        due = step % settings.checkpoint_interval == 0
+        ending = self.length.is_reached(step)
+        rehearsing, fixing = self._measure()
+        evaluating = ending or rehearsing or step % settings.eval_interval == 0
+        due = rehearsing or fixing or step % settings.checkpoint_interval == 0
         if not (evaluating or stopping or due or step % settings.log_interval == 0):
             return
         trouble = self._flush(bar)
@@ -119,6 +132,8 @@ class TrainingLoop:
             self._roll_back(trouble, bar)
             return
         self._write_history()
+        if fixing:
+            self._fix_length(bar)
         if evaluating:
             self.state.stopped_early = self._should_stop_early() and not ending
             self.state.finished = ending or self.state.stopped_early
@@ -131,13 +146,14 @@ class TrainingLoop:
 
     def _step(self, stop: StopRequest) -> bool:
         """One optimizer step. Returns whether any rank wants to stop after it."""
-        started = time.perf_counter()
+        started = self.clock()
         state, optimizers = self.state, self.task.optimizers
-        scale = learning_rate_scale(state.step, self.total_steps, self.warmup_steps, self.settings.lr_schedule)
+        length = self.length
+        scale = length.learning_rate_scale(state.step, self.settings.lr_schedule)
         learning_rate = optimizers.set_scale(scale * state.guard.rate_factor)
         while True:
             try:
-                figures, text_bytes = self._accumulate(state.step / self.total_steps)
+                figures, text_bytes = self._accumulate(length.share(state.step))
                 break
             except torch.OutOfMemoryError:
                 self._halve_micro_batch()
@@ -164,7 +180,7 @@ class TrainingLoop:
                 "figures": {**figures, "grad_norm": norm, "skipped": skipped},
             }
         )
-        self._pending_seconds += time.perf_counter() - started
+        self._pending_seconds += self.clock() - started
         return bool(stopping)
 
     def _accumulate(self, share_done: float) -> tuple[dict[str, Tensor], int]:
@@ -208,7 +224,7 @@ class TrainingLoop:
                 if empty:
                     reserved = [torch.empty_like(p) for p in optimizers.parameters() for _ in range(2)]
                 count = min(self.state.micro_batch, len(self.ranks.part(self.task.batches.sequences)))
-                self._micro_batch(0, count, self.state.step / self.total_steps)
+                self._micro_batch(0, count, self.length.share(self.state.step))
                 return
             except torch.OutOfMemoryError:
                 reserved.clear()
@@ -239,9 +255,9 @@ class TrainingLoop:
         """
         if not self._pending:
             return None
-        started = time.perf_counter()
+        started = self.clock()
         records = [_read_figures(record) for record in self._pending]
-        self._pending_seconds += time.perf_counter() - started
+        self._pending_seconds += self.clock() - started
         state, count = self.state, len(records)
         speed = count * self.task.batches.tokens_per_batch / self._pending_seconds
         load = gpu_load(self.hardware.device)
@@ -273,16 +289,18 @@ class TrainingLoop:
             shown["gpu"] = f"{record['gpu_load']}%"
         bar.set_postfix(shown, refresh=False)
         step, speed = record["step"], record["tokens_per_second"]
-        left = (self.total_steps - step) * self.task.batches.tokens_per_batch / speed
+        total = self.length.total
+        left = "" if total is None else _clock((total - step) * self.task.batches.tokens_per_batch / speed) + " left"
         log.debug(
-            f"step {step}/{self.total_steps}  epoch {record['epoch']:.2f}  loss {loss:.4f}  "
+            f"step {step}/{self.length}  epoch {record['epoch']:.2f}  loss {loss:.4f}  "
             f"grad norm {record.get('grad_norm', math.nan):.2f}  lr {learning_rate:.3g}  {speed:,.0f} tok/s  "
-            f"{record['memory_bytes'] / 1e6:.0f} MB  {_clock(left)} left"
+            f"{record['memory_bytes'] / 1e6:.0f} MB  {left}"
         )
 
     def _evaluate(self) -> tuple[bool, str | None]:
         """Score the validation text: whether it is the best so far, and why the run must roll back, if it must."""
-        state, value = self.state, self.task.validation_bpb()
+        with self._spending("evaluation"):
+            state, value = self.state, self.task.validation_bpb()
         if not math.isfinite(value):
             state.guard.trouble_since = state.guard.trouble_since or state.step
             return False, f"validation bits per byte of step {state.step} is non-finite ({value})"
@@ -293,7 +311,7 @@ class TrainingLoop:
         else:
             state.evaluations_since_best += 1
         best = "  (best)" if improved else ""
-        log.info(f"step {state.step}/{self.total_steps}  validation {value:.4f} bits per byte{best}")
+        log.info(f"step {state.step}/{self.length}  validation {value:.4f} bits per byte{best}")
         return improved, None
 
     def _write_history(self) -> None:
@@ -320,6 +338,75 @@ class TrainingLoop:
         log.info("no better validation in %d evaluations: stopping early", state.evaluations_since_best)
         return True
 
+    # -- a run that ends in its time ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def _spending(self, what: str) -> Iterator[None]:
+        """Note that the steps wait for an evaluation or a checkpoint, and for how long."""
+        started, spent = self.clock(), self.state.spent
+        setattr(spent, f"{what}s", getattr(spent, f"{what}s") + 1)
+        try:
+            yield
+        finally:
+            seconds = self.clock() - started
+            setattr(spent, f"{what}_seconds", getattr(spent, f"{what}_seconds") + seconds)
+            if self._budget is not None:
+                self._budget.leave_out(seconds)
+
+    def _measure(self) -> tuple[bool, bool]:
+        """Whether an evaluation and a checkpoint are due to be measured, and whether the length is to be fixed now."""
+        budget = self._budget
+        if budget is None:
+            return False, False
+        budget.count_step(self._wait_for_device)
+        # The clocks of the ranks differ, and all must take the same step.
+        share = self.ranks.share(budget.share_measured(self.state.step, self.length.limit))
+        return share >= 0.5 and self.state.spent.evaluations == 0, share >= 1 and self.state.spent.evaluations > 0
+
+    def _fix_length(self, bar: Any) -> None:
+        """Fix the number of steps by what steps, evaluations and checkpoints have taken so far."""
+        state, settings, budget = self.state, self.settings, self._budget
+        assert budget is not None
+        spent, step_seconds = state.spent, budget.step_seconds + self._later_seconds()
+        pace = Pace(
+            step_seconds,
+            spent.evaluation_seconds / max(1, spent.evaluations),
+            spent.checkpoint_seconds / max(1, spent.checkpoints),
+            settings.eval_interval,
+            settings.checkpoint_interval,
+        )
+        reachable = pace.steps_within(budget.seconds - budget.used, state.step)
+        state.fixed_at, state.fixed_steps, self._budget = state.step, self.ranks.share(reachable), None
+        total = self.length.total or 0
+        bar.total = total * self.task.batches.tokens_per_batch
+        bar.refresh()
+        log.info(
+            f"measured {pace.step:.3g} s a step, {pace.evaluation:.3g} s an evaluation, {pace.checkpoint:.3g} s a "
+            f"checkpoint: {total:,} steps ({self.task.batches.epoch_at(total):.2f} epochs) end in "
+            f"--max_hours {settings.max_hours:g}; fixed from now on"
+        )
+
+    def _later_seconds(self) -> float:
+        """What a later step takes more than one at the start (a loss part may fade), on average; leaves no trace."""
+        count = len(self.ranks.part(self.task.batches.sequences))
+        micro_batch = min(self.state.micro_batch, count)
+
+        def seconds(share: float) -> float:
+            started = self.clock()
+            self._micro_batch(0, micro_batch, share)
+            self._wait_for_device()
+            return self.clock() - started
+
+        shares = (0.0, 0.125, 0.375, 0.625, 0.875)
+        rounds = [[seconds(share) for share in shares] for _ in range(3)]
+        self.task.optimizers.zero_grad()
+        first, *later = (min(times) for times in zip(*rounds, strict=True))
+        return (sum(later) / len(later) - first) * -(-count // micro_batch)
+
+    def _wait_for_device(self) -> None:
+        if self.hardware.device == "cuda":
+            torch.cuda.synchronize()
+
     # -- checkpoints: save, resume, roll back -----------------------------------------------------------------------
 
     def _save(self, for_signal_only: bool = False) -> None:
@@ -335,7 +422,8 @@ class TrainingLoop:
         try:
             self._append_records()  # the history up to a checkpoint must be on the disk before it
             fsync_path(self.history_path)
-            checkpoints.save_checkpoint(self.checkpoint_root, self.state.step, self.task.state_tensors(), state)
+            with self._spending("checkpoint"):
+                checkpoints.save_checkpoint(self.checkpoint_root, self.state.step, self.task.state_tensors(), state)
         except OSError as error:
             if self.state.step == 0 or self.state.finished:
                 raise TrainingFailed(
@@ -358,8 +446,9 @@ class TrainingLoop:
                 found = checkpoints.newest_checkpoint(self.checkpoint_root, may_use=self._check_identity)
             if found is None:
                 self.history_path.unlink(missing_ok=True)
-        if self._restore(found) and found is not None and 0 < self.state.step < self.total_steps:
-            log.info("continuing from %s (step %s of %s)", found.folder, found.step, self.total_steps)
+        if self._restore(found) and found is not None and self.state.step > 0:
+            if not self.length.is_reached(self.state.step):
+                log.info("continuing from %s (step %s of %s)", found.folder, found.step, self.length)
 
     def _restore(self, found: checkpoints.Checkpoint | None) -> bool:
         """Load the main rank's checkpoint on every rank; False if it has none."""
@@ -401,6 +490,7 @@ class TrainingLoop:
         if not self._restore(found):
             raise TrainingFailed(f"{trouble}, and no checkpoint from before is left: {advice}")
         guard = self.state.guard = broken.guard.after_rollback(self.state.guard)
+        self.state.fixed_at, self.state.fixed_steps = broken.fixed_at, broken.fixed_steps
         self.state.micro_batch = min(broken.micro_batch, self.state.micro_batch)
         bar.update((self.state.step - broken.step) * self.task.batches.tokens_per_batch)
         log.warning(

@@ -23,8 +23,8 @@ from mvlm_core.training.tensorboard import TENSORBOARD_FOLDER
 log = logging.getLogger("mvlm")
 
 
-def is_finished(output_dir: Path, identity: dict[str, Any], steps: int) -> bool:
-    """Whether the folder already holds the complete export of this run.
+def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None) -> bool:
+    """Whether the folder already holds the complete export of this run, of ``steps`` steps or (None) of any number.
 
     Raises:
         UserError: it holds that of another run.
@@ -39,7 +39,7 @@ def is_finished(output_dir: Path, identity: dict[str, Any], steps: int) -> bool:
             + ["choose another --output_dir, or retrain with --fresh"]
         )
     results = config.get("results", {})
-    enough = results.get("stopped_early") or results.get("steps", 0) >= steps
+    enough = results.get("stopped_early") or results.get("steps", 0) >= (steps or 0)
     return bool(enough) and not verify_folder(output_dir)
 
 

@@ -71,20 +71,22 @@ def _run(run: Run) -> Path:
             "raise --batch_size or --gradient_accumulation_steps"
         )
     identity, steps = run_identity(settings, text), total_steps(settings, text.batches)
+    enough = None if settings.max_hours else steps  # what --max_hours fixed is known to the checkpoints alone
     stop = StopRequest()
     with RunLock(run.output_dir, str(run.output_dir)) if ranks.is_main else nullcontext():
         if ranks.is_main and settings.fresh:
             results.delete_run(run.output_dir)
-        if ranks.share(ranks.is_main and not settings.fresh and results.is_finished(run.output_dir, identity, steps)):
+        if ranks.share(ranks.is_main and not settings.fresh and results.is_finished(run.output_dir, identity, enough)):
             log.info("already finished: %s (use --fresh to train it again)", run.output_dir)
             return run.output_dir
         stop.raise_at_once()
         task = build_task(run, text)
         loop = TrainingLoop(run, task)
+        length = "as many steps" if steps is None else f"{steps:,} steps ({text.batches.epoch_at(steps):.2f} epochs)"
+        in_time = "" if settings.max_hours is None else f", at most what fits into {settings.max_hours:g} hours"
         log.info(
-            f"{run.recipe.title}: {task.model.num_parameters():,} parameters, {steps:,} steps of "
-            f"{settings.sequences_per_step} sequences of {settings.max_length} tokens "
-            f"({text.batches.epoch_at(steps):.2f} epochs)"
+            f"{run.recipe.title}: {task.model.num_parameters():,} parameters, {length} of "
+            f"{settings.sequences_per_step} sequences of {settings.max_length} tokens{in_time}"
         )
         loop.run(stop)
         peak_memory_bytes = loop.peak_memory()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -23,6 +23,7 @@ from mvlm_core.training.distributed import ALONE, Ranks
 from mvlm_core.training.divergence import GuardState
 from mvlm_core.training.optimizer import EMA, Optimizers, copy_named
 from mvlm_core.training.preparation import PreparedText
+from mvlm_core.training.time_budget import WARMUP_STEPS, RunLength
 
 _WARMUP_SHARE = 0.02
 
@@ -184,6 +185,16 @@ def identity_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]
 
 
 @dataclass
+class Spent:
+    """How many evaluations and checkpoints a run has made, and the seconds that its steps waited for them."""
+
+    evaluations: int = 0
+    evaluation_seconds: float = 0.0
+    checkpoints: int = 0
+    checkpoint_seconds: float = 0.0
+
+
+@dataclass
 class LoopState:
     """The progress of a run; every checkpoint holds all of it.
 
@@ -194,6 +205,8 @@ class LoopState:
         micro_batch: sequences per forward pass that fit the device.
         finished: the run reached its end (or stopped early) at this step.
         guard: the divergence guard's memory.
+        fixed_at, fixed_steps: the number of steps that ``--max_hours`` fixed, and after which step.
+        spent: on evaluations and checkpoints.
     """
 
     step: int = 0
@@ -207,6 +220,9 @@ class LoopState:
     finished: bool = False
     stopped_early: bool = False
     guard: GuardState = field(default_factory=GuardState)
+    fixed_at: int | None = None
+    fixed_steps: int | None = None
+    spent: Spent = field(default_factory=Spent)
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> LoopState:
@@ -215,7 +231,8 @@ class LoopState:
         Raises:
             ValueError: a value is missing or of the wrong type.
         """
-        return _typed(cls, {**saved, "guard": _typed(GuardState, saved.get("guard"))})
+        spent = saved.get("spent", asdict(Spent()))  # older checkpoints have none
+        return _typed(cls, {**saved, "guard": _typed(GuardState, saved.get("guard")), "spent": _typed(Spent, spent)})
 
 
 def _typed(cls: type, saved: Any) -> Any:
@@ -233,6 +250,19 @@ def _typed(cls: type, saved: Any) -> Any:
     return cls(**values)
 
 
+def run_length(settings: TrainingSettings, batches: BatchSource) -> RunLength:
+    """How long the run is, before ``--max_hours`` has fixed anything.
+
+    Raises:
+        UserError: a warm-up that is not shorter than the run.
+    """
+    total = total_steps(settings, batches)
+    if settings.max_hours is None and total is not None:
+        return RunLength(total, warmup_steps(settings, total))
+    warmup = WARMUP_STEPS if settings.warmup_steps is None else settings.warmup_steps
+    return RunLength(total, warmup, by_time=True)
+
+
 def warmup_steps(settings: TrainingSettings, total_steps: int) -> int:
     """Warm-up steps: as given, or a share of the run.
 
@@ -246,8 +276,8 @@ def warmup_steps(settings: TrainingSettings, total_steps: int) -> int:
     return settings.warmup_steps
 
 
-def total_steps(settings: TrainingSettings, batches: BatchSource) -> int:
-    """Optimizer steps of the run: up to the first limit that is set."""
+def total_steps(settings: TrainingSettings, batches: BatchSource) -> int | None:
+    """Optimizer steps of the run: up to the first limit that is set; None where that is ``--max_hours`` alone."""
     limits = []
     if settings.max_steps:
         limits.append(settings.max_steps)
@@ -257,4 +287,4 @@ def total_steps(settings: TrainingSettings, batches: BatchSource) -> int:
         limits.append(round(settings.max_bytes / batches.store.bytes_per_token / batches.tokens_per_batch))
     if settings.num_epochs:
         limits.append(batches.steps_for_epochs(settings.num_epochs))
-    return max(1, min(limits))
+    return max(1, min(limits)) if limits else None

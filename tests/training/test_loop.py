@@ -26,7 +26,7 @@ def everything_on(model):
 def final_state(loop):
     checkpoint = newest_checkpoint(loop.checkpoint_root)
     history = [{k: v for k, v in record.items() if k not in TIMES} for record in read_history(loop.history_path)]
-    state = {k: v for k, v in checkpoint.state.items() if k != "seconds"}
+    state = {k: v for k, v in checkpoint.state.items() if k not in ("seconds", "spent")}
     kept = checkpoint.tensors("optimizer")
     if (checkpoint.folder / "average.safetensors").exists():  # of the EMA
         kept |= {f"average/{name}": tensor for name, tensor in checkpoint.tensors("average").items()}

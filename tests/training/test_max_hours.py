@@ -1,0 +1,136 @@
+"""A run of a given time: its length is fixed once, kept through interruptions, and reached in that time."""
+
+import pytest
+import torch
+
+from mvlm_core.errors import Stopped
+from mvlm_core.training import checkpoint as checkpoints
+from mvlm_core.training.checkpoint import newest_checkpoint
+from mvlm_core.training.history import read_history
+from mvlm_core.training.optimizer import learning_rate_scale
+from mvlm_core.training.state import LoopState
+from mvlm_core.training.time_budget import Pace, RunLength
+from tests.helpers import MODELS, StopAfter, make_loop, tiny_settings
+
+TIMES = ("seconds", "tokens_per_second", "memory_bytes")
+# What each thing takes by the clock of these tests; a step is cheaper once model 2's coherence loss has faded.
+STEP, FADED_STEP, EVALUATION, CHECKPOINT = 4.0, 3.0, 7.0, 5.0
+
+
+@pytest.fixture
+def clocked_loop(tiny_corpus, monkeypatch):
+    """``clocked_loop(model, folder, **changes)``: a loop of ten minutes by a clock that its own work moves."""
+    now = [0.0]
+    save = checkpoints.save_checkpoint
+
+    def slow_save(*arguments):
+        now[0] += CHECKPOINT
+        return save(*arguments)
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", slow_save)
+
+    def make(model, folder, **changes):
+        own = {"coherence_weight": 0.3} if model == "simone_enhanced" else {}
+        values = {"max_steps": None, "max_hours": 1 / 6, "eval_interval": 20, "checkpoint_interval": 15}
+        settings = tiny_settings(model, tiny_corpus, folder, **{**values, **own, "dropout": 0.1, **changes})
+        loop = make_loop(model, settings)
+        loss, evaluate = loop.task.loss, loop.task.evaluate
+
+        def slow_loss(inputs, targets, weights, share_done):
+            now[0] += FADED_STEP if own and share_done >= 0.5 else STEP
+            return loss(inputs, targets, weights, share_done)
+
+        def slow_evaluation():
+            now[0] += EVALUATION
+            return evaluate()
+
+        object.__setattr__(loop.task, "loss", slow_loss)
+        object.__setattr__(loop.task, "evaluate", slow_evaluation)
+        loop.clock = lambda: now[0]
+        return loop
+
+    make.now = now
+    return make
+
+
+def outcome(loop):
+    newest = newest_checkpoint(loop.checkpoint_root)
+    history = [{k: v for k, v in record.items() if k not in TIMES} for record in read_history(loop.history_path)]
+    state = {k: v for k, v in newest.state.items() if k not in ("seconds", "spent")}
+    return newest.tensors("model") | newest.tensors("optimizer"), history, state
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_run_ends_in_its_time_and_an_interrupted_one_to_the_bit_where_it_ends(model, clocked_loop, tmp_path):
+    whole = clocked_loop(model, tmp_path / "whole")
+    state = whole.run(StopAfter())
+    taken = clocked_loop.now[0] - CHECKPOINT - STEP  # the first checkpoint and the trial come before the first step
+    assert state.finished and state.fixed_steps == state.step and 10 <= state.fixed_at <= 16
+    assert taken == pytest.approx(600, rel=0.03) and taken <= 600 + EVALUATION + CHECKPOINT
+    for steps in (1, 40, 30):  # before the length is fixed, and twice after
+        with pytest.raises(Stopped):
+            clocked_loop(model, tmp_path / "parts").run(StopAfter(steps))
+    # What is left takes ten times as long by now; the length stays what it was.
+    parts = clocked_loop(model, tmp_path / "parts", max_hours=1 / 60)
+    parts.run(StopAfter())
+    (expected, *rest), (found, *other) = outcome(whole), outcome(parts)
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    assert rest == other
+
+
+def test_nothing_depends_on_the_number_of_steps_before_it_is_fixed(clocked_loop, tmp_path):
+    histories = []
+    for folder, hours in (("long", 1 / 12), ("short", 1 / 15)):
+        loop = clocked_loop("simone_enhanced", tmp_path / folder, max_hours=hours, lr_schedule="linear")
+        state = loop.run(StopAfter())
+        histories.append((state.fixed_at, state.fixed_steps, read_history(loop.history_path)))
+    (_, longer, one), (until, shorter, two) = histories
+    assert shorter < longer
+    for name in ("train_loss", "learning_rate", "coherence_loss"):
+        assert [record[name] for record in one[:until]] == [record[name] for record in two[:until]]
+    peak = max(record["learning_rate"] for record in one)
+    rates = [record["learning_rate"] / peak for record in two]
+    assert rates[:3] == pytest.approx([1 / 50, 2 / 50, 3 / 50]) and rates[until] == 1
+    assert rates[-1] == pytest.approx(1 / (shorter - until)), "the schedule reaches its end"
+
+
+def test_another_limit_may_come_first(clocked_loop, tmp_path):
+    loop = clocked_loop("mvlm_gpt2", tmp_path, max_steps=60)
+    state = loop.run(StopAfter())
+    assert state.step == 60 and state.fixed_at == 8, "a tenth of the steps is enough"
+    assert state.fixed_steps > 60 and loop.length.total == 60
+
+
+def test_steps_within_a_time_are_counted_with_their_evaluations_and_checkpoints():
+    pace = Pace(step=2, evaluation=7, checkpoint=5, evaluation_interval=4, checkpoint_interval=5)
+    for done in (0, 3, 4, 10):
+        for seconds in (0, 14, 33, 34, 100, 777):
+            # Step by step: what each takes, an evaluation at the end as well.
+            total, spent = done, 0.0
+            while True:
+                step = total + 1
+                spent += 2 + 12 * (step % 4 == 0) + 5 * (step % 5 == 0)
+                if spent + 12 * (step % 4 > 0) > seconds:
+                    break
+                total = step
+            assert pace.steps_within(seconds, done) == max(done + 1, total), (done, seconds)
+
+
+def test_a_run_without_a_time_has_the_schedule_it_always_had():
+    length = RunLength(100, 10)
+    assert str(length) == "100" and not length.is_reached(99) and length.is_reached(100)
+    for step in range(100):
+        assert length.share(step) == step / 100
+        assert length.learning_rate_scale(step, "cosine") == learning_rate_scale(step, 100, 10, "cosine")
+
+
+def test_a_checkpoint_from_before_there_was_a_time_still_loads(clocked_loop, tmp_path):
+    with pytest.raises(Stopped):
+        clocked_loop("mvlm_gpt2", tmp_path).run(StopAfter(2))
+    state = newest_checkpoint(clocked_loop("mvlm_gpt2", tmp_path).checkpoint_root).state
+    for name in ("fixed_at", "fixed_steps", "spent"):
+        del state[name]
+    assert LoopState.of(state).fixed_steps is None and LoopState.of(state).spent.evaluations == 0
+    for damaged in ({"spent": 3}, {"fixed_steps": "many"}, {"fixed_at": -1}):
+        with pytest.raises(ValueError):
+            LoopState.of(state | damaged)
