@@ -155,6 +155,10 @@ def recipe() -> Recipe:
 
 def main() -> int:
     settings = trainer_settings(GPT2Settings, None, description=__doc__, epilog=EXAMPLES, output_dir=OUTPUT_DIR)
+    from mvlm_core.training.launch import run_ranks
+
+    if (code := run_ranks(settings, [__file__, *sys.argv[1:]])) is not None:
+        return code
     from mvlm_core.training.run import run_training
 
     run_training(recipe(), settings)

@@ -21,6 +21,11 @@ Run it again after an interruption: it resumes from the newest checkpoint.
 
 def main(arguments: list[str] | None = None) -> int:
     config = trainer_settings(PrioritaryConfig, arguments, description=__doc__, epilog=EXAMPLES, output_dir=OUTPUT_DIR)
+    from mvlm_core.training.launch import run_ranks
+
+    command = [__file__, *(sys.argv[1:] if arguments is None else arguments)]
+    if (code := run_ranks(config, command)) is not None:
+        return code
     from prioritary_mvlm.enhanced_trainer import EnhancedPrioritaryTrainer
 
     EnhancedPrioritaryTrainer(config, config.data_dir, config.output_dir or OUTPUT_DIR).train()

@@ -108,7 +108,8 @@ def trainer_settings(
     settings = parse_settings(cls, arguments, description=description or "", epilog=epilog, output_dir=output_dir)
     outlive_terminal()
     set_process_environment()
-    setup_logging(None if settings.dry_run else settings.log_file, quiet=settings.quiet)
+    writes = not settings.dry_run and os.environ.get("RANK", "0") == "0"  # of several processes the main one alone
+    setup_logging(settings.log_file if writes else None, quiet=settings.quiet)
     return settings
 
 

@@ -184,7 +184,16 @@ def _cuda_state() -> tuple[bool, str]:
             f"torch {torch.__version__} finds no usable CUDA device "
             "(no GPU, driver too old, or hidden by CUDA_VISIBLE_DEVICES: see nvidia-smi)"
         )
-    return True, f"CUDA {torch.version.cuda} with {torch.cuda.get_device_name(0)}"
+    return True, f"CUDA {torch.version.cuda}"  # a GPU's name would take memory on it, also in a supervisor
+
+
+def gpu_count() -> int:
+    """GPUs that torch can use. They are counted by the driver's library: this process takes no memory on any."""
+    if not nvidia_may_be_there():
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _choose_device(asked: str, problems: list[str]) -> tuple[str, str]:

@@ -178,6 +178,7 @@ class TrainingSettings:
         "single-threaded processes that share each batch on a CPU, instead of one process with many threads",
         minimum=1,
     )
+    gpus: int | None = _hardware(None, "GPUs of this machine that share each batch (default: all of them)", minimum=1)
     no_mixed_precision: bool = _hardware(False, "train in fp32 wherever it runs")
     no_compile: bool = _hardware(False, "do not use torch.compile")
 

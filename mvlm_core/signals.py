@@ -14,6 +14,12 @@ PARENT_VARIABLE = "MVLM_PARENT_PID"
 log = logging.getLogger("mvlm")
 
 
+def parent_is_gone() -> bool:
+    """Whether the environment names the process that started this one and that process has ended."""
+    parent = int(os.environ.get(PARENT_VARIABLE) or 0)
+    return bool(parent) and os.getppid() != parent
+
+
 class StopRequest:
     """A signal is recorded after ``defer`` and raises ``Stopped`` after ``raise_at_once``.
 
@@ -23,7 +29,6 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
-        self._parent = int(os.environ.get(PARENT_VARIABLE) or 0)
 
     def defer(self) -> None:
         """From now on a signal is only recorded."""
@@ -43,7 +48,7 @@ class StopRequest:
         return self.signal_number or signal.SIGTERM
 
     def wanted(self) -> bool:
-        if self.signal_number is None and self._parent and os.getppid() != self._parent:
+        if self.signal_number is None and parent_is_gone():
             log.warning("the process that started this run has ended: stopping after a checkpoint")
             self.signal_number = signal.SIGTERM
         return self.signal_number is not None

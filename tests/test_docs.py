@@ -24,7 +24,8 @@ ENTRY_POINTS = (
     "prepare_dataset.py",
     "setup_environment.sh",
 )
-OTHERS_FLAGS = {"--nproc_per_node", "--model", "--check", "--format"}  # torchrun's, lm_eval's, ruff's
+TORCHRUN_FLAGS = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}
+OTHERS_FLAGS = TORCHRUN_FLAGS | {"--model", "--check", "--format"}  # lm_eval's, ruff's
 LINES_OF_README = 130
 
 

@@ -134,15 +134,20 @@ def plan(lines: Mapping[str, Line], options: argparse.Namespace, shared: dict[st
     ]
 
 
-def run_one() -> None:
-    """The run that the command line gives as JSON, in this process."""
+def run_one() -> int:
+    """The run that the command line gives as JSON, in this process or, where it asks for several, in children."""
     run = Run(**json.loads(sys.argv[1]))
     settings = run.settings().check()
     set_process_environment()
     setup_logging(settings.log_file, quiet=settings.quiet)
+    from mvlm_core.training.launch import run_ranks
+
+    if (code := run_ranks(settings, ["-m", "benchmarks.experiments.runner", sys.argv[1]])) is not None:
+        return code
     from mvlm_core.training.run import run_training
 
     run_training(recipe_of(run.model, run.classic_part), settings)
+    return 0
 
 
 def execute(run: Run, signals: Signals) -> tuple[int, str]:

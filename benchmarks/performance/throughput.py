@@ -279,11 +279,15 @@ def products_alone(shape: Shape, options: argparse.Namespace, _folder: Path) -> 
 
 
 def ranks_of(processes: int) -> Any:
-    """This process alone, or with CPU workers that share each batch."""
-    from mvlm_core.training.cpu_workers import fork
-    from mvlm_core.training.distributed import ALONE
+    """This process alone, or the main one of several that share each batch."""
+    from benchmarks.forked_ranks import fork_ranks
+    from mvlm_core.training.distributed import ALONE, join
 
-    return fork(processes) if processes > 1 else ALONE
+    if processes == 1:
+        return ALONE
+    folder = _here["folder"] = tempfile.TemporaryDirectory()  # for as long as this process lives
+    fork_ranks(processes, Path(folder.name))
+    return join("cpu")
 
 
 def serve_child(ranks: Any, step: Callable[[], None]) -> None:
@@ -294,7 +298,7 @@ def serve_child(ranks: Any, step: Callable[[], None]) -> None:
         while True:
             step()
     finally:
-        ranks.end()
+        os._exit(0)
 
 
 def random_batches(shape: Shape) -> Iterator[tuple[Any, Any]]:

@@ -1,27 +1,33 @@
 """Data-parallel training: what the processes of a run exchange, through ``torch.distributed``.
 
-Started by ``torchrun``, each process (rank) works on its part of every global batch; gradients are summed, so all
-ranks take the same step and hold the same weights. Otherwise there is one rank, at no cost; ``cpu_workers`` is another
-way to be several. Only the main rank reads and writes checkpoints and sends what it read to the others, so machines
+Each process (rank) works on its part of every global batch; gradients are summed, so all ranks take the same step and
+hold the same weights. Ranks are started by ``launch`` on one machine and by ``torchrun`` on several; otherwise there is
+one rank, at no cost. Only the main rank reads and writes checkpoints and sends what it read to the others, so machines
 need no shared disk for them.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
+import signal
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mvlm_core.errors import TrainingFailed, UserError
+from mvlm_core.errors import Stopped, TrainingFailed, UserError
+from mvlm_core.signals import parent_is_gone
+from mvlm_core.training.launch import FOLDER_VARIABLE, MEMORY_VARIABLE
 
-# The main rank may be tokenizing a large corpus while the others wait for it.
-_TIMEOUT = timedelta(hours=2)
+_TIMEOUT = timedelta(hours=2)  # one rank may read and check a checkpoint, or compile, while the others wait for it
+_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -31,11 +37,18 @@ class Ranks:
     Attributes:
         rank, world: its number, and how many there are.
         host: the process group for what stays in host memory (gloo); None when alone.
+        local: its number among those of its machine; local_world: how many these are.
+        memory: shared by the CPU ranks of ``launch``: each has its own part to write, which the others read.
+        threads: how many the process had before.
     """
 
     rank: int = 0
     world: int = 1
     host: Any = None
+    local: int = 0
+    local_world: int = 1
+    memory: mmap.mmap | None = None
+    threads: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -73,11 +86,20 @@ class Ranks:
         if self.world == 1:
             return list(values)
         numbers = torch.tensor(values, dtype=torch.float64)
-        self._sum(numbers, group=self.host)
+        _exchange(dist.all_reduce, numbers, group=self.host)
         return numbers.tolist()
 
-    def _sum(self, flat: Tensor, **where: Any) -> None:
-        _exchange(dist.all_reduce, flat, **where)
+    def _sum(self, flat: Tensor) -> None:
+        if self.memory is None:
+            _exchange(dist.all_reduce, flat)
+            return
+        shared = torch.frombuffer(self.memory, dtype=flat.dtype).view(self.world, -1)
+        for chunk in flat.split(shared.shape[1]):
+            parts = shared[:, : len(chunk)]
+            parts[self.rank].copy_(chunk)
+            self.wait()
+            torch.sum(parts, dim=0, out=chunk)  # the same numbers in the same order: the same bits in all ranks
+            self.wait()
 
     def share(self, value: Any) -> Any:
         """The main rank's ``value`` (plain data) on every rank."""
@@ -104,20 +126,34 @@ class Ranks:
         if self.world > 1:
             _exchange(dist.barrier, group=self.host)
 
+    def wait_for_first(self, what: str) -> None:
+        """Wait, however long, until the first rank of each machine gets here: in no operation that could time out.
+
+        Raises:
+            Stopped: the supervisor is gone.
+        """
+        if self.world == 1:
+            return
+        store = dist.distributed_c10d._get_default_store()  # torch.distributed has no public name for it
+        if self.local == 0:
+            store.add(what, 1)
+        while store.add(what, 0) < self.world // self.local_world:
+            if parent_is_gone():
+                raise Stopped(signal.SIGTERM)
+            time.sleep(_POLL_SECONDS)
+
     def leave(self) -> None:
-        """Leave the process group; no more exchange after this."""
+        """Leave the process group; no more exchange after this: what remains is the main rank's, with all threads."""
         if self.world > 1:
             dist.destroy_process_group()
-
-    def end(self) -> None:
-        """Called at the end of the run, however it ends."""
+            torch.set_num_threads(self.threads)
 
 
 ALONE = Ranks()
 
 
 def join(device: str) -> Ranks:
-    """Join the other processes that ``torchrun`` started, if it did.
+    """Join the other processes that ``launch`` or ``torchrun`` started, if one did.
 
     Raises:
         UserError: more processes on this machine than it has GPUs.
@@ -125,7 +161,7 @@ def join(device: str) -> Ranks:
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return ALONE
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
         if local >= torch.cuda.device_count():
             raise UserError(
@@ -133,15 +169,25 @@ def join(device: str) -> Ranks:
                 f"({torch.cuda.device_count()}); start one per GPU"
             )
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_TIMEOUT)
+    folder, threads, memory = os.environ.get(FOLDER_VARIABLE), torch.get_num_threads(), None
+    store = dist.FileStore(str(Path(folder, "store")), world) if folder else None
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=_TIMEOUT
+    )
     host = dist.new_group(backend="gloo", timeout=_TIMEOUT) if device == "cuda" else dist.group.WORLD
-    return Ranks(dist.get_rank(), world, host)
+    if folder and device == "cpu":
+        torch.set_num_threads(1)
+        if MEMORY_VARIABLE in os.environ:
+            memory = mmap.mmap(int(os.environ[MEMORY_VARIABLE]), 0)
+    return Ranks(rank, world, host, local, int(os.environ.get("LOCAL_WORLD_SIZE", world)), memory, threads)
 
 
 def _exchange(operation: Any, *arguments: Any, **options: Any) -> None:
     try:
         operation(*arguments, **options)
     except RuntimeError as error:
+        if folder := os.environ.get(FOLDER_VARIABLE):  # for the supervisor: another rank is the cause
+            Path(folder, f"lost.{os.environ['RANK']}").touch()
         raise TrainingFailed(
             f"the processes of this run lost their connection ({str(error).splitlines()[0]}); look for the first one "
             "that failed, then start all of them again: they resume from the newest checkpoint"

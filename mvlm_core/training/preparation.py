@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,11 +39,12 @@ def prepare_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]
     Raises:
         UserError: no corpus, no usable text, an unreadable tokenizer, or fewer sequences in a batch than processes.
     """
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if first:
+    if ranks.local == 0:
         text = _prepare(settings, tokenizer_class)
-    ranks.wait()
-    return text if first else _prepare(settings, tokenizer_class)
+        ranks.wait_for_first("text")
+        return text
+    ranks.wait_for_first("text")
+    return _prepare(settings, tokenizer_class)
 
 
 def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) -> PreparedText:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from mvlm_core.settings import TrainingSettings
 from mvlm_core.signals import StopRequest
 from mvlm_core.training import results
 from mvlm_core.training.cost import describe_cost
-from mvlm_core.training.cpu_workers import start_ranks
+from mvlm_core.training.distributed import join
+from mvlm_core.training.launch import FOLDER_VARIABLE, describe_gpus, rank_count
 from mvlm_core.training.loop import TrainingLoop
 from mvlm_core.training.preparation import PreparedText, prepare_text, read_corpus
 from mvlm_core.training.state import Recipe, Run, TrainingTask, build_task, run_identity, total_steps
@@ -45,24 +47,25 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
     hush_transformers()
     if settings.dry_run:
         train_bytes = sum(document.size for document in read_corpus(settings)[0].split("train"))
+        print(describe_gpus(settings))
         print(*describe_cost(recipe.build, settings, hardware, train_bytes), sep="\n")
         return Path(settings.output_dir or "")
     hardware.apply()
-    ranks = start_ranks(settings.processes, hardware.device)
-    try:
-        return _run(Run(recipe, settings, hardware, ranks))
-    finally:
-        ranks.end()
+    if (wanted := rank_count(settings)) > 1:
+        if settings.processes > 1 or settings.gpus:
+            raise UserError(f"{wanted} processes are started by the trainers' command lines, not by this function")
+        log.warning("this process uses one of several GPUs: the trainers' command lines use all of them")
+    return _run(Run(recipe, settings, hardware, join(hardware.device)))
 
 
 def _run(run: Run) -> Path:
     """``run_training`` in one of the run's processes."""
     settings, ranks = run.settings, run.ranks
-    if not ranks.is_main:
+    if not ranks.is_main and FOLDER_VARIABLE not in os.environ:  # torchrun has one console for all ranks
         log.setLevel(logging.ERROR)
     for line in describe(run.hardware):
         log.info(line)
-    if ranks.world > 1:
+    if ranks.world > 1 and FOLDER_VARIABLE not in os.environ:
         log.info("%s processes share every batch", ranks.world)
     text = prepare_text(settings, run.recipe.tokenizer_class, ranks)
     if text.batches.sequences < ranks.world:

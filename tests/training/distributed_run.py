@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 
 from mvlm_core.errors import Stopped
-from mvlm_core.training.distributed import join
+from mvlm_core.training.distributed import ALONE, Ranks, join
 from mvlm_core.training.optimizer import EMA
 from tests.helpers import StopAfter, make_loop, tiny_settings
 from tests.training.test_loop import everything_on
 
 
-def run(corpus: Path, work: Path, model: str, steps: int) -> None:
-    """Train for up to ``steps`` steps from the newest checkpoint, as the rank that the environment names."""
+def run(corpus: Path, work: Path, model: str, steps: int, ranks: Ranks = ALONE) -> None:
+    """Train for up to ``steps`` steps from the newest checkpoint, alone or as one of several ranks."""
     torch.set_num_threads(1)
     changes = {**everything_on(model), "dropout": 0.0, "max_steps": 50, "checkpoint_interval": 10, "eval_interval": 10}
-    loop = make_loop(model, tiny_settings(model, corpus, work, **changes), join("cpu"))
+    loop = make_loop(model, tiny_settings(model, corpus, work, **changes), ranks)
     for module in loop.task.modules.values():
         module.double()
     loop.task = replace(loop.task, ema=EMA(loop.task.model, 0.9))
@@ -31,7 +31,7 @@ def run(corpus: Path, work: Path, model: str, steps: int) -> None:
 
 
 def main() -> None:
-    run(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+    run(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), join("cpu"))
 
 
 if __name__ == "__main__":

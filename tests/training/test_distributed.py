@@ -1,16 +1,22 @@
 """Two processes give what one gives: the same curve, the same files, and either resumes the other's checkpoint."""
 
 import os
-import socket
 import subprocess
 import sys
+import tempfile
+import time
 import traceback
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from benchmarks.forked_ranks import fork_ranks
+from mvlm_core.training import launch
 from mvlm_core.training.checkpoint import newest_checkpoint
-from mvlm_core.training.distributed import ALONE, Ranks
+from mvlm_core.training.distributed import ALONE, Ranks, join
 from mvlm_core.training.history import read_history
 from tests.helpers import REPOSITORY
 from tests.training import distributed_run
@@ -50,29 +56,28 @@ def test_every_item_is_in_one_part():
     assert ALONE.is_main and ALONE.sum_numbers(1, 2.5) == [1, 2.5] and ALONE.share("x") == "x"
 
 
-def by_two(*arguments):
-    """``distributed_run.run`` as two ranks, forked: what ``torchrun`` does, without importing everything twice."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+def in_ranks(world, work):
+    """``work(ranks)`` in forked ranks, which have imported everything already; each must end well."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked child cannot use its parent's threads
-    children = []
-    for rank in range(2):
-        if child := os.fork():
-            children.append(child)
-            continue
-        try:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TOKENIZERS_PARALLELISM": "false"}
-            distributed_run.run(*arguments)
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    codes = [os.waitpid(child, 0)[1] for child in children]
+    with tempfile.TemporaryDirectory() as folder:
+        if (main := os.fork()) == 0:
+            try:
+                rank = fork_ranks(world, Path(folder))
+                work(join("cpu"))
+                codes = [os.wait()[1] for _ in range(1, world)] if rank == 0 else []
+                os._exit(int(any(codes)))
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        code = os.waitpid(main, 0)[1]
     torch.set_num_threads(threads)
-    assert codes == [0, 0]
+    assert code == 0
+
+
+def by(world, *arguments):
+    """``distributed_run.run`` by so many ranks."""
+    in_ranks(world, lambda ranks: distributed_run.run(*arguments, ranks))
 
 
 def alone(*arguments):
@@ -81,6 +86,44 @@ def alone(*arguments):
         distributed_run.run(*arguments)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shared", [True, False])
+def test_sums_are_the_sums_and_the_same_bits_on_all_ranks(dtype, shared, monkeypatch):
+    monkeypatch.setattr(launch, "SHARED_BYTES", 4096)  # so that a sum goes through it in many pieces
+
+    def work(ranks):
+        def mine(rank):
+            generator = torch.Generator().manual_seed(rank)
+            return [torch.randn(3, 1000, generator=generator, dtype=dtype), torch.full((), float(rank), dtype=dtype)]
+
+        assert ranks.memory is not None
+        ranks = ranks if shared else replace(ranks, memory=None)
+        found = mine(ranks.rank)
+        ranks.sum_on_device(found)
+        expected = [sum(parts) for parts in zip(*(mine(rank) for rank in range(3)), strict=True)]
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+        assert torch.equal(ranks.share(found[0]), found[0])
+        assert torch.equal(ranks.share_tensors({"x": torch.arange(5)} if ranks.is_main else {})["x"], torch.arange(5))
+        assert ranks.sum_numbers(ranks.rank, 0.5) == [3.0, 1.5]
+
+    in_ranks(3, work)
+
+
+def test_nobody_waits_in_an_operation_while_the_first_rank_prepares_the_text(monkeypatch):
+    def work(ranks):
+        started = time.monotonic()
+        if ranks.is_main:
+            time.sleep(1)
+        else:
+            monkeypatch.setattr(dist, "barrier", None)
+            monkeypatch.setattr(dist, "all_reduce", None)
+        ranks.wait_for_first("text")
+        assert time.monotonic() - started >= 0.9
+
+    in_ranks(2, work)
 
 
 def check_curve(folder, model, expected):
@@ -103,7 +146,7 @@ def test_two_processes_give_the_curve_of_one(model, turns, tiny_corpus, tmp_path
     alone(tiny_corpus, tmp_path / "alone", model, 99)
     if turns:
         alone(tiny_corpus, tmp_path / "others", model, 13)
-    by_two(tiny_corpus, tmp_path / "others", model, 20 if turns else 99)
+    by(2, tiny_corpus, tmp_path / "others", model, 20 if turns else 99)
     if turns:
         alone(tiny_corpus, tmp_path / "others", model, 99)
     check_curve(tmp_path / "others", model, tmp_path / "alone")
@@ -117,7 +160,8 @@ def test_torchrun_gives_the_curve_of_one(tiny_corpus, tmp_path):
     check_curve(tmp_path / "two", "simone_enhanced", tmp_path / "alone")
 
 
-def test_a_failing_process_ends_the_run(tiny_corpus, tmp_path):
+@pytest.mark.integration
+def test_a_failing_process_ends_the_run_of_torchrun(tiny_corpus, tmp_path):
     script = tmp_path / "one_fails.py"
     script.write_text(
         "import os\nfrom tests.training import distributed_run\n"

@@ -1,0 +1,29 @@
+"""Ranks by ``fork``, where a process has imported everything already: for measurements and for the tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mvlm_core.signals import PARENT_VARIABLE
+from mvlm_core.training.launch import MEMORY_VARIABLE, rank_environment, shared_memory
+
+
+def fork_ranks(world: int, folder: Path) -> int:
+    """Fork so that ``world`` processes go on, each ready to ``join`` as the rank that is returned.
+
+    Args:
+        folder: private to these ranks, and empty.
+    """
+    import torch
+
+    torch.set_num_threads(1)  # a forked child cannot use its parent's threads
+    memory = shared_memory(world)
+    environments = [rank_environment(rank, world, folder) for rank in range(world)]
+    rank = next((rank for rank in range(1, world) if os.fork() == 0), 0)
+    os.environ |= environments[rank] | ({} if memory is None else {MEMORY_VARIABLE: str(memory)})
+    if rank == 0:
+        del os.environ[PARENT_VARIABLE]
+    else:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads that a fork has not taken over
+    return rank

@@ -1,0 +1,306 @@
+"""Several processes for one run: a trainer that is started plainly becomes the supervisor of its ranks.
+
+The supervisor starts each rank with the trainer's own command line and never touches CUDA itself. The ranks meet
+through a file in a private folder, and what they exchange stays on the loopback interface, so nobody else can join or
+listen. ``torchrun`` remains the way for several machines.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from mvlm_core.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, LINE_BREAK, TrainingFailed, UserError, printable
+from mvlm_core.hardware import gpu_count
+from mvlm_core.settings import TrainingSettings
+from mvlm_core.signals import PARENT_VARIABLE, parent_is_gone
+
+FOLDER_VARIABLE, MEMORY_VARIABLE = "MVLM_RANKS_FOLDER", "MVLM_RANKS_MEMORY"
+SHARED_BYTES = 16 << 20  # per CPU rank: longer sums go through it in chunks, which stay in the cache
+_POLL_SECONDS = 0.2
+_GRACE_SECONDS = 15.0  # for the others to end by themselves after one has
+_STOPPED_SECONDS = 60.0  # under SIGSTOP
+_TAIL_LINES = 12
+_CODES_KEPT = (EXIT_DONE, EXIT_BAD_INPUT, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+log = logging.getLogger("mvlm")
+
+
+def rank_count(settings: TrainingSettings) -> int:
+    """How many ranks this process has to start: 1 where it trains itself, alone or as a rank that was started.
+
+    Raises:
+        UserError: more GPUs than there are, or ``--processes`` where a GPU or torchrun is used.
+    """
+    if "WORLD_SIZE" in os.environ:
+        if settings.processes > 1 and FOLDER_VARIABLE not in os.environ:
+            raise UserError(f"--processes {settings.processes} starts processes of its own: use it without torchrun")
+        return 1
+    gpus = 0 if settings.device == "cpu" else gpu_count()
+    if settings.gpus and settings.gpus > gpus:
+        chosen = " with --device cpu" if settings.device == "cpu" else " that torch can use on this machine"
+        raise UserError(f"--gpus {settings.gpus}: there are {gpus}{chosen}")
+    if settings.processes > 1:
+        if gpus:
+            raise UserError(f"--processes {settings.processes} is for the cores of a CPU: --gpus N chooses GPUs")
+        return settings.processes
+    return max(1, min(settings.gpus or gpus, settings.sequences_per_step))
+
+
+def describe_gpus(settings: TrainingSettings) -> str:
+    """A line for the plan: how many GPUs the run would use here."""
+    gpus = 0 if settings.device == "cpu" else gpu_count()
+    if not gpus:
+        return "GPUs: none here; on a machine with several all of them share every batch, or --gpus N of them"
+    return f"GPUs: {rank_count(settings)} of the {gpus} of this machine share every batch"
+
+
+def run_ranks(settings: TrainingSettings, arguments: Sequence[str]) -> int | None:
+    """Run the trainer as several processes where the settings ask for them, on a machine with several GPUs by default.
+
+    Args:
+        arguments: of the Python interpreter, which make it this trainer with these settings.
+    Returns:
+        The exit code of the whole run; None where this process itself is to train.
+    Raises:
+        UserError: as ``rank_count``.
+        TrainingFailed: a rank died or does not answer.
+    """
+    world = 1 if settings.dry_run else rank_count(settings)
+    if world == 1:
+        return None
+    if settings.processes > 1:
+        log.info("%s processes share every batch", world)
+    else:
+        log.info("%s of the %s GPUs of this machine share every batch (--gpus N for fewer)", world, gpu_count())
+    command = [sys.executable, *arguments]
+    return Supervisor(command, world, settings.log_file, shares_memory=settings.processes > 1).run()
+
+
+def rank_environment(rank: int, world: int, folder: Path | str) -> dict[str, str]:
+    """What tells a process which rank of a run on this machine it is; ``folder`` is private to the run and empty."""
+    here = _loopback()
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "GLOO_SOCKET_IFNAME": here,
+        "NCCL_SOCKET_IFNAME": here,
+        FOLDER_VARIABLE: str(folder),
+        PARENT_VARIABLE: str(os.getpid()),
+    }
+
+
+def shared_memory(world: int) -> int | None:
+    """A file descriptor of anonymous memory for the sums of CPU ranks, to be inherited; None where there is none."""
+    if not hasattr(os, "memfd_create"):  # macOS: the sums go through gloo
+        return None
+    memory = os.memfd_create("mvlm_sums", 0)
+    os.truncate(memory, world * SHARED_BYTES)
+    return memory
+
+
+def _loopback() -> str:
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.family == socket.AF_INET and one.address == "127.0.0.1" for one in addresses):
+            return name
+    return "lo"
+
+
+@dataclass
+class _Rank:
+    """A rank's process; ``log``: where its output goes, None for the main one's, which is the supervisor's own."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    log: Path | None
+    folder: Path
+    ended: float | None = None
+    stopped_since: float | None = None
+
+    @property
+    def code(self) -> int | None:
+        return self.process.returncode
+
+    def look(self, now: float) -> None:
+        """Notice whether it has ended or has been stopped (SIGSTOP)."""
+        if self.ended is not None:
+            return
+        if self.process.poll() is not None:
+            self.ended = now
+            return
+        try:
+            stopped = psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED
+        except psutil.Error:
+            stopped = False
+        self.stopped_since = (self.stopped_since or now) if stopped else None
+
+    def trouble(self, was_running: bool) -> tuple[int, str] | None:
+        """How likely it is the cause (0 most), and in words; None if it ended well or only noticed another's end."""
+        if was_running:
+            return (2, "was stopped (SIGSTOP)") if self.stopped_since else (3, "does not answer")
+        if not self.code or (self.folder / f"lost.{self.number}").exists() or self.code == -signal.SIGABRT:
+            return None  # NCCL ends a rank by SIGABRT when another one does not answer
+        if self.code < 0:
+            return 0, f"was killed by {signal.Signals(-self.code).name} (out of memory? see dmesg)"
+        return 1, f"failed with exit code {self.code}"
+
+    def last_lines(self) -> str:
+        if self.log is None:
+            return ""
+        try:
+            text = self.log.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+        lines = "\n".join(f"  {line}" for line in text.strip().splitlines()[-_TAIL_LINES:])
+        return f"; the end of {self.log}:\n{printable(lines, LINE_BREAK)}" if lines else f"; {self.log} is empty"
+
+
+class Supervisor:
+    """Starts the ranks of a run, passes signals on, and ends all of them when one is dead, stopped or hung.
+
+    Args:
+        command: the trainer's own command line.
+        log_file: the output of the ranks beside the main one goes to ``<log_file>.rank<number>``, without it into the
+            private folder, which then stays if the run fails.
+        shares_memory: CPU ranks, whose sums go through shared memory.
+    """
+
+    def __init__(self, command: list[str], world: int, log_file: str | None, *, shares_memory: bool) -> None:
+        self.command, self.world, self.log_file, self.shares_memory = command, world, log_file, shares_memory
+        self.signals: list[int] = []
+        self.ranks: list[_Rank] = []
+        self._told = 0
+
+    def run(self) -> int:
+        """The main rank's exit code.
+
+        Raises:
+            TrainingFailed: a rank died or does not answer; its number and the end of its log.
+        """
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        folder = Path(tempfile.mkdtemp(prefix="mvlm_ranks_"))  # readable by its owner alone
+        keep = False
+        try:
+            self._start(folder)
+            return self._watch()
+        except TrainingFailed:
+            keep = self.log_file is None
+            raise
+        finally:
+            self._kill()
+            if not keep:
+                shutil.rmtree(folder, ignore_errors=True)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.signals.append(number)
+
+    def _start(self, folder: Path) -> None:
+        environment = dict(os.environ)
+        memory = shared_memory(self.world) if self.shares_memory else None
+        if memory is not None:
+            environment[MEMORY_VARIABLE] = str(memory)
+        for number in range(self.world):
+            path = None
+            options: dict[str, Any] = {}
+            if number:
+                path = Path(f"{self.log_file}.rank{number}") if self.log_file else folder / f"rank{number}.log"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                options = {"stdout": path.open("wb"), "stderr": subprocess.STDOUT}
+            # A session of its own: a terminal's Ctrl-C reaches it from here only, and once.
+            process = subprocess.Popen(
+                self.command,
+                env=environment | rank_environment(number, self.world, folder),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                pass_fds=() if memory is None else (memory,),
+                **options,
+            )
+            self.ranks.append(_Rank(number, process, path, folder))
+            if options:
+                options["stdout"].close()
+        if memory is not None:
+            os.close(memory)
+        log.debug("process ids of the ranks: %s", ", ".join(str(rank.process.pid) for rank in self.ranks))
+
+    def _watch(self) -> int:
+        self._look_until(self._is_over)
+        main = self.ranks[0]
+        if self.signals.count(signal.SIGINT) > 1:
+            return 128 + signal.SIGINT
+        if self._main_code() not in _CODES_KEPT[1:]:
+            deadline = time.monotonic() + _GRACE_SECONDS
+            self._look_until(lambda: all(rank.ended for rank in self.ranks) or time.monotonic() > deadline)
+        code = self._main_code()
+        if code in _CODES_KEPT:
+            return code
+        running = {rank.number for rank in self.ranks if rank.ended is None}
+        found = [(rank.trouble(rank.number in running), rank.ended or 0.0, rank) for rank in self.ranks]
+        causes = sorted((trouble, ended, rank.number) for trouble, ended, rank in found if trouble)
+        if not causes or (causes[0][2] == 0 and main.code == EXIT_FAILED):
+            return EXIT_FAILED  # it has said why
+        (_, words), _, number = causes[0]
+        raise TrainingFailed(
+            f"process {number} of {self.world} {words}: all are ended, and the same command resumes from the newest "
+            f"checkpoint{self.ranks[number].last_lines()}"
+        )
+
+    def _main_code(self) -> int:
+        """The main rank's exit code, as a shell has it; ``EXIT_FAILED`` while it runs."""
+        code = self.ranks[0].code
+        if code is None:
+            return EXIT_FAILED
+        return 128 - code if -code in (signal.SIGINT, signal.SIGTERM) else code
+
+    def _is_over(self) -> bool:
+        now = time.monotonic()
+        ended = [rank.ended for rank in self.ranks if rank.ended is not None and rank.code]
+        stopped = [rank.stopped_since for rank in self.ranks if rank.stopped_since is not None]
+        return (
+            self.ranks[0].ended is not None
+            or any(now - since > _GRACE_SECONDS for since in ended)
+            or any(now - since > _STOPPED_SECONDS for since in stopped)
+            or self.signals.count(signal.SIGINT) > 1
+        )
+
+    def _look_until(self, over: Callable[[], bool]) -> None:
+        while True:
+            now = time.monotonic()
+            for rank in self.ranks:
+                rank.look(now)
+            if over():
+                return
+            self._pass_on()
+            time.sleep(_POLL_SECONDS)
+
+    def _pass_on(self) -> None:
+        """Pass a signal on to the main rank, once; it agrees with the others on the step after which all stop."""
+        if not self.signals and parent_is_gone():
+            self.signals.append(signal.SIGTERM)
+        if self.signals and not self._told:
+            self._told = self.signals[0]
+            if self.ranks[0].ended is None:
+                self.ranks[0].process.send_signal(self._told)
+
+    def _kill(self) -> None:
+        for rank in self.ranks:
+            if rank.process.poll() is None:
+                rank.process.kill()
+        for rank in self.ranks:
+            rank.process.wait()
