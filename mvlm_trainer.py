@@ -125,7 +125,8 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
     forward = torch.compile(hidden_states) if hardware.compile else hidden_states
 
     def loss(inputs: Tensor, targets: Tensor, _weights: Tensor, _share_done: float) -> StepLoss:
-        total, nll = linear_cross_entropy(forward(model, inputs), model.lm_head.weight, targets)
+        hidden = forward(model, inputs)
+        total, nll = linear_cross_entropy(hidden, model.lm_head.weight, targets, kernel=hardware.loss_kernel)
         return StepLoss(total, nll.mean())
 
     optimizers = build_optimizers(

@@ -24,6 +24,7 @@ from mvlm_core.monitor import available_memory, available_threads, cpu_name, cpu
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
 ATTENTION_BACKENDS = ("auto", "sdpa", "flash_attn", "xformers", "eager")
+LOSS_KERNELS = ("auto", "blocks", "compiled")
 ALLOCATOR_ADVICE = "max_split_size_mb:512"
 # Multiplication units for bf16. Without one of them a bf16 matrix product is emulated: on 2 cores of an AVX2
 # EPYC fp32 reached 170 GFLOP/s and bf16 0.3.
@@ -47,6 +48,7 @@ class Hardware:
     compile: bool
     threads: int
     reasons: dict[str, str]
+    loss_kernel: str = "blocks"  # "blocks" | "compiled": see training/cross_entropy.py
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Context for forward passes: bf16 autocast over fp32 weights, or nothing in fp32."""
@@ -108,6 +110,7 @@ def choose_hardware(
     attention_backend: str = "auto",
     no_mixed_precision: bool = False,
     no_compile: bool = False,
+    loss_kernel: str = "auto",
 ) -> Hardware:
     """Choose from what is asked for and what is there.
 
@@ -120,6 +123,7 @@ def choose_hardware(
             ("device", device, DEVICES),
             ("precision", precision, PRECISIONS),
             ("attention backend", attention_backend, ATTENTION_BACKENDS),
+            ("loss kernel", loss_kernel, LOSS_KERNELS),
         )
         if value not in known
     ]
@@ -136,12 +140,13 @@ def choose_hardware(
     if no_mixed_precision:
         why["precision"] = "--no_mixed_precision"
     attention_backend, why["attention_backend"] = _choose_attention(attention_backend, device, precision, problems)
+    compiled, why["compile"] = _choose_compile(no_compile, device)
+    loss_kernel, why["loss_kernel"] = _choose_loss_kernel(loss_kernel, compiled, no_compile, problems)
     if problems:
         raise UserError(problems)
-    compiled, why["compile"] = _choose_compile(no_compile, device)
     threads, why["threads"] = available_threads()
     name, memory_bytes = _name_and_memory(device)
-    return Hardware(device, name, memory_bytes, precision, attention_backend, compiled, threads, why)
+    return Hardware(device, name, memory_bytes, precision, attention_backend, compiled, threads, why, loss_kernel)
 
 
 def describe(hardware: Hardware) -> list[str]:
@@ -153,6 +158,7 @@ def describe(hardware: Hardware) -> list[str]:
         f"precision: {hardware.precision} ({reasons['precision']})",
         f"attention: {hardware.attention_backend} ({reasons['attention_backend']})",
         f"compile: {'yes' if hardware.compile else 'no'} ({reasons['compile']})",
+        f"loss: {hardware.loss_kernel} ({reasons['loss_kernel']})",
         f"CPU threads: {hardware.threads} ({reasons['threads']})",
     ]
 
@@ -274,8 +280,20 @@ def _choose_compile(no_compile: bool, device: str) -> tuple[bool, str]:
     return (False, missing) if missing else (True, "CUDA device")
 
 
+def _choose_loss_kernel(asked: str, compiled: bool, no_compile: bool, problems: list[str]) -> tuple[str, str]:
+    if asked == "auto":
+        if compiled:
+            return "compiled", "one kernel over the logits instead of five"
+        return "blocks", "PyTorch's own kernels, block by block, where nothing is compiled"
+    if asked == "compiled" and no_compile:
+        problems.append("--loss_kernel compiled and --no_compile contradict each other: give one of them")
+    elif asked == "compiled" and (missing := compiler_problem()):
+        problems.append(f"--loss_kernel compiled: {missing}; or use --loss_kernel blocks")
+    return asked, "asked for"
+
+
 def compiler_problem() -> str | None:
-    """What Triton, under torch.compile, lacks to build its launchers; None if nothing."""
+    """What torch.compile lacks to build its kernels, or Triton under it its launchers; None if nothing."""
     compilers = (os.environ.get("CC"), "gcc", "clang", "cc")
     if not any(name and shutil.which(name) for name in compilers):
         return "torch.compile needs a C compiler: sudo apt-get install build-essential"

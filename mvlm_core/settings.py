@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self, TypeVar, get_args, get_type_hints
 
 from mvlm_core.errors import UserError
 from mvlm_core.files import output_folder_problems
-from mvlm_core.hardware import ATTENTION_BACKENDS, DEVICES, PRECISIONS, resolve_preset
+from mvlm_core.hardware import ATTENTION_BACKENDS, DEVICES, LOSS_KERNELS, PRECISIONS, resolve_preset
 
 REPOSITORY_ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_DATA_DIR = REPOSITORY_ROOT / "mvlm_training_dataset_complete"
@@ -181,6 +181,9 @@ class TrainingSettings:
     gpus: int | None = _hardware(None, "GPUs of this machine that share each batch (default: all of them)", minimum=1)
     no_mixed_precision: bool = _hardware(False, "train in fp32 wherever it runs")
     no_compile: bool = _hardware(False, "do not use torch.compile")
+    loss_kernel: str = _hardware(
+        "auto", "loss from the last hidden states: compiled where the model is, else blocks", choices=LOSS_KERNELS
+    )
 
     eval_interval: int = option(200, "steps between evaluations", minimum=1)
     log_interval: int = option(10, "steps between log lines", minimum=1)

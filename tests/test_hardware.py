@@ -40,7 +40,7 @@ def test_cpu_choice_and_its_reasons() -> None:
     assert chosen.precision == ("bf16" if cpu_has_bf16()[0] else "fp32")
     assert 1 <= chosen.threads <= os.cpu_count()
     assert chosen.memory_bytes > 2**28
-    assert set(chosen.reasons) == {"device", "precision", "attention_backend", "compile", "threads"}
+    assert set(chosen.reasons) == {"device", "precision", "attention_backend", "compile", "loss_kernel", "threads"}
     lines = describe(chosen)
     assert all(any(reason in line for line in lines) for reason in chosen.reasons.values())
 
@@ -71,10 +71,10 @@ def test_installed_backend_still_needs_cuda(backend: str, tmp_path: Path, monkey
 
 def test_unknown_values_are_all_named() -> None:
     with pytest.raises(UserError) as caught:
-        choose_hardware(device="tpu", precision="fp8", attention_backend="magic")
+        choose_hardware(device="tpu", precision="fp8", attention_backend="magic", loss_kernel="fast")
     text = " ".join(caught.value.problems)
-    assert len(caught.value.problems) == 3
-    assert all(word in text for word in ("tpu", "fp8", "magic", "bf16", "sdpa"))
+    assert len(caught.value.problems) == 4
+    assert all(word in text for word in ("tpu", "fp8", "magic", "fast", "bf16", "sdpa", "blocks"))
 
 
 def test_contradiction_is_refused() -> None:
@@ -88,6 +88,21 @@ def test_switches_are_given_as_reasons() -> None:
     assert chosen.precision == "fp32" and chosen.reasons["precision"] == "--no_mixed_precision"
     assert chosen.compile is False and chosen.reasons["compile"] == "--no_compile"
     assert chosen.attention_backend == "eager"
+
+
+def test_the_loss_is_compiled_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_hardware(device="cpu").loss_kernel == "blocks"
+    monkeypatch.setattr(hardware, "_choose_compile", lambda *_: (True, "as on a CUDA device"))
+    assert choose_hardware(device="cpu").loss_kernel == "compiled"
+    assert choose_hardware(device="cpu", loss_kernel="blocks").loss_kernel == "blocks"
+    monkeypatch.setattr(hardware, "compiler_problem", lambda: None)
+    asked = choose_hardware(device="cpu", loss_kernel="compiled")
+    assert asked.loss_kernel == "compiled" and "loss: compiled (asked for)" in describe(asked)
+    with pytest.raises(UserError, match="--no_compile contradict"):
+        choose_hardware(device="cpu", loss_kernel="compiled", no_compile=True)
+    monkeypatch.setattr(hardware, "compiler_problem", lambda: "no compiler here")
+    with pytest.raises(UserError, match="--loss_kernel compiled: no compiler here"):
+        choose_hardware(device="cpu", loss_kernel="compiled")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ constant output, saturated gate or repeated text satisfies any of them.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ class ComprehensiveTrainingLoss(nn.Module):
         hidden_dim: width of the hidden states.
         accuracy_weight, alignment_weight, coherence_weight: non-negative; a part of weight 0 costs nothing.
         z_loss_weight: of the squared log partition function, inside the first two parts.
+        loss_kernel: of ``linear_cross_entropy``.
     Raises:
         ValueError: a negative weight, or neither accuracy nor alignment.
     """
@@ -52,6 +54,7 @@ class ComprehensiveTrainingLoss(nn.Module):
         coherence_weight: float = 0.0,
         coherence_until: float = 0.5,
         z_loss_weight: float = 0.0,
+        loss_kernel: str = "blocks",
     ) -> None:
         super().__init__()
         if min(accuracy_weight, alignment_weight, coherence_weight, z_loss_weight) < 0:
@@ -62,7 +65,7 @@ class ComprehensiveTrainingLoss(nn.Module):
             )
         self.accuracy_weight, self.alignment_weight = accuracy_weight, alignment_weight
         self.coherence_weight, self.coherence_until = coherence_weight, coherence_until
-        self.z_loss_weight = z_loss_weight
+        self.z_loss_weight, self.loss_kernel = z_loss_weight, loss_kernel
         self.ahead = nn.Linear(hidden_dim, hidden_dim, bias=False) if coherence_weight > 0 else None
         if self.ahead is not None:
             nn.init.zeros_(self.ahead.weight)
@@ -88,12 +91,13 @@ class ComprehensiveTrainingLoss(nn.Module):
         token_weights = None
         if self.alignment_weight > 0 or self.accuracy_weight != 1:
             token_weights = self.accuracy_weight + self.alignment_weight * document_weights
-        total, nll = linear_cross_entropy(hidden, output_weight, targets, token_weights, self.z_loss_weight)
+        score = partial(linear_cross_entropy, kernel=self.loss_kernel)
+        total, nll = score(hidden, output_weight, targets, token_weights, self.z_loss_weight)
         parts = {"accuracy_loss": nll.mean(), "alignment_loss": (nll * document_weights).mean()}
         weight = self.coherence_weight_at(progress)
         if self.ahead is not None and weight > 0:
             early = hidden[:, :-1]
-            ahead, _ = linear_cross_entropy(early + self.ahead(early), output_weight, targets[:, 1:])
+            ahead, _ = score(early + self.ahead(early), output_weight, targets[:, 1:])
             total = total + weight * ahead
             parts["coherence_loss"] = ahead.detach()
         return StepLoss(total, parts["accuracy_loss"], parts)

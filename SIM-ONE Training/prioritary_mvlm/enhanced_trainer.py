@@ -67,6 +67,7 @@ def add_training(
     """The model with its loss and optimizers; each model of an ensemble has a loss of its own."""
     models = list(model.members) if isinstance(model, EnhancedSIMONEEnsemble) else [model]
     weights = {name: getattr(config, name) for name in signature(ComprehensiveTrainingLoss).parameters}
+    weights["loss_kernel"] = hardware.loss_kernel
     losses = nn.ModuleList(ComprehensiveTrainingLoss(**weights) for _ in models)
     modules: dict[str, nn.Module] = {"model": model, "loss": losses}
     forwards = [torch.compile(one.hidden_states) if hardware.compile else one.hidden_states for one in models]

@@ -110,7 +110,7 @@ def probe_hardware(job: Job) -> dict[str, Any]:
     Raises:
         UserError: everything that is asked for and not there.
     """
-    keys = ("device", "precision", "attention_backend", "no_mixed_precision", "no_compile")
+    keys = ("device", "precision", "attention_backend", "no_mixed_precision", "no_compile", "loss_kernel")
     asked = json.dumps({key: job.settings[key] for key in keys if key in job.settings})
     command = [sys.executable, "-c", HARDWARE_PROBE, asked]
     answer = subprocess.run(command, cwd=REPOSITORY_ROOT, stdout=subprocess.PIPE, text=True, check=False).stdout

@@ -83,7 +83,10 @@ def step_cost(
         saved.add(tensor.untyped_storage())
         return tensor
 
-    hardware, shape = replace(hardware, device="cpu", compile=False), (sequences, settings.max_length)
+    hardware, shape = (
+        replace(hardware, device="cpu", compile=False, loss_kernel="blocks"),
+        (sequences, settings.max_length),
+    )
     with FakeTensorMode():
         built = build(settings, TokenizerShape(settings.vocab_size), hardware)
         for module in built.modules.values():

@@ -1,7 +1,14 @@
-"""Next-token loss straight from hidden states: the logits of a whole batch never exist at once."""
+"""Next-token loss straight from hidden states: the logits of a whole batch never exist at once.
+
+They are formed block by block, each by one of two kernels of the same numbers: "blocks" reuses its buffers and is the
+faster one on a CPU; "compiled" lets torch.compile make one pass of what follows the product, which on a GPU, where
+memory is the limit, moves less than half of the bytes (counted in tests/training/test_cross_entropy.py).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +26,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, z_loss: float, rows: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        token_weights: Tensor,
+        z_loss: float,
+        rows: int,
+        kernel: str,
     ) -> tuple[Tensor, Tensor]:
         count = targets.numel()
         vocab = weight.shape[0]
@@ -33,26 +47,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if wanted else None
         grad_weight = weight.new_zeros(padded, weight.shape[1]) if wanted else None
-        # One pair of buffers for all blocks: newly allocated memory of this size is page-faulted in every time.
-        block = hidden.new_empty(min(rows, count), padded)
-        probability_block = torch.empty_like(block, dtype=exact)
+        score = _compiled_block() if kernel == "compiled" else _BufferedBlocks(hidden, min(rows, count), padded)
+        rows = _even_rows(count, rows) if kernel == "compiled" else rows
         for start in range(0, count, rows):
             part = slice(start, min(start + rows, count))
-            target = targets[part, None]
-            logits = torch.mm(hidden[part], matrix.t(), out=block[: len(target)])
-            logits[:, vocab:] = -torch.inf
-            # softmax is the fastest pass over the logits; the likeliest token's probability is at least 1 / vocab, so
-            # its logarithm is always finite, which the target's may not be.
-            probabilities = torch.softmax(logits, dim=-1, dtype=exact, out=probability_block[: len(target)])
-            log_partition[part] = logits.amax(dim=1).to(exact) - probabilities.amax(dim=1).log()
-            nll[part] = log_partition[part] - logits.gather(1, target).squeeze(1)
-            if grad_hidden is None or grad_weight is None:
+            nll[part], log_partition[part], gradient = score(hidden[part], matrix, targets[part], vocab, z_loss, wanted)
+            if gradient is None or grad_hidden is None or grad_weight is None:
                 continue
             # d/dlogits of w·(nll + z·lse²) is w·(p·(1 + 2z·lse) − onehot) = w·f·(p − onehot / f) with f = 1 + 2z·lse:
             # factors that are constant along a row are applied to the narrow matrices, not to the logits.
             factor = 1 + 2 * z_loss * log_partition[part, None]
             scale = (token_weights[part, None] / count * factor).to(hidden.dtype)
-            gradient = probabilities.scatter_add_(1, target, -1 / factor).to(hidden.dtype)
             torch.mul(gradient @ matrix, scale, out=grad_hidden[part])
             scaled = hidden[part] * scale
             if scaled.dtype == grad_weight.dtype:
@@ -67,7 +72,73 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _grad_nll: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss, None, None, None, None
+        return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss, None, None, None, None, None
+
+
+class _BufferedBlocks:
+    """Scores blocks with PyTorch's own kernels, in one pair of buffers for all of them: newly allocated memory of this
+    size is page-faulted in every time."""
+
+    def __init__(self, hidden: Tensor, rows: int, padded: int) -> None:
+        self.logits = hidden.new_empty(rows, padded)
+        self.probabilities = torch.empty_like(self.logits, dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+    def __call__(
+        self, hidden: Tensor, matrix: Tensor, targets: Tensor, vocab: int, z_loss: float, wanted: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As ``_score_block``; the gradient is valid until the next block."""
+        target, exact = targets[:, None], self.probabilities.dtype
+        logits = torch.mm(hidden, matrix.t(), out=self.logits[: len(target)])
+        logits[:, vocab:] = -torch.inf
+        # softmax is the fastest pass over the logits; the likeliest token's probability is at least 1 / vocab, so its
+        # logarithm is always finite, which the target's may not be.
+        probabilities = torch.softmax(logits, dim=-1, dtype=exact, out=self.probabilities[: len(target)])
+        log_partition = logits.amax(dim=1).to(exact) - probabilities.amax(dim=1).log()
+        nll = log_partition - logits.gather(1, target).squeeze(1)
+        if not wanted:
+            return nll, log_partition, None
+        factor = 1 + 2 * z_loss * log_partition[:, None]
+        return nll, log_partition, probabilities.scatter_add_(1, target, -1 / factor).to(hidden.dtype)
+
+
+def _score_block(
+    hidden: Tensor, matrix: Tensor, targets: Tensor, vocab: int, z_loss: float, wanted: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Losses and gradient of a block of tokens, without side effects, to be compiled.
+
+    Args:
+        hidden: ``[rows, dim]``.
+        matrix: ``[padded, dim]``, of whose rows the first ``vocab`` are tokens.
+        wanted: whether the gradient is.
+    Returns:
+        Negative log-likelihood and log partition function ``[rows]``, in float32 at least, and the gradient for the
+        logits ``[rows, padded]``, but for a factor to each row.
+    """
+    logits = (hidden @ matrix.t()).to(torch.promote_types(hidden.dtype, torch.float32))
+    columns = torch.arange(matrix.shape[0], device=hidden.device)
+    if vocab < matrix.shape[0]:
+        logits = torch.where(columns < vocab, logits, -torch.inf)
+    # In this form the compiler knows the maximum and the sum as a softmax's and finds both in one pass.
+    largest = logits.amax(dim=1, keepdim=True)
+    log_partition = (logits - largest).exp().sum(dim=1, keepdim=True).log() + largest
+    target = targets[:, None]
+    nll = (log_partition - logits.gather(1, target)).squeeze(1)
+    if not wanted:
+        return nll, log_partition.squeeze(1), None
+    share = torch.where(columns == target, 1 / (1 + 2 * z_loss * log_partition), 0)
+    gradient = (logits - log_partition).exp() - share
+    return nll, log_partition.squeeze(1), gradient.to(hidden.dtype)
+
+
+@cache
+def _compiled_block() -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
+    return torch.compile(_score_block, fullgraph=True, dynamic=False)
+
+
+def _even_rows(count: int, most: int) -> int:
+    """Rows of blocks of one size, where there is one near ``most``: each further size would be compiled anew."""
+    fewest = -(-count // most)
+    return next((count // blocks for blocks in range(fewest, 2 * fewest) if count % blocks == 0), most)
 
 
 def rows_at_a_time(vocab: int, dim: int, device: str) -> int:
@@ -82,6 +153,7 @@ def linear_cross_entropy(
     token_weights: Tensor | None = None,
     z_loss: float = 0.0,
     block_rows: int | None = None,
+    kernel: str = "blocks",
 ) -> tuple[Tensor, Tensor]:
     """Weighted mean cross-entropy of ``hidden @ weight.T`` against ``targets``.
 
@@ -91,7 +163,8 @@ def linear_cross_entropy(
         targets: ``[...]`` token numbers.
         token_weights: ``[...]``, mean 1 over the training text; None means 1 everywhere.
         z_loss: weight of the squared log partition function (PaLM, arXiv 2204.02311), which keeps logits from drifting.
-        block_rows: rows of logits computed at a time; by default chosen for the device.
+        block_rows: rows of logits computed at a time, at most; by default chosen for the device.
+        kernel: "blocks" or "compiled" (see above).
     Returns:
         The loss (nats per token, differentiable) and each token's negative log-likelihood in nats (detached, at least
         float32).
@@ -103,5 +176,5 @@ def linear_cross_entropy(
     if token_weights is None:
         token_weights = torch.ones_like(flat_targets, dtype=torch.float32)
     rows = block_rows or rows_at_a_time(weight.shape[0], weight.shape[1], device)
-    loss, nll = _LinearCrossEntropy.apply(flat, weight, flat_targets, token_weights.reshape(-1), z_loss, rows)
+    loss, nll = _LinearCrossEntropy.apply(flat, weight, flat_targets, token_weights.reshape(-1), z_loss, rows, kernel)
     return loss, nll.view(targets.shape)

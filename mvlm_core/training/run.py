@@ -43,6 +43,7 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
         attention_backend=settings.attention_backend,
         no_mixed_precision=settings.no_mixed_precision,
         no_compile=settings.no_compile,
+        loss_kernel=settings.loss_kernel,
     )
     hush_transformers()
     if settings.dry_run:

@@ -3,8 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.debug import DebugContext
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mvlm_core.training.cross_entropy import linear_cross_entropy
+from mvlm_core.hardware import compiler_problem
+from mvlm_core.training import cross_entropy
+from mvlm_core.training.cross_entropy import linear_cross_entropy, rows_at_a_time
 
 
 @pytest.mark.parametrize("rows", [1, 7, 1000])
@@ -58,3 +67,125 @@ def test_under_autocast_the_products_are_in_its_precision():
     loss.backward()
     rounded, _ = linear_cross_entropy(hidden.detach().bfloat16(), weight.detach(), targets)
     assert float(loss.detach()) == float(rounded) and hidden.grad.dtype == weight.grad.dtype == torch.float32
+
+
+# --- the compiled kernel ----------------------------------------------------------------------------------------
+
+
+def both_ways(kernel, dtype, *, vocab=90, dim=16, rows=16, shape=(3, 16)):
+    """Loss, each token's loss and both gradients, from the same random numbers each time."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(*shape, dim, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, dim, generator=generator, requires_grad=True)
+    targets = torch.randint(vocab, shape, generator=generator)
+    token_weights = torch.rand(shape, generator=generator)
+    loss, nll = linear_cross_entropy(hidden, weight, targets, token_weights, 0.1, block_rows=rows, kernel=kernel)
+    loss.backward()
+    return loss.detach(), nll, hidden.grad, weight.grad
+
+
+def assert_equal_to_rounding(found, expected, dtype):
+    """Sums in another order in float32; in bfloat16 a gradient of the logits may round the other way."""
+    for ours, theirs in zip(found[:2], expected[:2], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=2e-6)
+    step = 2**-8 if dtype == torch.bfloat16 else 1e-6
+    for ours, theirs in zip(found[2:], expected[2:], strict=True):
+        assert ours.dtype == theirs.dtype and theirs.abs().max() > 0.01
+        torch.testing.assert_close(ours, theirs, rtol=step, atol=step * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", [{"vocab": 64}, {"vocab": 90}, {"rows": 7}, {"rows": 1000}, {"shape": (2, 13)}])
+def test_the_function_that_is_compiled_is_the_same_loss(case, dtype, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "_compiled_block", lambda: cross_entropy._score_block)
+    assert_equal_to_rounding(both_ways("compiled", dtype, **case), both_ways("blocks", dtype, **case), dtype)
+
+
+@pytest.mark.skipif(compiler_problem() is not None, reason=str(compiler_problem()))
+def test_compiled_it_still_is():
+    """One compilation for each type, some ten seconds together."""
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_equal_to_rounding(both_ways("compiled", dtype), both_ways("blocks", dtype), dtype)
+
+
+def test_blocks_have_one_size_where_one_fits():
+    assert cross_entropy._even_rows(32 * 1024, 4194) == 4096
+    assert cross_entropy._even_rows(32 * 1023, 4194) == 4092
+    assert cross_entropy._even_rows(100, 4194) == 100
+    assert cross_entropy._even_rows(101, 50) == 50, "a prime number of tokens: the last block is another one"
+
+
+# --- bytes moved ------------------------------------------------------------------------------------------------
+
+
+class CountBytes(TorchDispatchMode):
+    """Adds up what each operation reads and writes, without views and allocations.
+
+    A sum that is added to is read and written, which the operation says by taking and returning it. Of what is
+    gathered from and scattered to, only the elements in question count.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.moved = 0
+        self.counting = True
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        aten, operation = torch.ops.aten, function.overloadpacket
+        free = function.is_view or operation in (aten.empty, aten.empty_like, aten.new_empty)
+        if self.counting and function.namespace == "aten" and not free:
+            outputs = {argument.name for argument in function._schema.arguments if argument.is_out}
+            inputs = [*args, *(value for name, value in (kwargs or {}).items() if name not in outputs)]
+            moved = [*inputs[1:], inputs[-1]] if operation in (aten.gather, aten.scatter_add_) else [*inputs, result]
+            self.moved += sum(x.nbytes for x in moved if isinstance(x, torch.Tensor))
+        return result
+
+
+def bytes_of_the_schedule(rows, vocab, dim):
+    """What Inductor's kernels read and write for one block in bfloat16: it is run up to their schedule, on fake
+    tensors, so nothing is compiled."""
+    kernels = []
+
+    def count(graph, inputs):
+        lowered = GraphLowering(graph, example_inputs=inputs)
+        with V.set_graph_handler(lowered), V.set_extern_kernel_nodes([]), V.set_debug_handler(DebugContext()):
+            lowered.run(*inputs)
+            lowered._update_scheduler()
+            kernels.extend(node.get_read_write_buffers_sizes() for node in lowered.scheduler.nodes)
+        return graph.forward
+
+    backend = aot_autograd(fw_compiler=count, decompositions=select_decomp_table)
+    block = torch.compile(cross_entropy._score_block, fullgraph=True, dynamic=False, backend=backend)
+    with FakeTensorMode(), torch.no_grad():
+        hidden, matrix = torch.empty(rows, dim), torch.empty(vocab, dim)
+        block(hidden.bfloat16(), matrix.bfloat16(), torch.empty(rows, dtype=torch.int64), vocab, 1e-4, True)
+    return kernels
+
+
+def bytes_of_the_loss(kernel, tokens, vocab, dim, monkeypatch):
+    """Bytes that the loss of ``tokens`` and both gradients move in bfloat16, with the blocks of a CUDA device."""
+    rows = rows_at_a_time(vocab, dim, "cuda")
+    of_a_block = sum(bytes_of_the_schedule(cross_entropy._even_rows(tokens, rows), vocab, dim))
+
+    def compiled(*arguments):
+        counter.counting = False
+        result = cross_entropy._score_block(*arguments)
+        counter.counting, counter.moved = True, counter.moved + of_a_block
+        return result
+
+    monkeypatch.setattr(cross_entropy, "_compiled_block", lambda: compiled)
+    with FakeTensorMode(), CountBytes() as counter:
+        hidden = torch.empty(tokens, dim, dtype=torch.bfloat16, requires_grad=True)
+        weight, targets = torch.empty(vocab, dim, requires_grad=True), torch.empty(tokens, dtype=torch.int64)
+        linear_cross_entropy(hidden, weight, targets, z_loss=1e-4, block_rows=rows, kernel=kernel)
+    return counter.moved
+
+
+def test_compiled_it_moves_less_than_half_of_the_bytes(monkeypatch):
+    """A step of the h200 preset, 32 sequences of 1,024 tokens, over 32,000 entries."""
+    product, rest = bytes_of_the_schedule(4096, 32000, 768)
+    logits = 4096 * 32000 * 2
+    assert product > logits and 2 * logits < rest < 2.01 * logits, "one kernel: it reads logits and writes the gradient"
+    before, after = (bytes_of_the_loss(kernel, 32768, 32000, 768, monkeypatch) for kernel in ("blocks", "compiled"))
+    assert after < before / 2, f"{before / 1e9:.1f} GB a step in blocks, {after / 1e9:.1f} GB compiled"
