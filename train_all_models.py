@@ -63,6 +63,8 @@ def make_parser() -> argparse.ArgumentParser:
     }
     for name, (default, text) in texts.items():
         parser.add_argument(f"--{name}", default=default, metavar="TEXT", help=text)
+    text = "train both models for so many hours together, half each: equal seconds; see the trainers' --help"
+    parser.add_argument("--max_hours", type=float, metavar="X", help=text)
     parser.add_argument("--fresh", action="store_true", help="delete what there is of these models and start again")
     parser.add_argument("--dry_run", action="store_true", help="show what would run, and run nothing")
     title = "passed on to both trainers (see their --help for defaults and presets)"
@@ -79,6 +81,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = make_parser().parse_args(arguments)
     options.settings = {name: value for name in PASSED_ON if (value := getattr(options, name)) is not None}
     names = [name.strip() for name in options.models.split(",") if name.strip()]
+    if options.max_hours is not None:
+        options.settings["max_hours"] = options.max_hours / max(1, len({*names}))
     choices = ", ".join(TRAINERS)
     problems = [f"--models {name}: unknown; choose from {choices}" for name in names if name not in TRAINERS]
     if not names:

@@ -338,10 +338,15 @@ def test_other_preset_or_text_over_finished_models(job):
     assert job.run().returncode == 0
     before = job.summary()
     (job.data_dir / "bible" / "kjv" / "01-genesis.txt").write_text("Something else altogether.\n")
+    assert job.run("--dry_run").stdout.count("other text") == 2
     done = job.run()
     assert done.returncode == 2 and "other text" in done.stderr and "--fresh" in done.stderr
+    planned = job.run("--dry_run", "--preset", "cpu", "--seed", "3").stdout
+    assert planned.count("REFUSED") == 2 and "; kept" not in planned
     done = job.run("--preset", "cpu", "--seed", "3")
     assert done.returncode == 2
+    refusal = [line.removeprefix("error: ").strip("- ") for line in done.stderr.splitlines() if "finished with" in line]
+    assert len(refusal) == 4 and all(line in planned for line in refusal), "the dry run says what the run will"
     for name in before["models"]:
         assert f"{name}: finished with --preset smoke; this run asks for cpu" in done.stderr
         assert f"{name}: finished with --seed 0; this run asks for 3" in done.stderr
@@ -352,10 +357,19 @@ def test_other_preset_or_text_over_finished_models(job):
 # --- arguments ----------------------------------------------------------------------------------------------
 
 
+def test_a_time_is_for_both_models_half_each(tiny_corpus):
+    places = ["--preset", "smoke", "--data_dir", str(tiny_corpus)]
+    for models, each in (("mvlm_gpt2,simone_enhanced", 0.25), ("simone_enhanced", 0.5)):
+        options = train_all_models.parse(["--max_hours", "0.5", "--models", models, *places])
+        command = train_all_models.make_job(options).trainer_command("simone_enhanced")
+        assert command[command.index("--max_hours") + 1] == str(each)
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
         (["--preset", "huge"], "--preset huge"),
+        (["--max_hours", "0"], "--max_hours 0"),
         (["--models", "gpt5"], "gpt5"),
         (["--models", ","], "--models"),
         (["--data_dir", "/no/such/folder"], "/no/such/folder"),

@@ -18,6 +18,7 @@ from mvlm_core.export.manifest import training_config
 from mvlm_core.run_layout import Layout
 from mvlm_core.settings import REPOSITORY_ROOT
 
+KEEP_OR_REPLACE = "give --fresh to throw these models away and start again, or another --work_dir to keep them"
 HARDWARE_PROBE = """
 import json, sys
 from mvlm_core.errors import UserError
@@ -75,14 +76,18 @@ class Job:
 
     def check_finished_models(self) -> None:
         """Raises UserError where a finished model is not what is asked for now: other preset, settings or text."""
-        found = [line for name in self.names if not self.fresh for line in self._differences(name)]
+        found = [line for name in self.names for line in self.differences(name)]
         if found:
-            advice = "give --fresh to throw these models away and start again, or another --work_dir to keep them"
-            raise UserError([*found, advice])
+            raise UserError([*found, KEEP_OR_REPLACE])
 
-    def _differences(self, name: str) -> list[str]:
+    def differences(self, name: str, *, compare_text: bool = True) -> list[str]:
+        """How the finished model of this name differs from what is asked for; nothing where there is none to keep.
+
+        Args:
+            compare_text: False where the corpus is not built yet.
+        """
         config = training_config(self.layout.export(name))
-        if not config:
+        if not config or self.fresh:
             return []
         settings, data = config.get("settings") or {}, config.get("data") or {}
         finished = {"preset": config.get("preset"), **{flag: settings.get(flag) for flag in ("seed", "max_length")}}
@@ -92,7 +97,7 @@ class Job:
             for flag, value in finished.items()
             if asked.get(flag, value) != value and (flag == "preset" or value is not None)
         ]
-        if config.get("preset") == self.preset:
+        if compare_text and config.get("preset") == self.preset:
             corpus = self.corpus(only=data.get("only"))
             if data.get("fingerprint") != corpus.fingerprint:
                 found.append(
@@ -129,7 +134,7 @@ def show_plan(job: Job, *, corpus_is_ready: bool) -> None:
     print(f"corpus:   {job.data_dir}{'' if corpus_is_ready else ' (to be built)'}")
     for name in job.names:
         command = job.trainer_command(name)
-        print(f"\n{name}: {_state(job, name)}\n  output:  {job.layout.export(name)}")
+        print(f"\n{name}: {_state(job, name, corpus_is_ready)}\n  output:  {job.layout.export(name)}")
         print(f"  log:     {job.layout.log_file(name)}\n  command: {shlex.join(command)}", flush=True)
         if corpus_is_ready:
             found = subprocess.run([*command, "--dry_run"], capture_output=True, text=True, check=False)
@@ -139,9 +144,13 @@ def show_plan(job: Job, *, corpus_is_ready: bool) -> None:
     print(f"          validation -> {job.layout.report}\n          report     -> {job.layout.page}")
 
 
-def _state(job: Job, name: str) -> str:
+def _state(job: Job, name: str, corpus_is_ready: bool) -> str:
     if job.fresh:
         return "starts from scratch (--fresh)"
+    if found := job.differences(name, compare_text=corpus_is_ready):
+        return "REFUSED: the run would end with exit code 2 before it trains anything\n" + "\n".join(
+            f"  {line}" for line in (*found, KEEP_OR_REPLACE)
+        )
     export = job.layout.export(name)
     results = training_config(export).get("results", {})
     if all(isinstance(results.get(key), int) for key in ("parameters", "steps")):
