@@ -14,6 +14,8 @@ from mvlm_core.hardware import Hardware
 from mvlm_core.settings import REPOSITORY_ROOT
 
 if TYPE_CHECKING:  # heavy imports wait until the arguments are known: --help answers at once
+    from collections.abc import Callable
+
     from torch import Tensor
     from transformers import GPT2LMHeadModel
 
@@ -71,35 +73,45 @@ def tokenizer_class() -> type[ByteLevelBPE]:
     return GPT2BPETokenizer
 
 
-def hidden_states(model: GPT2LMHeadModel, input_ids: Tensor) -> Tensor:
+def run_layer(block: Any, x: Tensor, heads: int, rate: float) -> Tensor:
+    """The residual stream ``[batch, seq, hidden]`` after one of GPT-2's layers, with dropout ``rate``."""
+    from torch.nn.functional import dropout, gelu, scaled_dot_product_attention
+
+    qkv = block.attn.c_attn(block.ln_1(x))
+    query, key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+    attended = scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
+    attended = block.attn.c_proj(attended)
+    x = x + (dropout(attended, rate, block.training) if rate else attended)
+    fed = block.mlp.c_proj(gelu(block.mlp.c_fc(block.ln_2(x)), approximate="tanh"))
+    return x + (dropout(fed, rate, block.training) if rate else fed)
+
+
+def hidden_states(
+    model: GPT2LMHeadModel, input_ids: Tensor, layer: Callable[[Any, Tensor, int, float], Tensor] = run_layer
+) -> Tensor:
     """GPT-2's last hidden states ``[batch, seq, hidden]``, by the weights of a ``GPT2LMHeadModel``.
 
     The training forward: the library's numbers to 1e-5 (tested) without its overhead, so fused causal attention is
     called without a mask, GELU is one kernel and disabled dropout costs nothing.
+
+    Args:
+        layer: ``run_layer`` or what it was compiled to, once for all layers.
     """
     import torch
-    from torch.nn.functional import dropout, gelu, scaled_dot_product_attention
+    from torch.nn.functional import dropout
 
     transformer: Any = model.transformer
-    training = model.training
     heads, rate = model.config.n_head, model.config.resid_pdrop
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     x = transformer.wte(input_ids) + transformer.wpe(positions)
-    x = dropout(x, rate, training) if rate else x
+    x = dropout(x, rate, model.training) if rate else x
     for block in transformer.h:
-        qkv = block.attn.c_attn(block.ln_1(x))
-        query, key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
-        attended = scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
-        attended = block.attn.c_proj(attended)
-        x = x + (dropout(attended, rate, training) if rate else attended)
-        fed = block.mlp.c_proj(gelu(block.mlp.c_fc(block.ln_2(x)), approximate="tanh"))
-        x = x + (dropout(fed, rate, training) if rate else fed)
+        x = layer(block, x, heads, rate)
     return transformer.ln_f(x)
 
 
 def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -> BuiltModel:
     """A fresh GPT-2 with its optimizer and loss."""
-    import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from mvlm_core.training.cross_entropy import linear_cross_entropy
@@ -122,10 +134,10 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
         pad_token_id=end,
     )
     model = GPT2LMHeadModel(config)
-    forward = torch.compile(hidden_states) if hardware.compile else hidden_states
+    layer = hardware.compiled(run_layer)
 
     def loss(inputs: Tensor, targets: Tensor, _weights: Tensor, _share_done: float) -> StepLoss:
-        hidden = forward(model, inputs)
+        hidden = hidden_states(model, inputs, layer)
         total, nll = linear_cross_entropy(hidden, model.lm_head.weight, targets, kernel=hardware.loss_kernel)
         return StepLoss(total, nll.mean())
 

@@ -14,9 +14,10 @@ import os
 import shutil
 import sys
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mvlm_core.errors import UserError
 from mvlm_core.monitor import available_memory, available_threads, cpu_name, cpuinfo, nvidia_may_be_there
@@ -33,6 +34,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _NO_BLOCK_IS_LARGER = 2**31 - 1
 OPTIONAL_BACKENDS = {"flash_attn": "flash-attn", "xformers": "xformers"}
 
+Result = TypeVar("Result")
 log = logging.getLogger("mvlm")
 
 
@@ -57,6 +59,29 @@ class Hardware:
         import torch
 
         return torch.autocast(self.device, dtype=torch.bfloat16)
+
+    def compiled(self, function: Callable[..., Result]) -> Callable[..., Result]:
+        """``function`` compiled as one graph of fixed shapes, or as it is in a run that is not compiled."""
+        if not self.compile:
+            return function
+        import torch
+
+        return torch.compile(function, fullgraph=True, dynamic=False)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether anything in the run is compiled."""
+        return self.compile or self.loss_kernel == "compiled"
+
+    def clear_after_out_of_memory(self) -> None:
+        """Give freed memory back to the device, and forget the graphs of the shapes that did not fit: beyond eight of a
+        function torch.compile gives up."""
+        import torch
+
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+        if self.compiles:
+            torch.compiler.reset()
 
     @property
     def muon_dtype(self) -> Any:
@@ -92,15 +117,15 @@ def _keep_freed_memory() -> None:
 
 
 def set_process_environment() -> None:
-    """Set options of CUDA's caching allocator and OpenMP that the user has not set. Call it before importing torch.
+    """Set options of torch's caching allocator and OpenMP that the user has not set. Call it before importing torch.
 
     Blocks above 512 MB are never split, so the large logits buffers of one step fit those of the next. Waiting threads
     sleep instead of spinning: on an idle machine that costs nothing (measured on 2 cores: 3,770 against 3,560
     tokens/s), and beside another busy process spinning made training some twenty times slower.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if "PYTORCH_ALLOC_CONF" not in os.environ:  # the newer name of the same setting
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", ALLOCATOR_ADVICE)
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same setting, which still works
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", ALLOCATOR_ADVICE)
 
 
 def choose_hardware(
@@ -161,6 +186,23 @@ def describe(hardware: Hardware) -> list[str]:
         f"loss: {hardware.loss_kernel} ({reasons['loss_kernel']})",
         f"CPU threads: {hardware.threads} ({reasons['threads']})",
     ]
+
+
+def caution(hardware: Hardware, preset: str) -> str | None:
+    """What a run of this preset must hear about its hardware; None if nothing."""
+    if preset != "h200" or hardware.device != "cuda" or hardware.compile:
+        return None
+    return (
+        f"THIS RUN IS NOT COMPILED ({hardware.reasons['compile']}): each step takes longer, on a GPU that is paid by "
+        "the hour. By how much is not measured; `python -m benchmarks.performance.gpu_check` measures it here"
+    )
+
+
+def compiled_so_far() -> tuple[int, float]:
+    """How many graphs torch.compile has made in this process, and the seconds that took, backward graphs included."""
+    from torch._dynamo.utils import calculate_time_spent, counters
+
+    return counters["stats"]["unique_graphs"], calculate_time_spent()["total_wall_time"]
 
 
 def resolve_preset(preset: str) -> tuple[str, str]:
@@ -295,12 +337,14 @@ def _choose_loss_kernel(asked: str, compiled: bool, no_compile: bool, problems: 
 def compiler_problem() -> str | None:
     """What torch.compile lacks to build its kernels, or Triton under it its launchers; None if nothing."""
     compilers = (os.environ.get("CC"), "gcc", "clang", "cc")
+    missing = {}  # what for → its package
     if not any(name and shutil.which(name) for name in compilers):
-        return "torch.compile needs a C compiler: sudo apt-get install build-essential"
+        missing["a C compiler"] = "build-essential"
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
-        return f"torch.compile needs Python.h: sudo apt-get install {package}"
-    return None
+        missing["Python.h"] = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+    if not missing:
+        return None
+    return f"torch.compile needs {' and '.join(missing)}: sudo apt-get install {' '.join(missing.values())}"
 
 
 def _name_and_memory(device: str) -> tuple[str, int]:

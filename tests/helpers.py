@@ -8,6 +8,7 @@ import random
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +141,15 @@ def recipe_of(model: str) -> Any:
     return mvlm_trainer.recipe() if model == "mvlm_gpt2" else RECIPE
 
 
-def make_loop(model: str, settings: Any, ranks: Ranks = ALONE) -> TrainingLoop:
-    """The loop of a run as the trainers put it together, not yet started."""
+def make_loop(model: str, settings: Any, ranks: Ranks = ALONE, compiled: bool = False) -> TrainingLoop:
+    """The loop of a run as the trainers put it together, not yet started.
+
+    Args:
+        compiled: as a run on a GPU is.
+    """
     recipe, hardware = recipe_of(model), choose_hardware(device=settings.device, precision=settings.precision)
+    if compiled:
+        hardware = replace(hardware, compile=True, loss_kernel="compiled")
     text = prepare_text(settings, recipe.tokenizer_class)
     run = Run(recipe, settings, hardware, ranks)
     run.output_dir.mkdir(parents=True, exist_ok=True)

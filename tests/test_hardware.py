@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from mvlm_core import hardware, monitor
 from mvlm_core.errors import UserError
 from mvlm_core.hardware import (
     Hardware,
+    caution,
     choose_hardware,
     cpu_has_bf16,
     describe,
@@ -230,26 +232,36 @@ def test_module_and_preset_do_not_import_torch(tmp_path: Path) -> None:
 
 def test_allocator_advice_gives_way_to_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
-    monkeypatch.delenv(new, raising=False)
-    monkeypatch.setenv(old, "placeholder")  # so that the value set below is taken back after the test
-    monkeypatch.delenv(old)
+    monkeypatch.delenv(old, raising=False)
+    monkeypatch.setenv(new, "placeholder")  # so that the value set below is taken back after the test
+    monkeypatch.delenv(new)
     set_process_environment()
-    assert os.environ[old] == "max_split_size_mb:512"
-    monkeypatch.setenv(old, "expandable_segments:True")
-    set_process_environment()
-    assert os.environ[old] == "expandable_segments:True"
-    monkeypatch.delenv(old)
-    monkeypatch.setenv(new, "expandable_segments:True")
-    set_process_environment()
-    assert old not in os.environ
+    assert os.environ[new] == "max_split_size_mb:512" and old not in os.environ
+    for users, other in ((new, old), (old, new)):
+        monkeypatch.delenv(other, raising=False)
+        monkeypatch.setenv(users, "expandable_segments:True")
+        set_process_environment()
+        assert os.environ[users] == "expandable_segments:True" and other not in os.environ
 
 
-def test_compiler_problem_names_the_package(empty_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_uncompiled_run_of_h200_is_warned() -> None:
+    chosen = choose_hardware(device="cpu", no_compile=True)
+    on_gpu = replace(chosen, device="cuda")
+    warning = caution(on_gpu, "h200")
+    assert "NOT COMPILED" in warning and "--no_compile" in warning and "not measured" in warning
+    assert caution(chosen, "h200") is caution(on_gpu, "cpu") is caution(replace(on_gpu, compile=True), "h200") is None
+
+
+def test_compiler_problem_names_the_packages(empty_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
-    assert "build-essential" in hardware.compiler_problem()
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(empty_path))
+    headers = f"python3.{sys.version_info.minor}-dev"
+    assert hardware.compiler_problem().endswith(f"Python.h: sudo apt-get install build-essential {headers}")
+    (empty_path / "Python.h").touch()
+    assert hardware.compiler_problem().endswith("a C compiler: sudo apt-get install build-essential")
+    (empty_path / "Python.h").unlink()
     add_nvidia_smi(empty_path, "exit 0")
     (empty_path / "nvidia-smi").rename(empty_path / "gcc")
-    monkeypatch.setattr("sysconfig.get_path", lambda name: str(empty_path))
-    assert "-dev" in hardware.compiler_problem()
+    assert hardware.compiler_problem().endswith(f"needs Python.h: sudo apt-get install {headers}")
     (empty_path / "Python.h").touch()
     assert hardware.compiler_problem() is None

@@ -6,7 +6,6 @@ from dataclasses import fields, replace
 from inspect import signature
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from mvlm_core.data.tokenizer import ByteLevelBPE
@@ -24,6 +23,7 @@ from simone_transformer import (
     EnhancedSIMONEModel,
     swiglu_width,
 )
+from simone_transformer.enhanced_model import run_layer
 
 NAME = "simone_enhanced"
 
@@ -70,13 +70,19 @@ def add_training(
     weights["loss_kernel"] = hardware.loss_kernel
     losses = nn.ModuleList(ComprehensiveTrainingLoss(**weights) for _ in models)
     modules: dict[str, nn.Module] = {"model": model, "loss": losses}
-    forwards = [torch.compile(one.hidden_states) if hardware.compile else one.hidden_states for one in models]
+    layer = hardware.compiled(run_layer)
 
     def loss(inputs: Tensor, targets: Tensor, document_weights: Tensor, share_done: float) -> StepLoss:
         return mean_loss(
             [
-                score(forward(inputs), one.lm_head.weight, targets, document_weights, share_done)
-                for one, forward, score in zip(models, forwards, losses, strict=True)
+                score(
+                    one.hidden_states(inputs, layer_function=layer),
+                    one.lm_head.weight,
+                    targets,
+                    document_weights,
+                    share_done,
+                )
+                for one, score in zip(models, losses, strict=True)
             ]
         )
 

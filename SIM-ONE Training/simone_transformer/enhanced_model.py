@@ -9,6 +9,7 @@ This file and the two beside it travel inside every exported model, so they impo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +119,17 @@ class EnhancedSIMONEBlock(GradientCheckpointingLayer):
         return x + F.dropout(self.feed_forward(normalised), self.dropout, self.training), value_residual
 
 
+def run_layer(
+    layer: EnhancedSIMONEBlock,
+    x: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    value_residual: Tensor | None,
+    context: ForwardContext,
+) -> tuple[Tensor, Tensor]:
+    """``layer(...)`` as a function, which can be compiled once for all layers of a model."""
+    return layer(x, rotary, value_residual, context)
+
+
 @dataclass
 class EnhancedSIMONEOutput(CausalLMOutputWithPast):
     """As any causal language model's output, and, with ``output_traces=True``, a tuple per layer (of an ensemble's
@@ -203,8 +215,13 @@ class EnhancedSIMONEModel(EnhancedSIMONEPreTrainedModel, GenerationMixin):
         *,
         inputs_embeds: Tensor | None = None,
         context: ForwardContext | None = None,
+        layer_function: Callable[..., tuple[Tensor, Tensor]] = run_layer,
     ) -> Tensor:
-        """The normalised last hidden states ``[batch, seq, hidden_size]``, which the training loss reads."""
+        """The normalised last hidden states ``[batch, seq, hidden_size]``, which the training loss reads.
+
+        Args:
+            layer_function: ``run_layer``, or what training has compiled it to.
+        """
         context = context or ForwardContext()
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         x = F.dropout(self.embed_norm(x), self.config.hidden_dropout, self.training)
@@ -214,7 +231,7 @@ class EnhancedSIMONEModel(EnhancedSIMONEPreTrainedModel, GenerationMixin):
         )
         value_residual = None
         for layer in self.layers:
-            x, value_residual = layer(x, rotary, value_residual, context)
+            x, value_residual = layer_function(layer, x, rotary, value_residual, context)
         return self.final_norm(x)
 
     @can_return_tuple

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mvlm_core.console import progress
 from mvlm_core.errors import Stopped, TrainingFailed, UserError
 from mvlm_core.files import fsync_path
+from mvlm_core.hardware import compiled_so_far
 from mvlm_core.monitor import gpu_load, memory_in_use, peak_memory
 from mvlm_core.signals import StopRequest
 from mvlm_core.training import checkpoint as checkpoints
@@ -54,6 +55,7 @@ class TrainingLoop:
         self._pending_seconds = 0.0
         self._records: list[dict[str, Any]] = []  # read, not yet in the history file
         self._saved_step: int | None = None
+        self._compiled = (0, 0.0)  # graphs and seconds so far
 
     def run(self, stop: StopRequest) -> LoopState:
         """Train to the end.
@@ -68,6 +70,7 @@ class TrainingLoop:
         self.state.finished = False
         stop.defer()
         self._try_micro_batch()
+        self._report_compilation()
         if self.state.step == 0:
             self._save()  # a full or read-only disk is found now, not after an hour
             self.state.spent = Spent()  # it holds no optimizer state: no measure for the others
@@ -156,7 +159,8 @@ class TrainingLoop:
                 figures, text_bytes = self._accumulate(length.share(state.step))
                 break
             except torch.OutOfMemoryError:
-                self._halve_micro_batch()
+                pass
+            self._halve_micro_batch()  # outside the except, where the failed step's tensors are free
         parameters = [p for p in optimizers.parameters() if p.grad is not None]
         gradients = [p.grad for p in parameters if p.grad is not None]
         self.ranks.sum_on_device([*gradients, *figures.values()])
@@ -228,9 +232,9 @@ class TrainingLoop:
                 return
             except torch.OutOfMemoryError:
                 reserved.clear()
-                self._halve_micro_batch()
             finally:
                 optimizers.zero_grad()
+            self._halve_micro_batch()
 
     def _halve_micro_batch(self) -> None:
         self.task.optimizers.zero_grad()
@@ -239,8 +243,7 @@ class TrainingLoop:
                 "out of memory with one sequence at a time: choose a smaller --max_length, --hidden_dim or --num_layers"
             )
         self.state.micro_batch = -(-self.state.micro_batch // 2)
-        if self.hardware.device == "cuda":
-            torch.cuda.empty_cache()
+        self.hardware.clear_after_out_of_memory()
         log.warning(
             f"out of memory: micro-batch halved to {self.state.micro_batch} sequences; "
             f"each step still has {self.task.batches.sequences}"
@@ -255,6 +258,7 @@ class TrainingLoop:
         """
         if not self._pending:
             return None
+        self._report_compilation()
         started = self.clock()
         records = [_read_figures(record) for record in self._pending]
         self._pending_seconds += self.clock() - started
@@ -296,6 +300,13 @@ class TrainingLoop:
             f"grad norm {record.get('grad_norm', math.nan):.2f}  lr {learning_rate:.3g}  {speed:,.0f} tok/s  "
             f"{record['memory_bytes'] / 1e6:.0f} MB  {left}"
         )
+
+    def _report_compilation(self) -> None:
+        """Log the graphs compiled since the last time: after the first step there should be none."""
+        if self.hardware.compiles:
+            before, self._compiled = self._compiled, compiled_so_far()
+            if graphs := self._compiled[0] - before[0]:
+                log.info(f"step {self.state.step}: compiled {graphs} graphs in {self._compiled[1] - before[1]:.1f} s")
 
     def _evaluate(self) -> tuple[bool, str | None]:
         """Score the validation text: whether it is the best so far, and why the run must roll back, if it must."""

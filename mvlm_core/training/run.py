@@ -14,7 +14,7 @@ from mvlm_core.errors import TrainingFailed, UserError
 from mvlm_core.export.folder import finish_export, stage_model
 from mvlm_core.export.model_card import model_card
 from mvlm_core.files import RunLock
-from mvlm_core.hardware import choose_hardware, describe
+from mvlm_core.hardware import caution, choose_hardware, describe
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.signals import StopRequest
 from mvlm_core.training import results
@@ -66,6 +66,8 @@ def _run(run: Run) -> Path:
         log.setLevel(logging.ERROR)
     for line in describe(run.hardware):
         log.info(line)
+    if warning := caution(run.hardware, settings.preset):
+        log.warning(warning)
     if ranks.world > 1 and FOLDER_VARIABLE not in os.environ:
         log.info("%s processes share every batch", ranks.world)
     text = prepare_text(settings, run.recipe.tokenizer_class, ranks)

@@ -1,40 +1,93 @@
-"""Both training forwards compile without a graph break, and a training step never waits for the device."""
+"""The layers and the loss compile to few graphs without a break, and a training step never waits for the device."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import mvlm_trainer
 from mvlm_core.hardware import choose_hardware
+from mvlm_core.training import cross_entropy
 from mvlm_core.training.cost import TokenizerShape
 from tests.helpers import MODELS, StopAfter, make_loop, recipe_of, tiny_settings
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_the_forward_is_one_graph_of_static_shapes(model, tmp_path):
-    settings = tiny_settings(model, tmp_path, tmp_path, dropout=0.1)
-    hardware = choose_hardware(device="cpu", precision="fp32")
-    network = recipe_of(model).build(settings, TokenizerShape(400), hardware).model.train()
-    graphs = []
+class Graphs(list):
+    """A backend of torch.compile that keeps the graphs and runs them as they are."""
 
-    def backend(graph, inputs):
-        graphs.append(graph)
+    def __call__(self, graph, inputs):
+        self.append(graph)
         assert not any(isinstance(size, torch.SymInt) for tensor in inputs for size in getattr(tensor, "shape", ()))
         return graph.forward
 
-    def forward(ids):
-        if model == "mvlm_gpt2":
-            return mvlm_trainer.hidden_states(network, ids)
-        return network.hidden_states(ids)
 
-    compiled = torch.compile(forward, fullgraph=True, backend=backend)
-    for seed in (1, 2):
-        ids = torch.randint(400, (4, 32), generator=torch.Generator().manual_seed(seed))
-        torch.manual_seed(0)
-        expected = forward(ids)
-        torch.manual_seed(0)
-        torch.testing.assert_close(compiled(ids), expected)
-    assert len(graphs) == 1
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that the code under test has torch.compile make."""
+    found, real = Graphs(), torch.compile
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=found, **options))
+    cross_entropy._compiled_block.cache_clear()
+    yield found
+    cross_entropy._compiled_block.cache_clear()
+    torch.compiler.reset()
+
+
+def built(model, tmp_path, *, compiled, **changes):
+    settings = tiny_settings(model, tmp_path, tmp_path, num_layers=12, dropout=0.1, **changes)
+    hardware = choose_hardware(device="cpu", precision="fp32")
+    if compiled:
+        hardware = replace(hardware, compile=True, loss_kernel="compiled")
+    torch.manual_seed(0)
+    made = recipe_of(model).build(settings, TokenizerShape(400), hardware)
+    for module in made.modules.values():
+        module.train()
+    return made
+
+
+def loss_and_gradients(made, sequences):
+    generator = torch.Generator().manual_seed(sequences)
+    ids = torch.randint(400, (sequences, 33), generator=generator)
+    torch.manual_seed(1)
+    loss = made.loss(ids[:, :-1], ids[:, 1:], torch.ones(sequences, 32), 0.0).total
+    loss.backward()
+    gradients = {}
+    for prefix, module in made.modules.items():
+        gradients |= {f"{prefix}.{name}": p.grad for name, p in module.named_parameters() if p.grad is not None}
+        module.zero_grad()
+    return loss.detach(), gradients
+
+
+@pytest.mark.parametrize(("model", "layers"), [("mvlm_gpt2", 1), ("simone_enhanced", 2)])
+def test_twelve_layers_are_one_or_two_graphs_of_fixed_shapes(model, layers, graphs, tmp_path):
+    """Model 2's first layer has no value residual. The loss is a graph more, and model 2's coherence another one."""
+    changes = {"coherence_weight": 0.3, "alignment_weight": 0.5} if model == "simone_enhanced" else {}
+    plain, compiled = (built(model, tmp_path, compiled=each, **changes) for each in (False, True))
+    for sequences in (4, 4):
+        expected, found = (loss_and_gradients(each, sequences) for each in (plain, compiled))
+        torch.testing.assert_close(found, expected)
+        assert len(graphs) == layers + (2 if changes else 1), "and none the second time"
+    loss_and_gradients(compiled, 2)
+    assert len(graphs) == 2 * (layers + (2 if changes else 1)), "another micro-batch is other shapes"
+
+
+def test_the_micro_batch_can_be_halved_more_often_than_a_function_can_be_compiled(graphs, tiny_corpus, tmp_path):
+    """Without a reset torch.compile gives up at the ninth shape of a function, which ends the run."""
+    assert torch._dynamo.config.recompile_limit == 8
+    settings = tiny_settings("simone_enhanced", tiny_corpus, tmp_path, batch_size=32)
+    loop = make_loop("simone_enhanced", settings, compiled=True)
+    real, tried = loop.task.loss, []
+
+    def loss(inputs, *rest):
+        tried.append(len(inputs))
+        found = real(inputs, *rest)
+        if len(inputs) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return found
+
+    object.__setattr__(loop.task, "loss", loss)
+    loop._try_micro_batch()
+    assert tried == [32, 16, 8, 4, 2, 1] and loop.state.micro_batch == 1 and len(graphs) > 8
 
 
 class NoWaiting(TorchDispatchMode):

@@ -3,6 +3,7 @@
 import json
 import math
 import resource
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -164,6 +165,29 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_curve(tiny_corpus, t
     assert found == pytest.approx(expected, rel=1e-4)
     with pytest.raises(TrainingFailed, match="--max_length"):
         run_with_memory_for(0, tiny_corpus, tmp_path / "none")
+
+
+def test_the_failed_step_is_forgotten_before_the_micro_batch_is_halved(tiny_corpus, tmp_path, monkeypatch):
+    loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, batch_size=8))
+    real, halve, activations, alive = loop.task.loss, loop._halve_micro_batch, [], []
+
+    def loss(inputs, *rest):
+        activation = torch.zeros(10)
+        if inputs.shape[0] > 2:
+            activations.append(weakref.ref(activation))
+            raise torch.OutOfMemoryError("out of memory")
+        return real(inputs, *rest)
+
+    def halve_and_look():
+        alive.extend(activation() is not None for activation in activations)
+        halve()
+
+    object.__setattr__(loop.task, "loss", loss)
+    monkeypatch.setattr(loop, "_halve_micro_batch", halve_and_look)
+    loop._try_micro_batch()
+    loop.state.micro_batch = 8
+    loop._step(StopAfter())
+    assert len(activations) == 4 and loop.state.micro_batch == 2 and not any(alive)
 
 
 def test_memory_that_runs_out_later_is_answered_too_and_the_answer_kept(tiny_corpus, tmp_path):
