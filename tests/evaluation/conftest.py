@@ -38,7 +38,7 @@ def make(tokenizer) -> Any:
             shape = {"n_embd": width, "n_layer": 2, "n_head": 2, "n_positions": CONTEXT}
             return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **shape, **ids)).eval()
         shape = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 2}
-        config = EnhancedSIMONEConfig(VOCABULARY, max_position_embeddings=CONTEXT, **shape, **ids)
+        config = EnhancedSIMONEConfig(vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, **shape, **ids)
         return EnhancedSIMONEModel(config).eval()
 
     return make
