@@ -173,6 +173,38 @@ class StopAfter(StopRequest):
         return self.signal_number is not None
 
 
+class DelayedThread:
+    """In place of the checkpoint writer's thread: its work is done when the loop waits for it.
+
+    That is the last moment at which it may be done, or the first, at the loop's next step boundary, where ``ended``.
+    """
+
+    ended = False
+
+    def __init__(self, target: Callable[[], None], name: str) -> None:
+        self.join = target
+
+    def start(self) -> None:
+        pass
+
+    def is_alive(self) -> bool:
+        return not self.ended
+
+
+class ThreadOfOneStep(DelayedThread):
+    ended = True
+
+
+class ImmediateThread(ThreadOfOneStep):
+    """Its work is done when it is started, as if there were no thread."""
+
+    def __init__(self, target: Callable[[], None], name: str) -> None:
+        self.start = target
+
+    def join(self) -> None:
+        pass
+
+
 # --- hostile input -------------------------------------------------------------------------------------------
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=12)  # lone surrogates and control characters too

@@ -4,6 +4,9 @@ Each run trains, exports and packs a tiny model. It is killed with SIGKILL at ra
 operation on a file below its folder, stopped with SIGTERM, and its newest checkpoint is damaged; after each fault it
 is started again. The result is compared with that of an undisturbed run: weights and optimizer state bit for bit,
 every history record but its times, and the archive against the export.
+
+Signals at random moments meet the thread that writes checkpoints as it runs; for a kill at a chosen file operation it
+does its work at the loop's next step boundary, so that the operations have the same order in every run.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from mvlm_core.errors import run_main
 MODELS = ("mvlm_gpt2", "simone_enhanced")
 STEPS, CHECKPOINT_INTERVAL = 24, 4
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"}
-TIMES = ("seconds", "tokens_per_second", "memory_bytes")
+TIMES = ("seconds", "step_seconds", "spent", "tokens_per_second", "memory_bytes")
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 DAMAGES = ("flip a bit", "cut in half", "delete")
 PRELOAD = ["tests.helpers", "safetensors.torch", "transformers.models.gpt2", "matplotlib.pyplot"]
@@ -51,20 +54,23 @@ def count_file_events(place: str, kill_before: int | None, count: Any) -> None:
     sys.addaudithook(hook)
 
 
-def job(model: str, corpus: str, place: str, kill_before: int | None, count: Any) -> None:
-    """Train, export and pack: what the pipeline does with a model."""
+def job(model: str, corpus: str, place: str, kill_before: int | None, count: Any, threads: bool) -> None:
+    """Train, export and pack: what the pipeline does with a model; ``threads``: checkpoints are written by a thread."""
     import torch
 
     from mvlm_core.errors import Stopped
     from mvlm_core.export.archive import write_archive
+    from mvlm_core.training import checkpoint_writer
     from mvlm_core.training.run import run_training
-    from tests.helpers import recipe_of, tiny_settings
+    from tests.helpers import ThreadOfOneStep, recipe_of, tiny_settings
 
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     intervals = {"checkpoint_interval": CHECKPOINT_INTERVAL, "eval_interval": 6, "log_interval": 1}
     changes = intervals | {"max_steps": STEPS, "dropout": 0.1, "cache_dir": str(Path(corpus).parent / "cache")}
     settings = tiny_settings(model, Path(corpus), Path(place), **changes)
+    if not threads:
+        checkpoint_writer.Thread = ThreadOfOneStep  # type: ignore[assignment,misc]
     count_file_events(place, kill_before, count)
     try:
         folder = run_training(recipe_of(model), settings)
@@ -108,7 +114,9 @@ class Bench:
         """Run the job in a process of its own; returns its exit code and its count of file operations."""
         place.mkdir(exist_ok=True)
         count = CONTEXT.Value("i", 0)
-        process = CONTEXT.Process(target=job, args=(self.model, str(self.corpus), str(place), kill_before, count))
+        process = CONTEXT.Process(
+            target=job, args=(self.model, str(self.corpus), str(place), kill_before, count, after is not None)
+        )
         process.start()
         if after is not None:
             process.join(after)
@@ -134,26 +142,29 @@ class Bench:
         return {
             "step": newest.step,
             "checkpoint": {n: sha256_file(newest.folder / f"{n}.safetensors") for n in ("model", "optimizer")},
-            "state": {k: v for k, v in newest.state.items() if k != "seconds"},
+            "state": {k: v for k, v in newest.state.items() if k not in TIMES},
             "export": sha256_file(folder / "model.safetensors"),
             "history": history,
             "archive": not check_archive(archive) and matches_export(archive, folder),
         }
 
     def after_fault(self, place: Path, outcome: Outcome) -> None:
-        """Look at what a fault left: the newest checkpoint must be whole; count the steps done since."""
+        """Look at what a fault left: all checkpoints must be whole; count the steps done since the newest."""
         from mvlm_core.training.checkpoint import DamagedCheckpoint, checkpoint_folders, open_checkpoint
         from mvlm_core.training.history import read_history
 
         outcome.tried += 1
-        if folders := checkpoint_folders(place / self.model / "checkpoints"):
-            records = read_history(place / self.model / "training_history.jsonl")
+        steps = []
+        for folder in checkpoint_folders(place / self.model / "checkpoints"):
             try:
-                step = open_checkpoint(folders[-1]).step
+                found = open_checkpoint(folder)
             except DamagedCheckpoint:
                 outcome.lost_checkpoints += 1
             else:
-                outcome.repeated.append(max(0, (records[-1]["step"] if records else 0) - step))
+                steps += [] if found.state["weights_only"] else [found.step]
+        if steps:
+            records = read_history(place / self.model / "training_history.jsonl")
+            outcome.repeated.append(max(0, (records[-1]["step"] if records else 0) - max(steps)))
 
     def finish(self, place: Path, outcome: Outcome) -> None:
         """Start once more, undisturbed, and compare."""
@@ -195,7 +206,8 @@ class Bench:
         for name, damage in itertools.product(files, damages):
             place = next(self.places)
             self.start(place, kill_before=int(self.events * chance.uniform(0.4, 0.6)))
-            file = checkpoint_folders(place / self.model / "checkpoints")[-1] / name
+            folders = checkpoint_folders(place / self.model / "checkpoints")
+            file = next(folder for folder in reversed(folders) if (folder / "optimizer.safetensors").exists()) / name
             content = bytearray(file.read_bytes())
             if damage == "delete":
                 file.unlink()

@@ -3,6 +3,9 @@
 ``checkpoints/step-00000500/`` holds ``model.safetensors``, ``optimizer.safetensors``, ``average.safetensors`` where
 the run keeps an EMA, ``state.json`` and ``manifest.json``. It is written under a temporary name and renamed, so a
 run that dies leaves earlier ones intact. No pickle: tensors are safetensors, everything else is JSON.
+
+One whose state says ``weights_only`` has no optimizer state: it is kept as the best by validation, for the export, and
+no run resumes from it.
 """
 
 from __future__ import annotations
@@ -27,7 +30,12 @@ from mvlm_core.files import fsync_path, read_regular, sha256_file, write_json_at
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
-_TEMPORARY_PREFIX, _DAMAGED_SUFFIX, _LATER_SUFFIX = ".writing-", ".damaged", ".superseded"
+_TEMPORARY_PREFIX, _DELETED_PREFIX, _DAMAGED_SUFFIX, _LATER_SUFFIX = (
+    ".writing-",
+    ".deleting-",
+    ".damaged",
+    ".superseded",
+)
 _SPARE_BYTES = 1 << 20  # for the JSON files
 _LEAST_KEPT = 2
 log = logging.getLogger("mvlm")
@@ -88,7 +96,7 @@ def save_checkpoint(root: Path, step: int, tensors: dict[str, dict[str, Tensor]]
         hashes = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
         write_json_atomic(temporary / "manifest.json", {"format": FORMAT, "step": step, "files": hashes})
         if final.exists():
-            shutil.rmtree(final)
+            _delete(final)
         os.rename(temporary, final)
         fsync_path(root)
     except BaseException:
@@ -169,8 +177,9 @@ def newest_checkpoint(
     Args:
         may_use: called with the checkpoint; raises what should stop the run (another corpus, another shape).
     """
-    for leftover in root.glob(f"{_TEMPORARY_PREFIX}*") if root.is_dir() else []:
-        shutil.rmtree(leftover, ignore_errors=True)
+    for prefix in (_TEMPORARY_PREFIX, _DELETED_PREFIX):
+        for leftover in root.glob(f"{prefix}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
     for checkpoint in _intact_checkpoints(root):
         may_use(checkpoint)
         return checkpoint
@@ -186,8 +195,10 @@ def newest_good_checkpoint(root: Path, before: int | None) -> Checkpoint | None:
 
 
 def _intact_checkpoints(root: Path) -> Iterator[Checkpoint]:
-    """From the newest on; damaged ones are renamed."""
+    """Those that a run can resume from, from the newest on; damaged ones are renamed."""
     for folder in reversed(checkpoint_folders(root)):
+        if _state_or_nothing(folder).get("weights_only"):
+            continue
         try:
             yield open_checkpoint(folder)
         except DamagedCheckpoint as damage:
@@ -199,14 +210,20 @@ def named_checkpoint(folder: Path | str) -> Checkpoint:
     """The checkpoint a user named with ``--resume_from``.
 
     Raises:
-        UserError: missing or damaged; an explicitly named one is not silently replaced.
+        UserError: missing, damaged or without optimizer state; an explicitly named one is not silently replaced.
     """
     if not Path(folder).is_dir():
         raise UserError(f"--resume_from {folder}: no such checkpoint folder")
     try:
-        return open_checkpoint(Path(folder))
+        found = open_checkpoint(Path(folder))
     except DamagedCheckpoint as damage:
         raise UserError(f"--resume_from {folder}: {damage}") from None
+    if found.state.get("weights_only"):
+        raise UserError(
+            f"--resume_from {folder} holds the best weights by validation, without the optimizer's state: name a "
+            "checkpoint that has optimizer.safetensors"
+        )
+    return found
 
 
 def set_aside_later(root: Path, step: int) -> None:
@@ -215,6 +232,8 @@ def set_aside_later(root: Path, step: int) -> None:
         if _step_of(folder) > step:
             _set_aside(folder, _LATER_SUFFIX)
             log.info("set aside %s: the run returns to step %s", folder, step)
+    if root.is_dir():
+        fsync_path(root)  # before the history is cut: what it no longer tells must not come back
 
 
 def _set_aside(folder: Path, suffix: str) -> None:
@@ -226,18 +245,28 @@ def _set_aside(folder: Path, suffix: str) -> None:
 def rotate_checkpoints(root: Path, keep: int) -> None:
     """Delete all but the ``keep`` newest checkpoints (at least two) and the best ones they refer to (``best_step``).
 
-    Those written only because of a signal do not count and are deleted as soon as there is a newer one.
+    Those written only because of a signal do not count and are deleted as soon as there is a newer one. Those with
+    weights only do not count either.
     """
     folders = checkpoint_folders(root)
     states = {folder: _state_or_nothing(folder) for folder in folders}
-    regular = [folder for folder in folders if not states[folder].get("for_signal_only")]
-    kept = {*folders[-1:], *regular[-max(keep, _LEAST_KEPT) :]}
+    whole = [folder for folder in folders if not states[folder].get("weights_only")]
+    regular = [folder for folder in whole if not states[folder].get("for_signal_only")]
+    kept = {*folders[-1:], *whole[-1:], *regular[-max(keep, _LEAST_KEPT) :]}
     best_steps = (states[folder].get("best_step") for folder in kept)
     best = {checkpoint_folder(root, step) for step in best_steps if isinstance(step, int)}
     for folder in folders:
         if folder not in kept | best:
-            (folder / "manifest.json").unlink(missing_ok=True)  # a half-deleted folder must not look whole
-            shutil.rmtree(folder)
+            _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a checkpoint: at every moment, also after a power failure, it is whole or has no checkpoint's name."""
+    nameless = folder.with_name(_DELETED_PREFIX + folder.name)
+    shutil.rmtree(nameless, ignore_errors=True)
+    folder.rename(nameless)
+    fsync_path(folder.parent)
+    shutil.rmtree(nameless)
 
 
 def _state_or_nothing(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from mvlm_core.hardware import compiled_so_far
 from mvlm_core.monitor import gpu_load, memory_in_use, peak_memory
 from mvlm_core.signals import StopRequest
 from mvlm_core.training import checkpoint as checkpoints
+from mvlm_core.training.checkpoint_writer import CheckpointWriter, NamedTensors
 from mvlm_core.training.divergence import ROLLBACKS_AT_MOST
 from mvlm_core.training.history import HISTORY_NAME, append_records, read_history, truncate_history
 from mvlm_core.training.state import LoopState, Run, Spent, TrainingTask, identity_differences, run_length
@@ -52,9 +54,12 @@ class TrainingLoop:
             self.tensorboard = TensorBoardWriter(run.output_dir / TENSORBOARD_FOLDER)
         self.state = LoopState(micro_batch=run.settings.batch_size)
         self._pending: list[dict[str, Any]] = []  # steps whose figures are still on the device
+        self._pending_since = 0.0  # wall time of the run at the start of the first of them
         self._pending_seconds = 0.0
         self._records: list[dict[str, Any]] = []  # read, not yet in the history file
-        self._saved_step: int | None = None
+        self._saved_step: int | None = None  # the newest checkpoint, which may still be on its way to the disk
+        self._writer = CheckpointWriter()
+        self._clock_start = 0.0  # what the clock would have shown at the first step, had nothing interrupted the run
         self._compiled = (0, 0.0)  # graphs and seconds so far
 
     def run(self, stop: StopRequest) -> LoopState:
@@ -72,10 +77,19 @@ class TrainingLoop:
         self._try_micro_batch()
         self._report_compilation()
         if self.state.step == 0:
-            self._save()  # a full or read-only disk is found now, not after an hour
+            self._save(beside=False)  # a full or read-only disk is found now, not after an hour
             self.state.spent = Spent()  # it holds no optimizer state: no measure for the others
+        self._clock_start = self.clock() - self.state.seconds
         if self.settings.max_hours and self.state.fixed_steps is None:
             self._budget = TimeBudget(self.settings.max_hours, self.state.seconds, self.clock)
+        try:
+            self._train(stop)
+        finally:
+            self._finish_save(wait=True)
+            self._writer.release()
+        return self.state
+
+    def _train(self, stop: StopRequest) -> None:
         tokens = self.task.batches.tokens_per_batch
         quiet, done = self.settings.quiet or not self.ranks.is_main, self.state.step * tokens
         total = self.length.total and self.length.total * tokens
@@ -87,7 +101,6 @@ class TrainingLoop:
                 if stopping and not self.state.finished:
                     log.info(f"stopped at step {self.state.step} of {self.length}; the same command resumes here")
                     raise Stopped(stop.number)
-        return self.state
 
     @property
     def length(self) -> RunLength:
@@ -120,6 +133,7 @@ class TrainingLoop:
 
     def _after_step(self, stopping: bool, bar: Any) -> None:
         """Do what is due after this step: read the figures, evaluate, write a checkpoint, or roll back."""
+        self._finish_save(wait=False)
         step, settings = self.state.step, self.settings
         ending = self.length.is_reached(step)
         rehearsing, fixing = self._measure()
@@ -141,9 +155,11 @@ class TrainingLoop:
             self.state.stopped_early = self._should_stop_early() and not ending
             self.state.finished = ending or self.state.stopped_early
         # While training is in trouble, the checkpoints from before must not be rotated away.
-        wanted = self.state.finished or improved or (due and self.state.guard.trouble_since is None)
-        if wanted or stopping:
-            self._save(for_signal_only=not wanted)
+        regular = self.state.finished or (due and self.state.guard.trouble_since is None)
+        if regular or stopping:
+            self._save(for_signal_only=not regular, beside=not (self.state.finished or stopping))
+        elif improved:
+            self._save(weights_only=True)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -152,6 +168,8 @@ class TrainingLoop:
         started = self.clock()
         state, optimizers = self.state, self.task.optimizers
         length = self.length
+        if not self._pending:
+            self._pending_since = self._seconds()
         scale = length.learning_rate_scale(state.step, self.settings.lr_schedule)
         learning_rate = optimizers.set_scale(scale * state.guard.rate_factor)
         while True:
@@ -251,6 +269,10 @@ class TrainingLoop:
 
     # -- figures, evaluation and history ----------------------------------------------------------------------------
 
+    def _seconds(self) -> float:
+        """Wall time since the first step, without the time between an interruption and the resumption."""
+        return self.clock() - self._clock_start
+
     def _flush(self, bar: Any) -> str | None:
         """Read the pending steps' figures off the device, the only wait for it, and make their records.
 
@@ -268,7 +290,7 @@ class TrainingLoop:
         resources = {"memory_bytes": memory_in_use(self.hardware.device)} | ({} if load is None else {"gpu_load": load})
         trouble = None
         for number, record in enumerate(records, 1):
-            record["seconds"] = state.seconds + self._pending_seconds * number / count
+            record["seconds"] = self._pending_since + self._pending_seconds * number / count
             record["tokens_per_second"] = speed
             record |= resources
             skipped = bool(record.pop("skipped"))
@@ -277,7 +299,7 @@ class TrainingLoop:
                 log.warning("step %s skipped: non-finite loss or gradient", record["step"])
                 records[number - 1] = {k: v for k, v in record.items() if math.isfinite(v)} | {"skipped": True}
         self._records += records
-        state.seconds += self._pending_seconds
+        state.step_seconds += self._pending_seconds
         self._pending, self._pending_seconds = [], 0.0
         self._report(records[-1], bar)
         return trouble
@@ -355,11 +377,11 @@ class TrainingLoop:
     def _spending(self, what: str) -> Iterator[None]:
         """Note that the steps wait for an evaluation or a checkpoint, and for how long."""
         started, spent = self.clock(), self.state.spent
-        setattr(spent, f"{what}s", getattr(spent, f"{what}s") + 1)
         try:
             yield
         finally:
             seconds = self.clock() - started
+            setattr(spent, f"{what}s", getattr(spent, f"{what}s") + 1)
             setattr(spent, f"{what}_seconds", getattr(spent, f"{what}_seconds") + seconds)
             if self._budget is not None:
                 self._budget.leave_out(seconds)
@@ -420,30 +442,61 @@ class TrainingLoop:
 
     # -- checkpoints: save, resume, roll back -----------------------------------------------------------------------
 
-    def _save(self, for_signal_only: bool = False) -> None:
+    def _save(self, *, for_signal_only: bool = False, weights_only: bool = False, beside: bool = True) -> None:
         """Write a checkpoint, then delete those that rotation no longer keeps.
 
         Args:
             for_signal_only: an uninterrupted run would not have written it; a rollback passes over it, so that it
                 goes where an uninterrupted run would have gone.
+            weights_only: what ``load_best`` needs, and nothing to resume from.
+            beside: the training goes on meanwhile; otherwise the checkpoint is on the disk on return.
         """
         if self._saved_step == self.state.step or not self.ranks.is_main:
             return
-        state = {**asdict(self.state), "identity": self.task.identity, "for_signal_only": for_signal_only}
-        try:
-            self._append_records()  # the history up to a checkpoint must be on the disk before it
-            fsync_path(self.history_path)
-            with self._spending("checkpoint"):
-                checkpoints.save_checkpoint(self.checkpoint_root, self.state.step, self.task.state_tensors(), state)
-        except OSError as error:
-            if self.state.step == 0 or self.state.finished:
-                raise TrainingFailed(
-                    f"no checkpoint can be written to {self.checkpoint_root} ({error}); free some space and run again"
-                ) from None
-            log.error("no checkpoint at step %s (%s); training continues and tries again later", self.state.step, error)
-            return
+        with self._spending("checkpoint"):
+            self._finish_save(wait=True)
+            self._start_save(for_signal_only, weights_only, beside)
+
+    def _start_save(self, for_signal_only: bool, weights_only: bool, beside: bool) -> None:
+        self.state.seconds = self._seconds() if self.state.step else 0.0
+        marks = {"for_signal_only": for_signal_only, "weights_only": weights_only}
+        state = {**asdict(self.state), "identity": self.task.identity, **marks}
         self._saved_step = self.state.step
-        checkpoints.rotate_checkpoints(self.checkpoint_root, self.settings.keep_checkpoints)
+        try:
+            self._append_records()
+            tensors = self.task.state_tensors()
+            if weights_only:
+                del tensors["optimizer"]
+            if beside:
+                self._writer.start(tensors, partial(self._write_checkpoint, state))
+            else:
+                self._write_checkpoint(state, tensors)
+        except OSError as error:
+            self._answer_failed_save(error)
+
+    def _write_checkpoint(self, state: dict[str, Any], tensors: NamedTensors) -> None:
+        fsync_path(self.history_path)  # the history up to a checkpoint must be on the disk before it
+        checkpoints.save_checkpoint(self.checkpoint_root, state["step"], tensors, state)
+        try:
+            checkpoints.rotate_checkpoints(self.checkpoint_root, self.settings.keep_checkpoints)
+        except OSError as error:
+            log.error("earlier checkpoints cannot be deleted (%s); training continues", error)
+
+    def _finish_save(self, *, wait: bool) -> None:
+        """Answer the outcome of the save in progress, if it has ended; ``wait`` for its end."""
+        if wait or self._writer.ended:
+            try:
+                self._writer.wait()
+            except OSError as error:
+                self._answer_failed_save(error)
+
+    def _answer_failed_save(self, error: OSError) -> None:
+        step, self._saved_step = self._saved_step, None
+        if step == 0 or (self.state.finished and step == self.state.step):
+            raise TrainingFailed(
+                f"no checkpoint can be written to {self.checkpoint_root} ({error}); free some space and run again"
+            ) from None
+        log.error("no checkpoint at step %s (%s); training continues and tries again later", step, error)
 
     def _resume(self) -> None:
         """Start from ``resume_from`` or the newest intact checkpoint; from the beginning where there is none."""
@@ -492,6 +545,7 @@ class TrainingLoop:
         advice = "start again with a lower --learning_rate, and look at the training text around the last steps"
         if broken.guard.rollbacks >= ROLLBACKS_AT_MOST:
             raise TrainingFailed(f"{trouble}, after {broken.guard.rollbacks} rollbacks: {advice}")
+        self._finish_save(wait=True)
         found = None
         if self.ranks.is_main:
             found = checkpoints.newest_good_checkpoint(self.checkpoint_root, before=broken.guard.trouble_since)

@@ -68,7 +68,7 @@ def measure(model: Any, tokenizer: Any, corpus: Corpus, state: LoopState, score:
     model.eval()
     values = vars(state) | {
         "parameters": model.num_parameters(),
-        "tokens_per_second": state.tokens / state.seconds,
+        "tokens_per_second": state.tokens / state.step_seconds,
         "validation_bpb": state.best_bpb,
         "test_bpb": score.bits_per_byte if score.bytes else None,
         PRIMARY_TEST_BPB: primary.bits_per_byte if primary.bytes else None,

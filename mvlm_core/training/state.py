@@ -199,7 +199,8 @@ class LoopState:
     """The progress of a run; every checkpoint holds all of it.
 
     Attributes:
-        seconds: spent in training steps, without evaluations and checkpoints.
+        seconds: wall time since the first step, evaluations and checkpoints included, interruptions not.
+        step_seconds: spent in training steps; the measure of their speed.
         best_step, best_bpb: of the evaluations so far.
         evaluations_since_best: for early stopping.
         micro_batch: sequences per forward pass that fit the device.
@@ -213,6 +214,7 @@ class LoopState:
     tokens: int = 0
     bytes: int = 0
     seconds: float = 0.0
+    step_seconds: float = 0.0
     best_step: int | None = None
     best_bpb: float | None = None
     evaluations_since_best: int = 0
@@ -231,8 +233,10 @@ class LoopState:
         Raises:
             ValueError: a value is missing or of the wrong type.
         """
-        spent = saved.get("spent", asdict(Spent()))  # older checkpoints have none
-        return _typed(cls, {**saved, "guard": _typed(GuardState, saved.get("guard")), "spent": _typed(Spent, spent)})
+        # Older checkpoints know the steps' time only, and nothing of what else took time.
+        values = {"step_seconds": saved.get("seconds"), "spent": asdict(Spent()), **saved}
+        parts = {"guard": _typed(GuardState, saved.get("guard")), "spent": _typed(Spent, values["spent"])}
+        return _typed(cls, values | parts)
 
 
 def _typed(cls: type, saved: Any) -> Any:

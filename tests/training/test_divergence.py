@@ -10,7 +10,7 @@ from mvlm_core.training.checkpoint import checkpoint_folders
 from mvlm_core.training.divergence import GuardState
 from mvlm_core.training.history import read_history
 from mvlm_core.training.optimizer import build_optimizers
-from tests.helpers import MODELS, StopAfter, make_loop, tiny_settings
+from tests.helpers import MODELS, DelayedThread, StopAfter, make_loop, tiny_settings
 from tests.training.test_loop import everything_on, final_state
 
 
@@ -67,8 +67,12 @@ def test_a_guard_with_nothing_to_do_changes_no_bit(kind):
         assert torch.equal(with_guard, without)
 
 
-def test_a_bad_stretch_is_undone_and_a_stop_in_between_changes_nothing(tiny_corpus, tmp_path):
-    """NaN from step 8 on at the full rate: back to the checkpoint of step 5, on with half of the rate."""
+def test_a_bad_stretch_is_undone_and_a_stop_in_between_changes_nothing(tiny_corpus, tmp_path, monkeypatch):
+    """NaN from step 8 on at the full rate: back to the checkpoint of step 5, on with half of the rate.
+
+    That checkpoint is still on its way to the disk then.
+    """
+    monkeypatch.setattr("mvlm_core.training.checkpoint_writer.Thread", DelayedThread)
 
     def run(work, *stops):
         def breaks(step, rate):

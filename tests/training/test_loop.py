@@ -1,21 +1,35 @@
 """The loop: resume to the bit, early stopping, out-of-memory back-off, limits, and losses that must not move."""
 
+import itertools
 import json
 import math
 import resource
+import shutil
 import weakref
 from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
 
 from mvlm_core.errors import Stopped, TrainingFailed, UserError
 from mvlm_core.training.checkpoint import checkpoint_folders, newest_checkpoint
+from mvlm_core.training.divergence import GuardState
 from mvlm_core.training.history import read_history
-from mvlm_core.training.state import total_steps, warmup_steps
-from tests.helpers import EVERYTHING_ON, FIXTURES, MODELS, StopAfter, make_loop, tiny_settings
+from mvlm_core.training.state import LoopState, total_steps, warmup_steps
+from tests.helpers import (
+    EVERYTHING_ON,
+    FIXTURES,
+    MODELS,
+    DelayedThread,
+    StopAfter,
+    ThreadOfOneStep,
+    make_loop,
+    tiny_settings,
+)
 
-TIMES = ("seconds", "tokens_per_second", "memory_bytes")
+TIMES = ("seconds", "step_seconds", "spent", "tokens_per_second", "memory_bytes")
 GOLDEN = FIXTURES / "golden_losses.json"
 
 
@@ -27,7 +41,7 @@ def everything_on(model):
 def final_state(loop):
     checkpoint = newest_checkpoint(loop.checkpoint_root)
     history = [{k: v for k, v in record.items() if k not in TIMES} for record in read_history(loop.history_path)]
-    state = {k: v for k, v in checkpoint.state.items() if k not in ("seconds", "spent")}
+    state = {k: v for k, v in checkpoint.state.items() if k not in TIMES}
     kept = checkpoint.tensors("optimizer")
     if (checkpoint.folder / "average.safetensors").exists():  # of the EMA
         kept |= {f"average/{name}": tensor for name, tensor in checkpoint.tensors("average").items()}
@@ -51,6 +65,118 @@ def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(model, tiny_corpus,
         assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert final_state(whole)[2:] == final_state(last)[2:]
     assert [record["step"] for record in read_history(last.history_path)] == list(range(1, 25))
+
+
+@pytest.mark.parametrize("thread", [DelayedThread, ThreadOfOneStep])
+def test_a_save_beside_the_training_holds_the_step_it_is_of(thread, tiny_corpus, tmp_path, monkeypatch):
+    """However late the thread writes, a run that goes on from its checkpoint ends like any other."""
+    changes = {**everything_on("simone_enhanced"), "checkpoint_interval": 3, "max_steps": 10}
+
+    def loop(work):
+        return make_loop("simone_enhanced", tiny_settings("simone_enhanced", tiny_corpus, work, **changes))
+
+    whole = loop(tmp_path / "whole")
+    whole.run(StopAfter())
+    monkeypatch.setattr("mvlm_core.training.checkpoint_writer.Thread", thread)
+    killed = loop(tmp_path / "killed")
+    with pytest.raises(KeyError):  # one save is on its way, of step 6, and no other is written on the way out
+        killed.run(FailAfter(8))
+    assert newest_checkpoint(killed.checkpoint_root).step == 6
+    last = loop(tmp_path / "killed")
+    last.run(StopAfter())
+    for expected, found in zip(final_state(whole)[:2], final_state(last)[:2], strict=True):
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert final_state(whole)[2:] == final_state(last)[2:]
+
+
+class FailAfter(StopAfter):
+    def wanted(self):
+        if super().wanted():
+            raise KeyError
+        return False
+
+
+def test_the_best_checkpoint_holds_weights_only(tiny_corpus, tmp_path):
+    changes = {"ema_decay": 0.9, "eval_interval": 1, "checkpoint_interval": 4, "max_steps": 11}
+    settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **changes)
+    loop = make_loop("mvlm_gpt2", settings)
+    values = iter([3.0, 2.9, 2.8, 2.7, 2.6, 2.5] + [3.0] * 9)
+    averages = {}
+
+    def evaluate():
+        if loop.state.step == 6:
+            averages.update({name: tensor.clone() for name, tensor in loop.task.ema.averages.items()})
+        return next(values)
+
+    object.__setattr__(loop.task, "evaluate", evaluate)
+    with pytest.raises(Stopped):
+        loop.run(StopAfter(7))
+    steps = lambda: [folder.name[-2:] for folder in checkpoint_folders(loop.checkpoint_root)]  # noqa: E731
+    assert steps() == ["00", "04", "06", "07"]
+    best = loop.checkpoint_root / "step-00000006"
+    assert not (best / "optimizer.safetensors").exists() and (best / "average.safetensors").exists()
+    shutil.rmtree(loop.checkpoint_root / "step-00000007")
+    assert newest_checkpoint(loop.checkpoint_root).step == 4, "nothing resumes from weights alone"
+    refused = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **changes, resume_from=str(best))
+    with pytest.raises(UserError, match="without the optimizer's state"):
+        make_loop("mvlm_gpt2", refused).run(StopAfter())
+    again = make_loop("mvlm_gpt2", settings)
+    values = iter([2.6, 2.5] + [3.0] * 9)
+    object.__setattr__(again.task, "evaluate", lambda: next(values))
+    assert again.run(StopAfter()).best_step == 6
+    assert steps() == ["06", "08", "11"]
+    again.load_best()
+    weights = dict(again.task.model.named_parameters())
+    assert averages and all(torch.equal(tensor, weights[name]) for name, tensor in averages.items())
+
+
+def test_a_stop_at_the_best_step_leaves_what_can_be_resumed(tiny_corpus, tmp_path):
+    settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, eval_interval=3)
+    loop = make_loop("mvlm_gpt2", settings)
+    with pytest.raises(Stopped):
+        loop.run(StopAfter(3))
+    found = newest_checkpoint(loop.checkpoint_root)
+    assert found.step == 3 and found.state["for_signal_only"] and found.tensors("optimizer")
+
+
+def test_seconds_are_wall_time_and_speed_is_that_of_the_steps(tiny_corpus, tmp_path, monkeypatch):
+    """By a clock on which an evaluation and a save take 10 s each, a step some ticks of a millisecond."""
+    ticks, now = itertools.count(), [0.0]
+    monkeypatch.setattr("mvlm_core.training.checkpoint_writer.Thread", DelayedThread)
+
+    def loop():
+        loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, checkpoint_interval=2))
+        evaluate, write = loop.task.evaluate, loop._write_checkpoint
+
+        def wait(do, *values):
+            now[0] += 10
+            return do(*values)
+
+        object.__setattr__(loop.task, "evaluate", partial(wait, evaluate))
+        loop._write_checkpoint = partial(wait, write)
+        loop.clock = lambda: now[0] + next(ticks) / 1000
+        return loop
+
+    with pytest.raises(Stopped):
+        loop().run(StopAfter(7))
+    now[0] += 1000  # between the two, which is nobody's training
+    state = loop().run(StopAfter())
+    records = read_history(tmp_path / "mvlm_gpt2" / "training_history.jsonl")
+    times = [0.0] + [record["seconds"] for record in records]
+    # It evaluates after steps 4, 8 and 12, and waits for a save at the next: for 2 at 4, 4 at 6, 6 at 7, 8 at 10.
+    gaps = [round(times[step] - times[step - 1]) for step in range(1, 13)]
+    assert gaps == [0, 0, 0, 0, 20, 0, 10, 10, 10, 0, 10, 0]
+    assert all(before < after for before, after in zip(times, times[1:], strict=False))
+    assert round(state.seconds) == round(times[12]) + 20, "the last evaluation, and the wait for the save of step 10"
+    assert state.step_seconds < 1
+    assert all(1000 < record["tokens_per_second"] < 128_000 for record in records)
+    assert 1000 < state.tokens / state.step_seconds < 128_000
+
+
+def test_a_checkpoint_from_before_steps_had_a_time_of_their_own():
+    saved = asdict(LoopState(step=3, seconds=1.5, best_step=2, best_bpb=2.0, guard=GuardState(trouble_since=1)))
+    del saved["step_seconds"]
+    assert LoopState.of(saved).step_seconds == 1.5
 
 
 def test_history_records_what_the_contract_says(tiny_corpus, tmp_path):

@@ -10,9 +10,9 @@ from mvlm_core.training.history import read_history
 from mvlm_core.training.optimizer import learning_rate_scale
 from mvlm_core.training.state import LoopState
 from mvlm_core.training.time_budget import Pace, RunLength
-from tests.helpers import MODELS, StopAfter, make_loop, tiny_settings
+from tests.helpers import MODELS, ImmediateThread, StopAfter, make_loop, tiny_settings
 
-TIMES = ("seconds", "tokens_per_second", "memory_bytes")
+TIMES = ("seconds", "step_seconds", "spent", "tokens_per_second", "memory_bytes")
 # What each thing takes by the clock of these tests; a step is cheaper once model 2's coherence loss has faded.
 STEP, FADED_STEP, EVALUATION, CHECKPOINT = 4.0, 3.0, 7.0, 5.0
 
@@ -28,6 +28,7 @@ def clocked_loop(tiny_corpus, monkeypatch):
         return save(*arguments)
 
     monkeypatch.setattr(checkpoints, "save_checkpoint", slow_save)
+    monkeypatch.setattr("mvlm_core.training.checkpoint_writer.Thread", ImmediateThread)  # it moves the clock as well
 
     def make(model, folder, **changes):
         own = {"coherence_weight": 0.3} if model == "simone_enhanced" else {}
@@ -56,7 +57,7 @@ def clocked_loop(tiny_corpus, monkeypatch):
 def outcome(loop):
     newest = newest_checkpoint(loop.checkpoint_root)
     history = [{k: v for k, v in record.items() if k not in TIMES} for record in read_history(loop.history_path)]
-    state = {k: v for k, v in newest.state.items() if k not in ("seconds", "spent")}
+    state = {k: v for k, v in newest.state.items() if k not in TIMES}
     return newest.tensors("model") | newest.tensors("optimizer"), history, state
 
 

@@ -53,7 +53,7 @@ def test_the_export_is_complete_and_its_scores_can_be_measured_again(trained):
     assert model.num_parameters() == results["parameters"]
     assert {metric.name for metric in METRICS} - results.keys() == {"size_bytes"}, "known once the files are written"
     assert results["steps"] == 8 and results["tokens"] == 8 * 128 and results["seconds"] > 0
-    assert results["tokens_per_second"] == pytest.approx(results["tokens"] / results["seconds"])
+    assert results["tokens_per_second"] > results["tokens"] / results["seconds"], "evaluations are in the seconds only"
     corpus = load_corpus(settings.data_dir, only=settings.data_subset)
     score = score_export(folder, corpus)
     assert score.bits_per_byte == pytest.approx(results["test_bpb"], rel=1e-6)

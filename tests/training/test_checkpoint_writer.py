@@ -1,0 +1,78 @@
+"""The thread beside the training writes the tensors as they were, one save after the other, and tells its errors."""
+
+import threading
+
+import pytest
+import torch
+
+from mvlm_core.training.checkpoint_writer import CheckpointWriter
+
+
+def test_what_is_written_is_what_was_there_at_the_start():
+    writer, go, written, memory = CheckpointWriter(), threading.Event(), [], set()
+    weight, momentum = torch.zeros(4, 3).t(), torch.zeros(5)
+
+    def write(tensors):
+        assert go.wait(10)
+        written.append({name: tensor.clone() for name, tensor in tensors["model"].items()})
+        memory.update(tensor.data_ptr() for named in tensors.values() for tensor in named.values())
+
+    for step in range(1, 4):
+        weight.fill_(step)
+        writer.start({"model": {"w": weight}} | ({"optimizer": {"m": momentum}} if step != 2 else {}), write)
+        assert not writer.ended
+        weight.fill_(-1)
+        go.set()
+        writer.wait()
+        go.clear()
+    assert [float(one["w"].unique()) for one in written] == [1, 2, 3]
+    assert len(memory) == 2, "the memory of the first copy serves the later ones, also after a save of weights alone"
+
+
+def test_one_at_a_time():
+    writer, running, most, lock = CheckpointWriter(), 0, 0, threading.Lock()
+
+    def write(_tensors):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        threading.Event().wait(0.05)
+        with lock:
+            running -= 1
+
+    for _ in range(4):
+        writer.start({"model": {"w": torch.ones(2)}}, write)
+    writer.wait()
+    assert (running, most) == (0, 1)
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("anything else")])
+def test_an_error_is_raised_once_where_the_training_waits(error):
+    def write(_tensors):
+        raise error
+
+    writer = CheckpointWriter()
+    writer.start({"model": {"w": torch.ones(2)}}, write)
+    with pytest.raises(type(error), match=str(error)):
+        writer.wait()
+    writer.wait()
+    assert not writer.ended
+
+
+def test_memory_of_another_shape_or_type_is_not_used_again():
+    writer, found = CheckpointWriter(), []
+    for tensor in (torch.ones(2), torch.ones(3), torch.ones(3, dtype=torch.float64)):
+        writer.start({"model": {"w": tensor}}, lambda tensors: found.append(tensors["model"]["w"]))
+        writer.wait()
+    assert [(one.shape[0], one.dtype) for one in found] == [(2, torch.float32), (3, torch.float32), (3, torch.float64)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_later_work_on_the_stream_does_not_reach_the_copy():
+    writer, written = CheckpointWriter(), []
+    weight = torch.ones(64 << 20, device="cuda")
+    writer.start({"model": {"w": weight}}, lambda tensors: written.append(tensors["model"]["w"].sum().item()))
+    weight.zero_()
+    writer.wait()
+    assert written == [64 << 20]
