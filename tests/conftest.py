@@ -1,7 +1,8 @@
-"""What the tests share: offline, two threads, and real text that does not need the corpus to be built."""
+"""What the tests share: offline, a fixed number of threads, and real text that does not need the corpus to be built."""
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 from tests.export.exports import copy_export
 from tests.helpers import MODELS, REPOSITORY, build_tiny_corpus, recipe_of, sample_books, tiny_settings
 
+IN_PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
 LOCAL_ADDRESSES = ("127.0.0.1", "::1", "localhost")
 
 
@@ -21,12 +23,27 @@ def repository() -> Path:
     return REPOSITORY
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread for what a test starts, where tests share the cores with other tests (pytest-xdist)."""
+    if IN_PARALLEL:
+        os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """How many processes: one per core, but the slow tests, which use every core, and a single file run in this one."""
+    slow = "integration" in config.option.markexpr and "not integration" not in config.option.markexpr
+    one_file = len(config.option.file_or_dir) == 1 and ".py" in config.option.file_or_dir[0]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if slow or one_file or cores == 1 else min(cores, 4)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def two_threads() -> None:
-    """The same thread count everywhere: sums are split by it, and golden numbers depend on how."""
+def fixed_threads() -> None:
+    """The same number everywhere: sums are split by it. Golden losses differ by 3e-7 between one thread and two."""
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if IN_PARALLEL else 2)
 
 
 @pytest.fixture(autouse=True)
