@@ -191,6 +191,7 @@ class TrainingSettings:
     keep_checkpoints: int = option(2, "newest checkpoints kept, beside the best; never fewer than two", minimum=1)
     resume_from: str | None = option(None, "resume from this checkpoint folder (default: the newest valid one)")
     dry_run: bool = option(False, "estimate the memory and time that the run would take, and run nothing")
+    prepare_only: bool = option(False, "make the tokenizer and the tokens, which --cache_dir keeps, and train nothing")
     fresh: bool = option(False, "delete what --output_dir holds and start again")
     no_test_score: bool = option(False, "leave the test books unread: for sweeps, whose choices must not see them")
     log_file: str | None = option(None, "also write log lines here")

@@ -106,6 +106,12 @@ def texts(documents: Iterable[Document], batch_bytes: int = _ENCODE_BYTES) -> It
         yield group
 
 
+def token_folder(corpus: Corpus, tokenizer: ByteLevelBPE, cache_dir: Path | str) -> Path:
+    """Where ``build_token_store`` keeps the tokens of this text."""
+    key = hashlib.sha256(f"{FORMAT}:{corpus.fingerprint}:{tokenizer.sha256}".encode()).hexdigest()[:32]
+    return Path(cache_dir) / "tokens" / key
+
+
 def build_token_store(
     corpus: Corpus, tokenizer: ByteLevelBPE, cache_dir: Path | str, *, mix: str | None = None, quiet: bool = False
 ) -> TokenStore:
@@ -115,8 +121,7 @@ def build_token_store(
         mix: how often a pass reads each folder; see ``document_repeats``.
     """
     documents = corpus.split("train")
-    key = hashlib.sha256(f"{FORMAT}:{corpus.fingerprint}:{tokenizer.sha256}".encode()).hexdigest()[:32]
-    folder = Path(cache_dir) / "tokens" / key
+    folder = token_folder(corpus, tokenizer, cache_dir)
     index = _whole_index(folder, len(documents))
     if index is None:
         _write(documents, tokenizer, folder, quiet)
@@ -133,7 +138,7 @@ def build_token_store(
         token_bytes=tokenizer.token_bytes(),
         text_bytes=int(sizes.sum()),
         bytes_per_token=float((sizes * repeats).sum() / (lengths * repeats).sum()),
-        fingerprint=key,
+        fingerprint=folder.name,
     )
 
 

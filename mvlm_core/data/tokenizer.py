@@ -218,6 +218,12 @@ def _in_learnable_pieces(texts: Iterable[str]) -> Iterator[str]:
         yield text[start:]
 
 
+def tokenizer_folder(kind: type[ByteLevelBPE], fingerprint: str, vocab_size: int, cache_dir: Path | str) -> Path:
+    """Where ``cached_tokenizer`` keeps the tokenizer of this text and size."""
+    name = hashlib.sha256(f"{kind.rules()}:{fingerprint}:{vocab_size}".encode()).hexdigest()[:32]
+    return Path(cache_dir) / "tokenizers" / name
+
+
 def cached_tokenizer(
     kind: type[ByteLevelBPE],
     texts: Iterator[str],
@@ -228,8 +234,7 @@ def cached_tokenizer(
     quiet: bool,
 ) -> ByteLevelBPE:
     """The tokenizer for this train text, from the cache where the text is the same to the byte, else trained now."""
-    name = hashlib.sha256(f"{kind.rules()}:{fingerprint}:{vocab_size}".encode()).hexdigest()[:32]
-    folder = Path(cache_dir) / "tokenizers" / name
+    folder = tokenizer_folder(kind, fingerprint, vocab_size, cache_dir)
     if (folder / "tokenizer.json").exists():
         return kind.load(folder)
     log.info("training a byte-level BPE of %s entries on the train text", f"{vocab_size:,}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -12,6 +13,17 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from mvlm_core.bill import (
+    CORPUS_SECONDS,
+    JSON_VARIABLE,
+    PACKAGES_SECONDS,
+    PACKED_PER_SECOND,
+    READ_PER_SECOND,
+    REPORT_SECONDS,
+    SUITE_SECONDS,
+    Item,
+    bill,
+)
 from mvlm_core.data.corpus import Corpus, load_corpus
 from mvlm_core.errors import UserError
 from mvlm_core.export.manifest import training_config
@@ -129,7 +141,8 @@ def probe_hardware(job: Job) -> dict[str, Any]:
 
 
 def show_plan(job: Job, *, corpus_is_ready: bool) -> None:
-    """Print what would run. Writes nothing."""
+    """Print what would run, and what it would take. Writes nothing."""
+    plans: dict[str, dict[str, Any]] = {}
     print(f"preset:   {job.preset} ({job.preset_reason})")
     print(f"corpus:   {job.data_dir}{'' if corpus_is_ready else ' (to be built)'}")
     for name in job.names:
@@ -137,11 +150,64 @@ def show_plan(job: Job, *, corpus_is_ready: bool) -> None:
         print(f"\n{name}: {_state(job, name, corpus_is_ready)}\n  output:  {job.layout.export(name)}")
         print(f"  log:     {job.layout.log_file(name)}\n  command: {shlex.join(command)}", flush=True)
         if corpus_is_ready:
-            found = subprocess.run([*command, "--dry_run"], capture_output=True, text=True, check=False)
-            told = found.stdout if found.returncode == 0 else f"no estimate: {found.stderr.strip()[-500:]}"
-            print("".join(f"  {line}\n" for line in told.splitlines()), end="")
+            plans[name] = plan = _trainer_plan(command)
+            told = [*plan["lines"], *bill([Item(*item) for item in plan["items"]], paid=plan["paid"])]
+            print("".join(f"  {line}\n" for line in told), end="", flush=True)
+    if not corpus_is_ready:
+        print(f"\nno estimate before the corpus is there, which takes about {CORPUS_SECONDS:.0f} s: prepare_dataset.py")
+    _show_bill(job, plans, corpus_is_ready)
     print(f"\nthen:     comparison -> {job.layout.plot}\n          archives   -> {job.layout.downloads}")
     print(f"          validation -> {job.layout.report}\n          report     -> {job.layout.page}")
+
+
+def _trainer_plan(command: list[str]) -> dict[str, Any]:
+    """The plan that a trainer's dry run prints, its items as tuples; without items where it gives none."""
+    environment = os.environ | {JSON_VARIABLE: "1"}
+    found = subprocess.run([*command, "--dry_run"], capture_output=True, text=True, check=False, env=environment)
+    empty: dict[str, Any] = {"items": [], "assumptions": [], "paid": False, "export_bytes": 0}
+    if found.returncode:
+        return empty | {"lines": [f"no estimate: {found.stderr.strip()[-500:]}"]}
+    *before, last = found.stdout.splitlines() or [""]
+    try:
+        plan = json.loads(last)
+        items = [tuple(item.values()) for item in plan["items"]]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return empty | {"lines": [*before, last]}
+    return plan | {"lines": [*before, *plan["lines"]], "items": items}
+
+
+def _show_bill(job: Job, plans: dict[str, dict[str, Any]], corpus_is_ready: bool) -> None:
+    """The sum over the models that would be trained, and the stages around them."""
+    wanted = {name: plan for name, plan in plans.items() if plan["items"] and not _is_finished(job, name)}
+    if not wanted:
+        return
+    paid = any(plan["paid"] for plan in wanted.values())
+    size, count = sum(plan["export_bytes"] for plan in wanted.values()), len(wanted)
+    items = [Item("packages", PACKAGES_SECONDS, "on a fresh machine")] if paid else []
+    if job.build_corpus and not corpus_is_ready:
+        items.append(Item("corpus", CORPUS_SECONDS))
+    items += [Item(name, sum(seconds for _, seconds, _ in plan["items"])) for name, plan in wanted.items()]
+    scoring = sum(plan["items"][-1][1] for plan in wanted.values())
+    items += [
+        Item("evaluation suite", SUITE_SECONDS * count, f"{count} models"),
+        Item("archives", size / PACKED_PER_SECOND, f"{size / 1e9:.2f} GB of weights"),
+        Item("validation", scoring + size / READ_PER_SECOND, "archives read, test scores again"),
+        Item("comparison and report", REPORT_SECONDS),
+    ]
+    print("\ntogether:")
+    print("".join(f"  {line}\n" for line in bill(items, paid=paid)), end="")
+    assumptions = dict.fromkeys(text for plan in wanted.values() for text in plan["assumptions"])
+    own = (
+        f"{PACKAGES_SECONDS:.0f} s for packages, {CORPUS_SECONDS:.0f} s for a corpus that is not built yet, "
+        f"{SUITE_SECONDS:.0f} s a model for the suite, archives at {PACKED_PER_SECOND / 1e6:.0f} MB/s and read at "
+        f"{READ_PER_SECOND / 1e6:.0f} MB/s, {REPORT_SECONDS:.0f} s for the report"
+    )
+    print("\nassumed:  " + ";\n          ".join([*assumptions, own]))
+
+
+def _is_finished(job: Job, name: str) -> bool:
+    results = {} if job.fresh else training_config(job.layout.export(name)).get("results", {})
+    return all(isinstance(results.get(key), int) for key in ("parameters", "steps"))
 
 
 def _state(job: Job, name: str, corpus_is_ready: bool) -> str:
@@ -153,7 +219,7 @@ def _state(job: Job, name: str, corpus_is_ready: bool) -> str:
         )
     export = job.layout.export(name)
     results = training_config(export).get("results", {})
-    if all(isinstance(results.get(key), int) for key in ("parameters", "steps")):
+    if _is_finished(job, name):
         return f"finished: {results['parameters']:,} parameters, {results['steps']:,} steps; kept"
     checkpoints = sum(path.is_dir() for path in (export / "checkpoints").glob("*"))
     return f"resumes from its checkpoints ({checkpoints})" if checkpoints else "starts from scratch"

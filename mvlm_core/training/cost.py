@@ -1,4 +1,4 @@
-"""An estimate of what a run will cost: memory by kind, floating-point operations, time and money.
+"""What a step will cost: memory by kind and floating-point operations.
 
 The real model and loss run once on fake tensors, which have shapes but no memory, and what autograd saves for the
 backward pass is added up. Compilation saves less of it on a GPU, so the activations are an upper bound there.
@@ -13,13 +13,7 @@ from typing import Any
 from mvlm_core.hardware import Hardware
 from mvlm_core.settings import TrainingSettings
 
-# Assumptions, printed with every estimate.
-BYTES_PER_TOKEN = {8192: 4.0, 1_000_000: 4.4}  # by largest vocabulary; a run counts the real tokens
-SHARE_OF_PEAK = 0.35  # plain GPT-2 training at this size reached 0.29 to 0.40 of the bf16 peak on A100 and H100
-GPU_PEAK = 989e12  # FLOP/s of an H200 or H100, bf16 without sparsity
-PRICE_PER_HOUR = 4.0  # US dollars
 OVERHEAD = 2e9  # bytes: CUDA context, kernel workspaces, fragmentation
-GPU_MEMORY = (80e9, 141e9)
 
 
 @dataclass(frozen=True)
@@ -50,11 +44,17 @@ class StepMemory:
 
 @dataclass(frozen=True)
 class StepCost:
-    """One micro-batch: parameters, memory, and operations per token, forward and backward without the optimizer's."""
+    """One micro-batch: parameters, memory, and floating-point operations.
+
+    Attributes:
+        flops_per_token: forward and backward.
+        optimizer_flops: of an optimizer step's matrix products, Muon's Newton-Schulz iteration.
+    """
 
     parameters: int
     memory: StepMemory
     flops_per_token: float
+    optimizer_flops: float
 
 
 def step_cost(
@@ -69,6 +69,8 @@ def step_cost(
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode  # "meta" tensors, the alternative, have no autocast
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+    from mvlm_core.training.optimizer import Muon
 
     # The fused attention of the CPU, which torch's counter does not know, by the same formulas as the others.
     attention = {
@@ -108,7 +110,11 @@ def step_cost(
         activations = sum(storage.nbytes() for storage in saved - {p.untyped_storage() for p in parameters})
         memory = StepMemory(weights, weights, moments + averages, activations)
         flops = counter.get_total_flops() / (sequences * settings.max_length)
-        return StepCost(built.model.num_parameters(), memory, flops)
+        with FlopCounterMode(display=False) as products:
+            for part in built.optimizers.parts:
+                if isinstance(part, Muon):
+                    part.step()
+        return StepCost(built.model.num_parameters(), memory, flops, products.get_total_flops())
 
 
 def fitting_micro_batch(one: StepMemory, two: StepMemory, memory_bytes: float, most: int) -> int | None:
@@ -123,52 +129,3 @@ def fitting_micro_batch(one: StepMemory, two: StepMemory, memory_bytes: float, m
     while sequences > 1 and fixed + sequences * each > memory_bytes:
         sequences = -(-sequences // 2)
     return sequences if fixed + sequences * each <= memory_bytes else None
-
-
-def describe_cost(
-    build: Callable[[Any, Any, Hardware], Any], settings: TrainingSettings, hardware: Hardware, train_bytes: int
-) -> list[str]:
-    """What a run would cost, in lines of text.
-
-    Args:
-        train_bytes: of the corpus; the run's length says how much of it is read, and how often.
-    """
-    on_gpu = settings.preset == "h200" or hardware.device == "cuda"
-    if on_gpu and not settings.no_mixed_precision and settings.precision != "fp32":
-        hardware = replace(hardware, precision="bf16")
-    one, two = (step_cost(build, settings, hardware, sequences) for sequences in (1, 2))
-    batch = settings.batch_size
-    each = two.memory.activations - one.memory.activations
-    memory = replace(one.memory, activations=one.memory.activations + (batch - 1) * each)
-    per_token = next(size for limit, size in BYTES_PER_TOKEN.items() if settings.vocab_size <= limit)
-    tokens = _bytes_read(settings, train_bytes, per_token) / per_token
-    flops = one.flops_per_token
-    lines = [
-        f"{one.parameters:,} parameters; {flops / 1e6:,.0f} MFLOP per token (forward, backward, {hardware.precision})",
-        f"about {tokens / 1e6:,.1f} M tokens ({settings.sequences_per_step * settings.max_length:,} a step), "
-        f"{flops * tokens:.2g} FLOP",
-        f"memory of a step with micro-batches of {batch}: "
-        + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in vars(memory).items())
-        + f", together {memory.total / 1e9:.2f} GB",
-    ]
-    if not on_gpu:
-        return [*lines, f"assumed: {per_token} bytes per token"]
-    for size in GPU_MEMORY:
-        fits = fitting_micro_batch(one.memory, two.memory, size, batch)
-        verdict = f"micro-batches of {fits} fit" if fits else "not even one sequence fits"
-        lines.append(f"{size / 1e9:.0f} GB: {verdict}")
-    hours = flops * tokens / (GPU_PEAK * SHARE_OF_PEAK) / 3600
-    lines += [
-        f"about {hours * 60:.0f} minutes and {hours * PRICE_PER_HOUR:.2f} dollars on one H200",
-        f"assumed: {SHARE_OF_PEAK:.0%} of {GPU_PEAK / 1e12:.0f} TFLOP/s, {PRICE_PER_HOUR:.2f} dollars an hour, "
-        f"{per_token} bytes per token, {OVERHEAD / 1e9:.0f} GB besides the tensors; activations as without "
-        "compilation, which needs less; evaluations, set-up and early stopping not counted",
-    ]
-    return lines
-
-
-def _bytes_read(settings: TrainingSettings, train_bytes: int, per_token: float) -> float:
-    """The first limit that is set, in bytes of text."""
-    step = settings.sequences_per_step * settings.max_length * per_token
-    limits = {"num_epochs": train_bytes, "max_steps": step, "max_tokens": per_token, "max_bytes": 1.0}
-    return min(value * unit for name, unit in limits.items() if (value := getattr(settings, name)))

@@ -63,8 +63,7 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
         tokenizer = cached_tokenizer(
             tokenizer_class, pieces, corpus.fingerprint, settings.vocab_size, settings.cache_dir, quiet=settings.quiet
         )
-    mix = _applicable(settings, "train_mix")
-    store = build_token_store(corpus, tokenizer, settings.cache_dir, mix=mix, quiet=settings.quiet)
+    store = build_token_store(corpus, tokenizer, settings.cache_dir, mix=mix_of(settings), quiet=settings.quiet)
     log.info("%s tokens to train on, %.2f bytes each", f"{len(store.tokens):,}", store.bytes_per_token)
     batches = BatchSource(
         store,
@@ -81,6 +80,11 @@ def read_corpus(settings: TrainingSettings) -> tuple[Corpus, str | None]:
     only = _applicable(settings, "data_subset")
     split, folder = settings.validation_split, settings.validation_dir
     return load_corpus(settings.data_dir, validation_split=split, validation_dir=folder, only=only), only
+
+
+def mix_of(settings: TrainingSettings) -> str | None:
+    """How often a pass reads each folder of the run's text; None for once."""
+    return _applicable(settings, "train_mix")
 
 
 def _applicable(settings: TrainingSettings, name: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,11 +19,11 @@ from mvlm_core.hardware import caution, choose_hardware, describe
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.signals import StopRequest
 from mvlm_core.training import results
-from mvlm_core.training.cost import describe_cost
 from mvlm_core.training.distributed import join
-from mvlm_core.training.launch import FOLDER_VARIABLE, describe_gpus, rank_count
+from mvlm_core.training.launch import FOLDER_VARIABLE, rank_count
 from mvlm_core.training.loop import TrainingLoop
-from mvlm_core.training.preparation import PreparedText, prepare_text, read_corpus
+from mvlm_core.training.plan import plan_run, planned_and_actual, report_bill
+from mvlm_core.training.preparation import PreparedText, prepare_text
 from mvlm_core.training.state import Recipe, Run, TrainingTask, build_task, run_identity, total_steps
 
 log = logging.getLogger("mvlm")
@@ -47,9 +48,7 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
     )
     hush_transformers()
     if settings.dry_run:
-        train_bytes = sum(document.size for document in read_corpus(settings)[0].split("train"))
-        print(describe_gpus(settings))
-        print(*describe_cost(recipe.build, settings, hardware, train_bytes), sep="\n")
+        print(plan_run(recipe, settings, hardware).text())
         return Path(settings.output_dir or "")
     hardware.apply()
     if (wanted := rank_count(settings)) > 1:
@@ -70,7 +69,12 @@ def _run(run: Run) -> Path:
         log.warning(warning)
     if ranks.world > 1 and FOLDER_VARIABLE not in os.environ:
         log.info("%s processes share every batch", ranks.world)
+    started = time.perf_counter()
     text = prepare_text(settings, run.recipe.tokenizer_class, ranks)
+    prepared = time.perf_counter() - started
+    if settings.prepare_only:
+        log.info("prepared: tokenizer and tokens are in %s", settings.cache_dir)
+        return run.output_dir
     if text.batches.sequences < ranks.world:
         raise UserError(
             f"{ranks.world} processes cannot share a batch of {text.batches.sequences} sequences: start fewer, or "
@@ -100,7 +104,7 @@ def _run(run: Run) -> Path:
         stop.raise_at_once()
         if ranks.is_main:
             try:
-                _export(run, text, task, loop, peak_memory_bytes)
+                _export(run, text, task, loop, peak_memory_bytes, prepared)
             except (OSError, SafetensorError) as error:
                 raise TrainingFailed(
                     f"the model is trained, but its export cannot be written: {error}; free some space and run again"
@@ -108,9 +112,15 @@ def _run(run: Run) -> Path:
     return run.output_dir
 
 
-def _export(run: Run, text: PreparedText, task: TrainingTask, loop: TrainingLoop, peak_memory_bytes: int) -> None:
-    """Export the best weights by validation and score the exported files on the test text."""
-    recipe = run.recipe
+def _export(
+    run: Run, text: PreparedText, task: TrainingTask, loop: TrainingLoop, peak_memory_bytes: int, prepared: float
+) -> None:
+    """Export the best weights by validation and score the exported files on the test text.
+
+    Args:
+        prepared: seconds that the text took.
+    """
+    recipe, started = run.recipe, time.perf_counter()
     loop.load_best()
     tokenizer = text.tokenizer.for_transformers(run.settings.max_length)
     staging = stage_model(task.model, tokenizer, loop.history(), recipe.title, run.output_dir)
@@ -118,6 +128,10 @@ def _export(run: Run, text: PreparedText, task: TrainingTask, loop: TrainingLoop
     measured = results.measure(task.model, tokenizer, text.corpus, loop.state, score)
     measured["peak_memory_bytes"] = peak_memory_bytes
     config = results.record(run, text, task.identity, measured)
+    if run.settings.preset != "smoke":  # there the plan would take as long as the training
+        plan = plan_run(recipe, run.settings, run.hardware, loop.state)
+        config["bill"] = planned_and_actual(plan, loop.state, prepared, time.perf_counter() - started)
+        report_bill(config["bill"])
     sources = results.describe_sources(text.corpus)
     card = model_card(
         config, title=recipe.title, description=recipe.description, sources=sources, remote_code=recipe.remote_code

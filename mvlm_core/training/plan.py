@@ -1,0 +1,304 @@
+"""What a training run will take, by line, before it starts: the dry run; and beside it what it took, at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
+
+from mvlm_core.bill import JSON_VARIABLE, PRICE, Item, bill
+from mvlm_core.data.corpus import Corpus, validation_subset
+from mvlm_core.data.token_store import document_repeats, token_folder
+from mvlm_core.data.tokenizer import ByteLevelBPE, tokenizer_folder
+from mvlm_core.hardware import Hardware
+from mvlm_core.settings import TrainingSettings
+from mvlm_core.training.cost import OVERHEAD, StepCost, fitting_micro_batch, step_cost
+from mvlm_core.training.launch import describe_gpus, rank_count
+from mvlm_core.training.preparation import mix_of, read_corpus
+from mvlm_core.training.state import LoopState, Recipe
+
+# Assumptions: those that a bill uses are printed with it.
+GPU_PEAK = 989e12  # FLOP/s of an H200 or H100, bf16 without sparsity
+GPU_SHARE = 0.35  # plain GPT-2 training at this size reached 0.29 to 0.40 of the bf16 peak on A100 and H100
+CPU_SHARE = 0.45  # of the matrix product's rate, which is measured; small models reach 0.4 to 0.5 (benchmarks/LOG.md)
+COMPILE_SECONDS = 90.0
+SAVED_PER_SECOND = 1e9  # bytes of a checkpoint, hashed and on the disk
+LEARNED_PER_SECOND = 4e6  # bytes of text a core, while a tokenizer is trained (benchmarks/README.md)
+ENCODED_PER_SECOND = 2.5e6  # bytes of text a core
+EXPORT_SECONDS = 20.0
+GPU_MEMORY = (8e9, 16e9, 24e9, 80e9, 141e9)
+SMALL_CARD = 24e9
+SAMPLE_BYTES = 8_000_000  # a tokenizer of so much of the text needs 0.5 % more tokens than that of all 64 MB
+SCORED_BYTES = 2_000_000
+
+log = logging.getLogger("mvlm")
+
+
+@dataclass(frozen=True)
+class TextPlan:
+    """What is known about a run's text before it is tokenized.
+
+    Attributes:
+        pass_bytes: of text in one pass; train_bytes: with each document once.
+        bytes_per_token: measured, and ``source`` says on what.
+        has_tokenizer, has_tokens: whether they are in the cache.
+    """
+
+    train_bytes: int
+    pass_bytes: int
+    validation_bytes: int
+    test_bytes: int
+    bytes_per_token: float
+    source: str
+    has_tokenizer: bool
+    has_tokens: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``lines`` describe the run, ``items`` are its bill, ``assumptions`` what they rest on."""
+
+    lines: list[str]
+    items: list[Item]
+    assumptions: list[str]
+    paid: bool
+    export_bytes: int
+
+    def text(self) -> str:
+        """For the console; as JSON where the main job asks for it."""
+        if os.environ.get(JSON_VARIABLE):
+            return json.dumps(asdict(self))
+        return "\n".join([*self.lines, *bill(self.items, paid=self.paid), "assumed: " + "; ".join(self.assumptions)])
+
+
+def plan_run(recipe: Recipe, settings: TrainingSettings, hardware: Hardware, ended: LoopState | None = None) -> Plan:
+    """The plan of a run with these settings. Writes nothing.
+
+    Args:
+        ended: the state of the run at its end, for a plan of the steps that it took.
+
+    Raises:
+        UserError: no corpus, or none that can be used.
+    """
+    corpus, _ = read_corpus(settings)
+    text = plan_text(settings, recipe.tokenizer_class, corpus)
+    on_gpu = settings.preset == "h200" or hardware.device == "cuda"
+    if on_gpu and not settings.no_mixed_precision and settings.precision != "fp32":
+        hardware = replace(hardware, precision="bf16")
+    one, two = (step_cost(recipe.build, settings, hardware, sequences) for sequences in (1, 2))
+    matrix = 0.0 if on_gpu else matrix_rate()
+    gpus = rank_count(settings) if hardware.device == "cuda" else 1
+    rate = GPU_PEAK * GPU_SHARE * gpus if on_gpu else matrix * CPU_SHARE
+    compiled = on_gpu and not settings.no_compile
+    if ended is not None:
+        settings = replace(settings, max_steps=ended.step, max_hours=None)
+    steps, items = _items(settings, one, text, rate, compiled, hardware.threads)
+    assumptions = [
+        f"{GPU_SHARE:.0%} of {GPU_PEAK / 1e12:.0f} TFLOP/s, half as much for evaluations in fp32, {PRICE}"
+        if on_gpu
+        else f"{CPU_SHARE:.0%} of the {matrix / 1e9:.0f} GFLOP/s that a matrix product reaches here now",
+        f"{SAVED_PER_SECOND / 1e9:.0f} GB/s for checkpoints, as if training waited for each of them",
+        f"each core learns a tokenizer from {LEARNED_PER_SECOND / 1e6:.0f} MB/s and encodes "
+        f"{ENCODED_PER_SECOND / 1e6:.1f} MB/s ({hardware.threads} cores)",
+        f"{COMPILE_SECONDS:.0f} s to compile" if compiled else "not compiled",
+        f"{EXPORT_SECONDS:.0f} s to export",
+        f"{OVERHEAD / 1e9:.0f} GB besides the tensors, activations as without compilation",
+        "no early stopping",
+    ]
+    lines = [
+        describe_gpus(settings),
+        *_describe(settings, one, two, text, steps, hardware),
+        *_cards(settings, one, two, steps, on_gpu),
+    ]
+    return Plan(lines, items, assumptions, on_gpu, one.memory.weights)
+
+
+def plan_text(settings: TrainingSettings, kind: type[ByteLevelBPE], corpus: Corpus) -> TextPlan:
+    """Sizes of the text, and its bytes per token: by the cached tokens, else by a tokenizer, the cached one or one
+    learned from a sample."""
+    train, mix = corpus.split("train"), mix_of(settings)
+    repeats = document_repeats(train, mix)
+    sizes = [document.size for document in train]
+    folder = tokenizer_folder(kind, corpus.fingerprint, settings.vocab_size, settings.cache_dir)
+    place = settings.tokenizer_path or (folder if (folder / "tokenizer.json").exists() else None)
+    step = -(-sum(sizes) // SAMPLE_BYTES)
+    if place:
+        tokenizer, source = kind.load(place), "by the tokenizer that is there"
+    else:
+        tokenizer = kind.train((document.read() for document in train[::step]), settings.vocab_size)
+        source = f"by a tokenizer of {sum(sizes[::step]) / 1e6:.1f} MB of the text"
+    has_tokens = place is not None and (token_folder(corpus, tokenizer, settings.cache_dir) / "index.json").exists()
+    order = list(
+        range(step // 2, len(train), step)
+    )  # not what a sample's tokenizer has learned from, where there is more
+    scored = [
+        index for index, total in zip(order, accumulate(sizes[i] for i in order), strict=True) if total <= SCORED_BYTES
+    ]
+    scored = [index for index in scored or order[:1] if repeats[index]] or order[:1]
+    tokens = [len(ids) + 1 for ids in tokenizer.encode_batch([train[index].read() for index in scored])]
+    read = [int(repeats[index]) or 1 for index in scored]
+    per_token = sum(sizes[i] * n for i, n in zip(scored, read, strict=True)) / sum(
+        count * n for count, n in zip(tokens, read, strict=True)
+    )
+    validation = validation_subset(corpus, whole=settings.validation_text == "all")
+    return TextPlan(
+        train_bytes=sum(sizes),
+        pass_bytes=int(sum(size * int(times) for size, times in zip(sizes, repeats, strict=True))),
+        validation_bytes=sum(len(part.encode()) for _, part in validation),
+        test_bytes=0 if settings.no_test_score else sum(document.size for document in corpus.split("test")),
+        bytes_per_token=per_token,
+        source=source,
+        has_tokenizer=place is not None,
+        has_tokens=has_tokens,
+    )
+
+
+def planned_steps(settings: TrainingSettings, text: TextPlan) -> int | None:
+    """Up to the first limit that is set; None where that is ``--max_hours`` alone."""
+    tokens = settings.sequences_per_step * settings.max_length
+    per_step = {
+        "num_epochs": tokens * text.bytes_per_token / text.pass_bytes,
+        "max_steps": 1,
+        "max_tokens": tokens,
+        "max_bytes": tokens * text.bytes_per_token,
+    }
+    limits = [value / each for name, each in per_step.items() if (value := getattr(settings, name))]
+    return max(1, round(min(limits))) if limits else None
+
+
+def _items(
+    settings: TrainingSettings, cost: StepCost, text: TextPlan, rate: float, compiled: bool, cores: int
+) -> tuple[int, list[Item]]:
+    """The number of steps, and the bill.
+
+    Args:
+        rate: FLOP/s of training.
+    """
+    tokens = settings.sequences_per_step * settings.max_length
+    model, optimizer = cost.flops_per_token * tokens, cost.optimizer_flops
+    score_rate = rate / 2 if compiled else rate
+
+    def scoring(size: int) -> tuple[float, float]:
+        """Tokens and FLOPs of scoring text: windows overlap by half, and a forward pass is a third of a step."""
+        count = 2 * size / text.bytes_per_token
+        return count, count * cost.flops_per_token / 3
+
+    scored, score_flops = scoring(text.validation_bytes)
+    saved = cost.memory.weights + cost.memory.optimizer
+    step_seconds = (model + optimizer) / rate
+    # Every evaluation counts as the best so far, whose weights are saved.
+    saves_per_step = 1 / settings.checkpoint_interval + 1 / settings.eval_interval
+    overhead = score_flops / score_rate / settings.eval_interval + saves_per_step * saved / SAVED_PER_SECOND
+    steps = planned_steps(settings, text)
+    if settings.max_hours is not None:
+        fitting = max(1, round(settings.max_hours * 3600 / (step_seconds + overhead)))
+        steps = min(steps or fitting, fitting)
+    steps = steps or 1
+    evaluations = -(-steps // settings.eval_interval)
+    saves = evaluations + steps // settings.checkpoint_interval
+    test_tokens, test_flops = scoring(text.test_bytes)
+    learning = 0.0 if text.has_tokenizer else text.train_bytes / LEARNED_PER_SECOND / cores
+    encoding = 0.0 if text.has_tokens else text.train_bytes / ENCODED_PER_SECOND / cores
+    cached = "from the cache" if text.has_tokens else f"{text.train_bytes / 1e6:,.1f} MB"
+    items = [
+        Item("tokenizer and tokens", learning + encoding, cached),
+        Item("compilation", COMPILE_SECONDS if compiled else 0.0),
+        Item(
+            "training steps",
+            steps * step_seconds,
+            f"{steps:,} × ({model:.3g} FLOP of the model + {optimizer:.2g} of Muon's Newton-Schulz iteration)",
+        ),
+        Item(
+            "evaluations",
+            evaluations * score_flops / score_rate,
+            f"{evaluations} × {scored / 1e6:.2f} M tokens, {score_flops:.2g} FLOP",
+        ),
+        Item("checkpoints", saves * saved / SAVED_PER_SECOND, f"at most {saves} × {saved / 1e9:.2f} GB"),
+        Item(
+            "export and test scores",
+            EXPORT_SECONDS * compiled + test_flops / score_rate,
+            f"{test_tokens / 1e6:.2f} M tokens, {test_flops:.2g} FLOP",
+        ),
+    ]
+    return steps, items
+
+
+def _describe(
+    settings: TrainingSettings, one: StepCost, two: StepCost, text: TextPlan, steps: int, hardware: Hardware
+) -> list[str]:
+    each = two.memory.activations - one.memory.activations
+    batch = settings.batch_size
+    memory = replace(one.memory, activations=one.memory.activations + (batch - 1) * each)
+    step_tokens = settings.sequences_per_step * settings.max_length
+    flops = one.flops_per_token
+    return [
+        f"{one.parameters:,} parameters; {flops / 1e6:,.0f} MFLOP per token (forward, backward, {hardware.precision})",
+        f"about {steps * step_tokens / 1e6:,.1f} M tokens ({step_tokens:,} a step), {steps} steps, "
+        f"{steps * step_tokens * text.bytes_per_token / text.pass_bytes:.2f} epochs, "
+        f"{flops * steps * step_tokens:.2g} FLOP",
+        f"{text.bytes_per_token:.3f} bytes per token, {text.source}",
+        f"memory of a step with micro-batches of {batch}: "
+        + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in vars(memory).items())
+        + f", together {memory.total / 1e9:.2f} GB",
+    ]
+
+
+def _cards(settings: TrainingSettings, one: StepCost, two: StepCost, steps: int, on_gpu: bool) -> list[str]:
+    """What fits cards of several sizes, and what to choose for a small one."""
+    if not on_gpu:
+        return []
+    fits = {size: fitting_micro_batch(one.memory, two.memory, size, settings.batch_size) for size in GPU_MEMORY}
+    lines = [
+        f"{size / 1e9:.0f} GB: " + (f"micro-batches of {count} fit" if count else "not even one sequence fits")
+        for size, count in fits.items()
+    ]
+    if settings.preset == "h200":
+        step = one.flops_per_token * settings.sequences_per_step * settings.max_length + one.optimizer_flops
+        hours = steps * step / (100e12 * GPU_SHARE) / 3600
+        lines.append(
+            f"a card of 8 to {SMALL_CARD / 1e9:.0f} GB: {hours:.1f} hours of steps at a bf16 peak of 100 TFLOP/s, half "
+            "at 200; the smaller choice is --preset cpu --device cuda, or --max_hours for less training"
+        )
+    return lines
+
+
+def matrix_rate() -> float:
+    """FLOP/s of an fp32 matrix product on this machine's processor, the best of a few."""
+    import torch
+
+    size, best = 1024, 0.0
+    a, b = torch.ones(size, size), torch.ones(size, size)
+    for _ in range(5):
+        started = time.perf_counter()
+        a @ b
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def planned_and_actual(plan: Plan, state: LoopState, prepared: float, exported: float) -> dict[str, dict[str, float]]:
+    """Seconds by line, planned and taken.
+
+    Args:
+        prepared, exported: seconds that this process took for the tokens, and from the end of training to the scores.
+    """
+    spent = state.spent
+    actual = {
+        "tokenizer and tokens": prepared,
+        "training steps": max(0.0, state.seconds),
+        "evaluations": spent.evaluation_seconds,
+        "checkpoints": spent.checkpoint_seconds,
+        "export and test scores": exported,
+    }
+    planned = {item.name: item.seconds for item in plan.items}
+    return {name: {"planned": planned.get(name, 0.0), "actual": seconds} for name, seconds in actual.items()}
+
+
+def report_bill(found: dict[str, dict[str, float]]) -> None:
+    """Log what was planned beside what it took."""
+    width = max(map(len, found))
+    log.info(f"{'seconds':<{width}}  {'planned':>9}  {'actual':>9}")
+    for name, seconds in found.items():
+        log.info(f"{name:<{width}}  {seconds['planned']:9,.1f}  {seconds['actual']:9,.1f}")

@@ -1,0 +1,108 @@
+"""The plan against what the run then does, and the bill's arithmetic."""
+
+import json
+import logging
+import shutil
+
+import pytest
+
+from mvlm_core.bill import PRICE_PER_HOUR, Item, bill
+from mvlm_core.data.corpus import load_corpus
+from mvlm_core.hardware import choose_hardware
+from mvlm_core.training.cost import step_cost
+from mvlm_core.training.plan import plan_run, plan_text, planned_steps
+from mvlm_core.training.preparation import prepare_text, read_corpus
+from mvlm_core.training.run import run_training
+from mvlm_core.training.state import total_steps
+from prioritary_mvlm import PrioritaryConfig
+from tests.helpers import MODELS, recipe_of, tiny_settings
+
+CPU = {"device": "cpu", "precision": "fp32"}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_text_and_steps_are_planned_as_they_come(model, tiny_corpus, tmp_path):
+    changes = {"max_steps": None, "data_subset": "bible", "train_mix": "bible/kjv=3"}
+    settings = tiny_settings(model, tiny_corpus, tmp_path, num_epochs=2.0, **changes)
+    kind, (corpus, _) = recipe_of(model).tokenizer_class, read_corpus(settings)
+    before = plan_text(settings, kind, corpus)
+    assert not before.has_tokenizer and not before.has_tokens and not (tmp_path / "cache").exists()
+    text = prepare_text(settings, kind)
+    after = plan_text(settings, kind, corpus)
+    assert after.has_tokenizer and after.has_tokens and after.pass_bytes > 1.9 * after.train_bytes
+    for plan in (before, after):  # so small a text is its own sample
+        assert plan.bytes_per_token == pytest.approx(text.store.bytes_per_token, rel=0.002)
+        assert planned_steps(settings, plan) == pytest.approx(total_steps(settings, text.batches), rel=0.02)
+    assert planned_steps(tiny_settings(model, tiny_corpus, tmp_path, max_steps=None, max_hours=1.0), after) is None
+
+
+def test_newton_schulz_is_counted(tiny_corpus, tmp_path):
+    """In bf16 five rounds of three products: x·xᵀ and p·x on the long side, gram·gram on the short one."""
+    shape = {
+        "hidden_dim": 64,
+        "num_heads": 2,
+        "ff_dim": 256,
+        "num_layers": 3,
+        "optimizer": "muon",
+        "coherence_weight": 0.0,
+    }
+    settings = tiny_settings("simone_enhanced", tiny_corpus, tmp_path, **shape)
+    cost = step_cost(recipe_of("simone_enhanced").build, settings, choose_hardware(device="cpu", precision="bf16"), 1)
+    width, inner = 64, 192
+    square, long = 3 * 2 * width**3, 2 * 2 * width**2 * inner + 2 * width**3
+    assert cost.optimizer_flops == pytest.approx(3 * 5 * (4 * square + 3 * long), rel=0.02)
+    assert (
+        step_cost(
+            recipe_of("mvlm_gpt2").build, tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path), choose_hardware(**CPU), 1
+        ).optimizer_flops
+        == 0
+    )
+
+
+def test_the_bill_adds_up():
+    lines = bill([Item("one", 90, "x"), Item("two", 3600)], paid=True)
+    assert lines[0].startswith("one") and "1.5 min" in lines[0] and lines[0].endswith("x")
+    assert "61.5 min" in lines[-1] and f"{3690 / 3600 * PRICE_PER_HOUR:.2f} dollars" in lines[-1]
+    assert not any("dollars" in line for line in bill([Item("one", 90)], paid=False))
+
+
+def test_a_time_is_planned_to_be_used(tiny_corpus, tmp_path):
+    changes = {"data_dir": str(tiny_corpus), "output_dir": str(tmp_path / "out"), "cache_dir": str(tmp_path / "cache")}
+    settings = PrioritaryConfig(preset="h200", device="cpu", max_hours=0.5, **changes)
+    items = {
+        item.name: item.seconds
+        for item in plan_run(recipe_of("simone_enhanced"), settings, choose_hardware(**CPU)).items
+    }
+    trained = sum(items[name] for name in ("training steps", "evaluations", "checkpoints"))
+    assert trained == pytest.approx(1800, rel=0.01)
+
+
+def test_a_run_ends_with_what_was_planned_beside_what_it_took(tiny_corpus, tmp_path, caplog):
+    settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, preset="cpu", data_subset=None, no_test_score=True)
+    with caplog.at_level(logging.INFO, logger="mvlm"):
+        export = run_training(recipe_of("mvlm_gpt2"), settings)
+    found = json.loads((export / "training_config.json").read_text())["bill"]
+    assert all(seconds["planned"] >= 0 and seconds["actual"] >= 0 for seconds in found.values())
+    for name in ("training steps", "evaluations", "checkpoints", "export and test scores"):
+        assert found[name]["actual"] > 0 and any(name in message for message in caplog.messages)
+    history = json.loads((export / "training_history.json").read_text())
+    assert found["training steps"]["actual"] <= history[-1]["seconds"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_was_prepared_elsewhere_is_not_made_again(model, tiny_corpus, tmp_path, caplog):
+    """``--prepare_only`` on one machine, corpus and cache copied to another: nothing is learned or encoded there."""
+    here = tiny_settings(model, tiny_corpus, tmp_path / "here", prepare_only=True)
+    assert run_training(recipe_of(model), here).exists() is False, "no output folder: nothing was trained"
+    there = tmp_path / "there"
+    shutil.copytree(tiny_corpus, there / "corpus")
+    shutil.copytree(tmp_path / "here" / "cache", there / "cache")
+    files = {path: path.stat().st_mtime_ns for path in sorted((there / "cache").rglob("*"))}
+    assert {path.name for path in files} >= {"tokenizer.json", "tokens.bin", "index.json"}
+    settings = tiny_settings(model, there / "corpus", there)
+    plan = plan_text(settings, recipe_of(model).tokenizer_class, load_corpus(there / "corpus", only="bible/kjv"))
+    assert plan.has_tokenizer and plan.has_tokens
+    with caplog.at_level(logging.INFO, logger="mvlm"):
+        prepare_text(settings, recipe_of(model).tokenizer_class)
+    assert not any("training a byte-level BPE" in message for message in caplog.messages)
+    assert {path: path.stat().st_mtime_ns for path in sorted((there / "cache").rglob("*"))} == files
