@@ -25,7 +25,7 @@ GPU_PEAK = 989e12  # FLOP/s of an H200 or H100, bf16 without sparsity
 GPU_SHARE = 0.35  # plain GPT-2 training at this size reached 0.29 to 0.40 of the bf16 peak on A100 and H100
 CPU_SHARE = 0.45  # of the matrix product's rate, which is measured; small models reach 0.4 to 0.5 (benchmarks/LOG.md)
 COMPILE_SECONDS = 90.0
-SAVED_PER_SECOND = 1e9  # bytes of a checkpoint, hashed and on the disk
+COPIED_PER_SECOND = 5e9  # bytes of a checkpoint into memory, for which training waits; a thread writes them
 LEARNED_PER_SECOND = 4e6  # bytes of text a core, while a tokenizer is trained (benchmarks/README.md)
 ENCODED_PER_SECOND = 2.5e6  # bytes of text a core
 EXPORT_SECONDS = 20.0
@@ -100,7 +100,7 @@ def plan_run(recipe: Recipe, settings: TrainingSettings, hardware: Hardware, end
         f"{GPU_SHARE:.0%} of {GPU_PEAK / 1e12:.0f} TFLOP/s, half as much for evaluations in fp32, {PRICE}"
         if on_gpu
         else f"{CPU_SHARE:.0%} of the {matrix / 1e9:.0f} GFLOP/s that a matrix product reaches here now",
-        f"{SAVED_PER_SECOND / 1e9:.0f} GB/s for checkpoints, as if training waited for each of them",
+        f"checkpoints copied at {COPIED_PER_SECOND / 1e9:.0f} GB/s, written beside the training",
         f"each core learns a tokenizer from {LEARNED_PER_SECOND / 1e6:.0f} MB/s and encodes "
         f"{ENCODED_PER_SECOND / 1e6:.1f} MB/s ({hardware.threads} cores)",
         f"{COMPILE_SECONDS:.0f} s to compile" if compiled else "not compiled",
@@ -187,18 +187,18 @@ def _items(
         return count, count * cost.flops_per_token / 3
 
     scored, score_flops = scoring(text.validation_bytes)
-    saved = cost.memory.weights + cost.memory.optimizer
-    step_seconds = (model + optimizer) / rate
     # Every evaluation counts as the best so far, whose weights are saved.
-    saves_per_step = 1 / settings.checkpoint_interval + 1 / settings.eval_interval
-    overhead = score_flops / score_rate / settings.eval_interval + saves_per_step * saved / SAVED_PER_SECOND
+    best, regular = cost.memory.weights, cost.memory.weights + cost.memory.optimizer
+    step_seconds = (model + optimizer) / rate
+    saved_per_step = regular / settings.checkpoint_interval + best / settings.eval_interval
+    overhead = score_flops / score_rate / settings.eval_interval + saved_per_step / COPIED_PER_SECOND
     steps = planned_steps(settings, text)
     if settings.max_hours is not None:
         fitting = max(1, round(settings.max_hours * 3600 / (step_seconds + overhead)))
         steps = min(steps or fitting, fitting)
     steps = steps or 1
     evaluations = -(-steps // settings.eval_interval)
-    saves = evaluations + steps // settings.checkpoint_interval
+    saves = steps // settings.checkpoint_interval
     test_tokens, test_flops = scoring(text.test_bytes)
     learning = 0.0 if text.has_tokenizer else text.train_bytes / LEARNED_PER_SECOND / cores
     encoding = 0.0 if text.has_tokens else text.train_bytes / ENCODED_PER_SECOND / cores
@@ -216,7 +216,11 @@ def _items(
             evaluations * score_flops / score_rate,
             f"{evaluations} × {scored / 1e6:.2f} M tokens, {score_flops:.2g} FLOP",
         ),
-        Item("checkpoints", saves * saved / SAVED_PER_SECOND, f"at most {saves} × {saved / 1e9:.2f} GB"),
+        Item(
+            "checkpoints",
+            (saves * regular + evaluations * best) / COPIED_PER_SECOND,
+            f"{saves} × {regular / 1e9:.2f} GB, and at most {evaluations} × {best / 1e9:.2f} GB for the best weights",
+        ),
         Item(
             "export and test scores",
             EXPORT_SECONDS * compiled + test_flops / score_rate,
@@ -287,7 +291,7 @@ def planned_and_actual(plan: Plan, state: LoopState, prepared: float, exported: 
     spent = state.spent
     actual = {
         "tokenizer and tokens": prepared,
-        "training steps": max(0.0, state.seconds),
+        "training steps": state.step_seconds,
         "evaluations": spent.evaluation_seconds,
         "checkpoints": spent.checkpoint_seconds,
         "export and test scores": exported,

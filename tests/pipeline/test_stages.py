@@ -123,3 +123,32 @@ def test_an_orphan_writes_into_the_export_and_has_lost_its_pipeline(tmp_path, pa
     with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE) as child:
         assert stages._is_orphan(psutil.Process(child.pid), tmp_path / "here") is expected
         child.stdin.close()
+
+
+PLANNER = """
+import json, os
+assert os.environ["MVLM_PLAN_AS_JSON"]
+items = [{"name": name, "seconds": seconds, "detail": ""} for name, seconds in (("steps", 1800.0), ("scores", 60.0))]
+print("a line of the log")
+plan = {"lines": ["how it is"], "items": items, "assumptions": ["a rate"], "paid": True, "export_bytes": 3 * 10**7}
+print(json.dumps(plan))
+"""
+
+
+def test_the_whole_jobs_bill_adds_up_both_models_and_the_stages_around_them(tmp_path, capsys):
+    (tmp_path / "script.py").write_text(PLANNER)
+    jobs.show_plan(make_job(tmp_path), corpus_is_ready=True)
+    shown = capsys.readouterr().out
+    assert shown.count("  a line of the log\n  how it is\n") == 2 and shown.count("a rate") == 1
+    lines = [line.split() for line in shown[shown.index("together:") :].splitlines()]
+    minutes = {
+        " ".join(words[: words.index("min") - 1]): float(words[words.index("min") - 1])
+        for words in lines
+        if "min" in words
+    }
+    assert minutes["one"] == minutes["two"] == 31.0
+    assert {"packages", "evaluation suite", "archives", "validation", "comparison and report"} < minutes.keys()
+    together = minutes.pop("together")
+    assert together == pytest.approx(sum(minutes.values()), abs=0.4) and together > 62
+    jobs.show_plan(make_job(tmp_path), corpus_is_ready=False)
+    assert "no estimate before the corpus is there" in capsys.readouterr().out
