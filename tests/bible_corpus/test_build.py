@@ -155,17 +155,6 @@ def test_output_that_cannot_be_is_refused(tmp_path, wheels):
         prepare.build_corpus(tmp_path / "file" / "below", wheels, quiet=True)
 
 
-def test_leak_audit_finds_a_held_out_passage_in_train_text():
-    passage = "and it came to pass in the days when the judges ruled that there was a famine in the land"
-    clean = {
-        "kjv": {8001001: passage, 1001001: "in the beginning god created the heaven and the earth and it was good so"}
-    }
-    assert prepare.leak_audit(clean)["Ruth"]["share"] == 0
-    leaking = {"kjv": clean["kjv"], "asv": {7001001: passage.replace("days", "Days,")}}
-    row = prepare.leak_audit(leaking)["Ruth"]
-    assert (row["share"], row["share_kjv"], row["sequences"], row["train_books"]) == (1.0, 1.0, 8, {"Judges": 8})
-
-
 def test_exit_codes(tmp_path):
     script = [sys.executable, str(REPOSITORY / "prepare_dataset.py")]
     run = subprocess.run([*script, "--check", "--data_dir", str(tmp_path)], capture_output=True, text=True)
