@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,38 @@ def bits_per_byte(nats: float, size: float) -> float:
     return nats / (math.log(2) * size) if size else math.nan
 
 
-@dataclass
-class Score:
-    """Negative log-likelihood of a text: for each document its nats, UTF-8 bytes and tokens."""
+@dataclass(frozen=True)
+class DocumentScore:
+    """Negative log-likelihood of a document.
 
-    documents: dict[str, tuple[float, int, int]] = field(default_factory=dict)
+    Attributes:
+        bytes: of its text in UTF-8.
+        tokens: of its text.
+        windows: nats of the targets that are new in a window, by the window's number; see ``windows``.
+    """
+
+    bytes: int
+    tokens: int
+    windows: dict[int, float]
 
     @property
     def nats(self) -> float:
-        return math.fsum(nats for nats, _, _ in self.documents.values())
+        return math.fsum(self.windows.values())
+
+
+@dataclass
+class Score:
+    """Negative log-likelihood of a text, by document."""
+
+    documents: dict[str, DocumentScore] = field(default_factory=dict)
+
+    @property
+    def nats(self) -> float:
+        return math.fsum(document.nats for document in self.documents.values())
 
     @property
     def bytes(self) -> int:
-        return sum(size for _, size, _ in self.documents.values())
+        return sum(document.bytes for document in self.documents.values())
 
     @property
     def bits_per_byte(self) -> float:
@@ -69,27 +89,34 @@ def bits_per_byte_by_part(score: Score, documents: Sequence[Document]) -> BitsPe
 
 
 @dataclass(frozen=True)
-class _Window:
+class Window:
     """A stretch of a document: input tokens, their targets, and the index of the first target not yet scored."""
 
     key: str
+    number: int
     inputs: np.ndarray
     targets: np.ndarray
     first_new: int
 
 
-def windows(key: str, ids: list[int], start_id: int, context: int) -> Iterator[_Window]:
-    """Cut a document into windows so that each token is a new target exactly once.
+def windows(key: str, ids: list[int], start_id: int, context: int) -> Iterator[Window]:
+    """Cut a document into windows, numbered from 0, so that each token is a new target exactly once.
 
     The first window scores all its targets. Each later one starts half a context further on and scores only what the
     previous one did not reach, so every target has at least half a context before it.
     """
     sequence = np.array([start_id, *ids], dtype=np.int64)
-    stride, scored, begin = max(1, context // 2), 0, 0
-    while scored < len(ids):
+    scored = 0
+    for number in range(window_count(len(ids), context)):
+        begin = number * max(1, context // 2)
         end = min(begin + context, len(ids))
-        yield _Window(key, sequence[begin:end], sequence[begin + 1 : end + 1], scored - begin)
-        scored, begin = end, begin + stride
+        yield Window(key, number, sequence[begin:end], sequence[begin + 1 : end + 1], scored - begin)
+        scored = end
+
+
+def window_count(tokens: int, context: int) -> int:
+    """How many windows a document of so many tokens is cut into."""
+    return 0 if tokens == 0 else 1 + math.ceil(max(0, tokens - context) / max(1, context // 2))
 
 
 @torch.inference_mode()
@@ -103,6 +130,7 @@ def score_documents(
     batch_size: int = 16,
     device: str = "cpu",
     progress: Callable[[int], None] | None = None,
+    sample: Iterator[bool] | None = None,
 ) -> Score:
     """Score ``(key, text)`` pairs with a transformers causal language model, in the precision of its weights.
 
@@ -110,40 +138,46 @@ def score_documents(
 
     Args:
         progress: called with the bytes of each document when it is cut into windows.
+        sample: for each window of all documents in order whether it is scored; None: every one is.
     """
     was_training = model.training
     model.eval()
-    nats: dict[str, float] = {}
-    sizes: dict[str, tuple[int, int]] = {}
-    stride = max(1, context // 2)
-    # Batches in the making, by how many last positions need logits (0: all). Full windows of which only the second
-    # half is new are all alike and save half the logits; the first and last ones of documents have any length.
-    batches: dict[int, list[_Window]] = {stride: [], 0: []}
+    found: dict[str, DocumentScore] = {}
 
-    def score_batch(last: int) -> None:
-        for window, value in zip(batches[last], _score_windows(model, batches[last], last, device), strict=True):
-            nats[window.key] += value
-        batches[last].clear()
+    def chosen() -> Iterator[Window]:
+        for key, text in documents:
+            ids = encode(text)
+            found[key] = DocumentScore(len(text.encode()), len(ids), {})
+            cut = windows(key, ids, start_id, context)
+            yield from cut if sample is None else compress(cut, sample)
+            if progress is not None:
+                progress(found[key].bytes)
 
-    for key, text in documents:
-        ids = encode(text)
-        nats[key], sizes[key] = 0.0, (len(text.encode()), len(ids))
-        for window in windows(key, ids, start_id, context):
-            last = stride if len(window.inputs) == context and window.first_new == context - stride else 0
-            batches[last].append(window)
-            if len(batches[last]) == batch_size:
-                score_batch(last)
-        if progress is not None:
-            progress(sizes[key][0])
-    for last, batch in batches.items():
-        if batch:
-            score_batch(last)
+    for batch in _batches(chosen(), context, batch_size):
+        logits, targets, new = window_logits(model, batch, device)
+        nll = token_nll(logits, targets).double().cpu() * new
+        for window, nats in zip(batch, nll.sum(dim=1).tolist(), strict=True):
+            found[window.key].windows[window.number] = nats
     model.train(was_training)
-    return Score({key: (nats[key], *sizes[key]) for key in sizes})
+    return Score(found)
 
 
-def _score_windows(model: Any, batch: list[_Window], last: int, device: str) -> list[float]:
-    """Nats of each window's new targets, which lie in the ``last`` positions (0: anywhere)."""
+def _batches(windows: Iterable[Window], context: int, batch_size: int) -> Iterator[list[Window]]:
+    """Windows as they come, in two kinds of batches: full ones of which only the second half is new are all alike and
+    save half of the logits; the first and last ones of documents have any length."""
+    batches: dict[bool, list[Window]] = {True: [], False: []}
+    for window in windows:
+        batch = batches[len(window.inputs) == context and window.first_new == context - max(1, context // 2)]
+        batch.append(window)
+        if len(batch) == batch_size:
+            yield batch
+            batch.clear()
+    yield from filter(None, batches.values())
+
+
+def window_logits(model: Any, batch: list[Window], device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits ``[window, position, vocab]`` and targets ``[window, position]`` on the device, and which of these are a
+    window's new ones (``[window, position]``, on the CPU), for the last positions, from the first new one on."""
     length = max(len(window.inputs) for window in batch)
     inputs = np.zeros((len(batch), length), dtype=np.int64)  # padded on the right, which causal models never see
     targets = np.zeros_like(inputs)
@@ -151,10 +185,9 @@ def _score_windows(model: Any, batch: list[_Window], last: int, device: str) -> 
     for row, window in enumerate(batch):
         size = len(window.inputs)
         inputs[row, :size], targets[row, :size], new[row, window.first_new : size] = window.inputs, window.targets, True
+    last = length - min(window.first_new for window in batch)
     logits = model(input_ids=torch.from_numpy(inputs).to(device), use_cache=False, logits_to_keep=last).logits
-    targets, new = targets[:, -last:], new[:, -last:]
-    nll = token_nll(logits, torch.from_numpy(targets).to(device)).double().cpu()
-    return (nll * torch.from_numpy(new)).sum(dim=1).tolist()
+    return logits, torch.from_numpy(targets[:, -last:]).to(device), torch.from_numpy(new[:, -last:])
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -194,6 +227,7 @@ def score_loaded(
     *,
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
+    sample: Iterator[bool] | None = None,
 ) -> Score:
     """``score_documents`` with what ``load_export`` returned."""
     return score_documents(
@@ -205,6 +239,7 @@ def score_loaded(
         batch_size=batch_size,
         device=str(model.device),
         progress=progress,
+        sample=sample,
     )
 
 
@@ -215,7 +250,8 @@ def score_export(
     split: str = "test",
     device: str = "cpu",
     progress: Callable[[int], None] | None = None,
+    sample: Iterator[bool] | None = None,
 ) -> Score:
     """Score a split of the corpus with an export folder's weights; keys are the documents' paths."""
     documents = ((document.path, document.read()) for document in corpus.split(split))
-    return score_loaded(*load_export(model_dir, device), documents, progress=progress)
+    return score_loaded(*load_export(model_dir, device), documents, progress=progress, sample=sample)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mvlm_core.data.verses import Verse
-from mvlm_core.evaluation.bits_per_byte import context_of, encode
+from mvlm_core.evaluation.bits_per_byte import Window, context_of, encode, window_logits
 from mvlm_core.evaluation.generation import prompt_ids
 
 
@@ -47,15 +47,19 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 1
 
 
 @torch.inference_mode()
-def calibration(model: Any, tokenizer: Any, verses: Iterable[Verse], *, bins: int = 15) -> Calibration:
+def calibration(
+    model: Any, tokenizer: Any, verses: Iterable[Verse], *, bins: int = 15, batch_size: int = 16
+) -> Calibration:
     """Calibration on the tokens of the verses, each predicted from all the text before it."""
-    context, confidence, correct = context_of(model), [np.empty(0)], [np.empty(0)]
+    context, items, confidence, correct = context_of(model), [], [np.empty(0)], [np.empty(0)]
     for verse in verses:
         new = encode(tokenizer, verse.text + "\n")
-        ids = (prompt_ids(tokenizer, verse.before, context + 1) + new)[-context - 1 :]
-        tokens, count = torch.tensor([ids], device=model.device), min(len(new), len(ids) - 1)
-        logits = model(input_ids=tokens[:, :-1], use_cache=False, logits_to_keep=count).logits[0]
+        ids = np.array((prompt_ids(tokenizer, verse.before, context + 1) + new)[-context - 1 :])
+        items.append(Window(verse.place, 0, ids[:-1], ids[1:], max(0, len(ids) - 1 - len(new))))
+    items.sort(key=lambda item: (len(item.inputs), item.first_new))  # little padding, few logits that nobody asks for
+    for start in range(0, len(items), batch_size):
+        logits, targets, asked = window_logits(model, items[start : start + batch_size], str(model.device))
         top, predicted = logits.float().softmax(dim=-1).max(dim=-1)
-        confidence.append(top.cpu().numpy())
-        correct.append((predicted == tokens[0, -count:]).cpu().numpy())
+        confidence.append(top.cpu()[asked].numpy())
+        correct.append((predicted == targets).cpu()[asked].numpy())
     return calibration_error(np.concatenate(confidence), np.concatenate(correct), bins)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mvlm_core.data.verses import Verse, followed_by
 from mvlm_core.evaluation.bits_per_byte import context_of, encode
@@ -39,7 +40,7 @@ def continuations(
 
     Args:
         sample: nucleus sampling with p = 0.95 (Holtzman et al. 2020, arXiv:1904.09751) at temperature 1 instead of
-            greedy decoding. The same seed and batch size give the same text.
+            greedy decoding. The same seed gives the same text, whatever shares a batch with it.
 
     Raises:
         ValueError: a prompt and its continuation do not fit into the model's context.
@@ -47,43 +48,59 @@ def continuations(
     context, texts = context_of(model), [""] * len(prompts)
     if any(len(prompt) + length > context for prompt, length in zip(prompts, lengths, strict=True)):
         raise ValueError(f"a prompt and its continuation are longer than the context of {context} tokens")
-    decoding = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 0} if sample else {"do_sample": False}
-    device = next(model.parameters()).device
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for batch in _batches(prompts, lengths, context, batch_size):
-            longest = max(len(prompts[i]) for i in batch)
-            ids = torch.full((len(batch), longest), tokenizer.pad_token_id)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(batch):  # padded on the left, so that new tokens directly follow each prompt
-                ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
-                mask[row, longest - len(prompts[i]) :] = 1
-            generated = model.generate(
-                ids.to(device),
-                attention_mask=mask.to(device),
-                max_new_tokens=max(lengths[i] for i in batch),
-                suppress_tokens=sorted(set(tokenizer.all_special_ids)),
-                pad_token_id=tokenizer.pad_token_id,
-                **decoding,
-            )
-            for i, new in zip(batch, generated[:, longest:].tolist(), strict=True):
-                texts[i] = tokenizer.decode(new[: lengths[i]], skip_special_tokens=True)
+    chances = torch.rand(len(prompts), max(lengths, default=0), generator=torch.Generator().manual_seed(seed))
+    order = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: (lengths[i], len(prompts[i])))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        generated = _continue(model, tokenizer, [prompts[i] for i in batch], lengths[batch[-1]], chances[batch], sample)
+        for i, new in zip(batch, generated, strict=True):
+            texts[i] = tokenizer.decode(new[: lengths[i]], skip_special_tokens=True)
     return texts
 
 
-def _batches(
-    prompts: Sequence[list[int]], lengths: Sequence[int], context: int, batch_size: int
-) -> Iterator[list[int]]:
-    """Indices of prompts that fit into the context together, the longest prompt with the longest continuation."""
-    batch: list[int] = []
-    for i in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: (lengths[i], len(prompts[i]))):
-        both = [*batch, i]
-        if len(both) > batch_size or max(len(prompts[j]) for j in both) + max(lengths[j] for j in both) > context:
-            yield batch
-            both = [i]
-        batch = both
-    if batch:
-        yield batch
+def _continue(
+    model: Any, tokenizer: Any, prompts: list[list[int]], length: int, chances: Tensor, sample: bool
+) -> list[list[int]]:
+    """``length`` new tokens after each prompt.
+
+    Not by ``generate``, which has no place for rows that reach the end of the context while others go on: prompts of
+    different lengths that fill the context would each be a batch of their own.
+    """
+    device, longest = next(model.parameters()).device, max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
+    mask = torch.ones(len(prompts), longest + length, dtype=torch.long)
+    for row, prompt in enumerate(prompts):  # padded on the left, so that new tokens directly follow each prompt
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, : longest - len(prompt)] = 0
+    positions = (mask[:, :longest].cumsum(dim=1) - 1).clamp(min=0).to(device)
+    ids, mask, chances = ids.to(device), mask.to(device), chances.to(device)
+    suppressed = torch.tensor(sorted(set(tokenizer.all_special_ids)), device=device)
+    cache, found = None, []
+    for step in range(length):
+        output = model(
+            input_ids=ids,
+            attention_mask=mask[:, : longest + step],
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache, logits = output.past_key_values, output.logits[:, -1].float().index_fill(1, suppressed, -math.inf)
+        ids = nucleus(logits, chances[:, step]) if sample else logits.argmax(dim=1, keepdim=True)
+        found.append(ids)
+        # What a row writes beyond the context is not read, but it must have a position that the model knows.
+        positions = (positions[:, -1:] + 1).clamp(max=context_of(model) - 1)
+    return torch.cat(found, dim=1).tolist()
+
+
+def nucleus(logits: Tensor, chances: Tensor, p: float = 0.95) -> Tensor:
+    """A token ``[batch, 1]`` of each row of ``logits [batch, vocab]``, drawn by a number from 0 to 1 (``[batch]``) from
+    the fewest most likely tokens that together have the probability ``p``."""
+    probabilities, tokens = logits.softmax(dim=1).sort(dim=1, descending=True)
+    cumulative = probabilities.cumsum(dim=1)
+    last = (cumulative < p).sum(dim=1, keepdim=True).clamp(max=logits.shape[1] - 1)
+    place = torch.searchsorted(cumulative, chances[:, None] * cumulative.gather(1, last), right=True)
+    return tokens.gather(1, torch.minimum(place, last))
 
 
 @dataclass(frozen=True)

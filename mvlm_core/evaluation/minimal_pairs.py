@@ -71,5 +71,5 @@ def pair_accuracy(
     score = score_loaded(model, tokenizer, ((text, text + "\n") for text in texts), batch_size=batch_size)
     points: dict[str, list[float]] = defaultdict(list)
     for pair in pairs:
-        points[pair.rule].append(pair_point(score.documents[pair.good][0], score.documents[pair.bad][0]))
+        points[pair.rule].append(pair_point(score.documents[pair.good].nats, score.documents[pair.bad].nats))
     return {rule: mean(found) for rule, found in points.items() if len(found) >= least}

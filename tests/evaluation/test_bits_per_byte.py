@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from mvlm_core.evaluation.bits_per_byte import bits_per_byte_by_part, context_of, encode, score_documents, windows
+from mvlm_core.evaluation.bits_per_byte import (
+    bits_per_byte_by_part,
+    context_of,
+    encode,
+    score_documents,
+    window_count,
+    windows,
+)
 from prioritary_mvlm import AdvancedBPETokenizer
 from simone_transformer import EnhancedSIMONEConfig, EnhancedSIMONEModel
 
@@ -54,9 +61,10 @@ def test_equals_scoring_by_hand(small, real_text):
     documents = [(str(number), text[: 40 + 50 * number]) for number, text in enumerate(real_text[:5])] + [("empty", "")]
     score = score_documents(model, tokenizer.encode, documents, start_id=tokenizer.start_id, context=16, batch_size=3)
     for key, text in documents:
-        nats, size, tokens = score.documents[key]
-        assert (size, tokens) == (len(text.encode()), len(tokenizer.encode(text)))
-        assert nats == pytest.approx(by_hand(model, tokenizer, text, 16), rel=1e-5)
+        found = score.documents[key]
+        assert (found.bytes, found.tokens) == (len(text.encode()), len(tokenizer.encode(text)))
+        assert found.nats == pytest.approx(by_hand(model, tokenizer, text, 16), rel=1e-5)
+        assert sorted(found.windows) == list(range(window_count(found.tokens, 16)))
     assert score.bits_per_byte == pytest.approx(score.nats / math.log(2) / sum(len(t.encode()) for _, t in documents))
     assert math.isnan(score.part(lambda key: key == "empty").bits_per_byte)
 
@@ -68,7 +76,7 @@ def test_an_untrained_model_needs_log2_of_the_vocabulary_a_token(small, real_tex
         model.lm_head.weight.zero_()
         score = score_documents(model, tokenizer.encode, [("a", real_text[0])], start_id=2, context=16)
         model.lm_head.weight.copy_(weight)
-    assert score.nats / score.documents["a"][2] == pytest.approx(math.log(500), rel=1e-6)
+    assert score.nats / score.documents["a"].tokens == pytest.approx(math.log(500), rel=1e-6)
 
 
 def test_batch_size_changes_nothing(small, real_text):
@@ -78,6 +86,22 @@ def test_batch_size_changes_nothing(small, real_text):
         score_documents(model, tokenizer.encode, documents, start_id=2, context=16, batch_size=size) for size in (1, 32)
     )
     assert one.nats == pytest.approx(many.nats, rel=1e-6)
+
+
+def test_a_sample_of_the_windows_has_the_values_of_the_whole(small, real_text):
+    model, tokenizer = small
+    documents = [(str(number), text[: 90 + 70 * number]) for number, text in enumerate(real_text[:9])] + [("empty", "")]
+    whole = score_documents(model, tokenizer.encode, documents, start_id=2, context=16)
+    every = [(key, number) for key, _ in documents for number in sorted(whole.documents[key].windows)]
+    chosen = [number % 3 == 1 for number in range(len(every))]
+    part = score_documents(model, tokenizer.encode, documents, start_id=2, context=16, sample=iter(chosen))
+    assert {(key, number) for key in part.documents for number in part.documents[key].windows} == {
+        place for place, wanted in zip(every, chosen, strict=True) if wanted
+    }
+    for key, document in part.documents.items():
+        assert (document.bytes, document.tokens) == (whole.documents[key].bytes, whole.documents[key].tokens)
+        for number, nats in document.windows.items():
+            assert nats == pytest.approx(whole.documents[key].windows[number], rel=1e-5)
 
 
 def test_parts_make_up_the_whole(corpus, tokenizer, overfitted):

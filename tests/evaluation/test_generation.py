@@ -7,7 +7,7 @@ import torch
 
 from mvlm_core.data.verses import followed_by, sample_verses, verses_of
 from mvlm_core.evaluation.bits_per_byte import encode
-from mvlm_core.evaluation.generation import continuations, diversity, prompt_ids, repetition
+from mvlm_core.evaluation.generation import continuations, diversity, nucleus, prompt_ids, repetition
 from tests.evaluation import CONTEXT
 
 
@@ -28,7 +28,7 @@ def test_a_batch_gives_what_each_prompt_gives_alone(name, make, tokenizer, real_
                 weight.normal_(std=0.3)  # fresh weights hardly look back
         model.lm_head.weight[tokenizer.all_special_ids] *= 3  # would win now and then
     prompts = [[tokenizer.bos_token_id, *encode(tokenizer, text)][: 3 + 9 * n] for n, text in enumerate(real_text[:9])]
-    lengths = [3, 12, 7, 21, 0, 5, 9, 21, 1]
+    lengths = [3, 12, 7, 21, 0, CONTEXT - 48, 9, 21, CONTEXT - 75]  # two fill the context
     generated = continuations(model, tokenizer, prompts, lengths, batch_size=4)
     for prompt, length, text in zip(prompts, lengths, generated, strict=True):
         ids = list(prompt)
@@ -42,6 +42,18 @@ def test_a_batch_gives_what_each_prompt_gives_alone(name, make, tokenizer, real_
         continuations(model, tokenizer, [prompts[0]], [CONTEXT])
 
 
+def test_prompts_of_any_length_that_fill_the_context_share_a_batch(make, tokenizer, real_text, monkeypatch):
+    model = make("gpt2")
+    ids = [tokenizer.bos_token_id, *encode(tokenizer, "".join(real_text[:3]))]
+    prompts = [ids[: CONTEXT - length] for length in range(10, 18)]
+    passes = []
+    monkeypatch.setattr(model, "forward", lambda forward=model.forward, **given: passes.append(1) or forward(**given))
+    together = continuations(model, tokenizer, prompts, list(range(10, 18)))
+    assert len(passes) == 17, "one pass a token of the longest"
+    assert together == continuations(model, tokenizer, prompts, list(range(10, 18)), batch_size=1)
+    assert len(passes) == 17 + sum(range(10, 18))
+
+
 def test_sampling_follows_the_seed_and_leaves_other_random_numbers_alone(tokenizer, overfitted):
     prompts = [[tokenizer.bos_token_id]] * 6
     before = torch.random.get_rng_state()
@@ -50,6 +62,18 @@ def test_sampling_follows_the_seed_and_leaves_other_random_numbers_alone(tokeniz
     )
     assert one == again != other and len(set(one)) > 1
     assert torch.equal(before, torch.random.get_rng_state())
+    few = continuations(overfitted, tokenizer, prompts, [12] * 6, sample=True, seed=1, batch_size=4)
+    assert few == one, "a text does not depend on what shares its batch"
+
+
+def test_tokens_are_drawn_from_the_nucleus_by_their_probability():
+    probabilities = torch.tensor([0.03, 0.5, 0.3, 0.01, 0.16])  # the first 0.95 are tokens 1, 2 and 4
+    chances = (torch.arange(9600) + 0.5) / 9600
+    drawn = nucleus(probabilities.log().expand(9600, -1), chances).flatten()
+    assert torch.bincount(drawn, minlength=5).tolist() == [0, 5000, 3000, 0, 1600]
+    ends = nucleus(probabilities.log().expand(2, -1), torch.tensor([0.0, 1.0 - 2**-24])).flatten()
+    assert ends.tolist() == [1, 4]
+    assert nucleus(torch.zeros(1, 7), torch.tensor([0.999])).item() < 7, "all alike"
 
 
 def test_repetition_by_hand_and_of_real_text(real_text):

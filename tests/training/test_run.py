@@ -10,7 +10,7 @@ import torch
 
 from mvlm_core.data.corpus import load_corpus
 from mvlm_core.errors import UserError
-from mvlm_core.evaluation.bits_per_byte import Score, load_export, score_export
+from mvlm_core.evaluation.bits_per_byte import DocumentScore, Score, load_export, score_export
 from mvlm_core.files import sha256_file
 from mvlm_core.metrics import METRICS
 from mvlm_core.training.checkpoint import newest_checkpoint
@@ -114,7 +114,8 @@ def test_another_run_over_a_finished_model_is_refused_unless_fresh(trained, tmp_
 def test_the_best_weights_are_exported_and_the_last_kept(tiny_corpus, tmp_path, monkeypatch):
     values = iter([2.0, 3.0, 4.0])
     monkeypatch.setattr(
-        "mvlm_core.training.state.score_documents", lambda *_, **__: Score({"all": (next(values) * math.log(2), 1, 1)})
+        "mvlm_core.training.state.score_documents",
+        lambda *_, **__: Score({"all": DocumentScore(1, 1, {0: next(values) * math.log(2)})}),
     )
     settings = tiny_settings("simone_enhanced", tiny_corpus, tmp_path)
     folder = EnhancedPrioritaryTrainer(settings, tiny_corpus, tmp_path / "out").train()
