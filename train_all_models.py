@@ -46,7 +46,7 @@ PROMPT = "In the beginning God"  # for the download instructions
 PASSED_ON = (
     "batch_size max_length max_steps max_tokens max_bytes num_epochs seed device processes gpus precision "
     "attention_backend validation_split eval_interval log_interval checkpoint_interval keep_checkpoints "
-    "no_mixed_precision no_compile loss_kernel tensorboard quiet"
+    "no_mixed_precision no_compile loss_kernel deterministic tensorboard quiet"
 ).split()
 log = logging.getLogger("mvlm")
 

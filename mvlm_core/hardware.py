@@ -26,6 +26,7 @@ DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
 ATTENTION_BACKENDS = ("auto", "sdpa", "flash_attn", "xformers", "eager")
 LOSS_KERNELS = ("auto", "blocks", "compiled")
+CUBLAS_WORKSPACE = ":4096:8"  # one of the two with which cuBLAS gives the same bits each time, by NVIDIA's manual
 ALLOCATOR_ADVICE = "max_split_size_mb:512"
 # Multiplication units for bf16. Without one of them a bf16 matrix product is emulated: on 2 cores of an AVX2
 # EPYC fp32 reached 170 GFLOP/s and bf16 0.3.
@@ -51,6 +52,7 @@ class Hardware:
     threads: int
     reasons: dict[str, str]
     loss_kernel: str = "blocks"  # "blocks" | "compiled": see training/cross_entropy.py
+    deterministic: bool = False  # on CUDA only kernels that give the same bits each time; a CPU's all do
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Context for forward passes: bf16 autocast over fp32 weights, or nothing in fp32."""
@@ -98,8 +100,29 @@ class Hardware:
         if self.device == "cuda":
             # TF32 for what autocast leaves in fp32; a no-op on GPUs older than Ampere.
             torch.set_float32_matmul_precision("high")
+            if self.deterministic:
+                _be_deterministic()
         else:
             _keep_freed_memory()
+
+
+def _be_deterministic() -> None:
+    """Have CUDA compute the same bits each time. Before the first matrix product, which fixes cuBLAS's workspace.
+
+    Under torch's switch the backward passes of the embedding and of flash and memory-efficient attention keep one order
+    of addition, cuDNN's attention is not chosen (ATen's attention_backward.cu and sdp_utils.cpp), and an operation that
+    has no such kernel raises an error.
+    """
+    import torch
+    import torch._inductor.config
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
+    torch.use_deterministic_algorithms(True)
+    # Ours is always written before it is read.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
+    # Else the compiler chooses between kernels by their speed at that moment, in each process anew.
+    torch._inductor.config.deterministic = True
 
 
 def _keep_freed_memory() -> None:
@@ -136,6 +159,7 @@ def choose_hardware(
     no_mixed_precision: bool = False,
     no_compile: bool = False,
     loss_kernel: str = "auto",
+    deterministic: bool = False,
 ) -> Hardware:
     """Choose from what is asked for and what is there.
 
@@ -167,23 +191,27 @@ def choose_hardware(
     attention_backend, why["attention_backend"] = _choose_attention(attention_backend, device, precision, problems)
     compiled, why["compile"] = _choose_compile(no_compile, device)
     loss_kernel, why["loss_kernel"] = _choose_loss_kernel(loss_kernel, compiled, no_compile, problems)
+    why["deterministic"] = _why_deterministic(deterministic, device, attention_backend, problems)
     if problems:
         raise UserError(problems)
     threads, why["threads"] = available_threads()
     name, memory_bytes = _name_and_memory(device)
-    return Hardware(device, name, memory_bytes, precision, attention_backend, compiled, threads, why, loss_kernel)
+    chosen = (device, name, memory_bytes, precision, attention_backend, compiled, threads, why, loss_kernel)
+    return Hardware(*chosen, deterministic)
 
 
 def describe(hardware: Hardware) -> list[str]:
     """Lines for the log: each choice with its reason."""
     reasons = hardware.reasons
     memory = f"{hardware.memory_bytes / 2**30:.1f} GiB"
+    exact = hardware.device == "cpu" or hardware.deterministic
     return [
         f"device: {hardware.device}, {hardware.name}, {memory} ({reasons['device']})",
         f"precision: {hardware.precision} ({reasons['precision']})",
         f"attention: {hardware.attention_backend} ({reasons['attention_backend']})",
         f"compile: {'yes' if hardware.compile else 'no'} ({reasons['compile']})",
         f"loss: {hardware.loss_kernel} ({reasons['loss_kernel']})",
+        f"the same bits each time: {'yes' if exact else 'no'} ({reasons['deterministic']})",
         f"CPU threads: {hardware.threads} ({reasons['threads']})",
     ]
 
@@ -332,6 +360,16 @@ def _choose_loss_kernel(asked: str, compiled: bool, no_compile: bool, problems: 
     elif asked == "compiled" and (missing := compiler_problem()):
         problems.append(f"--loss_kernel compiled: {missing}; or use --loss_kernel blocks")
     return asked, "asked for"
+
+
+def _why_deterministic(asked: bool, device: str, attention_backend: str, problems: list[str]) -> str:
+    if device == "cpu":
+        return "as always on a CPU" + (", with --deterministic or without" if asked else "")
+    if not asked:
+        return "CUDA adds in any order, so a resumed run is the same to rounding only; --deterministic makes it exact"
+    if attention_backend in OPTIONAL_BACKENDS:
+        problems.append(f"--deterministic: not with --attention_backend {attention_backend}; use sdpa")
+    return f"--deterministic: torch's deterministic kernels, cuBLAS workspace {CUBLAS_WORKSPACE}; slower, not measured"
 
 
 def compiler_problem() -> str | None:

@@ -180,6 +180,9 @@ class TrainingSettings:
     )
     gpus: int | None = _hardware(None, "GPUs of this machine that share each batch (default: all of them)", minimum=1)
     no_mixed_precision: bool = _hardware(False, "train in fp32 wherever it runs")
+    deterministic: bool = _hardware(
+        False, "on CUDA use only kernels that compute the same bits each time, slower; a CPU's always do"
+    )
     no_compile: bool = _hardware(False, "do not use torch.compile")
     loss_kernel: str = _hardware(
         "auto", "loss from the last hidden states: compiled where the model is, else blocks", choices=LOSS_KERNELS

@@ -147,7 +147,10 @@ def make_loop(model: str, settings: Any, ranks: Ranks = ALONE, compiled: bool = 
     Args:
         compiled: as a run on a GPU is.
     """
-    recipe, hardware = recipe_of(model), choose_hardware(device=settings.device, precision=settings.precision)
+    recipe = recipe_of(model)
+    hardware = choose_hardware(
+        device=settings.device, precision=settings.precision, deterministic=settings.deterministic
+    )
     if compiled:
         hardware = replace(hardware, compile=True, loss_kernel="compiled")
     text = prepare_text(settings, recipe.tokenizer_class)

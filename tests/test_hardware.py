@@ -42,7 +42,15 @@ def test_cpu_choice_and_its_reasons() -> None:
     assert chosen.precision == ("bf16" if cpu_has_bf16()[0] else "fp32")
     assert 1 <= chosen.threads <= os.cpu_count()
     assert chosen.memory_bytes > 2**28
-    assert set(chosen.reasons) == {"device", "precision", "attention_backend", "compile", "loss_kernel", "threads"}
+    assert set(chosen.reasons) == {
+        "device",
+        "precision",
+        "attention_backend",
+        "compile",
+        "loss_kernel",
+        "deterministic",
+        "threads",
+    }
     lines = describe(chosen)
     assert all(any(reason in line for line in lines) for reason in chosen.reasons.values())
 
@@ -90,6 +98,51 @@ def test_switches_are_given_as_reasons() -> None:
     assert chosen.precision == "fp32" and chosen.reasons["precision"] == "--no_mixed_precision"
     assert chosen.compile is False and chosen.reasons["compile"] == "--no_compile"
     assert chosen.attention_backend == "eager"
+
+
+def test_the_promise_of_the_same_bits_is_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    def line(device: str, asked: bool) -> str:
+        problems: list[str] = []
+        monkeypatch.setattr(hardware, "_choose_device", lambda *_: (device, "as if"))
+        monkeypatch.setattr(hardware, "_choose_precision", lambda *_: ("fp32", "as if"))
+        monkeypatch.setattr(hardware, "_name_and_memory", lambda _: ("some device", 0))
+        chosen = choose_hardware(device=device, deterministic=asked)
+        assert not problems and chosen.deterministic is asked
+        return next(each for each in describe(chosen) if each.startswith("the same bits"))
+
+    assert "yes (as always on a CPU)" in line("cpu", False)
+    assert "yes (as always on a CPU, with --deterministic or without)" in line("cpu", True)
+    assert "no (CUDA adds in any order" in line("cuda", False)
+    assert "yes (--deterministic" in line("cuda", True) and ":4096:8" in line("cuda", True)
+
+
+def test_deterministic_attention_is_torchs_own() -> None:
+    problems: list[str] = []
+    for backend in hardware.OPTIONAL_BACKENDS:
+        hardware._why_deterministic(True, "cuda", backend, problems)
+    assert len(problems) == 2 and all("use sdpa" in problem for problem in problems)
+
+
+DETERMINISTIC = """
+import os, torch, torch._inductor.config
+from mvlm_core.hardware import Hardware
+Hardware("cuda", "", 0, "fp32", "sdpa", False, 1, {}, deterministic=DETERMINISTIC).apply()
+print(
+    torch.are_deterministic_algorithms_enabled(), torch._inductor.config.deterministic,
+    torch.utils.deterministic.fill_uninitialized_memory, os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+)
+"""
+
+
+def test_deterministic_sets_every_switch_and_leaves_the_users_workspace(repository: Path) -> None:
+    def switches(asked: bool, **environment: str) -> str:
+        inherited = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
+        command = [sys.executable, "-c", DETERMINISTIC.replace("=DETERMINISTIC", f"={asked}")]
+        return subprocess.check_output(command, cwd=repository, env=inherited | environment, text=True).strip()
+
+    assert switches(True) == "True True False :4096:8"
+    assert switches(True, CUBLAS_WORKSPACE_CONFIG=":16:8") == "True True False :16:8"
+    assert switches(False) == "False False True None"
 
 
 def test_the_loss_is_compiled_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,7 +127,8 @@ def probe_hardware(job: Job) -> dict[str, Any]:
     Raises:
         UserError: everything that is asked for and not there.
     """
-    keys = ("device", "precision", "attention_backend", "no_mixed_precision", "no_compile", "loss_kernel")
+    switches = ("no_mixed_precision", "no_compile", "deterministic")
+    keys = ("device", "precision", "attention_backend", "loss_kernel", *switches)
     asked = json.dumps({key: job.settings[key] for key in keys if key in job.settings})
     command = [sys.executable, "-c", HARDWARE_PROBE, asked]
     answer = subprocess.run(command, cwd=REPOSITORY_ROOT, stdout=subprocess.PIPE, text=True, check=False).stdout

@@ -2,7 +2,7 @@
 
 A step is determined by its number alone: the batch (see ``batches``), the learning rate, and the random numbers of
 dropout, which are reseeded for each micro-batch. So a checkpoint needs weights, optimizer state and a few counters,
-and a resumed run equals an uninterrupted one to the bit.
+and a resumed run equals an uninterrupted one to the bit; on CUDA with ``--deterministic``, else to rounding.
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
         no_mixed_precision=settings.no_mixed_precision,
         no_compile=settings.no_compile,
         loss_kernel=settings.loss_kernel,
+        deterministic=settings.deterministic,
     )
     hush_transformers()
     if settings.dry_run:
