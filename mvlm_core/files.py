@@ -61,6 +61,14 @@ def fsync_path(path: Path | str) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path) -> None:
+    """Create a folder, and those above it, so that a power failure does not take them back."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        fsync_path(folder.parent)
+
+
 def write_atomic(path: Path | str, data: bytes | str) -> None:
     """Write a file so that a reader sees the old content or the new, never a part of it."""
     path = Path(path)
@@ -109,7 +117,7 @@ class RunLock:
         self._descriptor: int | None = None
 
     def __enter__(self) -> RunLock:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         while self._descriptor is None:
             self._descriptor = self._try_acquire()
         return self

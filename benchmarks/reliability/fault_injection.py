@@ -54,29 +54,41 @@ def count_file_events(place: str, kill_before: int | None, count: Any) -> None:
     sys.addaudithook(hook)
 
 
-def job(model: str, corpus: str, place: str, kill_before: int | None, count: Any, threads: bool) -> None:
-    """Train, export and pack: what the pipeline does with a model; ``threads``: checkpoints are written by a thread."""
+def train_and_pack(model: str, corpus: str, place: str, **changes: Any) -> None:
+    """Train, export and pack: what the pipeline does with a model."""
     import torch
 
     from mvlm_core.errors import Stopped
-    from mvlm_core.export.archive import write_archive
-    from mvlm_core.training import checkpoint_writer
+    from mvlm_core.export import archive
     from mvlm_core.training.run import run_training
-    from tests.helpers import ThreadOfOneStep, recipe_of, tiny_settings
+    from tests.helpers import recipe_of, tiny_settings
 
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     intervals = {"checkpoint_interval": CHECKPOINT_INTERVAL, "eval_interval": 6, "log_interval": 1}
-    changes = intervals | {"max_steps": STEPS, "dropout": 0.1, "cache_dir": str(Path(corpus).parent / "cache")}
+    changes |= intervals | {"max_steps": STEPS, "dropout": 0.1, "cache_dir": str(Path(corpus).parent / "cache")}
     settings = tiny_settings(model, Path(corpus), Path(place), **changes)
-    if not threads:
-        checkpoint_writer.Thread = ThreadOfOneStep  # type: ignore[assignment,misc]
-    count_file_events(place, kill_before, count)
     try:
         folder = run_training(recipe_of(model), settings)
     except Stopped as stop:
         sys.exit(128 + stop.signal_number)
-    write_archive(folder, Path(place) / f"{model}_model.tar.gz")
+    archive.write_archive(folder, Path(place) / f"{model}_model.tar.gz")
+
+
+def write_at_the_next_step() -> None:
+    """From now on a checkpoint's thread does its work when the loop looks after it, at its next step boundary."""
+    from mvlm_core.training import checkpoint_writer
+    from tests.helpers import ThreadOfOneStep
+
+    checkpoint_writer.Thread = ThreadOfOneStep
+
+
+def job(model: str, corpus: str, place: str, kill_before: int | None, count: Any, threads: bool) -> None:
+    """``train_and_pack``, killed before a file operation; ``threads``: checkpoints are written by a thread."""
+    if not threads:
+        write_at_the_next_step()
+    count_file_events(place, kill_before, count)
+    train_and_pack(model, corpus, place)
 
 
 @dataclass

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mvlm_core.errors import UserError, printable
-from mvlm_core.files import fsync_path, read_regular, sha256_file, write_json_atomic
+from mvlm_core.files import fsync_path, make_folder, read_regular, sha256_file, write_json_atomic
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
@@ -80,7 +80,7 @@ def save_checkpoint(root: Path, step: int, tensors: dict[str, dict[str, Tensor]]
     """
     final = checkpoint_folder(root, step)
     temporary = root / f"{_TEMPORARY_PREFIX}{final.name}"
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
     shutil.rmtree(temporary, ignore_errors=True)
     _check_space(root, sum(tensor.nbytes for named in tensors.values() for tensor in named.values()) + _SPARE_BYTES)
     temporary.mkdir()

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mvlm_core.files import write_atomic
+from mvlm_core.files import fsync_path, write_atomic
 
 HISTORY_NAME = "training_history.jsonl"
 
@@ -32,6 +32,7 @@ def append_records(path: Path, records: list[dict[str, Any]]) -> None:
     Raises:
         OSError: such as a full disk.
     """
+    is_new = not path.exists()
     with open(path, "ab", buffering=0) as file:
         size = file.tell()
         data = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode()
@@ -41,6 +42,8 @@ def append_records(path: Path, records: list[dict[str, Any]]) -> None:
         except OSError:
             file.truncate(size)
             raise
+    if is_new:
+        fsync_path(path.parent)  # else a power failure takes the file away, whatever of its content is flushed
 
 
 def truncate_history(path: Path, step: int) -> None:

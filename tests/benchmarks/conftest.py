@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.experiments.runner import Run
-from tests.helpers import MODELS, TINY
+from benchmarks.reliability import fault_injection
+from tests.helpers import MODELS, TINY, build_tiny_corpus
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +15,11 @@ def finished(trained: Path) -> dict[str, Run]:
     places = {"data_dir": str(trained / "corpus"), "cache_dir": str(trained / "cache")}
     values = {model: TINY | places | {"seed": 0, "output_dir": str(trained / model)} for model in MODELS}
     return {model: Run(model, model, values[model]) for model in MODELS}
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> fault_injection.Bench:
+    """Runs of model 2 in processes of their own, to be disturbed and compared with an undisturbed one."""
+    fault_injection.CONTEXT.set_forkserver_preload(fault_injection.PRELOAD)
+    root = tmp_path_factory.mktemp("faults")
+    return fault_injection.Bench("simone_enhanced", build_tiny_corpus(root / "corpus"), root)

@@ -6,14 +6,6 @@ import signal
 import pytest
 
 from benchmarks.reliability import fault_injection
-from tests.helpers import build_tiny_corpus
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory):
-    fault_injection.CONTEXT.set_forkserver_preload(fault_injection.PRELOAD)
-    root = tmp_path_factory.mktemp("faults")
-    return fault_injection.Bench("simone_enhanced", build_tiny_corpus(root / "corpus"), root)
 
 
 def test_killed_at_random_moments(bench):
