@@ -111,18 +111,16 @@ def _be_deterministic() -> None:
 
     Under torch's switch the backward passes of the embedding and of flash and memory-efficient attention keep one order
     of addition, cuDNN's attention is not chosen (ATen's attention_backward.cu and sdp_utils.cpp), and an operation that
-    has no such kernel raises an error.
+    has no such kernel raises an error. It also keeps the compiler from choosing between kernels by their speed at the
+    moment, which would differ from process to process.
     """
     import torch
-    import torch._inductor.config
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
     torch.use_deterministic_algorithms(True)
     # Ours is always written before it is read.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
-    # Else the compiler chooses between kernels by their speed at that moment, in each process anew.
-    torch._inductor.config.deterministic = True
 
 
 def _keep_freed_memory() -> None:

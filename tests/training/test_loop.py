@@ -472,7 +472,6 @@ def test_resume_is_exact_on_cuda_with_deterministic(model, tiny_corpus, tmp_path
             assert all(torch.equal(expected[name], found[name]) for name in expected)
     finally:
         torch.use_deterministic_algorithms(False)
-        torch._inductor.config.deterministic = False
 
 
 def test_the_trial_before_the_first_step_leaves_no_trace(tiny_corpus, tmp_path):
