@@ -68,6 +68,7 @@ class Hardware:
             return function
         import torch
 
+        torch._dynamo.config.optimize_ddp = False  # compiled layer by layer, gradients come in time for their buckets
         return torch.compile(function, fullgraph=True, dynamic=False)
 
     @property

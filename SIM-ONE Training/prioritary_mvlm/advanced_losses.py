@@ -76,6 +76,10 @@ class ComprehensiveTrainingLoss(nn.Module):
             return 0.0
         return self.coherence_weight * (1 - progress / self.coherence_until)
 
+    def idle_parameters(self, progress: float) -> list[nn.Parameter]:
+        """Those without a gradient at this share of the run: the coherence adapter's, once its weight is 0."""
+        return [] if self.ahead is None or self.coherence_weight_at(progress) > 0 else list(self.ahead.parameters())
+
     def forward(
         self, hidden: Tensor, output_weight: Tensor, targets: Tensor, document_weights: Tensor, progress: float
     ) -> StepLoss:

@@ -68,8 +68,8 @@ def add_training(
     models = list(model.members) if isinstance(model, EnhancedSIMONEEnsemble) else [model]
     weights = {name: getattr(config, name) for name in signature(ComprehensiveTrainingLoss).parameters}
     weights["loss_kernel"] = hardware.loss_kernel
-    losses = nn.ModuleList(ComprehensiveTrainingLoss(**weights) for _ in models)
-    modules: dict[str, nn.Module] = {"model": model, "loss": losses}
+    losses = [ComprehensiveTrainingLoss(**weights) for _ in models]
+    modules: dict[str, nn.Module] = {"model": model, "loss": nn.ModuleList(losses)}
     layer = hardware.compiled(run_layer)
 
     def loss(inputs: Tensor, targets: Tensor, document_weights: Tensor, share_done: float) -> StepLoss:
@@ -95,7 +95,11 @@ def add_training(
         embedding_names=("embed_tokens", "lm_head", "policy_head", "memory_head"),
         muon_dtype=hardware.muon_dtype,
     )
-    return BuiltModel(model, modules, loss, optimizers)
+
+    def idle(share_done: float) -> list[Tensor]:
+        return [parameter for one in losses for parameter in one.idle_parameters(share_done)]
+
+    return BuiltModel(model, modules, loss, optimizers, idle=idle)
 
 
 def build(config: PrioritaryConfig, tokenizer: ByteLevelBPE, hardware: Hardware) -> BuiltModel:

@@ -89,6 +89,16 @@ class Ranks:
         _exchange(dist.all_reduce, numbers, group=self.host)
         return numbers.tolist()
 
+    def start_sum(self, flat: Tensor) -> torch.futures.Future[Tensor]:
+        """Sum a vector over all ranks, in place; the result may be waited for later."""
+        if self.memory is None:
+            work = _exchange(dist.all_reduce, flat, async_op=True)
+            return work.get_future().then(lambda future: future.value()[0])
+        self._sum(flat)
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(flat)
+        return done
+
     def _sum(self, flat: Tensor) -> None:
         if self.memory is None:
             _exchange(dist.all_reduce, flat)
@@ -182,13 +192,18 @@ def join(device: str) -> Ranks:
     return Ranks(rank, world, host, local, int(os.environ.get("LOCAL_WORLD_SIZE", world)), memory, threads)
 
 
-def _exchange(operation: Any, *arguments: Any, **options: Any) -> None:
+def _exchange(operation: Any, *arguments: Any, **options: Any) -> Any:
     try:
-        operation(*arguments, **options)
+        return operation(*arguments, **options)
     except RuntimeError as error:
-        if folder := os.environ.get(FOLDER_VARIABLE):  # for the supervisor: another rank is the cause
-            Path(folder, f"lost.{os.environ['RANK']}").touch()
-        raise TrainingFailed(
-            f"the processes of this run lost their connection ({str(error).splitlines()[0]}); look for the first one "
-            "that failed, then start all of them again: they resume from the newest checkpoint"
-        ) from None
+        raise lost_connection(error) from None
+
+
+def lost_connection(error: Exception) -> TrainingFailed:
+    """What to raise where an exchange failed; it tells the supervisor that another rank is the cause."""
+    if folder := os.environ.get(FOLDER_VARIABLE):
+        Path(folder, f"lost.{os.environ['RANK']}").touch()
+    return TrainingFailed(
+        f"the processes of this run lost their connection ({str(error).splitlines()[0]}); look for the first one that "
+        "failed, then start all of them again: they resume from the newest checkpoint"
+    )

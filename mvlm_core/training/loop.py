@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from mvlm_core.signals import StopRequest
 from mvlm_core.training import checkpoint as checkpoints
 from mvlm_core.training.checkpoint_writer import CheckpointWriter, NamedTensors
 from mvlm_core.training.divergence import ROLLBACKS_AT_MOST
+from mvlm_core.training.gradient_sync import GradientSync
 from mvlm_core.training.history import HISTORY_NAME, append_records, read_history, truncate_history
 from mvlm_core.training.state import LoopState, Run, Spent, TrainingTask, identity_differences, run_length
 from mvlm_core.training.tensorboard import TENSORBOARD_FOLDER, TensorBoardWriter
@@ -61,6 +62,8 @@ class TrainingLoop:
         self._writer = CheckpointWriter()
         self._clock_start = 0.0  # what the clock would have shown at the first step, had nothing interrupted the run
         self._compiled = (0, 0.0)  # graphs and seconds so far
+        self._unused: frozenset[Tensor] = frozenset()  # parameters that get no gradient
+        self._sync: GradientSync | None = None  # of several ranks
 
     def run(self, stop: StopRequest) -> LoopState:
         """Train to the end.
@@ -172,17 +175,8 @@ class TrainingLoop:
             self._pending_since = self._seconds()
         scale = length.learning_rate_scale(state.step, self.settings.lr_schedule)
         learning_rate = optimizers.set_scale(scale * state.guard.rate_factor)
-        while True:
-            try:
-                figures, text_bytes = self._accumulate(length.share(state.step))
-                break
-            except torch.OutOfMemoryError:
-                pass
-            self._halve_micro_batch()  # outside the except, where the failed step's tensors are free
+        figures, all_bytes, stopping = self._gradients(length.share(state.step), stop)
         parameters = [p for p in optimizers.parameters() if p.grad is not None]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        self.ranks.sum_on_device([*gradients, *figures.values()])
-        all_bytes, stopping = self.ranks.sum_numbers(text_bytes, stop.wanted())
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf)
         skipped = (~(norm.isfinite() & figures["train_loss"].isfinite())).float()
         optimizers.step(found_inf=skipped)
@@ -203,7 +197,47 @@ class TrainingLoop:
             }
         )
         self._pending_seconds += self.clock() - started
-        return bool(stopping)
+        return stopping
+
+    def _gradients(self, share_done: float, stop: StopRequest) -> tuple[dict[str, Tensor], float, bool]:
+        """Gradients and figures of the whole batch, its text bytes, and whether any rank wants to stop.
+
+        A rank that runs out of memory halves its micro-batch and starts the step again. Where it has exchanged a part
+        of its gradients by then, the others must start again as well.
+        """
+        while True:
+            self._prepare_sync(share_done)
+            try:
+                figures, text_bytes = self._accumulate(share_done)
+                failed = False
+            except torch.OutOfMemoryError:
+                figures, text_bytes, failed = {}, 0, True
+            if failed:  # outside the except: the failed step's tensors are free now
+                self._halve_micro_batch()
+                if self._sync is None or not self._sync.exchanging:
+                    continue
+                self._sync.finish_exchange()
+            all_bytes, stopping, failures = self.ranks.sum_numbers(text_bytes, stop.wanted(), failed)
+            if not failures:
+                self.ranks.sum_on_device(figures.values())
+                return figures, all_bytes, bool(stopping)
+            self.task.optimizers.zero_grad()
+            self._close_sync()
+
+    def _prepare_sync(self, share_done: float) -> None:
+        """Where there are several ranks: have gradients summed, of those parameters that get one now."""
+        if self.ranks.world == 1:
+            return
+        idle = self._unused.union(self.task.idle(share_done))
+        if self._sync is not None and self._sync.idle != idle:
+            self._close_sync()
+        if self._sync is None:
+            self._sync = GradientSync(self.task.modules, self.task.loss, self.ranks, idle)
+
+    def _close_sync(self) -> None:
+        if self._sync is not None:
+            self._sync.close()
+            self._sync = None
 
     def _accumulate(self, share_done: float) -> tuple[dict[str, Tensor], int]:
         """Gradients of this rank's part of the batch, micro-batch by micro-batch; returns figures and text bytes."""
@@ -212,22 +246,31 @@ class TrainingLoop:
         mine = self.ranks.part(self.task.batches.sequences)
         for first in range(mine.start, mine.stop, self.state.micro_batch):
             count = min(self.state.micro_batch, mine.stop - first)
-            figures, size = self._micro_batch(first, count, share_done)
+            last = first + count == mine.stop
+            figures, size = self._micro_batch(first, count, share_done, last)
             for name, value in figures.items():
                 sums[name] = sums[name] + value if name in sums else value
             text_bytes += size
         return sums, text_bytes
 
-    def _micro_batch(self, first: int, count: int, share_done: float) -> tuple[dict[str, Tensor], int]:
-        """Forward and backward of some sequences; the figures are weighted by their share of the batch."""
+    def _micro_batch(
+        self, first: int, count: int, share_done: float, last: bool = False
+    ) -> tuple[dict[str, Tensor], int]:
+        """Forward and backward of some sequences; the figures are weighted by their share of the batch.
+
+        Args:
+            last: this rank's last ones of the step, after which gradients are sums over all ranks.
+        """
         batches, device = self.task.batches, self.hardware.device
         batch = batches.batch(self.state.step, first, count)
         inputs, targets, weights = (_to_device(array, device) for array in (batch.inputs, batch.targets, batch.weights))
         torch.manual_seed(_step_seed(self.settings.seed, self.state.step, first))
         share = count / batches.sequences
-        with self.hardware.autocast():
-            loss = self.task.loss(inputs, targets, weights, share_done)
-        (loss.total * share).backward()
+        score = self.task.loss if self._sync is None else self._sync.loss
+        with nullcontext() if self._sync is None else self._sync.micro_batch(last):
+            with self.hardware.autocast():
+                loss = score(inputs, targets, weights, share_done)
+            (loss.total * share).backward()
         figures = {"train_loss": loss.train_loss, **loss.parts}
         return {name: value.detach() * share for name, value in figures.items()}, batch.text_bytes
 
@@ -236,17 +279,19 @@ class TrainingLoop:
     def _try_micro_batch(self) -> None:
         """Find a micro-batch that fits before the first step, by a trial that leaves no trace.
 
-        It reserves memory for the optimizer state where there is none yet, which would be missing later.
+        It reserves memory for the optimizer state where there is none yet, which would be missing later, and for the
+        gradients that several ranks exchange. It also shows which parameters get no gradient.
         """
         optimizers = self.task.optimizers
         empty = not optimizers.state_tensors()
         while True:
             reserved: list[Tensor] = []
             try:
-                if empty:
-                    reserved = [torch.empty_like(p) for p in optimizers.parameters() for _ in range(2)]
+                copies = 2 * empty + (self.ranks.world > 1)
+                reserved = [torch.empty_like(p) for p in optimizers.parameters() for _ in range(copies)]
                 count = min(self.state.micro_batch, len(self.ranks.part(self.task.batches.sequences)))
                 self._micro_batch(0, count, self.length.share(self.state.step))
+                self._unused = frozenset(p for p in optimizers.parameters() if p.grad is None)
                 return
             except torch.OutOfMemoryError:
                 reserved.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -45,12 +45,14 @@ class BuiltModel:
         model: a transformers causal language model, the one that is exported.
         modules: every module with weights to train, by name; holds the model as "model".
         loss: (inputs, targets, document weights, share of the run done) → ``StepLoss`` or alike.
+        idle: share of the run done → the parameters that get no gradient from there on, where that changes in a run.
     """
 
     model: Any
     modules: dict[str, nn.Module]
     loss: Callable[[Tensor, Tensor, Tensor, float], Any]
     optimizers: Optimizers
+    idle: Callable[[float], Iterable[Tensor]] = field(default=lambda share_done: (), kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,27 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mvlm_core.errors import Stopped
 from mvlm_core.training.distributed import ALONE, Ranks, join
+from mvlm_core.training.loop import TrainingLoop
 from mvlm_core.training.optimizer import EMA
 from tests.helpers import StopAfter, make_loop, tiny_settings
 from tests.training.test_loop import everything_on
 
 
-def run(corpus: Path, work: Path, model: str, steps: int, ranks: Ranks = ALONE) -> None:
-    """Train for up to ``steps`` steps from the newest checkpoint, alone or as one of several ranks."""
+def run(corpus: Path, work: Path, model: str, steps: int, ranks: Ranks = ALONE, **more: Any) -> TrainingLoop:
+    """Train for up to ``steps`` steps from the newest checkpoint, alone or as one of several ranks.
+
+    Args:
+        more: settings.
+    """
     torch.set_num_threads(1)
     changes = {**everything_on(model), "dropout": 0.0, "max_steps": 50, "checkpoint_interval": 10, "eval_interval": 10}
+    changes |= more
     loop = make_loop(model, tiny_settings(model, corpus, work, **changes), ranks)
     for module in loop.task.modules.values():
         module.double()
@@ -28,6 +35,7 @@ def run(corpus: Path, work: Path, model: str, steps: int, ranks: Ranks = ALONE) 
     except Stopped:
         pass
     loop.ranks.leave()
+    return loop
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Two processes give what one gives: the same curve, the same files, and either resumes the other's checkpoint."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.forked_ranks import fork_ranks
-from mvlm_core.training import launch
+from mvlm_core.training import gradient_sync, launch
 from mvlm_core.training.checkpoint import newest_checkpoint
 from mvlm_core.training.distributed import ALONE, Ranks, join
+from mvlm_core.training.gradient_sync import GradientSync
 from mvlm_core.training.history import read_history
 from tests.helpers import REPOSITORY
 from tests.training import distributed_run
@@ -64,6 +66,7 @@ def in_ranks(world, work):
         if (main := os.fork()) == 0:
             try:
                 rank = fork_ranks(world, Path(folder))
+                signal.alarm(100)  # one that waits for ever must not keep the tests waiting
                 work(join("cpu"))
                 codes = [os.wait()[1] for _ in range(1, world)] if rank == 0 else []
                 os._exit(int(any(codes)))
@@ -75,15 +78,15 @@ def in_ranks(world, work):
     assert code == 0
 
 
-def by(world, *arguments):
+def by(world, *arguments, **more):
     """``distributed_run.run`` by so many ranks."""
-    in_ranks(world, lambda ranks: distributed_run.run(*arguments, ranks))
+    in_ranks(world, lambda ranks: distributed_run.run(*arguments, ranks, **more))
 
 
-def alone(*arguments):
+def alone(*arguments, **more):
     threads = torch.get_num_threads()
     try:
-        distributed_run.run(*arguments)
+        distributed_run.run(*arguments, **more)
     finally:
         torch.set_num_threads(threads)
 
@@ -138,18 +141,66 @@ def check_curve(folder, model, expected):
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-7)
 
 
+# Who makes the steps up to each of these: by turns, each from the checkpoint of the one before.
+TURNS = {"two": [(2, 99)], "four": [(4, 99)], "turns": [(1, 13), (2, 10), (4, 12), (1, 99)]}
+
+
 @pytest.mark.parametrize(
-    ("model", "turns"), [("mvlm_gpt2", False), ("simone_enhanced", False), ("simone_enhanced", True)]
+    ("model", "turns"),
+    [
+        ("mvlm_gpt2", "two"),
+        ("simone_enhanced", "turns"),
+        pytest.param("mvlm_gpt2", "four", marks=pytest.mark.integration),
+        pytest.param("mvlm_gpt2", "turns", marks=pytest.mark.integration),
+        pytest.param("simone_enhanced", "two", marks=pytest.mark.integration),
+        pytest.param("simone_enhanced", "four", marks=pytest.mark.integration),
+    ],
 )
-def test_two_processes_give_the_curve_of_one(model, turns, tiny_corpus, tmp_path):
-    """Fifty steps in float64: alone, by two, and by one, two and one through each other's checkpoints."""
+def test_several_processes_give_the_curve_of_one(model, turns, tiny_corpus, tmp_path, monkeypatch):
+    """Fifty steps in float64, in buckets of a few matrices; model 2's coherence part ends half-way."""
+    monkeypatch.setattr(gradient_sync, "BUCKET_MB", 0.05)
     alone(tiny_corpus, tmp_path / "alone", model, 99)
-    if turns:
-        alone(tiny_corpus, tmp_path / "others", model, 13)
-    by(2, tiny_corpus, tmp_path / "others", model, 20 if turns else 99)
-    if turns:
-        alone(tiny_corpus, tmp_path / "others", model, 99)
+    for world, steps in TURNS[turns]:
+        by(world, tiny_corpus, tmp_path / "others", model, steps)
     check_curve(tmp_path / "others", model, tmp_path / "alone")
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_three_ranks_on_eight_sequences_one_of_which_runs_out_of_memory(where, tiny_corpus, tmp_path, monkeypatch):
+    """Parts of 2, 3 and 3 sequences. Memory runs out in the last rank alone, before it has exchanged a gradient or
+    after its first bucket: the others wait for it, and all start the step again."""
+    monkeypatch.setattr(gradient_sync, "BUCKET_MB", 0.01)
+    alone(tiny_corpus, tmp_path / "alone", "simone_enhanced", 12)
+
+    def train(ranks):
+        real, failures = GradientSync.loss, []
+
+        def fill(sync, buckets):
+            if sync.exchanging and sync.buckets.done == buckets and not failures and ranks.rank == 2:
+                failures.append(buckets)
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        def loss(self, *inputs):
+            found = real(self, *inputs)
+            if where == "forward":
+                fill(self, 0)
+            elif not hasattr(self, "hooked"):
+                for parameter in self._ddp.parameters():
+                    parameter.register_post_accumulate_grad_hook(lambda _: fill(self, 1))
+                self.hooked = True
+            return found
+
+        monkeypatch.setattr(GradientSync, "loss", loss)
+        loop = distributed_run.run(tiny_corpus, tmp_path / "others", "simone_enhanced", 13, ranks)
+        assert failures == ([{"forward": 0, "backward": 1}[where]] if ranks.rank == 2 else [])
+        assert loop.state.micro_batch == (2 if ranks.rank == 2 else 4)
+
+    in_ranks(3, train)
+    first, other = (curve(tmp_path / place, "simone_enhanced") for place in ("alone", "others"))
+    assert len(first[0]) == 12 and other[0] == pytest.approx(first[0], rel=0, abs=1e-8)
+    found = weights(tmp_path / "others", "simone_enhanced")
+    for name, tensor in weights(tmp_path / "alone", "simone_enhanced").items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-7)
 
 
 @pytest.mark.integration
