@@ -110,10 +110,10 @@ class Hardware:
 def _be_deterministic() -> None:
     """Have CUDA compute the same bits each time. Before the first matrix product, which fixes cuBLAS's workspace.
 
-    Under torch's switch the backward passes of the embedding and of flash and memory-efficient attention keep one order
-    of addition, cuDNN's attention is not chosen (ATen's attention_backward.cu and sdp_utils.cpp), and an operation that
-    has no such kernel raises an error. It also keeps the compiler from choosing between kernels by their speed at the
-    moment, which would differ from process to process.
+    Under torch's switch the backward passes of flash and memory-efficient attention keep one order of addition, cuDNN's
+    attention is not chosen (ATen's attention_backward.cu and sdp_utils.cpp), and an operation that has no such kernel
+    raises an error. The embedding's backward pass, which is not compiled, sorts (Embedding.cu). The switch also keeps
+    the compiler from choosing between kernels by their speed at the moment, which differs from process to process.
     """
     import torch
 
