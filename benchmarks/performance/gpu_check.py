@@ -1,183 +1,127 @@
-"""Is this GPU right, and how fast is it here? One command, under eight minutes, tables to paste.
+"""Is this GPU right, and how fast is it here? One command that ends in time, with one table and one JSON.
 
-    python -m benchmarks.performance.gpu_check
+    python -m benchmarks.performance.gpu_check --minutes 10 --json gpu_check.json
 
-Right: the smallest models, the same weights and tokens on the CPU in float32 and on the device in float32 and in
-the run's precision: loss and gradients side by side. Fast: a whole training step (forward, backward, clipping,
-optimizer) of both models at every preset's shape, on random tokens, with its share of the device's peak and its memory.
+The checks come in order of worth: what is right (``gpu_correctness``), then what is fast (``gpu_speed``). What the time
+does not reach is named. On a CPU, what needs a GPU says so.
 """
 
 from __future__ import annotations
 
-import time
-from dataclasses import replace
+import argparse
+import json
+import os
+import signal
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from benchmarks import command
-from benchmarks.experiments.runner import SETTINGS, recipe_of
 from mvlm_core.errors import UserError, run_main
-from mvlm_core.hardware import Hardware, set_process_environment
+from mvlm_core.files import write_json_atomic
+from mvlm_core.hardware import PRECISIONS, set_process_environment
+from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR, PRESET_NAMES
 
-# Dense bf16 peak in FLOP/s by a part of the device's name, from the makers' data sheets.
-PEAKS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-}
-# A relative difference of loss and of the gradients' norm from the CPU's float32.
-TOLERANCES = {"fp32": (1e-4, 1e-3), "bf16": (1e-2, 5e-2)}
-WARM_UP = 3
-PRESETS = ("h200", "cpu", "smoke")
+EXIT_CODES = "Exit codes: 0 nothing wrong was found, 1 wrong numbers, 2 bad arguments."
+JUDGING = ("loss_and_gradients", "cached_decoding", "attention_backends")
+TIMING = ("products_and_clock", "real_steps", "resume", "all_reduce", "compiled_or_not", "micro_batches")
+MARKS = {None: "", True: "right", False: "WRONG"}
 
 
-def build(name: str, preset: str, hardware: Hardware) -> tuple[Any, Any]:
-    """Settings and the model with its optimizers, seeded."""
+class OutOfTime(BaseException):
+    """The time is over; no ``except Exception`` on the way may hold it up."""
+
+
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line, and what the checks share: judged cases, measured ceilings, finished runs."""
+    parser = command.new_parser(__doc__, EXIT_CODES)
+    add = parser.add_argument
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="[default cuda]")
+    add("--minutes", type=float, default=10.0, help="after which it ends [default 10]")
+    add("--only", help=f"these checks, separated by commas, of: {', '.join(JUDGING + TIMING)}")
+    add("--presets", help="of real_steps; all else has the first one's text and width [default h200, on a CPU smoke]")
+    add("--precision", choices=PRECISIONS[1:], help="judged beside fp32, emulated if need be [default: a run's]")
+    add("--layers", type=int, help="of what is judged [default: the preset's, at most 4]")
+    add("--tokens", type=int, help="of its context [default: the preset's]")
+    add("--steps", type=int, default=200, help="of real_steps, for each model [default 200]")
+    add("--seconds", type=float, default=3.0, help="of each timing [default 3]")
+    add("--data_dir", type=Path, default=DEFAULT_DATA_DIR)
+    add("--cache_dir", type=Path, default=CACHE_DIR, help="of tokenizers and tokens")
+    o = parser.parse_args(arguments)
+    o.presets = (o.presets or {"cuda": "h200", "cpu": "smoke"}[o.device]).split(",")
+    problems = [f"--presets {name}: unknown" for name in o.presets if name not in PRESET_NAMES[1:]]
+    for name, least in {"minutes": 0.001, "layers": 1, "tokens": 16, "steps": 2}.items():
+        if (value := vars(o)[name]) is not None and value < least:
+            problems.append(f"--{name} {value}: at least {least}")
+    if problems:
+        raise UserError(problems)
+    o.left = command.chosen(o.only, JUDGING + TIMING)
+    o.places = {"data_dir": str(o.data_dir.absolute()), "cache_dir": str(o.cache_dir.absolute())}
+    o.cases, o.ceiling, o.finished = [], {}, {}
+    return o
+
+
+def make(o: argparse.Namespace, rows: list[dict[str, Any]], broken: dict[str, str]) -> None:
+    """Make the checks that are left, and keep and print their rows as they come."""
     import torch
 
-    from mvlm_core.training.cost import TokenizerShape
+    from benchmarks.performance import gpu_correctness, gpu_speed
 
-    settings = SETTINGS[name](preset=preset, device="cpu" if hardware.device == "cpu" else "cuda")
-    torch.manual_seed(0)
-    built = recipe_of(name).build(settings, TokenizerShape(settings.vocab_size), hardware)
-    for module in built.modules.values():
-        module.to(hardware.device).train()
-    return settings, built
-
-
-def tokens(settings: Any, sequences: int, device: str) -> tuple[Any, Any, Any]:
-    import torch
-
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(settings.vocab_size, (sequences, settings.max_length + 1), generator=generator).to(device)
-    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.ones(sequences, settings.max_length, device=device)
-
-
-def forward_and_backward(settings: Any, built: Any, hardware: Hardware, sequences: int) -> tuple[float, float]:
-    """Loss, and the norm of all gradients, of one batch."""
-    import torch
-
-    with hardware.autocast():
-        loss = built.loss(*tokens(settings, sequences, hardware.device), 0.0).total
-    loss.backward()
-    gradients = [p.grad for module in built.modules.values() for p in module.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return float(loss.detach()), float(norm)
-
-
-def check(name: str, hardware: Hardware, reference: Hardware) -> tuple[str, bool]:
-    """A row: the device beside the CPU, without compilation and with it where the run has it."""
-    expected = forward_and_backward(*build(name, "smoke", reference), reference, 4)
-    cells, good = [], True
-    for precision in dict.fromkeys(("fp32", hardware.precision)):
-        for compiled in dict.fromkeys((False, hardware.compile)):
-            variant = replace(hardware, precision=precision, compile=compiled)
-            found = forward_and_backward(*build(name, "smoke", variant), variant, 4)
-            errors = [abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True)]
-            right = all(e <= most for e, most in zip(errors, TOLERANCES[precision], strict=True))
-            good &= right
-            words = f"{precision}{', compiled' if compiled else ''}"
-            cells.append(f"{words}: loss {errors[0]:.1e}, gradients {errors[1]:.1e}{'' if right else ' WRONG'}")
-    return command.row((name, "; ".join(cells))), good
-
-
-def time_step(name: str, preset: str, hardware: Hardware, seconds: float) -> str:
-    """A row of the table of speed; the micro-batch is halved until it fits, as in a run."""
-    import torch
-
-    from mvlm_core.monitor import peak_memory
-    from mvlm_core.training.cost import step_cost
-
-    settings, built = build(name, preset, hardware)
-    parameters = [p for module in built.modules.values() for p in module.parameters()]
-    sequences = settings.batch_size
-
-    def step() -> None:
-        with hardware.autocast():
-            loss = built.loss(*batch, 0.0).total
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        built.optimizers.step()
-        built.optimizers.zero_grad()
-
-    while True:
-        batch = tokens(settings, sequences, hardware.device)
+    while o.left:
+        name = o.left[0]
+        o.hardware.apply()
+        if name in JUDGING:  # TF32 rounds to ten bits: what is judged as float32 is computed in it
+            torch.set_float32_matmul_precision("highest")
         try:
-            for _ in range(WARM_UP):
-                step()
-            break
-        except torch.OutOfMemoryError:
-            built.optimizers.zero_grad()
-            if sequences == 1:
-                return command.row((name, preset, "not even one sequence fits", "", "", ""))
-            sequences = -(-sequences // 2)
-    on_gpu = hardware.device == "cuda"
-    wait = torch.cuda.synchronize if on_gpu else lambda: None
-    wait()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    started, count = time.perf_counter(), 0
-    while count < 5 or time.perf_counter() - started < seconds:
-        step()
-        count += 1
-        wait()
-    rate = count * sequences * settings.max_length / (time.perf_counter() - started)
-    flops = step_cost(recipe_of(name).build, settings, hardware, 1).flops_per_token * rate
-    peak = device_peak(hardware.name)
-    share = f"{flops / peak:.1%}" if on_gpu and peak else "–"
-    shape = f"{settings.hidden_dim} × {settings.num_layers}, {sequences} × {settings.max_length}"
-    memory = f"{peak_memory(hardware.device) / 1e9:.2f}"
-    return command.row((name, f"{preset}: {shape}", f"{rate:,.0f}", f"{flops / 1e12:.2f}", share, memory))
-
-
-def device_peak(name: str) -> float | None:
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+            for of, figures, right in getattr(gpu_correctness if name in JUDGING else gpu_speed, name)(o):
+                rows.append({"check": name, "of": of, "figures": figures, "right": right})
+                shown = {key: value for key, value in figures.items() if not isinstance(value, dict)}
+                cells = [f"{key} {v:,.4g}" if isinstance(v, float) else f"{key} {v}" for key, v in shown.items()]
+                print(command.row((name, of, ", ".join(cells), MARKS[right])), flush=True)
+        except UserError:
+            raise
+        except Exception as error:  # the checks after it are worth their time still
+            broken[name] = f"{type(error).__name__}: {error}"
+        o.left.pop(0)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = command.new_parser(__doc__, json=False)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the command itself")
-    parser.add_argument(
-        "--presets", default=",".join(PRESETS), help=f"separated by commas [default {','.join(PRESETS)}]"
-    )
-    parser.add_argument("--seconds", type=float, default=15.0, help="of each timing [default 15]")
-    parser.add_argument("--attention_backend", default="auto")
-    options = parser.parse_args(arguments)
-    presets = options.presets.split(",")
-    if unknown := [preset for preset in presets if preset not in PRESETS]:
-        raise UserError([f"--presets {preset}: unknown" for preset in unknown])
+    o = parse_options(arguments)
     set_process_environment()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler says on stderr when it starts and stops
     import torch
 
+    from mvlm_core.console import hush_transformers
     from mvlm_core.hardware import choose_hardware, describe
 
-    hardware = choose_hardware(device=options.device, attention_backend=options.attention_backend)
-    hardware.apply()
-    reference = choose_hardware(device="cpu", precision="fp32", no_compile=True)
-    print("\n".join(describe(hardware)))
-    print(f"torch {torch.__version__}, matrix products in float32: {torch.get_float32_matmul_precision()}\n")
-    print(command.head(("model", "relative difference from the CPU's float32"), left=2))
-    good = True
-    # TF32 rounds to ten bits: what is compared in float32 is computed in it.
-    torch.set_float32_matmul_precision("highest")
-    for name in SETTINGS:
-        row, right = check(name, hardware, reference)
-        good &= right
-        print(row, flush=True)
-    hardware.apply()
-    columns = ("model", "preset: shape, batch", "tokens/s", "TFLOP/s", "of the peak", "memory, GB")
-    print("\n" + command.head(columns, left=2))
-    for preset in presets:
-        for name in SETTINGS:
-            print(time_step(name, preset, hardware, options.seconds), flush=True)
-            if hardware.device == "cuda":
-                torch.cuda.empty_cache()
-    if peak := device_peak(hardware.name):
-        print(f"\nPeak: {peak / 1e12:.0f} TFLOP/s in bf16, dense, by the maker's data sheet for {hardware.name}.")
-    return 0 if good else 1
+    def end(*_: Any) -> None:
+        raise OutOfTime
+
+    o.hardware = choose_hardware(device=o.device)
+    o.hardware.apply()
+    hush_transformers()
+    products = f"products in fp32: {torch.get_float32_matmul_precision()}, where they are judged highest"
+    machine = [*describe(o.hardware), f"torch {torch.__version__}, {products}"]
+    print("\n".join(machine) + "\n\n" + command.head(("check", "of", "found", ""), left=4), flush=True)
+    rows: list[dict[str, Any]] = []
+    broken: dict[str, str] = {}
+    before = signal.signal(signal.SIGALRM, end)
+    with tempfile.TemporaryDirectory() as folder:
+        o.folder = Path(folder)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 60 * o.minutes)
+            make(o, rows, broken)
+        except OutOfTime:
+            pass
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    print(f"\nNot reached: {', '.join(o.left)}." if o.left else "\nAll checks made.")
+    print(*(f"{name} broke off: {error}" for name, error in broken.items()), sep="\n")
+    if o.json:
+        found = {"machine": machine, "rows": rows, "not_reached": o.left, "broke_off": broken}
+        write_json_atomic(o.json, json.loads(json.dumps(found), parse_constant=str))  # NaN as a word: it is no JSON
+    return 1 if any(row["right"] is False for row in rows) or broken.keys() & set(JUDGING) else 0
 
 
 if __name__ == "__main__":

@@ -1,28 +1,135 @@
-"""``benchmarks/performance/gpu_check.py``, tried on the CPU: its table, and that it notices a wrong device."""
+"""``benchmarks/performance/gpu_check.py``, tried on the CPU: its report, its exit code, its end in time.
 
-from benchmarks.performance import gpu_check
+What it sees, and what a fault looks like: ``test_gpu_faults.py``.
+"""
 
-SHORT = ["--device", "cpu", "--presets", "smoke", "--seconds", "0.01"]
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.performance import gpu_check, gpu_correctness, gpu_speed
+from mvlm_core.errors import UserError
+from mvlm_core.hardware import choose_hardware, compiler_problem
+from prioritary_mvlm import PrioritaryConfig
+from tests.helpers import MODELS
 
 
-def test_a_device_that_is_right_passes(capsys):
-    assert gpu_check.main(SHORT) == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| mvlm_gpt2", "| simone"))]
-    assert len(rows) == 4 and "fp32: loss 0.0e+00, gradients 0.0e+00" in rows[0] and "smoke: 64 × 3" in rows[2]
+@pytest.fixture
+def check(tiny_corpus, tmp_path, monkeypatch):
+    """Run ``gpu_check`` on the CPU at a small size; returns its exit code and its JSON."""
+    monkeypatch.setattr(gpu_speed, "MICRO_BATCHES", (2, 4))
+
+    def run(*arguments):
+        places = ["--data_dir", str(tiny_corpus), "--cache_dir", str(tmp_path / "cache")]
+        size = ["--layers", "1", "--tokens", "32", "--steps", "4", "--seconds", "0"]
+        file = tmp_path / "found.json"
+        code = gpu_check.main(["--device", "cpu", *places, *size, "--json", str(file), *arguments])
+        return code, json.loads(file.read_text())
+
+    return run
 
 
-def test_a_device_that_is_wrong_is_told(capsys, monkeypatch):
-    right, calls = gpu_check.tokens, []
+def test_a_machine_that_is_right(check, capsys):
+    code, found = check()
+    assert code == 0 and found["not_reached"] == [] and found["broke_off"] == {}
+    rows, table = found["rows"], capsys.readouterr().out
+    assert {row["check"] for row in rows} == {*gpu_check.JUDGING, *gpu_check.TIMING}
+    assert table.count("\n| ") == len(rows) + 2 and "WRONG" not in table
+    by_name = {(row["check"], row["of"]): row["figures"] for row in rows}
+    for model in MODELS:
+        tensors = by_name["loss_and_gradients", f"{model}, fp32, sdpa"]["tensors"]
+        assert len(tensors) > 12 and all(one["its share of limit"] < 1 for one in tensors.values())
+        steps = next(figures for (name, of), figures in by_name.items() if name == "real_steps" and model in of)
+        assert steps["steps"] == 4 and steps["tokens/s"] > 0 and steps["of matrix product"] > 0
+        assert by_name["resume", f"{model}, smoke"] == {"from step": 2, "most off in loss": 0, "to the bit": "yes"}
+        assert by_name["micro_batches", f"{model}, 4"]["GB"] > 0
+    parts = next(figures for (_, of), figures in by_name.items() if of.startswith(MODELS[1]) and of.endswith("ms"))
+    assert list(parts) == ["body", "loss", "optimizer", "data", "evaluation", "checkpoint"]
+    assert all(milliseconds > 0 for name, milliseconds in parts.items() if name != "body")
+    ran = {
+        of: figures["ran"]
+        for (name, of), figures in by_name.items()
+        if name == "attention_backends" and "ran" in figures
+    }
+    assert any("flash_attention_for_cpu" in kernels for kernels in ran.values())
+    assert any(", eager" in of and kernels == "matrix products and softmax" for of, kernels in ran.items())
+    missing = {name for (name, _), figures in by_name.items() if gpu_correctness.NOT_HERE in figures}
+    assert missing >= {"attention_backends", "products_and_clock", "compiled_or_not", "all_reduce"}
 
-    def wrong_on_the_second_call(settings, sequences, device):
-        calls.append(device)
-        inputs, targets, weights = right(settings, sequences, device)
-        return (inputs.flip(0) if len(calls) % 2 == 0 else inputs), targets, weights
 
-    monkeypatch.setattr(gpu_check, "tokens", wrong_on_the_second_call)
-    assert gpu_check.main(SHORT) == 1 and "WRONG" in capsys.readouterr().out
+@pytest.mark.parametrize("factor", [0.0, float("nan")])
+def test_a_machine_that_is_wrong(factor, check, capsys, monkeypatch):
+    right = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kwargs: right(*args, **kwargs) * factor)
+    code, found = check("--only", "loss_and_gradients,products_and_clock", "--precision", "bf16")
+    assert code == 1 and "WRONG" in capsys.readouterr().out
+    assert [row["right"] for row in found["rows"]][:4] == [False] * 4
+
+
+@pytest.mark.parametrize("name, code", [("loss_and_gradients", 1), ("products_and_clock", 0)])
+def test_a_check_that_breaks_off_does_not_cost_the_others(name, code, check, monkeypatch):
+    def broken(_options):
+        yield "something", {}, None
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(gpu_correctness if name in gpu_check.JUDGING else gpu_speed, name, broken)
+    found_code, found = check("--only", f"{name},all_reduce")
+    assert found_code == code and found["broke_off"] == {name: "RuntimeError: no such kernel"}
+    assert [row["check"] for row in found["rows"]] == [name, "all_reduce"]
+
+
+def test_it_ends_in_time_and_names_what_it_did_not_reach(check, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_speed, "timed", lambda _options, work: [work() for _ in range(10**9)])
+    code, found = check("--minutes", "0.01", "--only", "products_and_clock,resume")
+    assert code == 0 and found["not_reached"] == ["products_and_clock", "resume"]
+    assert "Not reached: products_and_clock, resume." in capsys.readouterr().out
+
+
+def test_bad_arguments():
+    bad = ["--presets", "big", "--minutes", "0", "--tokens", "8", "--steps", "1"]
+    with pytest.raises(UserError) as caught:
+        gpu_check.parse_options(bad)
+    assert len(caught.value.problems) == 4
+    with pytest.raises(UserError, match="choose from loss_and_gradients"):
+        gpu_check.parse_options(["--only", "speed"])
 
 
 def test_peaks_are_found_by_name():
-    assert gpu_check.device_peak("NVIDIA H200") == gpu_check.device_peak("NVIDIA H100 80GB HBM3") == 989e12
-    assert gpu_check.device_peak("NVIDIA H100 PCIe") == 756e12 and gpu_check.device_peak("AMD EPYC") is None
+    assert gpu_speed.device_peak("NVIDIA H200") == gpu_speed.device_peak("NVIDIA H100 80GB HBM3") == 989e12
+    assert gpu_speed.device_peak("NVIDIA H100 PCIe") == 756e12 and gpu_speed.device_peak("AMD EPYC") is None
+
+
+@pytest.mark.integration
+def test_processes_sum_what_they_hold(tmp_path):
+    """The code of NCCL's check, by gloo."""
+    ((of, figures, right),) = gpu_speed.all_reduce(SimpleNamespace(folder=tmp_path), world=2, megabytes=1)
+    assert right and of == "gloo, 2 × 1 MB" and figures["GB/s"] > 0
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(compiler_problem() is not None, reason="torch.compile needs a C compiler and Python.h")
+def test_compilation_is_judged_and_counted(check, monkeypatch):
+    """As on a GPU, where a run compiles."""
+    from mvlm_core import hardware
+
+    cpu = choose_hardware(device="cpu", precision="fp32")
+    for module in (gpu_correctness, gpu_speed):
+        monkeypatch.setattr(module, "SETTINGS", {MODELS[1]: PrioritaryConfig})  # one model: compilation is slow
+    monkeypatch.setattr(hardware, "choose_hardware", lambda **_: replace(cpu, compile=True))
+    code, found = check("--only", "loss_and_gradients,compiled_or_not")
+    rows = {row["of"]: row for row in found["rows"]}
+    assert code == 0 and rows["simone_enhanced, fp32, sdpa, compiled"]["right"]
+    compiled, plain = (rows[f"simone_enhanced, {how}"]["figures"] for how in ("compiled", "not compiled"))
+    assert compiled["graphs"] >= 1 and compiled["recompiles"] == 0 and plain["graphs"] == 0
+    assert compiled["s of the first step"] > 5 * compiled["ms a step"] / 1000
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_this_gpu_is_right(tiny_corpus, tmp_path):
+    places = ["--data_dir", str(tiny_corpus), "--cache_dir", str(tmp_path / "cache")]
+    judging = ",".join(gpu_check.JUDGING)
+    assert gpu_check.main([*places, "--presets", "smoke", "--tokens", "1024", "--only", judging]) == 0

@@ -1,0 +1,206 @@
+"""How fast training is on a device: real steps, where their time goes, what compilation and micro-batches do to it."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
+
+from benchmarks.experiments.runner import SETTINGS, recipe_of
+from benchmarks.performance.gpu_correctness import NOT_HERE, Row
+from mvlm_core.monitor import PeakMemory
+from mvlm_core.signals import StopRequest
+from mvlm_core.training.checkpoint import checkpoint_folder, save_checkpoint
+from mvlm_core.training.cost import step_cost
+from mvlm_core.training.cross_entropy import linear_cross_entropy
+from mvlm_core.training.loop import TrainingLoop
+from mvlm_core.training.preparation import prepare_text
+from mvlm_core.training.state import Run, build_task
+
+# Dense bf16 peak in FLOP/s by a part of the device's name, from the makers' data sheets.
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+MICRO_BATCHES = (8, 16, 32, 64, 128)
+
+
+class NeverStops(StopRequest):
+    def defer(self) -> None:
+        """This process's signals stay as they are."""
+
+
+def loop_of(o: Any, name: str, preset: str, **changes: Any) -> TrainingLoop:
+    """The training loop of a run by the preset, not yet started, in a folder of its own."""
+    values = {"preset": preset, "output_dir": tempfile.mkdtemp(dir=o.folder), "max_steps": o.steps, "quiet": True}
+    values |= {"eval_interval": o.steps, "checkpoint_interval": o.steps // 2, "keep_checkpoints": 9}
+    hardware = replace(o.hardware, compile=changes.pop("compile", o.hardware.compile))
+    recipe, settings = recipe_of(name), SETTINGS[name](**values | o.places | changes).check()
+    torch._dynamo.reset()  # a few models of one class, and it would give up compiling
+    text = prepare_text(settings, recipe.tokenizer_class)
+    return TrainingLoop(run := Run(recipe, settings, hardware), build_task(run, text))
+
+
+def step_of(loop: TrainingLoop) -> Callable[[], None]:
+    """A whole step of a run."""
+    stop = NeverStops()
+    return lambda: (loop._step(stop), loop._pending.clear())
+
+
+def once(work: Callable[[], Any]) -> float:
+    """Seconds of one call, until the device has done it."""
+    started = time.perf_counter()
+    work()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def timed(o: Any, work: Callable[[], Any]) -> float:
+    """Seconds of a call, the median of ``--seconds`` of them after a first one."""
+    found, until = [once(work)], time.perf_counter() + o.seconds
+    while len(found) < 4 or time.perf_counter() < until:
+        found.append(once(work))
+    return statistics.median(found[1:])
+
+
+def shares(o: Any, flops: float, precision: str) -> dict[str, float]:
+    """FLOP/s, and their share of the data sheet's peak and of the measured matrix product where these are known."""
+    sheet = device_peak(o.hardware.name) if precision == "bf16" else None
+    peaks = {"of data sheet": sheet, "of matrix product": o.ceiling.get(precision)}
+    return {"TFLOP/s": flops / 1e12} | {name: flops / peak for name, peak in peaks.items() if peak}
+
+
+def device_peak(name: str) -> float | None:
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def products_and_clock(o: Any) -> Iterator[Row]:
+    """What no step can beat, and the clock and the power that it ran at."""
+    for precision, dtype, cpu_size in (("fp32", torch.float32, 1024), ("bf16", torch.bfloat16, 192)):
+        size = cpu_size if o.hardware.device == "cpu" else 8192
+        factor = torch.randn(size, size, device=o.hardware.device).to(dtype)
+        flops = 2 * size**3 / timed(o, lambda factor=factor: factor @ factor)
+        yield f"{precision}, {size} × {size}", shares(o, flops, precision), None
+        o.ceiling[precision] = flops
+    figures: dict[str, Any] = {NOT_HERE: "no GPU"}
+    if o.hardware.device == "cuda":
+        for _ in range(500):  # still at work while NVML is read
+            factor @ factor
+        figures = {"MHz": torch.cuda.clock_rate(), "W": torch.cuda.power_draw() / 1000, "°C": torch.cuda.temperature()}
+    yield f"clock and power, {o.hardware.name}", figures, None
+
+
+def real_steps(o: Any) -> Iterator[Row]:
+    """Steps of each model as a run makes them, and where the time of a step goes."""
+    for preset, name in ((preset, name) for preset in o.presets for name in SETTINGS):
+        loop, of = loop_of(o, name, preset), f"{name}, {preset}, {o.hardware.precision}"
+        seconds = once(lambda loop=loop: loop.run(NeverStops()))
+        history = loop.history()
+        rate = statistics.median(record["tokens_per_second"] for record in history[len(history) // 2 :])
+        flops = step_cost(recipe_of(name).build, loop.settings, o.hardware, 1).flops_per_token * rate
+        figures = {"steps": len(history), "tokens/s": rate} | shares(o, flops, o.hardware.precision)
+        figures |= {"GB": loop.peak_memory() / 1e9, "s in all": seconds, "loss": history[-1]["train_loss"]}
+        yield of, figures, None
+        weights = {key: value.cpu().clone() for key, value in loop.task.weights().items()}
+        o.finished[preset, name] = loop.checkpoint_root, history, weights
+        yield f"{of}, ms", {part: 1000 * value for part, value in parts(o, loop).items()}, None
+
+
+def parts(o: Any, loop: TrainingLoop) -> dict[str, float]:
+    """Seconds of each part of a step, one after the other, of an evaluation and of a checkpoint."""
+    task, hardware, count = loop.task, loop.hardware, loop.state.micro_batch
+    batch = task.batches.batch(0, 0, count)
+    given = [torch.from_numpy(part).to(hardware.device) for part in (batch.inputs, batch.targets, batch.weights)]
+    hidden = torch.randn(*batch.inputs.shape, loop.settings.hidden_dim, device=hardware.device, requires_grad=True)
+    weights = [p for group in task.optimizers.groups() for p in group["params"]]
+
+    def backward(loss: Callable[[], Any]) -> float:
+        def work() -> None:
+            with hardware.autocast():
+                total = loss()
+            total.backward()
+
+        return timed(o, work)
+
+    whole = backward(lambda: task.loss(*given, 1.0).total)
+    loss = backward(lambda: linear_cross_entropy(hidden, task.model.lm_head.weight, given[1])[0])
+    optimizer = timed(o, lambda: (torch.nn.utils.clip_grad_norm_(weights, 1.0), task.optimizers.step()))
+    data, state = timed(o, lambda: task.batches.batch(1, 0, count)), task.state_tensors()
+    saved = once(lambda: save_checkpoint(o.folder / "timed", loop.state.step, state, {}))
+    found = {"body": whole - loss, "loss": loss, "optimizer": optimizer, "data": data}
+    return found | {"evaluation": once(task.validation_bpb), "checkpoint": saved}
+
+
+def resume(o: Any) -> Iterator[Row]:
+    """The second half again, from the checkpoint in the middle: the same losses and weights, to the bit or not."""
+    for (preset, name), (checkpoints, history, weights) in o.finished.items():
+        loop = loop_of(o, name, preset, resume_from=str(checkpoint_folder(checkpoints, o.steps // 2)))
+        loop.run(NeverStops())
+        again = loop.history()
+        off = max(abs(a["train_loss"] - b["train_loss"]) for a, b in zip(history[-len(again) :], again, strict=True))
+        same = off == 0 and all(value.cpu().equal(weights[key]) for key, value in loop.task.weights().items())
+        figures = {"from step": o.steps // 2, "most off in loss": off, "to the bit": "yes" if same else "no"}
+        yield f"{name}, {preset}", figures, None
+
+
+def compiled_or_not(o: Any) -> Iterator[Row]:
+    if not o.hardware.compile:
+        yield o.hardware.name, {NOT_HERE: o.hardware.reasons["compile"]}, None
+        return
+    for name in SETTINGS:
+        for compiled in (True, False):
+            step = step_of(loop_of(o, name, o.presets[0], compile=compiled))
+            counters.clear()
+            clear_compilation_metrics()
+            first, later = once(step), timed(o, step)
+            again = sum(bool(one.recompile_reason) for one in get_compilation_metrics())
+            figures = {"ms a step": 1000 * later, "s of the first step": first, "recompiles": again}
+            figures["graphs"] = counters["stats"]["unique_graphs"]
+            yield f"{name}, {'compiled' if compiled else 'not compiled'}", figures, None
+
+
+def micro_batches(o: Any) -> Iterator[Row]:
+    """Speed and memory of each size, up to the first that does not fit."""
+    for name in SETTINGS:
+        for size in MICRO_BATCHES:
+            loop = loop_of(o, name, o.presets[0], batch_size=size)
+            with PeakMemory(o.hardware.device) as peak:
+                seconds = timed(o, step_of(loop))
+            if loop.state.micro_batch < size:  # halved, as in a run
+                yield f"{name}, {size}", {"out of memory": ""}, None
+                break
+            speed = loop.task.batches.tokens_per_batch / seconds
+            del loop  # before the next one is made
+            yield f"{name}, {size}", {"tokens/s": speed, "GB": peak.bytes / 1e9}, None
+
+
+def all_reduce(o: Any, world: int | None = None, megabytes: int = 500) -> Iterator[Row]:
+    """The sum of so many megabytes over all GPUs (or ``world`` processes): right or not, and the speed of each link."""
+    backend = "gloo" if world else "nccl"
+    world = world or (torch.cuda.device_count() if o.hardware.device == "cuda" else 0)
+    if world < 2:
+        yield "NCCL", {NOT_HERE: "no two GPUs"}, None
+        return
+    torch.multiprocessing.spawn(_reduce, (world, backend, megabytes, str(o.folder)), nprocs=world, daemon=True)
+    sums, seconds = torch.load(o.folder / "reduced.pt", weights_only=True)
+    speed = {"ms": 1000 * seconds, "GB/s": 2 * (world - 1) / world * megabytes / 1000 / seconds}
+    yield f"{backend}, {world} × {megabytes} MB", speed, sums == [world, world]
+
+
+def _reduce(rank: int, world: int, backend: str, megabytes: int, folder: str) -> None:
+    """One of the processes; the first keeps what was found."""
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    values = torch.ones(megabytes * 250_000, device="cuda" if backend == "nccl" else "cpu")
+    dist.all_reduce(values)
+    sums = [float(values.min()), float(values.max())]
+    seconds = once(lambda: [dist.all_reduce(values) for _ in range(10)]) / 10
+    if rank == 0:
+        torch.save((sums, seconds), f"{folder}/reduced.pt")
+    dist.destroy_process_group()

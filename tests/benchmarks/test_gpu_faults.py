@@ -1,0 +1,244 @@
+"""``benchmarks/performance/gpu_correctness.py`` sees what is wrong: faults put into the models, in fp32 and in bf16."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+import mvlm_core.training.cross_entropy
+import prioritary_mvlm.advanced_losses
+from benchmarks.performance import gpu_correctness
+from mvlm_core.hardware import choose_hardware
+from simone_transformer import modern_layers, rope_attention
+from tests.helpers import MODELS, build_tiny_corpus
+
+SHAPES = {"fp32": (2, 64), "bf16": (1, 128)}  # layers and tokens
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    """Case and hardware by model and precision."""
+    work = tmp_path_factory.mktemp("cases")
+    corpus, cpu = build_tiny_corpus(work / "corpus"), choose_hardware(device="cpu", precision="fp32")
+    return {
+        (model, precision): (
+            gpu_correctness.Case(
+                model, "smoke", *SHAPES[precision], {"data_dir": str(corpus), "cache_dir": str(work / "cache")}
+            ),
+            replace(cpu, precision=precision),
+        )
+        for precision in SHAPES
+        for model in MODELS
+    }
+
+
+def in_attention(monkeypatch, change):
+    """Another ``scaled_dot_product_attention``: ``change(right, query, key, value, options)``."""
+    right = F.scaled_dot_product_attention
+
+    def wrong(query, key, value, **options):
+        return change(right, query, key, value, options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", wrong)
+
+
+def in_model(monkeypatch, change):
+    """``change`` is made in each model that is built for a device."""
+    right = gpu_correctness.Case.build
+
+    def build(case, hardware):
+        built, modules = right(case, hardware)
+        change(built.model)
+        return built, modules
+
+    monkeypatch.setattr(gpu_correctness.Case, "build", build)
+
+
+def zero_attention(monkeypatch, _model):
+    in_attention(monkeypatch, lambda right, q, k, v, options: right(q, k, v, **options) * 0)
+
+
+def not_causal(monkeypatch, _model):
+    in_attention(monkeypatch, lambda right, q, k, v, options: right(q, k, v))
+
+
+def wrong_scale(monkeypatch, _model):
+    in_attention(
+        monkeypatch, lambda right, q, k, v, options: right(q, k, v, **options | {"scale": q.shape[-1] ** -0.45})
+    )
+
+
+def one_head_dropped(monkeypatch, _model):
+    kept = torch.tensor([1.0, 0.0]).view(2, 1, 1)
+    in_attention(monkeypatch, lambda right, q, k, v, options: right(q, k, v, **options) * kept.to(v.dtype))
+
+
+def positions_off_by_one(monkeypatch, model):
+    """Queries are rotated as if each stood a token later; model 1 has no rotation, its positions are learned."""
+    if model == "mvlm_gpt2":
+        in_model(
+            monkeypatch, lambda m: m.transformer.wpe.register_forward_pre_hook(lambda _, at: ((at[0] - 1).clamp(0),))
+        )
+        return
+    right, calls = rope_attention.apply_rotary, []
+
+    def wrong(x, cos, sin):
+        calls.append(x)
+        later = -1 if len(calls) % 2 else 0  # queries are rotated first
+        return right(x, cos.roll(later, dims=2), sin.roll(later, dims=2))
+
+    monkeypatch.setattr(rope_attention, "apply_rotary", wrong)
+
+
+def wrong_residual(monkeypatch, _model):
+    """The normalised stream is what attention's output is added to, as in a post-norm model."""
+
+    def change(model):
+        blocks = (
+            [(b.ln_1, b.attn.c_proj) for b in model.transformer.h]
+            if hasattr(model, "transformer")
+            else [(b.attention_norm, b.attention.o_proj) for b in model.layers]
+        )
+        for norm, output in blocks:
+            seen = {}
+            norm.register_forward_hook(lambda _m, x, y, seen=seen: seen.update(difference=y - x[0]))
+            output.register_forward_hook(lambda _m, _x, y, seen=seen: y + seen["difference"])
+
+    in_model(monkeypatch, change)
+
+
+def loss_shifted_by_one(monkeypatch, _model):
+    right = mvlm_core.training.cross_entropy.linear_cross_entropy
+
+    def wrong(hidden, weight, targets, *rest):
+        return right(hidden, weight, targets.roll(1, dims=1), *rest)
+
+    for module in (mvlm_core.training.cross_entropy, prioritary_mvlm.advanced_losses):
+        monkeypatch.setattr(module, "linear_cross_entropy", wrong)
+
+
+def gradient_of_one_matrix_zero(monkeypatch, _model):
+    def change(model):
+        matrix = (
+            model.transformer.h[0].mlp.c_fc if hasattr(model, "transformer") else model.layers[0].feed_forward.up_proj
+        )
+        matrix.weight.register_hook(torch.zeros_like)
+
+    in_model(monkeypatch, change)
+
+
+def wrong_norm(monkeypatch, model):
+    """Model 1's without the mean taken off, model 2's with it."""
+    if model == "mvlm_gpt2":
+        monkeypatch.setattr(F, "layer_norm", lambda x, shape, w, b, eps: F.rms_norm(x, shape, w, eps) + b)
+        return
+    right = modern_layers._normalise
+    monkeypatch.setattr(modern_layers, "_normalise", lambda x, *rest: right(x - x.mean(-1, keepdim=True), *rest))
+
+
+def embedding_looked_up_without_gradient(monkeypatch, _model):
+    right = F.embedding
+    monkeypatch.setattr(F, "embedding", lambda ids, weight, *rest: right(ids, weight.detach(), *rest))
+
+
+def keys_not_shifted(monkeypatch, _model):
+    monkeypatch.setattr(rope_attention, "shift_keys", lambda key: key)
+
+
+def no_value_residual(monkeypatch, _model):
+    monkeypatch.setattr(torch, "lerp", lambda own, first, share: own)
+
+
+def norm_without_its_projection(monkeypatch, _model):
+    """The backward pass alone: loss and logits are right."""
+
+    def wrong(ctx, gradient):
+        normalised, weight, scale = ctx.saved_tensors
+        gain = (gradient * normalised).flatten(0, -2).sum(0, dtype=weight.dtype)
+        return (gradient * weight.to(gradient.dtype) * scale).to(ctx.input_dtype), gain, None, None
+
+    monkeypatch.setattr(modern_layers._RMSNorm, "backward", staticmethod(wrong))
+
+
+def stale_cache(monkeypatch, _model):
+    """What a cache gives back holds, in place of the newest token, the one before."""
+    right = transformers.Cache.update
+
+    def wrong(cache, key, value, layer, *rest):
+        keys, values = right(cache, key, value, layer, *rest)
+        if keys.shape[2] > key.shape[2]:
+            newest = [*range(keys.shape[2] - 1), keys.shape[2] - 2]
+            keys, values = keys[:, :, newest], values[:, :, newest]
+        return keys, values
+
+    monkeypatch.setattr(transformers.Cache, "update", wrong)
+
+
+def positions_of_a_cache_off_by_one(monkeypatch, _model):
+    right = transformers.Cache.get_seq_length
+    monkeypatch.setattr(transformers.Cache, "get_seq_length", lambda *args, **named: max(right(*args, **named) - 1, 0))
+
+
+FAULTS = {
+    fault.__name__: fault
+    for fault in (
+        zero_attention,
+        not_causal,
+        wrong_scale,
+        one_head_dropped,
+        positions_off_by_one,
+        wrong_residual,
+        loss_shifted_by_one,
+        gradient_of_one_matrix_zero,
+        wrong_norm,
+        embedding_looked_up_without_gradient,
+    )
+}
+MODEL_2_FAULTS = {fault.__name__: fault for fault in (keys_not_shifted, no_value_residual, norm_without_its_projection)}
+ALL = [(model, name, precision) for model in MODELS for name in FAULTS for precision in SHAPES]
+ALL += [("simone_enhanced", name, precision) for name in MODEL_2_FAULTS for precision in SHAPES]
+ALL.remove(("simone_enhanced", "no_value_residual", "bf16"))  # one layer has none
+
+
+@pytest.mark.parametrize("precision", SHAPES)
+@pytest.mark.parametrize("model", MODELS)
+def test_what_is_right_passes(model, precision, cases):
+    case, hardware = cases[model, precision]
+    for judge in (case.judge_training, case.judge_decoding):
+        _, figures, right = judge(hardware)
+        shares = [
+            value for name, value in figures.items() if name in ("share of limit", "its share of limit", "with a cache")
+        ]
+        assert right and len(shares) == 2 and max(shares) < 0.5
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_shape_of_a_real_run_passes_and_one_head_of_twelve_is_missed(model, tiny_corpus, tmp_path, monkeypatch):
+    places = {"data_dir": str(tiny_corpus), "cache_dir": str(tmp_path / "cache")}
+    case = gpu_correctness.Case(model, "h200", 1, 32, places)
+    cpu = choose_hardware(device="cpu", precision="fp32")
+    assert case.settings.num_heads == 12 and case.judge_training(cpu)[2] and case.judge_decoding(cpu)[2]
+    kept = torch.ones(12, 1, 1)
+    kept[7] = 0
+    in_attention(monkeypatch, lambda right, q, k, v, options: right(q, k, v, **options) * kept)
+    worst = case.judge_training(cpu)[1]["tensors"]
+    # By far more than bf16 may be off as well.
+    assert max(one["1 − cosine"] for one in worst.values()) > 5 * max(case.limits["bf16"].gradients.values()) ** 2 / 2
+
+
+@pytest.mark.parametrize("model, fault, precision", ALL)
+def test_a_fault_in_training_is_seen(model, fault, precision, cases, monkeypatch):
+    case, hardware = cases[model, precision]
+    (FAULTS | MODEL_2_FAULTS)[fault](monkeypatch, model)
+    assert case.judge_training(hardware)[2] is False
+
+
+@pytest.mark.parametrize("precision", SHAPES)
+@pytest.mark.parametrize("fault", [stale_cache, positions_of_a_cache_off_by_one, zero_attention, wrong_norm])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_fault_in_decoding_is_seen(model, fault, precision, cases, monkeypatch):
+    case, hardware = cases[model, precision]
+    fault(monkeypatch, model)
+    assert case.judge_decoding(hardware)[2] is False
