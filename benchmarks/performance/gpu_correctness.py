@@ -242,14 +242,15 @@ def cases(o: Any) -> list[Case]:
 def precisions(o: Any) -> list[Hardware]:
     """In float32 and in what a run uses (or ``--precision``), not compiled."""
     kinds = dict.fromkeys(("fp32", o.precision or o.hardware.precision))
-    return [replace(o.hardware, precision=kind, compile=False) for kind in kinds]
+    return [replace(o.hardware, precision=kind, compile=False, loss_kernel="blocks") for kind in kinds]
 
 
 def loss_and_gradients(o: Any) -> Iterator[Row]:
     for case in cases(o):
         for hardware in precisions(o):
-            for compiled in dict.fromkeys((False, o.hardware.compile)):
-                yield case.judge_training(replace(hardware, compile=compiled))
+            yield case.judge_training(hardware)
+            if o.hardware.compile:
+                yield case.judge_training(replace(hardware, compile=True, loss_kernel=o.hardware.loss_kernel))
 
 
 def cached_decoding(o: Any) -> Iterator[Row]:

@@ -15,6 +15,7 @@ from torch._dynamo.utils import clear_compilation_metrics, counters, get_compila
 
 from benchmarks.experiments.runner import SETTINGS, recipe_of
 from benchmarks.performance.gpu_correctness import NOT_HERE, Row
+from mvlm_core.hardware import Hardware
 from mvlm_core.monitor import PeakMemory
 from mvlm_core.signals import StopRequest
 from mvlm_core.training.checkpoint import checkpoint_folder, save_checkpoint
@@ -34,15 +35,14 @@ class NeverStops(StopRequest):
         """This process's signals stay as they are."""
 
 
-def loop_of(o: Any, name: str, preset: str, **changes: Any) -> TrainingLoop:
+def loop_of(o: Any, name: str, preset: str, hardware: Hardware | None = None, **changes: Any) -> TrainingLoop:
     """The training loop of a run by the preset, not yet started, in a folder of its own."""
     values = {"preset": preset, "output_dir": tempfile.mkdtemp(dir=o.folder), "max_steps": o.steps, "quiet": True}
     values |= {"eval_interval": o.steps, "checkpoint_interval": o.steps // 2, "keep_checkpoints": 9}
-    hardware = replace(o.hardware, compile=changes.pop("compile", o.hardware.compile))
     recipe, settings = recipe_of(name), SETTINGS[name](**values | o.places | changes).check()
     torch._dynamo.reset()  # a few models of one class, and it would give up compiling
     text = prepare_text(settings, recipe.tokenizer_class)
-    return TrainingLoop(run := Run(recipe, settings, hardware), build_task(run, text))
+    return TrainingLoop(run := Run(recipe, settings, hardware or o.hardware), build_task(run, text))
 
 
 def step_of(loop: TrainingLoop) -> Callable[[], None]:
@@ -105,6 +105,8 @@ def real_steps(o: Any) -> Iterator[Row]:
         flops = step_cost(recipe_of(name).build, loop.settings, o.hardware, 1).flops_per_token * rate
         figures = {"steps": len(history), "tokens/s": rate} | shares(o, flops, o.hardware.precision)
         figures |= {"GB": loop.peak_memory() / 1e9, "s in all": seconds, "loss": history[-1]["train_loss"]}
+        spent = loop.state.spent
+        figures |= {"s of evaluations": spent.evaluation_seconds, "s of checkpoints": spent.checkpoint_seconds}
         yield of, figures, None
         weights = {key: value.cpu().clone() for key, value in loop.task.weights().items()}
         o.finished[preset, name] = loop.checkpoint_root, history, weights
@@ -117,7 +119,7 @@ def parts(o: Any, loop: TrainingLoop) -> dict[str, float]:
     batch = task.batches.batch(0, 0, count)
     given = [torch.from_numpy(part).to(hardware.device) for part in (batch.inputs, batch.targets, batch.weights)]
     hidden = torch.randn(*batch.inputs.shape, loop.settings.hidden_dim, device=hardware.device, requires_grad=True)
-    weights = [p for group in task.optimizers.groups() for p in group["params"]]
+    weights, kernel = task.optimizers.parameters(), hardware.loss_kernel
 
     def backward(loss: Callable[[], Any]) -> float:
         def work() -> None:
@@ -128,7 +130,7 @@ def parts(o: Any, loop: TrainingLoop) -> dict[str, float]:
         return timed(o, work)
 
     whole = backward(lambda: task.loss(*given, 1.0).total)
-    loss = backward(lambda: linear_cross_entropy(hidden, task.model.lm_head.weight, given[1])[0])
+    loss = backward(lambda: linear_cross_entropy(hidden, task.model.lm_head.weight, given[1], kernel=kernel)[0])
     optimizer = timed(o, lambda: (torch.nn.utils.clip_grad_norm_(weights, 1.0), task.optimizers.step()))
     data, state = timed(o, lambda: task.batches.batch(1, 0, count)), task.state_tensors()
     saved = once(lambda: save_checkpoint(o.folder / "timed", loop.state.step, state, {}))
@@ -153,15 +155,15 @@ def compiled_or_not(o: Any) -> Iterator[Row]:
         yield o.hardware.name, {NOT_HERE: o.hardware.reasons["compile"]}, None
         return
     for name in SETTINGS:
-        for compiled in (True, False):
-            step = step_of(loop_of(o, name, o.presets[0], compile=compiled))
+        for hardware in (o.hardware, replace(o.hardware, compile=False, loss_kernel="blocks")):
+            step = step_of(loop_of(o, name, o.presets[0], hardware))
             counters.clear()
             clear_compilation_metrics()
             first, later = once(step), timed(o, step)
             again = sum(bool(one.recompile_reason) for one in get_compilation_metrics())
             figures = {"ms a step": 1000 * later, "s of the first step": first, "recompiles": again}
             figures["graphs"] = counters["stats"]["unique_graphs"]
-            yield f"{name}, {'compiled' if compiled else 'not compiled'}", figures, None
+            yield f"{name}, {'compiled' if hardware.compile else 'not compiled'}", figures, None
 
 
 def micro_batches(o: Any) -> Iterator[Row]:

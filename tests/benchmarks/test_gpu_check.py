@@ -119,7 +119,7 @@ def test_compilation_is_judged_and_counted(check, monkeypatch):
     cpu = choose_hardware(device="cpu", precision="fp32")
     for module in (gpu_correctness, gpu_speed):
         monkeypatch.setattr(module, "SETTINGS", {MODELS[1]: PrioritaryConfig})  # one model: compilation is slow
-    monkeypatch.setattr(hardware, "choose_hardware", lambda **_: replace(cpu, compile=True))
+    monkeypatch.setattr(hardware, "choose_hardware", lambda **_: replace(cpu, compile=True, loss_kernel="compiled"))
     code, found = check("--only", "loss_and_gradients,compiled_or_not")
     rows = {row["of"]: row for row in found["rows"]}
     assert code == 0 and rows["simone_enhanced, fp32, sdpa, compiled"]["right"]

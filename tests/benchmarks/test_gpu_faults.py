@@ -112,8 +112,8 @@ def wrong_residual(monkeypatch, _model):
 def loss_shifted_by_one(monkeypatch, _model):
     right = mvlm_core.training.cross_entropy.linear_cross_entropy
 
-    def wrong(hidden, weight, targets, *rest):
-        return right(hidden, weight, targets.roll(1, dims=1), *rest)
+    def wrong(hidden, weight, targets, *rest, **named):
+        return right(hidden, weight, targets.roll(1, dims=1), *rest, **named)
 
     for module in (mvlm_core.training.cross_entropy, prioritary_mvlm.advanced_losses):
         monkeypatch.setattr(module, "linear_cross_entropy", wrong)
