@@ -33,7 +33,7 @@ class OutOfTime(BaseException):
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line, and what the checks share: judged cases, measured ceilings, finished runs."""
+    """The command line, and what the checks share: judged cases, measured ceilings, finished runs, the table so far."""
     parser = command.new_parser(__doc__, EXIT_CODES)
     add = parser.add_argument
     add("--device", choices=("cuda", "cpu"), default="cuda", help="[default cuda]")
@@ -41,6 +41,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     add("--only", help=f"these checks, separated by commas, of: {', '.join(JUDGING + TIMING)}")
     add("--presets", help="of real_steps; all else has the first one's text and width [default h200, on a CPU smoke]")
     add("--precision", choices=PRECISIONS[1:], help="judged beside fp32, emulated if need be [default: a run's]")
+    add("--deterministic", action="store_true", help="as a run with that flag: what it costs, and what it holds")
     add("--layers", type=int, help="of what is judged [default: the preset's, at most 4]")
     add("--tokens", type=int, help="of its context [default: the preset's]")
     add("--steps", type=int, default=200, help="of real_steps, for each model [default 200]")
@@ -57,11 +58,11 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         raise UserError(problems)
     o.left = command.chosen(o.only, JUDGING + TIMING)
     o.places = {"data_dir": str(o.data_dir.absolute()), "cache_dir": str(o.cache_dir.absolute())}
-    o.cases, o.ceiling, o.finished = [], {}, {}
+    o.cases, o.ceiling, o.finished, o.rows, o.broken = [], {}, {}, [], {}
     return o
 
 
-def make(o: argparse.Namespace, rows: list[dict[str, Any]], broken: dict[str, str]) -> None:
+def make(o: argparse.Namespace) -> None:
     """Make the checks that are left, and keep and print their rows as they come."""
     import torch
 
@@ -74,14 +75,14 @@ def make(o: argparse.Namespace, rows: list[dict[str, Any]], broken: dict[str, st
             torch.set_float32_matmul_precision("highest")
         try:
             for of, figures, right in getattr(gpu_correctness if name in JUDGING else gpu_speed, name)(o):
-                rows.append({"check": name, "of": of, "figures": figures, "right": right})
+                o.rows.append({"check": name, "of": of, "figures": figures, "right": right})
                 shown = {key: value for key, value in figures.items() if not isinstance(value, dict)}
                 cells = [f"{key} {v:,.4g}" if isinstance(v, float) else f"{key} {v}" for key, v in shown.items()]
                 print(command.row((name, of, ", ".join(cells), MARKS[right])), flush=True)
         except UserError:
             raise
         except Exception as error:  # the checks after it are worth their time still
-            broken[name] = f"{type(error).__name__}: {error}"
+            o.broken[name] = f"{type(error).__name__}: {error}"
         o.left.pop(0)
 
 
@@ -97,31 +98,29 @@ def main(arguments: list[str] | None = None) -> int:
     def end(*_: Any) -> None:
         raise OutOfTime
 
-    o.hardware = choose_hardware(device=o.device)
+    o.hardware = choose_hardware(device=o.device, deterministic=o.deterministic)
     o.hardware.apply()
     hush_transformers()
     products = f"products in fp32: {torch.get_float32_matmul_precision()}, where they are judged highest"
     machine = [*describe(o.hardware), f"torch {torch.__version__}, {products}"]
     print("\n".join(machine) + "\n\n" + command.head(("check", "of", "found", ""), left=4), flush=True)
-    rows: list[dict[str, Any]] = []
-    broken: dict[str, str] = {}
     before = signal.signal(signal.SIGALRM, end)
     with tempfile.TemporaryDirectory() as folder:
         o.folder = Path(folder)
         try:
             signal.setitimer(signal.ITIMER_REAL, 60 * o.minutes)
-            make(o, rows, broken)
+            make(o)
         except OutOfTime:
             pass
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
     print(f"\nNot reached: {', '.join(o.left)}." if o.left else "\nAll checks made.")
-    print(*(f"{name} broke off: {error}" for name, error in broken.items()), sep="\n")
+    print(*(f"{name} broke off: {error}" for name, error in o.broken.items()), sep="\n")
     if o.json:
-        found = {"machine": machine, "rows": rows, "not_reached": o.left, "broke_off": broken}
+        found = {"machine": machine, "rows": o.rows, "not_reached": o.left, "broke_off": o.broken}
         write_json_atomic(o.json, json.loads(json.dumps(found), parse_constant=str))  # NaN as a word: it is no JSON
-    return 1 if any(row["right"] is False for row in rows) or broken.keys() & set(JUDGING) else 0
+    return 1 if any(row["right"] is False for row in o.rows) or o.broken.keys() & set(JUDGING) else 0
 
 
 if __name__ == "__main__":

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
 
 from benchmarks.experiments.runner import SETTINGS, recipe_of
 from benchmarks.performance.gpu_correctness import NOT_HERE, Row
-from mvlm_core.hardware import Hardware
+from mvlm_core.hardware import Hardware, compiled_so_far
 from mvlm_core.monitor import PeakMemory
 from mvlm_core.signals import StopRequest
 from mvlm_core.training.checkpoint import checkpoint_folder, save_checkpoint
@@ -156,13 +155,11 @@ def compiled_or_not(o: Any) -> Iterator[Row]:
         return
     for name in SETTINGS:
         for hardware in (o.hardware, replace(o.hardware, compile=False, loss_kernel="blocks")):
-            step = step_of(loop_of(o, name, o.presets[0], hardware))
-            counters.clear()
-            clear_compilation_metrics()
-            first, later = once(step), timed(o, step)
-            again = sum(bool(one.recompile_reason) for one in get_compilation_metrics())
-            figures = {"ms a step": 1000 * later, "s of the first step": first, "recompiles": again}
-            figures["graphs"] = counters["stats"]["unique_graphs"]
+            step, (known, spent) = step_of(loop_of(o, name, o.presets[0], hardware)), compiled_so_far()
+            first, (graphs, seconds) = once(step), compiled_so_far()
+            later, (all_graphs, _) = timed(o, step), compiled_so_far()
+            figures = {"ms a step": 1000 * later, "s of the first": first, "s of compilation": seconds - spent}
+            figures |= {"graphs": graphs - known, "recompiles": all_graphs - graphs}
             yield f"{name}, {'compiled' if hardware.compile else 'not compiled'}", figures, None
 
 

@@ -125,7 +125,7 @@ def test_compilation_is_judged_and_counted(check, monkeypatch):
     assert code == 0 and rows["simone_enhanced, fp32, sdpa, compiled"]["right"]
     compiled, plain = (rows[f"simone_enhanced, {how}"]["figures"] for how in ("compiled", "not compiled"))
     assert compiled["graphs"] >= 1 and compiled["recompiles"] == 0 and plain["graphs"] == 0
-    assert compiled["s of the first step"] > 5 * compiled["ms a step"] / 1000
+    assert 0 < compiled["s of compilation"] < compiled["s of the first"] and plain["s of compilation"] == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
