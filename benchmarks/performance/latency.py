@@ -3,12 +3,14 @@
     python -m benchmarks.performance.latency
 
 Generation (256 tokens after a first one, one sequence) and scoring use fresh weights: speed does not depend on what a
-model knows. Medians of --rounds, with least and most.
+model knows. Medians of --rounds, with least and most. With --checkpoint instead how long the training loop waits for a
+save at the shape of 124M parameters: written by the loop itself, and copied for the thread that writes it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import subprocess
 import sys
@@ -67,8 +69,8 @@ def first_step(script: str, data_dir: Path) -> None:
             process.wait()
 
 
-def fresh(model: str, shape: dict[str, int]) -> Any:
-    """A model with fresh weights at the cpu preset's shape, or at ``shape``."""
+def build(model: str, shape: dict[str, int]) -> Any:
+    """A model with fresh weights at the cpu preset's shape, or at ``shape``, with its optimizers."""
     import torch
 
     from mvlm_core.hardware import choose_hardware
@@ -77,7 +79,11 @@ def fresh(model: str, shape: dict[str, int]) -> Any:
     settings = SETTINGS[model](**{"preset": "cpu", "max_length": NEW_TOKENS + 1} | shape)
     hardware = choose_hardware(device="cpu", precision="fp32", no_compile=True)
     torch.manual_seed(0)
-    return recipe_of(model).build(settings, TokenizerShape(settings.vocab_size), hardware).model.eval()
+    return recipe_of(model).build(settings, TokenizerShape(settings.vocab_size), hardware)
+
+
+def fresh(model: str, shape: dict[str, int]) -> Any:
+    return build(model, shape).model.eval()
 
 
 def generate(model: Any, cached: bool) -> None:
@@ -99,6 +105,47 @@ def score(model: str, data_dir: Path) -> None:
     documents = [(document.path, document.read()) for document in text.corpus.split("test")]
     built, context = fresh(model, {}), settings.max_length
     score_documents(built, text.tokenizer.encode, documents, start_id=text.tokenizer.start_id, context=context)
+
+
+def state_tensors(model: str, shape: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """The tensors of a checkpoint: fresh weights, and zeros for the optimizer's state."""
+    import torch
+
+    built = build(model, shape)
+    weights = dict(built.model.named_parameters())
+    optimizer = {
+        f"{part_number}/{group_number}/{number}/{quantity}": torch.zeros_like(parameter)
+        for part_number, part in enumerate(built.optimizers.parts)
+        for group_number, group in enumerate(part.param_groups)
+        for number, parameter in enumerate(group["params"])
+        for quantity in range(2 if isinstance(part, torch.optim.AdamW) else 1)
+    }
+    return {"model": weights, "optimizer": optimizer}
+
+
+def measure_saves(options: argparse.Namespace) -> Iterator[tuple[str, list[float]]]:
+    """How long a save holds the loop; each one that is written by a thread is waited for before the next."""
+    from mvlm_core.training.checkpoint import rotate_checkpoints, save_checkpoint
+    from mvlm_core.training.checkpoint_writer import CheckpointWriter
+
+    for model in TRAINERS:
+        tensors = state_tensors(model, SHAPES["124M"])
+        size = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            root, steps, writer = Path(folder), itertools.count(), CheckpointWriter()
+
+            def write(copied: Any, root: Path = root, steps: Iterator[int] = steps) -> None:
+                save_checkpoint(root, next(steps), copied, {})
+                rotate_checkpoints(root, 2)
+
+            what = f"save of {size / 1e9:.2f} GB, {model}"
+            yield f"{what}: by the loop itself", seconds(partial(write, tensors), options.rounds)
+            held = []
+            for _ in range(options.rounds + 1):
+                held += seconds(partial(writer.start, tensors, write), 1)
+                writer.wait()
+            yield f"{what}: first copy, into new memory", held[:1]
+            yield f"{what}: later copies", held[1:]
 
 
 def measure(options: argparse.Namespace) -> Iterator[tuple[str, list[float]]]:
@@ -124,6 +171,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = command.new_parser(__doc__)
     parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR)
     parser.add_argument("--rounds", type=int, default=5, help="of each but the score [default 5]")
+    parser.add_argument("--checkpoint", action="store_true", help="measure saves, and nothing else")
+    parser.add_argument("--folder", type=Path, help="where to save [default: the system's temporary folder]")
     options = parser.parse_args(arguments)
     if problems := command.below_one(options, "rounds"):
         raise UserError(problems)
@@ -136,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     set_process_environment()
     found = {}
     print(command.head(("what", "seconds (least … most)")), flush=True)
-    for words, times in measure(options):
+    for words, times in (measure_saves if options.checkpoint else measure)(options):
         print(command.row((words, command.spread(times, "{:.2f}", statistics.median))), flush=True)
         found[words] = times
     if options.json:

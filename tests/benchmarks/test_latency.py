@@ -35,3 +35,14 @@ def test_scoring_reads_the_whole_test_text(tiny_corpus, monkeypatch):
     )
     latency.score("mvlm_gpt2", tiny_corpus)
     assert [key for key, _ in seen] == ["bible/kjv/21-ecclesiastes.txt", "bible/plain/21-ecclesiastes.txt"]
+
+
+def test_saves_are_timed_with_and_without_the_thread(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(latency.SHAPES, "124M", {"hidden_dim": 32, "vocab_size": 400, "num_layers": 2})
+    assert latency.main(["--checkpoint", "--rounds", "2", "--folder", str(tmp_path)]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| save of")]
+    assert len(rows) == 6 and all("0.00 GB" in row for row in rows)
+    assert not list(tmp_path.iterdir())
+    tensors = latency.state_tensors("mvlm_gpt2", latency.SHAPES["124M"])
+    sizes = {name: sum(tensor.numel() for tensor in named.values()) for name, named in tensors.items()}
+    assert sizes["optimizer"] == 2 * sizes["model"], "AdamW: two figures a weight"
