@@ -74,11 +74,14 @@ class Plan:
         return "\n".join([*self.lines, *bill(self.items, paid=self.paid), "assumed: " + "; ".join(self.assumptions)])
 
 
-def plan_run(recipe: Recipe, settings: TrainingSettings, hardware: Hardware, ended: LoopState | None = None) -> Plan:
+def plan_run(
+    recipe: Recipe, settings: TrainingSettings, hardware: Hardware, ended: LoopState | None = None, world: int = 0
+) -> Plan:
     """The plan of a run with these settings. Writes nothing.
 
     Args:
         ended: the state of the run at its end, for a plan of the steps that it took.
+        world: ranks of the run; by default as many as it would have here.
 
     Raises:
         UserError: no corpus, or none that can be used.
@@ -90,11 +93,12 @@ def plan_run(recipe: Recipe, settings: TrainingSettings, hardware: Hardware, end
         hardware = replace(hardware, precision="bf16")
     one, two = (step_cost(recipe.build, settings, hardware, sequences) for sequences in (1, 2))
     matrix = 0.0 if on_gpu else matrix_rate()
-    gpus = rank_count(settings) if hardware.device == "cuda" else 1
-    rate = GPU_PEAK * GPU_SHARE * gpus if on_gpu else matrix * CPU_SHARE
+    ranks = world or (rank_count(settings) if hardware.device == "cuda" else 1)
+    rate = GPU_PEAK * GPU_SHARE * ranks if on_gpu else matrix * CPU_SHARE
     compiled = on_gpu and not settings.no_compile
     if ended is not None:
         settings = replace(settings, max_steps=ended.step, max_hours=None)
+        text = replace(text, has_tokenizer=False, has_tokens=False)  # by now they are there
     steps, items = _items(settings, one, text, rate, compiled, hardware.threads)
     assumptions = [
         f"{GPU_SHARE:.0%} of {GPU_PEAK / 1e12:.0f} TFLOP/s, half as much for evaluations in fp32, {PRICE}"
@@ -223,7 +227,7 @@ def _items(
         ),
         Item(
             "export and test scores",
-            EXPORT_SECONDS * compiled + test_flops / score_rate,
+            EXPORT_SECONDS + test_flops / score_rate,
             f"{test_tokens / 1e6:.2f} M tokens, {test_flops:.2g} FLOP",
         ),
     ]

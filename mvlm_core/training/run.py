@@ -130,7 +130,7 @@ def _export(
     measured["peak_memory_bytes"] = peak_memory_bytes
     config = results.record(run, text, task.identity, measured)
     if run.settings.preset != "smoke":  # there the plan would take as long as the training
-        plan = plan_run(recipe, run.settings, run.hardware, loop.state)
+        plan = plan_run(recipe, run.settings, run.hardware, loop.state, run.ranks.world)
         config["bill"] = planned_and_actual(plan, loop.state, prepared, time.perf_counter() - started)
         report_bill(config["bill"])
     sources = results.describe_sources(text.corpus)
