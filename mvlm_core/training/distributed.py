@@ -27,6 +27,7 @@ from mvlm_core.signals import parent_is_gone
 from mvlm_core.training.launch import FOLDER_VARIABLE, MEMORY_VARIABLE
 
 _TIMEOUT = timedelta(hours=2)  # one rank may read and check a checkpoint, or compile, while the others wait for it
+_ANSWER_WITHIN = timedelta(seconds=90)  # with the supervisor's grace: within two minutes
 _POLL_SECONDS = 0.1
 
 
@@ -80,6 +81,22 @@ class Ranks:
             self._sum(flat)
             for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
                 tensor.copy_(part.view_as(tensor))
+
+    def gather(self, part: Tensor) -> Tensor:
+        """The parts ``[count, …]`` of all ranks, of one shape, one after the other: ``[world · count, …]``."""
+        found = part.new_empty(self.world, part.numel())
+        if self.memory is None:
+            _exchange(dist.all_gather_into_tensor, found.view(-1), part.reshape(-1))
+        else:
+            shared = torch.frombuffer(self.memory, dtype=part.dtype).view(self.world, -1)
+            for chunk, into in zip(
+                part.reshape(-1).split(shared.shape[1]), found.split(shared.shape[1], dim=1), strict=True
+            ):
+                shared[self.rank, : len(chunk)].copy_(chunk)
+                self.wait()
+                into.copy_(shared[:, : len(chunk)])
+                self.wait()
+        return found.view(-1, *part.shape[1:])
 
     def sum_numbers(self, *values: float) -> list[float]:
         """Sum numbers over all ranks, in double precision and in host memory."""
@@ -142,15 +159,28 @@ class Ranks:
         Raises:
             Stopped: the supervisor is gone.
         """
+        self._wait_outside(what, self.local == 0, self.world // self.local_world)
+
+    def wait_for_main(self, what: str) -> None:
+        """As ``wait_for_first``, for the main rank alone; ``what`` is new each time."""
+        self._wait_outside(what, self.is_main, 1)
+
+    def _wait_outside(self, what: str, done: bool, count: int) -> None:
         if self.world == 1:
             return
         store = dist.distributed_c10d._get_default_store()  # torch.distributed has no public name for it
-        if self.local == 0:
+        if done:
             store.add(what, 1)
-        while store.add(what, 0) < self.world // self.local_world:
+        while store.add(what, 0) < count:
             if parent_is_gone():
                 raise Stopped(signal.SIGTERM)
             time.sleep(_POLL_SECONDS)
+
+    def limit_waiting(self) -> None:
+        """From now on, when everything is compiled, a rank that keeps the others waiting for long ends the run."""
+        if self.world > 1:
+            for group in (dist.group.WORLD, self.host):
+                dist.distributed_c10d._set_pg_timeout(_ANSWER_WITHIN, group)
 
     def leave(self) -> None:
         """Leave the process group; no more exchange after this: what remains is the main rank's, with all threads."""

@@ -94,11 +94,15 @@ class TrainingLoop:
 
     def _train(self, stop: StopRequest) -> None:
         tokens = self.task.batches.tokens_per_batch
+        first_step = True
         quiet, done = self.settings.quiet or not self.ranks.is_main, self.state.step * tokens
         total = self.length.total and self.length.total * tokens
         with progress(total, "training", "tok", initial=done, quiet=quiet, unit_scale=True) as bar:
             while not self.state.finished:
                 stopping = self._step(stop)
+                if first_step:
+                    self.ranks.limit_waiting()
+                    first_step = False
                 bar.update(tokens)
                 self._after_step(stopping, bar)
                 if stopping and not self.state.finished:
@@ -163,6 +167,9 @@ class TrainingLoop:
             self._save(for_signal_only=not regular, beside=not (self.state.finished or stopping))
         elif improved:
             self._save(weights_only=True)
+        else:
+            return
+        self.ranks.wait_for_main(f"save {step}")  # however slow its disk is
 
     # -- one step ---------------------------------------------------------------------------------------------------
 

@@ -130,12 +130,12 @@ class Muon(torch.optim.Optimizer):
         """``orthogonalize`` of matrices that all ranks hold, each rank doing its share."""
         if self.ranks.world == 1:
             return orthogonalize(matrices, dtype=self.dtype)
-        part = self.ranks.part(len(matrices))
-        found = torch.zeros_like(matrices)
-        if part:
-            found[part.start : part.stop] = orthogonalize(matrices[part.start : part.stop], dtype=self.dtype)
-        self.ranks.sum_on_device([found])
-        return found
+        each = -(-len(matrices) // self.ranks.world)
+        mine = torch.zeros_like(matrices[:1]).repeat(each, 1, 1)  # the last ranks may have fewer, or none
+        part = matrices[self.ranks.rank * each :][:each]
+        if len(part):
+            mine[: len(part)] = orthogonalize(part, dtype=self.dtype)
+        return self.ranks.gather(mine)[: len(matrices)]
 
 
 # What each optimizer keeps for a parameter.

@@ -8,6 +8,7 @@ import tempfile
 import time
 import traceback
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.forked_ranks import fork_ranks
-from mvlm_core.training import gradient_sync, launch
+from mvlm_core.errors import TrainingFailed
+from mvlm_core.training import distributed, gradient_sync, launch
 from mvlm_core.training.checkpoint import newest_checkpoint
 from mvlm_core.training.distributed import ALONE, Ranks, join
 from mvlm_core.training.gradient_sync import GradientSync
 from mvlm_core.training.history import read_history
+from mvlm_core.training.loop import TrainingLoop
 from tests.helpers import REPOSITORY
 from tests.training import distributed_run
 
@@ -111,8 +114,39 @@ def test_sums_are_the_sums_and_the_same_bits_on_all_ranks(dtype, shared, monkeyp
         assert torch.equal(ranks.share(found[0]), found[0])
         assert torch.equal(ranks.share_tensors({"x": torch.arange(5)} if ranks.is_main else {})["x"], torch.arange(5))
         assert ranks.sum_numbers(ranks.rank, 0.5) == [3.0, 1.5]
+        everyones = ranks.gather(mine(ranks.rank)[0])
+        assert torch.equal(everyones, torch.cat([mine(rank)[0] for rank in range(3)]))
 
     in_ranks(3, work)
+
+
+def test_a_stopped_rank_is_not_waited_for_in_vain(tiny_corpus, tmp_path, monkeypatch):
+    """After the first step the others give up; a slow first step or a slow save of the main rank is waited for."""
+    monkeypatch.setattr(distributed, "_ANSWER_WITHIN", timedelta(seconds=2))
+
+    def work(ranks):
+        real_step, real_save = TrainingLoop._step, TrainingLoop._save
+
+        def step(self, stop):
+            if ranks.rank == 1 and self.state.step in (0, 15):
+                time.sleep(4 if self.state.step == 0 else 30)
+            return real_step(self, stop)
+
+        def save(self, **kind):
+            time.sleep(4 if ranks.is_main and self.state.step == 10 else 0)
+            real_save(self, **kind)
+
+        monkeypatch.setattr(TrainingLoop, "_step", step)
+        monkeypatch.setattr(TrainingLoop, "_save", save)
+        if ranks.is_main:
+            with pytest.raises(TrainingFailed, match="lost their connection"):
+                distributed_run.run(tiny_corpus, tmp_path, "mvlm_gpt2", 99, ranks)
+            assert (Path(os.environ[launch.FOLDER_VARIABLE]) / "lost.0").exists()
+            assert newest_checkpoint(tmp_path / "mvlm_gpt2" / "checkpoints").step == 10
+            os._exit(0)
+        distributed_run.run(tiny_corpus, tmp_path, "mvlm_gpt2", 99, ranks)
+
+    in_ranks(2, work)
 
 
 def test_nobody_waits_in_an_operation_while_the_first_rank_prepares_the_text(monkeypatch):

@@ -214,6 +214,16 @@ def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_to_the_bit(tiny_corpus
         assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.integration
+def test_a_stopped_rank_ends_a_real_run_within_two_minutes(tiny_corpus, tmp_path):
+    program, children = started(tiny_corpus, tmp_path, 100_000, wait_for=4)
+    children[1].suspend()
+    assert program.wait(120) == 1
+    assert "process 1 of 2 was stopped (SIGSTOP)" in program.stderr.read()
+    assert not any(child.is_running() for child in children)
+    assert newest_checkpoint(tmp_path / "out" / "checkpoints").step >= 0
+
+
 @pytest.mark.parametrize("victim", ["supervisor", "rank"])
 def test_neither_outlives_the_other(victim, tiny_corpus, tmp_path):
     program, children = started(tiny_corpus, tmp_path, 100_000, wait_for=4)
