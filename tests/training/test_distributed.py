@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -243,6 +244,29 @@ def test_torchrun_gives_the_curve_of_one(tiny_corpus, tmp_path):
     result = start(2, tiny_corpus, tmp_path / "two", "simone_enhanced", 99)
     assert result.returncode == 0, result.stderr
     check_curve(tmp_path / "two", "simone_enhanced", tmp_path / "alone")
+
+
+@pytest.mark.integration
+def test_two_machines_give_the_curve_of_one(tiny_corpus, tmp_path):
+    """Two machines of one process each, both on the loopback, as docs/h200.md starts them."""
+    alone(tiny_corpus, tmp_path / "alone", "mvlm_gpt2", 99)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [
+        sys.executable,
+        *"-m torch.distributed.run --nnodes 2 --nproc_per_node 1 --master_addr 127.0.0.1".split(),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(REPOSITORY)}
+    arguments = [*RUN, tiny_corpus, tmp_path / "two", "mvlm_gpt2", "99"]
+    machines = [
+        subprocess.Popen(
+            [*command, "--master_port", port, "--node_rank", str(number), *arguments], env=environment, cwd=REPOSITORY
+        )
+        for number in range(2)
+    ]
+    assert [machine.wait(200) for machine in machines] == [0, 0]
+    check_curve(tmp_path / "two", "mvlm_gpt2", tmp_path / "alone")
 
 
 @pytest.mark.integration
