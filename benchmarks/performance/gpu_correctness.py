@@ -104,7 +104,7 @@ def simone_reference(w: dict[str, Tensor], _: Any, s: Any, ids: Tensor, targets:
     x = norm(x, "model.final_norm")
     output = w.get("model.lm_head.weight", w["model.embed_tokens.weight"])
     logits = x @ output.T
-    nll = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(batch, seq)
     nll = nll + s.z_loss_weight * logits.logsumexp(-1).square()
     loss = ((s.accuracy_weight + s.alignment_weight * alignment) * nll).mean()
     ahead = (x + linear(x, "loss.0.ahead"))[:, :-1] @ output.T

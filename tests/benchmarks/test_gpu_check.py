@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from benchmarks.performance import gpu_check, gpu_correctness, gpu_speed
 from mvlm_core.errors import UserError
 from mvlm_core.hardware import choose_hardware, compiler_problem
+from mvlm_core.training.loop import TrainingLoop
 from prioritary_mvlm import PrioritaryConfig
 from tests.helpers import MODELS
 
@@ -80,6 +81,21 @@ def test_a_check_that_breaks_off_does_not_cost_the_others(name, code, check, mon
     found_code, found = check("--only", f"{name},all_reduce")
     assert found_code == code and found["broke_off"] == {name: "RuntimeError: no such kernel"}
     assert [row["check"] for row in found["rows"]] == [name, "all_reduce"]
+
+
+def test_micro_batches_end_where_memory_does(check, monkeypatch):
+    right = TrainingLoop._micro_batch
+
+    def small(loop, first, count, *rest, **named):
+        if count > 2:
+            raise torch.OutOfMemoryError
+        return right(loop, first, count, *rest, **named)
+
+    monkeypatch.setattr(TrainingLoop, "_micro_batch", small)
+    monkeypatch.setattr(gpu_speed, "MICRO_BATCHES", (2, 4, 8))
+    rows = check("--only", "micro_batches")[1]["rows"]
+    assert [row["of"] for row in rows] == [f"{model}, {size}" for model in MODELS for size in (2, 4)]
+    assert ["out of memory" in row["figures"] for row in rows] == [False, True] * 2
 
 
 def test_it_ends_in_time_and_names_what_it_did_not_reach(check, capsys, monkeypatch):
