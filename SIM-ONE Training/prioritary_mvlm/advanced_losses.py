@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mvlm_core.training.cross_entropy import linear_cross_entropy
 from mvlm_core.training.state import StepLoss
+from simone_transformer.rope_attention import Pointing
 
 
 def mean_loss(losses: list[StepLoss]) -> StepLoss:
@@ -81,7 +82,13 @@ class ComprehensiveTrainingLoss(nn.Module):
         return [] if self.ahead is None or self.coherence_weight_at(progress) > 0 else list(self.ahead.parameters())
 
     def forward(
-        self, hidden: Tensor, output_weight: Tensor, targets: Tensor, document_weights: Tensor, progress: float
+        self,
+        hidden: Tensor,
+        output_weight: Tensor,
+        targets: Tensor,
+        document_weights: Tensor,
+        progress: float,
+        pointing: Pointing | None = None,
     ) -> StepLoss:
         """Score one micro-batch.
 
@@ -91,12 +98,14 @@ class ComprehensiveTrainingLoss(nn.Module):
             targets: ``[batch, seq]``, each position's next token.
             document_weights: ``[batch, seq]``, mean 1 over the train text.
             progress: share of the run that is done.
+            pointing: where the model's pointer head points, which the first two parts score as well.
         """
         token_weights = None
         if self.alignment_weight > 0 or self.accuracy_weight != 1:
             token_weights = self.accuracy_weight + self.alignment_weight * document_weights
         score = partial(linear_cross_entropy, kernel=self.loss_kernel)
-        total, nll = score(hidden, output_weight, targets, token_weights, self.z_loss_weight)
+        mixture = None if pointing is None else (pointing.vocabulary, pointing.at(targets))
+        total, nll = score(hidden, output_weight, targets, token_weights, self.z_loss_weight, mixture=mixture)
         parts = {"accuracy_loss": nll.mean(), "alignment_loss": (nll * document_weights).mean()}
         weight = self.coherence_weight_at(progress)
         if self.ahead is not None and weight > 0:

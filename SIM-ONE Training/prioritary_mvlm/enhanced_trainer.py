@@ -24,6 +24,7 @@ from simone_transformer import (
     swiglu_width,
 )
 from simone_transformer.enhanced_model import run_layer
+from simone_transformer.rope_attention import point
 
 NAME = "simone_enhanced"
 
@@ -70,21 +71,14 @@ def add_training(
     weights["loss_kernel"] = hardware.loss_kernel
     losses = [ComprehensiveTrainingLoss(**weights) for _ in models]
     modules: dict[str, nn.Module] = {"model": model, "loss": nn.ModuleList(losses)}
-    layer = hardware.compiled(run_layer)
+    functions = {"layer_function": hardware.compiled(run_layer), "point_function": hardware.compiled(point)}
 
     def loss(inputs: Tensor, targets: Tensor, document_weights: Tensor, share_done: float) -> StepLoss:
-        return mean_loss(
-            [
-                score(
-                    one.hidden_states(inputs, layer_function=layer),
-                    one.lm_head.weight,
-                    targets,
-                    document_weights,
-                    share_done,
-                )
-                for one, score in zip(models, losses, strict=True)
-            ]
-        )
+        scored = []
+        for one, score in zip(models, losses, strict=True):
+            hidden, pointing = one.hidden_states(inputs, **functions)
+            scored.append(score(hidden, one.lm_head.weight, targets, document_weights, share_done, pointing))
+        return mean_loss(scored)
 
     optimizers = build_optimizers(
         ((f"{prefix}.{name}", p) for prefix, module in modules.items() for name, p in module.named_parameters()),
@@ -92,7 +86,7 @@ def add_training(
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         adamw_learning_rate=config.adamw_learning_rate,
-        embedding_names=("embed_tokens", "lm_head", "policy_head", "memory_head"),
+        embedding_names=("embed_tokens", "lm_head", "policy_head", "memory_head", "sentinel"),
         muon_dtype=hardware.muon_dtype,
     )
 

@@ -24,7 +24,19 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from .modern_layers import RMSNorm, SwiGLU, swiglu_width
-from .rope_attention import TRACE_FIELDS, EnhancedGovernanceAttention, ForwardContext, RotaryEmbedding
+from .rope_attention import (
+    TRACE_FIELDS,
+    EnhancedGovernanceAttention,
+    ForwardContext,
+    PointerHead,
+    Pointing,
+    RotaryEmbedding,
+    point,
+)
+
+
+# How far above every token of the context the pointer's sentinel starts: with almost all of the prediction.
+POINTER_START = 4.0
 
 
 class EnhancedSIMONEConfig(PreTrainedConfig):
@@ -137,12 +149,17 @@ class EnhancedSIMONEOutput(CausalLMOutputWithPast):
 
     - ``policy_logits``: ``[batch, seq, heads]``, or None where the head is off,
     - ``memory_signals``: ``[batch, seq, heads]``, or None (always in the first layer),
-    - ``traces``: ``[batch, seq, heads, 4]``, fields as in ``rope_attention.TRACE_FIELDS``.
+    - ``traces``: ``[batch, seq, heads, 4]``, fields as in ``rope_attention.TRACE_FIELDS``;
+
+    and of the memory head's pointer (not of an ensemble, and None without that head)
+
+    - ``pointing``: log probabilities of what it points at, a ``rope_attention.Pointing``.
     """
 
     policy_logits: tuple[Tensor | None, ...] | None = None
     memory_signals: tuple[Tensor | None, ...] | None = None
     traces: tuple[Tensor, ...] | None = None
+    pointing: Pointing | None = None
 
 
 _HEAD_OUTPUTS = ("policy_logits", "memory_signals", "traces")
@@ -171,6 +188,9 @@ class EnhancedSIMONEPreTrainedModel(PreTrainedModel):
         if isinstance(module, EnhancedSIMONEBlock) and module.previous_gain is not None:
             # Through torch.nn.init, which transformers patches while it loads weights: what came from a file stays.
             nn.init.zeros_(module.previous_gain)
+        if isinstance(module, PointerHead):
+            nn.init.zeros_(module.sentinel.weight)
+            nn.init.constant_(module.sentinel.bias, POINTER_START)
 
     def _cache(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
         """The cache a forward pass fills: the one it is given, a new one where one is wanted, or None."""
@@ -205,6 +225,7 @@ class EnhancedSIMONEModel(EnhancedSIMONEPreTrainedModel, GenerationMixin):
         self.embed_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config.hidden_size // config.num_attention_heads, config.rope_theta)
         self.layers = nn.ModuleList(EnhancedSIMONEBlock(config, index) for index in range(config.num_hidden_layers))
+        self.pointer = PointerHead(config) if config.memory_head else None
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -216,11 +237,13 @@ class EnhancedSIMONEModel(EnhancedSIMONEPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         context: ForwardContext | None = None,
         layer_function: Callable[..., tuple[Tensor, Tensor]] = run_layer,
-    ) -> Tensor:
-        """The normalised last hidden states ``[batch, seq, hidden_size]``, which the training loss reads.
+        point_function: Callable[..., Pointing] = point,
+    ) -> tuple[Tensor, Pointing | None]:
+        """The normalised last hidden states ``[batch, seq, hidden_size]`` and where the pointer head points, None
+        without one: what the training loss reads.
 
         Args:
-            layer_function: ``run_layer``, or what training has compiled it to.
+            layer_function, point_function: ``run_layer`` and ``point``, or what training has compiled them to.
         """
         context = context or ForwardContext()
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -230,9 +253,17 @@ class EnhancedSIMONEModel(EnhancedSIMONEPreTrainedModel, GenerationMixin):
             torch.arange(x.shape[1], device=x.device)[None] if positions is None else positions, x.dtype
         )
         value_residual = None
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             x, value_residual = layer_function(layer, x, rotary, value_residual, context)
-        return self.final_norm(x)
+        if self.pointer is None:
+            x, _ = layer_function(self.layers[-1], x, rotary, value_residual, context)
+            return self.final_norm(x), None
+        query, key, sentinel = self.pointer(x)
+        key = context.remember(key, input_ids)
+        x, _ = layer_function(self.layers[-1], x, rotary, value_residual, context)
+        key, ids, visible = context.recall(key, input_ids)
+        pointing = None if ids is None else point_function(query, key, sentinel, ids, visible)
+        return self.final_norm(x), pointing
 
     @can_return_tuple
     def forward(
@@ -263,10 +294,15 @@ class EnhancedSIMONEModel(EnhancedSIMONEPreTrainedModel, GenerationMixin):
         embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         context = self._context(embeddings, attention_mask, position_ids, self._cache(past_key_values, use_cache))
         context.head_outputs = [] if output_traces else None
-        hidden = self.hidden_states(inputs_embeds=embeddings, context=context)
+        hidden, pointing = self.hidden_states(input_ids, inputs_embeds=embeddings, context=context)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        heads = dict(zip(_HEAD_OUTPUTS, zip(*context.head_outputs or (), strict=True), strict=False))
-        return self._output(self.lm_head(hidden[:, kept]), labels, context.cache, heads, **kwargs)
+        heads: dict[str, Any] = dict(zip(_HEAD_OUTPUTS, zip(*context.head_outputs or (), strict=True), strict=False))
+        if output_traces:
+            heads["pointing"] = pointing
+        logits = self.lm_head(hidden[:, kept])
+        if pointing is not None:
+            logits = pointing.last(kept).mixed_with(logits)
+        return self._output(logits, labels, context.cache, heads, **kwargs)
 
     def _context(
         self, embeddings: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None

@@ -1,7 +1,7 @@
 """Causal self-attention with rotary positions and three governance heads: policy, memory and trace.
 
-Training reads ``EnhancedGovernanceAttention.forward`` and what stands above it. What a cache, padding, traces and other
-kernels need stands below, in ``ForwardContext`` and functions of their own.
+Training reads ``EnhancedGovernanceAttention.forward``, ``PointerHead.forward`` and what stands above them. What a cache,
+padding, traces and other kernels need stands below, in ``ForwardContext`` and functions of their own.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -82,10 +82,11 @@ class EnhancedGovernanceAttention(nn.Module):
 
     - The **policy** head scales each head's output per token: a gate in (0, 2) (after gated attention, arXiv
       2505.06708) that starts near 1, so that training begins near plain attention.
-    - The **memory** head is three things. Shifted keys: half of each key is the *previous* token's, so that a single
+    - The **memory** head is four things. Shifted keys: half of each key is the *previous* token's, so that a single
       layer can look for what followed such a token earlier (induction, arXiv 2209.11895). The previous token's value is
       returned for the feed-forward layer to read. And a value residual: per token and head, a learned share of the
-      first layer's values in place of this layer's own (arXiv 2410.17897); the first layer itself has none.
+      first layer's values in place of this layer's own (arXiv 2410.17897); the first layer itself has none. The
+      fourth is the model's ``PointerHead``.
     - The **trace** head has no weights. On request it reports per token what the other two and the attention did.
 
     Queries and keys are normalised before the rotation (arXiv 2010.04245), which bounds the attention logits.
@@ -154,6 +155,85 @@ class EnhancedGovernanceAttention(nn.Module):
         return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
 
 
+class PointerHead(nn.Module):
+    """The memory head's last part: predict the next token by pointing at one that the context holds.
+
+    A pointer sentinel mixture (Merity et al., arXiv 1609.07843): one softmax over the context's tokens and a sentinel;
+    what falls to the sentinel is the vocabulary's share of the prediction. As in shifted keys, a token's key is the
+    state *before* it, so that a query finds what followed a state like its own.
+
+    The states are those that enter the last layer, where a cache holds the keys as one more head.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        width, self.head_dim = config.hidden_size, config.hidden_size // config.num_attention_heads
+        self.norm = RMSNorm(width, config.rms_norm_eps)
+        self.q_proj = nn.Linear(width, self.head_dim, bias=False)
+        self.k_proj = nn.Linear(width, self.head_dim, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.sentinel = nn.Linear(width, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The states ``[batch, seq, hidden_size]`` that enter the last layer to queries, keys (not yet shifted; both
+        ``[batch, 1, seq, head_dim]``) and the sentinel's scores ``[batch, seq]``."""
+        x = self.norm(x)
+        query, key = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x))
+        # Cosines times √head_dim are at most √head_dim: the sentinel starts above all of them.
+        sentinel = self.sentinel(x).squeeze(-1) + self.head_dim**0.5
+        return query.unsqueeze(1), key.unsqueeze(1), sentinel
+
+
+class Pointing(NamedTuple):
+    """Where a model points, in log probabilities.
+
+    Attributes:
+        vocabulary: ``[batch, seq]``, of the vocabulary's share.
+        tokens: ``[batch, seq, keys]``, of each token of the context; the smallest number where it cannot be pointed at.
+        ids: ``[batch, keys]``, those tokens.
+    """
+
+    vocabulary: Tensor
+    tokens: Tensor
+    ids: Tensor
+
+    def at(self, targets: Tensor) -> Tensor:
+        """Log of the probability that comes to ``targets [batch, seq]`` by pointing, ``[batch, seq]``."""
+        same = self.ids[:, None] == targets[..., None]
+        return self.tokens.masked_fill(~same, torch.finfo(self.tokens.dtype).min).logsumexp(-1)
+
+    def mixed_with(self, logits: Tensor) -> Tensor:
+        """The whole prediction's log probabilities ``[batch, seq, vocab]``, of which the vocabulary's are ``logits``."""
+        own = logits.log_softmax(-1, dtype=self.tokens.dtype) + self.vocabulary[..., None]
+        ids = self.ids[:, None].expand_as(self.tokens)
+        copied = torch.zeros_like(own).scatter_add(2, ids, self.tokens.exp())
+        return torch.logaddexp(own, copied.clamp(min=torch.finfo(own.dtype).tiny).log())
+
+    def last(self, kept: slice | Tensor) -> Pointing:
+        """That of these positions alone."""
+        return Pointing(self.vocabulary[:, kept], self.tokens[:, kept], self.ids)
+
+
+def point(query: Tensor, key: Tensor, sentinel: Tensor, ids: Tensor, visible: Tensor | None = None) -> Pointing:
+    """The softmax of a ``PointerHead``.
+
+    Args:
+        key: ``[batch, 1, keys, head_dim]``, not yet shifted.
+        ids: ``[batch, keys]``.
+        visible: ``[batch or 1, seq, keys]``, True where a query sees a token; None means causal over equal lengths.
+    """
+    scores = (query @ shift_tokens(key).transpose(-1, -2)).squeeze(1)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * key.shape[-1] ** -0.5
+    if visible is None:
+        places = torch.arange(scores.shape[-1], device=scores.device)
+        visible = places[:, None] >= places
+    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    sentinel = sentinel.to(scores.dtype)
+    whole = torch.logaddexp(scores.logsumexp(-1), sentinel)
+    return Pointing(sentinel - whole, scores - whole[..., None], ids)
+
+
 @dataclass
 class ForwardContext:
     """What a forward pass is given beside its tokens; training gives nothing.
@@ -167,6 +247,8 @@ class ForwardContext:
         cache_position: ``[seq]``, the tokens' places in the cache.
         first_layer: where in the cache the model's first layer is.
         head_outputs: where each layer adds its policy logits, memory signals and trace; None asks for none.
+        remembered: the pointer head's keys and tokens, which the last layer's cache holds as one more head: those of
+            these tokens before that layer, those of all tokens after it.
     """
 
     position_ids: Tensor | None = None
@@ -176,13 +258,57 @@ class ForwardContext:
     cache_position: Tensor | None = None
     first_layer: int = 0
     head_outputs: list[tuple[Tensor | None, Tensor | None, Tensor]] | None = None
+    remembered: tuple[Tensor, Tensor] | None = None
 
     def extend(self, key: Tensor, value: Tensor, layer_index: int) -> tuple[Tensor, Tensor]:
         """A layer's keys and values with the cached ones before them; padding's are zero, so that the first real
         token is shifted in nothing."""
         if self.padding is not None:
             key, value = (x.masked_fill(self.padding[:, None, :, None], 0) for x in (key, value))
-        return (key, value) if self.cache is None else self.cache.update(key, value, self.first_layer + layer_index)
+        if self.cache is None:
+            return key, value
+        if self.remembered is None:
+            return self.cache.update(key, value, self.first_layer + layer_index)
+        key, value = (torch.cat(both, dim=1) for both in zip((key, value), self.remembered, strict=True))
+        key, value = self.cache.update(key, value, self.first_layer + layer_index)
+        self.remembered = key[:, -1:], value[:, -1:]
+        return key[:, :-1], value[:, :-1]
+
+    def remember(self, key: Tensor, ids: Tensor | None) -> Tensor:
+        """The pointer head's keys of these tokens, padding's zero; where there is a cache, they and the tokens are
+        written into it by the last layer. Without ``ids`` (embeddings were given) the tokens are unknown."""
+        if self.padding is not None:
+            key = key.masked_fill(self.padding[:, None, :, None], 0)
+        if self.cache is not None:
+            self.remembered = key, token_digits(ids, key)
+        return key
+
+    def recall(self, key: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Keys ``[batch, 1, keys, head_dim]`` and tokens ``[batch, keys]`` to point at, None if unknown, and
+        ``visible`` as for ``point``; after the last layer."""
+        visible = None if self.mask is None else self.mask[:, 0]
+        if self.remembered is None or self.cache_position is None:
+            return key, ids, visible
+        key, digits = self.remembered
+        if visible is None:
+            visible = self.cache_position[:, None] >= torch.arange(key.shape[2], device=key.device)
+        known, ids = tokens_of_digits(digits)
+        return key, ids, visible & known[:, None]
+
+
+def token_digits(ids: Tensor | None, like: Tensor) -> Tensor:
+    """Token numbers ``[batch, seq]`` as vectors shaped and typed ``like`` ``[batch, 1, seq, head_dim]``, for a cache: a
+    1 and three digits of base 256, which even bf16 holds exactly; zeros for unknown ones."""
+    if ids is None:
+        return torch.zeros_like(like)
+    digits = torch.stack((torch.ones_like(ids), ids % 256, ids // 256 % 256, ids // 65536), dim=-1)
+    return F.pad(digits, (0, like.shape[-1] - 4)).unsqueeze(1).to(like.dtype)
+
+
+def tokens_of_digits(digits: Tensor) -> tuple[Tensor, Tensor]:
+    """Which tokens are known, and their numbers, both ``[batch, keys]``, by what ``token_digits`` returned."""
+    known, low, middle, high = digits[:, 0, :, :4].long().unbind(-1)
+    return known == 1, low + 256 * middle + 65536 * high
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, shifted: bool, backend: str) -> Tensor:

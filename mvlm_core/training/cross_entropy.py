@@ -34,6 +34,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         z_loss: float,
         rows: int,
         kernel: str,
+        log_share: Tensor | None,
+        log_other: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         count = targets.numel()
         vocab = weight.shape[0]
@@ -49,30 +51,39 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = weight.new_zeros(padded, weight.shape[1]) if wanted else None
         score = _compiled_block() if kernel == "compiled" else _BufferedBlocks(hidden, min(rows, count), padded)
         rows = _even_rows(count, rows) if kernel == "compiled" else rows
+        responsibility = torch.ones_like(nll)
         for start in range(0, count, rows):
             part = slice(start, min(start + rows, count))
             nll[part], log_partition[part], gradient = score(hidden[part], matrix, targets[part], vocab, z_loss, wanted)
+            if log_share is not None and log_other is not None:
+                own = log_share[part] - nll[part]
+                nll[part] = -torch.logaddexp(own, log_other[part])
+                responsibility[part] = (own + nll[part]).exp()
             if gradient is None or grad_hidden is None or grad_weight is None:
                 continue
             # d/dlogits of w·(nll + z·lse²) is w·(p·(1 + 2z·lse) − onehot) = w·f·(p − onehot / f) with f = 1 + 2z·lse:
             # factors that are constant along a row are applied to the narrow matrices, not to the logits.
             factor = 1 + 2 * z_loss * log_partition[part, None]
-            scale = (token_weights[part, None] / count * factor).to(hidden.dtype)
+            scale = (token_weights[part, None] / count * factor * responsibility[part, None]).to(hidden.dtype)
             torch.mul(gradient @ matrix, scale, out=grad_hidden[part])
             scaled = hidden[part] * scale
             if scaled.dtype == grad_weight.dtype:
                 torch.addmm(grad_weight, gradient.t(), scaled, out=grad_weight)
             else:
                 grad_weight += gradient.t() @ scaled
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight[:vocab])
+        grad_share = grad_other = None
+        if log_share is not None:
+            grad_share, grad_other = -token_weights * responsibility / count, token_weights * (responsibility - 1) / count
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight[:vocab], grad_share, grad_other)
         ctx.mark_non_differentiable(nll)
-        loss = (token_weights * (nll + z_loss * log_partition.square())).sum() / count
+        loss = (token_weights * (nll + z_loss * responsibility * log_partition.square())).sum() / count
         return loss, nll
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _grad_nll: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss, None, None, None, None, None
+        grad_hidden, grad_weight, *mixture = ctx.saved_tensors
+        grads = (None if gradient is None else gradient * grad_loss for gradient in mixture)
+        return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss, *[None] * 5, *grads
 
 
 class _BufferedBlocks:
@@ -154,6 +165,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     block_rows: int | None = None,
     kernel: str = "blocks",
+    mixture: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted mean cross-entropy of ``hidden @ weight.T`` against ``targets``.
 
@@ -165,6 +177,9 @@ def linear_cross_entropy(
         z_loss: weight of the squared log partition function (PaLM, arXiv 2204.02311), which keeps logits from drifting.
         block_rows: rows of logits computed at a time, at most; by default chosen for the device.
         kernel: "blocks" or "compiled" (see above).
+        mixture: where the softmax is one of two sources of the prediction: logs of its share, and of the probability
+            that the other one gives to the target, both ``[...]``. Each token's z-loss counts by the softmax's part in
+            its probability.
     Returns:
         The loss (nats per token, differentiable) and each token's negative log-likelihood in nats (detached, at least
         float32).
@@ -176,5 +191,8 @@ def linear_cross_entropy(
     if token_weights is None:
         token_weights = torch.ones_like(flat_targets, dtype=torch.float32)
     rows = block_rows or rows_at_a_time(weight.shape[0], weight.shape[1], device)
-    loss, nll = _LinearCrossEntropy.apply(flat, weight, flat_targets, token_weights.reshape(-1), z_loss, rows, kernel)
+    share, other = (None, None) if mixture is None else (part.reshape(-1) for part in mixture)
+    loss, nll = _LinearCrossEntropy.apply(
+        flat, weight, flat_targets, token_weights.reshape(-1), z_loss, rows, kernel, share, other
+    )
     return loss, nll.view(targets.shape)

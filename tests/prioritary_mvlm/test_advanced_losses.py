@@ -32,9 +32,9 @@ def make(**weights):
 
 
 def parts_on(model, loss, rows):
-    hidden = model.hidden_states(rows[:, :-1])
+    hidden, pointing = model.hidden_states(rows[:, :-1])
     weights = torch.ones(rows.shape[0], CONTEXT)
-    result = loss(hidden, model.lm_head.weight, rows[:, 1:], weights, progress=0.0)
+    result = loss(hidden, model.lm_head.weight, rows[:, 1:], weights, progress=0.0, pointing=pointing)
     return {name: value.item() for name, value in result.parts.items()}, result.total
 
 
@@ -117,10 +117,10 @@ def test_alignment_weights_documents(sequences):
     model, loss = make(accuracy_weight=0.0, alignment_weight=1.0)
     rows = sequences[:8]
     weights = torch.linspace(0, 2, 8)[:, None].expand(8, CONTEXT)
-    hidden = model.hidden_states(rows[:, :-1])
-    result = loss(hidden, model.lm_head.weight, rows[:, 1:], weights, 0.0)
+    hidden, pointing = model.hidden_states(rows[:, :-1])
+    result = loss(hidden, model.lm_head.weight, rows[:, 1:], weights, 0.0, pointing)
     nll = torch.nn.functional.cross_entropy(
-        (hidden @ model.lm_head.weight.T).flatten(0, 1), rows[:, 1:].flatten(), reduction="none"
+        model(rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none"
     ).view(8, CONTEXT)
     assert result.total.item() == pytest.approx((nll * weights).mean().item(), rel=1e-5)
     assert result.parts["alignment_loss"].item() == pytest.approx(result.total.item(), rel=1e-5)
@@ -130,7 +130,7 @@ def test_alignment_weights_documents(sequences):
 def test_coherence_looks_one_token_further_and_fades(sequences):
     model, loss = make(coherence_weight=0.4, coherence_until=0.5)
     rows = sequences[:4]
-    hidden = model.hidden_states(rows[:, :-1])
+    hidden, _ = model.hidden_states(rows[:, :-1])
     head = model.lm_head.weight
     expected = torch.nn.functional.cross_entropy((hidden[:, :-1] @ head.T).flatten(0, 1), rows[:, 2:].flatten()).item()
 

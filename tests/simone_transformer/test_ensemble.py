@@ -105,7 +105,8 @@ def test_each_model_is_trained_by_its_own_loss_alone(tiny_corpus, tmp_path):
     member, score = ensemble.members[1], loop.task.modules["loss"][1]
     together = {name: parameter.grad.clone() for name, parameter in member.named_parameters()}
     ensemble.zero_grad()
-    alone = mean_loss([score(member.hidden_states(inputs), member.lm_head.weight, targets, weights, 0.0)])
+    hidden, pointing = member.hidden_states(inputs)
+    alone = mean_loss([score(hidden, member.lm_head.weight, targets, weights, 0.0, pointing)])
     alone.total.backward()
     for name, parameter in member.named_parameters():
         torch.testing.assert_close(together[name], parameter.grad / 2, rtol=1e-5, atol=1e-8)

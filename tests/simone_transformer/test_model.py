@@ -17,7 +17,13 @@ from simone_transformer import (
     swiglu_width,
 )
 from simone_transformer.modern_layers import RMSNorm
-from simone_transformer.rope_attention import attend, attend_shifted_keys_once, shift_keys
+from simone_transformer.rope_attention import (
+    attend,
+    attend_shifted_keys_once,
+    shift_keys,
+    token_digits,
+    tokens_of_digits,
+)
 
 SWITCHES = list(itertools.product([True, False], repeat=2))
 
@@ -83,6 +89,60 @@ def test_logits_are_the_same_with_a_static_cache():
     for begin, end in ((0, 9), (9, 10), (10, 11), (11, 24)):
         parts.append(model(ids[:, begin:end], past_key_values=cache, use_cache=True).logits)
     torch.testing.assert_close(torch.cat(parts, dim=1), model(ids, use_cache=False).logits, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_pointer_and_the_vocabulary_share_one_probability():
+    """By hand, from the pointer's own parts: the context's tokens, each by the state before it, and a sentinel."""
+    model, ids = make_model(), tokens(1, 12)
+    ids[0, 8] = ids[0, 3]  # a token that two places can point at
+    entering = []
+    model.layers[-1].register_forward_pre_hook(lambda _, given: entering.append(given[0]))
+    output = model(ids, use_cache=False, output_traces=True)
+    query, key, sentinel = model.pointer(entering[0])
+    vocabulary = (model.lm_head(model.hidden_states(ids)[0])).softmax(-1)
+    for at in (0, 1, 11):
+        before = torch.cat((torch.zeros(1, 8), key[0, 0, :at]))
+        weights = torch.cat((query[0, 0, at] @ before.T / 8**0.5, sentinel[0, at : at + 1])).softmax(0)
+        expected = weights[-1] * vocabulary[0, at]
+        for place in range(at + 1):
+            expected[ids[0, place]] += weights[place]
+        torch.testing.assert_close(output.logits[0, at].exp(), expected, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(output.pointing.vocabulary[0, at].exp(), weights[-1], rtol=1e-4, atol=1e-7)
+    assert output.pointing.at(ids[:, 1:2].expand_as(ids))[0, 0] < -1e30, "what is not in the context cannot be copied"
+
+
+@torch.no_grad()
+def test_the_pointer_finds_what_followed_the_same_word():
+    """With a key that is the token alone, it points behind an earlier copy of the last token."""
+    model = make_model(num_hidden_layers=1)
+    model.embed_tokens.weight.copy_(torch.eye(300, 32))
+    for projection in (model.pointer.q_proj, model.pointer.k_proj):
+        projection.weight.copy_(torch.eye(8, 32))
+    for norm in (model.pointer.q_norm, model.pointer.k_norm):
+        norm.weight.fill_(4.0)
+    ids = torch.tensor([[5, 6, 4, 7, 6]])
+    pointing = model(ids, use_cache=False, output_traces=True).pointing
+    assert pointing.tokens[0, -1].argmax() == 2 and pointing.ids[0, 2] == 4
+    assert pointing.tokens[0, -1, 2].exp() > 0.9
+
+
+@torch.no_grad()
+def test_unknown_tokens_are_not_pointed_at():
+    """Embeddings say nothing of their tokens: the vocabulary has all of the prediction, and later tokens' keys hold."""
+    model, ids = make_model(), tokens(2, 12)
+    embeddings = model.embed_tokens(ids[:, :8])
+    assert model(inputs_embeds=embeddings, use_cache=False, output_traces=True).pointing is None
+    first = model(inputs_embeds=embeddings, use_cache=True)
+    later = model(ids[:, 8:], past_key_values=first.past_key_values, output_traces=True).pointing
+    assert torch.all(later.tokens[:, :, :8] < -1e30) and torch.all(later.ids[:, 8:] == ids[:, 8:])
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_tokens_survive_a_cache_of_any_type(kind):
+    ids = torch.tensor([[0, 255, 256, 31_999, 65_535, 999_999]])
+    known, again = tokens_of_digits(token_digits(ids, torch.zeros(1, 1, 6, 8, dtype=kind)))
+    assert known.all() and torch.equal(again, ids)
 
 
 def test_half_of_a_key_is_the_previous_tokens():
@@ -212,7 +272,10 @@ def test_switched_off_heads_have_no_weights():
 
     both, heads, width, layers = count(), 4, 32, 3
     assert both - count(policy_head=False) == layers * heads * (width + 1)
-    assert both - count(memory_head=False) == (layers - 1) * heads * (width + 1) + layers * width
+    assert both - count(memory_head=False) == (
+        (layers - 1) * heads * (width + 1) + layers * width + 2 * width * (width // heads) + width + 2 * (width // heads)
+        + width + 1
+    )
     assert both == count(trace_head=False)
 
 

@@ -43,6 +43,38 @@ def test_equals_full_logits(rows, z_loss, weighted):
     torch.testing.assert_close(ours[1], weight.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [7, 1000])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_a_mixture_with_another_source_equals_full_logits(rows, z_loss):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 11, 8, generator=generator, requires_grad=True)
+    weight = torch.randn(50, 8, generator=generator, requires_grad=True)
+    score = torch.randn(3, 11, generator=generator, requires_grad=True)
+    other = torch.randn(3, 11, generator=generator, requires_grad=True)
+    targets = torch.randint(50, (3, 11), generator=generator)
+    token_weights = torch.rand(3, 11, generator=generator)
+    inputs = hidden, weight, score, other
+
+    def gradients(loss):
+        return torch.autograd.grad(loss * 3, inputs)
+
+    share, log_other = F.logsigmoid(score), F.logsigmoid(-score) + F.logsigmoid(other)
+    loss, nll = linear_cross_entropy(
+        hidden, weight, targets, token_weights, z_loss, block_rows=rows, mixture=(share, log_other)
+    )
+    ours = gradients(loss)
+    share, log_other = F.logsigmoid(score), F.logsigmoid(-score) + F.logsigmoid(other)
+    logits = hidden @ weight.T
+    own = logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1) + share
+    mixed = torch.logaddexp(own, log_other)
+    part = (own - mixed).exp().detach()
+    expected = (token_weights * (z_loss * part * logits.logsumexp(-1).square() - mixed)).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(nll, -mixed.detach(), rtol=1e-5, atol=1e-5)
+    for mine, right in zip(ours, gradients(expected), strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-6)
+
+
 def test_no_gradient_is_formed_when_none_is_wanted():
     hidden, weight = torch.randn(4, 8), torch.randn(20, 8)
     loss, _ = linear_cross_entropy(hidden, weight, torch.tensor([1, 2, 3, 4]))
