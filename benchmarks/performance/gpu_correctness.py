@@ -83,7 +83,9 @@ def simone_reference(w: dict[str, Tensor], _: Any, s: Any, ids: Tensor, targets:
         return torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), 1)
 
     x, first_value = norm(w["model.embed_tokens.weight"][ids], "model.embed_norm"), None
+    entering = x
     for layer in (f"model.layers.{number}" for number in range(s.num_layers)):
+        entering = x
         y, attention = norm(x, f"{layer}.attention_norm"), f"{layer}.attention"
         query, key, value = (linear(y, f"{attention}.{p}_proj").view(batch, seq, -1, HEAD_WIDTH) for p in "qkv")
         query, key = (rotate(norm(p, f"{attention}.{n}_norm")) for p, n in ((query, "q"), (key, "k")))
@@ -104,12 +106,19 @@ def simone_reference(w: dict[str, Tensor], _: Any, s: Any, ids: Tensor, targets:
     x = norm(x, "model.final_norm")
     output = w.get("model.lm_head.weight", w["model.embed_tokens.weight"])
     logits = x @ output.T
-    nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(batch, seq)
-    nll = nll + s.z_loss_weight * logits.logsumexp(-1).square()
+    y = norm(entering, "model.pointer.norm")
+    query, key = (norm(linear(y, f"model.pointer.{n}_proj"), f"model.pointer.{n}_norm") for n in "qk")
+    scores = (query @ before(key).mT / HEAD_WIDTH**0.5).masked_fill(~causal, -torch.inf)
+    sentinel = linear(y, "model.pointer.sentinel") + HEAD_WIDTH**0.5
+    *pointed, share = torch.cat((scores, sentinel), -1).softmax(-1).split([seq, 1], -1)
+    own = share * logits.softmax(-1)
+    mixed = own + pointed[0] @ F.one_hot(ids, output.shape[0]).to(dtype)
+    own, likely = (probability.gather(-1, targets[..., None]).squeeze(-1) for probability in (own, mixed))
+    nll = s.z_loss_weight * (own / likely).detach() * logits.logsumexp(-1).square() - likely.log()
     loss = ((s.accuracy_weight + s.alignment_weight * alignment) * nll).mean()
     ahead = (x + linear(x, "loss.0.ahead"))[:, :-1] @ output.T
     weight = s.coherence_weight * (1 - PROGRESS / s.coherence_until)
-    return loss + weight * F.cross_entropy(ahead.flatten(0, 1), targets[:, 1:].flatten()), logits
+    return loss + weight * F.cross_entropy(ahead.flatten(0, 1), targets[:, 1:].flatten()), mixed.log()
 
 
 REFERENCES = {"mvlm_gpt2": gpt2_reference, "simone_enhanced": simone_reference}
@@ -159,6 +168,8 @@ class Case:
             # Vectors vary around 1 or 0, where they start.
             middle, spread = (0.0, weight.shape[1] ** -0.5) if weight.ndim > 1 else (weight.data.mean().round(), 0.3)
             weight.data = middle + spread * torch.randn(weight.shape, generator=generator)
+        if self.name == "simone_enhanced":
+            built.model.pointer.sentinel.bias.data.fill_(-HEAD_WIDTH**0.5)  # it starts where hardly a token is copied
         return built, modules.to(hardware.device).train()
 
     def _reference(self, dtype: torch.dtype) -> Answer:

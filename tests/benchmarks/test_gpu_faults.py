@@ -9,6 +9,8 @@ import transformers
 
 import mvlm_core.training.cross_entropy
 import prioritary_mvlm.advanced_losses
+import prioritary_mvlm.enhanced_trainer
+import simone_transformer.enhanced_model
 from benchmarks.performance import gpu_correctness
 from mvlm_core.hardware import choose_hardware
 from simone_transformer import modern_layers, rope_attention
@@ -151,6 +153,13 @@ def no_value_residual(monkeypatch, _model):
     monkeypatch.setattr(torch, "lerp", lambda own, first, share: own)
 
 
+def pointer_at_the_next_token(monkeypatch, _model):
+    right = rope_attention.point
+    wrong = lambda query, key, sentinel, ids, visible=None: right(query, key, sentinel, ids.roll(-1, 1), visible)  # noqa: E731
+    for module in (prioritary_mvlm.enhanced_trainer, simone_transformer.enhanced_model):
+        monkeypatch.setattr(module, "point", wrong)
+
+
 def norm_without_its_projection(monkeypatch, _model):
     """The backward pass alone: loss and logits are right."""
 
@@ -196,7 +205,10 @@ FAULTS = {
         embedding_looked_up_without_gradient,
     )
 }
-MODEL_2_FAULTS = {fault.__name__: fault for fault in (keys_not_shifted, no_value_residual, norm_without_its_projection)}
+MODEL_2_FAULTS = {
+    fault.__name__: fault
+    for fault in (keys_not_shifted, no_value_residual, pointer_at_the_next_token, norm_without_its_projection)
+}
 ALL = [(model, name, precision) for model in MODELS for name in FAULTS for precision in SHAPES]
 ALL += [("simone_enhanced", name, precision) for name in MODEL_2_FAULTS for precision in SHAPES]
 ALL.remove(("simone_enhanced", "no_value_residual", "bf16"))  # one layer has none
