@@ -86,7 +86,7 @@ def add_training(
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         adamw_learning_rate=config.adamw_learning_rate,
-        embedding_names=("embed_tokens", "lm_head", "policy_head", "memory_head", "sentinel"),
+        embedding_names=("embed_tokens", "lm_head", "policy_head", "memory_head"),
         muon_dtype=hardware.muon_dtype,
     )
 

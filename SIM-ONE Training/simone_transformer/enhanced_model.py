@@ -189,8 +189,9 @@ class EnhancedSIMONEPreTrainedModel(PreTrainedModel):
             # Through torch.nn.init, which transformers patches while it loads weights: what came from a file stays.
             nn.init.zeros_(module.previous_gain)
         if isinstance(module, PointerHead):
-            nn.init.zeros_(module.sentinel.weight)
-            nn.init.constant_(module.sentinel.bias, POINTER_START)
+            nn.init.constant_(module.sentinel, POINTER_START)
+            if module.policy_head is not None:
+                nn.init.zeros_(module.policy_head.weight)
 
     def _cache(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
         """The cache a forward pass fills: the one it is given, a new one where one is wanted, or None."""

@@ -29,6 +29,7 @@ TRACE_FIELDS = {
     "distance": "how far back attention looks, in tokens",
 }
 _TRACE_QUERY_ROWS = 128
+_POLICY_INPUTS = 12  # dimensions of a token's state that the gates read
 
 
 class RotaryEmbedding(nn.Module):
@@ -81,7 +82,8 @@ class EnhancedGovernanceAttention(nn.Module):
     """Multi-head causal attention with governance heads.
 
     - The **policy** head scales each head's output per token: a gate in (0, 2) (after gated attention, arXiv
-      2505.06708) that starts near 1, so that training begins near plain attention.
+      2505.06708, by a narrow slice of the token's state) that starts near 1, so that training begins near plain
+      attention. It also decides how much of a prediction the model's ``PointerHead`` makes.
     - The **memory** head is four things. Shifted keys: half of each key is the *previous* token's, so that a single
       layer can look for what followed such a token earlier (induction, arXiv 2209.11895). The previous token's value is
       returned for the feed-forward layer to read. And a value residual: per token and head, a learned share of the
@@ -111,7 +113,7 @@ class EnhancedGovernanceAttention(nn.Module):
         self.o_proj = nn.Linear(width, width, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.policy_head = nn.Linear(width, heads) if config.policy_head else None
+        self.policy_head = nn.Linear(min(_POLICY_INPUTS, width), heads) if config.policy_head else None
         self.shifts = config.memory_head
         self.memory_head = nn.Linear(width, heads) if config.memory_head and layer_index > 0 else None
 
@@ -143,7 +145,7 @@ class EnhancedGovernanceAttention(nn.Module):
 
         policy_logits = None
         if self.policy_head is not None:
-            policy_logits = self.policy_head(x)
+            policy_logits = self.policy_head(x[..., : self.policy_head.in_features])
             heads = heads * (2 * policy_logits.sigmoid()).unsqueeze(-1).to(heads.dtype)
         if context.head_outputs is not None:
             key = shift_keys(key) if self.shifts else key
@@ -160,7 +162,8 @@ class PointerHead(nn.Module):
 
     A pointer sentinel mixture (Merity et al., arXiv 1609.07843): one softmax over the context's tokens and a sentinel;
     what falls to the sentinel is the vocabulary's share of the prediction. As in shifted keys, a token's key is the
-    state *before* it, so that a query finds what followed a state like its own.
+    state *before* it, so that a query finds what followed a state like its own. The sentinel's score is the policy
+    head's, by the token's state; without that head it is the same everywhere.
 
     The states are those that enter the last layer, where a cache holds the keys as one more head.
     """
@@ -173,7 +176,8 @@ class PointerHead(nn.Module):
         self.k_proj = nn.Linear(width, self.head_dim, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.sentinel = nn.Linear(width, 1)
+        self.sentinel = nn.Parameter(torch.empty(1))
+        self.policy_head = nn.Linear(width, 1, bias=False) if config.policy_head else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The states ``[batch, seq, hidden_size]`` that enter the last layer to queries, keys (not yet shifted; both
@@ -181,7 +185,9 @@ class PointerHead(nn.Module):
         x = self.norm(x)
         query, key = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x))
         # Cosines times √head_dim are at most √head_dim: the sentinel starts above all of them.
-        sentinel = self.sentinel(x).squeeze(-1) + self.head_dim**0.5
+        sentinel = (self.sentinel + self.head_dim**0.5).expand(x.shape[:2])
+        if self.policy_head is not None:
+            sentinel = sentinel + self.policy_head(x).squeeze(-1)
         return query.unsqueeze(1), key.unsqueeze(1), sentinel
 
 

@@ -98,7 +98,7 @@ def simone_reference(w: dict[str, Tensor], _: Any, s: Any, ids: Tensor, targets:
         scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / HEAD_WIDTH**0.5
         probabilities = scores.masked_fill(~causal, -torch.inf).softmax(-1)
         read = torch.einsum("bhqk,bkhd->bqhd", probabilities, value)
-        read = read * 2 * linear(y, f"{attention}.policy_head").sigmoid()[..., None]
+        read = read * 2 * linear(y[..., :12], f"{attention}.policy_head").sigmoid()[..., None]
         x = x + linear(read.flatten(2), f"{attention}.o_proj")
         y, feed = norm(x, f"{layer}.feed_forward_norm"), f"{layer}.feed_forward"
         y = y + w[f"{layer}.previous_gain"] * before(value.flatten(2))
@@ -109,7 +109,7 @@ def simone_reference(w: dict[str, Tensor], _: Any, s: Any, ids: Tensor, targets:
     y = norm(entering, "model.pointer.norm")
     query, key = (norm(linear(y, f"model.pointer.{n}_proj"), f"model.pointer.{n}_norm") for n in "qk")
     scores = (query @ before(key).mT / HEAD_WIDTH**0.5).masked_fill(~causal, -torch.inf)
-    sentinel = linear(y, "model.pointer.sentinel") + HEAD_WIDTH**0.5
+    sentinel = linear(y, "model.pointer.policy_head") + w["model.pointer.sentinel"] + HEAD_WIDTH**0.5
     *pointed, share = torch.cat((scores, sentinel), -1).softmax(-1).split([seq, 1], -1)
     own = share * logits.softmax(-1)
     mixed = own + pointed[0] @ F.one_hot(ids, output.shape[0]).to(dtype)
@@ -169,7 +169,7 @@ class Case:
             middle, spread = (0.0, weight.shape[1] ** -0.5) if weight.ndim > 1 else (weight.data.mean().round(), 0.3)
             weight.data = middle + spread * torch.randn(weight.shape, generator=generator)
         if self.name == "simone_enhanced":
-            built.model.pointer.sentinel.bias.data.fill_(-HEAD_WIDTH**0.5)  # it starts where hardly a token is copied
+            built.model.pointer.sentinel.data.fill_(-HEAD_WIDTH**0.5)  # it starts where hardly a token is copied
         return built, modules.to(hardware.device).train()
 
     def _reference(self, dtype: torch.dtype) -> Answer:
