@@ -14,7 +14,7 @@ OUTPUT_DIR = REPOSITORY_ROOT / "models" / "simone_enhanced"
 EXAMPLES = """examples:
   python enhanced_train.py                       train with the preset that fits this machine
   python enhanced_train.py --preset smoke        a minute, to see that everything works
-  python enhanced_train.py --policy_head --coherence_weight 0.2
+  python enhanced_train.py --no_policy_head --coherence_weight 0.2
 Run it again after an interruption: it resumes from the newest checkpoint.
 """
 

@@ -46,8 +46,7 @@ def test_a_flag_beats_the_preset_and_the_preset_the_default():
 def test_a_head_has_a_flag_for_on_and_one_for_off():
     heads = ("policy_head", "memory_head", "trace_head")
     for given, wanted in (
-        ([], (False, True, True)),
-        (["--policy_head"], (True, True, True)),
+        ([], (True, True, True)),
         ([f"--no_{name}" for name in heads], (False, False, False)),
         (["--no_policy_head", "--policy_head"], (True, True, True)),  # the last one holds
     ):
@@ -141,7 +140,7 @@ def test_heads_of_an_odd_width_and_losses_of_no_weight_are_refused():
     with pytest.raises(UserError, match="a multiple of 4"):
         parse(PrioritaryConfig, "--preset", "smoke", "--hidden_dim", "60", "--num_heads", "4")
     with pytest.raises(UserError, match="both 0"):
-        parse(PrioritaryConfig, "--preset", "smoke", "--accuracy_weight", "0")
+        parse(PrioritaryConfig, "--preset", "smoke", "--accuracy_weight", "0", "--alignment_weight", "0")
 
 
 @pytest.mark.parametrize(

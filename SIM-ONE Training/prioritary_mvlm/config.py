@@ -20,7 +20,6 @@ SMALL = {
     "adamw_learning_rate": 0.015,
     "lr_schedule": "linear",
     "output_head": "own",
-    "coherence_weight": 0.3,
 }
 
 
@@ -61,13 +60,16 @@ class PrioritaryConfig(BibleSettings):
         minimum=1,
         aliases=("num_members",),
     )
-    # Off because its gain was within the noise (benchmarks/LOG.md).
-    policy_head: bool = _own(False, "gate on each attention head's output", "governance", both_ways=True)
-    memory_head: bool = _own(True, "shifted keys, and a value residual", "governance", both_ways=True)
+    policy_head: bool = _own(
+        True, "gates on what each attention head and the memory's pointer say", "governance", both_ways=True
+    )
+    memory_head: bool = _own(
+        True, "shifted keys, a value residual, and a pointer that copies", "governance", both_ways=True
+    )
     trace_head: bool = _own(True, "traces of the other heads and the attention", "governance", both_ways=True)
-    accuracy_weight: float = _own(1.0, "weight of next-token cross-entropy", "loss", minimum=0)
-    alignment_weight: float = _own(0.0, "weight of the same, weighted by document quality", "loss", minimum=0)
-    coherence_weight: float = _own(0.0, "starting weight of predicting the token after the next", "loss", minimum=0)
+    accuracy_weight: float = _own(0.5, "weight of next-token cross-entropy", "loss", minimum=0)
+    alignment_weight: float = _own(0.5, "weight of the same, weighted by document quality", "loss", minimum=0)
+    coherence_weight: float = _own(0.3, "starting weight of predicting the token after the next", "loss", minimum=0)
     coherence_until: float = _own(
         0.5, "share of the run after which the coherence weight is 0", "loss", above=0, maximum=1
     )

@@ -36,6 +36,11 @@ def gelu(model: EnhancedSIMONEModel) -> None:
         layer.feed_forward = nn.Sequential(up, nn.GELU("tanh"), down).apply(model._init_weights)
 
 
+def no_pointer(model: EnhancedSIMONEModel) -> None:
+    """Every token from the vocabulary's softmax; the rest of the memory head stays."""
+    model.pointer = None
+
+
 def plain_queries(model: EnhancedSIMONEModel) -> None:
     """Queries and keys as they are projected, not normalised."""
     for layer in model.layers:
@@ -52,7 +57,7 @@ def learned_positions(model: EnhancedSIMONEModel) -> None:
 
 
 CLASSIC_PARTS: dict[str, Callable[[EnhancedSIMONEModel], None]] = {
-    part.__name__: part for part in (layer_norm, gelu, plain_queries, learned_positions)
+    part.__name__: part for part in (layer_norm, gelu, no_pointer, plain_queries, learned_positions)
 }
 
 

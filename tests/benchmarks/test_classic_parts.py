@@ -37,10 +37,10 @@ def test_a_classic_part_is_in_the_model_trains_and_spends_the_same(part, tmp_pat
 def test_what_each_part_replaces(tmp_path):
     models = {part: built(part, tmp_path).model.eval() for part in CLASSIC_PARTS}
     kinds = {part: [type(module).__name__ for module in model.modules()] for part, model in models.items()}
-    # Two a layer beside the embedding's and the last; queries' and keys' stay.
-    assert kinds["layer_norm"].count("LayerNorm") == 2 * 3 + 2 and kinds["layer_norm"].count("RMSNorm") == 2 * 3
+    # Two a layer beside the embedding's and the last; queries' and keys' stay, and the pointer's three.
+    assert kinds["layer_norm"].count("LayerNorm") == 2 * 3 + 2 and kinds["layer_norm"].count("RMSNorm") == 2 * 3 + 3
     assert kinds["gelu"].count("GELU") == 3 and "SwiGLU" not in kinds["gelu"]
-    assert kinds["plain_queries"].count("RMSNorm") == 2 * 3 + 2
+    assert kinds["plain_queries"].count("RMSNorm") == 2 * 3 + 2 + 3
     # Without rotation a position is known by its embedding alone.
     model, ids = models["learned_positions"], torch.full((1, 8), 7)
     model.embed_tokens.positions.zero_()
