@@ -51,7 +51,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--trace",
         action="store_true",
         help="then print what model 2's governance heads did at each token, averaged over layers and heads: policy "
-        "gate, memory share, attention entropy in nats and attention distance in tokens",
+        "gate, memory share, attention entropy in nats and attention distance in tokens; and how much of it was copied",
     )
     options = parser.parse_args(arguments)
     problems = [
@@ -107,13 +107,10 @@ def generate(model: Any, tokenizer: Any, ids: Tensor, options: argparse.Namespac
 
 def trace_table(model: Any, tokenizer: Any, ids: Tensor) -> str:
     """The governance heads' traces at each token of ``ids [1, seq]``, averaged over layers and heads."""
-    import torch
-
-    with torch.inference_mode():
-        traces = model(ids, output_traces=True, use_cache=False).traces
-    means = torch.stack(traces).mean(dim=(0, 3))[0]  # layers, batch, tokens, heads, fields → tokens, fields
-    lines = [f"{'token':20}" + "".join(f"{name:>10}" for name in model.trace_fields)]
-    for token, values in zip(ids[0].tolist(), means.tolist(), strict=True):
+    found = model.token_traces(ids)
+    lines = [f"{'token':20}" + "".join(f"{name:>10}" for name in found)]
+    rows = zip(*(values for _, values in found.values()), strict=True)
+    for token, values in zip(ids[0].tolist(), rows, strict=True):
         lines.append(f"{repr(tokenizer.decode([token]))[1:-1]:20}" + "".join(f"{value:10.3f}" for value in values))
     return "\n".join(lines)
 

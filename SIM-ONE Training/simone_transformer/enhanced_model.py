@@ -39,6 +39,9 @@ from .rope_attention import (
 POINTER_START = 4.0
 
 
+COPIED = "share of the token's probability that was copied from a like place earlier in the text"
+
+
 class EnhancedSIMONEConfig(PreTrainedConfig):
     """Shape and switches of the model.
 
@@ -181,6 +184,23 @@ class EnhancedSIMONEPreTrainedModel(PreTrainedModel):
     def trace_fields(self) -> dict[str, str]:
         """Name and meaning of each field of ``traces``, in their order; empty where the model reports none."""
         return dict(TRACE_FIELDS) if self.config.trace_head else {}
+
+    @torch.inference_mode()
+    def token_traces(self, input_ids: Tensor) -> dict[str, tuple[str, list[float]]]:
+        """Of a text ``[1, seq]``, by name: what a field says, and its value at each token.
+
+        The fields of ``traces``, averaged over layers and heads, and with a pointer "copied".
+        """
+        output = self(input_ids, output_traces=True, use_cache=False)
+        means = torch.stack(output.traces).float().mean(dim=(0, 3))[0]
+        columns = means.T.tolist()
+        found = {name: (says, values) for (name, says), values in zip(TRACE_FIELDS.items(), columns, strict=True)}
+        if output.pointing is not None:
+            targets = input_ids[:, 1:]
+            copied = output.pointing.last(slice(-1)).at(targets)
+            whole = output.logits[:, :-1].gather(-1, targets[..., None]).squeeze(-1)
+            found["copied"] = COPIED, [0.0, *(copied - whole).exp()[0].tolist()]
+        return found
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -95,14 +95,11 @@ def ask(exports: dict[str, Path], corpus: Corpus, *, device: str, seed: int) -> 
 
 
 def _trace(model: Any, tokens: list[int]) -> dict[str, tuple[str, list[float]]]:
-    """Meaning and values of each field of the trace: means over layers and heads, for every token but the first."""
+    """Meaning and values of each field of the trace, for every token but the first."""
     import torch
 
-    with torch.inference_mode():
-        output = model(torch.tensor([tokens], device=model.device), output_traces=True, use_cache=False)
-    means = torch.stack(output.traces).float().mean(dim=(0, 3))[0, 1:]
-    fields = model.trace_fields.items()
-    return {name: (meaning, values) for (name, meaning), values in zip(fields, means.T.tolist(), strict=True)}
+    found = model.token_traces(torch.tensor([tokens], device=model.device))
+    return {name: (meaning, values[1:]) for name, (meaning, values) in found.items()}
 
 
 def heat(values: list[float]) -> list[float]:

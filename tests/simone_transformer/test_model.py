@@ -128,6 +128,21 @@ def test_the_pointer_finds_what_followed_the_same_word():
 
 
 @torch.no_grad()
+def test_the_trace_of_a_text_says_what_was_copied():
+    model, ids = make_model(), torch.tensor([[2, 5, 6, 5, 7, 6]])
+    found = model.token_traces(ids)
+    assert list(found) == [*TRACE_FIELDS, "copied"] and {len(values) for _, values in found.values()} == {6}
+    output = model(ids, use_cache=False, output_traces=True)
+    torch.testing.assert_close(
+        torch.tensor(found["policy"][1]), torch.stack(output.traces)[..., 0].mean(dim=(0, 1, 3)), rtol=0, atol=1e-5
+    )
+    copied = [value > 0 for value in found["copied"][1]]
+    assert copied == [False, False, False, True, False, True], "only what stood there before can be copied"
+    weight = output.pointing.tokens[0, 2, 1].exp()  # of the 5, where the next one is predicted
+    assert found["copied"][1][3] == pytest.approx((weight / output.logits[0, 2, 5].exp()).item(), rel=1e-4)
+
+
+@torch.no_grad()
 def test_unknown_tokens_are_not_pointed_at():
     """Embeddings say nothing of their tokens: the vocabulary has all of the prediction, and later tokens' keys hold."""
     model, ids = make_model(), tokens(2, 12)
