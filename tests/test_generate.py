@@ -59,11 +59,11 @@ def test_the_trace_has_a_row_for_each_token(trained, capsys):
         "--device", "cpu",
     )  # fmt: skip
     head, *rows = text[text.index("token  ") :].splitlines()
-    assert head.split() == ["token", "policy", "memory", "entropy", "distance"]
+    assert head.split() == ["token", "policy", "memory", "entropy", "distance", "copied"]
     for row in rows:
-        policy, memory, entropy, distance = map(float, row.split()[-4:])
-        assert 0 <= policy <= 2 and 0 <= memory <= 1 and entropy >= 0 and distance >= 0
-    assert float(rows[0].split()[-1]) == 0, "the first token can look at itself only"
+        policy, memory, entropy, distance, copied = map(float, row.split()[-5:])
+        assert 0 <= policy <= 2 and 0 <= memory <= 1 and entropy >= 0 and distance >= 0 and 0 <= copied <= 1
+    assert rows[0].split()[-2:] == ["0.000", "0.000"], "the first token can look at itself only, and copies nothing"
 
 
 def test_a_gpt2_has_no_trace(trained):

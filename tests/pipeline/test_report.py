@@ -69,7 +69,7 @@ def test_samples_stand_side_by_side_and_traces_have_a_span_a_token(run):
     assert len(traces) == 2 * 5, "two verses, five fields, of the one model that has traces"
     assert page.count("how widely attention is spread, in nats") == 2
     counts = [trace.count("<span") for trace in traces]
-    assert counts[0] > 10 and counts == [counts[0]] * 4 + [counts[4]] * 4
+    assert counts[0] > 10 and counts == [counts[0]] * 5 + [counts[5]] * 5
     first_distances = [float(re.search(r'title="([\d.]+)"', traces[number])[1]) for number in (3, 8)]
     assert min(first_distances) > 0, "the start token, which sees only itself, is left out"
     assert all(0 <= float(share) <= 0.55 for share in re.findall(r"var\(--blue\) / ([\d.]+)\)", page))
