@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from mvlm_core.errors import UserError, printable, run_main
 from mvlm_core.export.file_checks import checked_export
 from mvlm_core.hardware import DEVICES, set_process_environment
+from mvlm_core.settings import READABLE
 from prioritary_mvlm.config import MODELLING_FILES
 
 if TYPE_CHECKING:
@@ -41,8 +42,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("model", metavar="MODEL", type=Path, help="export folder, unpacked archive or .tar.gz")
     add("prompt", nargs="?", default="", help="text to continue [default: the start of a document]")
     add("--max_new_tokens", type=int, default=100, help="longest continuation in tokens [default 100]")
-    add("--temperature", type=float, default=0.8, help="lower is safer, higher is wilder; 0 decodes greedily [0.8]")
-    add("--top_p", type=float, default=0.95, help="sample from the most likely tokens of this total probability [0.95]")
+    add(
+        "--temperature",
+        type=float,
+        default=READABLE.temperature,
+        help="lower is safer, higher is wilder; 0: greedy [%(default)s]",
+    )
+    add(
+        "--top_p",
+        type=float,
+        default=READABLE.top_p,
+        help="sample from the likeliest tokens of this total probability [%(default)s]",
+    )
     add("--top_k", type=int, default=0, help="sample from this many most likely tokens; 0: no such limit [0]")
     add("--samples", type=int, default=1, help="continuations, with seeds seed, seed + 1, … [default 1]")
     add("--seed", type=int, default=0, help="random seed of the first sample [default 0]")

@@ -29,6 +29,19 @@ VALIDATION_TEXTS = ("primary", "all")
 UNLESS_DEFAULT = "unless default"
 LENGTHS = ("num_epochs", "max_steps", "max_tokens", "max_bytes", "max_hours")
 Settings = TypeVar("Settings", bound="TrainingSettings")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How text is drawn from a model: nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751) at a temperature."""
+
+    temperature: float = 1.0
+    top_p: float = 0.95
+
+
+# What exports, generate.py and the report write with: of those tried the nearest to the books' own repetition and
+# predictability (benchmarks/experiments/decoding.py).
+READABLE = Sampling(temperature=0.8, top_p=0.95)
 SMALLEST_VOCABULARY = 260  # 256 bytes and four special tokens
 _BOUNDS = {
     "minimum": ("at least", operator.ge),

@@ -34,7 +34,6 @@ from .rope_attention import (
     point,
 )
 
-
 # How far above every token of the context the pointer's sentinel starts: with almost all of the prediction.
 POINTER_START = 4.0
 

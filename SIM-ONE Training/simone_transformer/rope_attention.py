@@ -1,7 +1,7 @@
 """Causal self-attention with rotary positions and three governance heads: policy, memory and trace.
 
-Training reads ``EnhancedGovernanceAttention.forward``, ``PointerHead.forward`` and what stands above them. What a cache,
-padding, traces and other kernels need stands below, in ``ForwardContext`` and functions of their own.
+Training reads ``EnhancedGovernanceAttention``, ``PointerHead`` and what stands above them. What a cache, padding,
+traces and other kernels need stands below, in ``ForwardContext`` and functions of their own.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ class Pointing(NamedTuple):
         return self.tokens.masked_fill(~same, torch.finfo(self.tokens.dtype).min).logsumexp(-1)
 
     def mixed_with(self, logits: Tensor) -> Tensor:
-        """The whole prediction's log probabilities ``[batch, seq, vocab]``, of which the vocabulary's are ``logits``."""
+        """Log probabilities of the whole prediction, from the vocabulary's ``logits``; both ``[batch, seq, vocab]``."""
         own = logits.log_softmax(-1, dtype=self.tokens.dtype) + self.vocabulary[..., None]
         ids = self.ids[:, None].expand_as(self.tokens)
         copied = torch.zeros_like(own).scatter_add(2, ids, self.tokens.exp())

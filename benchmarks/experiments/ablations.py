@@ -41,7 +41,9 @@ def lines(preset: str) -> dict[str, Line]:
         "no_memory": full("without the memory head", {"memory_head": False}),
         "no_pointer": full("without the memory head's pointer", classic_part="no_pointer"),
         "no_coherence": full("without the coherence part of the loss", {"coherence_weight": 0.0}),
-        "no_alignment": full("accuracy in place of content alignment", {"accuracy_weight": 1.0, "alignment_weight": 0.0}),
+        "no_alignment": full(
+            "accuracy in place of content alignment", {"accuracy_weight": 1.0, "alignment_weight": 0.0}
+        ),
         "no_z_loss": full("without z-loss", {"z_loss_weight": 0.0}),
         "learned_positions": full("learned positions for rotary ones", classic_part="learned_positions"),
         "plain_queries": full("queries and keys not normalised", classic_part="plain_queries"),

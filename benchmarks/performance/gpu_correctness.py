@@ -169,7 +169,7 @@ class Case:
             middle, spread = (0.0, weight.shape[1] ** -0.5) if weight.ndim > 1 else (weight.data.mean().round(), 0.3)
             weight.data = middle + spread * torch.randn(weight.shape, generator=generator)
         if self.name == "simone_enhanced":
-            built.model.pointer.sentinel.data.fill_(-HEAD_WIDTH**0.5)  # it starts where hardly a token is copied
+            built.model.pointer.sentinel.data.fill_(-(HEAD_WIDTH**0.5))  # it starts where hardly a token is copied
         return built, modules.to(hardware.device).train()
 
     def _reference(self, dtype: torch.dtype) -> Answer:

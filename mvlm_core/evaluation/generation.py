@@ -13,6 +13,7 @@ from torch import Tensor
 from mvlm_core.data.verses import Verse, followed_by
 from mvlm_core.evaluation.bits_per_byte import context_of, encode
 from mvlm_core.evaluation.results import Mean, mean
+from mvlm_core.settings import Sampling
 
 _CHARACTERS = 16  # more than an average token has: text further back would be encoded only to be cut off
 
@@ -32,15 +33,14 @@ def continuations(
     prompts: Sequence[list[int]],
     lengths: Sequence[int],
     *,
-    sample: bool = False,
+    sample: Sampling | None = None,
     seed: int = 0,
     batch_size: int = 32,
 ) -> list[str]:
     """The text of ``lengths[i]`` tokens after ``prompts[i]``; special tokens are suppressed, so none ends early.
 
     Args:
-        sample: nucleus sampling with p = 0.95 (Holtzman et al. 2020, arXiv:1904.09751) at temperature 1 instead of
-            greedy decoding. The same seed gives the same text, whatever shares a batch with it.
+        sample: how to draw; None decodes greedily. The same seed gives the same text, whatever shares a batch with it.
 
     Raises:
         ValueError: a prompt and its continuation do not fit into the model's context.
@@ -59,7 +59,7 @@ def continuations(
 
 
 def _continue(
-    model: Any, tokenizer: Any, prompts: list[list[int]], length: int, chances: Tensor, sample: bool
+    model: Any, tokenizer: Any, prompts: list[list[int]], length: int, chances: Tensor, sample: Sampling | None
 ) -> list[list[int]]:
     """``length`` new tokens after each prompt.
 
@@ -86,7 +86,10 @@ def _continue(
             logits_to_keep=1,
         )
         cache, logits = output.past_key_values, output.logits[:, -1].float().index_fill(1, suppressed, -math.inf)
-        ids = nucleus(logits, chances[:, step]) if sample else logits.argmax(dim=1, keepdim=True)
+        if sample is None:
+            ids = logits.argmax(dim=1, keepdim=True)
+        else:
+            ids = nucleus(logits / sample.temperature, chances[:, step], sample.top_p)
         found.append(ids)
         # What a row writes beyond the context is not read, but it must have a position that the model knows.
         positions = (positions[:, -1:] + 1).clamp(max=context_of(model) - 1)
@@ -138,7 +141,7 @@ def repetition(
             references.append(text)
     greedy, sampled = (
         continuations(model, tokenizer, prompts, lengths, sample=sample, seed=seed, batch_size=batch_size)
-        for sample in (False, True)
+        for sample in (None, Sampling())
     )
     found = {"greedy": greedy, "sampled": sampled, "reference": references}
     return {name: diversity([text.split()[:words] for text in texts]) for name, texts in found.items()}

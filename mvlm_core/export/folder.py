@@ -14,6 +14,7 @@ from typing import Any
 from mvlm_core.export.manifest import MANIFEST, TRAINING_CONFIG, ArchiveError, read_manifest, write_manifest
 from mvlm_core.export.plots import plot_history
 from mvlm_core.files import LOCK_NAME, fsync_path, sha256_file, write_json_atomic
+from mvlm_core.settings import READABLE
 
 STAGING_NAME = ".export"
 
@@ -29,6 +30,7 @@ def stage_model(model: Any, tokenizer: Any, history: list[dict[str, Any]], title
     staging = output_dir / STAGING_NAME
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
+    model.generation_config.update(do_sample=True, temperature=READABLE.temperature, top_p=READABLE.top_p)
     model.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
     _name_tokenizer_class(staging / "tokenizer_config.json")

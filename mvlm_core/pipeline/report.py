@@ -19,6 +19,7 @@ from mvlm_core.hardware import choose_hardware
 from mvlm_core.pipeline.comparison import baseline_lines, evaluation_rows, metric_rows
 from mvlm_core.pipeline.plots import figures
 from mvlm_core.run_layout import Layout, training_history
+from mvlm_core.settings import READABLE
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 CONTINUATION = 80  # tokens
@@ -81,7 +82,7 @@ def ask(exports: dict[str, Path], corpus: Corpus, *, device: str, seed: int) -> 
         room = context_of(model)
         length = min(CONTINUATION, room // 2)
         ids = [prompt_ids(tokenizer, prompt, room - length) for prompt, _, _ in prompts]
-        written[name] = continuations(model, tokenizer, ids, [length] * len(ids), sample=True, seed=seed)
+        written[name] = continuations(model, tokenizer, ids, [length] * len(ids), sample=READABLE, seed=seed)
         if getattr(model, "trace_fields", None):
             for text, source in traced:
                 tokens = prompt_ids(tokenizer, text, room)

@@ -73,7 +73,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight += gradient.t() @ scaled
         grad_share = grad_other = None
         if log_share is not None:
-            grad_share, grad_other = -token_weights * responsibility / count, token_weights * (responsibility - 1) / count
+            grad_share, grad_other = (
+                -token_weights * responsibility / count,
+                token_weights * (responsibility - 1) / count,
+            )
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight[:vocab], grad_share, grad_other)
         ctx.mark_non_differentiable(nll)
         loss = (token_weights * (nll + z_loss * responsibility * log_partition.square())).sum() / count

@@ -8,6 +8,7 @@ import torch
 from mvlm_core.data.verses import followed_by, sample_verses, verses_of
 from mvlm_core.evaluation.bits_per_byte import encode
 from mvlm_core.evaluation.generation import continuations, diversity, nucleus, prompt_ids, repetition
+from mvlm_core.settings import Sampling
 from tests.evaluation import CONTEXT
 
 
@@ -58,11 +59,11 @@ def test_sampling_follows_the_seed_and_leaves_other_random_numbers_alone(tokeniz
     prompts = [[tokenizer.bos_token_id]] * 6
     before = torch.random.get_rng_state()
     one, again, other = (
-        continuations(overfitted, tokenizer, prompts, [12] * 6, sample=True, seed=seed) for seed in (1, 1, 2)
+        continuations(overfitted, tokenizer, prompts, [12] * 6, sample=Sampling(), seed=seed) for seed in (1, 1, 2)
     )
     assert one == again != other and len(set(one)) > 1
     assert torch.equal(before, torch.random.get_rng_state())
-    few = continuations(overfitted, tokenizer, prompts, [12] * 6, sample=True, seed=1, batch_size=4)
+    few = continuations(overfitted, tokenizer, prompts, [12] * 6, sample=Sampling(), seed=1, batch_size=4)
     assert few == one, "a text does not depend on what shares its batch"
 
 
@@ -98,4 +99,5 @@ def test_greedy_text_repeats_more_than_sampled_or_real_text(corpus, make, tokeni
     stuck = make()
     with torch.no_grad():
         stuck.lm_head.weight.zero_()  # all tokens equal: greedy decoding always takes the first
+        stuck.pointer.sentinel.fill_(100.0)  # and none is copied
     assert repetition(stuck, tokenizer, verses, words=24)["greedy"].words < 2

@@ -288,8 +288,13 @@ def test_switched_off_heads_have_no_weights():
     both, heads, width, layers = count(), 4, 32, 3
     assert both - count(policy_head=False) == layers * heads * (12 + 1) + width
     assert both - count(memory_head=False) == (
-        (layers - 1) * heads * (width + 1) + layers * width + 2 * width * (width // heads) + width + 2 * (width // heads)
-        + width + 1
+        (layers - 1) * heads * (width + 1)
+        + layers * width
+        + 2 * width * (width // heads)
+        + width
+        + 2 * (width // heads)
+        + width
+        + 1
     )
     assert both == count(trace_head=False)
 

@@ -60,7 +60,10 @@ def loss_and_gradients(made, sequences):
 
 @pytest.mark.parametrize(("model", "layers"), [("mvlm_gpt2", 1), ("simone_enhanced", 3)])
 def test_twelve_layers_are_one_to_three_graphs_of_fixed_shapes(model, layers, graphs, tmp_path):
-    """Model 2's first layer has no value residual, and its pointer is a graph. The loss is a graph more, and model 2's coherence another one."""
+    """Model 2's first layer has no value residual, and its pointer is a graph.
+
+    The loss is a graph more, and model 2's coherence another one.
+    """
     changes = {"coherence_weight": 0.3, "alignment_weight": 0.5} if model == "simone_enhanced" else {}
     plain, compiled = (built(model, tmp_path, compiled=each, **changes) for each in (False, True))
     for sequences in (4, 4):

@@ -1,0 +1,121 @@
+"""How should text be drawn from a trained model? Temperatures and nuclei beside the books' own text.
+
+    python -m benchmarks.experiments.decoding models/mvlm_gpt2 models/simone_enhanced
+
+Each setting continues the same validation verses by 64 words. Of the continuations, and of what the books have there:
+repeated word 4-grams, distinct word bigrams, and bits per byte by a judge that is no neural network, PPMd primed with
+the train text. What lies nearest to the books' own values, each difference relative to it, is marked.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks import command
+from mvlm_core.data.corpus import Corpus, load_corpus
+from mvlm_core.data.verses import followed_by, sample_verses, verses_of
+from mvlm_core.errors import UserError, run_main
+from mvlm_core.evaluation.compression import METHODS
+from mvlm_core.hardware import set_process_environment
+from mvlm_core.settings import DEFAULT_DATA_DIR, Sampling
+
+WORDS = 64
+GREEDY = "greedy"
+TEMPERATURES, NUCLEI = (0.6, 0.7, 0.8, 0.9, 1.0), (0.9, 0.95, 1.0)
+
+
+def settings() -> dict[str, Sampling | None]:
+    drawn = {f"temperature {t:g}, top-p {p:g}": Sampling(t, p) for t in TEMPERATURES for p in NUCLEI}
+    return {GREEDY: None} | drawn
+
+
+class Judge:
+    """Bits per byte of some text by PPMd, order 16, primed with the primary translation's train text."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        train = corpus.primary_part("train") or corpus.split("train")
+        self.train = "".join(document.read() for document in train).encode()
+        self.size = METHODS["ppmd_order_16"][1]
+        self.alone = self.size(self.train)
+
+    def bits_per_byte(self, texts: list[str]) -> float:
+        data = "\n".join(texts).encode()
+        return 8 * (self.size(self.train + data) - self.alone) / len(data)
+
+
+def measured(texts: list[str], judge: Judge) -> dict[str, float]:
+    from mvlm_core.evaluation.generation import diversity
+
+    words = [text.split()[:WORDS] for text in texts]
+    found = diversity(words)
+    bits = judge.bits_per_byte([" ".join(part) for part in words])
+    return {"rep_4": found.rep_4.value, "distinct_2": found.distinct_2, "bits_per_byte": bits}
+
+
+def distance(found: dict[str, float], books: dict[str, float]) -> float:
+    """Of distinct bigrams and predictability from the books' own, relative, and of the repeated 4-grams, absolute: the
+    books have next to none."""
+    relative = sum(abs(found[name] / books[name] - 1) for name in ("distinct_2", "bits_per_byte"))
+    return relative + abs(found["rep_4"] - books["rep_4"])
+
+
+def measure(export: Path, corpus: Corpus, judge: Judge, count: int, seed: int) -> dict[str, dict[str, float]]:
+    """By setting, and of the books' own text, what is in ``measured``."""
+    from mvlm_core.evaluation.bits_per_byte import context_of, encode, load_export
+    from mvlm_core.evaluation.generation import continuations, prompt_ids
+
+    model, tokenizer = load_export(export)
+    held_out = corpus.primary_part("validation") or corpus.split("validation")
+    verses = sample_verses((v for v in verses_of(held_out) if followed_by(v, WORDS) is not None), count, seed)
+    own = [followed_by(verse, WORDS) or "" for verse in verses]
+    lengths = [min(len(encode(tokenizer, text)) * 5 // 4 + 8, context_of(model) // 2) for text in own]
+    rooms = [context_of(model) - length for length in lengths]
+    prompts = [prompt_ids(tokenizer, verse.before, room) for verse, room in zip(verses, rooms, strict=True)]
+    found = {"the books": measured(own, judge)}
+    for name, sample in settings().items():
+        found[name] = measured(continuations(model, tokenizer, prompts, lengths, sample=sample, seed=seed), judge)
+    return found
+
+
+def table(found: dict[str, dict[str, float]], title: str) -> str:
+    books = found["the books"]
+    apart = {name: distance(values, books) for name, values in found.items() if name != "the books"}
+    best = min(apart, key=lambda name: apart[name])
+    rows = [
+        (
+            f"**{name}**" if name == best else name,
+            f"{values['rep_4']:.1%}",
+            f"{values['distinct_2']:.1%}",
+            f"{values['bits_per_byte']:.3f}",
+            f"{apart[name]:.3f}" if name in apart else "",
+        )
+        for name, values in found.items()
+    ]
+    return command.table((title, "repeated 4-grams", "distinct 2-grams", "bits/byte by PPMd", "distance"), rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = command.new_parser(__doc__)
+    parser.add_argument("models", metavar="MODEL", nargs="+", type=Path, help="export folders")
+    parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR)
+    parser.add_argument("--verses", type=int, default=64, help="to continue [default 64]")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    problems = command.below_one(options, "verses")
+    problems += [f"{folder}: no such folder" for folder in options.models if not folder.is_dir()]
+    if problems:
+        raise UserError(problems)
+    set_process_environment()
+    corpus = load_corpus(options.data_dir)
+    judge, found = Judge(corpus), {}
+    tables: list[Any] = []
+    for folder in options.models:
+        found[folder.name] = measure(folder, corpus, judge, options.verses, options.seed)
+        tables.append(table(found[folder.name], folder.name))
+    command.show("\n\n".join(tables), found, options)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
