@@ -36,7 +36,8 @@ class _RMSNorm(torch.autograd.Function):
         normalised, weight, scale = ctx.saved_tensors
         gain = weight.to(gradient.dtype)
         product = gradient * normalised
-        along = product @ gain.unsqueeze(-1) / gain.shape[0]
+        # Summed in float32 at least: a product with one column is a slow kernel and rounds to the gradient's type.
+        along = (product * gain).sum(-1, keepdim=True, dtype=scale.dtype) / gain.shape[0]
         grad_x = (gradient * gain - normalised * along) * scale
         return grad_x.to(ctx.input_dtype), product.flatten(0, -2).sum(0, dtype=weight.dtype), None, None
 

@@ -309,6 +309,18 @@ def test_rmsnorm_is_torchs_forward_and_backward(dtype, tolerance):
         assert (mine.double() - right).norm() < tolerance * right.norm()
 
 
+def test_rmsnorm_sums_its_gradient_in_float32():
+    torch.manual_seed(0)
+    norm = RMSNorm(160)
+    norm.weight.data.normal_()
+    x, gradient = torch.randn(512, 160, requires_grad=True), torch.randn(512, 160).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        norm(x).backward(gradient)
+    exact = x.detach().double().requires_grad_()
+    F.rms_norm(exact, (160,), norm.weight.detach().double(), norm.eps).backward(gradient.double())
+    assert (x.grad - exact.grad).norm() < 2.5e-3 * exact.grad.norm(), "2.8e-3 where the sum is rounded to bfloat16"
+
+
 def test_rmsnorm_gives_the_type_that_autocast_multiplies_in():
     norm, x = RMSNorm(16), torch.randn(2, 16, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
