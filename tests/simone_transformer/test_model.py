@@ -309,6 +309,21 @@ def test_rmsnorm_is_torchs_forward_and_backward(dtype, tolerance):
         assert (mine.double() - right).norm() < tolerance * right.norm()
 
 
+def test_under_autocast_the_stream_stays_in_float32_and_attention_in_autocasts_type():
+    model, seen = make_model().train(), {}
+    for number, layer in enumerate(model.layers):
+        layer.register_forward_hook(lambda _, given, made, n=number: seen.update({n: (given[0].dtype, made[0].dtype)}))
+        layer.attention.register_forward_hook(
+            lambda _, given, made, n=number: seen.update({f"attention {n}": {t.dtype for t in (*given[:1], *given[1])}})
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.hidden_states(torch.arange(12)[None])
+    assert hidden.dtype == torch.bfloat16, "what the output embedding multiplies"
+    for number in range(len(model.layers)):
+        assert seen[number] == (torch.float32, torch.float32)
+        assert seen[f"attention {number}"] == {torch.bfloat16}, "the fused kernels want one type, tables included"
+
+
 def test_rmsnorm_sums_its_gradient_in_float32():
     torch.manual_seed(0)
     norm = RMSNorm(160)
