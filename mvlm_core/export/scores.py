@@ -92,7 +92,7 @@ def differences(stored: Score, found: Score, context: int, tolerance: float) -> 
             sums = [sums[0] + known.windows[number], sums[1] + nats]
             if not _alike(known.windows[number], nats, _WINDOW_TOLERANCE * tolerance):
                 problems.append(f"{key}, window {number}: {nats} nats, recorded in training: {known.windows[number]}")
-    if not _alike(*sums, tolerance):
+    if not _alike(sums[0], sums[1], tolerance):
         problems.append(f"all windows of the sample: {sums[1]} nats, recorded in training: {sums[0]}")
     return sorted(problems)
 
