@@ -26,6 +26,7 @@ from mvlm_core.errors import UserError, run_main
 from mvlm_core.export.file_checks import checked_export
 from mvlm_core.files import read_json, sha256_file, write_json_atomic
 from mvlm_core.hardware import DEVICES, choose_hardware, set_process_environment
+from mvlm_core.pipeline.side_by_side import side_by_side
 from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
 from prioritary_mvlm.config import MODELLING_FILES
 
@@ -79,12 +80,20 @@ def open_exports(options: argparse.Namespace, stack: ExitStack) -> dict[Path, di
     return columns
 
 
+def evaluate_timed(folder: Path, text: Any, device: str, bits_per_byte: bool) -> tuple[dict[str, Any], float]:
+    """``suite.evaluate``, and the seconds that it took."""
+    from mvlm_core.evaluation.suite import evaluate
+
+    started = time.perf_counter()
+    return evaluate(folder, text, device=device, bits_per_byte=bits_per_byte), time.perf_counter() - started
+
+
 def evaluate_columns(options: argparse.Namespace, columns: dict[Path, dict[Path, Path]]) -> None:
     """Evaluate every export once and print the table."""
     from bible_corpus.grammar import RULES
     from mvlm_core.data.corpus import load_corpus
     from mvlm_core.evaluation.results import over_seeds, rows
-    from mvlm_core.evaluation.suite import draw, evaluate, notes
+    from mvlm_core.evaluation.suite import draw, notes
     from mvlm_core.export.manifest import corpus_choice, training_config
 
     exports = {export: folder for found in columns.values() for export, folder in found.items()}
@@ -97,17 +106,17 @@ def evaluate_columns(options: argparse.Namespace, columns: dict[Path, dict[Path,
     same = {"options": used, "fingerprint": corpus.fingerprint}
     before = read_json(options.json) if options.json else {}
     known = before.get("results", {}) if all(before.get(key) == value for key, value in same.items()) else {}
-    results: dict[str, dict[str, Any]] = {}
-    for export, folder in exports.items():
-        name, weights, started = str(export), sha256_file(folder / "model.safetensors"), time.perf_counter()
-        if known.get(name, {}).get("weights") == weights:
-            results[name] = known[name]
-            continue
+    weights = {str(export): sha256_file(folder / "model.safetensors") for export, folder in exports.items()}
+    results = {name: known[name] for name in weights if known.get(name, {}).get("weights") == weights[name]}
+    new = {export: folder for export, folder in exports.items() if str(export) not in results}
+    for export, folder in new.items():
         if training_config(folder).get("data", {}).get("fingerprint") != corpus.fingerprint:
             print(f"{export} was trained on another corpus: it may have read held-out text, or not the train text")
-        scored = not options.no_bits_per_byte
-        results[name] = evaluate(folder, text, device=hardware.device, bits_per_byte=scored) | {"weights": weights}
-        print(f"{export}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    each = [(folder, text, hardware.device, not options.no_bits_per_byte) for folder in new.values()]
+    found = side_by_side(evaluate_timed, each, on_cpu=hardware.device == "cpu")
+    for export, (result, seconds) in zip(new, found, strict=True):
+        results[str(export)] = result | {"weights": weights[str(export)]}
+        print(f"{export}: {seconds:.0f} s", file=sys.stderr, flush=True)
         if options.json:
             write_json_atomic(options.json, same | {"results": results})
     means = [over_seeds([results[str(export)] for export in found]) for found in columns.values()]

@@ -11,6 +11,7 @@ Exit codes: 0 every check passed, 1 a check failed (named), 2 bad arguments, 130
 from __future__ import annotations
 
 import argparse
+import secrets
 import signal
 import sys
 from dataclasses import asdict
@@ -23,7 +24,8 @@ from mvlm_core.export.manifest import MANIFEST
 from mvlm_core.export.strict_tar import name_problem
 from mvlm_core.export.validation import LOADING, check_loading, check_packed, check_scores
 from mvlm_core.files import output_folder_problems, read_json, write_json_atomic
-from mvlm_core.hardware import DEVICES, set_process_environment
+from mvlm_core.hardware import DEVICES, gpu_count, set_process_environment
+from mvlm_core.pipeline.side_by_side import side_by_side
 from mvlm_core.pipeline.summary import now
 from mvlm_core.run_layout import Layout
 from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
@@ -62,7 +64,8 @@ def validate_model(
     if all(check.passed for check in checks):  # what was tampered with is not loaded: its code would run
         samples = check_loading(folder, files, checks, prompts=PROMPTS, texts=texts)
         if not options.quick and samples:
-            check_scores(folder, options.data_dir, options.device, checks)
+            how = {name: getattr(options, name) for name in ("data_dir", "device", "seed", "whole")}
+            check_scores(folder, checks, **how)
     else:
         checks.add("loading", LOADING, False, "not tried: its files are not what they should be")
     if folder.parent == layout.models:
@@ -108,7 +111,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--work_dir", default=str(REPOSITORY_ROOT), help="where models/ and models_for_download/ are")
     add("--data_dir", default=str(DEFAULT_DATA_DIR), help="the corpus, to compute the test scores again")
     add("--device", default="auto", help="auto, cpu or cuda, for the scores [default auto]")
-    add("--quick", action="store_true", help="do not compute the test scores again")
+    how_much = parser.add_mutually_exclusive_group().add_argument
+    how_much("--quick", action="store_true", help="do not compute the test scores again")
+    how_much("--whole", action="store_true", help="compute them from all of the test text, not from a sample of it")
+    add("--seed", type=int, metavar="N", help="seed of that sample [default: another one each time]")
     options = parser.parse_args(arguments)
     problems = [f"{folder}: no such folder" for folder in options.folders if not Path(folder).is_dir()]
     if options.device not in DEVICES:
@@ -121,6 +127,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if problems:
         raise UserError(problems)
     options.data_dir = str(Path(options.data_dir).absolute())
+    if options.seed is None:  # a sample that nobody could have known
+        options.seed = secrets.randbits(32)
     return options
 
 
@@ -152,8 +160,10 @@ def main(arguments: list[str] | None = None) -> int:
     models: dict[str, Any] = {}
     failed: list[str] = []
     texts = sample_texts(options.data_dir)
-    for name, folder in wanted_folders(options, layout).items():
-        checks, samples = validate_model(folder, layout, options, texts)
+    wanted = wanted_folders(options, layout)
+    each = [(folder, layout, options, texts) for folder in wanted.values()]
+    found = side_by_side(validate_model, each, on_cpu=options.device == "cpu" or not gpu_count())
+    for (name, folder), (checks, samples) in zip(wanted.items(), found, strict=True):
         print_checks(name, checks)
         failed += [f"{name}: {check.name}: {check.detail}" for check in checks if not check.passed]
         models[name] = {

@@ -12,6 +12,7 @@ CORPUS_SECONDS = 60.0
 SUITE_SECONDS = 60.0  # each model
 REPORT_SECONDS = 20.0
 PACKED_PER_SECOND = 30e6  # bytes of weights into an archive, by one core
+RESCORED_SHARE = 1 / 8  # of the test text's windows, by validation
 READ_PER_SECOND = 200e6  # bytes of an archive, unpacked and hashed
 # In the environment of a trainer's dry run: it prints its plan as JSON, for the main job to add up.
 JSON_VARIABLE = "MVLM_PLAN_AS_JSON"

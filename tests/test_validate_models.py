@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import validate_models
 from mvlm_core.errors import UserError
 from mvlm_core.export import load_probe, rescore, validation
-from mvlm_core.export.manifest import training_config
+from mvlm_core.export.manifest import TEST_SCORES, training_config
+from mvlm_core.export.scores import read_scores
+from mvlm_core.files import sha256_file
 from tests.export.exports import change_config, pack, seal, set_json
 from tests.helpers import REPOSITORY
 
@@ -86,7 +89,6 @@ def test_good_export_in_real_fresh_processes(export, tiny_corpus):
 
 def test_weights_tokenizer_and_counts_that_are_not_as_said(export, tiny_corpus, tmp_path, capsys, in_this_process):
     import torch
-    from safetensors.torch import load_file, save_file
 
     weights = load_file(export / "model.safetensors")
     name = next(name for name in weights if "wpe" in name)
@@ -119,6 +121,42 @@ def test_scores_are_computed_again(export, tiny_corpus, tmp_path, capsys, in_thi
     assert set(failed(capsys, *flags)) == {"test_bpb", "test_bpb_kjv"}
     (tiny_corpus / "bible" / "kjv" / "01-genesis.txt").write_text("Other text.\n")
     assert set(failed(capsys, *flags)) == {"same text"}
+
+
+def test_stored_scores_save_time_and_cannot_lie(export, trained, tiny_corpus, tmp_path, capsys, in_this_process):
+    flags = (str(export), "--work_dir", str(tmp_path / "other"), "--data_dir", str(tiny_corpus))
+
+    def store(change):
+        """Stored scores with some nats changed, and a record of the run that agrees."""
+        stored = json.loads((trained / "mvlm_gpt2" / TEST_SCORES).read_text())
+        for document in stored["documents"].values():
+            document["nats"] = [change(number, nats) for number, nats in enumerate(document["nats"])]
+        stored["weights"] = sha256_file(export / "model.safetensors")
+        (export / TEST_SCORES).write_text(json.dumps(stored))
+        score = read_scores(export).bits_per_byte  # all of this text is of the primary translation
+        change_config(export, "results", **{"test_bpb": score, "test_bpb_kjv": score})
+
+    store(lambda number, nats: nats)
+    assert failed(capsys, *flags, "--seed", "7") == {}
+    report = json.loads((tmp_path / "other/models/validation_report.json").read_text())
+    (sample,) = [check for check in report["models"]["mvlm_gpt2"]["checks"] if check["name"] == "sample"]
+    assert sample["detail"] == "70 of 308 windows as recorded in training, drawn by seed 7"
+    change_config(export, "results", test_bpb=3.0)
+    assert set(failed(capsys, *flags)) == {"test_bpb"}, "the record must be the sum of the parts"
+    store(lambda number, nats: nats * (0.5 if number % 4 == 1 else 1))
+    assert "window 81:" in failed(capsys, *flags, "--seed", "7")["sample"], "a quarter of them is wrong"
+    assert set(failed(capsys, *flags, "--whole")) == {"test_bpb", "test_bpb_kjv"}
+    store(lambda number, nats: nats * 0.9995)
+    assert set(failed(capsys, *flags)) == {"sample"}, "each by little, all of them"
+
+    weights = load_file(export / "model.safetensors")
+    weights["transformer.wte.weight"] *= 1.2
+    save_file(weights, export / "model.safetensors", {"format": "pt"})
+    store(lambda number, nats: nats)
+    assert set(failed(capsys, *flags)) == {"sample"}, "weights that never had these scores"
+    stored = json.loads((export / TEST_SCORES).read_text()) | {"weights": "0" * 64}
+    (export / TEST_SCORES).write_text(json.dumps(stored))
+    assert set(failed(capsys, *flags)) == {"test_bpb", "test_bpb_kjv"}, "scores of other weights are not read"
 
 
 def test_what_was_tampered_with_is_not_loaded(export, tiny_corpus, tmp_path, capsys, monkeypatch):

@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from .modern_layers import RMSNorm, SwiGLU, swiglu_width
+from .modern_layers import RMSNorm, SwiGLU, product_dtype, swiglu_width
 from .rope_attention import (
     TRACE_FIELDS,
     EnhancedGovernanceAttention,
@@ -267,10 +267,10 @@ class EnhancedSIMONEModel(EnhancedSIMONEPreTrainedModel, GenerationMixin):
         """
         context = context or ForwardContext()
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        x = F.dropout(self.embed_norm(x), self.config.hidden_dropout, self.training)
+        x = F.dropout(self.embed_norm(x, x.dtype), self.config.hidden_dropout, self.training)
         positions = context.position_ids
         rotary = self.rotary(
-            torch.arange(x.shape[1], device=x.device)[None] if positions is None else positions, x.dtype
+            torch.arange(x.shape[1], device=x.device)[None] if positions is None else positions, product_dtype(x)
         )
         value_residual = None
         for layer in self.layers[:-1]:

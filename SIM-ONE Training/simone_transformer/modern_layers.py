@@ -36,15 +36,22 @@ class _RMSNorm(torch.autograd.Function):
         normalised, weight, scale = ctx.saved_tensors
         gain = weight.to(gradient.dtype)
         product = gradient * normalised
-        along = product @ gain.unsqueeze(-1) / gain.shape[0]
+        # Summed in float32 at least: a product with one column is a slow kernel and rounds to the gradient's type.
+        along = (product * gain).sum(-1, keepdim=True, dtype=scale.dtype) / gain.shape[0]
         grad_x = (gradient * gain - normalised * along) * scale
         return grad_x.to(ctx.input_dtype), product.flatten(0, -2).sum(0, dtype=weight.dtype), None, None
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The type in which ``x`` is multiplied with a matrix: autocast's where that is on, else its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class RMSNorm(nn.Module):
     """Scale each vector to root mean square 1, then by a learned gain (Zhang & Sennrich, arXiv 1910.07467).
 
-    Shapes: ``[..., dim]`` to ``[..., dim]``, in autocast's type where that is on, else in the input's.
+    Shapes: ``[..., dim]`` to ``[..., dim]``, in ``dtype``, or in the type that ``product_dtype`` gives.
     """
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
@@ -52,9 +59,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or product_dtype(x)
         if torch.is_grad_enabled():
             return _RMSNorm.apply(x, self.weight, self.eps, dtype)
         return _normalise(x, self.eps, dtype)[0] * self.weight.to(dtype)  # the same bits, without the call's cost

@@ -18,11 +18,11 @@ from typing import Any
 from mvlm_core.errors import LINE_BREAK, UserError, printable
 from mvlm_core.export.archive import extract_archive
 from mvlm_core.export.folder import STAGING_NAME
-from mvlm_core.export.manifest import EXPECTED_FILES, MANIFEST, ArchiveError, read_manifest, verify_folder
+from mvlm_core.export.manifest import EXPECTED_FILES, MANIFEST, TEST_SCORES, ArchiveError, read_manifest, verify_folder
 from mvlm_core.files import LOCK_NAME, read_json, read_regular
 
 # What may lie in an export folder beside the manifest's files; none of it goes into an archive.
-BESIDE = {MANIFEST, STAGING_NAME, LOCK_NAME, "checkpoints", "training_history.jsonl", "tensorboard"}
+BESIDE = {MANIFEST, STAGING_NAME, LOCK_NAME, TEST_SCORES, "checkpoints", "training_history.jsonl", "tensorboard"}
 PICKLE_SUFFIXES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
 PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch's zip, pickle 2 to 5
 JSON_LIMIT = 256 << 20  # bytes; tokenizers have a few million, a long run's history some tens

@@ -19,6 +19,7 @@ MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 MANIFEST_LIMIT = 1 << 20  # bytes; a real one has a few kilobytes
 TRAINING_CONFIG = "training_config.json"
+TEST_SCORES = "test_scores.json"  # beside the export, and of its weights alone: see `scores`
 EXPECTED_FILES = (
     "config.json",
     "generation_config.json",

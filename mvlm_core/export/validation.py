@@ -22,7 +22,7 @@ from typing import Any
 from mvlm_core.errors import Stopped
 from mvlm_core.export.archive import check_archive, matches_export, read_checksums
 from mvlm_core.export.file_checks import Checks
-from mvlm_core.export.manifest import MANIFEST, training_config
+from mvlm_core.export.manifest import MANIFEST, TEST_SCORES, training_config
 from mvlm_core.files import read_json, sha256_file
 from mvlm_core.metrics import PRIMARY_TEST_BPB
 from mvlm_core.run_layout import Layout
@@ -44,8 +44,7 @@ ODD_TEXTS = (
     "1 + 1 = 2",
 )
 ORDINARY_WORDS = ("<eos>", "<bos>", "<|endoftext|>")  # that must not become special tokens
-# Relative tolerances of a score: on another device or in another precision, sums are ordered otherwise.
-SAME_MACHINE, OTHER_MACHINE = 1e-4, 1e-3
+_SUM_TOLERANCE = 1e-9  # relative, of a score that is the sum of stored numbers
 LOADING_SECONDS = 900  # a real model takes a few; a hostile configuration may ask for endless layers
 LOADING = "loads elsewhere, offline, by itself"
 PROBE = Path(__file__).with_name("load_probe.py")
@@ -197,13 +196,20 @@ def same_score(recorded: object, found: object, tolerance: float) -> bool:
     return isinstance(recorded, float) and isinstance(found, float) and math.isclose(recorded, found, rel_tol=tolerance)
 
 
-def check_scores(folder: Path, data_dir: str, device: str, checks: Checks) -> None:
-    """Compute the test scores again and compare them with those that training recorded."""
+def check_scores(folder: Path, checks: Checks, *, data_dir: str, device: str, seed: int, whole: bool) -> None:
+    """Compute the test scores again and compare them with those that training recorded.
+
+    Args:
+        seed: of the sample of windows that is scored again where the nats of all of them lie beside the export.
+        whole: score all of them again nevertheless.
+    """
     config = training_config(folder)
     with tempfile.TemporaryDirectory(prefix="mvlm-validate-") as place:
-        answer = Path(place) / "answer.json"
+        request, answer = Path(place) / "request.json", Path(place) / "answer.json"
+        asked = {"folder": str(folder), "data_dir": data_dir, "device": device, "seed": seed, "whole": whole}
+        request.write_text(json.dumps(asked), encoding="utf-8")
         code, output = run_python(
-            ["-m", "mvlm_core.export.rescore", str(folder), data_dir, device, str(answer)],
+            ["-m", "mvlm_core.export.rescore", str(request), str(answer)],
             REPOSITORY_ROOT,
             HF_MODULES_CACHE=str(Path(place) / "modules"),
         )
@@ -217,15 +223,17 @@ def check_scores(folder: Path, data_dir: str, device: str, checks: Checks) -> No
         detail = f"the text in {data_dir} is not the one it was trained and scored on: no score can be compared"
     if not checks.add("scores", "same text", same_text, detail):
         return
-    trained_on = config.get("hardware", {}).get("device")
-    tolerance = SAME_MACHINE if trained_on == found["device"] == "cpu" else OTHER_MACHINE
+    if sample := found["sample"]:
+        detail = f"{sample['windows']:,} of {sample['of']:,} windows as recorded in training, drawn by seed {seed}"
+        checks.add_problems("scores", "sample", sample["problems"], detail)
+    where, tolerance = ("the files", found["tolerance"]) if sample is None else (TEST_SCORES, _SUM_TOLERANCE)
     unscored = config.get("settings", {}).get("no_test_score") is True
     for key in ("test_bpb", PRIMARY_TEST_BPB):
         recorded, now = config.get("results", {}).get(key), found[key]
         if recorded is None and (now is None or unscored):
             checks.add("scores", key, True, "no such text" if now is None else "left unread by --no_test_score")
         else:
-            detail = f"{now} from the files, recorded in training: {recorded}"
+            detail = f"{now} from {where}, recorded in training: {recorded}"
             checks.add("scores", key, same_score(recorded, now, tolerance), detail)
 
 

@@ -20,6 +20,7 @@ from mvlm_core.bill import (
     PACKED_PER_SECOND,
     READ_PER_SECOND,
     REPORT_SECONDS,
+    RESCORED_SHARE,
     SUITE_SECONDS,
     Item,
     bill,
@@ -192,7 +193,7 @@ def _show_bill(job: Job, plans: dict[str, dict[str, Any]], corpus_is_ready: bool
     items += [
         Item("evaluation suite", SUITE_SECONDS * count, f"{count} models"),
         Item("archives", size / PACKED_PER_SECOND, f"{size / 1e9:.2f} GB of weights"),
-        Item("validation", scoring + size / READ_PER_SECOND, "archives read, test scores again"),
+        Item("validation", scoring * RESCORED_SHARE + size / READ_PER_SECOND, "archives read, scores from a sample"),
         Item("comparison and report", REPORT_SECONDS),
     ]
     print("\ntogether:")

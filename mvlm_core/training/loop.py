@@ -84,7 +84,8 @@ class TrainingLoop:
             self.state.spent = Spent()  # it holds no optimizer state: no measure for the others
         self._clock_start = self.clock() - self.state.seconds
         if self.settings.max_hours and self.state.fixed_steps is None:
-            self._budget = TimeBudget(self.settings.max_hours, self.state.seconds, self.clock)
+            timed = self.state.timed_steps, self.state.timed_seconds
+            self._budget = TimeBudget(self.settings.max_hours, self.state.seconds, self.clock, timed)
         try:
             self._train(stop)
         finally:
@@ -143,9 +144,9 @@ class TrainingLoop:
         self._finish_save(wait=False)
         step, settings = self.state.step, self.settings
         ending = self.length.is_reached(step)
-        rehearsing, fixing = self._measure()
+        rehearsing, unsaved, fixing = self._measure()
         evaluating = ending or rehearsing or step % settings.eval_interval == 0
-        due = rehearsing or fixing or step % settings.checkpoint_interval == 0
+        due = rehearsing or unsaved or fixing or step % settings.checkpoint_interval == 0
         if not (evaluating or stopping or due or step % settings.log_interval == 0):
             return
         trouble = self._flush(bar)
@@ -438,15 +439,20 @@ class TrainingLoop:
             if self._budget is not None:
                 self._budget.leave_out(seconds)
 
-    def _measure(self) -> tuple[bool, bool]:
-        """Whether an evaluation and a checkpoint are due to be measured, and whether the length is to be fixed now."""
-        budget = self._budget
+    def _measure(self) -> tuple[bool, bool, bool]:
+        """Whether an evaluation or a checkpoint is due to be measured, and whether the length is to be fixed now.
+
+        Both are due at once, but a checkpoint for a signal does not know its own seconds: then another one is due.
+        """
+        budget, spent = self._budget, self.state.spent
         if budget is None:
-            return False, False
+            return False, False, False
         budget.count_step(self._wait_for_device)
-        # The clocks of the ranks differ, and all must take the same step.
-        share = self.ranks.share(budget.share_measured(self.state.step, self.length.limit))
-        return share >= 0.5 and self.state.spent.evaluations == 0, share >= 1 and self.state.spent.evaluations > 0
+        # The clocks of the ranks differ, and all must take the same step; only the main one saves.
+        measured = budget.share_measured(self.state.step, self.length.limit), spent.checkpoints == 0
+        share, unsaved = self.ranks.share(measured)
+        evaluated = spent.evaluations > 0
+        return share >= 0.5 and not evaluated, share >= 0.5 and unsaved, share >= 1 and evaluated and not unsaved
 
     def _fix_length(self, bar: Any) -> None:
         """Fix the number of steps by what steps, evaluations and checkpoints have taken so far."""
@@ -505,6 +511,8 @@ class TrainingLoop:
         """
         if self._saved_step == self.state.step or not self.ranks.is_main:
             return
+        if self._budget is not None:
+            self.state.timed_steps, self.state.timed_seconds = self._budget.timed
         with self._spending("checkpoint"):
             self._finish_save(wait=True)
             self._start_save(for_signal_only, weights_only, beside)

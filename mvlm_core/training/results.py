@@ -13,7 +13,7 @@ from mvlm_core.errors import UserError
 from mvlm_core.evaluation.bits_per_byte import Score, bits_per_byte_by_part, score_export
 from mvlm_core.evaluation.memorization import extractable_memorization
 from mvlm_core.export.folder import remove_export, software_versions
-from mvlm_core.export.manifest import training_config, verify_folder
+from mvlm_core.export.manifest import TEST_SCORES, training_config, verify_folder
 from mvlm_core.metrics import METRICS, PRIMARY_TEST_BPB
 from mvlm_core.training.history import HISTORY_NAME
 from mvlm_core.training.preparation import PreparedText
@@ -48,7 +48,8 @@ def delete_run(output_dir: Path) -> None:
     remove_export(output_dir)
     for folder in ("checkpoints", TENSORBOARD_FOLDER):
         shutil.rmtree(output_dir / folder, ignore_errors=True)
-    (output_dir / HISTORY_NAME).unlink(missing_ok=True)
+    for name in (HISTORY_NAME, TEST_SCORES):
+        (output_dir / name).unlink(missing_ok=True)
 
 
 def score_test(export: Path, run: Run, corpus: Corpus) -> Score:

@@ -14,6 +14,7 @@ from mvlm_core.console import hush_transformers
 from mvlm_core.errors import TrainingFailed, UserError
 from mvlm_core.export.folder import finish_export, stage_model
 from mvlm_core.export.model_card import model_card
+from mvlm_core.export.scores import write_scores
 from mvlm_core.files import RunLock
 from mvlm_core.hardware import caution, choose_hardware, describe
 from mvlm_core.settings import TrainingSettings
@@ -138,5 +139,7 @@ def _export(
         config, title=recipe.title, description=recipe.description, sources=sources, remote_code=recipe.remote_code
     )
     finish_export(staging, config, card, run.output_dir)
+    if score.documents:
+        write_scores(run.output_dir, score)
     results.report(measured, score, text.corpus)
     log.info("exported to %s", run.output_dir)

@@ -210,6 +210,7 @@ class LoopState:
         guard: the divergence guard's memory.
         fixed_at, fixed_steps: the number of steps that ``--max_hours`` fixed, and after which step.
         spent: on evaluations and checkpoints.
+        timed_steps, timed_seconds: what ``--max_hours`` has measured of the steps, before it fixed their number.
     """
 
     step: int = 0
@@ -227,6 +228,8 @@ class LoopState:
     fixed_at: int | None = None
     fixed_steps: int | None = None
     spent: Spent = field(default_factory=Spent)
+    timed_steps: int = 0
+    timed_seconds: float = 0.0
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> LoopState:
@@ -236,7 +239,8 @@ class LoopState:
             ValueError: a value is missing or of the wrong type.
         """
         # Older checkpoints know the steps' time only, and nothing of what else took time.
-        values = {"step_seconds": saved.get("seconds"), "spent": asdict(Spent()), **saved}
+        older = {"step_seconds": saved.get("seconds"), "spent": asdict(Spent()), "timed_steps": 0, "timed_seconds": 0.0}
+        values = older | saved
         parts = {"guard": _typed(GuardState, saved.get("guard")), "spent": _typed(Spent, values["spent"])}
         return _typed(cls, values | parts)
 

@@ -3,6 +3,9 @@
 Until then nothing that a step computes may depend on that number: the learning rate warms up over a fixed number of
 steps and stays at its peak, and the share of the run that is done counts as 0. From there to the end the schedule runs
 as in any other run. The number stands in the checkpoints, so a resumed run ends where the uninterrupted one does.
+What was measured stands there as well, so a run that is interrupted while it measures fixes its number as if it had
+not been: at the same step, and the same number by the same times. (It is a measurement: no two runs take quite the
+same times, interrupted or not. And a process that ends within its first steps has timed none.)
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from mvlm_core.training.optimizer import learning_rate_scale
 MEASURED_SECONDS = 60.0  # or this share of a short budget
 _MEASURED_SHARE = 0.1
 _UNTIMED_STEPS = 3  # the first ones of a process: compilation, the memory pool, the page cache
-_TIMED_STEPS = 4  # at least
+_MEASURED_STEPS = 7  # of the run, at least
 WARMUP_STEPS = 50  # about 2 % of a usual run; the length is not known yet
 _MOST_STEPS = 10**9
 
@@ -102,12 +105,15 @@ class TimeBudget:
     Args:
         used: seconds that earlier processes of this run have trained.
         clock: seconds from any start.
+        timed: steps that earlier processes have timed, and their seconds.
     """
 
-    def __init__(self, hours: float, used: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, hours: float, used: float, clock: Callable[[], float], timed: tuple[int, float] = (0, 0.0)
+    ) -> None:
         self.seconds = hours * 3600
         self.measuring = min(MEASURED_SECONDS, _MEASURED_SHARE * self.seconds)
-        self._clock, self._opened, self._used = clock, clock(), used
+        self._clock, self._opened, self._used, self._earlier = clock, clock(), used, timed
         self._steps = 0
         self._timed_from = 0.0
         self._outside = 0.0  # evaluations and checkpoints among the timed steps
@@ -118,9 +124,19 @@ class TimeBudget:
         return self._used + self._clock() - self._opened
 
     @property
+    def timed(self) -> tuple[int, float]:
+        """Steps that were timed, and their seconds, with those of earlier processes; the device has done them."""
+        steps, seconds = self._earlier
+        if self._steps > _UNTIMED_STEPS:
+            steps += self._steps - _UNTIMED_STEPS
+            seconds += max(0.0, self._clock() - self._timed_from - self._outside)
+        return steps, seconds
+
+    @property
     def step_seconds(self) -> float:
         """Of a step, the untimed ones left out."""
-        return max(0.0, self._clock() - self._timed_from - self._outside) / max(1, self._steps - _UNTIMED_STEPS)
+        steps, seconds = self.timed
+        return seconds / max(1, steps)
 
     def count_step(self, wait: Callable[[], None]) -> None:
         """One more step was taken; ``wait`` for the device before the first timed one."""
@@ -135,6 +151,6 @@ class TimeBudget:
 
     def share_measured(self, step: int, limit: int | None) -> float:
         """How much of the measuring is done, by time or by steps; 1 and more is enough."""
-        if self._steps < _UNTIMED_STEPS + _TIMED_STEPS:
+        if step < _MEASURED_STEPS or self.timed[0] == 0:
             return 0.0
         return max(self.used / self.measuring, step / (_MEASURED_SHARE * limit) if limit else 0.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_core.export.archive import write_archive
-from mvlm_core.export.manifest import MANIFEST, read_manifest, write_manifest
+from mvlm_core.export.manifest import MANIFEST, TEST_SCORES, read_manifest, write_manifest
 from mvlm_core.files import sha256_file
 from mvlm_core.run_layout import Layout
 
@@ -34,7 +34,8 @@ def copy_export(source: Path, target: Path) -> Path:
 def seal(folder: Path) -> None:
     """Write the manifest anew, so that it agrees with whatever is in the folder."""
     (folder / MANIFEST).unlink(missing_ok=True)
-    write_manifest(folder, "mvlm_gpt2", {path.name: sha256_file(path) for path in folder.iterdir() if path.is_file()})
+    files = [path for path in folder.iterdir() if path.is_file() and path.name != TEST_SCORES]
+    write_manifest(folder, "mvlm_gpt2", {path.name: sha256_file(path) for path in files})
 
 
 def set_json(path: Path, section: str | None = None, **values: Any) -> None:

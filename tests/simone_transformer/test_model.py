@@ -392,6 +392,34 @@ def test_rmsnorm_is_torchs_forward_and_backward(dtype, tolerance):
         assert (mine.double() - right).norm() < tolerance * right.norm()
 
 
+def test_under_autocast_the_stream_stays_in_float32_and_attention_in_autocasts_type():
+    model, seen = make_model().train(), {}
+    for number, layer in enumerate(model.layers):
+        layer.register_forward_hook(lambda _, given, made, n=number: seen.update({n: (given[0].dtype, made[0].dtype)}))
+        layer.attention.register_forward_hook(
+            lambda _, given, made, n=number: seen.update({f"attention {n}": {t.dtype for t in (*given[:1], *given[1])}})
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden, pointing = model.hidden_states(torch.arange(12)[None])
+    assert hidden.dtype == torch.bfloat16, "what the output embedding multiplies"
+    assert pointing.tokens.dtype == pointing.vocabulary.dtype == torch.float32
+    for number in range(len(model.layers)):
+        assert seen[number] == (torch.float32, torch.float32)
+        assert seen[f"attention {number}"] == {torch.bfloat16}, "the fused kernels want one type, tables included"
+
+
+def test_rmsnorm_sums_its_gradient_in_float32():
+    torch.manual_seed(0)
+    norm = RMSNorm(160)
+    norm.weight.data.normal_()
+    x, gradient = torch.randn(512, 160, requires_grad=True), torch.randn(512, 160).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        norm(x).backward(gradient)
+    exact = x.detach().double().requires_grad_()
+    F.rms_norm(exact, (160,), norm.weight.detach().double(), norm.eps).backward(gradient.double())
+    assert (x.grad - exact.grad).norm() < 2.5e-3 * exact.grad.norm(), "2.8e-3 where the sum is rounded to bfloat16"
+
+
 def test_rmsnorm_gives_the_type_that_autocast_multiplies_in():
     norm, x = RMSNorm(16), torch.randn(2, 16, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):

@@ -12,7 +12,7 @@ from mvlm_core.training.state import LoopState
 from mvlm_core.training.time_budget import Pace, RunLength
 from tests.helpers import MODELS, ImmediateThread, StopAfter, make_loop, tiny_settings
 
-TIMES = ("seconds", "step_seconds", "spent", "tokens_per_second", "memory_bytes")
+TIMES = ("seconds", "step_seconds", "spent", "timed_steps", "timed_seconds", "tokens_per_second", "memory_bytes")
 # What each thing takes by the clock of these tests; a step is cheaper once model 2's coherence loss has faded.
 STEP, FADED_STEP, EVALUATION, CHECKPOINT = 4.0, 3.0, 7.0, 5.0
 
@@ -79,6 +79,22 @@ def test_a_run_ends_in_its_time_and_an_interrupted_one_to_the_bit_where_it_ends(
     assert rest == other
 
 
+@pytest.mark.parametrize("parts", [(5, 5), (8, 1), (2, 7)], ids=str)
+def test_an_interruption_while_it_measures_changes_nothing(clocked_loop, tmp_path, parts):
+    def run_in_parts(folder, *steps):
+        for count in steps:
+            with pytest.raises(Stopped):
+                clocked_loop("mvlm_gpt2", folder).run(StopAfter(count))
+        return outcome(clocked_loop("mvlm_gpt2", folder))
+
+    (expected, *rest), (found, *other) = (
+        run_in_parts(tmp_path / "whole", 20),
+        run_in_parts(tmp_path / "parts", *parts, 20 - sum(parts)),
+    )
+    assert sum(parts) < rest[1]["fixed_at"] == 12 and rest[1]["fixed_steps"] > 100
+    assert rest == other and all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 def test_nothing_depends_on_the_number_of_steps_before_it_is_fixed(clocked_loop, tmp_path):
     histories = []
     for folder, hours in (("long", 1 / 12), ("short", 1 / 15)):
@@ -129,7 +145,7 @@ def test_a_checkpoint_from_before_there_was_a_time_still_loads(clocked_loop, tmp
     with pytest.raises(Stopped):
         clocked_loop("mvlm_gpt2", tmp_path).run(StopAfter(2))
     state = newest_checkpoint(clocked_loop("mvlm_gpt2", tmp_path).checkpoint_root).state
-    for name in ("fixed_at", "fixed_steps", "spent"):
+    for name in ("fixed_at", "fixed_steps", "spent", "timed_steps", "timed_seconds"):
         del state[name]
     assert LoopState.of(state).fixed_steps is None and LoopState.of(state).spent.evaluations == 0
     for damaged in ({"spent": 3}, {"fixed_steps": "many"}, {"fixed_at": -1}):

@@ -1,0 +1,70 @@
+"""Work on several models at once: really at once, in order, with shared threads, and nothing left over."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from mvlm_core.errors import UserError
+from mvlm_core.pipeline.side_by_side import side_by_side
+
+
+@pytest.fixture(autouse=True)
+def three_threads(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+
+
+def meet(folder, name, other):
+    """Waits until the other one is there as well."""
+    (folder / name).touch()
+    while not (folder / other).exists():
+        time.sleep(0.01)
+    return name, os.getpid(), os.environ["OMP_NUM_THREADS"]
+
+
+def end(how, folder):
+    if how == "raises":
+        while not (folder / "started").exists():
+            time.sleep(0.01)
+        raise UserError(["one problem", "another"])
+    if how == "dies":
+        os._exit(3)
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        (folder / "pid").write_text(str(child.pid))
+        (folder / "started").touch()
+        child.wait()
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_two_run_at_once_and_share_the_threads(tmp_path):
+    each = [(tmp_path, "a", "b"), (tmp_path, "b", "a")]
+    (a, *one), (b, *two) = side_by_side(meet, each, on_cpu=True)
+    assert (a, b) == ("a", "b") and one[0] != two[0] and os.getpid() not in (one[0], two[0])
+    assert one[1] == two[1] == "1" and os.environ["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize("threads, on_cpu, each", [("1", True, 2), ("3", False, 2), ("3", True, 1)])
+def test_otherwise_one_comes_after_the_other_here(tmp_path, monkeypatch, threads, on_cpu, each):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    found = list(side_by_side(meet, [(tmp_path, "a", "a")] * each, on_cpu=on_cpu))
+    assert found == [("a", os.getpid(), threads)] * each
+
+
+def test_a_failure_is_the_callers_and_ends_the_others_with_what_they_started(tmp_path):
+    with pytest.raises(UserError) as caught:
+        list(side_by_side(end, [("raises", tmp_path), ("waits", tmp_path)], on_cpu=True))
+    assert caught.value.problems == ["one problem", "another"]
+    assert not multiprocessing.active_children()
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+
+
+def test_a_process_that_dies_is_not_waited_for(tmp_path):
+    with pytest.raises(RuntimeError, match="without an answer"):
+        list(side_by_side(end, [("dies", tmp_path), ("dies", tmp_path)], on_cpu=True))
