@@ -12,7 +12,6 @@ import importlib.util
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from mvlm_core.files import fsync_path, make_folder, read_json, sha256_file, wri
 
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "gguf": ("gguf",)}
 RECORD = "formats.json"
+LOGITS_TOLERANCE = 1e-4  # between the logits of torch and of ONNX Runtime, both in float32
 NO_GGUF = (
     "only a GPT-2 can be written as GGUF: Enhanced SIM-ONE reads half of each key, and a value, from the token before, "
     "which llama.cpp and vLLM do not keep; write it as ONNX"
@@ -71,8 +71,9 @@ def write_formats(export: Path, formats: Iterable[str], output: Path) -> None:
     if supported(export, formats) != formats:
         raise UserError(NO_GGUF)
     name = read_manifest(export)["name"]
-    make_folder(output.parent)
-    partial = Path(tempfile.mkdtemp(prefix=".formats-", dir=output.parent))
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    make_folder(partial)
     try:
         record = {"model": name, "source": source_of(export), "formats": formats}
         if "onnx" in formats:
@@ -85,7 +86,6 @@ def write_formats(export: Path, formats: Iterable[str], output: Path) -> None:
         for path in files:
             fsync_path(path)
         write_manifest(partial, f"{name}_formats", {str(p.relative_to(partial)): sha256_file(p) for p in files})
-        partial.chmod(0o755)
         os.rename(partial, output)
         fsync_path(output.parent)
     finally:
@@ -95,13 +95,13 @@ def write_formats(export: Path, formats: Iterable[str], output: Path) -> None:
 def _add_onnx(export: Path, folder: Path) -> float:
     """Returns the largest difference to the model's logits."""
     from mvlm_core.evaluation.bits_per_byte import load_export
-    from mvlm_core.export.onnx_format import TOLERANCE, largest_difference, write_onnx
+    from mvlm_core.export.onnx_format import largest_difference, write_onnx
 
     folder.mkdir()
     model = load_export(export)[0].float()
     write_onnx(model, folder / "model.onnx")
-    if not (difference := largest_difference(model, folder / "model.onnx")) <= TOLERANCE:
-        raise TrainingFailed(f"ONNX Runtime's logits differ from the model's by {difference:.2g}, not {TOLERANCE}")
+    if not (difference := largest_difference(model, folder / "model.onnx")) <= LOGITS_TOLERANCE:
+        raise TrainingFailed(f"ONNX Runtime's logits differ from the model's by {difference:.2g}, not {LOGITS_TOLERANCE}")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(export / file, folder / file)
     return difference

@@ -24,7 +24,6 @@ from mvlm_core.errors import run_main
 from mvlm_core.evaluation.bits_per_byte import context_of, load_export
 from mvlm_core.files import write_json_atomic
 
-TOLERANCE = 1e-4  # between the logits of torch and of ONNX Runtime, both in float32
 _ONE_FILE = 1 << 30  # bytes of weights; protobuf holds 2 GiB, and larger ones go into a file beside the graph
 _PROBE_TOKENS = 48
 
@@ -72,11 +71,21 @@ def write_onnx(model: Any, path: Path) -> None:
 
 
 class CachedGraph:
-    """A written graph in ONNX Runtime on the CPU, and what its cache holds so far."""
+    """A written graph in ONNX Runtime on the CPU, and its cache.
 
-    def __init__(self, path: Path, batch: int = 1) -> None:
+    Args:
+        threads: 0: one for each core.
+    """
+
+    def __init__(self, path: Path, *, threads: int = 0) -> None:
         runtime = importlib.import_module("onnxruntime")
-        self.session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads
+        self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.forget()
+
+    def forget(self, batch: int = 1) -> None:
+        """Empty the cache, for ``batch`` new texts."""
         _, *cached = self.session.get_inputs()
         self.past = {
             tensor.name: np.zeros((batch, tensor.shape[1], 0, tensor.shape[3]), np.float32) for tensor in cached
@@ -96,7 +105,8 @@ def largest_difference(model: Any, path: Path) -> float:
     ids = torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = model(input_ids=ids, use_cache=False).logits.numpy()
-    graph = CachedGraph(path, batch=2)
+    graph = CachedGraph(path)
+    graph.forget(batch=2)
     parts = [graph.read(part.numpy()) for part in ids.split([length // 2, 1, length - length // 2 - 1], dim=1)]
     return float(np.abs(np.concatenate(parts, axis=1) - expected).max())
 
