@@ -61,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
         "preset": ("auto", f"one of {', '.join(PRESET_NAMES)}; auto: h200 with a CUDA device, else cpu [default auto]"),
         "data_dir": (str(DEFAULT_DATA_DIR), "folder of .txt files; the default is built if it is missing or damaged"),
         "work_dir": (str(REPOSITORY_ROOT), "where models/, logs/ and models_for_download/ go [this repository]"),
-        "formats": ("", f"also pack the models as {' and '.join(PACKAGES)}, separated by commas; see export_formats.py"),
+        "formats": ("", f"also pack the models as {' or '.join(PACKAGES)}, or both: onnx,gguf; see export_formats.py"),
         "models": (",".join(TRAINERS), f"which models, separated by commas [default {','.join(TRAINERS)}]"),
     }
     for name, (default, text) in texts.items():

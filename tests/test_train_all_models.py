@@ -127,7 +127,8 @@ class Job:
     def __init__(self, folder: Path, data_dir: Path, whole: bool = False):
         self.work_dir, self.data_dir = folder / "work", data_dir
         self.layout = Layout(self.work_dir)
-        for name, text in (("trainer", TRAINER), ("validator", VALIDATOR), ("optional", OPTIONAL), ("formats", FORMATS)):
+        stand_ins = {"trainer": TRAINER, "validator": VALIDATOR, "optional": OPTIONAL, "formats": FORMATS}
+        for name, text in stand_ins.items():
             (folder / f"{name}.py").write_text(text)
         self.runner = folder / "runner.py"
         self.runner.write_text(

@@ -3,17 +3,19 @@
     python export_formats.py models/mvlm_gpt2 --onnx --gguf --output gpt2_formats
     python -m benchmarks.performance.other_engines models/mvlm_gpt2 gpt2_formats
 
-Each decodes greedily, one token at a time with its cache, from the same prompt; medians of --rounds, in turns, with least
-and most. llama.cpp needs llama-cpp-python. Threads: OMP_NUM_THREADS, else all cores.
+Each decodes greedily, one token at a time with its cache, from the same prompt; medians of --rounds, in turns, with
+least and most. llama.cpp needs llama-cpp-python. Threads: OMP_NUM_THREADS, else all cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,26 +76,23 @@ def greedy(read: Reader, prompt: Sequence[int], count: int) -> tuple[list[int], 
 
 
 def open_llama(path: Path, context: int, threads: int) -> Any:
-    from llama_cpp import Llama  # type: ignore[import-not-found, unused-ignore]
+    options = {"n_ctx": context, "logits_all": True, "verbose": False, "n_threads": threads, "n_threads_batch": threads}
+    return importlib.import_module("llama_cpp").Llama(str(path), **options)
 
-    return Llama(str(path), n_ctx=context, logits_all=True, verbose=False, n_threads=threads, n_threads_batch=threads)
 
-
-def engines(export: Path, formats: Path) -> tuple[dict[str, Callable[[], Reader]], Any, Any]:
-    """A maker of readers for each engine that has something to run, the model and its tokenizer."""
+def engines(export: Path, formats: Path) -> tuple[dict[str, Callable[[], Reader]], Any]:
+    """What makes a new reader of each engine that has something to run, and the tokenizer."""
     from mvlm_core.evaluation.bits_per_byte import context_of, load_export
     from mvlm_core.export.onnx_format import CachedGraph
 
     threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
     model, tokenizer = load_export(export)
-    found: dict[str, Callable[[], Reader]] = {"PyTorch": lambda: torch_reader(model)}
+    found: dict[str, Callable[[], Reader]] = {"PyTorch": partial(torch_reader, model)}
     if (path := formats / "onnx" / "model.onnx").is_file():
-        graph = CachedGraph(path, threads=threads)
-        found["ONNX Runtime"] = lambda: onnx_reader(graph)
+        found["ONNX Runtime"] = partial(onnx_reader, CachedGraph(path, threads=threads))
     for path in (formats / "gguf").glob("*.gguf"):
-        llama = open_llama(path, context_of(model), threads)
-        found["llama.cpp"] = lambda: gguf_reader(llama)
-    return found, model, tokenizer
+        found["llama.cpp"] = partial(gguf_reader, open_llama(path, context_of(model), threads))
+    return found, tokenizer
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -108,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
     if problems:
         raise UserError(problems)
     check_export(options.model, MODELLING_FILES)
-    makers, _, tokenizer = engines(options.model, options.formats)
+    makers, tokenizer = engines(options.model, options.formats)
     from mvlm_core.evaluation.generation import prompt_ids
 
     prompt = prompt_ids(tokenizer, PROMPT)

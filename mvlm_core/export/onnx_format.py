@@ -2,8 +2,8 @@
 
 Inputs: ``input_ids [batch, tokens]``, and for each layer the cached ``past_key_values.N.key`` and ``….value``
 ``[batch, heads, past, head_dim]``, which hold nothing (past = 0) at first. Outputs: ``logits [batch, tokens, vocab]``,
-and as ``present.N.key`` and ``….value`` the cache to give back in with the next tokens. The rows of a batch are of equal
-length: there is no mask for padding.
+and as ``present.N.key`` and ``….value`` the cache to give back in with the next tokens. The rows of a batch are of
+equal length: there is no mask for padding.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PROBE_TOKENS = 48
 
 
 class CachedForward(nn.Module):
-    """A causal language model's public forward, its cache a flat list of tensors: each layer's keys, then its values."""
+    """A causal language model's public forward, its cache a flat list of tensors: a layer's keys, then its values."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def largest_difference(model: Any, path: Path) -> float:
 
 
 def main() -> None:
-    """``python -m mvlm_core.export.onnx_format MODEL_DIR GRAPH ANSWER.json``, a process of its own for ``validation``."""
+    """``python -m mvlm_core.export.onnx_format MODEL_DIR GRAPH ANSWER.json``, run by ``validation``."""
     folder, path, answer = sys.argv[1:]
     model, _ = load_export(folder)
     write_json_atomic(answer, {"largest_difference": largest_difference(model.float(), Path(path))})

@@ -109,7 +109,8 @@ def test_model_2_as_gguf_is_refused_in_one_sentence(trained, tmp_path, more, mon
 
 
 def test_what_ships_with_model_2_says_why_there_is_no_gguf(trained):
-    said = {name: formats._readme(trained / name, name, formats.supported(trained / name, ["onnx", "gguf"])) for name in MODELS}
+    written = {name: formats.supported(trained / name, ["onnx", "gguf"]) for name in MODELS}
+    said = {name: formats._readme(trained / name, name, written[name]) for name in MODELS}
     assert "Why there is no GGUF" in said["simone_enhanced"] and "llama_cpp" not in said["simone_enhanced"]
     assert "Why there is no GGUF" not in said["mvlm_gpt2"] and "llama_cpp" in said["mvlm_gpt2"]
 
