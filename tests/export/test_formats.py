@@ -117,7 +117,7 @@ def test_what_ships_with_model_2_says_why_there_is_no_gguf(trained):
 
 def test_no_page_claims_llama_cpp_or_vllm_for_model_2():
     pages = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), REPOSITORY / "benchmarks/README.md"]
-    paragraphs = [text for page in pages for text in page.read_text(encoding="utf-8").split("\n\n")]
+    paragraphs = [text for page in pages for text in page.read_text(encoding="utf-8").split("\n\n") if text[:1] != "#"]
     named = [text for text in paragraphs if any(word in text.lower() for word in CLAIMED)]
     assert len(named) >= 2
     for text in named:
