@@ -4,7 +4,8 @@
     python -m benchmarks.performance.other_engines models/mvlm_gpt2 gpt2_formats
 
 Each decodes greedily, one token at a time with its cache, from the same prompt; medians of --rounds, in turns, with
-least and most. llama.cpp needs llama-cpp-python. Threads: OMP_NUM_THREADS, else all cores.
+least and most. Seconds of the processor, of all threads together, are told apart from those of the clock: other work on
+the machine does not change them. llama.cpp needs llama-cpp-python. Threads: OMP_NUM_THREADS, else all cores.
 """
 
 from __future__ import annotations
@@ -111,23 +112,25 @@ def main(arguments: list[str] | None = None) -> int:
     from mvlm_core.evaluation.generation import prompt_ids
 
     prompt = prompt_ids(tokenizer, PROMPT)
-    seconds: dict[str, list[float]] = {name: [] for name in makers}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in makers}
     written = {}
     for _ in range(options.rounds):
         for name, make in makers.items():
             read = make()
-            started = time.perf_counter()
+            clock, processor = time.perf_counter(), time.process_time()
             written[name] = greedy(read, prompt, options.tokens)
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append((time.perf_counter() - clock, time.process_time() - processor))
     text, logits = written["PyTorch"]
     rows, found = [], {}
     for name, (theirs, their_logits) in written.items():
         same = next((n for n, pair in enumerate(zip(text, theirs, strict=True)) if len({*pair}) > 1), len(text))
         difference = float(np.abs(their_logits - logits)[: same + 1].max())
-        speeds = [options.tokens / time for time in seconds[name]]
+        speeds = [[options.tokens / time for time in times] for times in zip(*seconds[name], strict=True)]
         found[name] = {"tokens_per_second": speeds, "largest_difference": difference, "same_tokens": same}
-        rows.append((name, command.spread(speeds, "{:,.0f}", statistics.median), f"{difference:.1e}", same))
-    print(command.table(("engine", "tokens/s (least … most)", "logits differ by", "same tokens"), rows))
+        shown = (command.spread(values, "{:,.1f}", statistics.median) for values in speeds)
+        rows.append((name, *shown, f"{difference:.1e}", same))
+    columns = ("engine", "tokens/s (least … most)", "of the processor's", "logits differ by", "same tokens")
+    print(command.table(columns, rows))
     if options.json:
         write_json_atomic(options.json, found)
     return 0
