@@ -23,6 +23,7 @@ from pathlib import Path
 
 from mvlm_core.console import outlive_terminal, setup_logging
 from mvlm_core.errors import UserError, run_main
+from mvlm_core.export.formats import NO_GGUF, PACKAGES, missing_packages
 from mvlm_core.files import RunLock, output_folder_problems
 from mvlm_core.hardware import resolve_preset, set_process_environment
 from mvlm_core.pipeline.child_process import Signals, note
@@ -38,6 +39,7 @@ TRAINERS = {
 }
 SCRIPTS = {
     "evaluate": REPOSITORY_ROOT / "evaluate_models.py",
+    "formats": REPOSITORY_ROOT / "export_formats.py",
     "validate": REPOSITORY_ROOT / "validate_models.py",
     "report": REPOSITORY_ROOT / "make_report.py",
 }
@@ -59,6 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
         "preset": ("auto", f"one of {', '.join(PRESET_NAMES)}; auto: h200 with a CUDA device, else cpu [default auto]"),
         "data_dir": (str(DEFAULT_DATA_DIR), "folder of .txt files; the default is built if it is missing or damaged"),
         "work_dir": (str(REPOSITORY_ROOT), "where models/, logs/ and models_for_download/ go [this repository]"),
+        "formats": ("", f"also pack the models as {' or '.join(PACKAGES)}, or both: onnx,gguf; see export_formats.py"),
         "models": (",".join(TRAINERS), f"which models, separated by commas [default {','.join(TRAINERS)}]"),
     }
     for name, (default, text) in texts.items():
@@ -87,6 +90,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     problems = [f"--models {name}: unknown; choose from {choices}" for name in names if name not in TRAINERS]
     if not names:
         problems.append(f"--models: names no model; choose from {choices}")
+    options.formats = tuple(dict.fromkeys(kind.strip() for kind in options.formats.split(",") if kind.strip()))
+    unknown = [kind for kind in options.formats if kind not in PACKAGES]
+    problems += [f"--formats {kind}: unknown; choose from {', '.join(PACKAGES)}" for kind in unknown]
+    problems += [f"--formats {problem}" for problem in missing_packages(set(options.formats) - set(unknown))]
+    if options.formats == ("gguf",) and "mvlm_gpt2" not in names:
+        problems.append(f"--formats gguf: {NO_GGUF}")
     if options.preset not in PRESET_NAMES:
         problems.append(f"--preset {options.preset}: unknown; choose one of {', '.join(PRESET_NAMES)}")
     data_dir = Path(options.data_dir)
@@ -121,6 +130,7 @@ def make_job(options: argparse.Namespace) -> Job:
         build_corpus=partial(build_corpus, options.settings.get("quiet", False)) if options.is_default_corpus else None,
         scripts=SCRIPTS,
         prompt=PROMPT,
+        formats=options.formats,
     )
 
 

@@ -22,7 +22,7 @@ from mvlm_core.errors import Stopped, UserError, printable, run_main
 from mvlm_core.export.file_checks import Checks, check_files
 from mvlm_core.export.manifest import MANIFEST
 from mvlm_core.export.strict_tar import name_problem
-from mvlm_core.export.validation import LOADING, check_loading, check_packed, check_scores
+from mvlm_core.export.validation import LOADING, check_formats, check_loading, check_packed, check_scores
 from mvlm_core.files import output_folder_problems, read_json, write_json_atomic
 from mvlm_core.hardware import DEVICES, gpu_count, set_process_environment
 from mvlm_core.pipeline.side_by_side import side_by_side
@@ -70,6 +70,8 @@ def validate_model(
         checks.add("loading", LOADING, False, "not tried: its files are not what they should be")
     if folder.parent == layout.models:
         check_packed(folder.name, folder, layout, checks)
+        if samples:  # what could not be loaded has no logits to compare
+            check_formats(folder.name, folder, layout, checks)
     return checks, samples
 
 

@@ -31,6 +31,12 @@ class Layout:
     def archive(self, name: str) -> Path:
         return self.downloads / f"{name}_model.tar.gz"
 
+    def formats(self, name: str) -> Path:
+        return self.models / f"{name}_formats"
+
+    def formats_archive(self, name: str) -> Path:
+        return self.downloads / f"{name}_formats.tar.gz"
+
 
 def finite_number(value: Any) -> Any:
     """A finite number of ordinary size, or None for whatever else a damaged record holds."""

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.reliability.from_clone import run, shell_blocks
 from tests.helpers import REPOSITORY
 
-GUIDES = ("docs/h200.md", "docs/your-own-text.md", "docs/troubleshooting.md")
+GUIDES = ("docs/h200.md", "docs/your-own-text.md", "docs/troubleshooting.md", "docs/other-formats.md")
 PAGES = ("README.md", "AGENTS.md", *GUIDES, "benchmarks/README.md", "mvlm_training_dataset_complete/README.md")
 RUN_AS_WRITTEN = ("README.md", *GUIDES)
 SCORED = ("README.md", "docs/h200.md", "benchmarks/README.md")
@@ -20,6 +20,7 @@ ENTRY_POINTS = (
     "validate_models.py",
     "evaluate_models.py",
     "generate.py",
+    "export_formats.py",
     "make_report.py",
     "prepare_dataset.py",
     "setup_environment.sh",

@@ -16,6 +16,7 @@ import pytest
 import train_all_models
 from mvlm_core.data.corpus import load_corpus
 from mvlm_core.errors import UserError
+from mvlm_core.export import formats
 from mvlm_core.export.archive import check_archive, read_checksums, sha256_file
 from mvlm_core.run_layout import Layout
 from tests.helpers import REPOSITORY
@@ -71,7 +72,7 @@ history = [
 files = {
     "training_config.json": json.dumps(config),
     "training_history.json": json.dumps(history),
-    "model.safetensors": name,
+    "model.safetensors": f"{name} {mode}",
 }
 for file, text in files.items():
     (out / file).write_text(text)
@@ -99,6 +100,23 @@ for name, entry in asked.items():
 sys.exit(any(name in bad for name in found) or len(found) < len(asked))
 """
 
+# Writes the formats that it is asked for, of any export; FORMATS_FAIL names one that it cannot.
+FORMATS = """
+import os, sys
+from pathlib import Path
+from mvlm_core.export.formats import RECORD, source_of
+from mvlm_core.export.manifest import write_manifest
+from mvlm_core.files import sha256_file, write_json_atomic
+export, output = Path(sys.argv[1]), Path(sys.argv[3])
+assert sys.argv[2] == "--output" and not output.exists()
+if export.name == os.environ.get("FORMATS_FAIL"):
+    sys.exit("the graph says something else")
+output.mkdir()
+kinds = [flag.removeprefix("--") for flag in sys.argv[4:]]
+write_json_atomic(output / RECORD, {"source": source_of(export), "formats": kinds})
+write_manifest(output, output.name, {RECORD: sha256_file(output / RECORD)})
+"""
+
 # The evaluation suite and the report: what they fail at is told and ends nothing.
 OPTIONAL = "import sys; sys.exit('not today')"
 
@@ -109,7 +127,8 @@ class Job:
     def __init__(self, folder: Path, data_dir: Path, whole: bool = False):
         self.work_dir, self.data_dir = folder / "work", data_dir
         self.layout = Layout(self.work_dir)
-        for name, text in (("trainer", TRAINER), ("validator", VALIDATOR), ("optional", OPTIONAL)):
+        stand_ins = {"trainer": TRAINER, "validator": VALIDATOR, "optional": OPTIONAL, "formats": FORMATS}
+        for name, text in stand_ins.items():
             (folder / f"{name}.py").write_text(text)
         self.runner = folder / "runner.py"
         self.runner.write_text(
@@ -122,7 +141,9 @@ class Job:
             from mvlm_core.pipeline import stages
             here = Path({str(folder)!r})
             entry.TRAINERS = dict.fromkeys(entry.TRAINERS, here / "trainer.py")
-            entry.SCRIPTS = dict.fromkeys(entry.SCRIPTS, here / "optional.py") | {{"validate": here / "validator.py"}}
+            own = {{"validate": here / "validator.py", "formats": here / "formats.py"}}
+            entry.SCRIPTS = dict.fromkeys(entry.SCRIPTS, here / "optional.py") | own
+            entry.missing_packages = lambda formats: []
             stages.CACHE_DIR = here / "cache"
             if not {whole}:     # torch and matplotlib take seconds to import; one test has them
                 entry.probe_hardware = lambda job: {{"device": "cpu: some", "lines": []}}
@@ -354,6 +375,27 @@ def test_other_preset_or_text_over_finished_models(job):
     assert job.run("--fresh").returncode == 0
 
 
+def test_other_formats_are_packed_kept_and_made_anew(job):
+    two = [f"{name}_formats.tar.gz" for name in ("mvlm_gpt2", "simone_enhanced")]
+    assert job.run().returncode == 0 and job.offered() == ARCHIVES
+    assert job.run("--formats", "onnx,gguf", FORMATS_FAIL="mvlm_gpt2").returncode == 1
+    assert job.statuses() == {"finished"}, "a model is good without them"
+    assert job.offered() == sorted([*ARCHIVES, two[1]])
+    done = job.run("--formats", "onnx,gguf")
+    assert done.returncode == 0 and "not as gguf: only a GPT-2" in done.stdout
+    assert job.offered() == sorted(ARCHIVES + two) == sorted(read_checksums(job.layout.checksums))
+    assert [check_archive(job.layout.downloads / name) for name in two] == [[], []]
+    steps = (job.layout.downloads / "DOWNLOAD_INSTRUCTIONS.md").read_text()
+    assert all(f"tar -xzf {name}" in steps for name in two) and steps.index("For other programs") > steps.index("END")
+    before = [(job.layout.downloads / name).stat().st_mtime_ns for name in two]
+    assert job.run().returncode == 0, "without the flag they are kept"
+    assert [(job.layout.downloads / name).stat().st_mtime_ns for name in two] == before
+    assert job.run("--models", "mvlm_gpt2", MODE_mvlm_gpt2="other").returncode == 0, "made of an export that is gone"
+    assert job.offered() == sorted([*ARCHIVES, two[1]]) and not job.layout.formats("mvlm_gpt2").exists()
+    assert job.run(VALIDATOR="simone_enhanced").returncode == 1
+    assert job.offered() == ARCHIVES[:1], "both are withdrawn"
+
+
 # --- arguments ----------------------------------------------------------------------------------------------
 
 
@@ -378,12 +420,21 @@ def test_a_time_is_for_both_models_half_each(tiny_corpus):
         (["--validation_split", "1.5"], "--validation_split 1.5"),
         (["--device", "abacus"], "--device abacus"),
         (["--seed", "-1"], "--seed -1"),
+        (["--formats", "onnx,zip"], "--formats zip: unknown; choose from onnx, gguf"),
+        (["--formats", "gguf", "--models", "simone_enhanced"], "--formats gguf: only a GPT-2"),
     ],
 )
 def test_bad_arguments_write_nothing(tmp_path, tiny_corpus, flags, words):
     with pytest.raises(UserError) as caught:
         train_all_models.main(["--work_dir", str(tmp_path / "w"), "--data_dir", str(tiny_corpus), *flags])
     assert any(words in problem for problem in caught.value.problems)
+    assert not (tmp_path / "w").exists()
+
+
+def test_missing_packages_are_found_before_anything_is_trained(tmp_path, tiny_corpus, monkeypatch):
+    monkeypatch.setitem(formats.PACKAGES, "onnx", ("json", "onnx_not_here"))
+    with pytest.raises(UserError, match="--formats onnx needs onnx_not_here: .*pip install -r requirements-extras.txt"):
+        train_all_models.main(["--work_dir", str(tmp_path / "w"), "--data_dir", str(tiny_corpus), "--formats", "onnx"])
     assert not (tmp_path / "w").exists()
 
 

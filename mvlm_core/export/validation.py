@@ -6,6 +6,7 @@ scoring happen in processes of their own (`load_probe`, `rescore`).
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from typing import Any
 from mvlm_core.errors import Stopped
 from mvlm_core.export.archive import check_archive, matches_export, read_checksums
 from mvlm_core.export.file_checks import Checks
+from mvlm_core.export.formats import LOGITS_TOLERANCE, formats_of
 from mvlm_core.export.manifest import MANIFEST, TEST_SCORES, training_config
 from mvlm_core.files import read_json, sha256_file
 from mvlm_core.metrics import PRIMARY_TEST_BPB
@@ -242,20 +244,54 @@ def check_scores(folder: Path, checks: Checks, *, data_dir: str, device: str, se
 
 def check_packed(name: str, folder: Path, layout: Layout, checks: Checks) -> None:
     """Judge the archive of a model: whole, as in SHA256SUMS, and equal to the export."""
-    archive = layout.archive(name)
+    _check_archive("archive", layout.archive(name), folder, layout, checks)
+
+
+def _check_archive(group: str, archive: Path, folder: Path, layout: Layout, checks: Checks) -> None:
     if not archive.is_file():
-        checks.add("archive", "there", False, f"{archive} is missing")
+        checks.add(group, "there", False, f"{archive} is missing")
         return
-    checks.add("archive", "there", True, f"{archive.stat().st_size / 1e6:.1f} MB")
-    good = checks.add_problems("archive", "opens and holds what its manifest says", check_archive(archive), "good")
+    checks.add(group, "there", True, f"{archive.stat().st_size / 1e6:.1f} MB")
+    good = checks.add_problems(group, "opens and holds what its manifest says", check_archive(archive), "good")
     listed = read_checksums(layout.checksums).get(archive.name)
     try:
         found = sha256_file(archive)
     except OSError as error:
         found = f"nothing ({error.strerror})"
     detail = f"{archive.name}: {layout.checksums.name} says {listed or 'nothing'}, the file gives {found}"
-    checks.add("archive", "SHA256SUMS", listed == found, "equal" if listed == found else detail)
+    checks.add(group, "SHA256SUMS", listed == found, "equal" if listed == found else detail)
     if good:
         equal = matches_export(archive, folder)
         detail = "the same files" if equal else f"{archive.name} does not hold what is in {folder}"
-        checks.add("archive", "equals the export", equal, detail)
+        checks.add(group, "equals the export" if group == "archive" else "equals its folder", equal, detail)
+
+
+def check_formats(name: str, folder: Path, layout: Layout, checks: Checks) -> None:
+    """Judge what other programs read, where there is any: its files, its archive, and the logits of ONNX Runtime."""
+    made = layout.formats(name)
+    if not made.is_dir() and not layout.formats_archive(name).is_file():
+        return
+    formats = formats_of(made, folder)
+    detail = ", ".join(formats) or f"{made}: a file differs from its manifest, or it was made of another export"
+    if not checks.add("formats", "made of this export", bool(formats), detail):
+        return
+    _check_archive("formats", layout.formats_archive(name), made, layout, checks)
+    if "onnx" in formats:
+        _check_logits(folder, made / "onnx" / "model.onnx", checks)
+
+
+def _check_logits(folder: Path, graph: Path, checks: Checks) -> None:
+    if importlib.util.find_spec("onnxruntime") is None:
+        checks.add("formats", "ONNX logits left out", True, "onnxruntime is not installed: requirements-extras.txt")
+        return
+    with tempfile.TemporaryDirectory(prefix="mvlm-validate-") as place:
+        answer = Path(place) / "answer.json"
+        code, output = run_python(
+            ["-m", "mvlm_core.export.onnx_format", str(folder), str(graph), str(answer)],
+            REPOSITORY_ROOT,
+            HF_MODULES_CACHE=str(Path(place) / "modules"),
+        )
+        found = read_json(answer)
+    good = code == 0 and found["largest_difference"] <= LOGITS_TOLERANCE
+    detail = f"largest difference {found['largest_difference']:.2g}" if found else f"exit code {code}: {output}"
+    checks.add("formats", "ONNX logits", good, detail)

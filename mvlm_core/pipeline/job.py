@@ -53,8 +53,9 @@ class Job:
         names: the models this run is asked for, in the same order.
         settings: the trainers' settings that were given, by the name of their flag.
         build_corpus: builds the default corpus where it is missing or damaged; None for a folder of the user's own.
-        scripts: what runs the stages "evaluate", "validate" and "report".
+        scripts: what runs the stages "evaluate", "formats", "validate" and "report".
         prompt: what the download instructions let the models continue.
+        formats: of other programs, in which the models are packed as well.
     """
 
     layout: Layout
@@ -68,6 +69,7 @@ class Job:
     build_corpus: Callable[[], None] | None
     scripts: dict[str, Path]
     prompt: str
+    formats: tuple[str, ...] = ()
 
     @cached_property
     def corpus(self) -> Callable[..., Corpus]:
@@ -159,6 +161,8 @@ def show_plan(job: Job, *, corpus_is_ready: bool) -> None:
         print(f"\nno estimate before the corpus is there, which takes about {CORPUS_SECONDS:.0f} s: prepare_dataset.py")
     _show_bill(job, plans, corpus_is_ready)
     print(f"\nthen:     comparison -> {job.layout.plot}\n          archives   -> {job.layout.downloads}")
+    if job.formats:
+        print(f"          {', '.join(job.formats)} -> {job.layout.downloads}")
     print(f"          validation -> {job.layout.report}\n          report     -> {job.layout.page}")
 
 

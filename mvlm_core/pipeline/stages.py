@@ -10,7 +10,9 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from mvlm_core.data.corpus import SPLITS
 from mvlm_core.errors import Stopped
 from mvlm_core.evaluation.compression import compression_baselines
 from mvlm_core.export.archive import matches_export, write_archive
+from mvlm_core.export.formats import NO_GGUF, formats_of, supported
 from mvlm_core.export.manifest import ArchiveError, training_config
 from mvlm_core.files import read_json, sha256_file, write_atomic
 from mvlm_core.monitor import ResourceSampler
@@ -54,13 +57,14 @@ def run_stages(job: Job, hardware: dict[str, Any], log_file: Path, signals: Sign
     codes = train_models(job, summary, log_file, signals)
     compared = compare_models(job, summary, signals)
     pack_models(job, summary, signals)
+    packed = pack_formats(job, summary, signals)
     validated = validate_models(job, summary, signals)
     summary.close()
     make_report(job, signals)
     log_results(job.layout, summary, compared, log_file)
     if codes and all(code == 2 for code in codes):
         return 2
-    return 0 if validated and not summary.failed() else 1
+    return 0 if validated and packed and not summary.failed() else 1
 
 
 # --- corpus and training ------------------------------------------------------------------------------------
@@ -218,14 +222,46 @@ def pack_models(job: Job, summary: Summary, signals: Signals) -> None:
     write_download_notes(job, summary)
 
 
+def pack_formats(job: Job, summary: Summary, signals: Signals) -> bool:
+    """An archive of every finished model in the other programs' formats that are asked for and that it has.
+
+    What an earlier run made of the same export is kept. Returns whether all are there; a model is good without them.
+    """
+    layout, good = job.layout, True
+    if job.formats:
+        log.info("=== other formats: %s", ", ".join(job.formats))
+    for name in summary.finished():
+        export, folder, archive = layout.export(name), layout.formats(name), layout.formats_archive(name)
+        wanted = supported(export, job.formats)
+        if wanted != sorted(job.formats):
+            log.info("%s: not as gguf: %s", name, NO_GGUF)
+        made = formats_of(folder, export)
+        if not made or not set(wanted) <= set(made):
+            shutil.rmtree(folder, ignore_errors=True)
+            archive.unlink(missing_ok=True)
+            if not wanted:
+                continue
+            command = [sys.executable, str(job.scripts["formats"]), str(export), "--output", str(folder)]
+            if not _run_optional(f"{name} as {', '.join(wanted)}", [*command, *(f"--{k}" for k in wanted)], signals):
+                good = False
+                continue
+        if not matches_export(archive, folder):
+            write_archive(folder, archive)
+            log.info("%s: written, %.1f MB", archive.name, archive.stat().st_size / 1e6)
+    write_download_notes(job, summary)
+    return good
+
+
 def write_download_notes(job: Job, summary: Summary) -> None:
     """SHA256SUMS, the summary and the instructions beside the archives that are there."""
     layout, instructions = job.layout, job.layout.downloads / "DOWNLOAD_INSTRUCTIONS.md"
     for name in summary.failed():  # never offer the archive of an earlier run as this one's
         layout.archive(name).unlink(missing_ok=True)
+        layout.formats_archive(name).unlink(missing_ok=True)
     offered = [name for name in summary.finished() if layout.archive(name).is_file()]
     if offered:
         archives = [layout.archive(name) for name in offered]
+        archives += [other for name in offered if (other := layout.formats_archive(name)).is_file()]
         write_atomic(layout.checksums, "".join(f"{sha256_file(archive)}  {archive.name}\n" for archive in archives))
         write_atomic(instructions, download_instructions(offered, layout, job.prompt))
     else:
@@ -290,6 +326,7 @@ def download_instructions(names: list[str], layout: Layout, prompt: str) -> str:
     return environment.from_string(INSTRUCTIONS.read_text(encoding="utf-8")).render(
         folder=layout.downloads,
         archives=[layout.archive(name).name for name in names],
+        formats=[path.name for name in names if (path := layout.formats_archive(name)).is_file()],
         folders=json.dumps([f"./{name}" for name in names]),
         prompt=json.dumps(prompt),
         coded=[name for name in names if list(layout.export(name).glob("*.py"))],

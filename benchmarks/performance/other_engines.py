@@ -1,0 +1,140 @@
+"""How fast other programs run an export, and whether they say the same: PyTorch, ONNX Runtime, llama.cpp.
+
+    python export_formats.py models/mvlm_gpt2 --onnx --gguf --output gpt2_formats
+    python -m benchmarks.performance.other_engines models/mvlm_gpt2 gpt2_formats
+
+Each decodes greedily, one token at a time with its cache, from the same prompt; medians of --rounds, in turns, with
+least and most. Seconds of the processor, of all threads together, are told apart from those of the clock: other work on
+the machine does not change them. llama.cpp needs llama-cpp-python. Threads: OMP_NUM_THREADS, else all cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import command
+from mvlm_core.errors import UserError, run_main
+from mvlm_core.export.file_checks import check_export
+from mvlm_core.files import write_json_atomic
+from prioritary_mvlm.config import MODELLING_FILES
+
+PROMPT = "In the beginning God created the heaven and the earth. And the"
+Reader = Callable[[Sequence[int]], np.ndarray]
+"""Logits ``[tokens, vocab]`` of the tokens given, which follow those that were given before."""
+
+
+def torch_reader(model: Any) -> Reader:
+    import torch
+
+    past = None
+
+    def read(ids: Sequence[int]) -> np.ndarray:
+        nonlocal past
+        with torch.inference_mode():
+            output = model(input_ids=torch.tensor([list(ids)]), past_key_values=past, use_cache=True)
+        past = output.past_key_values
+        return output.logits[0].numpy()
+
+    return read
+
+
+def onnx_reader(graph: Any) -> Reader:
+    """Of a ``CachedGraph``, whose cache is emptied."""
+    graph.forget()
+    return lambda ids: graph.read(np.array([list(ids)]))[0]
+
+
+def gguf_reader(llama: Any) -> Reader:
+    """Of a ``llama_cpp.Llama`` that keeps all logits, emptied."""
+    llama.reset()
+
+    def read(ids: Sequence[int]) -> np.ndarray:
+        before = llama.n_tokens
+        llama.eval(list(ids))
+        return llama.scores[before : llama.n_tokens].copy()
+
+    return read
+
+
+def greedy(read: Reader, prompt: Sequence[int], count: int) -> tuple[list[int], np.ndarray]:
+    """The ``count`` tokens after ``prompt``, and the logits ``[tokens, vocab]`` from which they were chosen."""
+    new, text, logits = list(prompt), [], []
+    for _ in range(count):
+        logits.append(read(new)[-1])
+        new = [int(logits[-1].argmax())]
+        text += new
+    return text, np.stack(logits)
+
+
+def open_llama(path: Path, context: int, threads: int) -> Any:
+    options = {"n_ctx": context, "logits_all": True, "verbose": False, "n_threads": threads, "n_threads_batch": threads}
+    return importlib.import_module("llama_cpp").Llama(str(path), **options)
+
+
+def engines(export: Path, formats: Path) -> tuple[dict[str, Callable[[], Reader]], Any]:
+    """What makes a new reader of each engine that has something to run, and the tokenizer."""
+    from mvlm_core.evaluation.bits_per_byte import context_of, load_export
+    from mvlm_core.export.onnx_format import CachedGraph
+
+    threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+    model, tokenizer = load_export(export)
+    found: dict[str, Callable[[], Reader]] = {"PyTorch": partial(torch_reader, model)}
+    if (path := formats / "onnx" / "model.onnx").is_file():
+        found["ONNX Runtime"] = partial(onnx_reader, CachedGraph(path, threads=threads))
+    for path in (formats / "gguf").glob("*.gguf"):
+        found["llama.cpp"] = partial(gguf_reader, open_llama(path, context_of(model), threads))
+    return found, tokenizer
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = command.new_parser(__doc__)
+    parser.add_argument("model", metavar="MODEL", type=Path, help="export folder")
+    parser.add_argument("formats", metavar="FORMATS", type=Path, help="what export_formats.py made of it")
+    parser.add_argument("--tokens", type=int, default=64, help="to write [default 64]")
+    parser.add_argument("--rounds", type=int, default=5, help="[default 5]")
+    options: argparse.Namespace = parser.parse_args(arguments)
+    problems = command.below_one(options, "tokens", "rounds")
+    problems += [f"{place}: no such folder" for place in (options.model, options.formats) if not place.is_dir()]
+    if problems:
+        raise UserError(problems)
+    check_export(options.model, MODELLING_FILES)
+    makers, tokenizer = engines(options.model, options.formats)
+    from mvlm_core.evaluation.generation import prompt_ids
+
+    prompt = prompt_ids(tokenizer, PROMPT)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in makers}
+    written = {}
+    for _ in range(options.rounds):
+        for name, make in makers.items():
+            read = make()
+            clock, processor = time.perf_counter(), time.process_time()
+            written[name] = greedy(read, prompt, options.tokens)
+            seconds[name].append((time.perf_counter() - clock, time.process_time() - processor))
+    text, logits = written["PyTorch"]
+    rows, found = [], {}
+    for name, (theirs, their_logits) in written.items():
+        same = next((n for n, pair in enumerate(zip(text, theirs, strict=True)) if len({*pair}) > 1), len(text))
+        difference = float(np.abs(their_logits - logits)[: same + 1].max())
+        speeds = [[options.tokens / time for time in times] for times in zip(*seconds[name], strict=True)]
+        found[name] = {"tokens_per_second": speeds, "largest_difference": difference, "same_tokens": same}
+        shown = (command.spread(values, "{:,.1f}", statistics.median) for values in speeds)
+        rows.append((name, *shown, f"{difference:.1e}", same))
+    columns = ("engine", "tokens/s (least … most)", "of the processor's", "logits differ by", "same tokens")
+    print(command.table(columns, rows))
+    if options.json:
+        write_json_atomic(options.json, found)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,130 @@
+"""An export in the formats of other programs: a folder with a manifest, made whole or not at all.
+
+onnx/       model.onnx, tokenizer.json, tokenizer_config.json
+gguf/       NAME.gguf, Modelfile                 (of a GPT-2)
+README.md   how to run them
+formats.json, manifest.json
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from mvlm_core.errors import TrainingFailed, UserError
+from mvlm_core.export.manifest import MANIFEST, read_manifest, verify_folder, write_manifest
+from mvlm_core.files import fsync_path, make_folder, read_json, sha256_file, write_json_atomic
+
+PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "gguf": ("gguf",)}
+RECORD = "formats.json"
+LOGITS_TOLERANCE = 1e-4  # between the logits of torch and of ONNX Runtime, both in float32
+NO_GGUF = (
+    "only a GPT-2 can be written as GGUF: Enhanced SIM-ONE reads half of each key, and a value, from the token before, "
+    "which llama.cpp and vLLM do not keep; write it as ONNX"
+)
+_README = Path(__file__).with_name("formats_readme.md")
+
+
+def missing_packages(formats: Iterable[str]) -> list[str]:
+    """A problem for each of the formats that cannot be written, for want of a package."""
+    command = f"{sys.executable} -m pip install -r requirements-extras.txt"
+    missing = {
+        kind: [name for name in PACKAGES[kind] if importlib.util.find_spec(name) is None] for kind in sorted(formats)
+    }
+    return [f"{kind} needs {', '.join(names)}: {command}" for kind, names in missing.items() if names]
+
+
+def supported(export: Path, formats: Iterable[str]) -> list[str]:
+    """Those of the formats that the model in the folder ``export`` can be written in."""
+    is_gpt2 = read_json(export / "config.json").get("model_type") == "gpt2"
+    return sorted(kind for kind in formats if kind != "gguf" or is_gpt2)
+
+
+def source_of(export: Path) -> str:
+    """What tells an export from any other: the SHA-256 of its manifest."""
+    return sha256_file(export / MANIFEST)
+
+
+def formats_of(folder: Path, export: Path) -> list[str]:
+    """The formats that ``folder`` holds of this export; none where a file is damaged or it was made of another one."""
+    if verify_folder(folder):
+        return []
+    record = read_json(folder / RECORD)
+    return list(record.get("formats", ())) if record.get("source") == source_of(export) else []
+
+
+def write_formats(export: Path, formats: Iterable[str], output: Path) -> None:
+    """Write an export, whose files were checked, in other formats, and compare what can be compared.
+
+    Args:
+        output: the folder to make; it may be there if it is empty.
+
+    Raises:
+        UserError: a format that this model cannot be written in.
+        TrainingFailed: ONNX Runtime does not give the model's logits; nothing was written.
+    """
+    formats = sorted(formats)
+    if supported(export, formats) != formats:
+        raise UserError(NO_GGUF)
+    name = read_manifest(export)["name"]
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    make_folder(partial)
+    try:
+        record = {"model": name, "source": source_of(export), "formats": formats}
+        if "onnx" in formats:
+            record["onnx_largest_difference"] = _add_onnx(export, partial / "onnx")
+        if "gguf" in formats:
+            _add_gguf(export, partial / "gguf", name)
+        (partial / "README.md").write_text(_readme(export, name, formats), encoding="utf-8")
+        write_json_atomic(partial / RECORD, record)
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        for path in files:
+            fsync_path(path)
+        write_manifest(partial, f"{name}_formats", {str(p.relative_to(partial)): sha256_file(p) for p in files})
+        os.rename(partial, output)
+        fsync_path(output.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _add_onnx(export: Path, folder: Path) -> float:
+    """Returns the largest difference to the model's logits."""
+    from mvlm_core.evaluation.bits_per_byte import load_export
+    from mvlm_core.export.onnx_format import largest_difference, write_onnx
+
+    folder.mkdir()
+    model = load_export(export)[0].float()
+    write_onnx(model, folder / "model.onnx")
+    if not (difference := largest_difference(model, folder / "model.onnx")) <= LOGITS_TOLERANCE:
+        raise TrainingFailed(f"ONNX Runtime's logits differ from the model's by {difference:.2g}: nothing was written")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(export / file, folder / file)
+    return difference
+
+
+def _add_gguf(export: Path, folder: Path, name: str) -> None:
+    from mvlm_core.export.gguf_format import modelfile, write_gguf
+
+    folder.mkdir()
+    write_gguf(export, folder / f"{name}.gguf", name)
+    context = read_json(export / "config.json")["n_positions"]
+    (folder / "Modelfile").write_text(modelfile(f"{name}.gguf", context), encoding="utf-8")
+
+
+def _readme(export: Path, name: str, formats: list[str]) -> str:
+    from jinja2 import Environment, StrictUndefined
+
+    config = read_json(export / "config.json")
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    return environment.from_string(_README.read_text(encoding="utf-8")).render(
+        name=name,
+        formats=formats,
+        start=config["bos_token_id"],
+        context=config.get("n_positions") or config["max_position_embeddings"],
+        is_gpt2=supported(export, ["gguf"]),
+    )

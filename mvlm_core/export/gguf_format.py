@@ -1,0 +1,70 @@
+"""GGUF of a standard GPT-2, for llama.cpp and what is built on it, and a Modelfile for Ollama."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from mvlm_core.files import read_json
+
+# Matrices that GPT-2 keeps as ``[in, out]``; everyone else, GGUF too, has ``[out, in]``.
+_TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+
+
+def write_gguf(export: Path, path: Path, name: str) -> None:
+    """Write the GPT-2 in the folder ``export`` to ``path``, its weights in float32.
+
+    The output matrix is left out: it is the embedding, as llama.cpp assumes where there is none.
+    """
+    from safetensors.torch import load_file
+
+    gguf: Any = importlib.import_module("gguf")
+    config = read_json(export / "config.json")
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_name(name)
+    writer.add_context_length(config["n_positions"])
+    writer.add_embedding_length(config["n_embd"])
+    writer.add_block_count(config["n_layer"])
+    writer.add_feed_forward_length(config["n_inner"] or 4 * config["n_embd"])
+    writer.add_head_count(config["n_head"])
+    writer.add_layer_norm_eps(config["layer_norm_epsilon"])
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    _add_tokenizer(gguf, writer, json.loads((export / "tokenizer.json").read_text(encoding="utf-8")), config)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config["n_layer"])
+    for own, tensor in load_file(export / "model.safetensors").items():
+        tensor = tensor.float().T if own.endswith(_TRANSPOSED) else tensor.float()
+        theirs = names.get_name(own, try_suffixes=(".weight", ".bias"))
+        if theirs is None:
+            raise ValueError(f"{own}: a GPT-2 has no such tensor")
+        writer.add_tensor(theirs, tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_tokenizer(gguf: Any, writer: Any, tokenizer: dict[str, Any], config: dict[str, Any]) -> None:
+    """Our vocabulary and merges under GPT-2's splitting rule; a text begins with the start token, as in training."""
+    special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    numbers = tokenizer["model"]["vocab"] | special
+    tokens = sorted(numbers, key=numbers.__getitem__)
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["model"]["merges"]]
+    kinds = gguf.TokenType
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([kinds.CONTROL if token in special else kinds.NORMAL for token in tokens])
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(config["bos_token_id"])
+    writer.add_eos_token_id(config["eos_token_id"])
+    writer.add_add_bos_token(True)
+
+
+def modelfile(gguf_name: str, context: int) -> str:
+    """How Ollama runs it: it continues a text, without a chat's template."""
+    return (
+        f"FROM ./{gguf_name}\nTEMPLATE {{{{ .Prompt }}}}\nPARAMETER num_ctx {context}\nPARAMETER temperature 0.8\n"
+        "PARAMETER top_p 0.95\n"
+    )

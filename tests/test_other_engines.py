@@ -1,0 +1,137 @@
+"""The archives in other engines: what ONNX Runtime and llama.cpp say is what the model says.
+
+Run by ``pip install -r requirements-extras.txt -r requirements-ecosystem.txt`` and ``pytest -m integration
+tests/test_other_engines.py``; what is not installed is skipped with a reason.
+"""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.performance.other_engines import gguf_reader, greedy, onnx_reader, open_llama, torch_reader
+from mvlm_core.evaluation.bits_per_byte import encode, load_export
+from mvlm_core.evaluation.generation import prompt_ids
+from mvlm_core.export.archive import extract_archive, write_archive
+from mvlm_core.export.formats import LOGITS_TOLERANCE
+from mvlm_core.training.run import run_training
+from tests.helpers import MODELS, REPOSITORY, build_tiny_corpus, recipe_of, sample_books, tiny_settings
+
+pytestmark = pytest.mark.integration
+EXTRAS = "pip install -r requirements-extras.txt"
+NEW_TOKENS = 64
+# llama.cpp on a CPU keeps its cache in float16 and looks GELU up in a table of float16.
+HALF_PRECISION = 5e-3
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """Model name → an export with room for 64 new tokens, trained until its text is more than one word."""
+    work = tmp_path_factory.mktemp("exports")
+    corpus = build_tiny_corpus(work / "corpus")
+    for name, rate in zip(MODELS, ({"learning_rate": 0.01}, {}), strict=True):
+        longer = {"max_length": 96, "max_steps": 200, "eval_interval": 100} | rate
+        run_training(recipe_of(name), tiny_settings(name, corpus, work, **longer))
+    return {name: work / name for name in MODELS}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def unpacked(request, exports, tmp_path_factory):
+    """Model name, model, tokenizer, and the formats made of its archive, from an archive of their own."""
+    for package in ("onnx", "onnxscript", "onnxruntime", "gguf"):
+        pytest.importorskip(package, reason=EXTRAS)
+    name, place = request.param, tmp_path_factory.mktemp(request.param)
+    write_archive(exports[name], place / "model.tar.gz")
+    flags = ["--onnx", "--gguf"] if name == "mvlm_gpt2" else ["--onnx"]
+    command = [sys.executable, REPOSITORY / "export_formats.py", place / "model.tar.gz", *flags]
+    done = subprocess.run([*command, "--output", place / "formats"], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr and done.stdout.count("\n") == 1, "one line, and nothing of torch's"
+    write_archive(place / "formats", place / "formats.tar.gz")
+    folder = extract_archive(place / "formats.tar.gz", place / "elsewhere")
+    assert folder.name == f"{name}_formats"
+    return name, *load_export(exports[name]), folder
+
+
+def graph_in(folder):
+    from mvlm_core.export.onnx_format import CachedGraph
+
+    return CachedGraph(folder / "onnx" / "model.onnx")
+
+
+def test_onnx_runtime_gives_the_models_logits_however_the_text_is_cut(unpacked):
+    _, model, tokenizer, folder = unpacked
+    ids = torch.tensor([encode(tokenizer, sample_books()["psalms"])[start : start + 90] for start in (0, 500)])
+    with torch.inference_mode():
+        expected = model(input_ids=ids, use_cache=False).logits.numpy()
+    graph = graph_in(folder)
+    for lengths in ([90], [1] * 90, [40, 50], [1, 2, 3, 84], [89, 1]):
+        graph.forget(batch=2)
+        found = np.concatenate([graph.read(part.numpy()) for part in ids.split(lengths, dim=1)], axis=1)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=LOGITS_TOLERANCE)
+
+
+def test_onnx_runtime_writes_the_same_64_tokens_with_its_cache(unpacked):
+    _, model, tokenizer, folder = unpacked
+    prompt = prompt_ids(tokenizer, "And the LORD said")
+    text, logits = greedy(torch_reader(model), prompt, NEW_TOKENS)
+    found, their_logits = greedy(onnx_reader(graph_in(folder)), prompt, NEW_TOKENS)
+    assert found == text and len(set(text)) > 4
+    np.testing.assert_allclose(their_logits, logits, rtol=0, atol=LOGITS_TOLERANCE)
+
+
+def test_the_cache_of_the_token_before_matters_at_the_seam(unpacked):
+    """Model 2 reads the key and the value of the token before: without the cache's last one it says something else."""
+    name, _, tokenizer, folder = unpacked
+    if name == "mvlm_gpt2":
+        pytest.skip("GPT-2 reads each token's own")
+    ids = np.array([prompt_ids(tokenizer, "And the LORD said unto Moses")])
+    graph = graph_in(folder)
+    whole = graph.read(ids)[:, -1]
+    graph.forget()
+    graph.read(ids[:, :-1])
+    for cached in graph.past.values():
+        cached[:, :, -1] = 0
+    assert np.abs(graph.read(ids[:, -1:])[:, -1] - whole).max() > 100 * LOGITS_TOLERANCE
+
+
+def test_llama_cpp_gives_a_gpt2s_logits_tokens_and_text(unpacked):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="pip install -r requirements-ecosystem.txt")
+    name, model, tokenizer, folder = unpacked
+    if name != "mvlm_gpt2":
+        assert not list(folder.rglob("*.gguf"))
+        pytest.skip("only a GPT-2 can be written as GGUF")
+    llama = open_llama(folder / "gguf" / "mvlm_gpt2.gguf", 96, threads=1)
+    assert llama_cpp.__version__ and llama.token_bos() == llama.token_eos() == tokenizer.bos_token_id
+    for text in ("And the LORD said", "  two  spaces\n\n’tis 1769 — ‘so’ <|endoftext|> Ἐν", "don't we'll"):
+        ids = encode(tokenizer, text)
+        assert llama.tokenize(text.encode(), add_bos=False) == ids
+        assert llama.tokenize(text.encode()) == [tokenizer.bos_token_id, *ids], "as in training"
+        assert llama.detokenize(ids).decode() == text
+    prompt = prompt_ids(tokenizer, "And the LORD said")
+    text, logits = greedy(torch_reader(model), prompt, NEW_TOKENS)
+    found, their_logits = greedy(gguf_reader(llama), prompt, NEW_TOKENS)
+    assert found == text
+    np.testing.assert_allclose(their_logits, logits, rtol=0, atol=HALF_PRECISION)
+    llama.reset()
+    said = llama.create_completion("And the LORD said", max_tokens=NEW_TOKENS, temperature=0)["choices"][0]["text"]
+    assert said == tokenizer.decode(text, skip_special_tokens=True)
+
+
+def test_the_commands_in_the_readme_run_with_nothing_of_ours(unpacked):
+    name, model, tokenizer, folder = unpacked
+    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.S)
+    assert len(blocks) == (2 if name == "mvlm_gpt2" else 1)
+    prompt = prompt_ids(tokenizer, "In the beginning")
+    for block in blocks:
+        if "llama_cpp" in block:
+            pytest.importorskip("llama_cpp", reason="pip install -r requirements-ecosystem.txt")
+        command = [sys.executable, "-I", "-c", block]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        count = 40 if "llama_cpp" in block else 80 - len(prompt)
+        text, _ = greedy(torch_reader(model), prompt, count)
+        assert done.stdout == "In the beginning" + tokenizer.decode(text) + "\n"
