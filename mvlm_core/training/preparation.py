@@ -4,27 +4,48 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from mvlm_core.data.batches import BatchSource
-from mvlm_core.data.corpus import Corpus, load_corpus
+from mvlm_core.data.corpus import Corpus, Document, load_corpus
 from mvlm_core.data.token_store import TokenStore, build_token_store, parse_mix, texts
 from mvlm_core.data.tokenizer import ByteLevelBPE, cached_tokenizer
+from mvlm_core.errors import UserError
+from mvlm_core.export.manifest import corpus_choice
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.distributed import ALONE, Ranks
+from mvlm_core.training.init_from import Source, replay_of, source_of
 
 _SKIPPED_SHOWN = 20
 log = logging.getLogger("mvlm")
 
 
 @dataclass(frozen=True)
+class OldText:
+    """The corpus of ``--replay``, else what the export was trained on.
+
+    Attributes:
+        mix: how often a pass reads each folder: as in the export's own training, where that read this corpus.
+        test: its test text, without what the new corpus holds.
+    """
+
+    corpus: Corpus
+    mix: str | None
+    test: list[Document]
+
+
+@dataclass(frozen=True)
 class PreparedText:
-    """Corpus (the whole data folder, or its part ``only``), tokenizer and training batches of a run."""
+    """Corpus (the whole data folder, or its part ``only``), tokenizer and training batches of a run; and of one that
+    trains a model further, the export that it starts from and the text that it may forget."""
 
     corpus: Corpus
     only: str | None
     tokenizer: ByteLevelBPE
     batches: BatchSource
+    source: Source | None = None
+    old: OldText | None = None
 
     @property
     def store(self) -> TokenStore:
@@ -56,8 +77,10 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
         log.warning("left out %s: %s", skipped.path, skipped.reason)
     if len(corpus.skipped) > _SKIPPED_SHOWN:
         log.warning("left out %s more files", len(corpus.skipped) - _SKIPPED_SHOWN)
-    if settings.tokenizer_path:
-        tokenizer = tokenizer_class.load(settings.tokenizer_path)
+    source = source_of(settings)
+    old = None if source is None else old_text(settings, source, corpus)
+    if place := tokenizer_place(settings):
+        tokenizer = tokenizer_class.load(place)
     else:
         pieces = (text for group in texts(train) for text in group)
         tokenizer = cached_tokenizer(
@@ -65,14 +88,75 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
         )
     store = build_token_store(corpus, tokenizer, settings.cache_dir, mix=mix_of(settings), quiet=settings.quiet)
     log.info("%s tokens to train on, %.2f bytes each", f"{len(store.tokens):,}", store.bytes_per_token)
-    batches = BatchSource(
+    if old is None or (replay := replay_of(settings)) is None:
+        return PreparedText(corpus, only, tokenizer, _batches(store, settings), source, old)
+    batches = _batches(store, settings, _replayed(settings, corpus, tokenizer, old), replay.share)
+    return PreparedText(corpus, only, tokenizer, batches, source, old)
+
+
+def _batches(
+    store: TokenStore, settings: TrainingSettings, replay: BatchSource | None = None, share: Fraction = Fraction(0)
+) -> BatchSource:
+    return BatchSource(
         store,
         context=settings.max_length,
         sequences=settings.sequences_per_step,
         seed=settings.seed,
         unigram_noise=settings.unigram_noise,
+        replay=replay,
+        replay_share=share,
     )
-    return PreparedText(corpus, only, tokenizer, batches)
+
+
+def _replayed(settings: TrainingSettings, new: Corpus, tokenizer: ByteLevelBPE, old: OldText) -> BatchSource:
+    """Batches of the old train text, without what the new corpus holds out."""
+    held_out = {document.sha256 for document in new.documents if document.split != "train"}
+    try:
+        store = build_token_store(
+            old.corpus, tokenizer, settings.cache_dir, mix=old.mix, leave_out=held_out, quiet=settings.quiet
+        )
+        batches = _batches(store, settings)
+    except UserError as error:
+        raise UserError([f"--replay {settings.replay}: {problem}" for problem in error.problems]) from None
+    log.info("replayed: %s tokens of %s (--replay %s)", f"{len(store.tokens):,}", old.corpus.root, settings.replay)
+    return batches
+
+
+def tokenizer_place(settings: TrainingSettings) -> Path | str | None:
+    """Where the run's tokenizer is; None where one is trained."""
+    source = source_of(settings)
+    return settings.tokenizer_path if source is None else source.folder
+
+
+def old_text(settings: TrainingSettings, source: Source, new: Corpus) -> OldText | None:
+    """The text that further training may make a model forget; None, with a line in the log, where there is none here.
+
+    Raises:
+        UserError: the corpus of ``--replay`` cannot be read.
+    """
+    replay, data = replay_of(settings), source.config["data"]
+    root = replay.folder if replay else Path(str(data.get("data_dir")))
+    choice = corpus_choice(source.folder)
+    for name in ("only", "validation_dir"):
+        if choice[name] is not None and not (root / choice[name]).is_dir():
+            choice[name] = None
+    try:
+        corpus = load_corpus(root, **choice)
+    except UserError as error:
+        if replay:
+            raise UserError([f"--replay {settings.replay}: {problem}" for problem in error.problems]) from None
+        log.info("forgetting is not measured: the export's corpus is not here (%s)", error.problems[0])
+        return None
+    is_own = corpus.fingerprint == data.get("fingerprint")
+    if not (is_own or replay):
+        log.info("forgetting is not measured: %s is not as the export was trained on it", root)
+        return None
+    known = {document.sha256 for document in new.documents}
+    test = [document for document in corpus.split("test") if document.sha256 not in known]
+    mix = source.config["settings"].get("train_mix") if is_own else None
+    if mix and not all((root / folder).is_dir() for folder in parse_mix(mix)):
+        mix = None  # a preset's, which did not apply
+    return OldText(corpus, mix, test)
 
 
 def read_corpus(settings: TrainingSettings) -> tuple[Corpus, str | None]:

@@ -10,11 +10,11 @@ from typing import Any
 from mvlm_core.console import progress
 from mvlm_core.data.corpus import Corpus
 from mvlm_core.errors import UserError
-from mvlm_core.evaluation.bits_per_byte import Score, bits_per_byte_by_part, score_export
+from mvlm_core.evaluation.bits_per_byte import Score, bits_per_byte_by_part, load_export, score_export, score_loaded
 from mvlm_core.evaluation.memorization import extractable_memorization
 from mvlm_core.export.folder import remove_export, software_versions
 from mvlm_core.export.manifest import training_config, verify_folder
-from mvlm_core.metrics import METRICS, PRIMARY_TEST_BPB
+from mvlm_core.metrics import BY_NAME, METRICS, PRIMARY_TEST_BPB
 from mvlm_core.training.history import HISTORY_NAME
 from mvlm_core.training.preparation import PreparedText
 from mvlm_core.training.state import LoopState, Run, identity_differences
@@ -58,6 +58,19 @@ def score_test(export: Path, run: Run, corpus: Corpus) -> Score:
     total = sum(document.size for document in corpus.split("test"))
     with progress(total, "test score", "B", quiet=run.settings.quiet, unit_scale=True) as bar:
         return score_export(export, corpus, split="test", device=run.hardware.device, progress=bar.update)
+
+
+def score_old(export: Path, run: Run, text: PreparedText) -> float | None:
+    """Bits per byte of the exported files on the old text's test documents; None where none are scored."""
+    if run.settings.no_test_score or text.old is None or not text.old.test:
+        return None
+    documents = ((document.path, document.read()) for document in text.old.test)
+    return score_loaded(*load_export(export, run.hardware.device), documents).bits_per_byte
+
+
+def before_and_after(state: LoopState, old_test_bpb: float | None) -> dict[str, Any]:
+    """The metrics of further training."""
+    return {f"{name}_before": value for name, value in vars(state.before).items()} | {"old_test_bpb": old_test_bpb}
 
 
 def measure(model: Any, tokenizer: Any, corpus: Corpus, state: LoopState, score: Score) -> dict[str, Any]:
@@ -105,7 +118,16 @@ def record(run: Run, text: PreparedText, identity: dict[str, Any], results: dict
         "hardware": {name: getattr(hardware, name) for name in ("device", "name", "precision", "threads")},
         "software": software_versions(),
         "results": results,
-    }
+    } | _origin(run, text)
+
+
+def _origin(run: Run, text: PreparedText) -> dict[str, Any]:
+    """Where the model comes from, if it was trained further."""
+    if text.source is None:
+        return {}
+    before = text.source.config
+    origin = {"manifest_sha256": text.source.sha256, "data": before["data"], "init_from": before.get("init_from")}
+    return {"init_from": origin, "replay": run.settings.replay}
 
 
 def describe_sources(corpus: Corpus) -> str:
@@ -120,6 +142,21 @@ def describe_sources(corpus: Corpus) -> str:
     return f"{sentence} Translations: {', '.join(translations)}.{listed}"
 
 
+def describe_text(text: PreparedText) -> str:
+    """``describe_sources`` of all that the model has read, for the model card."""
+    if text.source is None:
+        return describe_sources(text.corpus)
+    data, share = text.source.config["data"], text.batches.replay_share
+    first = f"{data.get('train_documents')} documents, {data.get('train_bytes')} bytes of text."
+    if text.old is not None:
+        first = describe_sources(text.old.corpus)
+    replayed = f" with {float(share):.3g} of what was read from the first text" if share else ""
+    return (
+        f"Trained first on: {first}\n\nThen further{replayed}, from the export whose manifest has the SHA-256 "
+        f"`{text.source.sha256}`, on: {describe_sources(text.corpus)}"
+    )
+
+
 def report(results: dict[str, Any], score: Score, corpus: Corpus) -> None:
     """Log the scores."""
     log.info("validation %.4f bits per byte at step %s", results["validation_bpb"], results["best_step"])
@@ -127,3 +164,7 @@ def report(results: dict[str, Any], score: Score, corpus: Corpus) -> None:
         primary = results[PRIMARY_TEST_BPB]
         beside = "" if primary is None else f", {corpus.primary_translation} alone {primary:.4f}"
         log.info("test %.4f bits per byte over %.2f MB%s", score.bits_per_byte, score.bytes / 1e6, beside)
+    for name in ("validation_bpb", "test_bpb", "old_test_bpb") if "old_test_bpb" in results else ():
+        now, before, label = results[name], results[f"{name}_before"], BY_NAME[f"{name}_before"].title
+        change = "not measured" if None in (now, before) else f"{before:.4f} → {now:.4f} ({now / before - 1:+.1%})"
+        log.info("%s and after: %s", label, change)
