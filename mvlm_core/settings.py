@@ -132,7 +132,7 @@ class TrainingSettings:
 
     init_from: str | None = _further(
         None, "train further: start from the weights, shape and tokenizer of this export (folder or .tar.gz); by "
-        f"default with its preset, {CONTINUED_RATE} times that one's learning rate, and 2 passes over all of the text",
+        f"default with its preset and length, but {CONTINUED_RATE} times the learning rate, and at most 2 passes",
     )  # fmt: skip
     replay: str | None = _further(
         None, "FOLDER=SHARE: against forgetting, this share of what is read comes from the train text of that corpus, "
@@ -245,13 +245,12 @@ class TrainingSettings:
 
     def _continued(self, chosen: dict[str, Any]) -> dict[str, Any]:
         """A preset's values for a run that starts from a trained model."""
-        kept = {name: value for name, value in chosen.items() if name not in LENGTHS}
         rates = {
             entry.name: CONTINUED_RATE * chosen.get(entry.name, entry.metadata["default"])
             for entry in fields(self)
             if entry.name.endswith("learning_rate")
         }
-        return kept | rates | self.preset_values(CONTINUED)
+        return chosen | rates | self.preset_values(CONTINUED)
 
     def problems(self) -> list[str]:
         """Everything that is wrong with these values, one sentence each."""

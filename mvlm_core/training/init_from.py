@@ -141,7 +141,7 @@ def inherit(settings: TrainingSettings, name: str) -> list[str]:
     for entry in fields(settings):
         if entry.metadata["group"] in ("model", "governance") and entry.name != "dropout":
             problems += _take(settings, entry, source)
-    if settings.__dict__.get("num_models") not in (None, 1):
+    if getattr(settings, "num_models", None) not in (None, 1):
         problems.append(f"--init_from {settings.init_from}: an ensemble; only a single model can be trained further")
     return problems
 

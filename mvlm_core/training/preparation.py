@@ -77,8 +77,10 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
         log.warning("left out %s: %s", skipped.path, skipped.reason)
     if len(corpus.skipped) > _SKIPPED_SHOWN:
         log.warning("left out %s more files", len(corpus.skipped) - _SKIPPED_SHOWN)
-    source = source_of(settings)
-    old = None if source is None else old_text(settings, source, corpus)
+    old = None
+    if (source := source_of(settings)) is not None:
+        log.info("starting from the export %s", settings.init_from)
+        old = old_text(settings, source, corpus)
     if place := tokenizer_place(settings):
         tokenizer = tokenizer_class.load(place)
     else:
@@ -137,8 +139,8 @@ def old_text(settings: TrainingSettings, source: Source, new: Corpus) -> OldText
     replay, data = replay_of(settings), source.config["data"]
     root = replay.folder if replay else Path(str(data.get("data_dir")))
     choice = corpus_choice(source.folder)
-    for name in ("only", "validation_dir"):
-        if choice[name] is not None and not (root / choice[name]).is_dir():
+    for name, place in (("only", root / (choice["only"] or "")), ("validation_dir", choice["validation_dir"] or "")):
+        if not Path(place).is_dir():
             choice[name] = None
     try:
         corpus = load_corpus(root, **choice)
