@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,21 +113,12 @@ def token_folder(corpus: Corpus, tokenizer: ByteLevelBPE, cache_dir: Path | str)
 
 
 def build_token_store(
-    corpus: Corpus,
-    tokenizer: ByteLevelBPE,
-    cache_dir: Path | str,
-    *,
-    mix: str | None = None,
-    leave_out: Collection[str] = (),
-    quiet: bool = False,
+    corpus: Corpus, tokenizer: ByteLevelBPE, cache_dir: Path | str, *, mix: str | None = None, quiet: bool = False
 ) -> TokenStore:
     """Tokens of the corpus's train split, from the cache where corpus and tokenizer are the same to the byte.
 
     Args:
         mix: how often a pass reads each folder; see ``document_repeats``.
-        leave_out: SHA-256 of documents that a pass does not read.
-    Raises:
-        UserError: nothing left to train on.
     """
     documents = corpus.split("train")
     folder = token_folder(corpus, tokenizer, cache_dir)
@@ -137,9 +128,6 @@ def build_token_store(
         if (index := _whole_index(folder, len(documents))) is None:
             raise UserError(f"{folder} changed while it was read; start the run again")
     repeats = document_repeats(documents, mix)
-    repeats[[document.sha256 in leave_out for document in documents]] = 0
-    if not repeats.any():
-        raise UserError(f"{corpus.root}: all of its train text is held out elsewhere")
     lengths = np.array(index["lengths"], dtype=np.int64)
     sizes = np.array([document.size for document in documents], dtype=np.int64)
     return TokenStore(

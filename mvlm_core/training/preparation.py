@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 from mvlm_core.data.batches import BatchSource
@@ -90,38 +90,34 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
         )
     store = build_token_store(corpus, tokenizer, settings.cache_dir, mix=mix_of(settings), quiet=settings.quiet)
     log.info("%s tokens to train on, %.2f bytes each", f"{len(store.tokens):,}", store.bytes_per_token)
-    if old is None or (replay := replay_of(settings)) is None:
-        return PreparedText(corpus, only, tokenizer, _batches(store, settings), source, old)
-    batches = _batches(store, settings, _replayed(settings, corpus, tokenizer, old), replay.share)
-    return PreparedText(corpus, only, tokenizer, batches, source, old)
-
-
-def _batches(
-    store: TokenStore, settings: TrainingSettings, replay: BatchSource | None = None, share: Fraction = Fraction(0)
-) -> BatchSource:
-    return BatchSource(
-        store,
+    batches = partial(
+        BatchSource,
         context=settings.max_length,
         sequences=settings.sequences_per_step,
         seed=settings.seed,
         unigram_noise=settings.unigram_noise,
-        replay=replay,
-        replay_share=share,
     )
-
-
-def _replayed(settings: TrainingSettings, new: Corpus, tokenizer: ByteLevelBPE, old: OldText) -> BatchSource:
-    """Batches of the old train text, without what the new corpus holds out."""
-    held_out = {document.sha256 for document in new.documents if document.split != "train"}
+    if old is None or (replay := replay_of(settings)) is None:
+        return PreparedText(corpus, only, tokenizer, batches(store), source, old)
     try:
-        store = build_token_store(
-            old.corpus, tokenizer, settings.cache_dir, mix=old.mix, leave_out=held_out, quiet=settings.quiet
-        )
-        batches = _batches(store, settings)
+        replayed = batches(_replayed(settings, corpus, tokenizer, old))
     except UserError as error:
-        raise UserError([f"--replay {settings.replay}: {problem}" for problem in error.problems]) from None
+        raise _about_replay(settings, error) from None
+    mixed = batches(store, replay=replayed, replay_share=replay.share)
+    return PreparedText(corpus, only, tokenizer, mixed, source, old)
+
+
+def _replayed(settings: TrainingSettings, new: Corpus, tokenizer: ByteLevelBPE, old: OldText) -> TokenStore:
+    """The old train text, without what the new corpus holds out."""
+    store = build_token_store(old.corpus, tokenizer, settings.cache_dir, mix=old.mix, quiet=settings.quiet)
+    held_out = {document.sha256 for document in new.documents if document.split != "train"}
+    store.repeats[[document.sha256 in held_out for document in old.corpus.split("train")]] = 0
     log.info("replayed: %s tokens of %s (--replay %s)", f"{len(store.tokens):,}", old.corpus.root, settings.replay)
-    return batches
+    return store
+
+
+def _about_replay(settings: TrainingSettings, error: UserError) -> UserError:
+    return UserError([f"--replay {settings.replay}: {problem}" for problem in error.problems])
 
 
 def tokenizer_place(settings: TrainingSettings) -> Path | str | None:
@@ -146,7 +142,7 @@ def old_text(settings: TrainingSettings, source: Source, new: Corpus) -> OldText
         corpus = load_corpus(root, **choice)
     except UserError as error:
         if replay:
-            raise UserError([f"--replay {settings.replay}: {problem}" for problem in error.problems]) from None
+            raise _about_replay(settings, error) from None
         log.info("forgetting is not measured: the export's corpus is not here (%s)", error.problems[0])
         return None
     is_own = corpus.fingerprint == data.get("fingerprint")

@@ -101,7 +101,8 @@ def measure(model: Any, tokenizer: Any, corpus: Corpus, state: LoopState, score:
 
 def record(run: Run, text: PreparedText, identity: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
     """``training_config.json``: settings, data, tokenizer, hardware, software and results of the run."""
-    hardware = run.hardware
+    hardware, source = run.hardware, text.source
+    origin = {"init_from": {"manifest_sha256": source.sha256, "data": source.config["data"]}} if source else {}
     return {
         "model": run.recipe.name,
         "preset": run.settings.preset,
@@ -118,16 +119,7 @@ def record(run: Run, text: PreparedText, identity: dict[str, Any], results: dict
         "hardware": {name: getattr(hardware, name) for name in ("device", "name", "precision", "threads")},
         "software": software_versions(),
         "results": results,
-    } | _origin(run, text)
-
-
-def _origin(run: Run, text: PreparedText) -> dict[str, Any]:
-    """Where the model comes from, if it was trained further."""
-    if text.source is None:
-        return {}
-    before = text.source.config
-    origin = {"manifest_sha256": text.source.sha256, "data": before["data"], "init_from": before.get("init_from")}
-    return {"init_from": origin, "replay": run.settings.replay}
+    } | origin
 
 
 def describe_sources(corpus: Corpus) -> str:
