@@ -154,7 +154,7 @@ def plan_text(settings: TrainingSettings, kind: type[ByteLevelBPE], corpus: Corp
     pass_bytes: float = sum(size * int(times) for size, times in zip(sizes, repeats, strict=True))
     if (start := source_of(settings)) is not None:
         old = old_text(settings, start, corpus)
-        test = 2 * [*test, *(old.test if old and test else [])]  # before and after
+        test = 2 * [*test, *(old.test if old and not settings.no_test_score else [])]  # before and after
     if replay := replay_of(settings):
         pass_bytes /= 1 - float(replay.share)
     return TextPlan(
