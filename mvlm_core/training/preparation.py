@@ -116,8 +116,9 @@ def _replayed(settings: TrainingSettings, new: Corpus, tokenizer: ByteLevelBPE, 
     return store
 
 
-def _about_replay(settings: TrainingSettings, error: UserError) -> UserError:
-    return UserError([f"--replay {settings.replay}: {problem}" for problem in error.problems])
+def _about_replay(settings: TrainingSettings, error: Exception) -> UserError:
+    problems = error.problems if isinstance(error, UserError) else [str(error)]
+    return UserError([f"--replay {settings.replay}: {problem}" for problem in problems])
 
 
 def tokenizer_place(settings: TrainingSettings) -> Path | str | None:
@@ -134,16 +135,19 @@ def old_text(settings: TrainingSettings, source: Source, new: Corpus) -> OldText
     """
     replay, data = replay_of(settings), source.config["data"]
     root = replay.folder if replay else Path(str(data.get("data_dir")))
-    choice = corpus_choice(source.folder)
-    for name, place in (("only", root / (choice["only"] or "")), ("validation_dir", choice["validation_dir"] or "")):
-        if not Path(place).is_dir():
-            choice[name] = None
     try:
+        choice = corpus_choice(source.folder)
+        for name, place in (
+            ("only", root / (choice["only"] or "")),
+            ("validation_dir", choice["validation_dir"] or ""),
+        ):
+            if not Path(place).is_dir():
+                choice[name] = None
         corpus = load_corpus(root, **choice)
-    except UserError as error:
+    except (UserError, OSError, ValueError) as error:  # the latter two: a record that names what can be no path
         if replay:
             raise _about_replay(settings, error) from None
-        log.info("forgetting is not measured: the export's corpus is not here (%s)", error.problems[0])
+        log.info("forgetting is not measured: the export's corpus is not here (%s)", error)
         return None
     is_own = corpus.fingerprint == data.get("fingerprint")
     if not (is_own or replay):
@@ -152,8 +156,8 @@ def old_text(settings: TrainingSettings, source: Source, new: Corpus) -> OldText
     known = {document.sha256 for document in new.documents}
     test = [document for document in corpus.split("test") if document.sha256 not in known]
     mix = source.config["settings"].get("train_mix") if is_own else None
-    if mix and not all((root / folder).is_dir() for folder in parse_mix(mix)):
-        mix = None  # a preset's, which did not apply
+    if not isinstance(mix, str) or not all((root / folder).is_dir() for folder in parse_mix(mix)):
+        mix = None  # none, or a preset's that did not apply
     return OldText(corpus, mix, test)
 
 

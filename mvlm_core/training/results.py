@@ -157,6 +157,6 @@ def report(results: dict[str, Any], score: Score, corpus: Corpus) -> None:
         beside = "" if primary is None else f", {corpus.primary_translation} alone {primary:.4f}"
         log.info("test %.4f bits per byte over %.2f MB%s", score.bits_per_byte, score.bytes / 1e6, beside)
     for name in ("validation_bpb", "test_bpb", "old_test_bpb") if "old_test_bpb" in results else ():
-        now, before, label = results[name], results[f"{name}_before"], BY_NAME[f"{name}_before"].title
+        now, before = results[name], results[f"{name}_before"]
         change = "not measured" if None in (now, before) else f"{before:.4f} → {now:.4f} ({now / before - 1:+.1%})"
-        log.info("%s and after: %s", label, change)
+        log.info("further training, %s: %s", BY_NAME[name].title, change)

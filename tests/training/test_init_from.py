@@ -1,5 +1,6 @@
 """Further training: from an export's weights, exactly resumable, gains and forgetting measured, wrong uses told."""
 
+import json
 import logging
 import shutil
 from fractions import Fraction
@@ -21,10 +22,20 @@ from mvlm_core.training.checkpoint import newest_checkpoint
 from mvlm_core.training.history import read_history
 from mvlm_core.training.init_from import open_source
 from mvlm_core.training.plan import plan_run
+from mvlm_core.training.preparation import old_text
 from mvlm_core.training.run import run_training
 from prioritary_mvlm import PrioritaryConfig
 from tests.export.exports import change_config, copy_export, seal, set_json
-from tests.helpers import FIXTURES, MODELS, REPOSITORY, StopAfter, make_loop, recipe_of, tiny_settings
+from tests.helpers import (
+    FIXTURES,
+    MODELS,
+    REPOSITORY,
+    StopAfter,
+    make_loop,
+    recipe_of,
+    tiny_settings,
+    with_a_value_replaced,
+)
 
 CLASSES = {"mvlm_gpt2": mvlm_trainer.GPT2Settings, "simone_enhanced": PrioritaryConfig}
 
@@ -152,9 +163,10 @@ def test_without_the_old_corpus_forgetting_is_not_measured(trained, tmp_path, ca
         recipe_of("mvlm_gpt2"), further("mvlm_gpt2", trained, tmp_path, init_from=str(source), replay=None, max_steps=2)
     )
     assert "forgetting is not measured: the export's corpus is not here" in caplog.text
+    assert "further training, old text's test, bits per byte: not measured" in caplog.text
     results = training_config(folder, "results")["results"]
     assert results["old_test_bpb_before"] is None is results["old_test_bpb"] and results["test_bpb_before"] > 0
-    assert "test of the old text, after it, bits per byte | - |" in (folder / "README.md").read_text()
+    assert "old text's test, bits per byte | - |" in (folder / "README.md").read_text()
 
 
 def test_replayed_text_is_the_old_train_text_in_its_share(trained, corpus, tmp_path):
@@ -259,3 +271,23 @@ def test_sources_that_cannot_be_are_told(trained, tmp_path):
 def test_replay_alone_is_told(corpus, tmp_path):
     with pytest.raises(UserError, match="--replay goes with --init_from"):
         tiny_settings("mvlm_gpt2", corpus, tmp_path, replay=f"{corpus}=0.5").check()
+
+
+def test_an_odd_record_is_refused_or_harmless(trained, tmp_path):
+    """``training_config.json`` with a value replaced at random, under a manifest that agrees."""
+    source = copy_export(trained / "simone_enhanced", tmp_path / "source")
+    record = json.loads((source / "training_config.json").read_text())
+    odd = (None, -1, 10**400, "x", "\0", "\ud800", "x" * 5000, [], {}, True, 0.5)
+    changed = [with_a_value_replaced(record, seed, odd[seed % len(odd)]) for seed in range(66)]
+    for section, key in (("data", "data_dir"), ("data", "only"), ("settings", "train_mix"), ("settings", "num_heads")):
+        changed += [record | {section: record[section] | {key: value}} for value in odd]
+    corpus, outcomes = load_corpus(trained / "corpus"), set()
+    for value in changed:
+        (source / "training_config.json").write_text(json.dumps(value))
+        seal(source, "simone_enhanced")
+        settings = PrioritaryConfig(init_from=str(source), data_dir=str(trained / "corpus"), device="cpu")
+        if not settings.problems():
+            old = old_text(settings, open_source(str(source)), corpus)
+            outcomes.add("refused to measure" if old is None else "measured")
+        outcomes.add("refused" if settings.problems() else "taken")
+    assert outcomes == {"refused", "taken", "measured", "refused to measure"}
