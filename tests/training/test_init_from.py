@@ -32,6 +32,7 @@ from tests.helpers import (
     REPOSITORY,
     StopAfter,
     make_loop,
+    raises_only,
     recipe_of,
     tiny_settings,
     with_a_value_replaced,
@@ -281,13 +282,14 @@ def test_an_odd_record_is_refused_or_harmless(trained, tmp_path):
     changed = [with_a_value_replaced(record, seed, odd[seed % len(odd)]) for seed in range(66)]
     for section, key in (("data", "data_dir"), ("data", "only"), ("settings", "train_mix"), ("settings", "num_heads")):
         changed += [record | {section: record[section] | {key: value}} for value in odd]
-    corpus, outcomes = load_corpus(trained / "corpus"), set()
+    corpus, outcomes, place = load_corpus(trained / "corpus"), set(), str(source)
     for value in changed:
         (source / "training_config.json").write_text(json.dumps(value))
         seal(source, "simone_enhanced")
-        settings = PrioritaryConfig(init_from=str(source), data_dir=str(trained / "corpus"), device="cpu")
-        if not settings.problems():
-            old = old_text(settings, open_source(str(source)), corpus)
-            outcomes.add("refused to measure" if old is None else "measured")
-        outcomes.add("refused" if settings.problems() else "taken")
-    assert outcomes == {"refused", "taken", "measured", "refused to measure"}
+        settings = PrioritaryConfig(init_from=place, data_dir=str(trained / "corpus"), device="cpu")
+        if settings.problems():
+            outcomes.add("refused")
+            continue
+        old, problem = raises_only(UserError, lambda settings=settings: old_text(settings, open_source(place), corpus))
+        outcomes.add("refused later" if problem else "not measured" if old is None else "measured")
+    assert outcomes == {"refused", "refused later", "not measured", "measured"}
