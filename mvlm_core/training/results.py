@@ -138,15 +138,15 @@ def describe_text(text: PreparedText) -> str:
     """``describe_sources`` of all that the model has read, for the model card."""
     if text.source is None:
         return describe_sources(text.corpus)
-    data, share = text.source.config["data"], text.batches.replay_share
+    data, old = text.source.config["data"], "" if text.old is None else describe_sources(text.old.corpus)
     first = f"{data.get('train_documents')} documents, {data.get('train_bytes')} bytes of text."
-    if text.old is not None:
-        first = describe_sources(text.old.corpus)
-    replayed = f" with {float(share):.3g} of what was read from the first text" if share else ""
+    if text.old is not None and text.old.corpus.fingerprint == data.get("fingerprint"):
+        first = old
+    share = float(text.batches.replay_share)
     return (
-        f"Trained first on: {first}\n\nThen further{replayed}, from the export whose manifest has the SHA-256 "
+        f"Trained first on: {first}\n\nThen further, from the export whose manifest has the SHA-256 "
         f"`{text.source.sha256}`, on: {describe_sources(text.corpus)}"
-    )
+    ) + (f"\n\nOf what was read then, the share {share:.3g} was from: {old}" if share else "")
 
 
 def report(results: dict[str, Any], score: Score, corpus: Corpus) -> None:

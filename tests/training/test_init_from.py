@@ -165,6 +165,7 @@ def test_without_the_old_corpus_forgetting_is_not_measured(trained, tmp_path, ca
     )
     assert "forgetting is not measured: the export's corpus is not here" in caplog.text
     assert "further training, old text's test, bits per byte: not measured" in caplog.text
+    assert "Trained first on: 4 documents, " in (folder / "README.md").read_text()
     results = training_config(folder, "results")["results"]
     assert results["old_test_bpb_before"] is None is results["old_test_bpb"] and results["test_bpb_before"] > 0
     assert "old text's test, bits per byte | - |" in (folder / "README.md").read_text()
