@@ -306,7 +306,7 @@ def _range_problem(entry: Field[Any], value: Any) -> str | None:
     if not bounds:
         return None
     wanted = [(*_BOUNDS[name], bounds[name]) for name in _BOUNDS if name in bounds]
-    if _is_number(value) and math.isfinite(value) and all(holds(value, bound) for _, holds, bound in wanted):
+    if _is_number(value) and abs(value) < math.inf and all(holds(value, bound) for _, holds, bound in wanted):
         return None
     return f"--{entry.name} {value}: must be {' and '.join(f'{words} {bound}' for words, _, bound in wanted)}"
 
