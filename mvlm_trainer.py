@@ -12,6 +12,7 @@ from mvlm_core.console import trainer_settings
 from mvlm_core.errors import run_main
 from mvlm_core.hardware import Hardware
 from mvlm_core.settings import REPOSITORY_ROOT
+from mvlm_core.training.init_from import inherit
 
 if TYPE_CHECKING:  # heavy imports wait until the arguments are known: --help answers at once
     from collections.abc import Callable
@@ -28,6 +29,9 @@ EXAMPLES = """examples:
   python mvlm_trainer.py                     train with the preset that fits this machine
   python mvlm_trainer.py --preset smoke      a minute, to see that everything works
   python mvlm_trainer.py --num_epochs 2 --learning_rate 6e-4
+  python mvlm_trainer.py --init_from models/mvlm_gpt2 --data_dir my_texts --output_dir models/further \\
+      --replay mvlm_training_dataset_complete=0.2
+                                             train a finished model further, on your own text
 Run it again after an interruption: it resumes from the newest checkpoint.
 """
 
@@ -51,6 +55,9 @@ class GPT2Settings(BibleSettings):
         },
         "smoke": {"learning_rate": 4e-3, "num_layers": 3, "ff_dim": 304},
     }
+
+    def inherit(self) -> list[str]:
+        return inherit(self, NAME)
 
 
 def tokenizer_class() -> type[ByteLevelBPE]:

@@ -15,6 +15,9 @@ EXAMPLES = """examples:
   python enhanced_train.py                       train with the preset that fits this machine
   python enhanced_train.py --preset smoke        a minute, to see that everything works
   python enhanced_train.py --no_policy_head --coherence_weight 0.2
+  python enhanced_train.py --init_from ../models/simone_enhanced --data_dir my_texts --output_dir ../models/further \\
+      --replay ../mvlm_training_dataset_complete=0.2
+                                                 train a finished model further, on your own text
 Run it again after an interruption: it resumes from the newest checkpoint.
 """
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from bible_corpus.books import PRIMARY_TRANSLATION
-from mvlm_core.settings import TrainingSettings
+from mvlm_core.settings import CONTINUED, TrainingSettings
 
 
 @dataclass
@@ -17,4 +17,5 @@ class BibleSettings(TrainingSettings):
         # Half of the text that is read is the primary translation, the other half all translations alike.
         "cpu": {"train_mix": f"bible/{PRIMARY_TRANSLATION}=16"},
         "smoke": {"data_subset": f"bible/{PRIMARY_TRANSLATION}"},
+        CONTINUED: {"train_mix": None, "data_subset": None},  # the text is the user's
     }

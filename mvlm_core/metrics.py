@@ -50,4 +50,11 @@ METRICS = (
     Metric("test_bpb", "test", _BPB, "{:.4f}", "lower"),
     Metric(PRIMARY_TEST_BPB, "test, primary translation", _BPB, "{:.4f}", "lower"),
 )
-BY_NAME = {metric.name: metric for metric in METRICS}
+# Of a model that was trained further: what it had before, and what of the old text it has forgotten since.
+CONTINUED = (
+    Metric("validation_bpb_before", "validation, before further training", _BPB, "{:.4f}", "lower"),
+    Metric("test_bpb_before", "test, before further training", _BPB, "{:.4f}", "lower"),
+    Metric("old_test_bpb_before", "old text's test, before further training", _BPB, "{:.4f}", "lower"),
+    Metric("old_test_bpb", "old text's test", _BPB, "{:.4f}", "lower"),
+)
+BY_NAME = {metric.name: metric for metric in (*METRICS, *CONTINUED)}

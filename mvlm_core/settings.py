@@ -28,6 +28,8 @@ OPTIMIZERS = ("adamw", "muon")
 VALIDATION_TEXTS = ("primary", "all")
 UNLESS_DEFAULT = "unless default"
 LENGTHS = ("num_epochs", "max_steps", "max_tokens", "max_bytes", "max_hours")
+CONTINUED = "init_from"  # in PRESETS: what --init_from puts in the place of any preset's values
+CONTINUED_RATE = 0.3  # times the preset's peak learning rate
 Settings = TypeVar("Settings", bound="TrainingSettings")
 
 
@@ -80,6 +82,7 @@ _model = partial(option, group="model", identity=True)
 _optimization = partial(option, group="optimisation", identity=True)
 _length = partial(option, group="length", minimum=1)
 _hardware = partial(option, group="hardware")
+_further = partial(option, group="further training")
 
 
 @dataclass
@@ -119,6 +122,7 @@ class TrainingSettings:
             "checkpoint_interval": 20,
             "log_interval": 5,
         },
+        CONTINUED: {"num_epochs": 2.0},
     }
 
     data_dir: str = _data(str(DEFAULT_DATA_DIR), "folder of .txt files (with optional .json beside them)")
@@ -137,6 +141,15 @@ class TrainingSettings:
     validation_text: str = _data(
         "primary", "what chooses the best checkpoint: primary, the primary translation's validation documents (64 KB "
         "where there is no such translation), or all", choices=VALIDATION_TEXTS, identity=UNLESS_DEFAULT,
+    )  # fmt: skip
+
+    init_from: str | None = _further(
+        None, "train further: start from the weights, shape and tokenizer of this export (folder or .tar.gz); by "
+        f"default with its preset and length, but {CONTINUED_RATE} times the learning rate, and at most 2 passes",
+    )  # fmt: skip
+    replay: str | None = _further(
+        None, "FOLDER=SHARE: against forgetting, this share of what is read comes from the train text of that corpus, "
+        "whose test text is scored before and after (without it the export's own, where it is on this machine)",
     )  # fmt: skip
 
     vocab_size: int = _model(32000, "tokenizer entries", minimum=SMALLEST_VOCABULARY, maximum=1_000_000)
@@ -215,9 +228,12 @@ class TrainingSettings:
     quiet: bool = option(False, "no progress bar")
 
     def __post_init__(self) -> None:
+        self.misfits = self.inherit()
         if self.preset in (None, "auto"):
             self.preset = "cpu" if self.device == "cpu" else resolve_preset("auto")[0]
         chosen = self.preset_values(self.preset)
+        if self.init_from is not None:
+            chosen = self._continued(chosen)
         # A length that is given replaces all of the preset's: --max_steps 5000 means 5,000 steps, not the preset's one
         # epoch. Of several given, the first one reached ends the run.
         lengths = [name for name in LENGTHS if getattr(self, name) is not None]
@@ -236,9 +252,23 @@ class TrainingSettings:
             values.update(vars(ancestor).get("PRESETS", {}).get(preset, {}))
         return values
 
+    def inherit(self) -> list[str]:
+        """Take from the export of ``--init_from`` what must be as it was; returns what does not fit it."""
+        return []
+
+    def _continued(self, chosen: dict[str, Any]) -> dict[str, Any]:
+        """A preset's values for a run that starts from a trained model."""
+        rates = {
+            entry.name: CONTINUED_RATE * chosen.get(entry.name, entry.metadata["default"])
+            for entry in fields(self)
+            if entry.name.endswith("learning_rate")
+        }
+        return chosen | rates | self.preset_values(CONTINUED)
+
     def problems(self) -> list[str]:
         """Everything that is wrong with these values, one sentence each."""
-        found = [sentence for entry in fields(self) if (sentence := _range_problem(entry, getattr(self, entry.name)))]
+        found = list(self.misfits)
+        found += [sentence for entry in fields(self) if (sentence := _range_problem(entry, getattr(self, entry.name)))]
         if _is_number(self.hidden_dim) and _is_number(self.num_heads) and self.num_heads > 0:
             if self.hidden_dim % self.num_heads:
                 found.append(
@@ -289,7 +319,7 @@ def _range_problem(entry: Field[Any], value: Any) -> str | None:
     if not bounds:
         return None
     wanted = [(*_BOUNDS[name], bounds[name]) for name in _BOUNDS if name in bounds]
-    if _is_number(value) and math.isfinite(value) and all(holds(value, bound) for _, holds, bound in wanted):
+    if _is_number(value) and abs(value) < math.inf and all(holds(value, bound) for _, holds, bound in wanted):
         return None
     return f"--{entry.name} {value}: must be {' and '.join(f'{words} {bound}' for words, _, bound in wanted)}"
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from bible_corpus.settings import BibleSettings
-from mvlm_core.settings import option
+from mvlm_core.settings import CONTINUED, option
+from mvlm_core.training.init_from import inherit
 
+NAME = "simone_enhanced"  # of the export folder and the archive
 # The modelling files that ship in each export: the only code that an export may hold.
 MODELLING_FILES = Path(__file__).resolve().parent.parent / "simone_transformer"
 
@@ -45,6 +47,7 @@ class PrioritaryConfig(BibleSettings):
         },
         "cpu": SMALL,
         "smoke": SMALL,
+        CONTINUED: {"coherence_weight": 0.0},  # its adapter is not in the export
     }
 
     adamw_learning_rate: float = _own(
@@ -74,6 +77,9 @@ class PrioritaryConfig(BibleSettings):
         0.5, "share of the run after which the coherence weight is 0", "loss", above=0, maximum=1
     )
     z_loss_weight: float = _own(1e-4, "weight of the squared log partition function", "loss", minimum=0)
+
+    def inherit(self) -> list[str]:
+        return inherit(self, NAME)
 
     def problems(self) -> list[str]:
         found = super().problems()

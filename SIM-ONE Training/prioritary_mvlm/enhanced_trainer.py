@@ -15,7 +15,7 @@ from mvlm_core.training.run import run_training
 from mvlm_core.training.state import BuiltModel, Recipe, StepLoss
 from prioritary_mvlm.advanced_losses import ComprehensiveTrainingLoss, mean_loss
 from prioritary_mvlm.advanced_tokenizer import AdvancedBPETokenizer
-from prioritary_mvlm.config import PrioritaryConfig
+from prioritary_mvlm.config import NAME, PrioritaryConfig
 from simone_transformer import (
     EnhancedSIMONEConfig,
     EnhancedSIMONEEnsemble,
@@ -25,8 +25,6 @@ from simone_transformer import (
 )
 from simone_transformer.enhanced_model import run_layer
 from simone_transformer.rope_attention import point
-
-NAME = "simone_enhanced"
 
 
 def model_config(

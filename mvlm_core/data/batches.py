@@ -8,6 +8,7 @@ resumed run reads exactly what an uninterrupted one would have read.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -37,15 +38,25 @@ class BatchSource:
     Args:
         unigram_noise: share of the inputs that are replaced by tokens drawn from the text, targets staying as they are
             (unigram noising, Xie et al., arXiv 1703.02573). A model cannot memorize what it never reads twice.
+        replay: batches of another text, from which ``replay_share`` of the sequences come, evenly spread; epochs are
+            still those of ``store``.
     Raises:
         UserError: less text than one sequence.
     """
 
     def __init__(
-        self, store: TokenStore, *, context: int, sequences: int, seed: int, unigram_noise: float = 0.0
+        self,
+        store: TokenStore,
+        *,
+        context: int,
+        sequences: int,
+        seed: int,
+        unigram_noise: float = 0.0,
+        replay: BatchSource | None = None,
+        replay_share: Fraction = Fraction(0),
     ) -> None:
         self.store, self.context, self.sequences, self.seed = store, context, sequences, seed
-        self.unigram_noise = unigram_noise
+        self.unigram_noise, self.replay, self.replay_share = unigram_noise, replay, replay_share
         self.tokens_per_epoch = int((np.diff(store.starts) * store.repeats).sum())
         self.sequences_per_epoch = (self.tokens_per_epoch - 1) // context
         if self.sequences_per_epoch < 1:
@@ -59,24 +70,41 @@ class BatchSource:
     def tokens_per_batch(self) -> int:
         return self.sequences * self.context
 
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes over tokens, in the mix that is read."""
+        if self.replay is None:
+            return self.store.bytes_per_token
+        share = float(self.replay_share)
+        return (1 - share) * self.store.bytes_per_token + share * self.replay.store.bytes_per_token
+
     def epoch_at(self, step: int) -> float:
         """Passes over the training text after ``step`` batches."""
-        return step * self.sequences / self.sequences_per_epoch
+        return float(step * self.sequences * (1 - self.replay_share) / self.sequences_per_epoch)
 
     def steps_for_epochs(self, epochs: float) -> int:
-        return max(1, round(epochs * self.sequences_per_epoch / self.sequences))
+        return max(1, round(epochs * self.sequences_per_epoch / self.sequences / float(1 - self.replay_share)))
 
     def batch(self, number: int, first: int = 0, count: int | None = None) -> Batch:
         """Sequences ``first … first + count`` of batch ``number`` (all of it by default)."""
         count = self.sequences - first if count is None else count
         start = number * self.sequences + first
-        rows = [self._sequence(start + offset) for offset in range(count)]
+        rows = [self._row(start + offset) for offset in range(count)]
         inputs, targets = (np.stack([row[n] for row in rows]).astype(np.int64) for n in range(2))
         weights = np.stack([row[2] for row in rows]).astype(np.float32)
         return Batch(inputs, targets, weights, int(self.store.token_bytes[targets].sum()))
 
-    def _sequence(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _row(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Inputs, targets and weights of a sequence, counted from the start of training."""
+        if self.replay is None:
+            return self._sequence(number)
+        replayed = number * self.replay_share // 1  # how many of those before it came from the other text
+        if (number + 1) * self.replay_share // 1 > replayed:
+            return self.replay._sequence(replayed)
+        return self._sequence(number - replayed)
+
+    def _sequence(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same of the ``number``-th sequence from this text."""
         epoch, place = divmod(number, self.sequences_per_epoch)
         self._enter(epoch)
         begin = self._shift + int(self._order[place]) * self.context

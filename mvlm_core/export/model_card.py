@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mvlm_core.evaluation.results import share
-from mvlm_core.metrics import METRICS
+from mvlm_core.metrics import CONTINUED, METRICS
 
 
 def model_card(config: dict[str, Any], *, title: str, description: str, sources: str, remote_code: bool) -> str:
@@ -74,7 +74,11 @@ def _figures(config: dict[str, Any]) -> list[tuple[str, str]]:
     results = config["results"]
     recalled = {part: results["memorization"][part]["exact"] for part in ("train", "held_out")}
     return [
-        *((metric.title, metric.text(results[metric.name])) for metric in METRICS if metric.name in results),
+        *(
+            (metric.title, metric.text(results[metric.name]))
+            for metric in (*METRICS, *CONTINUED)
+            if metric.name in results
+        ),
         ("vocabulary", f"{config['tokenizer']['vocab_size']:,}"),
         ("training context, tokens", f"{config['settings']['max_length']:,}"),
         ("training steps", f"{results['steps']:,}; the exported weights are of step {results['best_step']:,}"),

@@ -73,6 +73,8 @@ class TrainingLoop:
             TrainingFailed: training diverges again and again, or the smallest micro-batch does not fit.
         """
         self._resume()
+        if self.state.step == 0:
+            self.state.before = self.task.score_before()
         if self.length.is_reached(self.state.step) or (self.state.stopped_early and self.state.finished):
             return self.state
         self.state.finished = False

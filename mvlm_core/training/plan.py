@@ -8,6 +8,7 @@ import os
 import time
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
+from pathlib import Path
 
 from mvlm_core.bill import JSON_VARIABLE, PRICE, Item, bill
 from mvlm_core.data.corpus import Corpus, validation_subset
@@ -16,8 +17,9 @@ from mvlm_core.data.tokenizer import ByteLevelBPE, tokenizer_folder
 from mvlm_core.hardware import Hardware
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.cost import OVERHEAD, StepCost, fitting_micro_batch, step_cost
+from mvlm_core.training.init_from import replay_of, source_of
 from mvlm_core.training.launch import describe_gpus, rank_count
-from mvlm_core.training.preparation import mix_of, read_corpus
+from mvlm_core.training.preparation import mix_of, old_text, read_corpus, tokenizer_place
 from mvlm_core.training.state import LoopState, Recipe
 
 # Assumptions: those that a bill uses are printed with it.
@@ -127,7 +129,7 @@ def plan_text(settings: TrainingSettings, kind: type[ByteLevelBPE], corpus: Corp
     repeats = document_repeats(train, mix)
     sizes = [document.size for document in train]
     folder = tokenizer_folder(kind, corpus.fingerprint, settings.vocab_size, settings.cache_dir)
-    place = settings.tokenizer_path or (folder if (folder / "tokenizer.json").exists() else None)
+    place: Path | str | None = tokenizer_place(settings) or (folder if (folder / "tokenizer.json").exists() else None)
     step = -(-sum(sizes) // SAMPLE_BYTES)
     if place:
         tokenizer, source = kind.load(place), "by the tokenizer that is there"
@@ -148,11 +150,18 @@ def plan_text(settings: TrainingSettings, kind: type[ByteLevelBPE], corpus: Corp
         count * n for count, n in zip(tokens, read, strict=True)
     )
     validation = validation_subset(corpus, whole=settings.validation_text == "all")
+    test = [] if settings.no_test_score else corpus.split("test")
+    pass_bytes: float = sum(size * int(times) for size, times in zip(sizes, repeats, strict=True))
+    if (start := source_of(settings)) is not None:
+        old = old_text(settings, start, corpus)
+        test = 2 * [*test, *(old.test if old and not settings.no_test_score else [])]  # before and after
+    if replay := replay_of(settings):
+        pass_bytes /= 1 - float(replay.share)
     return TextPlan(
         train_bytes=sum(sizes),
-        pass_bytes=int(sum(size * int(times) for size, times in zip(sizes, repeats, strict=True))),
+        pass_bytes=int(pass_bytes),
         validation_bytes=sum(len(part.encode()) for _, part in validation),
-        test_bytes=0 if settings.no_test_score else sum(document.size for document in corpus.split("test")),
+        test_bytes=sum(document.size for document in test),
         bytes_per_token=per_token,
         source=source,
         has_tokenizer=place is not None,

@@ -4,27 +4,48 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mvlm_core.data.batches import BatchSource
-from mvlm_core.data.corpus import Corpus, load_corpus
+from mvlm_core.data.corpus import Corpus, Document, load_corpus
 from mvlm_core.data.token_store import TokenStore, build_token_store, parse_mix, texts
 from mvlm_core.data.tokenizer import ByteLevelBPE, cached_tokenizer
+from mvlm_core.errors import UserError
+from mvlm_core.export.manifest import corpus_choice
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.distributed import ALONE, Ranks
+from mvlm_core.training.init_from import Source, replay_of, source_of
 
 _SKIPPED_SHOWN = 20
 log = logging.getLogger("mvlm")
 
 
 @dataclass(frozen=True)
+class OldText:
+    """The corpus of ``--replay``, else what the export was trained on.
+
+    Attributes:
+        mix: how often a pass reads each folder: as in the export's own training, where that read this corpus.
+        test: its test text, without what the new corpus holds.
+    """
+
+    corpus: Corpus
+    mix: str | None
+    test: list[Document]
+
+
+@dataclass(frozen=True)
 class PreparedText:
-    """Corpus (the whole data folder, or its part ``only``), tokenizer and training batches of a run."""
+    """Corpus (the whole data folder, or its part ``only``), tokenizer and training batches of a run; and of one that
+    trains a model further, the export that it starts from and the text that it may forget."""
 
     corpus: Corpus
     only: str | None
     tokenizer: ByteLevelBPE
     batches: BatchSource
+    source: Source | None = None
+    old: OldText | None = None
 
     @property
     def store(self) -> TokenStore:
@@ -56,8 +77,12 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
         log.warning("left out %s: %s", skipped.path, skipped.reason)
     if len(corpus.skipped) > _SKIPPED_SHOWN:
         log.warning("left out %s more files", len(corpus.skipped) - _SKIPPED_SHOWN)
-    if settings.tokenizer_path:
-        tokenizer = tokenizer_class.load(settings.tokenizer_path)
+    old = None
+    if (source := source_of(settings)) is not None:
+        log.info("starting from the export %s", settings.init_from)
+        old = old_text(settings, source, corpus)
+    if place := tokenizer_place(settings):
+        tokenizer = tokenizer_class.load(place)
     else:
         pieces = (text for group in texts(train) for text in group)
         tokenizer = cached_tokenizer(
@@ -65,14 +90,75 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
         )
     store = build_token_store(corpus, tokenizer, settings.cache_dir, mix=mix_of(settings), quiet=settings.quiet)
     log.info("%s tokens to train on, %.2f bytes each", f"{len(store.tokens):,}", store.bytes_per_token)
-    batches = BatchSource(
-        store,
+    batches = partial(
+        BatchSource,
         context=settings.max_length,
         sequences=settings.sequences_per_step,
         seed=settings.seed,
         unigram_noise=settings.unigram_noise,
     )
-    return PreparedText(corpus, only, tokenizer, batches)
+    if old is None or (replay := replay_of(settings)) is None:
+        return PreparedText(corpus, only, tokenizer, batches(store), source, old)
+    try:
+        replayed = batches(_replayed(settings, corpus, tokenizer, old))
+    except UserError as error:
+        raise _about_replay(settings, error) from None
+    mixed = batches(store, replay=replayed, replay_share=replay.share)
+    return PreparedText(corpus, only, tokenizer, mixed, source, old)
+
+
+def _replayed(settings: TrainingSettings, new: Corpus, tokenizer: ByteLevelBPE, old: OldText) -> TokenStore:
+    """The old train text, without what the new corpus holds out."""
+    store = build_token_store(old.corpus, tokenizer, settings.cache_dir, mix=old.mix, quiet=settings.quiet)
+    held_out = {document.sha256 for document in new.documents if document.split != "train"}
+    store.repeats[[document.sha256 in held_out for document in old.corpus.split("train")]] = 0
+    log.info("replayed: %s tokens of %s (--replay %s)", f"{len(store.tokens):,}", old.corpus.root, settings.replay)
+    return store
+
+
+def _about_replay(settings: TrainingSettings, error: Exception) -> UserError:
+    problems = error.problems if isinstance(error, UserError) else [str(error)]
+    return UserError([f"--replay {settings.replay}: {problem}" for problem in problems])
+
+
+def tokenizer_place(settings: TrainingSettings) -> Path | str | None:
+    """Where the run's tokenizer is; None where one is trained."""
+    source = source_of(settings)
+    return settings.tokenizer_path if source is None else source.folder
+
+
+def old_text(settings: TrainingSettings, source: Source, new: Corpus) -> OldText | None:
+    """The text that further training may make a model forget; None, with a line in the log, where there is none here.
+
+    Raises:
+        UserError: the corpus of ``--replay`` cannot be read.
+    """
+    replay, data = replay_of(settings), source.config["data"]
+    root = replay.folder if replay else Path(str(data.get("data_dir")))
+    try:
+        choice = corpus_choice(source.folder)
+        for name, place in (
+            ("only", root / (choice["only"] or "")),
+            ("validation_dir", choice["validation_dir"] or ""),
+        ):
+            if not Path(place).is_dir():
+                choice[name] = None
+        corpus = load_corpus(root, **choice)
+    except (UserError, OSError, ValueError) as error:  # the latter two: a record that names what can be no path
+        if replay:
+            raise _about_replay(settings, error) from None
+        log.info("forgetting is not measured: the export's corpus is not here (%s)", error)
+        return None
+    is_own = corpus.fingerprint == data.get("fingerprint")
+    if not (is_own or replay):
+        log.info("forgetting is not measured: %s is not as the export was trained on it", root)
+        return None
+    known = {document.sha256 for document in new.documents}
+    test = [document for document in corpus.split("test") if document.sha256 not in known]
+    mix = source.config["settings"].get("train_mix") if is_own else None
+    if not isinstance(mix, str) or not all((root / folder).is_dir() for folder in parse_mix(mix)):
+        mix = None  # none, or a preset's that did not apply
+    return OldText(corpus, mix, test)
 
 
 def read_corpus(settings: TrainingSettings) -> tuple[Corpus, str | None]:

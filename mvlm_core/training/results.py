@@ -10,11 +10,11 @@ from typing import Any
 from mvlm_core.console import progress
 from mvlm_core.data.corpus import Corpus
 from mvlm_core.errors import UserError
-from mvlm_core.evaluation.bits_per_byte import Score, bits_per_byte_by_part, score_export
+from mvlm_core.evaluation.bits_per_byte import Score, bits_per_byte_by_part, load_export, score_export, score_loaded
 from mvlm_core.evaluation.memorization import extractable_memorization
 from mvlm_core.export.folder import remove_export, software_versions
 from mvlm_core.export.manifest import TEST_SCORES, training_config, verify_folder
-from mvlm_core.metrics import METRICS, PRIMARY_TEST_BPB
+from mvlm_core.metrics import BY_NAME, METRICS, PRIMARY_TEST_BPB
 from mvlm_core.training.history import HISTORY_NAME
 from mvlm_core.training.preparation import PreparedText
 from mvlm_core.training.state import LoopState, Run, identity_differences
@@ -61,6 +61,19 @@ def score_test(export: Path, run: Run, corpus: Corpus) -> Score:
         return score_export(export, corpus, split="test", device=run.hardware.device, progress=bar.update)
 
 
+def score_old(export: Path, run: Run, text: PreparedText) -> float | None:
+    """Bits per byte of the exported files on the old text's test documents; None where none are scored."""
+    if run.settings.no_test_score or text.old is None or not text.old.test:
+        return None
+    documents = ((document.path, document.read()) for document in text.old.test)
+    return score_loaded(*load_export(export, run.hardware.device), documents).bits_per_byte
+
+
+def before_and_after(state: LoopState, old_test_bpb: float | None) -> dict[str, Any]:
+    """The metrics of further training."""
+    return {f"{name}_before": value for name, value in vars(state.before).items()} | {"old_test_bpb": old_test_bpb}
+
+
 def measure(model: Any, tokenizer: Any, corpus: Corpus, state: LoopState, score: Score) -> dict[str, Any]:
     """The run's metrics (None where there is nothing to measure), then the details behind them."""
     scored = [document for document in corpus.split("test") if document.path in score.documents]
@@ -89,7 +102,8 @@ def measure(model: Any, tokenizer: Any, corpus: Corpus, state: LoopState, score:
 
 def record(run: Run, text: PreparedText, identity: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
     """``training_config.json``: settings, data, tokenizer, hardware, software and results of the run."""
-    hardware = run.hardware
+    hardware, source = run.hardware, text.source
+    origin = {"init_from": {"manifest_sha256": source.sha256, "data": source.config["data"]}} if source else {}
     return {
         "model": run.recipe.name,
         "preset": run.settings.preset,
@@ -106,7 +120,7 @@ def record(run: Run, text: PreparedText, identity: dict[str, Any], results: dict
         "hardware": {name: getattr(hardware, name) for name in ("device", "name", "precision", "threads")},
         "software": software_versions(),
         "results": results,
-    }
+    } | origin
 
 
 def describe_sources(corpus: Corpus) -> str:
@@ -121,6 +135,21 @@ def describe_sources(corpus: Corpus) -> str:
     return f"{sentence} Translations: {', '.join(translations)}.{listed}"
 
 
+def describe_text(text: PreparedText) -> str:
+    """``describe_sources`` of all that the model has read, for the model card."""
+    if text.source is None:
+        return describe_sources(text.corpus)
+    data, old = text.source.config["data"], "" if text.old is None else describe_sources(text.old.corpus)
+    first = f"{data.get('train_documents')} documents, {data.get('train_bytes')} bytes of text."
+    if text.old is not None and text.old.corpus.fingerprint == data.get("fingerprint"):
+        first = old
+    share = float(text.batches.replay_share)
+    return (
+        f"Trained first on: {first}\n\nThen further, from the export whose manifest has the SHA-256 "
+        f"`{text.source.sha256}`, on: {describe_sources(text.corpus)}"
+    ) + (f"\n\nOf what was read then, the share {share:.3g} was from: {old}" if share else "")
+
+
 def report(results: dict[str, Any], score: Score, corpus: Corpus) -> None:
     """Log the scores."""
     log.info("validation %.4f bits per byte at step %s", results["validation_bpb"], results["best_step"])
@@ -128,3 +157,7 @@ def report(results: dict[str, Any], score: Score, corpus: Corpus) -> None:
         primary = results[PRIMARY_TEST_BPB]
         beside = "" if primary is None else f", {corpus.primary_translation} alone {primary:.4f}"
         log.info("test %.4f bits per byte over %.2f MB%s", score.bits_per_byte, score.bytes / 1e6, beside)
+    for name in ("validation_bpb", "test_bpb", "old_test_bpb") if "old_test_bpb" in results else ():
+        now, before = results[name], results[f"{name}_before"]
+        change = "not measured" if None in (now, before) else f"{before:.4f} → {now:.4f} ({now / before - 1:+.1%})"
+        log.info("further training, %s: %s", BY_NAME[name].title, change)

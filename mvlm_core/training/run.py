@@ -128,13 +128,15 @@ def _export(
     staging = stage_model(task.model, tokenizer, loop.history(), recipe.title, run.output_dir)
     score = results.score_test(staging, run, text.corpus)
     measured = results.measure(task.model, tokenizer, text.corpus, loop.state, score)
+    if text.source is not None:
+        measured |= results.before_and_after(loop.state, results.score_old(staging, run, text))
     measured["peak_memory_bytes"] = peak_memory_bytes
     config = results.record(run, text, task.identity, measured)
     if run.settings.preset != "smoke":  # there the plan would take as long as the training
         plan = plan_run(recipe, run.settings, run.hardware, loop.state, run.ranks.world)
         config["bill"] = planned_and_actual(plan, loop.state, prepared, time.perf_counter() - started)
         report_bill(config["bill"])
-    sources = results.describe_sources(text.corpus)
+    sources = results.describe_text(text)
     card = model_card(
         config, title=recipe.title, description=recipe.description, sources=sources, remote_code=recipe.remote_code
     )

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mvlm_core.data.batches import BatchSource
-from mvlm_core.data.corpus import Corpus, validation_subset
+from mvlm_core.data.corpus import Corpus, Document, validation_subset
 from mvlm_core.data.tokenizer import ByteLevelBPE
 from mvlm_core.errors import UserError
 from mvlm_core.evaluation.bits_per_byte import bits_per_byte, score_documents
@@ -21,6 +23,7 @@ from mvlm_core.hardware import Hardware
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.distributed import ALONE, Ranks
 from mvlm_core.training.divergence import GuardState
+from mvlm_core.training.init_from import Source
 from mvlm_core.training.optimizer import EMA, Optimizers, copy_named
 from mvlm_core.training.preparation import PreparedText
 from mvlm_core.training.time_budget import WARMUP_STEPS, RunLength
@@ -92,6 +95,7 @@ class TrainingTask(BuiltModel):
 
     Attributes:
         evaluate: validation bits per byte of the model's current weights.
+        score_before: what those weights are worth before the first step, where they come from an export.
         identity: settings, data and tokenizer, which must agree with those of a checkpoint to resume it.
         ema: of the model's weights, where the run keeps one: then the averages are evaluated and exported.
     """
@@ -99,18 +103,12 @@ class TrainingTask(BuiltModel):
     batches: BatchSource
     evaluate: Callable[[], float]
     identity: dict[str, Any]
+    score_before: Callable[[], Before]
     ema: EMA | None = None
 
     def weights(self) -> dict[str, Tensor]:
         """All weights by ``<module>.<parameter>``; tied ones once."""
-        named: dict[str, Tensor] = {}
-        seen = set()
-        for prefix, module in self.modules.items():
-            for name, tensor in module.state_dict().items():
-                if tensor.data_ptr() not in seen or tensor.numel() == 0:
-                    named[f"{prefix}.{name}"] = tensor
-                    seen.add(tensor.data_ptr())
-        return named
+        return named_weights({f"{prefix}.": module for prefix, module in self.modules.items()})
 
     def validation_bpb(self) -> float:
         """Validation bits per byte of what would be exported now."""
@@ -139,37 +137,92 @@ class TrainingTask(BuiltModel):
                 copy_named(self.ema.averages, named, "averaged weights")
 
 
+def named_weights(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The weights of modules, by the modules' prefix and their own name; tied ones once, under the first name."""
+    named: dict[str, Tensor] = {}
+    seen = set()
+    for prefix, module in modules.items():
+        for name, tensor in module.state_dict().items():
+            if tensor.data_ptr() not in seen or tensor.numel() == 0:
+                named[f"{prefix}{name}"] = tensor
+                seen.add(tensor.data_ptr())
+    return named
+
+
+def load_weights(model: nn.Module, source: Source, context: int) -> None:
+    """Copy an export's weights into a model of the same shape, whose ``context`` may be shorter.
+
+    Raises:
+        UserError: weights of another shape, or none that can be read.
+    """
+    longer = source.config["settings"].get("max_length")
+    try:
+        found = load_file(source.folder / "model.safetensors")
+        wanted = named_weights({"": model})
+        for name, tensor in found.items():
+            if name in wanted and tensor.ndim and len(tensor) == longer and len(wanted[name]) == context:
+                found[name] = tensor[:context]  # a table of positions, whose first rows are all that is needed
+        copy_named(wanted, found, "weights")
+    except (ValueError, SafetensorError, OSError) as error:
+        raise UserError(f"--init_from: {source.folder / 'model.safetensors'} does not fit: {error}") from None
+
+
 def build_task(run: Run, text: PreparedText) -> TrainingTask:
-    """The model with fresh weights on its device, and everything that trains it."""
+    """The model with fresh weights or an export's, on its device, and everything that trains it."""
     settings, ranks = run.settings, run.ranks
     torch.manual_seed(settings.seed)
     built = run.recipe.build(settings, text.tokenizer, run.hardware)
+    if text.source is not None:
+        load_weights(built.model, text.source, settings.max_length)
     built.optimizers.spread_over(ranks)
     for module in built.modules.values():
         module.to(run.hardware.device).train()
     validation = validation_documents(settings, text.corpus, ranks)
     encode = cache(text.tokenizer.encode)  # the same text at every evaluation
 
-    def evaluate() -> float:
+    def bpb(documents: list[tuple[str, str]], encode: Callable[[str], list[int]]) -> float:
         score = score_documents(
             built.model,
             encode,
-            validation,
+            documents,
             start_id=text.tokenizer.start_id,
             context=settings.max_length,
             device=run.hardware.device,
         )
         return bits_per_byte(*ranks.sum_numbers(score.nats, score.bytes))
 
+    def evaluate() -> float:
+        return bpb(validation, encode)
+
+    def test_bpb(documents: list[Document]) -> float | None:
+        if settings.no_test_score or not documents:
+            return None
+        return bpb(own_part([(d.path, d.read()) for d in documents], ranks), text.tokenizer.encode)
+
+    def score_before() -> Before:
+        if text.source is None:
+            return Before()
+        return Before(evaluate(), test_bpb(text.corpus.split("test")), test_bpb(text.old.test if text.old else []))
+
     ema = EMA(built.model, settings.ema_decay) if settings.ema_decay else None
     return TrainingTask(
-        **vars(built), batches=text.batches, evaluate=evaluate, identity=run_identity(settings, text), ema=ema
+        **vars(built),
+        batches=text.batches,
+        evaluate=evaluate,
+        identity=run_identity(settings, text),
+        score_before=score_before,
+        ema=ema,
     )
 
 
 def validation_documents(settings: TrainingSettings, corpus: Corpus, ranks: Ranks = ALONE) -> list[tuple[str, str]]:
-    """This rank's part of what an evaluation scores, as (path, text); the ranks' parts are about equally long."""
-    documents = [(d.path, text) for d, text in validation_subset(corpus, whole=settings.validation_text == "all")]
+    """This rank's part of what an evaluation scores, as (path, text)."""
+    whole = settings.validation_text == "all"
+    return own_part([(document.path, text) for document, text in validation_subset(corpus, whole=whole)], ranks)
+
+
+def own_part(documents: list[tuple[str, str]], ranks: Ranks) -> list[tuple[str, str]]:
+    """This rank's part of (path, text) pairs; the ranks' parts are about equally long."""
     return [documents[index] for index in ranks.part_by_size([len(text.encode()) for _, text in documents])]
 
 
@@ -177,6 +230,10 @@ def run_identity(settings: TrainingSettings, text: PreparedText) -> dict[str, An
     """What defines this run; a checkpoint with another identity is refused, with the list of differences."""
     flags = {f"--{name}": value for name, value in settings.identity().items()}
     fingerprints = {"corpus": text.corpus.fingerprint, "tokenizer": text.tokenizer.sha256}
+    if text.source is not None:
+        fingerprints["--init_from, its manifest"] = text.source.sha256
+    if text.old is not None and text.batches.replay is not None:
+        fingerprints["--replay"] = f"{text.batches.replay_share} of {text.old.corpus.fingerprint}"
     return {"--preset": settings.preset} | flags | fingerprints
 
 
@@ -197,6 +254,16 @@ class Spent:
 
 
 @dataclass
+class Before:
+    """Bits per byte of the export that a run starts from: on the validation text of every evaluation, on the test text,
+    and on that of the old text. None where there is no such text, no such export or no test score is wanted."""
+
+    validation_bpb: float | None = None
+    test_bpb: float | None = None
+    old_test_bpb: float | None = None
+
+
+@dataclass
 class LoopState:
     """The progress of a run; every checkpoint holds all of it.
 
@@ -211,6 +278,7 @@ class LoopState:
         fixed_at, fixed_steps: the number of steps that ``--max_hours`` fixed, and after which step.
         spent: on evaluations and checkpoints.
         timed_steps, timed_seconds: what ``--max_hours`` has measured of the steps, before it fixed their number.
+        before: scores of the export that the run starts from.
     """
 
     step: int = 0
@@ -230,6 +298,7 @@ class LoopState:
     spent: Spent = field(default_factory=Spent)
     timed_steps: int = 0
     timed_seconds: float = 0.0
+    before: Before = field(default_factory=Before)
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> LoopState:
@@ -240,8 +309,9 @@ class LoopState:
         """
         # Older checkpoints know the steps' time only, and nothing of what else took time.
         older = {"step_seconds": saved.get("seconds"), "spent": asdict(Spent()), "timed_steps": 0, "timed_seconds": 0.0}
-        values = older | saved
-        parts = {"guard": _typed(GuardState, saved.get("guard")), "spent": _typed(Spent, values["spent"])}
+        values = older | {"before": asdict(Before())} | saved
+        kinds = {"guard": GuardState, "spent": Spent, "before": Before}
+        parts = {name: _typed(kind, values.get(name)) for name, kind in kinds.items()}
         return _typed(cls, values | parts)
 
 
@@ -294,7 +364,7 @@ def total_steps(settings: TrainingSettings, batches: BatchSource) -> int | None:
     if settings.max_tokens:
         limits.append(round(settings.max_tokens / batches.tokens_per_batch))
     if settings.max_bytes:
-        limits.append(round(settings.max_bytes / batches.store.bytes_per_token / batches.tokens_per_batch))
+        limits.append(round(settings.max_bytes / batches.bytes_per_token / batches.tokens_per_batch))
     if settings.num_epochs:
         limits.append(batches.steps_for_epochs(settings.num_epochs))
     return max(1, min(limits)) if limits else None

@@ -1,5 +1,7 @@
 """The data order is the step counter: batches are pure, each token comes once an epoch, every epoch differs."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
@@ -91,6 +93,21 @@ def test_noise_is_drawn_from_what_a_pass_reads():
     store = make_store(repeats=[1, 0, 0, 0, 0])
     batches = BatchSource(store, context=CONTEXT, sequences=4, seed=0, unigram_noise=0.9)
     assert batches.batch(0).inputs.max() < 100, "only the first document is read, so only its tokens are drawn"
+
+
+def test_replay_is_its_share_of_the_sequences_evenly_spread_and_each_text_in_its_own_order():
+    old = source(seed=1)
+    mixed = source(replay=old, replay_share=Fraction("0.3"))
+    rows = [mixed.batch(n // 4, n % 4, 1).targets[0] for n in range(100)]
+    whole = np.concatenate([mixed.batch(n).targets for n in range(25)])
+    assert np.array_equal(rows, whole), "a function of the number alone"
+    replayed = [n for n in range(100) if (n + 1) * 3 // 10 > n * 3 // 10]
+    assert len(replayed) == 30 and replayed[:3] == [3, 6, 9]
+    new = [n for n in range(100) if n not in replayed]
+    for numbers, alone in ((replayed, old), (new, source())):
+        expected = [alone.batch(n // 4, n % 4, 1).targets[0] for n in range(len(numbers))]
+        assert np.array_equal([rows[n] for n in numbers], expected)
+    assert mixed.epoch_at(25) == pytest.approx(70 / 30) and mixed.steps_for_epochs(2) == round(60 / 0.7 / 4)
 
 
 def test_epochs_are_counted_in_sequences():

@@ -31,11 +31,11 @@ def copy_export(source: Path, target: Path) -> Path:
     return target
 
 
-def seal(folder: Path) -> None:
+def seal(folder: Path, name: str = "mvlm_gpt2") -> None:
     """Write the manifest anew, so that it agrees with whatever is in the folder."""
     (folder / MANIFEST).unlink(missing_ok=True)
     files = [path for path in folder.iterdir() if path.is_file() and path.name != TEST_SCORES]
-    write_manifest(folder, "mvlm_gpt2", {path.name: sha256_file(path) for path in files})
+    write_manifest(folder, name, {path.name: sha256_file(path) for path in files})
 
 
 def set_json(path: Path, section: str | None = None, **values: Any) -> None:

@@ -200,6 +200,23 @@ def test_several_processes_give_the_curve_of_one(model, turns, tiny_corpus, tmp_
     check_curve(tmp_path / "others", model, tmp_path / "alone")
 
 
+def test_further_training_starts_alike_in_all_processes(trained, tmp_path):
+    corpus, more = trained / "corpus", {"init_from": str(trained / "mvlm_gpt2"), "data_subset": "bible/plain"}
+    more |= {"replay": f"{corpus}=0.25", "max_steps": 6, "eval_interval": 3}
+    alone(corpus, tmp_path / "alone", "mvlm_gpt2", 99, **more)
+    by(2, corpus, tmp_path / "others", "mvlm_gpt2", 99, **more)
+    (losses, sizes, scores), (other, other_sizes, other_scores) = (
+        curve(tmp_path / place, "mvlm_gpt2") for place in ("alone", "others")
+    )
+    assert other == pytest.approx(losses, rel=0, abs=1e-8) and other_sizes == sizes
+    before, other_before = (
+        newest_checkpoint(tmp_path / place / "mvlm_gpt2" / "checkpoints").state["before"]
+        for place in ("alone", "others")
+    )
+    assert other_before == pytest.approx(before, abs=1e-6) and None not in before.values()
+    assert other_scores == pytest.approx(scores, abs=1e-6)
+
+
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_three_ranks_on_eight_sequences_one_of_which_runs_out_of_memory(where, tiny_corpus, tmp_path, monkeypatch):
     """Parts of 2, 3 and 3 sequences. Memory runs out in the last rank alone, before it has exchanged a gradient or

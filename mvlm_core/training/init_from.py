@@ -1,0 +1,164 @@
+"""Further training (``--init_from``): the export that a run starts from, and what of the run's settings must fit it.
+
+Nothing of the export is run: its record and tokenizer are JSON, its weights safetensors, and the model is built by this
+repository's own code.
+"""
+
+from __future__ import annotations
+
+import atexit
+import tempfile
+from contextlib import ExitStack
+from dataclasses import Field, dataclass, fields
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mvlm_core.errors import UserError
+from mvlm_core.export.archive import extract_archive
+from mvlm_core.export.manifest import MANIFEST, TRAINING_CONFIG, read_manifest, training_config, verify_folder
+from mvlm_core.files import sha256_file
+from mvlm_core.settings import PRESET_NAMES, TrainingSettings
+
+NEEDED = ("model.safetensors", "tokenizer.json", TRAINING_CONFIG)
+_unpacked = ExitStack()
+atexit.register(_unpacked.close)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A finished export, checked.
+
+    Attributes:
+        folder: where its files lie; of an archive, unpacked until this process ends.
+        name: of the model.
+        sha256: of its manifest, which lists the SHA-256 of every file.
+        config: its ``training_config.json``.
+    """
+
+    folder: Path
+    name: str
+    sha256: str
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """``--replay``: a corpus, and the share of the sequences that come from its train text."""
+
+    folder: Path
+    share: Fraction
+
+
+def open_source(place: str) -> Source:
+    """The export at ``place``, a folder or a ``.tar.gz``; checked and unpacked once in a process.
+
+    Raises:
+        UserError: none, an unfinished or damaged one, an archive that fails its checks.
+    """
+    path = Path(place).resolve()
+    if not path.exists():
+        raise UserError(f"--init_from {place}: no such folder or archive")
+    file = path / MANIFEST if path.is_dir() else path
+    try:
+        return _open(path, file.stat().st_mtime_ns if file.exists() else 0)
+    except UserError as error:
+        raise UserError([f"--init_from {problem}" for problem in error.problems]) from None
+
+
+@cache
+def _open(path: Path, _written: int) -> Source:
+    folder = path
+    if not path.is_dir():
+        folder = extract_archive(path, Path(_unpacked.enter_context(tempfile.TemporaryDirectory(prefix="mvlm-open-"))))
+    manifest = read_manifest(folder)
+    problems = [f"{path}: {name} is missing" for name in NEEDED if name not in manifest["files"]]
+    if problems := problems + verify_folder(folder):
+        raise UserError(problems)
+    config = training_config(folder, "settings", "data", "tokenizer")
+    if not config:
+        raise UserError(f"{path}: {TRAINING_CONFIG} is damaged")
+    return Source(folder, manifest["name"], sha256_file(folder / MANIFEST), config)
+
+
+def source_of(settings: TrainingSettings) -> Source | None:
+    """The export that a run with these settings starts from; None where it starts from nothing."""
+    return None if settings.init_from is None else open_source(settings.init_from)
+
+
+def replay_of(settings: TrainingSettings) -> Replay | None:
+    """What ``--replay`` says.
+
+    Raises:
+        UserError: not FOLDER=SHARE, a share outside (0, 1), or a folder without text.
+    """
+    if settings.replay is None:
+        return None
+    folder, _, number = settings.replay.rpartition("=")
+    try:
+        share = Fraction(number)  # exact, so that every sequence of a long run is where it belongs
+    except (ValueError, ZeroDivisionError):
+        share = Fraction(0)
+    problems = [] if folder and 0 < share < 1 else ["expected FOLDER=SHARE with a share between 0 and 1, such as 0.2"]
+    if folder and not Path(folder).is_dir():
+        problems.append("no such folder")
+    elif folder and not any(Path(folder).rglob("*.txt")):
+        problems.append("no .txt file in that folder")
+    if problems:
+        raise UserError([f"--replay {settings.replay}: {problem}" for problem in problems])
+    return Replay(Path(folder), share)
+
+
+def inherit(settings: TrainingSettings, name: str) -> list[str]:
+    """Give settings whose defaults are not filled in yet the preset and the shape of the export of ``--init_from``.
+
+    Args:
+        name: of the model that these settings are of.
+    Returns:
+        what does not fit, one sentence each.
+    """
+    problems: list[str] = []
+    try:
+        if replay_of(settings) and settings.init_from is None:
+            problems.append("--replay goes with --init_from: a model that starts from nothing has nothing to forget")
+    except UserError as error:
+        problems += error.problems
+    if settings.init_from is None:
+        return problems
+    if settings.tokenizer_path is not None:
+        problems.append("--tokenizer_path does not go with --init_from: the tokenizer is the export's")
+    try:
+        source = open_source(settings.init_from)
+    except UserError as error:
+        return [*problems, *error.problems]
+    if settings.output_dir is not None and Path(settings.output_dir).resolve() == source.folder.resolve():
+        problems.append(f"--output_dir {settings.output_dir}: the export of --init_from itself; choose another folder")
+    if source.name != name:
+        return [*problems, f"--init_from {settings.init_from}: an export of {source.name}; this trains {name}"]
+    if settings.preset in (None, "auto") and source.config.get("preset") in PRESET_NAMES:
+        settings.preset = source.config["preset"]
+    for entry in fields(settings):
+        if entry.metadata["group"] in ("model", "governance") and entry.name != "dropout":
+            problems += _take(settings, entry, source)
+    if getattr(settings, "num_models", None) not in (None, 1):
+        problems.append(f"--init_from {settings.init_from}: an ensemble; only a single model can be trained further")
+    return problems
+
+
+def _take(settings: TrainingSettings, entry: Field[Any], source: Source) -> list[str]:
+    """Take one value of the shape from the export, or say how the given one differs from it."""
+    recorded, default = source.config["settings"], entry.metadata["default"]
+    known = [recorded[name] for name in (entry.name, *entry.metadata["aliases"]) if name in recorded]
+    value = source.config["tokenizer"].get("vocab_size") if entry.name == "vocab_size" else (known or [default])[0]
+    if type(value) is not type(default):
+        return [f"--init_from {settings.init_from}: {TRAINING_CONFIG} has no usable {entry.name}"]
+    given = getattr(settings, entry.name)
+    if given is None:
+        setattr(settings, entry.name, value)
+    elif entry.name == "max_length" and isinstance(given, int) and given <= value:
+        return []  # a shorter context needs no weights that are not there
+    elif given != value:
+        more = "at most " if entry.name == "max_length" else ""
+        return [f"--{entry.name} {given}: the export of --init_from has {value}; leave it out, or give {more}that"]
+    return []

@@ -1,0 +1,296 @@
+"""Further training: from an export's weights, exactly resumable, gains and forgetting measured, wrong uses told."""
+
+import json
+import logging
+import shutil
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mvlm_trainer
+from mvlm_core.data.corpus import load_corpus
+from mvlm_core.errors import Stopped, UserError
+from mvlm_core.evaluation.bits_per_byte import load_export, score_loaded
+from mvlm_core.export.archive import write_archive
+from mvlm_core.export.manifest import training_config
+from mvlm_core.settings import CONTINUED_RATE, parse_settings
+from mvlm_core.training.checkpoint import newest_checkpoint
+from mvlm_core.training.history import read_history
+from mvlm_core.training.init_from import open_source
+from mvlm_core.training.plan import plan_run
+from mvlm_core.training.preparation import old_text
+from mvlm_core.training.run import run_training
+from prioritary_mvlm import PrioritaryConfig
+from tests.export.exports import change_config, copy_export, seal, set_json
+from tests.helpers import (
+    FIXTURES,
+    MODELS,
+    REPOSITORY,
+    StopAfter,
+    make_loop,
+    raises_only,
+    recipe_of,
+    tiny_settings,
+    with_a_value_replaced,
+)
+
+CLASSES = {"mvlm_gpt2": mvlm_trainer.GPT2Settings, "simone_enhanced": PrioritaryConfig}
+
+
+@pytest.fixture
+def corpus(trained):
+    return trained / "corpus"
+
+
+def further(model, trained, work, **changes):
+    """Settings of a run that goes on from the tiny export of the King James text with the other translation."""
+    corpus = trained / "corpus"
+    changes = {"init_from": str(trained / model), "data_subset": "bible/plain", "replay": f"{corpus}=1/4"} | changes
+    return tiny_settings(model, changes.pop("data_dir", corpus), work, **changes)
+
+
+def scores(model_dir, documents):
+    return score_loaded(*load_export(model_dir), [(d.path, d.read()) for d in documents]).bits_per_byte
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_gained_and_forgotten_are_what_the_two_exports_score(model, trained, corpus, tmp_path):
+    folder = run_training(recipe_of(model), further(model, trained, tmp_path))
+    config = training_config(folder, "settings", "results")
+    results = config["results"]
+    old, new = (load_corpus(corpus, only=f"bible/{translation}") for translation in ("kjv", "plain"))
+    for name, documents in (("old_test_bpb", old.split("test")), ("test_bpb", new.split("test"))):
+        assert results[f"{name}_before"] == pytest.approx(scores(trained / model, documents), rel=1e-5)
+        assert results[name] == pytest.approx(scores(folder, documents), rel=1e-5)
+    assert results["test_bpb"] < results["test_bpb_before"] - 0.01, "it has learned from the new text"
+    assert results["validation_bpb"] < results["validation_bpb_before"]
+    card = (folder / "README.md").read_text()
+    for name in ("validation_bpb_before", "test_bpb_before", "old_test_bpb_before", "old_test_bpb"):
+        assert f"| {results[name]:.4f} |" in card
+    assert config["init_from"]["manifest_sha256"] == open_source(str(trained / model)).sha256
+    assert "Trained first on" in card and "Translations: kjv" in card and "Translations: plain" in card
+    assert (folder / "tokenizer.json").read_bytes() == (trained / model / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_it_starts_from_the_exports_weights_and_resumes_to_the_bit(model, trained, tmp_path):
+    settings = {place: further(model, trained, tmp_path / place, ema_decay=0.8) for place in ("whole", "parts")}
+    whole = make_loop(model, settings["whole"])
+    first = load_file(trained / model / "model.safetensors")
+    assert all(torch.equal(whole.task.weights()[f"model.{name}"], tensor) for name, tensor in first.items())
+    assert all(torch.equal(whole.task.ema.averages[name], tensor) for name, tensor in first.items())
+    state = whole.run(StopAfter())
+    for steps in (3, 4):
+        with pytest.raises(Stopped):
+            make_loop(model, settings["parts"]).run(StopAfter(steps))
+    again = make_loop(model, settings["parts"])
+    assert again.run(StopAfter()).before == state.before
+    for name in ("model", "optimizer", "average"):
+        expected, found = (newest_checkpoint(loop.checkpoint_root).tensors(name) for loop in (whole, again))
+        assert expected and all(torch.equal(expected[key], found[key]) for key in expected)
+    losses = [[record["train_loss"] for record in read_history(loop.history_path)] for loop in (whole, again)]
+    assert losses[0] == losses[1] and len(losses[0]) == 12
+
+
+def test_what_it_starts_from_and_replays_is_part_of_the_run(trained, corpus, tmp_path):
+    with pytest.raises(Stopped):
+        make_loop("mvlm_gpt2", further("mvlm_gpt2", trained, tmp_path)).run(StopAfter(2))
+    other = copy_export(trained / "mvlm_gpt2", tmp_path / "other")
+    set_json(other / "generation_config.json", another="value")
+    seal(other)
+    for changes, word in (
+        ({"init_from": str(other)}, "--init_from"),
+        ({"replay": f"{corpus}=0.3"}, "--replay was 1/4 of"),
+        ({"replay": None}, "--replay was 1/4 of"),
+    ):
+        with pytest.raises(UserError, match=word):
+            make_loop("mvlm_gpt2", further("mvlm_gpt2", trained, tmp_path, **changes)).run(StopAfter())
+    moved = shutil.copytree(trained / "mvlm_gpt2", tmp_path / "moved")
+    make_loop("mvlm_gpt2", further("mvlm_gpt2", trained, tmp_path, init_from=str(moved), max_steps=3)).run(StopAfter())
+    plain = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", corpus, tmp_path / "x")).task.identity
+    assert not [name for name in plain if "init_from" in name or "replay" in name], "older checkpoints still resume"
+
+
+def test_an_archive_gives_the_same_run_as_its_folder(trained, tmp_path):
+    archive = tmp_path / "model.tar.gz"
+    write_archive(trained / "simone_enhanced", archive)
+    tasks = [
+        make_loop("simone_enhanced", further("simone_enhanced", trained, tmp_path / str(n), init_from=str(place))).task
+        for n, place in enumerate((trained / "simone_enhanced", archive))
+    ]
+    assert tasks[0].identity == tasks[1].identity
+    assert all(torch.equal(tensor, tasks[1].weights()[name]) for name, tensor in tasks[0].weights().items())
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_shape_preset_and_defaults_come_from_the_export(model, trained, tmp_path):
+    def parse(*arguments):
+        given = ["--init_from", str(trained / model), *arguments]
+        return parse_settings(CLASSES[model], given, description="", epilog="", output_dir=tmp_path / "out")
+
+    settings, usual = parse(), CLASSES[model](preset="smoke")
+    assert (settings.preset, settings.hidden_dim, settings.num_layers, settings.max_length) == ("smoke", 32, 2, 32)
+    assert settings.vocab_size == 400 and settings.data_subset is None and settings.train_mix is None
+    assert settings.learning_rate == pytest.approx(CONTINUED_RATE * usual.learning_rate)
+    assert (settings.num_epochs, settings.max_bytes) == (2.0, usual.max_bytes) and settings.optimizer == usual.optimizer
+    given = parse("--learning_rate", "0.5", "--max_steps", "7", "--max_length", "16", "--dropout", "0.3")
+    assert (given.learning_rate, given.max_steps, given.num_epochs) == (0.5, 7, None)
+    assert (given.max_length, given.dropout) == (16, 0.3)
+    if model == "simone_enhanced":
+        assert settings.adamw_learning_rate == pytest.approx(CONTINUED_RATE * usual.adamw_learning_rate)
+        assert settings.coherence_weight == 0 and settings.output_head == usual.output_head
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_shorter_context_keeps_the_first_positions(model, trained, tmp_path):
+    task = make_loop(model, further(model, trained, tmp_path, max_length=16)).task
+    long = make_loop(model, further(model, trained, tmp_path / "long")).task
+    ids = torch.randint(400, (2, 16))
+    with torch.no_grad():
+        short, full = (one.model.eval()(input_ids=ids).logits for one in (task, long))
+    assert torch.allclose(short, full, atol=1e-5)
+
+
+def test_without_the_old_corpus_forgetting_is_not_measured(trained, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("mvlm"), "propagate", True)
+    caplog.set_level(logging.INFO, "mvlm")
+    source = copy_export(trained / "mvlm_gpt2", tmp_path / "source")
+    change_config(source, "data", data_dir="/nowhere")
+    folder = run_training(
+        recipe_of("mvlm_gpt2"), further("mvlm_gpt2", trained, tmp_path, init_from=str(source), replay=None, max_steps=2)
+    )
+    assert "forgetting is not measured: the export's corpus is not here" in caplog.text
+    assert "further training, old text's test, bits per byte: not measured" in caplog.text
+    assert "Trained first on: 4 documents, " in (folder / "README.md").read_text()
+    results = training_config(folder, "results")["results"]
+    assert results["old_test_bpb_before"] is None is results["old_test_bpb"] and results["test_bpb_before"] > 0
+    assert "old text's test, bits per byte | - |" in (folder / "README.md").read_text()
+
+
+def test_replayed_text_is_the_old_train_text_in_its_share(trained, corpus, tmp_path):
+    loop = make_loop("mvlm_gpt2", further("mvlm_gpt2", trained, tmp_path))
+    batches = loop.task.batches
+    assert batches.replay_share == Fraction(1, 4)
+    old = load_corpus(corpus, only="bible/kjv").split("train")
+    assert len(batches.replay.store.repeats) == len(old) and batches.replay.store.repeats.all()
+    assert np.array_equal(batches.batch(0, 3, 1).targets, batches.replay.batch(0, 0, 1).targets)
+    source = copy_export(trained / "mvlm_gpt2", tmp_path / "source")
+    change_config(source, "settings", train_mix="bible/kjv=3")
+    again = make_loop("mvlm_gpt2", further("mvlm_gpt2", trained, tmp_path, init_from=str(source))).task.batches
+    assert set(again.replay.store.repeats) == {3}, "in the mix that the export had read"
+
+
+def test_what_the_new_text_holds_out_is_not_replayed(trained, corpus, tmp_path):
+    """A train book of the old corpus, which the new one keeps for its test."""
+    new = tmp_path / "new"
+    shutil.copytree(corpus / "bible" / "plain", new / "plain")
+    shutil.copy(corpus / "bible" / "kjv" / "01-genesis.txt", new / "genesis.txt")
+    (new / "genesis.json").write_text('{"split": "test"}')
+    settings = further("mvlm_gpt2", trained, tmp_path, data_dir=str(new), data_subset=None)
+    store = make_loop("mvlm_gpt2", settings).task.batches.replay.store
+    assert store.repeats.tolist() == [0, 1, 1, 1]
+
+
+def test_the_plan_counts_both_scores_and_what_is_replayed(trained, tmp_path):
+    from mvlm_core.hardware import choose_hardware
+
+    settings = further("mvlm_gpt2", trained, tmp_path, max_steps=None, num_epochs=3.0, dry_run=True)
+    plan = plan_run(recipe_of("mvlm_gpt2"), settings, choose_hardware(device="cpu"))
+    steps = int(next(line for line in plan.lines if " steps, " in line).split(" steps, ")[0].split()[-1])
+    loop = make_loop("mvlm_gpt2", settings)
+    assert steps == pytest.approx(loop.length.total, rel=0.03)
+    assert not (tmp_path / "mvlm_gpt2" / "manifest.json").exists()
+
+
+# --- wrong uses ------------------------------------------------------------------------------------------------------
+
+
+def refused(model, trained, tmp_path, *arguments, init_from=None):
+    given = map(str, ["--output_dir", tmp_path / "out", "--init_from", init_from or trained / model, *arguments])
+    with pytest.raises(UserError) as caught:
+        parse_settings(CLASSES[model], list(given), description="", epilog="", output_dir=Path("unused"))
+    assert not (tmp_path / "out").exists()
+    return caught.value.problems
+
+
+WRONG = {
+    "longer context": (["--max_length", 64], "--max_length 64: the export of --init_from has 32"),
+    "another width": (["--hidden_dim", 64], "--hidden_dim 64: the export of --init_from has 32"),
+    "another vocabulary": (["--vocab_size", 512], "--vocab_size 512: the export of --init_from has 400"),
+    "more layers": (["--num_layers", 3], "--num_layers 3: the export of --init_from has 2"),
+    "a tokenizer": (["--tokenizer_path", "x"], "--tokenizer_path does not go with --init_from"),
+    "no such replay": (["--replay", "nowhere=0.2"], "--replay nowhere=0.2: no such folder"),
+    "all of it": (["--replay", f"{FIXTURES}=1"], "expected FOLDER=SHARE with a share between 0 and 1"),
+    "no share": (["--replay", f"{FIXTURES}"], "expected FOLDER=SHARE"),
+    "no text": (["--replay", f"{REPOSITORY / 'docs'}=0.2"], "docs=0.2: no .txt file"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", WRONG.values(), ids=WRONG)
+def test_a_wrong_use_is_told(arguments, message, trained, tmp_path):
+    problems = refused("mvlm_gpt2", trained, tmp_path, *arguments)
+    assert len(problems) == 1 and message in problems[0]
+
+
+def test_all_wrong_uses_are_told_at_once(trained, tmp_path):
+    given = "--max_length 64 --hidden_dim 64 --tokenizer_path x --replay nowhere=2 --batch_size 0".split()
+    assert len(refused("simone_enhanced", trained, tmp_path, *given)) == 6
+
+
+def test_sources_that_cannot_be_are_told(trained, tmp_path):
+    def one(init_from, model="mvlm_gpt2", *arguments):
+        problems = refused(model, trained, tmp_path, *arguments, init_from=init_from)
+        assert len(problems) == 1
+        return problems[0]
+
+    assert "no such folder or archive" in one(tmp_path / "missing")
+    assert "an export of simone_enhanced; this trains mvlm_gpt2" in one(trained / "simone_enhanced")
+    assert "the export of --init_from itself" in one(
+        trained / "mvlm_gpt2", "mvlm_gpt2", "--output_dir", trained / "mvlm_gpt2"
+    )
+    (tmp_path / "empty").mkdir()
+    assert "no manifest, so no finished export" in one(tmp_path / "empty")
+    cut = copy_export(trained / "mvlm_gpt2", tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-1])
+    assert "model.safetensors: SHA-256 differs" in one(cut)
+    (cut / "model.safetensors").unlink()
+    seal(cut)
+    assert "model.safetensors is missing" in one(cut)
+    archive = tmp_path / "model.tar.gz"
+    write_archive(trained / "mvlm_gpt2", archive)
+    archive.write_bytes(archive.read_bytes()[:-3000])
+    assert "model.tar.gz" in one(archive)
+    several = copy_export(trained / "simone_enhanced", tmp_path / "several")
+    set_json(several / "training_config.json", "settings", num_models=2)
+    seal(several, "simone_enhanced")
+    assert "only a single model can be trained further" in one(several, "simone_enhanced")
+
+
+def test_replay_alone_is_told(corpus, tmp_path):
+    with pytest.raises(UserError, match="--replay goes with --init_from"):
+        tiny_settings("mvlm_gpt2", corpus, tmp_path, replay=f"{corpus}=0.5").check()
+
+
+def test_an_odd_record_is_refused_or_harmless(trained, tmp_path):
+    """``training_config.json`` with a value replaced at random, under a manifest that agrees."""
+    source = copy_export(trained / "simone_enhanced", tmp_path / "source")
+    record = json.loads((source / "training_config.json").read_text())
+    odd = (None, -1, 10**400, "x", "\0", "\ud800", "x" * 5000, [], {}, True, 0.5)
+    changed = [with_a_value_replaced(record, seed, odd[seed % len(odd)]) for seed in range(66)]
+    for section, key in (("data", "data_dir"), ("data", "only"), ("settings", "train_mix"), ("settings", "num_heads")):
+        changed += [record | {section: record[section] | {key: value}} for value in odd]
+    corpus, outcomes, place = load_corpus(trained / "corpus"), set(), str(source)
+    for value in changed:
+        (source / "training_config.json").write_text(json.dumps(value))
+        seal(source, "simone_enhanced")
+        settings = PrioritaryConfig(init_from=place, data_dir=str(trained / "corpus"), device="cpu")
+        if settings.problems():
+            outcomes.add("refused")
+            continue
+        old, problem = raises_only(UserError, lambda settings=settings: old_text(settings, open_source(place), corpus))
+        outcomes.add("refused later" if problem else "not measured" if old is None else "measured")
+    assert outcomes == {"refused", "refused later", "not measured", "measured"}
