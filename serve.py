@@ -11,8 +11,8 @@ MODEL is an export folder or a .tar.gz; its files are checked before anything is
 folder's name. Default: the two of models/ or models_for_download/.
 
 There are GET /v1/models, GET /health and POST /v1/completions with model, prompt, max_tokens, temperature, top_p,
-frequency_penalty, seed, stop (the text ends with it), suffix and stream. The models continue text, so there is no chat.
-Requests are answered one at a time: the same seed gives the same text, whoever else asks.
+frequency_penalty, seed, stop (the text ends with the token that completes it), suffix and stream. There is no chat: the
+models continue text. Requests are answered one at a time: the same seed gives the same text, whoever else asks.
 
 Needs: pip install -r requirements-extras.txt
 Exit codes: 0 done, 2 bad arguments or an unusable model, 130/143 stopped by a signal.

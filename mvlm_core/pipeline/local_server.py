@@ -29,7 +29,9 @@ def parser_of(description: str | None, port: int) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("models", nargs="*", type=Path, metavar="MODEL", help="export folders or .tar.gz [default: both that were made]")
+    add(
+        "models", nargs="*", type=Path, metavar="MODEL", help="export folders or .tar.gz [default: both that were made]"
+    )
     add("--port", type=int, default=port, help=f"port to listen on; 0: any that is free [default {port}]")
     add("--host", default="127.0.0.1", help="address to listen on; other than 127.0.0.1 others may ask [127.0.0.1]")
     add("--device", default="auto", choices=DEVICES, help="[default auto]")
@@ -97,6 +99,11 @@ def address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach that address."""
+    return host in ("127.0.0.1", "::1", "localhost")
 
 
 def run_app(app: Any, listener: socket.socket) -> None:
