@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mvlm_core.pipeline.playground import Models
 
 SYSTEM_FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
+EVENT: Any = {"api_visibility": "private", "show_progress": "minimal"}
 # For the browser: nothing from elsewhere, whatever the page's own code may ask for.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -81,40 +82,24 @@ def build_app(models: Models, corpus: Callable[[], Corpus], places: str, *, loca
     import gradio as gr
     from fastapi import FastAPI
 
-    from mvlm_core.pipeline.playground import LONGEST, STYLE, compared, scored, written
+    from mvlm_core.pipeline.playground import STYLE, compared, scored
 
-    with gr.Blocks(title="Playground", analytics_enabled=False) as blocks:
-        gr.Markdown(f"# {' and '.join(models)}")
+    with gr.Blocks(title="Playground", analytics_enabled=False, delete_cache=(600, 600)) as blocks:
+        gr.Markdown(f"# Playground\n{' and '.join(models)}")
         with gr.Tab("Write"):
-            prompt = gr.Textbox("In the beginning", label="Prompt", lines=2)
-            with gr.Row():
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0)
-                temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature")
-                top_p = gr.Slider(0.05, 1, 0.95, step=0.05, label="Top-p")
-                length = gr.Slider(1, LONGEST, 80, step=1, label="Length in tokens")
-            with gr.Row():
-                go, stop = gr.Button("Write", variant="primary"), gr.Button("Stop")
-            gr.HTML("<p class=note>Surprise: 0 bits <span class=legend></span> 12 bits and more</p>")
-            result = gr.HTML()
-            run = go.click(
-                shown(lambda *values: written(models, *values)), [prompt, seed, temperature, top_p, length], result
-            )
-            stop.click(None, cancels=run)
+            write_tab(models)
         with gr.Tab("Score my text"):
             text = gr.Textbox(label="Text", lines=8, max_lines=16)
             with gr.Row():
                 upload = gr.UploadButton("Upload a .txt file", file_types=[".txt", ".md"])
                 go = gr.Button("Score", variant="primary")
-            result = gr.HTML()
-            upload.upload(read_upload, upload, text)
-            go.click(shown(lambda value: scored(models, value, corpus)), text, result)
+            upload.upload(read_upload, upload, text, api_visibility="private")
+            go.click(shown(lambda value: scored(models, value, corpus)), text, gr.HTML(), **EVENT)
         with gr.Tab("Compare runs"):
-            paths = gr.Textbox(
-                places, label="Exports, archives or folders of them, a path a line", lines=4, interactive=local
-            )
+            label = "Exports, archives or folders of them, a path a line"
+            paths = gr.Textbox(places, label=label, lines=4, interactive=local)
             go = gr.Button("Compare", variant="primary")
-            result = gr.HTML()
-            go.click(shown(lambda value: iter([compared(value if local else places)])), paths, result)
+            go.click(shown(lambda value: iter([compared(value if local else places)])), paths, gr.HTML(), **EVENT)
     sans, mono = SYSTEM_FONTS
     app = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
@@ -128,6 +113,26 @@ def build_app(models: Models, corpus: Callable[[], Corpus], places: str, *, loca
     )
     app.add_middleware(OnlyThisMachine)
     return app
+
+
+def write_tab(models: Models) -> None:
+    """Prompt and settings above both models' continuations."""
+    import gradio as gr
+
+    from mvlm_core.pipeline.playground import LONGEST, written
+
+    prompt = gr.Textbox("In the beginning", label="Prompt", lines=2)
+    with gr.Row():
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+        temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature")
+        top_p = gr.Slider(0.05, 1, 0.95, step=0.05, label="Top-p")
+        length = gr.Slider(1, LONGEST, 80, step=1, label="Length in tokens")
+    with gr.Row():
+        go, stop = gr.Button("Write", variant="primary"), gr.Button("Stop")
+    gr.HTML("<p class=note>Surprise: 0 bits <span class=legend></span> 12 bits and more</p>")
+    steps = shown(lambda *values: written(models, *values))
+    run = gr.on([go.click, prompt.submit], steps, [prompt, seed, temperature, top_p, length], gr.HTML(), **EVENT)
+    stop.click(None, cancels=run)
 
 
 def read_upload(file: str) -> str:

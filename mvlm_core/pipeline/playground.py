@@ -88,8 +88,8 @@ def continuation(name: str, known: list[Token], new: list[Token]) -> str:
     """One model's panel: prompt and continuation, shaded, and what they cost."""
     facts = []
     if known:
-        size = sum(len(token.text.encode()) for token in known)
-        facts.append(f"prompt {bits_per_byte_of(known, size):.2f} bits per byte")
+        size = max(1, sum(len(token.text.encode()) for token in known))
+        facts.append(f"prompt {sum(token.bits for token in known) / size:.2f} bits per byte")
     if new:
         facts.append(f"{len(new)} tokens written, {sum(token.bits for token in new) / len(new):.2f} bits each")
         most = sorted(new, key=lambda token: -token.bits)[:3]
@@ -98,10 +98,6 @@ def continuation(name: str, known: list[Token], new: list[Token]) -> str:
         f"<section><h3>{escape(name)}</h3><p class=text><b>{shaded(known)}</b>{shaded(new)}</p>"
         f"<p class=note>{escape('; '.join(facts))}</p></section>"
     )
-
-
-def bits_per_byte_of(tokens: Sequence[Token], size: int) -> float:
-    return sum(token.bits for token in tokens) / size if size else 0.0
 
 
 def shaded(tokens: Sequence[Token]) -> str:
@@ -120,17 +116,22 @@ def side_by_side(parts: Sequence[str]) -> str:
 def heat_map(name: str, heads: Heads) -> str:
     """For each field a table of layers and words, the darker the higher; the numbers stand in it."""
     cut = f"; the first {WORDS_SHOWN} words" if len(heads.words) > WORDS_SHOWN else ""
+    head = "".join(f"<th scope=col>{escape(word.strip()) or '·'}</th>" for word in heads.words[:WORDS_SHOWN])
     parts = [f"<h3>What the governance heads of {escape(name)} did</h3>"]
-    for number, (field, (meaning, values)) in enumerate(heads.fields.items()):
+    for field, (meaning, values) in heads.fields.items():
         values = [row[:WORDS_SHOWN] for row in values]
-        places = iter(heat([value for row in values for value in row]))
-        rows = [[f'<td style="--heat:{next(places):.2f}">{value:.2f}</td>' for value in row] for row in values]
-        head = "".join(f"<th scope=col>{escape(word.strip()) or '·'}</th>" for word in heads.words[:WORDS_SHOWN])
+        every = [value for row in values for value in row]
+        if min(every) == max(every):  # a head that is off
+            parts.append(f"<p><b>{escape(field)}</b> {escape(meaning)}: {every[0]:.2f} everywhere</p>")
+            continue
+        shades = iter(heat(every))
         body = "".join(
-            f"<tr><th scope=row>{layer}</th>{''.join(row)}</tr>" for layer, row in zip(heads.layers, rows, strict=True)
+            f"<tr><th scope=row>{layer}</th>"
+            + "".join(f'<td style="--heat:{next(shades):.2f}">{value:.2f}</td>' for value in row)
+            for layer, row in zip(heads.layers, values, strict=True)
         )
         parts.append(
-            f"<details {'' if number else 'open'}><summary><b>{escape(field)}</b> {escape(meaning)}{cut}</summary>"
+            f"<details open><summary><b>{escape(field)}</b> {escape(meaning)}{cut}</summary>"
             f"{scrolling(f'<table class=heat><tr><td></td>{head}</tr>{body}</table>', field)}</details>"
         )
     return "".join(parts)
@@ -211,17 +212,17 @@ def compared(lines: str) -> str:
     places = [place for line in lines.splitlines() if line.strip() for place in exports_at(Path(line.strip()))]
     records, problems = {}, [] if places else ["name at least one export or archive"]
     for place in places:
+        name = place.name if [other.name for other in places].count(place.name) == 1 else str(place)
         try:
-            records[str(place)] = record_of(place)
+            records[name] = record_of(place)
         except (UserError, OSError, ValueError) as error:
             problems += getattr(error, "problems", [f"{place}: {error}"])
     if problems:
         raise UserError(problems)
-    rows = [["model", *(str(record.get("model")) for record in records.values())]]
-    rows.append(["preset", *(str(record.get("preset")) for record in records.values())])
-    for key, form in SHAPE.items():
+    rows = [[key, *(str(record.get(key)) for record in records.values())] for key in ("model", "preset")]
+    for key in SHAPE:
         values = [record.get("settings", {}).get(key) for record in records.values()]
-        rows.append([key, *("-" if value is None else form.format(value) for value in values)])
+        rows.append([key, *("-" if value is None else str(value) for value in values)])
     for metric in METRICS:
         values = [finite_number(record.get("results", {}).get(metric.name)) for record in records.values()]
         rows.append([metric.title, *map(metric.text, values)])
