@@ -148,7 +148,7 @@ def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]], label: str
         f"<tr><th scope=row>{escape(first)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
         for first, *cells in rows
     )
-    return scrolling(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", label)
+    return scrolling(f"<table class=scores><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", label)
 
 
 # --- score --------------------------------------------------------------------------------------------------
@@ -180,10 +180,9 @@ def scored(models: Models, text: str, corpus: Callable[[], Corpus]) -> Iterator[
             for n, part in enumerate(parts)
         ]
         rows.append(["the whole text", *(f"{total / sum(sizes):.3f}" for _, total in columns.values())])
-        header = ["bits per byte", *columns]
-        return f"{plain_table(header, rows, 'scores')}<p class=note>{escape(note)}</p>{side_by_side(shades)}"
+        return f"{plain_table(['', *columns], rows, 'bits per byte by sentence')}<p class=note>{escape(note)}</p>{side_by_side(shades)}"
 
-    yield page("The compressors read the training text first, which takes some seconds …")
+    yield page("Bits per byte. The compressors now read the training text, which takes some seconds …")
     try:
         found = compressed(corpus(), [part.encode() for part in parts])
     except UserError as error:
@@ -191,7 +190,7 @@ def scored(models: Models, text: str, corpus: Callable[[], Corpus]) -> Iterator[
         return
     columns |= {LABELS[name]: found[name] for name in LABELS if name in found}
     yield page(
-        "Lower is better. The compressors have read the training text first. PPMd counts whole bytes, so a short "
+        "Bits per byte; lower is better. The compressors have read the training text first. PPMd counts whole bytes, so a short "
         "sentence's value is rough; xz gives nothing out before its end."
         if found
         else "No compressors: there is no training text for them to read first, or too much."
