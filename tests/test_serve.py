@@ -122,6 +122,8 @@ def test_a_prompt_begins_with_the_start_token(handler):
 
 
 def test_bad_arguments_are_named_in_one_message(tmp_path):
+    pytest.importorskip("fastapi")
+    pytest.importorskip("openai")
     with pytest.raises(UserError, match="no finished export"):
         serve.main([str(tmp_path)])
     with pytest.raises(UserError) as caught:
@@ -129,6 +131,24 @@ def test_bad_arguments_are_named_in_one_message(tmp_path):
     assert len(caught.value.problems) == 2
     with pytest.raises(UserError, match="--port 70000"):
         serve.main(["--port", "70000", str(tmp_path)])
+
+
+def test_packages_and_models_that_are_missing_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(local_server, "REPOSITORY_ROOT", tmp_path)
+    with pytest.raises(UserError, match="no_such_package; .*requirements-extras.txt.*; no model in"):
+        local_server.check(local_server.parser_of("", 1).parse_args([]), ("no_such_package", "torch"))
+
+
+def test_without_arguments_it_takes_the_exports_or_else_the_archives(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(local_server, "REPOSITORY_ROOT", tmp_path)
+    (archive := tmp_path / "models_for_download" / "mvlm_gpt2_model.tar.gz").parent.mkdir()
+    archive.touch()
+    local_server.check(options := local_server.parser_of("", 1).parse_args([]), ())
+    assert options.models == [archive]
+    (tmp_path / "models" / "simone_enhanced").mkdir(parents=True)
+    (tmp_path / "models" / "simone_enhanced" / "manifest.json").touch()
+    local_server.check(options := local_server.parser_of("", 1).parse_args([]), ())
+    assert options.models == [tmp_path / "models" / "simone_enhanced"]
 
 
 def test_models_of_one_name_are_told_apart(trained):

@@ -17,7 +17,7 @@ from mvlm_core.evaluation.compression import LABELS
 from mvlm_core.evaluation.compression import bits_by_part as compressed
 from mvlm_core.evaluation.surprise import Heads, Token, bits_by_part, fitting, governance, read, sentences, write
 from mvlm_core.export.archive import extract_archive
-from mvlm_core.export.manifest import MANIFEST, training_config, verify_folder
+from mvlm_core.export.manifest import MANIFEST, read_manifest, training_config, verify_folder
 from mvlm_core.metrics import METRICS
 from mvlm_core.pipeline.report import SHAPE, heat
 from mvlm_core.run_layout import finite_number
@@ -128,6 +128,7 @@ def heat_map(name: str, heads: Heads) -> str:
         body = "".join(
             f"<tr><th scope=row>{layer}</th>"
             + "".join(f'<td style="--heat:{next(shades):.2f}">{value:.2f}</td>' for value in row)
+            + "</tr>"
             for layer, row in zip(heads.layers, values, strict=True)
         )
         parts.append(
@@ -180,7 +181,8 @@ def scored(models: Models, text: str, corpus: Callable[[], Corpus]) -> Iterator[
             for n, part in enumerate(parts)
         ]
         rows.append(["the whole text", *(f"{total / sum(sizes):.3f}" for _, total in columns.values())])
-        return f"{plain_table(['', *columns], rows, 'bits per byte by sentence')}<p class=note>{escape(note)}</p>{side_by_side(shades)}"
+        table = plain_table(["", *columns], rows, "bits per byte by sentence")
+        return f"{table}<p class=note>{escape(note)}</p>{side_by_side(shades)}"
 
     yield page("Bits per byte. The compressors now read the training text, which takes some seconds …")
     try:
@@ -190,8 +192,8 @@ def scored(models: Models, text: str, corpus: Callable[[], Corpus]) -> Iterator[
         return
     columns |= {LABELS[name]: found[name] for name in LABELS if name in found}
     yield page(
-        "Bits per byte; lower is better. The compressors have read the training text first. PPMd counts whole bytes, so a short "
-        "sentence's value is rough; xz gives nothing out before its end."
+        "Bits per byte; lower is better. The compressors have read the training text first. PPMd counts whole bytes, "
+        "so a short sentence's value is rough; xz gives nothing out before its end."
         if found
         else "No compressors: there is no training text for them to read first, or too much."
     )
@@ -247,5 +249,6 @@ def record_of(place: Path) -> dict[str, Any]:
             raise UserError(problems)
         if not (config := training_config(folder)):
             raise UserError(f"{place}: its record of the training is damaged")
-        config.setdefault("results", {})["size_bytes"] = sum(file.stat().st_size for file in folder.glob("*.*"))
+        files = [MANIFEST, *read_manifest(folder)["files"]]
+        config.setdefault("results", {})["size_bytes"] = sum((folder / name).stat().st_size for name in files)
         return config
