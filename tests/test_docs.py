@@ -21,7 +21,9 @@ ENTRY_POINTS = (
     "evaluate_models.py",
     "generate.py",
     "make_report.py",
+    "playground.py",
     "prepare_dataset.py",
+    "serve.py",
     "setup_environment.sh",
 )
 TORCHRUN_FLAGS = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}

@@ -191,7 +191,8 @@ class Browser:
         <script>
         const page = () => document.getElementById('f').contentDocument, seen = {errors: []};
         const until = async test => { while (!test()) await new Promise(go => setTimeout(go, 100)); };
-        const button = text => [...page().querySelectorAll('button')].find(b => b.innerText.trim() == text);
+        const named = (kind, text) => [...page().querySelectorAll(kind)].find(b => b.innerText.trim() == text);
+        const button = text => named('button.primary', text);
         const width = () => page().documentElement.scrollWidth;
         window.addEventListener('error', error => seen.errors.push(error.message));
         (async () => {
@@ -199,7 +200,7 @@ class Browser:
             button('Write').click();
             await until(() => page().querySelector('.heat'));
             seen.tokens = page().querySelectorAll('.text span').length; seen.write = width();
-            [...page().querySelectorAll('button')].find(b => b.innerText.trim() == 'Compare runs').click();
+            named('[role=tab]', 'Compare runs').click();
             await until(() => button('Compare') && button('Compare').offsetParent);
             button('Compare').click();
             await until(() => page().querySelector('.scores'));
