@@ -36,8 +36,9 @@ def _ppmd(data: bytes, order: int) -> int:
 
 
 ORDERS = (6, 16)
-METHODS: dict[str, tuple[str, Callable[[bytes], int]]] = {"xz": ("xz -9e", _xz)} | {
-    f"ppmd_order_{order}": (f"PPMd order {order}", partial(_ppmd, order=order)) for order in ORDERS
+METHODS: dict[str, tuple[str, Callable[[bytes], int]]] = {
+    "xz": ("xz -9e", _xz),
+    **{f"ppmd_order_{order}": (f"PPMd order {order}", partial(_ppmd, order=order)) for order in ORDERS},
 }
 LABELS = {name: label for name, (label, _) in METHODS.items()}
 

@@ -56,8 +56,7 @@ def written(models: Models, prompt: str, seed: float, temperature: float, top_p:
     for name, (model, tokenizer) in models.items():
         ids, room = fitting(model, tokenizer, prompt, int(length))
         panels.append((name, read(model, tokenizer, ids), list[Token]()))
-        draw = {"temperature": temperature, "top_p": top_p, "seed": int(seed)}
-        streams.append(write(model, tokenizer, ids, room, **draw))
+        streams.append(write(model, tokenizer, ids, room, temperature=temperature, top_p=top_p, seed=int(seed)))
     shown = 0.0
     for tokens in zip_longest(*streams):
         for (_, _, new), token in zip(panels, tokens, strict=True):
