@@ -78,6 +78,8 @@ def test_every_impossible_setting_is_named(models):
     with pytest.raises(UserError) as caught:
         next(written(models, "In the", seed=-1, temperature=3, top_p=0, length=0.5))
     assert [problem.split()[0] for problem in caught.value.problems] == ["seed", "temperature", "top-p", "length"]
+    with pytest.raises(UserError, match="seed None: a whole number"):
+        next(written(models, "In the", **DRAW | {"seed": None}))
     with pytest.raises(UserError, match="cannot be read"):
         next(written(models, "\ud800", **DRAW))
 

@@ -40,15 +40,16 @@ def written(models: Models, prompt: str, seed: float, temperature: float, top_p:
     Raises:
         UserError: every problem with the arguments.
     """
+    rules: tuple[tuple[str, Any, str, Callable[[float], bool]], ...] = (
+        ("seed", seed, "a whole number from 0 to 2**53", lambda value: value in range(2**53 + 1)),
+        ("temperature", temperature, "from 0 to 2", lambda value: 0 <= value <= 2),
+        ("top-p", top_p, "above 0 and at most 1", lambda value: 0 < value <= 1),
+        ("length", length, f"a whole number from 1 to {LONGEST}", lambda value: value in range(1, LONGEST + 1)),
+    )
     problems = [
         f"{name} {value}: {rule}"
-        for name, value, rule, holds in (
-            ("seed", seed, "a whole number from 0 to 2**53", 0 <= seed <= 2**53 and seed == int(seed)),
-            ("temperature", temperature, "from 0 to 2", 0 <= temperature <= 2),
-            ("top-p", top_p, "above 0 and at most 1", 0 < top_p <= 1),
-            ("length", length, f"a whole number from 1 to {LONGEST}", 1 <= length <= LONGEST and length == int(length)),
-        )
-        if not holds
+        for name, value, rule, holds in rules
+        if finite_number(value) is None or not holds(value)  # None where a field was emptied
     ]
     if problems:
         raise UserError(problems)
