@@ -22,7 +22,7 @@ from mvlm_core.pipeline.playground import TEXT_LIMIT, compared, exports_at, heat
 from tests.helpers import MODELS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRAW = {"seed": 3, "temperature": 0.8, "top_p": 0.95, "length": 12}
+DRAW = {"seed": 3.0, "temperature": 0.8, "top_p": 0.95, "length": 12.0}  # a browser's numbers
 TEXT = "And it came to pass. <b>My dog</b> ate a pizza!\nBehold."
 
 

@@ -41,10 +41,15 @@ def written(models: Models, prompt: str, seed: float, temperature: float, top_p:
         UserError: every problem with the arguments.
     """
     rules: tuple[tuple[str, Any, str, Callable[[float], bool]], ...] = (
-        ("seed", seed, "a whole number from 0 to 2**53", lambda value: value in range(2**53 + 1)),
+        ("seed", seed, "a whole number from 0 to 2**53", lambda value: 0 <= value <= 2**53 and value == int(value)),
         ("temperature", temperature, "from 0 to 2", lambda value: 0 <= value <= 2),
         ("top-p", top_p, "above 0 and at most 1", lambda value: 0 < value <= 1),
-        ("length", length, f"a whole number from 1 to {LONGEST}", lambda value: value in range(1, LONGEST + 1)),
+        (
+            "length",
+            length,
+            f"a whole number up to {LONGEST}",
+            lambda value: 1 <= value <= LONGEST and value == int(value),
+        ),
     )
     problems = [
         f"{name} {value}: {rule}"
