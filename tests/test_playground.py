@@ -4,9 +4,11 @@ import asyncio
 import json
 import re
 import shutil
+import signal
 import subprocess
 import threading
 from html import unescape
+from urllib.request import urlopen
 
 import pytest
 
@@ -20,6 +22,7 @@ from mvlm_core.export.manifest import training_config
 from mvlm_core.pipeline import local_server
 from mvlm_core.pipeline.playground import TEXT_LIMIT, compared, exports_at, heat_map, scored, shaded, written
 from tests.helpers import MODELS
+from tests.test_serve import server
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRAW = {"seed": 3.0, "temperature": 0.8, "top_p": 0.95, "length": 12.0}  # a browser's numbers
@@ -183,6 +186,16 @@ def test_the_page_names_no_other_place(models, corpus, trained):
     theme = client.get("/theme.css").text
     assert "system-ui" in theme and not re.search(r"url\([\"']?(?:https?:)?//|@import", theme)
     assert client.get("/config").json()["analytics_enabled"] is False
+
+
+@pytest.mark.integration
+def test_the_command_serves_the_page_and_ends_at_a_signal(trained):
+    pytest.importorskip("gradio")
+    with server(trained / MODELS[0], trained / MODELS[1], script="playground.py") as (process, url):
+        with urlopen(url, timeout=60) as answer:
+            assert b"Playground" in answer.read()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
 
 
 class Browser:

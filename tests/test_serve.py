@@ -45,9 +45,9 @@ BAD = (  # what is wrong, the fields, words of the answer
 
 
 @contextmanager
-def server(*arguments):
+def server(*arguments, script="serve.py"):
     """A running server's process and address; killed if the test does not end it."""
-    command = [sys.executable, REPOSITORY / "serve.py", *arguments, "--port", "0", "--device", "cpu"]
+    command = [sys.executable, REPOSITORY / script, *arguments, "--port", "0", "--device", "cpu"]
     with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True) as process:
         try:
             line = process.stdout.readline()
