@@ -22,7 +22,9 @@ ENTRY_POINTS = (
     "generate.py",
     "export_formats.py",
     "make_report.py",
+    "playground.py",
     "prepare_dataset.py",
+    "serve.py",
     "setup_environment.sh",
 )
 TORCHRUN_FLAGS = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import lzma
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -22,19 +22,23 @@ def _xz(data: bytes) -> int:
     return len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
 
 
-def _ppmd(data: bytes, order: int) -> int:
+def _ppmd_encoder(order: int, size: int) -> Any:
     import pyppmd
 
     # 256 MB hold every context of 4 MB of text at order 16 (measured; more changes nothing). Once that is full, PPMd
     # forgets.
-    encoder = pyppmd.Ppmd7Encoder(order, min(max(256 << 20, 64 * len(data)), 2 << 30))
+    return pyppmd.Ppmd7Encoder(order, min(max(256 << 20, 64 * size), 2 << 30))
+
+
+def _ppmd(data: bytes, order: int) -> int:
+    encoder = _ppmd_encoder(order, len(data))
     return len(encoder.encode(data)) + len(encoder.flush())
 
 
+ORDERS = (6, 16)
 METHODS: dict[str, tuple[str, Callable[[bytes], int]]] = {
     "xz": ("xz -9e", _xz),
-    "ppmd_order_6": ("PPMd order 6", partial(_ppmd, order=6)),
-    "ppmd_order_16": ("PPMd order 16", partial(_ppmd, order=16)),
+    **{f"ppmd_order_{order}": (f"PPMd order {order}", partial(_ppmd, order=order)) for order in ORDERS},
 }
 LABELS = {name: label for name, (label, _) in METHODS.items()}
 
@@ -49,11 +53,9 @@ def compression_baselines(corpus: Corpus, cache_dir: Path) -> dict[str, Any]:
         A value for each of ``METHODS``, ``train_bytes``, ``test_bytes``, and ``translation`` (None for all text); {}
         where either split is empty or the text is longer than ``TEXT_LIMIT``.
     """
-    primary = bool(corpus.primary_part("test"))
-    splits = [corpus.primary_part(name) if primary else corpus.split(name) for name in ("train", "test")]
-    if not all(splits) or sum(document.size for split in splits for document in split) > TEXT_LIMIT:
+    train, test = _texts(corpus)
+    if not test:
         return {}
-    train, test = ("".join(document.read() for document in split).encode() for split in splits)
     key = hashlib.sha256(b"%d %d " % (VERSION, len(train)) + train + test).hexdigest()
     cache = Path(cache_dir) / "compressors" / f"{key[:32]}.json"
     found = {name: value for name in METHODS if (value := finite_number(read_json(cache).get(name))) is not None}
@@ -65,5 +67,40 @@ def compression_baselines(corpus: Corpus, cache_dir: Path) -> dict[str, Any]:
             found = {name: (both.result() - alone.result()) * 8 / len(test) for name, (both, alone) in jobs.items()}
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(cache, found)
-    known = {"translation": corpus.primary_translation if primary else None}
+    known = {"translation": corpus.primary_translation if corpus.primary_part("test") else None}
     return known | {"train_bytes": len(train), "test_bytes": len(test)} | found
+
+
+def _texts(corpus: Corpus) -> tuple[bytes, bytes]:
+    """Train and test text of the primary translation, or all of it where there is none; nothing where either is empty
+    or both are too long."""
+    primary = bool(corpus.primary_part("test"))
+    splits = [corpus.primary_part(name) if primary else corpus.split(name) for name in ("train", "test")]
+    if not all(splits) or sum(document.size for split in splits for document in split) > TEXT_LIMIT:
+        return b"", b""
+    train, test = ("".join(document.read() for document in split).encode() for split in splits)
+    return train, test
+
+
+def bits_by_part(corpus: Corpus, parts: Sequence[bytes]) -> dict[str, tuple[list[float], float]]:
+    """Code length in bits of each of a text's parts, and of them together, by method; primed as above.
+
+    PPMd writes a byte as soon as it is certain, so a part's length is right to about a byte. xz writes nothing until
+    its end: no parts. {} where there is no train text to prime with.
+    """
+    if not (train := _texts(corpus)[0]):
+        return {}
+    text = b"".join(parts)
+
+    def xz() -> tuple[list[float], float]:
+        return [], 8.0 * (_xz(train + text) - _xz(train))
+
+    def ppmd(order: int) -> tuple[list[float], float]:
+        encoder = _ppmd_encoder(order, len(train) + len(text))
+        encoder.encode(train)
+        lengths = [8.0 * len(encoder.encode(part)) for part in parts]
+        return lengths, sum(lengths)
+
+    with ThreadPoolExecutor(2) as pool:
+        jobs = {"xz": pool.submit(xz)} | {f"ppmd_order_{order}": pool.submit(ppmd, order) for order in ORDERS}
+        return {name: job.result() for name, job in jobs.items()}

@@ -2,11 +2,12 @@
 
 import gzip
 import lzma
+from dataclasses import replace
 
 import pytest
 
 from mvlm_core.data.corpus import MANIFEST_NAME, load_corpus
-from mvlm_core.evaluation.compression import compression_baselines
+from mvlm_core.evaluation.compression import METHODS, bits_by_part, compression_baselines
 
 
 def test_compressors_are_primed_with_the_train_text(tiny_corpus, tmp_path):
@@ -32,3 +33,23 @@ def test_what_was_measured_is_read_again_unless_it_is_damaged(tiny_corpus, tmp_p
     assert compression_baselines(corpus, tmp_path) == first | {"xz": 9.5}
     cache.write_text('{"xz": NaN, "ppmd_order_6": 1.0, "ppmd_order_16": 1.0}')
     assert compression_baselines(corpus, tmp_path) == first
+
+
+def test_code_lengths_by_sentence_add_up_to_the_texts(tiny_corpus):
+    corpus = load_corpus(tiny_corpus)
+    train = "".join(d.read() for d in corpus.split("train") if d.translation == "kjv").encode()
+    parts = [train[:300], b" My dog ate a pizza on Tuesday.", b" Behold, a son."]
+    found = bits_by_part(corpus, parts)
+    for name, (_, size) in METHODS.items():
+        lengths, total = found[name]
+        # The end of a code takes a byte or two, which the parts do not have.
+        assert total == pytest.approx(8 * (size(train + b"".join(parts)) - size(train)), abs=0 if name == "xz" else 16)
+        assert sum(lengths) == (0 if name == "xz" else total)
+    known, pizza, _ = found["ppmd_order_16"][0]
+    assert known / len(parts[0]) < 1 < 3 < pizza / len(parts[1]), "it has read the first part"
+
+
+def test_without_text_to_read_first_there_are_no_code_lengths(tiny_corpus):
+    corpus = load_corpus(tiny_corpus)
+    none = replace(corpus, documents=tuple(d for d in corpus.documents if d.split != "train"))
+    assert bits_by_part(none, [b"In the beginning"]) == {}

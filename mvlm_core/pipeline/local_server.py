@@ -1,0 +1,119 @@
+"""What the programs that listen on a port share: which models, on which address, and how they end."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from mvlm_core.errors import UserError
+from mvlm_core.export.file_checks import checked_export
+from mvlm_core.export.manifest import MANIFEST
+from mvlm_core.hardware import DEVICES
+from mvlm_core.run_layout import Layout
+from mvlm_core.settings import REPOSITORY_ROOT
+
+EXTRAS = "requirements-extras.txt"
+GRACE = 2  # seconds that open requests have to end after a signal
+
+
+def parser_of(description: str | None, port: int) -> argparse.ArgumentParser:
+    """A command line with MODEL …, ``--host``, ``--port`` and ``--device``."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add(
+        "models", nargs="*", type=Path, metavar="MODEL", help="export folders or .tar.gz [default: both that were made]"
+    )
+    add("--port", type=int, default=port, help=f"port to listen on; 0: any that is free [default {port}]")
+    add("--host", default="127.0.0.1", help="address to listen on; other than 127.0.0.1 others may ask [127.0.0.1]")
+    add("--device", default="auto", choices=DEVICES, help="[default auto]")
+    return parser
+
+
+def check(options: argparse.Namespace, packages: tuple[str, ...]) -> None:
+    """Take the models that were made where none is named, and see that the ``packages`` are there.
+
+    Raises:
+        UserError: every problem with the command line and the installation.
+    """
+    layout = Layout(REPOSITORY_ROOT)
+    problems = [] if 0 <= options.port < 65536 else [f"--port {options.port}: from 0 to 65535"]
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        problems.append(f"not installed: {', '.join(missing)}; .venv/bin/python -m pip install -r {EXTRAS}")
+    if not options.models:
+        exports, archives = sorted(layout.models.glob(f"*/{MANIFEST}")), sorted(layout.downloads.glob("*.tar.gz"))
+        options.models = [manifest.parent for manifest in exports] or archives
+        if not options.models:
+            problems.append(f"no model in {layout.models} or {layout.downloads}: train one first, or name where one is")
+    if problems:
+        raise UserError(problems)
+
+
+@contextmanager
+def open_models(places: list[Path], sources: Path) -> Iterator[dict[str, Path]]:
+    """The checked export folders by their own names; a name that is there twice gets a number.
+
+    Raises:
+        UserError: every problem with any of them.
+    """
+    folders: dict[str, Path] = {}
+    problems: list[str] = []
+    with ExitStack() as stack:
+        for place in places:
+            try:
+                folder = stack.enter_context(checked_export(place, sources))
+            except UserError as error:
+                problems += error.problems
+                continue
+            name = base = folder.resolve().name
+            for number in range(2, len(places) + 1):
+                name = name if name not in folders else f"{base}-{number}"
+            folders[name] = folder
+        if problems:
+            raise UserError(problems)
+        yield folders
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there.
+
+    Raises:
+        UserError: it cannot, with the reason.
+    """
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: {error.strerror}; --port 0 takes any that is free") from None
+
+
+def address(listener: socket.socket) -> str:
+    """The URL of a listener; of one on all addresses, that on this machine."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach that address."""
+    return host in ("127.0.0.1", "::1", "localhost")
+
+
+def run_app(app: Any, listener: socket.socket) -> None:
+    """Serve an ASGI app until a signal; the handler that was there before is then called."""
+    import uvicorn
+
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def end_on_sigterm() -> None:
+    """SIGTERM ends the program with 143, unpacked archives removed."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))

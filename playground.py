@@ -1,0 +1,179 @@
+#!/usr/bin/env python3
+"""A local page to try trained models on: let them write, score a text of one's own, compare runs.
+
+    python playground.py
+    python playground.py models/simone_enhanced mvlm_gpt2_model.tar.gz --port 7861
+
+MODEL is an export folder or a .tar.gz; its files are checked before anything is loaded. Default: the two of models/ or
+models_for_download/. Every token is shaded by how surprising it is to the model, in bits; model 2 also shows what its
+governance heads did, layer by layer. The page needs no network and asks for nothing outside this machine.
+
+Needs: pip install -r requirements-extras.txt
+Exit codes: 0 done, 2 bad arguments or an unusable model, 130/143 stopped by a signal.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import cache, wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mvlm_core.errors import UserError, run_main
+from mvlm_core.hardware import choose_hardware, set_process_environment
+from mvlm_core.pipeline import local_server
+from mvlm_core.settings import DEFAULT_DATA_DIR
+from prioritary_mvlm.config import MODELLING_FILES
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from mvlm_core.data.corpus import Corpus
+    from mvlm_core.pipeline.playground import Models
+
+SYSTEM_FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
+EVENT: Any = {"api_visibility": "private", "show_progress": "minimal"}
+# For the browser: nothing from elsewhere, whatever the page's own code may ask for.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; frame-ancestors 'self'"
+)
+
+
+class OnlyThisMachine:
+    """An application whose answers carry the policy."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def with_policy(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
+            await send(message)
+
+        await self.app(scope, receive, with_policy)
+
+
+def shown(steps: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:
+    """The steps, with bad input told to the user of the page."""
+    import gradio as gr
+
+    @wraps(steps)
+    def told(*values: Any) -> Iterator[str]:
+        try:
+            yield from steps(*values)
+        except UserError as error:
+            raise gr.Error("; ".join(error.problems), print_exception=False) from None
+
+    return told
+
+
+def build_app(models: Models, corpus: Callable[[], Corpus], places: str, *, local: bool) -> FastAPI:
+    """The page as an application.
+
+    Args:
+        corpus: whose train text the compressors read first.
+        places: exports and archives to compare, a path a line.
+        local: only this machine can ask, so the page may name any path on it.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    import gradio as gr
+    from fastapi import FastAPI
+
+    from mvlm_core.pipeline.playground import STYLE, compared, scored
+
+    with gr.Blocks(title="Playground", analytics_enabled=False, delete_cache=(600, 600)) as blocks:
+        gr.Markdown(f"# Playground\n{' and '.join(models)}")
+        with gr.Tab("Write"):
+            write_tab(models)
+        with gr.Tab("Score my text"):
+            text = gr.Textbox(label="Text", lines=8, max_lines=16)
+            with gr.Row():
+                upload = gr.UploadButton("Upload a .txt file", file_types=[".txt", ".md"])
+                go = gr.Button("Score", variant="primary")
+            upload.upload(read_upload, upload, text, api_visibility="private")
+            go.click(shown(lambda value: scored(models, value, corpus)), text, gr.HTML(), **EVENT)
+        with gr.Tab("Compare runs"):
+            label = "Exports, archives or folders of them, a path a line"
+            paths = gr.Textbox(places, label=label, lines=4, interactive=local)
+            go = gr.Button("Compare", variant="primary")
+            go.click(shown(lambda value: iter([compared(value if local else places)])), paths, gr.HTML(), **EVENT)
+    sans, mono = SYSTEM_FONTS
+    app = gr.mount_gradio_app(
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+        blocks,
+        path="/",
+        theme=gr.themes.Default(font=sans, font_mono=mono),
+        css=STYLE.read_text(encoding="utf-8"),
+        footer_links=[],
+        ssr_mode=False,
+        max_file_size="1mb",
+    )
+    app.add_middleware(OnlyThisMachine)
+    return app
+
+
+def write_tab(models: Models) -> None:
+    """Prompt and settings above both models' continuations."""
+    import gradio as gr
+
+    from mvlm_core.pipeline.playground import LONGEST, written
+
+    prompt = gr.Textbox("In the beginning", label="Prompt", lines=2)
+    with gr.Row():
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+        temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature")
+        top_p = gr.Slider(0.05, 1, 0.95, step=0.05, label="Top-p")
+        length = gr.Slider(1, LONGEST, 80, step=1, label="Length in tokens")
+    with gr.Row():
+        go, stop = gr.Button("Write", variant="primary"), gr.Button("Stop")
+    gr.HTML("<p class=note>Surprise: 0 bits <span class=legend></span> 12 bits and more</p>")
+    steps = shown(lambda *values: written(models, *values))
+    run = gr.on([go.click, prompt.submit], steps, [prompt, seed, temperature, top_p, length], gr.HTML(), **EVENT)
+    stop.click(None, cancels=run)
+
+
+def read_upload(file: str) -> str:
+    """The text of an uploaded file."""
+    import gradio as gr
+
+    from mvlm_core.data.corpus import decode
+
+    try:
+        return decode(Path(file).read_bytes())
+    except ValueError as error:
+        raise gr.Error(f"{Path(file).name}: {error}", print_exception=False) from None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = local_server.parser_of(__doc__, port=7860)
+    parser.add_argument("--data_dir", default=str(DEFAULT_DATA_DIR), help="the corpus that compressors read first")
+    options = parser.parse_args(arguments)
+    local_server.check(options, ("gradio", "uvicorn"))
+    set_process_environment()
+    with local_server.open_models(options.models, MODELLING_FILES) as folders:
+        from mvlm_core.data.corpus import load_corpus
+        from mvlm_core.evaluation.bits_per_byte import load_export
+        from mvlm_core.export.manifest import corpus_choice
+
+        hardware = choose_hardware(device=options.device)
+        hardware.apply()
+        models = {name: load_export(folder, hardware.device) for name, folder in folders.items()}
+        choice = corpus_choice(next(iter(folders.values())))
+        with local_server.listen(options.host, options.port) as listener:
+            app = build_app(
+                models,
+                cache(lambda: load_corpus(options.data_dir, **choice)),
+                "\n".join(map(str, options.models)),
+                local=local_server.is_local(options.host),
+            )
+            print(f"{' and '.join(models)} at {local_server.address(listener)}; Ctrl-C ends it", flush=True)
+            local_server.run_app(app, listener)
+    return 0
+
+
+if __name__ == "__main__":
+    local_server.end_on_sigterm()
+    run_main(main)

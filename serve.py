@@ -1,0 +1,50 @@
+#!/usr/bin/env python3
+"""Serve trained models over HTTP, by the interface that most programs speak: OpenAI's completions.
+
+    python serve.py
+    python serve.py models/simone_enhanced mvlm_gpt2_model.tar.gz --port 8001
+
+    curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
+         -d '{"model": "simone_enhanced", "prompt": "In the beginning", "max_tokens": 40, "stream": true}'
+
+MODEL is an export folder or a .tar.gz; its files are checked before anything is loaded, and requests call it by its
+folder's name. Default: the two of models/ or models_for_download/.
+
+There are GET /v1/models, GET /health and POST /v1/completions with model, prompt, max_tokens, temperature, top_p,
+frequency_penalty, seed, stop (the text ends with the token that completes it), suffix and stream. There is no chat: the
+models continue text. Requests are answered one at a time: the same seed gives the same text, whoever else asks.
+
+Needs: pip install -r requirements-extras.txt
+Exit codes: 0 done, 2 bad arguments or an unusable model, 130/143 stopped by a signal.
+"""
+
+from __future__ import annotations
+
+from mvlm_core.errors import run_main
+from mvlm_core.hardware import choose_hardware, set_process_environment
+from mvlm_core.pipeline import local_server
+from prioritary_mvlm.config import MODELLING_FILES
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = local_server.parser_of(__doc__, port=8000)
+    parser.add_argument("--cors", action="store_true", help="let web pages of any origin ask, as one of yours may")
+    options = parser.parse_args(arguments)
+    local_server.check(options, ("fastapi", "openai", "uvicorn"))
+    set_process_environment()
+    with local_server.open_models(options.models, MODELLING_FILES) as folders:
+        from mvlm_core.evaluation.bits_per_byte import load_export
+        from mvlm_core.pipeline.completions import completions_app
+
+        hardware = choose_hardware(device=options.device)
+        hardware.apply()
+        models = {name: load_export(folder, hardware.device) for name, folder in folders.items()}
+        with local_server.listen(options.host, options.port) as listener:
+            print(f"{' and '.join(models)} at {local_server.address(listener)}/v1; Ctrl-C ends it", flush=True)
+            local_server.run_app(completions_app(models, cors=options.cors), listener)
+    return 0
+
+
+if __name__ == "__main__":
+    local_server.end_on_sigterm()
+    run_main(main)
