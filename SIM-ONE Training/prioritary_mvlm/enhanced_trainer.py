@@ -69,12 +69,12 @@ def add_training(
     weights["loss_kernel"] = hardware.loss_kernel
     losses = [ComprehensiveTrainingLoss(**weights) for _ in models]
     modules: dict[str, nn.Module] = {"model": model, "loss": nn.ModuleList(losses)}
-    functions = {"layer_function": hardware.compiled(run_layer), "point_function": hardware.compiled(point)}
+    layer, pointer = hardware.compiled(run_layer), hardware.compiled(point)
 
     def loss(inputs: Tensor, targets: Tensor, document_weights: Tensor, share_done: float) -> StepLoss:
         scored = []
         for one, score in zip(models, losses, strict=True):
-            hidden, pointing = one.hidden_states(inputs, **functions)
+            hidden, pointing = one.hidden_states(inputs, layer_function=layer, point_function=pointer)
             scored.append(score(hidden, one.lm_head.weight, targets, document_weights, share_done, pointing))
         return mean_loss(scored)
 
