@@ -114,6 +114,16 @@ def test_a_good_request_is_cut_to_the_context_and_always_has_a_seed(handler):
     assert first["seed"] != second["seed"] and not {"user", "n"} & set(first)
 
 
+@pytest.mark.parametrize("cors", (False, True))
+def test_pages_of_other_origins_may_ask_only_with_cors(handler, cors):
+    from fastapi.testclient import TestClient
+
+    from mvlm_core.pipeline.completions import completions_app
+
+    answer = TestClient(completions_app(handler.models, cors=cors)).get("/v1/models", headers={"Origin": "http://a.b"})
+    assert answer.status_code == 200 and ("access-control-allow-origin" in answer.headers) == cors
+
+
 def test_a_prompt_begins_with_the_start_token(handler):
     for model, tokenizer in handler.models.values():
         ids = tokenizer(PROMPT).input_ids
