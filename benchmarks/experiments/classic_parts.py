@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mvlm_core.data.tokenizer import ByteLevelBPE
 from mvlm_core.hardware import Hardware
@@ -20,12 +20,19 @@ from prioritary_mvlm.enhanced_trainer import add_training, build_model
 from simone_transformer import EnhancedSIMONEModel
 
 
+class _LayerNorm(nn.LayerNorm):
+    """As an RMSNorm is called."""
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return super().forward(x)
+
+
 def layer_norm(model: EnhancedSIMONEModel) -> None:
     """LayerNorm with gain and bias for RMSNorm, except for queries and keys."""
     for module in [model, *model.layers]:
         for name in ("embed_norm", "attention_norm", "feed_forward_norm", "final_norm"):
             if hasattr(module, name):
-                setattr(module, name, nn.LayerNorm(model.config.hidden_size, model.config.rms_norm_eps))
+                setattr(module, name, _LayerNorm(model.config.hidden_size, model.config.rms_norm_eps))
 
 
 def gelu(model: EnhancedSIMONEModel) -> None:

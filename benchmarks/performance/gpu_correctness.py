@@ -83,7 +83,6 @@ def simone_reference(w: dict[str, Tensor], _: Any, s: Any, ids: Tensor, targets:
         return torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), 1)
 
     x, first_value = norm(w["model.embed_tokens.weight"][ids], "model.embed_norm"), None
-    entering = x
     for layer in (f"model.layers.{number}" for number in range(s.num_layers)):
         entering = x
         y, attention = norm(x, f"{layer}.attention_norm"), f"{layer}.attention"
@@ -110,9 +109,9 @@ def simone_reference(w: dict[str, Tensor], _: Any, s: Any, ids: Tensor, targets:
     query, key = (norm(linear(y, f"model.pointer.{n}_proj"), f"model.pointer.{n}_norm") for n in "qk")
     scores = (query @ before(key).mT / HEAD_WIDTH**0.5).masked_fill(~causal, -torch.inf)
     sentinel = linear(y, "model.pointer.policy_head") + w["model.pointer.sentinel"] + HEAD_WIDTH**0.5
-    *pointed, share = torch.cat((scores, sentinel), -1).softmax(-1).split([seq, 1], -1)
+    pointed, share = torch.cat((scores, sentinel), -1).softmax(-1).split([seq, 1], -1)
     own = share * logits.softmax(-1)
-    mixed = own + pointed[0] @ F.one_hot(ids, output.shape[0]).to(dtype)
+    mixed = own + pointed @ F.one_hot(ids, output.shape[0]).to(dtype)
     own, likely = (probability.gather(-1, targets[..., None]).squeeze(-1) for probability in (own, mixed))
     nll = s.z_loss_weight * (own / likely).detach() * logits.logsumexp(-1).square() - likely.log()
     loss = ((s.accuracy_weight + s.alignment_weight * alignment) * nll).mean()

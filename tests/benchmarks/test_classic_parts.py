@@ -38,7 +38,7 @@ def test_what_each_part_replaces(tmp_path):
     models = {part: built(part, tmp_path).model.eval() for part in CLASSIC_PARTS}
     kinds = {part: [type(module).__name__ for module in model.modules()] for part, model in models.items()}
     # Two a layer beside the embedding's and the last; queries' and keys' stay, and the pointer's three.
-    assert kinds["layer_norm"].count("LayerNorm") == 2 * 3 + 2 and kinds["layer_norm"].count("RMSNorm") == 2 * 3 + 3
+    assert kinds["layer_norm"].count("_LayerNorm") == 2 * 3 + 2 and kinds["layer_norm"].count("RMSNorm") == 2 * 3 + 3
     assert kinds["gelu"].count("GELU") == 3 and "SwiGLU" not in kinds["gelu"]
     assert kinds["plain_queries"].count("RMSNorm") == 2 * 3 + 2 + 3
     # Without rotation a position is known by its embedding alone.

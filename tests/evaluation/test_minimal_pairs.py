@@ -59,6 +59,6 @@ def test_a_model_prefers_the_verses_it_was_trained_on(couples, tokenizer, overfi
     few = [Pair("few", pair.good, pair.bad) for pair in pairs[:19]]
     found = pair_accuracy(overfitted, tokenizer, [*pairs, *turned, *ties, *few])
     assert set(found) == {"all", "turned", "ties"}, "fewer than 20 pairs are not reported"
-    assert found["all"].value > 0.95 and found["all"].count == len(pairs)
+    assert found["all"].value > 0.9 and found["all"].count == len(pairs)
     assert found["turned"].value == pytest.approx(1 - found["all"].value)
     assert (found["ties"].value, found["ties"].error) == (0.5, 0.0)
