@@ -4,7 +4,9 @@ Run by ``pip install -r requirements-extras.txt -r requirements-ecosystem.txt`` 
 tests/test_other_engines.py``; what is not installed is skipped with a reason.
 """
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -12,12 +14,20 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.performance import other_engines
 from benchmarks.performance.other_engines import gguf_reader, greedy, onnx_reader, open_llama, torch_reader
+from mvlm_core.errors import UserError
 from mvlm_core.evaluation.bits_per_byte import encode, load_export
 from mvlm_core.evaluation.generation import prompt_ids
 from mvlm_core.export.archive import extract_archive, write_archive
+from mvlm_core.export.file_checks import Checks
 from mvlm_core.export.formats import LOGITS_TOLERANCE
+from mvlm_core.export.manifest import read_manifest, write_manifest
+from mvlm_core.export.validation import check_formats
+from mvlm_core.files import sha256_file
+from mvlm_core.run_layout import Layout
 from mvlm_core.training.run import run_training
+from tests.export.exports import copy_export
 from tests.helpers import MODELS, REPOSITORY, build_tiny_corpus, recipe_of, sample_books, tiny_settings
 
 pytestmark = pytest.mark.integration
@@ -54,6 +64,43 @@ def unpacked(request, exports, tmp_path_factory):
     folder = extract_archive(place / "formats.tar.gz", place / "elsewhere")
     assert folder.name == f"{name}_formats"
     return name, *load_export(exports[name]), folder
+
+
+def test_validation_reads_the_graph(unpacked, exports, tmp_path):
+    name, _, _, folder = unpacked
+    layout = Layout(tmp_path)
+    export, made = copy_export(exports[name], layout.export(name)), layout.formats(name)
+    shutil.copytree(folder, made)
+
+    def logits():
+        checks = Checks()
+        check_formats(name, export, layout, checks)
+        return next(check for check in checks if check.name == "ONNX logits")
+
+    assert logits().passed and "largest difference" in logits().detail
+    graph = made / "onnx" / "model.onnx"
+    data = bytearray(graph.read_bytes())
+    data[-40_000:-20_000] = bytes(20_000)  # weights: they come last
+    graph.write_bytes(data)
+    files = read_manifest(made)["files"] | {"onnx/model.onnx": sha256_file(graph)}
+    write_manifest(made, f"{name}_formats", files)
+    assert not logits().passed
+
+
+def test_the_benchmark_compares_every_engine_with_torch(unpacked, exports, tmp_path, capsys):
+    name, _, _, folder = unpacked
+    found = tmp_path / "found.json"
+    flags = ["--tokens", "8", "--rounds", "1", "--json", str(found)]
+    if name == "mvlm_gpt2":
+        pytest.importorskip("llama_cpp", reason="pip install -r requirements-ecosystem.txt")
+    assert other_engines.main([str(exports[name]), str(folder), *flags]) == 0
+    figures = json.loads(found.read_text())
+    assert list(figures) == ["PyTorch", "ONNX Runtime", "llama.cpp"][: 3 if name == "mvlm_gpt2" else 2]
+    assert {engine["same_tokens"] for engine in figures.values()} == {8}
+    assert f"| ONNX Runtime | {figures['ONNX Runtime']['tokens_per_second'][0][0]:,.1f} |" in capsys.readouterr().out
+    with pytest.raises(UserError) as caught:
+        other_engines.main([str(tmp_path / "none"), str(folder), "--tokens", "0"])
+    assert len(caught.value.problems) == 2
 
 
 def graph_in(folder):
