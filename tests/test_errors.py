@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tests.helpers import REPOSITORY
+
 PROGRAM = "from mvlm_core.errors import *; run_main(lambda: {})"
 
 
@@ -39,3 +41,13 @@ def test_a_pipe_that_is_closed_early_ends_it_quietly():
     program.stdout.close()
     assert program.stderr.read() == ""
     assert program.wait() == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("script", ["train_all_models.py", "mvlm_trainer.py", "generate.py"])
+def test_outside_the_environment_a_program_says_how_to_start(script):
+    """``-S`` leaves the installed packages out, as another Python does."""
+    done = subprocess.run(
+        [sys.executable, "-S", REPOSITORY / script, "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.count("\n") == 1 and "setup_environment.sh" in done.stderr and ".venv/bin/python" in done.stderr
