@@ -43,7 +43,7 @@ class Sampling:
 
 # What exports, generate.py and the report write with: of those tried the nearest to the books' own repetition and
 # predictability (benchmarks/experiments/decoding.py).
-READABLE = Sampling(temperature=0.8, top_p=0.95)
+READABLE = Sampling(temperature=0.9, top_p=0.9)
 SMALLEST_VOCABULARY = 260  # 256 bytes and four special tokens
 _BOUNDS = {
     "minimum": ("at least", operator.ge),

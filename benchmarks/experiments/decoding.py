@@ -111,8 +111,8 @@ def main(arguments: list[str] | None = None) -> int:
     judge, found = Judge(corpus), {}
     tables: list[Any] = []
     for folder in options.models:
-        found[folder.name] = measure(folder, corpus, judge, options.verses, options.seed)
-        tables.append(table(found[folder.name], folder.name))
+        found[str(folder)] = measure(folder, corpus, judge, options.verses, options.seed)
+        tables.append(table(found[str(folder)], str(folder)))
     command.show("\n\n".join(tables), found, options)
     return 0
 

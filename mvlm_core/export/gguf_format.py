@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_core.files import read_json
+from mvlm_core.settings import READABLE
 
 # Matrices that GPT-2 keeps as ``[in, out]``; everyone else, GGUF too, has ``[out, in]``.
 _TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -65,6 +66,6 @@ def _add_tokenizer(gguf: Any, writer: Any, tokenizer: dict[str, Any], config: di
 def modelfile(gguf_name: str, context: int) -> str:
     """How Ollama runs it: it continues a text, without a chat's template."""
     return (
-        f"FROM ./{gguf_name}\nTEMPLATE {{{{ .Prompt }}}}\nPARAMETER num_ctx {context}\nPARAMETER temperature 0.8\n"
-        "PARAMETER top_p 0.95\n"
+        f"FROM ./{gguf_name}\nTEMPLATE {{{{ .Prompt }}}}\nPARAMETER num_ctx {context}\n"
+        f"PARAMETER temperature {READABLE.temperature}\nPARAMETER top_p {READABLE.top_p}\n"
     )
