@@ -35,14 +35,19 @@ def figures(run: Run) -> Figures:
 
 
 def reached(first: Figures, second: Figures) -> dict[str, float] | None:
-    """Shares of the first model's text and seconds after which the second evaluates at most at the first's end.
+    """Shares of the first model's text and seconds after which the second's validation is at most the first's last.
 
-    None where it never does.
+    Interpolated between evaluations, but not before the first one; None where it never is.
     """
-    goal = first["validation_bpb"]
+    goal, before = first["validation_bpb"], None
     for record in second["evaluations"]:
-        if record["validation_bpb"] <= goal:
-            return {key: record[key] / first[key] for key in ("bytes", "seconds")}
+        if (found := record["validation_bpb"]) <= goal:
+            if before is None:
+                before, way = record, 1.0
+            else:
+                way = (before["validation_bpb"] - goal) / (before["validation_bpb"] - found)
+            return {key: (before[key] + way * (record[key] - before[key])) / first[key] for key in ("bytes", "seconds")}
+        before = record
     return None
 
 

@@ -1,5 +1,7 @@
 """``benchmarks/experiments/side_by_side.py``: the arithmetic of its table, and a figure of real runs."""
 
+import pytest
+
 from benchmarks.experiments import side_by_side
 from mvlm_core.metrics import BY_NAME, PRIMARY_TEST_BPB
 
@@ -20,6 +22,8 @@ def figures(bits, *, size=1000.0, seconds=100.0, test=None):
 def test_shares_until_the_other_model_is_reached():
     first = figures([2.0, 1.9, 1.8, 1.7])
     assert side_by_side.reached(first, figures([1.8, 1.7, 1.6, 1.5], seconds=200.0)) == {"bytes": 0.5, "seconds": 1.0}
+    assert side_by_side.reached(first, figures([1.75, 1.5, 1.4, 1.3])) == pytest.approx({"bytes": 0.3, "seconds": 0.3})
+    assert side_by_side.reached(first, figures([1.6, 1.5])) == {"bytes": 0.5, "seconds": 0.5}, "the first evaluation"
     assert side_by_side.reached(first, figures([1.9, 1.8, 1.75])) is None
 
 
@@ -34,7 +38,7 @@ def test_table_by_hand():
     assert (
         "| test, bits per byte | 2.1000 (2.0000 … 2.2000) | 1.7000 (1.6000 … 1.8000) | 0.809 (0.800 … 0.818) |" in lines
     )
-    assert f"| share of {FIRST}'s text until its final validation is reached |  | 0.750 (0.500 … 1.000) |  |" in lines
+    assert f"| share of {FIRST}'s text until its final validation is reached |  | 0.562 (0.500 … 0.625) |  |" in lines
     untested = side_by_side.table({name: {0: figures([2.0])} for name in (FIRST, SECOND)})
     assert BY_NAME["validation_bpb"].title in untested and BY_NAME["test_bpb"].title not in untested
 
