@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -28,6 +27,7 @@ from mvlm_core.files import read_json, sha256_file, write_json_atomic
 from mvlm_core.hardware import DEVICES, choose_hardware, set_process_environment
 from mvlm_core.pipeline.side_by_side import side_by_side
 from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
+from mvlm_core.signals import end_on_sigterm
 from prioritary_mvlm.config import MODELLING_FILES
 
 SIZES = {
@@ -134,5 +134,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # an unpacked archive is removed first
+    end_on_sigterm()  # an unpacked archive is removed first
     run_main(main)

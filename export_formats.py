@@ -16,8 +16,6 @@ Exit codes: 0 done, 1 the written model differs, 2 bad arguments or an unusable 
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
 from pathlib import Path
 
 from mvlm_core.errors import UserError, run_main
@@ -25,6 +23,7 @@ from mvlm_core.export.file_checks import checked_export
 from mvlm_core.export.formats import PACKAGES, missing_packages, write_formats
 from mvlm_core.files import output_folder_problems
 from mvlm_core.hardware import set_process_environment
+from mvlm_core.signals import end_on_sigterm
 from prioritary_mvlm.config import MODELLING_FILES
 
 
@@ -67,5 +66,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what is not finished is removed first
+    end_on_sigterm()  # what is not finished is removed first
     run_main(main)

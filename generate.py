@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +21,7 @@ from mvlm_core.errors import UserError, printable, run_main
 from mvlm_core.export.file_checks import checked_export
 from mvlm_core.hardware import DEVICES, set_process_environment
 from mvlm_core.settings import READABLE
+from mvlm_core.signals import end_on_sigterm
 from prioritary_mvlm.config import MODELLING_FILES
 
 if TYPE_CHECKING:
@@ -158,5 +157,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # an unpacked archive is removed first
+    end_on_sigterm()  # an unpacked archive is removed first
     run_main(main)

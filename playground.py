@@ -24,6 +24,7 @@ from mvlm_core.errors import UserError, run_main
 from mvlm_core.hardware import choose_hardware, set_process_environment
 from mvlm_core.pipeline import local_server
 from mvlm_core.settings import DEFAULT_DATA_DIR, READABLE
+from mvlm_core.signals import end_on_sigterm
 from prioritary_mvlm.config import MODELLING_FILES
 
 if TYPE_CHECKING:
@@ -175,5 +176,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    local_server.end_on_sigterm()
+    end_on_sigterm()  # unpacked archives are removed first
     run_main(main)

@@ -23,6 +23,7 @@ from __future__ import annotations
 from mvlm_core.errors import run_main
 from mvlm_core.hardware import choose_hardware, set_process_environment
 from mvlm_core.pipeline import local_server
+from mvlm_core.signals import end_on_sigterm
 from prioritary_mvlm.config import MODELLING_FILES
 
 
@@ -46,5 +47,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    local_server.end_on_sigterm()
+    end_on_sigterm()  # unpacked archives are removed first
     run_main(main)

@@ -36,8 +36,6 @@ from .rope_attention import (
 
 # How far above every token of the context the pointer's sentinel starts: with almost all of the prediction.
 POINTER_START = 4.0
-
-
 COPIED = "share of the token's probability that was copied from a like place earlier in the text"
 
 

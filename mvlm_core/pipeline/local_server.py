@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import signal
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -112,8 +110,3 @@ def run_app(app: Any, listener: socket.socket) -> None:
 
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE)
     uvicorn.Server(config).run(sockets=[listener])
-
-
-def end_on_sigterm() -> None:
-    """SIGTERM ends the program with 143, unpacked archives removed."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))

@@ -169,7 +169,8 @@ def scored(models: Models, text: str, corpus: Callable[[], Corpus]) -> Iterator[
         UserError: no text, or too much.
     """
     text = clean(text)
-    parts, sizes = sentences(text), [len(part.encode()) for part in sentences(text)]
+    parts = sentences(text)
+    sizes = [len(part.encode()) for part in parts]
     if not text.strip() or sum(sizes) > TEXT_LIMIT:
         raise UserError(f"paste or upload a text of 1 to {TEXT_LIMIT:,} bytes; this one has {sum(sizes):,}")
     columns: dict[str, tuple[list[float], float]] = {}
