@@ -118,9 +118,10 @@ def test_a_child_ended_by_a_signal_stops_the_job_other_codes_do_not():
     "parent, where, expected", [("gone", "here", True), ("alive", "here", False), ("gone", "there", False)]
 )
 def test_an_orphan_writes_into_the_export_and_has_lost_its_pipeline(tmp_path, parent, where, expected):
-    command = [sys.executable, "-c", "input()", str(tmp_path / where)]
+    command = [sys.executable, "-c", "input('ready\\n')", str(tmp_path / where)]
     environment = os.environ | {PARENT_VARIABLE: str(os.getpid() if parent == "alive" else 1)}
-    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE) as child:
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()  # before that the process may have no command line yet
         assert stages._is_orphan(psutil.Process(child.pid), tmp_path / "here") is expected
         child.stdin.close()
 
