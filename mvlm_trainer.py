@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bible_corpus.settings import BibleSettings
@@ -119,9 +120,11 @@ def hidden_states(
 
 def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -> BuiltModel:
     """A fresh GPT-2 with its optimizer and loss."""
+    import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from mvlm_core.training.cross_entropy import linear_cross_entropy
+    from mvlm_core.training.distillation import distilled, load_teacher
     from mvlm_core.training.optimizer import build_optimizers
     from mvlm_core.training.state import BuiltModel, StepLoss
 
@@ -141,12 +144,23 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
         pad_token_id=end,
     )
     model = GPT2LMHeadModel(config)
+    teacher = load_teacher(settings, GPT2LMHeadModel, hardware.device)
     layer = hardware.compiled(run_layer)
+
+    def log_probabilities(model: GPT2LMHeadModel, hidden: Tensor, sequences: slice) -> Tensor:
+        logits = model.lm_head(hidden[sequences])
+        return logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
     def loss(inputs: Tensor, targets: Tensor, _weights: Tensor, _share_done: float) -> StepLoss:
         hidden = hidden_states(model, inputs, layer)
         total, nll = linear_cross_entropy(hidden, model.lm_head.weight, targets, kernel=hardware.loss_kernel)
-        return StepLoss(total, nll.mean())
+        scored = StepLoss(total, nll.mean())
+        if teacher is None:
+            return scored
+        with torch.no_grad():
+            taught = hidden_states(teacher, inputs, layer)
+        student = partial(log_probabilities, model, hidden)
+        return distilled(scored, inputs, config.vocab_size, student, partial(log_probabilities, teacher, taught))
 
     optimizers = build_optimizers(
         ((f"model.{name}", parameter) for name, parameter in model.named_parameters()),

@@ -83,6 +83,7 @@ _optimization = partial(option, group="optimisation", identity=True)
 _length = partial(option, group="length", minimum=1)
 _hardware = partial(option, group="hardware")
 _further = partial(option, group="further training")
+_distillation = partial(option, group="distillation")
 
 
 @dataclass
@@ -150,6 +151,14 @@ class TrainingSettings:
     replay: str | None = _further(
         None, "FOLDER=SHARE: against forgetting, this share of what is read comes from the train text of that corpus, "
         "whose test text is scored before and after (without it the export's own, where it is on this machine)",
+    )  # fmt: skip
+
+    teacher: str | None = _distillation(
+        None, "learn also from what this export (folder or .tar.gz, with the same tokenizer) predicts"
+    )
+    num_models: int = _distillation(
+        1, "train so many models one after the other, each the next one's teacher, and export the last: for text that "
+        "is read many times", minimum=1,
     )  # fmt: skip
 
     vocab_size: int = _model(32000, "tokenizer entries", minimum=SMALLEST_VOCABULARY, maximum=1_000_000)

@@ -6,25 +6,13 @@ constant output, saturated gate or repeated text satisfies any of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from mvlm_core.training.cross_entropy import linear_cross_entropy
 from mvlm_core.training.state import StepLoss
 from simone_transformer.rope_attention import Pointing
-
-
-def mean_loss(losses: list[StepLoss]) -> StepLoss:
-    """The mean over the models of an ensemble: each is trained by its own part of it alone."""
-
-    def mean(values: Iterable[Tensor]) -> Tensor:
-        return torch.stack(list(values)).mean()
-
-    parts = {name: mean(loss.parts[name] for loss in losses) for name in losses[0].parts}
-    return StepLoss(mean(loss.total for loss in losses), mean(loss.train_loss for loss in losses), parts)
 
 
 class ComprehensiveTrainingLoss(nn.Module):

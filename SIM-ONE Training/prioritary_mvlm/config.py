@@ -56,13 +56,6 @@ class PrioritaryConfig(BibleSettings):
     output_head: str = _own(
         "tied", "the output matrix: tied to the input embedding, or its own", "model", choices=("tied", "own")
     )
-    num_models: int = _own(
-        1,
-        "models trained side by side as an ensemble, their probabilities averaged: for data-constrained training",
-        "model",
-        minimum=1,
-        aliases=("num_members",),
-    )
     policy_head: bool = _own(
         True, "gates on what each attention head and the memory's pointer say", "governance", both_ways=True
     )

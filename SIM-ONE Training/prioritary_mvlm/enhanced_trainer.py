@@ -3,40 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from functools import partial
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mvlm_core.data.tokenizer import ByteLevelBPE
 from mvlm_core.hardware import Hardware
+from mvlm_core.training.distillation import distilled, load_teacher
 from mvlm_core.training.optimizer import build_optimizers
 from mvlm_core.training.run import run_training
 from mvlm_core.training.state import BuiltModel, Recipe, StepLoss
-from prioritary_mvlm.advanced_losses import ComprehensiveTrainingLoss, mean_loss
+from prioritary_mvlm.advanced_losses import ComprehensiveTrainingLoss
 from prioritary_mvlm.advanced_tokenizer import AdvancedBPETokenizer
 from prioritary_mvlm.config import NAME, PrioritaryConfig
-from simone_transformer import (
-    EnhancedSIMONEConfig,
-    EnhancedSIMONEEnsemble,
-    EnhancedSIMONEEnsembleConfig,
-    EnhancedSIMONEModel,
-    swiglu_width,
-)
+from simone_transformer import EnhancedSIMONEConfig, EnhancedSIMONEModel, swiglu_width
 from simone_transformer.enhanced_model import run_layer
-from simone_transformer.rope_attention import point
+from simone_transformer.rope_attention import Pointing, point
 
 
 def model_config(
     config: PrioritaryConfig, tokenizer: ByteLevelBPE, attention_backend: str = "sdpa"
 ) -> EnhancedSIMONEConfig:
     """The model's shape from the run's settings: fields of the same name are copied, the others are listed here."""
-    kind = EnhancedSIMONEEnsembleConfig if config.num_models > 1 else EnhancedSIMONEConfig
-    shape = {entry.name: getattr(config, entry.name) for entry in fields(kind) if hasattr(config, entry.name)}
+    names = [entry.name for entry in fields(EnhancedSIMONEConfig) if hasattr(config, entry.name)]
+    shape: dict[str, Any] = {name: getattr(config, name) for name in names}
     shape |= {
         "vocab_size": tokenizer.vocab_size,
         "hidden_size": config.hidden_dim,
-        "num_hidden_layers": config.num_models * config.num_layers,
+        "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "intermediate_size": swiglu_width(config.ff_dim),
         "max_position_embeddings": config.max_length,
@@ -47,36 +45,32 @@ def model_config(
         "bos_token_id": tokenizer.start_id,
         "eos_token_id": tokenizer.end_id,
     }
-    return kind(**shape)
+    return EnhancedSIMONEConfig(**shape)
 
 
-def build_model(
-    config: PrioritaryConfig, tokenizer: ByteLevelBPE, hardware: Hardware
-) -> EnhancedSIMONEModel | EnhancedSIMONEEnsemble:
-    """A fresh model, or an ensemble of them."""
-    shape = model_config(config, tokenizer, hardware.attention_backend)
-    if isinstance(shape, EnhancedSIMONEEnsembleConfig):
-        return EnhancedSIMONEEnsemble(shape)
-    return EnhancedSIMONEModel(shape)
+def build(config: PrioritaryConfig, tokenizer: ByteLevelBPE, hardware: Hardware) -> BuiltModel:
+    """A fresh model with its loss and optimizers."""
+    model = EnhancedSIMONEModel(model_config(config, tokenizer, hardware.attention_backend))
+    return add_training(model, config, hardware)
 
 
-def add_training(
-    model: EnhancedSIMONEModel | EnhancedSIMONEEnsemble, config: PrioritaryConfig, hardware: Hardware
-) -> BuiltModel:
-    """The model with its loss and optimizers; each model of an ensemble has a loss of its own."""
-    models = list(model.members) if isinstance(model, EnhancedSIMONEEnsemble) else [model]
+def add_training(model: EnhancedSIMONEModel, config: PrioritaryConfig, hardware: Hardware) -> BuiltModel:
+    """The model with its loss and optimizers."""
     weights = {name: getattr(config, name) for name in signature(ComprehensiveTrainingLoss).parameters}
-    weights["loss_kernel"] = hardware.loss_kernel
-    losses = [ComprehensiveTrainingLoss(**weights) for _ in models]
-    modules: dict[str, nn.Module] = {"model": model, "loss": nn.ModuleList(losses)}
+    score = ComprehensiveTrainingLoss(**weights | {"loss_kernel": hardware.loss_kernel})
+    modules: dict[str, nn.Module] = {"model": model, "loss": score}
+    teacher = load_teacher(config, EnhancedSIMONEModel, hardware.device)
     layer, pointer = hardware.compiled(run_layer), hardware.compiled(point)
 
     def loss(inputs: Tensor, targets: Tensor, document_weights: Tensor, share_done: float) -> StepLoss:
-        scored = []
-        for one, score in zip(models, losses, strict=True):
-            hidden, pointing = one.hidden_states(inputs, layer_function=layer, point_function=pointer)
-            scored.append(score(hidden, one.lm_head.weight, targets, document_weights, share_done, pointing))
-        return mean_loss(scored)
+        hidden, pointing = model.hidden_states(inputs, layer_function=layer, point_function=pointer)
+        scored = score(hidden, model.lm_head.weight, targets, document_weights, share_done, pointing)
+        if teacher is None:
+            return scored
+        with torch.no_grad():
+            taught = teacher.hidden_states(inputs, layer_function=layer, point_function=pointer)
+        student = partial(log_probabilities, model, hidden, pointing)
+        return distilled(scored, inputs, config.vocab_size, student, partial(log_probabilities, teacher, *taught))
 
     optimizers = build_optimizers(
         ((f"{prefix}.{name}", p) for prefix, module in modules.items() for name, p in module.named_parameters()),
@@ -87,16 +81,16 @@ def add_training(
         embedding_names=("embed_tokens", "lm_head", "policy_head", "memory_head"),
         muon_dtype=hardware.muon_dtype,
     )
-
-    def idle(share_done: float) -> list[Tensor]:
-        return [parameter for one in losses for parameter in one.idle_parameters(share_done)]
-
-    return BuiltModel(model, modules, loss, optimizers, idle=idle)
+    return BuiltModel(model, modules, loss, optimizers, idle=score.idle_parameters)
 
 
-def build(config: PrioritaryConfig, tokenizer: ByteLevelBPE, hardware: Hardware) -> BuiltModel:
-    """A fresh model, or an ensemble of them, with its losses and optimizers."""
-    return add_training(build_model(config, tokenizer, hardware), config, hardware)
+def log_probabilities(
+    model: EnhancedSIMONEModel, hidden: Tensor, pointing: Pointing | None, sequences: slice
+) -> Tensor:
+    """``[sequences, seq, vocab]`` from what ``hidden_states`` returned, for these sequences, in float32 at least."""
+    there = None if pointing is None else Pointing(*(part[sequences] for part in pointing))
+    logits = model.predict(hidden[sequences], there)
+    return logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 RECIPE = Recipe(

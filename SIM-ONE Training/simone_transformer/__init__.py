@@ -1,12 +1,6 @@
 """The Enhanced SIM-ONE model. It stands on torch and transformers alone, because it ships inside each export."""
 
-from .enhanced_model import (
-    EnhancedSIMONEConfig,
-    EnhancedSIMONEEnsemble,
-    EnhancedSIMONEEnsembleConfig,
-    EnhancedSIMONEModel,
-    EnhancedSIMONEOutput,
-)
+from .enhanced_model import EnhancedSIMONEConfig, EnhancedSIMONEModel, EnhancedSIMONEOutput
 from .modern_layers import RMSNorm, SwiGLU, swiglu_width
 from .rope_attention import TRACE_FIELDS, EnhancedGovernanceAttention
 
@@ -14,8 +8,6 @@ __all__ = [
     "TRACE_FIELDS",
     "EnhancedGovernanceAttention",
     "EnhancedSIMONEConfig",
-    "EnhancedSIMONEEnsemble",
-    "EnhancedSIMONEEnsembleConfig",
     "EnhancedSIMONEModel",
     "EnhancedSIMONEOutput",
     "RMSNorm",

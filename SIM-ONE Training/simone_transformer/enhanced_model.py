@@ -1,6 +1,5 @@
 """Enhanced SIM-ONE: a decoder with rotary positions, SwiGLU, RMSNorm and governance heads, as a transformers model.
 
-``EnhancedSIMONEModel`` is one decoder, ``EnhancedSIMONEEnsemble`` several in one, whose probabilities are averaged.
 Training reads ``EnhancedSIMONEModel.hidden_states`` and ``EnhancedSIMONEBlock``.
 
 This file and the two beside it travel inside every exported model, so they import nothing else of this repository.
@@ -8,7 +7,6 @@ This file and the two beside it travel inside every exported model, so they impo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -78,31 +76,6 @@ class EnhancedSIMONEConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-class EnhancedSIMONEEnsembleConfig(EnhancedSIMONEConfig):
-    """Shape of an ensemble: a class of its own, because transformers finds a model's class by its configuration's.
-
-    Attributes:
-        num_models: models in it; ``num_hidden_layers`` is of all of them together.
-    """
-
-    model_type = "simone_enhanced_ensemble"
-
-    num_models: int = 2
-
-    def of_one_model(self) -> EnhancedSIMONEConfig:
-        """The shape of each model.
-
-        Raises:
-            ValueError: the layers do not split among the models.
-        """
-        layers, left_over = divmod(self.num_hidden_layers, self.num_models)
-        if left_over:
-            raise ValueError(f"{self.num_hidden_layers} layers do not split among {self.num_models} models")
-        own = ("model_type", "auto_map", "architectures", "num_models")
-        shape = {name: value for name, value in self.to_dict().items() if name not in own}
-        return EnhancedSIMONEConfig(**{**shape, "num_hidden_layers": layers})
-
-
 class EnhancedSIMONEBlock(GradientCheckpointingLayer):
     """One layer: governed attention, then SwiGLU, each on the normalised stream and added back to it.
 
@@ -144,14 +117,13 @@ def run_layer(
 
 @dataclass
 class EnhancedSIMONEOutput(CausalLMOutputWithPast):
-    """As any causal language model's output, and, with ``output_traces=True``, a tuple per layer (of an ensemble's
-    models one after the other) of
+    """As any causal language model's output, and, with ``output_traces=True``, a tuple per layer of
 
     - ``policy_logits``: ``[batch, seq, heads]``, or None where the head is off,
     - ``memory_signals``: ``[batch, seq, heads]``, or None (always in the first layer),
     - ``traces``: ``[batch, seq, heads, 4]``, fields as in ``rope_attention.TRACE_FIELDS``;
 
-    and of the memory head's pointer (not of an ensemble, and None without that head)
+    and of the memory head's pointer (None without that head)
 
     - ``pointing``: log probabilities of what it points at, a ``rope_attention.Pointing``.
     """
@@ -162,11 +134,8 @@ class EnhancedSIMONEOutput(CausalLMOutputWithPast):
     pointing: Pointing | None = None
 
 
-_HEAD_OUTPUTS = ("policy_logits", "memory_signals", "traces")
-
-
-class EnhancedSIMONEPreTrainedModel(PreTrainedModel):
-    """What a model and an ensemble tell transformers about themselves, and how their weights start."""
+class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
+    """The causal language model."""
 
     config_class = EnhancedSIMONEConfig
     base_model_prefix = ""
@@ -176,69 +145,10 @@ class EnhancedSIMONEPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _can_compile_fullgraph = True
-
-    @property
-    def trace_fields(self) -> dict[str, str]:
-        """Name and meaning of each field of ``traces``, in their order; empty where the model reports none."""
-        return dict(TRACE_FIELDS) if self.config.trace_head else {}
-
-    @torch.inference_mode()
-    def token_traces(self, input_ids: Tensor) -> dict[str, tuple[str, list[float]]]:
-        """Of a text ``[1, seq]``, by name: what a field says, and its value at each token.
-
-        The fields of ``traces``, averaged over layers and heads, and with a pointer "copied".
-        """
-        output = self(input_ids, output_traces=True, use_cache=False)
-        means = torch.stack(output.traces).float().mean(dim=(0, 3))[0]
-        columns = means.T.tolist()
-        found = {name: (says, values) for (name, says), values in zip(TRACE_FIELDS.items(), columns, strict=True)}
-        if output.pointing is not None:
-            targets = input_ids[:, 1:]
-            copied = output.pointing.last(slice(-1)).at(targets)
-            whole = output.logits[:, :-1].gather(-1, targets[..., None]).squeeze(-1)
-            found["copied"] = COPIED, [0.0, *(copied - whole).exp()[0].tolist()]
-        return found
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # matrices normal by initializer_range, biases 0, norms 1
-        if isinstance(module, EnhancedSIMONEBlock) and module.previous_gain is not None:
-            # Through torch.nn.init, which transformers patches while it loads weights: what came from a file stays.
-            nn.init.zeros_(module.previous_gain)
-        if isinstance(module, PointerHead):
-            nn.init.constant_(module.sentinel, POINTER_START)
-            if module.policy_head is not None:
-                nn.init.zeros_(module.policy_head.weight)
-
-    def _cache(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
-        """The cache a forward pass fills: the one it is given, a new one where one is wanted, or None."""
-        if self.training and self.gradient_checkpointing:
-            return None  # the backward pass runs each layer again, which would fill the cache twice
-        wanted = self.config.use_cache if use_cache is None else use_cache
-        return DynamicCache(config=self.config) if given is None and wanted and not self.training else given
-
-    def _output(
-        self, logits: Tensor, labels: Tensor | None, cache: Cache | None, heads: dict[str, Any], **kwargs: Any
-    ) -> EnhancedSIMONEOutput:
-        """A forward pass's answer, with the loss where there are labels."""
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return EnhancedSIMONEOutput(loss=loss, logits=logits, past_key_values=cache, **heads)
-
-
-class EnhancedSIMONEModel(EnhancedSIMONEPreTrainedModel, GenerationMixin):
-    """The causal language model.
-
-    Args:
-        first_layer: where the model's first layer is in the cache of an ensemble.
-    """
-
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
 
-    def __init__(self, config: EnhancedSIMONEConfig, first_layer: int = 0) -> None:
+    def __init__(self, config: EnhancedSIMONEConfig) -> None:
         super().__init__(config)
-        self.first_layer = first_layer
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config.hidden_size // config.num_attention_heads, config.rope_theta)
@@ -283,6 +193,11 @@ class EnhancedSIMONEModel(EnhancedSIMONEPreTrainedModel, GenerationMixin):
         pointing = None if ids is None else point_function(query, key, sentinel, ids, visible)
         return self.final_norm(x), pointing
 
+    def predict(self, hidden: Tensor, pointing: Pointing | None) -> Tensor:
+        """Logits, or with a pointer log probabilities, ``[batch, seq, vocab]``, by what ``hidden_states`` returned."""
+        logits = self.lm_head(hidden)
+        return logits if pointing is None else pointing.mixed_with(logits)
+
     @can_return_tuple
     def forward(
         self,
@@ -314,22 +229,23 @@ class EnhancedSIMONEModel(EnhancedSIMONEPreTrainedModel, GenerationMixin):
         context.head_outputs = [] if output_traces else None
         hidden, pointing = self.hidden_states(input_ids, inputs_embeds=embeddings, context=context)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        heads: dict[str, Any] = dict(zip(_HEAD_OUTPUTS, zip(*context.head_outputs or (), strict=True), strict=False))
+        logits = self.predict(hidden[:, kept], None if pointing is None else pointing.last(kept))
+        output = EnhancedSIMONEOutput(logits=logits, past_key_values=context.cache)
+        if labels is not None:
+            output.loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if output_traces:
-            heads["pointing"] = pointing
-        logits = self.lm_head(hidden[:, kept])
-        if pointing is not None:
-            logits = pointing.last(kept).mixed_with(logits)
-        return self._output(logits, labels, context.cache, heads, **kwargs)
+            output.policy_logits, output.memory_signals, output.traces = zip(*context.head_outputs or (), strict=True)
+            output.pointing = pointing
+        return output
 
     def _context(
         self, embeddings: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None
     ) -> ForwardContext:
         """What ``forward`` was given beside the tokens, as the layers read it."""
-        context = ForwardContext(position_ids, cache=cache, first_layer=self.first_layer)
+        context = ForwardContext(position_ids, cache=cache)
         places = torch.arange(embeddings.shape[1], device=embeddings.device)
         if cache is not None:
-            places = context.cache_position = places + cache.get_seq_length(self.first_layer)
+            places = context.cache_position = places + cache.get_seq_length()
         if position_ids is None:
             context.position_ids = places[None]
         if attention_mask is None and cache is None:
@@ -340,7 +256,6 @@ class EnhancedSIMONEModel(EnhancedSIMONEPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             past_key_values=cache,
             position_ids=context.position_ids,
-            layer_idx=self.first_layer,
         )
         if mask is not None:
             context.mask = mask if mask.dtype == torch.bool else mask == 0  # a float mask is added to the scores
@@ -348,75 +263,46 @@ class EnhancedSIMONEModel(EnhancedSIMONEPreTrainedModel, GenerationMixin):
             context.padding = ~context.mask[:, 0].gather(-1, own).squeeze(-1)  # padding may not see itself
         return context
 
+    @property
+    def trace_fields(self) -> dict[str, str]:
+        """Name and meaning of each field of ``traces``, in their order; empty where the model reports none."""
+        return dict(TRACE_FIELDS) if self.config.trace_head else {}
 
-class EnhancedSIMONEEnsemble(EnhancedSIMONEPreTrainedModel, GenerationMixin):
-    """Several models of one shape in one, trained side by side from other weights; their probabilities are averaged.
+    @torch.inference_mode()
+    def token_traces(self, input_ids: Tensor) -> dict[str, tuple[str, list[float]]]:
+        """Of a text ``[1, seq]``, by name: what a field says, and its value at each token.
 
-    For text that is short and read often, where models of the same text differ much in what they get wrong (deep
-    ensembles, Lakshminarayanan et al., arXiv 1612.01474; for data-constrained language models, Kim et al., arXiv
-    2509.14786).
-    The cache holds the models' layers one after the other, so any kind of cache will do.
-    """
+        The fields of ``traces``, averaged over layers and heads, and with a pointer "copied".
+        """
+        output = self(input_ids, output_traces=True, use_cache=False)
+        means = torch.stack(output.traces).float().mean(dim=(0, 3))[0]
+        columns = means.T.tolist()
+        found = {name: (says, values) for (name, says), values in zip(TRACE_FIELDS.items(), columns, strict=True)}
+        if output.pointing is not None:
+            targets = input_ids[:, 1:]
+            copied = output.pointing.last(slice(-1)).at(targets)
+            whole = output.logits[:, :-1].gather(-1, targets[..., None]).squeeze(-1)
+            found["copied"] = COPIED, [0.0, *(copied - whole).exp()[0].tolist()]
+        return found
 
-    config_class = EnhancedSIMONEEnsembleConfig
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # matrices normal by initializer_range, biases 0, norms 1
+        if isinstance(module, EnhancedSIMONEBlock) and module.previous_gain is not None:
+            # Through torch.nn.init, which transformers patches while it loads weights: what came from a file stays.
+            nn.init.zeros_(module.previous_gain)
+        if isinstance(module, PointerHead):
+            nn.init.constant_(module.sentinel, POINTER_START)
+            if module.policy_head is not None:
+                nn.init.zeros_(module.policy_head.weight)
 
-    def __init__(self, config: EnhancedSIMONEEnsembleConfig) -> None:
-        super().__init__(config)
-        shape = config.of_one_model()
-        self.members: Any = nn.ModuleList(  # Any: torch types what a list holds as Module, without our methods
-            EnhancedSIMONEModel(shape, number * shape.num_hidden_layers) for number in range(config.num_models)
-        )
-        # Named here: while weights are loaded, transformers ties what the outermost model names and nothing below it.
-        self._tied_weights_keys = {
-            f"members.{number}.{name}": f"members.{number}.{source}"
-            for number in range(config.num_models)
-            for name, source in EnhancedSIMONEModel._tied_weights_keys.items()
-        }
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.members[0].get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.members[0].get_output_embeddings()
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Every model's (see ``PreTrainedModel.resize_token_embeddings``); returns the first one's."""
-        resized = [member.resize_token_embeddings(*args, **kwargs) for member in self.members]
-        self.config.vocab_size = self.members[0].config.vocab_size
-        return resized[0]
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_traces: bool = False,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> EnhancedSIMONEOutput:
-        """The logarithm of the models' mean probabilities as ``logits``; the rest as in ``EnhancedSIMONEModel``."""
-        cache = self._cache(past_key_values, use_cache)
-        outputs = [
-            member(
-                *(input_ids, attention_mask, position_ids, cache),
-                use_cache=cache is not None,
-                output_traces=output_traces,
-                return_dict=True,
-                logits_to_keep=logits_to_keep,
-            )
-            for member in self.members
-        ]
-        each = torch.stack([output.logits.log_softmax(dim=-1, dtype=torch.float32) for output in outputs])
-        heads = {name: sum((output[name] for output in outputs), ()) for name in _HEAD_OUTPUTS if output_traces}
-        return self._output(each.logsumexp(dim=0) - math.log(len(outputs)), labels, cache, heads, **kwargs)
+    def _cache(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
+        """The cache a forward pass fills: the one it is given, a new one where one is wanted, or None."""
+        if self.training and self.gradient_checkpointing:
+            return None  # the backward pass runs each layer again, which would fill the cache twice
+        wanted = self.config.use_cache if use_cache is None else use_cache
+        return DynamicCache(config=self.config) if given is None and wanted and not self.training else given
 
 
 EnhancedSIMONEConfig.register_for_auto_class()
-EnhancedSIMONEEnsembleConfig.register_for_auto_class()
 EnhancedSIMONEModel.register_for_auto_class("AutoModelForCausalLM")
-EnhancedSIMONEEnsemble.register_for_auto_class("AutoModelForCausalLM")

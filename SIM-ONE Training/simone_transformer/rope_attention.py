@@ -251,7 +251,6 @@ class ForwardContext:
         cache: any kind of transformers ``Cache``. It holds each token's own key, which is shifted when it is read, and
             its value after the value residual.
         cache_position: ``[seq]``, the tokens' places in the cache.
-        first_layer: where in the cache the model's first layer is.
         head_outputs: where each layer adds its policy logits, memory signals and trace; None asks for none.
         remembered: the pointer head's keys and tokens, which the last layer's cache holds as one more head: those of
             these tokens before that layer, those of all tokens after it.
@@ -262,7 +261,6 @@ class ForwardContext:
     padding: Tensor | None = None
     cache: Cache | None = None
     cache_position: Tensor | None = None
-    first_layer: int = 0
     head_outputs: list[tuple[Tensor | None, Tensor | None, Tensor]] | None = None
     remembered: tuple[Tensor, Tensor] | None = None
 
@@ -274,9 +272,9 @@ class ForwardContext:
         if self.cache is None:
             return key, value
         if self.remembered is None:
-            return self.cache.update(key, value, self.first_layer + layer_index)
+            return self.cache.update(key, value, layer_index)
         key, value = (torch.cat(both, dim=1) for both in zip((key, value), self.remembered, strict=True))
-        key, value = self.cache.update(key, value, self.first_layer + layer_index)
+        key, value = self.cache.update(key, value, layer_index)
         self.remembered = key[:, -1:], value[:, -1:]
         return key[:, :-1], value[:, :-1]
 

@@ -150,9 +150,7 @@ def governance(model: Any, tokenizer: Any, tokens: Sequence[Token]) -> Heads | N
     traces = torch.stack(model(ids, output_traces=True, use_cache=False).traces).float().mean(dim=3)[:, 0, 1:]
     grouped = words([token.text for token in tokens])
     means = torch.stack([traces[:, places].mean(dim=1) for places in grouped], dim=1)  # layer, word, field
-    models = getattr(model.config, "num_models", 1)  # of an ensemble, one after the other
-    each = len(means) // models
-    layers = [f"layer {n % each + 1}" + (f" of model {n // each + 1}" if models > 1 else "") for n in range(len(means))]
+    layers = [f"layer {number}" for number in range(1, len(means) + 1)]
     fields = enumerate(model.trace_fields.items())
     return Heads(
         ["".join(tokens[place].text for place in places) for places in grouped],

@@ -8,6 +8,7 @@ need no shared disk for them.
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import signal
@@ -29,6 +30,7 @@ from mvlm_core.training.launch import FOLDER_VARIABLE, MEMORY_VARIABLE
 _TIMEOUT = timedelta(hours=2)  # one rank may read and check a checkpoint, or compile, while the others wait for it
 _ANSWER_WITHIN = timedelta(seconds=90)  # with the supervisor's grace: within two minutes
 _POLL_SECONDS = 0.1
+_groups = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,8 @@ def join(device: str) -> Ranks:
             )
         torch.cuda.set_device(local)
     folder, threads, memory = os.environ.get(FOLDER_VARIABLE), torch.get_num_threads(), None
-    store = dist.FileStore(str(Path(folder, "store")), world) if folder else None
+    # A chain of models has a process group for each, and each group its own file.
+    store = dist.FileStore(str(Path(folder, f"store{next(_groups)}")), world) if folder else None
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=_TIMEOUT
     )

@@ -51,20 +51,23 @@ class Replay:
     share: Fraction
 
 
-def open_source(place: str) -> Source:
+def open_source(place: str, flag: str = "--init_from") -> Source:
     """The export at ``place``, a folder or a ``.tar.gz``; checked and unpacked once in a process.
+
+    Args:
+        flag: that names it, for messages.
 
     Raises:
         UserError: none, an unfinished or damaged one, an archive that fails its checks.
     """
     path = Path(place).resolve()
     if not path.exists():
-        raise UserError(f"--init_from {place}: no such folder or archive")
+        raise UserError(f"{flag} {place}: no such folder or archive")
     file = path / MANIFEST if path.is_dir() else path
     try:
         return _open(path, file.stat().st_mtime_ns if file.exists() else 0)
     except UserError as error:
-        raise UserError([f"--init_from {problem}" for problem in error.problems]) from None
+        raise UserError([f"{flag} {problem}" for problem in error.problems]) from None
 
 
 @cache
@@ -141,8 +144,6 @@ def inherit(settings: TrainingSettings, name: str) -> list[str]:
     for entry in fields(settings):
         if entry.metadata["group"] in ("model", "governance") and entry.name != "dropout":
             problems += _take(settings, entry, source)
-    if getattr(settings, "num_models", None) not in (None, 1):
-        problems.append(f"--init_from {settings.init_from}: an ensemble; only a single model can be trained further")
     return problems
 
 

@@ -15,7 +15,7 @@ from mvlm_core.errors import UserError
 from mvlm_core.export.manifest import corpus_choice
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.distributed import ALONE, Ranks
-from mvlm_core.training.init_from import Source, replay_of, source_of
+from mvlm_core.training.init_from import Source, open_source, replay_of, source_of
 
 _SKIPPED_SHOWN = 20
 log = logging.getLogger("mvlm")
@@ -37,8 +37,8 @@ class OldText:
 
 @dataclass(frozen=True)
 class PreparedText:
-    """Corpus (the whole data folder, or its part ``only``), tokenizer and training batches of a run; and of one that
-    trains a model further, the export that it starts from and the text that it may forget."""
+    """Corpus (the whole data folder, or its part ``only``), tokenizer and training batches of a run; where it trains a
+    model further, the export that it starts from and the text that it may forget; and its teacher, if it has one."""
 
     corpus: Corpus
     only: str | None
@@ -46,6 +46,7 @@ class PreparedText:
     batches: BatchSource
     source: Source | None = None
     old: OldText | None = None
+    teacher: Source | None = None
 
     @property
     def store(self) -> TokenStore:
@@ -88,6 +89,8 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
         tokenizer = cached_tokenizer(
             tokenizer_class, pieces, corpus.fingerprint, settings.vocab_size, settings.cache_dir, quiet=settings.quiet
         )
+    if (teacher := teacher_of(settings)) is not None:
+        _check_teacher(teacher, tokenizer, settings.max_length)
     store = build_token_store(corpus, tokenizer, settings.cache_dir, mix=mix_of(settings), quiet=settings.quiet)
     log.info("%s tokens to train on, %.2f bytes each", f"{len(store.tokens):,}", store.bytes_per_token)
     batches = partial(
@@ -98,13 +101,13 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
         unigram_noise=settings.unigram_noise,
     )
     if old is None or (replay := replay_of(settings)) is None:
-        return PreparedText(corpus, only, tokenizer, batches(store), source, old)
+        return PreparedText(corpus, only, tokenizer, batches(store), source, old, teacher)
     try:
         replayed = batches(_replayed(settings, corpus, tokenizer, old))
     except UserError as error:
         raise _about_replay(settings, error) from None
     mixed = batches(store, replay=replayed, replay_share=replay.share)
-    return PreparedText(corpus, only, tokenizer, mixed, source, old)
+    return PreparedText(corpus, only, tokenizer, mixed, source, old, teacher)
 
 
 def _replayed(settings: TrainingSettings, new: Corpus, tokenizer: ByteLevelBPE, old: OldText) -> TokenStore:
@@ -114,6 +117,25 @@ def _replayed(settings: TrainingSettings, new: Corpus, tokenizer: ByteLevelBPE, 
     store.repeats[[document.sha256 in held_out for document in old.corpus.split("train")]] = 0
     log.info("replayed: %s tokens of %s (--replay %s)", f"{len(store.tokens):,}", old.corpus.root, settings.replay)
     return store
+
+
+def teacher_of(settings: TrainingSettings) -> Source | None:
+    """The export of ``--teacher``, checked; None without one.
+
+    Raises:
+        UserError: none, an unfinished or a damaged one.
+    """
+    return None if settings.teacher is None else open_source(settings.teacher, "--teacher")
+
+
+def _check_teacher(teacher: Source, tokenizer: ByteLevelBPE, context: int) -> None:
+    problems = []
+    if teacher.config["tokenizer"].get("sha256") != tokenizer.sha256:
+        problems.append(f"--teacher {teacher.folder}: another tokenizer; --tokenizer_path takes a teacher's")
+    if not isinstance(longest := teacher.config["settings"].get("max_length"), int) or longest < context:
+        problems.append(f"--teacher {teacher.folder}: a context of {longest} tokens, shorter than {context}")
+    if problems:
+        raise UserError(problems)
 
 
 def _about_replay(settings: TrainingSettings, error: Exception) -> UserError:

@@ -20,6 +20,7 @@ from mvlm_core.hardware import caution, choose_hardware, describe
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.signals import StopRequest
 from mvlm_core.training import results
+from mvlm_core.training.distillation import chain
 from mvlm_core.training.distributed import join
 from mvlm_core.training.launch import FOLDER_VARIABLE, rank_count
 from mvlm_core.training.loop import TrainingLoop
@@ -51,6 +52,12 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
     hush_transformers()
     if settings.dry_run:
         print(plan_run(recipe, settings, hardware).text())
+        return Path(settings.output_dir or "")
+    if settings.num_models > 1 and not settings.prepare_only:
+        stages = chain(settings)
+        for number, stage in enumerate(stages, 1):
+            log.info("model %s of %s: %s", number, len(stages), stage.output_dir)
+            run_training(recipe, stage)
         return Path(settings.output_dir or "")
     hardware.apply()
     if (wanted := rank_count(settings)) > 1:

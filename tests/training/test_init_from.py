@@ -264,10 +264,6 @@ def test_sources_that_cannot_be_are_told(trained, tmp_path):
     write_archive(trained / "mvlm_gpt2", archive)
     archive.write_bytes(archive.read_bytes()[:-3000])
     assert "model.tar.gz" in one(archive)
-    several = copy_export(trained / "simone_enhanced", tmp_path / "several")
-    set_json(several / "training_config.json", "settings", num_models=2)
-    seal(several, "simone_enhanced")
-    assert "only a single model can be trained further" in one(several, "simone_enhanced")
 
 
 def test_replay_alone_is_told(corpus, tmp_path):
