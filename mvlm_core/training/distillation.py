@@ -25,6 +25,7 @@ from mvlm_core.training.state import StepLoss
 TEACHERS = "teachers"  # below the output folder: the models of a chain before the last
 TEACHER_SHARE = 0.7  # of the loss
 STUDENT_COST = 4 / 3  # of a step, beside one without a teacher: a forward pass more
+TEACHER_LENGTH = 1 / 3  # of the last model's training: what overfits alone still learns from a teacher
 _BLOCK_BYTES = 512 << 20
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -32,24 +33,27 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 def chain(settings: TrainingSettings) -> list[TrainingSettings]:
     """The settings of each model that ``--num_models`` asks for, the exported one last.
 
-    They differ in their seeds. ``--max_hours`` is the time of all of them together, by what their steps cost.
+    Each has a seed of its own; those before the last are trained for ``TEACHER_LENGTH`` of its length. ``--max_hours``
+    is the time of all of them together, shared out by what their steps cost.
     """
-    count, root = settings.num_models, Path(settings.output_dir or "") / TEACHERS
-    costs = [1 if number == 0 and settings.teacher is None else STUDENT_COST for number in range(count)]
+    root, last = Path(settings.output_dir or "") / TEACHERS, settings.num_models - 1
+    costs = [
+        (1 if number == 0 and settings.teacher is None else STUDENT_COST) * (1 if number == last else TEACHER_LENGTH)
+        for number in range(settings.num_models)
+    ]
     stages: list[TrainingSettings] = []
-    for number in range(count):
-        last = number == count - 1
-        hours = settings.max_hours and settings.max_hours * costs[number] / sum(costs)
-        stage = replace(
-            settings,
-            num_models=1,
-            seed=settings.seed + number,
-            teacher=stages[-1].output_dir if stages else settings.teacher,
-            max_hours=hours,
-            output_dir=settings.output_dir if last else str(root / str(number)),
-            no_test_score=settings.no_test_score or not last,
-        )
-        stages.append(stage)
+    for number, cost in enumerate(costs):
+        changes: dict[str, Any] = {"num_models": 1, "seed": settings.seed + number}
+        changes["teacher"] = stages[-1].output_dir if stages else settings.teacher
+        if settings.max_hours is not None:
+            changes["max_hours"] = settings.max_hours * cost / sum(costs)
+        if number < last:
+            changes |= {"output_dir": str(root / str(number)), "no_test_score": True}
+            for name in ("num_epochs", "max_steps", "max_tokens", "max_bytes"):
+                if (length := getattr(settings, name)) is not None:
+                    shorter = TEACHER_LENGTH * length
+                    changes[name] = shorter if name == "num_epochs" else max(1, round(shorter))
+        stages.append(replace(settings, **changes))
     return stages
 
 

@@ -11,7 +11,7 @@ from mvlm_core.errors import Stopped, UserError
 from mvlm_core.evaluation.bits_per_byte import load_export
 from mvlm_core.export.manifest import training_config, verify_folder
 from mvlm_core.training.checkpoint import newest_checkpoint
-from mvlm_core.training.distillation import STUDENT_COST, TEACHER_SHARE, chain, distilled
+from mvlm_core.training.distillation import TEACHER_SHARE, chain, distilled
 from mvlm_core.training.run import run_training
 from mvlm_core.training.state import StepLoss
 from tests.export.exports import copy_export, seal, set_json
@@ -77,7 +77,8 @@ def test_parts_that_are_computed_twice_give_the_same_gradient(monkeypatch):
 
 
 def test_the_models_of_a_chain_share_seeds_time_and_folders_out(tmp_path):
-    settings = tiny_settings("mvlm_gpt2", tmp_path, tmp_path, num_models=3, seed=5, max_hours=1.1, max_steps=None)
+    lengths = {"max_hours": 1.1, "max_steps": 10, "num_epochs": 9.0}
+    settings = tiny_settings("mvlm_gpt2", tmp_path, tmp_path, num_models=3, seed=5, **lengths)
     first, second, last = chain(settings)
     root = tmp_path / "mvlm_gpt2"
     assert [stage.seed for stage in (first, second, last)] == [5, 6, 7]
@@ -86,7 +87,9 @@ def test_the_models_of_a_chain_share_seeds_time_and_folders_out(tmp_path):
     assert second.output_dir == last.teacher == str(root / "teachers" / "1") and last.output_dir == str(root)
     assert first.no_test_score and second.no_test_score and not last.no_test_score
     assert first.max_hours + second.max_hours + last.max_hours == pytest.approx(1.1)
-    assert last.max_hours == second.max_hours == pytest.approx(STUDENT_COST * first.max_hours)
+    assert last.max_hours == pytest.approx(3 * second.max_hours) == pytest.approx(4 * first.max_hours)
+    assert (first.max_steps, second.max_steps, last.max_steps) == (3, 3, 10)
+    assert (first.num_epochs, last.num_epochs) == (3, 9) and last.max_bytes is first.max_bytes is None
 
 
 @pytest.mark.parametrize("model", MODELS)
