@@ -1,55 +1,94 @@
-"""Data-constrained training: both models read the primary translation's train text alone, many times.
+"""Data-constrained training: much compute for little text, which is read again and again.
 
-    python -m benchmarks.experiments.data_constrained                       all lines, one seed: hours on two cores
-    python -m benchmarks.experiments.data_constrained --only ensemble
-    python -m benchmarks.experiments.data_constrained --only "sweep,sweep dropout"
+    python -m benchmarks.experiments.data_constrained                   a small twin of the h200 preset, both models
+    python -m benchmarks.experiments.data_constrained --only hour       the King James text alone, on two cores
 
-Each line is judged by the primary translation's validation and test books. GPT-2's settings come from the lines of its
-sweep, which run only when named, model 2's from shorter runs. Each run uses --processes CPU workers of one thread,
-which at these sizes is faster than one process with as many threads.
+The twin has as much text for each parameter as the h200 preset: some whole books in all translations, --text_bytes of
+them, and 0.9 million parameters. It is read 3 or 9 times by one model, or by a chain of models that learn from each
+other (``--num_models``). Compute is in multiples of one model's three passes. Held-out books are scored in all
+translations, and in the primary one alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import itertools
+import random
+import shutil
 import statistics
+import tempfile
+from collections import defaultdict
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 from benchmarks import command
 from benchmarks.experiments import runner
 from benchmarks.experiments.runner import Figures, Found, Line, Run
 from bible_corpus.books import PRIMARY_TRANSLATION
-from mvlm_core.errors import run_main
+from mvlm_core.data.corpus import MANIFEST_NAME, load_corpus
+from mvlm_core.errors import UserError, run_main
 from mvlm_core.metrics import PRIMARY_TEST_BPB
-from mvlm_core.monitor import available_threads
+from mvlm_core.training.distillation import STUDENT_COST, chain
 
-TEXT = {"data_subset": f"bible/{PRIMARY_TRANSLATION}", "train_mix": "", "max_length": 256, "batch_size": 16}
-SMALLER = {"hidden_dim": 192, "num_heads": 3, "ff_dim": 768, "num_layers": 6}
-LARGER = {"hidden_dim": 256, "num_heads": 4, "ff_dim": 1024, "num_layers": 6}
-SHORT = {"hidden_dim": 128, "num_heads": 2, "ff_dim": 512, "num_layers": 4, "num_epochs": 4.0}
-FIRST = {"learning_rate": 0.003, "batch_size": 8, "eval_interval": 200, "dropout": 0.0, "weight_decay": 0.4}
-SECOND = {"output_head": "tied", "learning_rate": 0.02, "unigram_noise": 0.03, "num_epochs": 7.0, "weight_decay": 0.2}
-# About equal arithmetic, not equal parameters: two of the smaller ones or one of the larger for seven epochs.
-LINES = {
-    "ensemble": Line(
-        "simone_enhanced", changes=SMALLER | SECOND | {"num_models": 2, "adamw_learning_rate": 0.006, "dropout": 0.1}
-    ),
-    "one model": Line("simone_enhanced", changes=LARGER | SECOND | {"adamw_learning_rate": 0.005, "dropout": 0.12}),
-    "GPT-2": Line("mvlm_gpt2", changes=SMALLER | FIRST | {"num_epochs": 7.0}),
+RATES: dict[str, dict[str, Any]] = {
+    "mvlm_gpt2": {"learning_rate": 2e-3},
+    "simone_enhanced": {"learning_rate": 0.02, "adamw_learning_rate": 0.01, "output_head": "tied"},
 }
-# How the settings of GPT-2's line were chosen: a smaller model, one thing changed at a time, without the test books.
-SWEEP = {
-    f"sweep{name}": Line("mvlm_gpt2", changes=SHORT | FIRST | {"no_test_score": True} | change)
-    for name, change in {
-        "": {},
-        " dropout": {"dropout": 0.1},
-        " decay": {"weight_decay": 0.1},
-        " half the learning rate": {"learning_rate": FIRST["learning_rate"] / 2},
-        " twice the learning rate": {"learning_rate": FIRST["learning_rate"] * 2},
-        " half the batch": {"batch_size": FIRST["batch_size"] // 2},
-        " twice the batch": {"batch_size": FIRST["batch_size"] * 2},
-    }.items()
+TWIN = {"hidden_dim": 128, "num_heads": 2, "ff_dim": 512, "num_layers": 3, "vocab_size": 2048, "batch_size": 8}
+TWIN |= {"max_length": 256, "train_mix": "", "validation_text": "all", "weight_decay": 0.4, "dropout": 0.1}
+RECIPES: dict[str, dict[str, Any]] = {
+    "3 passes": {"num_epochs": 3.0},
+    "9 passes": {"num_epochs": 9.0},
+    "9 passes with decay 1.6": {"num_epochs": 9.0, "weight_decay": 1.6},
+    "3 passes by a chain of 2": {"num_epochs": 3.0, "num_models": 2},
+    "9 passes by a chain of 2": {"num_epochs": 9.0, "num_models": 2},
+    "9 passes by a chain of 3": {"num_epochs": 9.0, "num_models": 3},
 }
+TWINS = {
+    f"{model} {name}": Line(model, changes=TWIN | RATES[model] | recipe)
+    for (name, recipe), model in itertools.product(RECIPES.items(), RATES)
+}
+HOUR = {
+    "data_subset": f"bible/{PRIMARY_TRANSLATION}",
+    "train_mix": "",
+    "hidden_dim": 192,
+    "num_heads": 3,
+    "ff_dim": 768,
+}
+HOUR |= {"num_layers": 6, "batch_size": 16, "dropout": 0.1, "weight_decay": 0.2, "num_models": 2, "num_epochs": 9.0}
+LINES = TWINS | {"hour": Line("simone_enhanced", changes=RATES["simone_enhanced"] | HOUR)}
+
+
+def few_books(options: argparse.Namespace) -> Path:
+    """A data folder of train books up to ``--text_bytes``, in all translations, and of all held-out books.
+
+    Raises:
+        UserError: every train book is larger than that.
+    """
+    folder = options.work_dir / f"text-{options.text_bytes}"
+    if folder.is_dir():
+        return folder
+    corpus, books, left = load_corpus(options.data_dir), defaultdict(list), options.text_bytes
+    for document in corpus.split("train"):
+        books[document.book].append(document)
+    kept = [document for document in corpus.documents if document.split != "train"]
+    for book in random.Random(0).sample(list(books), len(books)):
+        if (size := sum(document.size for document in books[book])) <= left:
+            kept = books[book] + kept
+            left -= size
+    if left == options.text_bytes:
+        raise UserError(f"--text_bytes {left}: no train book is so small in all its translations")
+    options.work_dir.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=options.work_dir))
+    files = [Path(document.path).with_suffix(kind) for document in kept for kind in (".txt", ".json")]
+    for file in (Path(MANIFEST_NAME), *files):  # the manifest names the primary translation
+        (staging / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(corpus.root / file, staging / file)
+    with suppress(OSError):  # another command may have been first
+        staging.rename(folder)
+    shutil.rmtree(staging, ignore_errors=True)
+    return folder
 
 
 def plan(options: argparse.Namespace) -> list[Run]:
@@ -58,42 +97,45 @@ def plan(options: argparse.Namespace) -> list[Run]:
     Raises:
         UserError: an unknown line.
     """
-    known = LINES | SWEEP
-    lines = {name: known[name] for name in command.chosen(options.only, known, LINES)}
-    shared = runner.shared_values(options, test_score=True) | {"eval_interval": 100, "processes": options.processes}
-    return runner.plan(lines, options, shared | TEXT)
+    lines = {name: LINES[name] for name in command.chosen(options.only, LINES, TWINS)}
+    shared = runner.shared_values(options, test_score=True) | {"eval_interval": 10**6, "processes": options.processes}
+    if lines.keys() & TWINS.keys():
+        text = {"data_dir": str(few_books(options))}
+        lines = {
+            name: Line(line.model, changes=line.changes | text) if name in TWINS else line
+            for name, line in lines.items()
+        }
+    return runner.plan(lines, options, shared)
+
+
+def compute(run: Run) -> float:
+    """Of a run, all models of its chain together, in multiples of one model's three passes."""
+    stages = chain(run.settings())
+    return sum((stage.num_epochs or 0) / 3 * (STUDENT_COST if stage.teacher else 1) for stage in stages)
 
 
 def figures(run: Run) -> Figures:
-    """A finished run's results with its epochs and ``train_bpb``, the mean of the last tenth of its steps."""
-    results, history = run.result(), run.history()
-    last = history[-max(1, len(history) // 10) :]
-    nats = statistics.mean(record["train_loss"] for record in last if "train_loss" in record)
-    bytes_per_token = results["bytes"] / results["tokens"]
-    return results | {"epochs": history[-1]["epoch"], "train_bpb": nats / math.log(2) / bytes_per_token}
+    """A finished run's results with its compute."""
+    return (run.result() or {}) | {"compute": compute(run)}
 
 
 def table(found: Found) -> str:
-    """A row for each line with finished runs: means over the seeds."""
-    columns = ("line", "seeds", "parameters", "epochs", "minutes", "train, last tenth", "validation", "test")
-    keys = {"parameters": "{:,.0f}", "epochs": "{:.1f}", "minutes": "{:.0f}", "train_bpb": "{:.3f}"}
-    keys |= {"validation_bpb": "{:.4f}", PRIMARY_TEST_BPB: "{:.4f}"}
+    """A row for each line with finished runs."""
+    columns = ("line", "seeds", "parameters", "compute", "validation", "test", f"test, {PRIMARY_TRANSLATION}")
     rows = []
     for name, seeds in found.items():
-        runs = [one | {"minutes": one["seconds"] / 60} for one in seeds.values()]
-        values = {key: [run[key] for run in runs if run[key] is not None] for key in keys}
-        cells = [form.format(statistics.mean(values[key])) if values[key] else "–" for key, form in keys.items()]
-        rows.append((name, len(seeds), *cells))
+        runs = list(seeds.values())
+        scores = [[run[key] for run in runs] for key in ("validation_bpb", "test_bpb", PRIMARY_TEST_BPB)]
+        size = f"{statistics.mean(run['parameters'] for run in runs):,.0f}"
+        rows.append((name, len(runs), size, f"{runs[0]['compute']:.1f}", *map(command.spread, scores)))
     return command.table(columns, rows)
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = runner.command_line(__doc__, "data_constrained", LINES | SWEEP)
-    parser.set_defaults(seeds=1)
-    parser.add_argument(
-        "--processes", type=int, default=available_threads()[0], help="CPU workers per run [default: one per core]"
-    )
-    return runner.settled(parser.parse_args(arguments), "processes")
+    parser = runner.command_line(__doc__, "data_constrained", LINES)
+    parser.add_argument("--text_bytes", type=int, default=500_000, help="text of the twin [default 500000]")
+    parser.add_argument("--processes", type=int, default=1, help="CPU workers per run [default 1]")
+    return runner.settled(parser.parse_args(arguments), "processes", "text_bytes")
 
 
 def main(arguments: list[str] | None = None) -> int:

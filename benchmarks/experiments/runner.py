@@ -29,6 +29,7 @@ from mvlm_core.metrics import BY_NAME as METRICS
 from mvlm_core.pipeline.child_process import Signals
 from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR, REPOSITORY_ROOT, TrainingSettings
 from mvlm_core.signals import PARENT_VARIABLE
+from mvlm_core.training.distillation import chain
 from prioritary_mvlm.config import PrioritaryConfig
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ SETTINGS = {"mvlm_gpt2": mvlm_trainer.GPT2Settings, "simone_enhanced": Prioritar
 EPILOG = f"""Each run trains as the trainers do, in a process of its own, and keeps its finished model below --work_dir.
 Run the command again to resume: finished runs are kept, an interrupted one continues from its checkpoint.
 {command.EXIT_CODES}"""
-PLACES = {"output_dir", "cache_dir"}  # settings that say where, not what
+PLACES = {"output_dir", "cache_dir", "teacher"}  # settings that say where, not what
 TOLD = ("validation_bpb", "tokens_per_second", "seconds")  # of each finished run
 Figures = dict[str, Any]
 Found = dict[str, dict[int, Figures]]  # label → seed → figures of a finished run
@@ -111,7 +112,7 @@ class Run:
     def result(self) -> Figures | None:
         """The results and the origin of this run, or None while it is not finished (or had other settings)."""
         config = training_config(self.folder)
-        made, wanted = config.get("settings"), self.settings().as_dict()
+        made, wanted = config.get("settings"), chain(self.settings())[-1].as_dict()
         # A setting that is newer than the run had its default value.
         if not made or any(made.get(name, wanted[name]) != wanted[name] for name in wanted.keys() - PLACES):
             return None

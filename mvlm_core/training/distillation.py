@@ -10,24 +10,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mvlm_core.errors import UserError
 from mvlm_core.settings import TrainingSettings
-from mvlm_core.training.preparation import teacher_of
-from mvlm_core.training.state import StepLoss
+
+if TYPE_CHECKING:  # who only asks for a chain's settings does not wait for torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from mvlm_core.training.state import StepLoss
 
 TEACHERS = "teachers"  # below the output folder: the models of a chain before the last
 TEACHER_SHARE = 0.7  # of the loss
 STUDENT_COST = 4 / 3  # of a step, beside one without a teacher: a forward pass more
 TEACHER_LENGTH = 1 / 3  # of the last model's training: what overfits alone still learns from a teacher
 _BLOCK_BYTES = 512 << 20
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound="PreTrainedModel")
 
 
 def chain(settings: TrainingSettings) -> list[TrainingSettings]:
@@ -63,6 +62,8 @@ def load_teacher(settings: TrainingSettings, kind: type[Model], device: str) -> 
     Raises:
         UserError: an export of another model.
     """
+    from mvlm_core.training.preparation import teacher_of
+
     if (source := teacher_of(settings)) is None:
         return None
     try:
@@ -85,6 +86,10 @@ def distilled(
         inputs: ``[sequences, seq]``.
         student, teacher: some of the sequences to log probabilities ``[sequences, seq, vocab_size]``.
     """
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    from mvlm_core.training.state import StepLoss
 
     def nats(part: slice) -> Tensor:
         with torch.no_grad():
