@@ -17,6 +17,7 @@ from mvlm_core.data.tokenizer import ByteLevelBPE, tokenizer_folder
 from mvlm_core.hardware import Hardware
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.cost import OVERHEAD, StepCost, fitting_micro_batch, step_cost
+from mvlm_core.training.distillation import STUDENT_COST, chain
 from mvlm_core.training.init_from import replay_of, source_of
 from mvlm_core.training.launch import describe_gpus, rank_count
 from mvlm_core.training.preparation import mix_of, old_text, read_corpus, tokenizer_place
@@ -101,7 +102,13 @@ def plan_run(
     if ended is not None:
         settings = replace(settings, max_steps=ended.step, max_hours=None)
         text = replace(text, has_tokenizer=False, has_tokens=False)  # by now they are there
-    steps, items = _items(settings, one, text, rate, compiled, hardware.threads)
+    *earlier, last = chain(settings)
+    steps, items = _items(last, one, text, rate, compiled, hardware.threads)
+    if earlier:
+        known = replace(text, has_tokenizer=True, has_tokens=True, test_bytes=0)
+        bills = [_items(stage, one, known, rate, compiled, hardware.threads)[1] for stage in earlier]
+        seconds = sum(item.seconds for items in bills for item in items)
+        items.insert(1, Item("earlier models of the chain", seconds, f"{len(earlier)}, each of a third of the length"))
     assumptions = [
         f"{GPU_SHARE:.0%} of {GPU_PEAK / 1e12:.0f} TFLOP/s, half as much for evaluations in fp32, {PRICE}"
         if on_gpu
@@ -192,6 +199,7 @@ def _items(
     """
     tokens = settings.sequences_per_step * settings.max_length
     model, optimizer = cost.flops_per_token * tokens, cost.optimizer_flops
+    model *= 1 if settings.teacher is None else STUDENT_COST
     score_rate = rate / 2 if compiled else rate
 
     def scoring(size: int) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from mvlm_core.bill import PRICE_PER_HOUR, Item, bill
 from mvlm_core.data.corpus import load_corpus
 from mvlm_core.hardware import choose_hardware
 from mvlm_core.training.cost import step_cost
-from mvlm_core.training.plan import plan_run, plan_text, planned_steps
+from mvlm_core.training.plan import EXPORT_SECONDS, plan_run, plan_text, planned_steps
 from mvlm_core.training.preparation import prepare_text, read_corpus
 from mvlm_core.training.run import run_training
 from mvlm_core.training.state import total_steps
@@ -68,13 +68,18 @@ def test_the_bill_adds_up():
 
 def test_a_time_is_planned_to_be_used(tiny_corpus, tmp_path):
     changes = {"data_dir": str(tiny_corpus), "output_dir": str(tmp_path / "out"), "cache_dir": str(tmp_path / "cache")}
-    settings = PrioritaryConfig(preset="h200", device="cpu", max_hours=0.5, **changes)
-    items = {
-        item.name: item.seconds
-        for item in plan_run(recipe_of("simone_enhanced"), settings, choose_hardware(**CPU)).items
-    }
-    trained = sum(items[name] for name in ("training steps", "evaluations", "checkpoints"))
-    assert trained == pytest.approx(1800, rel=0.01)
+
+    def planned(models):
+        settings = PrioritaryConfig(preset="h200", device="cpu", max_hours=0.5, num_models=models, **changes)
+        items = plan_run(recipe_of("simone_enhanced"), settings, choose_hardware(**CPU)).items
+        trained = ("training steps", "evaluations", "checkpoints")
+        return sum(item.seconds for item in items if item.name in trained), {item.name: item.seconds for item in items}
+
+    assert planned(1)[0] == pytest.approx(1800, rel=0.01)
+    last, items = planned(2)  # the first model has a third of the length, at three quarters of the cost of a step
+    assert last == pytest.approx(1800 * 4 / 5, rel=0.01)
+    beside = EXPORT_SECONDS + items["compilation"]
+    assert items["earlier models of the chain"] - beside == pytest.approx(1800 / 5, rel=0.01)
 
 
 def test_a_run_ends_with_what_was_planned_beside_what_it_took(tiny_corpus, tmp_path, caplog):
