@@ -46,7 +46,7 @@ SCRIPTS = {
 PROMPT = "In the beginning God"  # for the download instructions
 # Settings of both trainers that this command passes on unchanged.
 PASSED_ON = (
-    "batch_size max_length max_steps max_tokens max_bytes num_epochs seed device processes gpus precision "
+    "batch_size max_length max_steps max_tokens max_bytes num_epochs num_models seed device processes gpus precision "
     "attention_backend validation_split eval_interval log_interval checkpoint_interval keep_checkpoints "
     "no_mixed_precision no_compile loss_kernel deterministic tensorboard quiet"
 ).split()

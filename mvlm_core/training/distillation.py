@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # who only asks for a chain's settings does not wait for torc
 
     from mvlm_core.training.state import StepLoss
 
-TEACHERS = "teachers"  # below the output folder: the models of a chain before the last
+TEACHERS = Path("checkpoints", "teachers")  # below the output folder: a chain's models before the last
 TEACHER_SHARE = 0.7  # of the loss
 STUDENT_COST = 4 / 3  # of a step, beside one without a teacher: a forward pass more
 TEACHER_LENGTH = 1 / 3  # of the last model's training: what overfits alone still learns from a teacher

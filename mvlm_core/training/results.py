@@ -43,11 +43,12 @@ def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None) -
     return bool(enough) and not verify_folder(output_dir)
 
 
-def delete_run(output_dir: Path) -> None:
-    """Delete what an earlier run left in the folder, and nothing else."""
+def delete_run(output_dir: Path, teacher: str | None = None) -> None:
+    """Delete what an earlier run left in the folder, and nothing else; not the new one's ``teacher``, if it is there."""
     remove_export(output_dir)
-    for folder in ("checkpoints", TENSORBOARD_FOLDER):
-        shutil.rmtree(output_dir / folder, ignore_errors=True)
+    for folder in (*(output_dir / "checkpoints").glob("*"), output_dir / TENSORBOARD_FOLDER):
+        if teacher is None or folder not in Path(teacher).parents:
+            shutil.rmtree(folder, ignore_errors=True)
     for name in (HISTORY_NAME, TEST_SCORES):
         (output_dir / name).unlink(missing_ok=True)
 

@@ -94,7 +94,7 @@ def _run(run: Run) -> Path:
     stop = StopRequest()
     with RunLock(run.output_dir, str(run.output_dir)) if ranks.is_main else nullcontext():
         if ranks.is_main and settings.fresh:
-            results.delete_run(run.output_dir)
+            results.delete_run(run.output_dir, settings.teacher)
         if ranks.share(ranks.is_main and not settings.fresh and results.is_finished(run.output_dir, identity, enough)):
             log.info("already finished: %s (use --fresh to train it again)", run.output_dir)
             return run.output_dir

@@ -11,7 +11,7 @@ from mvlm_core.errors import Stopped, UserError
 from mvlm_core.evaluation.bits_per_byte import load_export
 from mvlm_core.export.manifest import training_config, verify_folder
 from mvlm_core.training.checkpoint import newest_checkpoint
-from mvlm_core.training.distillation import TEACHER_SHARE, chain, distilled
+from mvlm_core.training.distillation import TEACHER_SHARE, TEACHERS, chain, distilled
 from mvlm_core.training.run import run_training
 from mvlm_core.training.state import StepLoss
 from tests.export.exports import copy_export, seal, set_json
@@ -81,10 +81,11 @@ def test_the_models_of_a_chain_share_seeds_time_and_folders_out(tmp_path):
     settings = tiny_settings("mvlm_gpt2", tmp_path, tmp_path, num_models=3, seed=5, **lengths)
     first, second, last = chain(settings)
     root = tmp_path / "mvlm_gpt2"
+    teachers = root / "checkpoints" / "teachers"
     assert [stage.seed for stage in (first, second, last)] == [5, 6, 7]
     assert [stage.num_models for stage in (first, second, last)] == [1, 1, 1]
-    assert first.output_dir == second.teacher == str(root / "teachers" / "0") and first.teacher is None
-    assert second.output_dir == last.teacher == str(root / "teachers" / "1") and last.output_dir == str(root)
+    assert first.output_dir == second.teacher == str(teachers / "0") and first.teacher is None
+    assert second.output_dir == last.teacher == str(teachers / "1") and last.output_dir == str(root)
     assert first.no_test_score and second.no_test_score and not last.no_test_score
     assert first.max_hours + second.max_hours + last.max_hours == pytest.approx(1.1)
     assert last.max_hours == pytest.approx(3 * second.max_hours) == pytest.approx(4 * first.max_hours)
@@ -97,14 +98,14 @@ def test_a_chain_interrupted_in_its_last_model_ends_with_the_same_bits(model, co
     values = {"num_models": 2, "dropout": 0.1, "max_steps": 8}
     whole = run_training(recipe_of(model), tiny_settings(model, corpus, tmp_path / "a", **values))
     other = tiny_settings(model, corpus, tmp_path / "b", **values)
-    shutil.copytree(whole / "teachers", tmp_path / "b" / model / "teachers")
+    shutil.copytree(whole / TEACHERS, tmp_path / "b" / model / TEACHERS)
     with pytest.raises(Stopped):
         make_loop(model, chain(other)[-1]).run(StopAfter(3))
     folder = run_training(recipe_of(model), other)
     expected, found = (newest_checkpoint(place / "checkpoints").tensors("model") for place in (whole, folder))
     assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
 
-    teacher, student = (training_config(place, "identity", "results") for place in (whole / "teachers/0", whole))
+    teacher, student = (training_config(place, "identity", "results") for place in (whole / TEACHERS / "0", whole))
     assert teacher["results"]["test_bpb"] is None and student["results"]["test_bpb"] < 8
     assert student["results"]["parameters"] == teacher["results"]["parameters"], "the export is one plain model"
     assert not verify_folder(whole)
@@ -119,6 +120,19 @@ def test_a_finished_chain_trains_nothing_again(corpus, tmp_path, caplog):
     assert run_training(recipe_of("mvlm_gpt2"), settings) == folder
     assert caplog.text.count("already finished") == 2
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_fresh_trains_the_whole_chain_again_and_keeps_its_teacher(corpus, tmp_path):
+    def run(**changes):
+        settings = tiny_settings("mvlm_gpt2", corpus, tmp_path, num_models=2, max_steps=4, **changes)
+        return run_training(recipe_of("mvlm_gpt2"), settings)
+
+    folder = run()
+    first, teacher = (folder / "model.safetensors").read_bytes(), folder / TEACHERS / "0"
+    changed = teacher.stat().st_mtime_ns
+    assert run(fresh=True, seed=1) == folder
+    assert (folder / "model.safetensors").read_bytes() != first and teacher.stat().st_mtime_ns > changed
+    assert not verify_folder(teacher) and not verify_folder(folder)
 
 
 def test_a_teacher_that_does_not_fit_is_refused_with_every_reason(trained, corpus, tmp_path):
