@@ -44,7 +44,7 @@ def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None) -
 
 
 def delete_run(output_dir: Path, teacher: str | None = None) -> None:
-    """Delete what an earlier run left in the folder, and nothing else; not the new one's ``teacher``, if it is there."""
+    """Delete what an earlier run left in the folder, and nothing else; not the ``teacher`` of the new one."""
     remove_export(output_dir)
     for folder in (*(output_dir / "checkpoints").glob("*"), output_dir / TENSORBOARD_FOLDER):
         if teacher is None or folder not in Path(teacher).parents:
