@@ -7,6 +7,7 @@ repository's own code.
 from __future__ import annotations
 
 import atexit
+import math
 import tempfile
 from contextlib import ExitStack
 from dataclasses import Field, dataclass, fields
@@ -41,6 +42,12 @@ class Source:
     name: str
     sha256: str
     config: dict[str, Any]
+
+    @property
+    def seconds(self) -> float:
+        """That its training took, by its record."""
+        seconds = training_config(self.folder, "results").get("results", {}).get("seconds")
+        return seconds if isinstance(seconds, int | float) and 0 <= seconds < math.inf else 0.0
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,8 @@ def _export(
     if text.source is not None:
         measured |= results.before_and_after(loop.state, results.score_old(staging, run, text))
     measured["peak_memory_bytes"] = peak_memory_bytes
+    if text.teacher is not None:  # the time of the whole chain
+        measured["seconds"] += text.teacher.seconds
     config = results.record(run, text, task.identity, measured)
     if run.settings.preset != "smoke":  # there the plan would take as long as the training
         plan = plan_run(recipe, run.settings, run.hardware, loop.state, run.ranks.world)

@@ -109,7 +109,10 @@ def test_a_chain_interrupted_in_its_last_model_ends_with_the_same_bits(model, co
     assert teacher["results"]["test_bpb"] is None and student["results"]["test_bpb"] < 8
     assert student["results"]["parameters"] == teacher["results"]["parameters"], "the export is one plain model"
     assert not verify_folder(whole)
-    assert "distillation_loss" in json.loads((whole / "training_history.json").read_text())[0]
+    history = json.loads((whole / "training_history.json").read_text())
+    together = history[-1]["seconds"] + teacher["results"]["seconds"]
+    assert student["results"]["seconds"] == pytest.approx(together, abs=1.0), "the time of both"
+    assert "distillation_loss" in history[0]
 
 
 def test_a_finished_chain_trains_nothing_again(corpus, tmp_path, caplog):
