@@ -24,7 +24,6 @@ from typing import Any
 from benchmarks import command
 from benchmarks.experiments.runner import SETTINGS, recipe_of
 from mvlm_core.errors import UserError, run_main
-from mvlm_core.files import write_json_atomic
 from mvlm_core.hardware import set_process_environment
 from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR, REPOSITORY_ROOT
 
@@ -82,10 +81,6 @@ def build(model: str, shape: dict[str, int]) -> Any:
     return recipe_of(model).build(settings, TokenizerShape(settings.vocab_size), hardware)
 
 
-def fresh(model: str, shape: dict[str, int]) -> Any:
-    return build(model, shape).model.eval()
-
-
 def generate(model: Any, cached: bool) -> None:
     import torch
 
@@ -103,24 +98,19 @@ def score(model: str, data_dir: Path) -> None:
     settings = SETTINGS[model](preset="cpu", data_dir=str(data_dir), cache_dir=str(CACHE_DIR), quiet=True)
     text = prepare_text(settings, recipe_of(model).tokenizer_class)
     documents = [(document.path, document.read()) for document in text.corpus.split("test")]
-    built, context = fresh(model, {}), settings.max_length
+    built, context = build(model, {}).model.eval(), settings.max_length
     score_documents(built, text.tokenizer.encode, documents, start_id=text.tokenizer.start_id, context=context)
 
 
 def state_tensors(model: str, shape: dict[str, int]) -> dict[str, dict[str, Any]]:
-    """The tensors of a checkpoint: fresh weights, and zeros for the optimizer's state."""
+    """The tensors of a checkpoint after a step with no gradient."""
     import torch
 
     built = build(model, shape)
-    weights = dict(built.model.named_parameters())
-    optimizer = {
-        f"{part_number}/{group_number}/{number}/{quantity}": torch.zeros_like(parameter)
-        for part_number, part in enumerate(built.optimizers.parts)
-        for group_number, group in enumerate(part.param_groups)
-        for number, parameter in enumerate(group["params"])
-        for quantity in range(2 if isinstance(part, torch.optim.AdamW) else 1)
-    }
-    return {"model": weights, "optimizer": optimizer}
+    for parameter in built.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    built.optimizers.step()
+    return {"model": dict(built.model.named_parameters()), "optimizer": built.optimizers.state_tensors()}
 
 
 def measure_saves(options: argparse.Namespace) -> Iterator[tuple[str, list[float]]]:
@@ -160,14 +150,14 @@ def measure(options: argparse.Namespace) -> Iterator[tuple[str, list[float]]]:
     choose_hardware(device="cpu").apply()
     for model in TRAINERS:
         for name, shape in SHAPES.items():
-            built = fresh(model, shape)
+            built = build(model, shape).model.eval()
             for cached in (True, False):
                 words = f"{NEW_TOKENS} tokens {'with' if cached else 'without'} the cache, {model}, {name}"
                 yield words, seconds(partial(generate, built, cached), options.rounds)
         yield f"score of the whole test text, {model}", seconds(partial(score, model, options.data_dir), 1)
 
 
-def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+def main(arguments: list[str] | None = None) -> int:
     parser = command.new_parser(__doc__)
     parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR)
     parser.add_argument("--rounds", type=int, default=5, help="of each but the score [default 5]")
@@ -177,19 +167,13 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     if problems := command.below_one(options, "rounds"):
         raise UserError(problems)
     options.data_dir = options.data_dir.absolute()
-    return options
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parse_options(arguments)
     set_process_environment()
     found = {}
     print(command.head(("what", "seconds (least … most)")), flush=True)
     for words, times in (measure_saves if options.checkpoint else measure)(options):
         print(command.row((words, command.spread(times, "{:.2f}", statistics.median))), flush=True)
         found[words] = times
-    if options.json:
-        write_json_atomic(options.json, found)
+    command.keep(found, options)
     return 0
 
 

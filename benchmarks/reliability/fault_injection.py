@@ -16,11 +16,12 @@ import multiprocessing
 import os
 import random
 import signal
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ PRELOAD = ["tests.helpers", "safetensors.torch", "transformers.models.gpt2", "ma
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
-def count_file_events(place: str, kill_before: int | None, count: Any) -> None:
+def kill_at_file_event(place: str, kill_before: int | None, count: Any) -> None:
     """Count this process's operations on files below ``place``; SIGKILL before number ``kill_before``.
 
     Python's audit hooks see each of them, so the killed code is the code as it is, with nothing replaced.
@@ -87,7 +88,7 @@ def job(model: str, corpus: str, place: str, kill_before: int | None, count: Any
     """``train_and_pack``, killed before a file operation; ``threads``: checkpoints are written by a thread."""
     if not threads:
         write_at_the_next_step()
-    count_file_events(place, kill_before, count)
+    kill_at_file_event(place, kill_before, count)
     train_and_pack(model, corpus, place)
 
 
@@ -111,8 +112,10 @@ class Outcome:
 class Bench:
     """Runs of one model in folders below ``root``, compared with an undisturbed one."""
 
-    def __init__(self, model: str, corpus: Path, root: Path) -> None:
-        self.model, self.corpus, self.root = model, corpus, root
+    def __init__(self, model: str, root: Path) -> None:
+        from tests.helpers import build_tiny_corpus
+
+        self.model, self.corpus, self.root = model, build_tiny_corpus(root / "corpus"), root
         self.places = (root / f"run{number}" for number in itertools.count())
         self.events = self.start(root / "undisturbed")[1]  # also starts the server and fills the cache
         self.expected = self.result(root / "undisturbed")
@@ -126,9 +129,8 @@ class Bench:
         """Run the job in a process of its own; returns its exit code and its count of file operations."""
         place.mkdir(exist_ok=True)
         count = CONTEXT.Value("i", 0)
-        process = CONTEXT.Process(
-            target=job, args=(self.model, str(self.corpus), str(place), kill_before, count, after is not None)
-        )
+        arguments = (self.model, str(self.corpus), str(place), kill_before, count, after is not None)
+        process = CONTEXT.Process(target=job, args=arguments)
         process.start()
         if after is not None:
             process.join(after)
@@ -145,25 +147,33 @@ class Bench:
         from mvlm_core.export.archive import check_archive, matches_export
         from mvlm_core.files import sha256_file
         from mvlm_core.training.checkpoint import newest_checkpoint
-        from mvlm_core.training.history import read_history
 
         folder, archive = place / self.model, place / f"{self.model}_model.tar.gz"
         newest = newest_checkpoint(folder / "checkpoints")
-        records = read_history(folder / "training_history.jsonl")
-        history = [{k: v for k, v in record.items() if k not in TIMES} for record in records]
         return {
             "step": newest.step,
             "checkpoint": {n: sha256_file(newest.folder / f"{n}.safetensors") for n in ("model", "optimizer")},
-            "state": {k: v for k, v in newest.state.items() if k not in TIMES},
+            "state": without_times(newest.state),
             "export": sha256_file(folder / "model.safetensors"),
-            "history": history,
+            "history": self.history(place),
             "archive": not check_archive(archive) and matches_export(archive, folder),
         }
+
+    def history(self, place: Path) -> list[dict[str, Any]]:
+        from mvlm_core.training.history import read_history
+
+        return [without_times(record) for record in read_history(place / self.model / "training_history.jsonl")]
+
+    def resumable(self, place: Path) -> list[Path]:
+        """The checkpoints that hold the optimizer's state, oldest first."""
+        from mvlm_core.training.checkpoint import checkpoint_folders
+
+        folders = checkpoint_folders(place / self.model / "checkpoints")
+        return [folder for folder in folders if (folder / "optimizer.safetensors").exists()]
 
     def after_fault(self, place: Path, outcome: Outcome) -> None:
         """Look at what a fault left: all checkpoints must be whole; count the steps done since the newest."""
         from mvlm_core.training.checkpoint import DamagedCheckpoint, checkpoint_folders, open_checkpoint
-        from mvlm_core.training.history import read_history
 
         outcome.tried += 1
         steps = []
@@ -175,7 +185,7 @@ class Bench:
             else:
                 steps += [] if found.state["weights_only"] else [found.step]
         if steps:
-            records = read_history(place / self.model / "training_history.jsonl")
+            records = self.history(place)
             outcome.repeated.append(max(0, (records[-1]["step"] if records else 0) - max(steps)))
 
     def finish(self, place: Path, outcome: Outcome) -> None:
@@ -209,17 +219,14 @@ class Bench:
         return outcome
 
     def damage_newest(
-        self, chance: random.Random, files: tuple[str, ...] = FILES, damages: tuple[str, ...] = DAMAGES
+        self, chance: random.Random, kinds: Iterable[tuple[str, str]] = tuple(itertools.product(FILES, DAMAGES))
     ) -> Outcome:
-        """Kill in the middle, damage one file of the newest checkpoint, resume."""
-        from mvlm_core.training.checkpoint import checkpoint_folders
-
+        """Kill in the middle, damage one file of the newest checkpoint, resume; for each pair of file and damage."""
         outcome = Outcome(self.model, "newest checkpoint damaged")
-        for name, damage in itertools.product(files, damages):
+        for name, damage in kinds:
             place = next(self.places)
             self.start(place, kill_before=int(self.events * chance.uniform(0.4, 0.6)))
-            folders = checkpoint_folders(place / self.model / "checkpoints")
-            file = next(folder for folder in reversed(folders) if (folder / "optimizer.safetensors").exists()) / name
+            file = self.resumable(place)[-1] / name
             content = bytearray(file.read_bytes())
             if damage == "delete":
                 file.unlink()
@@ -233,14 +240,30 @@ class Bench:
         return outcome
 
 
-def table(outcomes: list[Outcome]) -> str:
-    rows = []
-    for one in outcomes:
-        mean = sum(one.repeated) / len(one.repeated) if one.repeated else 0.0
-        counts = (one.tried, one.runs, one.differing, one.lost_checkpoints)
-        rows.append((one.model, one.fault, *counts, f"{mean:.1f}"))
-    columns = ("model", "fault", "tried", "runs finished", "differing", "lost checkpoints", "steps repeated, mean")
-    return command.table(columns, rows, left=2)
+def without_times(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in TIMES}
+
+
+def benches(only: str) -> Iterator[Bench]:
+    """A bench for each of these models, one after the other, in a temporary folder."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    CONTEXT.set_forkserver_preload(PRELOAD)
+    for model in command.chosen(only, MODELS):
+        with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+            yield Bench(model, Path(folder))
+
+
+def faults(bench: Bench, kills: int, every: int, seed: int) -> Iterator[Outcome]:
+    chance = random.Random(seed)
+    yield bench.stop_at_random(signal.SIGKILL, kills, chance)
+    yield bench.kill_at_writes(every)
+    yield bench.stop_at_random(signal.SIGTERM, max(5, kills // 5), chance)
+    yield bench.damage_newest(chance)
+
+
+def row(one: Outcome) -> tuple[str | int, ...]:
+    repeated = f"{statistics.mean(one.repeated or [0]):.1f}"
+    return (one.model, one.fault, one.tried, one.runs, one.differing, one.lost_checkpoints, repeated)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -250,28 +273,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(MODELS), help="these models, separated by commas [default both]")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    CONTEXT.set_forkserver_preload(PRELOAD)
-    from tests.helpers import build_tiny_corpus
-
+    columns = ("model", "fault", "tried", "runs finished", "differing", "lost checkpoints", "steps repeated, mean")
+    print(command.head(columns, left=2), flush=True)
     outcomes: list[Outcome] = []
-    for model in command.chosen(options.only, MODELS):
-        with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-            root = Path(folder)
-            bench = Bench(model, build_tiny_corpus(root / "corpus"), root)
-            print(f"{model}: undisturbed in {bench.seconds:.1f} s, {bench.events} file operations", flush=True)
-            kills, stops, damage = (random.Random(options.seed + n) for n in range(3))
-            for inject in (
-                partial(bench.stop_at_random, signal.SIGKILL, options.kills, kills),
-                partial(bench.kill_at_writes, options.every),
-                partial(bench.stop_at_random, signal.SIGTERM, max(5, options.kills // 5), stops),
-                partial(bench.damage_newest, damage),
-            ):
-                outcomes.append(inject())
-                done = outcomes[-1]
-                print(f"  {done.fault}: {done.tried} tried, {done.differing} differing", flush=True)
+    for bench in benches(options.only):
+        for outcome in faults(bench, options.kills, options.every, options.seed):
+            outcomes.append(outcome)
+            print(command.row(row(outcome)), flush=True)
     end = f"{STEPS} steps a run, a checkpoint every {CHECKPOINT_INTERVAL}; seed {options.seed}"
-    command.show(f"{table(outcomes)}\n{end}", [vars(outcome) for outcome in outcomes], options)
+    command.show(f"\n{end}", [vars(outcome) for outcome in outcomes], options)
     return 0 if all(outcome.survived for outcome in outcomes) else 1
 
 

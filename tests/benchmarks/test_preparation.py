@@ -21,5 +21,5 @@ def test_twice_the_text_gives_twice_the_tokens_and_a_changed_byte_is_noticed(tin
 
 def test_bad_copies_are_refused(capsys):
     with pytest.raises(SystemExit) as caught:
-        preparation.parse_options(["--copies", "1,x"])
+        preparation.main(["--copies", "1,x"])
     assert caught.value.code == 2 and "--copies: 1,x: whole numbers above 0" in capsys.readouterr().err
