@@ -28,8 +28,7 @@ from mvlm_core.hardware import set_process_environment
 from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR, REPOSITORY_ROOT
 
 TRAINERS = {"mvlm_gpt2": "mvlm_trainer.py", "simone_enhanced": "SIM-ONE Training/enhanced_train.py"}
-OTHER_SCRIPTS = ("SIM-ONE Training/train.py", "train_all_models.py", "validate_models.py", "generate.py")
-ENTRY_POINTS = (*TRAINERS.values(), *OTHER_SCRIPTS, "export_formats.py", "make_report.py", "prepare_dataset.py")
+ENTRY_POINTS = sorted({*TRAINERS.values(), *(path.name for path in REPOSITORY_ROOT.glob("*.py"))})
 NEW_TOKENS = 256
 SHAPES = {
     "cpu preset": {},

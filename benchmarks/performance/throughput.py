@@ -253,20 +253,6 @@ def turn(steps: int) -> tuple[float, int]:
     return statistics.median(seconds), peak_memory()
 
 
-def matmul_peak(precision: str, size: int = 2048, rounds: int = 5) -> float:
-    """FLOP/s of a square matrix product, the best of a few."""
-    import torch
-
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(rounds + 1):
-        started = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
-
-
 def chosen(options: argparse.Namespace) -> list[str]:
     names = [name for name in CONTENDERS if name not in GIVEN_PEERS or vars(options)[GIVEN_PEERS[name][0]]]
     return [name for name in names if not options.only or name in options.only]
@@ -276,6 +262,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Rounds of turns; returns each contender's figures."""
     from mvlm_core.hardware import choose_hardware
     from mvlm_core.training.cost import step_cost
+    from mvlm_core.training.plan import matrix_rate
 
     hardware = choose_hardware(precision=options.precision)
     hardware.apply()
@@ -291,7 +278,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             print(f"{name}: ready", file=sys.stderr, flush=True)
         turns: dict[str, list[tuple[float, int]]] = {name: [] for name in pools}
         for _ in range(options.rounds):
-            peaks.append(matmul_peak(options.precision))
+            peaks.append(matrix_rate(options.precision, 2048))
             for name, pool in pools.items():
                 turns[name].append(pool.submit(turn, options.steps).result())
     peak = statistics.median(peaks)

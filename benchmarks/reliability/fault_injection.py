@@ -99,7 +99,7 @@ class Outcome:
     model: str
     fault: str
     tried: int = 0
-    runs: int = 0
+    resumed: int = 0
     differing: int = 0
     lost_checkpoints: int = 0
     repeated: list[int] = field(default_factory=list)
@@ -188,13 +188,13 @@ class Bench:
             records = self.history(place)
             outcome.repeated.append(max(0, (records[-1]["step"] if records else 0) - max(steps)))
 
-    def finish(self, place: Path, outcome: Outcome) -> None:
-        """Start once more, undisturbed, and compare."""
+    def finish(self, place: Path, outcome: Any, after: str) -> None:
+        """Start once more, undisturbed, and compare; ``after``: what happened, in words."""
         code, _ = self.start(place)
-        outcome.runs += 1
+        outcome.resumed += 1
         if code != 0 or self.result(place) != self.expected:
             outcome.differing += 1
-            print(f"  differs: {outcome.fault}, {place}, exit code {code}", flush=True)
+            print(f"  differs: {after}, {place}, exit code {code}", flush=True)
 
     def stop_at_random(self, number: signal.Signals, count: int, chance: random.Random) -> Outcome:
         """Signal each run some times, at moments drawn evenly from its whole length."""
@@ -205,7 +205,7 @@ class Bench:
                 code, _ = self.start(place, after=chance.uniform(0, self.seconds), number=number)
                 if code != 0:  # else the run was faster
                     self.after_fault(place, outcome)
-            self.finish(place, outcome)
+            self.finish(place, outcome, outcome.fault)
         return outcome
 
     def kill_at_writes(self, every: int) -> Outcome:
@@ -215,7 +215,7 @@ class Bench:
             place = next(self.places)
             self.start(place, kill_before=number)
             self.after_fault(place, outcome)
-            self.finish(place, outcome)
+            self.finish(place, outcome, f"{outcome.fault}, number {number}")
         return outcome
 
     def damage_newest(
@@ -236,7 +236,7 @@ class Bench:
                 content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
                 file.write_bytes(content)
             outcome.tried += 1
-            self.finish(place, outcome)
+            self.finish(place, outcome, f"{name}, {damage}")
         return outcome
 
 
@@ -261,11 +261,6 @@ def faults(bench: Bench, kills: int, every: int, seed: int) -> Iterator[Outcome]
     yield bench.damage_newest(chance)
 
 
-def row(one: Outcome) -> tuple[str | int, ...]:
-    repeated = f"{statistics.mean(one.repeated or [0]):.1f}"
-    return (one.model, one.fault, one.tried, one.runs, one.differing, one.lost_checkpoints, repeated)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = command.new_parser(__doc__)
     parser.add_argument("--kills", type=int, default=100, help="kills at random moments, a model [default 100]")
@@ -279,7 +274,8 @@ def main(arguments: list[str] | None = None) -> int:
     for bench in benches(options.only):
         for outcome in faults(bench, options.kills, options.every, options.seed):
             outcomes.append(outcome)
-            print(command.row(row(outcome)), flush=True)
+            repeated = f"{statistics.mean(outcome.repeated or [0]):.1f}"
+            print(command.row((vars(outcome) | {"repeated": repeated}).values()), flush=True)
     end = f"{STEPS} steps a run, a checkpoint every {CHECKPOINT_INTERVAL}; seed {options.seed}"
     command.show(f"\n{end}", [vars(outcome) for outcome in outcomes], options)
     return 0 if all(outcome.survived for outcome in outcomes) else 1

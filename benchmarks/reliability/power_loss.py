@@ -312,11 +312,7 @@ class Recording:
         for number, way, tree, _ in self.states(seed):
             if (number, way) in drawn:
                 place = lay_out(tree, next(self.bench.places))
-                code, _ = self.bench.start(place)
-                self.outcome.resumed += 1
-                if code != 0 or self.bench.result(place) != self.bench.expected:
-                    self.outcome.differing += 1
-                    print(f"  differs: {self.outcome.run}, prefix {number}, {way}, exit code {code}", flush=True)
+                self.bench.finish(place, self.outcome, f"{self.outcome.run}, prefix {number}, {way}")
         return self.outcome
 
 
