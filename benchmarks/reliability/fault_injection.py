@@ -20,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,18 +39,17 @@ PRELOAD = ["tests.helpers", "safetensors.torch", "transformers.models.gpt2", "ma
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
-def kill_at_file_event(place: str, kill_before: int | None, count: Any) -> None:
-    """Count this process's operations on files below ``place``; SIGKILL before number ``kill_before``.
+def before_file_operations(place: str, do: Callable[[], None]) -> None:
+    """From now on ``do`` is called before each of this process's operations on files below ``place``.
 
-    Python's audit hooks see each of them, so the killed code is the code as it is, with nothing replaced.
+    Python's audit hooks see each of them, so the code that runs is the code as it is, with nothing replaced.
     """
 
     def hook(event: str, arguments: tuple) -> None:
         if event in FILE_EVENTS and isinstance(arguments[0], str | bytes | os.PathLike):
-            if os.fsdecode(arguments[0]).startswith(place):
-                count.value += 1
-                if count.value == kill_before:
-                    os.kill(os.getpid(), signal.SIGKILL)
+            path = os.fsdecode(arguments[0])
+            if path.startswith(place) or not os.path.isabs(path):  # shutil.rmtree names files relatively
+                do()
 
     sys.addaudithook(hook)
 
@@ -85,10 +84,16 @@ def write_at_the_next_step() -> None:
 
 
 def job(model: str, corpus: str, place: str, kill_before: int | None, count: Any, threads: bool) -> None:
-    """``train_and_pack``, killed before a file operation; ``threads``: checkpoints are written by a thread."""
+    """``train_and_pack``, killed before file operation ``kill_before``; ``threads``: a thread writes checkpoints."""
+
+    def count_or_kill() -> None:
+        count.value += 1
+        if count.value == kill_before:
+            os.kill(os.getpid(), signal.SIGKILL)
+
     if not threads:
         write_at_the_next_step()
-    kill_at_file_event(place, kill_before, count)
+    before_file_operations(place, count_or_kill)
     train_and_pack(model, corpus, place)
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,9 +25,9 @@ from typing import Any, NamedTuple
 from benchmarks import command
 from benchmarks.reliability.fault_injection import (
     CONTEXT,
-    FILE_EVENTS,
     MODELS,
     Bench,
+    before_file_operations,
     benches,
     train_and_pack,
     write_at_the_next_step,
@@ -75,19 +74,13 @@ class Recorder:
         self.operations += [Operation("sync", item) for item in self._contents]  # it is on the disk at the start
         self.start = len(self.operations)
         self._fsync, os.fsync = os.fsync, self._sync
-        sys.addaudithook(self._before)
+        before_file_operations(str(place), self.look)
 
     def promise(self, **changes: Any) -> None:
         """Note what the run may count on from now on."""
         self.look()
         self.promised = replace(self.promised, **changes)
         self.operations.append(Operation("promise", value=self.promised))
-
-    def _before(self, event: str, arguments: tuple) -> None:
-        if event in FILE_EVENTS and not self._looking and isinstance(arguments[0], str | bytes | os.PathLike):
-            path = os.fsdecode(arguments[0])
-            if path.startswith(str(self.place)) or not os.path.isabs(path):  # shutil.rmtree names files relatively
-                self.look()
 
     def _sync(self, descriptor: int) -> None:
         self.look()
@@ -98,12 +91,12 @@ class Recorder:
 
     def look(self) -> None:
         """Note all changes since the last look: files first, then names."""
+        if self._looking:  # it opens files itself
+            return
         found: dict[int, Content] = {}
         self._looking = True
-        try:
-            self._visit(self.place, found)
-        finally:
-            self._looking = False
+        self._visit(self.place, found)
+        self._looking = False
         for item, content in sorted(found.items(), key=lambda pair: isinstance(pair[1], dict)):
             if content != self._contents.get(item):
                 self.operations.append(Operation("write", item, content))
