@@ -45,26 +45,15 @@ def seconds(do: Callable[[], Any], rounds: int) -> list[float]:
     return found
 
 
-def show_help(script: str) -> None:
-    subprocess.run([sys.executable, REPOSITORY_ROOT / script, "--help"], check=True, stdout=subprocess.DEVNULL)
-
-
 def first_step(script: str, data_dir: Path) -> None:
     """From the command to the end of its first step, with tokenizer and tokens in the cache."""
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        arguments = ["--preset", "cpu", "--data_dir", data_dir, "--output_dir", f"{folder}/out", "--quiet"]
-        arguments += ["--log_file", log, "--log_interval", "1"]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen([sys.executable, REPOSITORY_ROOT / script, *arguments], **quiet)
-        try:
-            while "step 1/" not in (log.read_text(encoding="utf-8") if log.exists() else ""):
-                if process.poll() is not None:
-                    raise RuntimeError(f"{script} ended with exit code {process.returncode} before its first step")
-                time.sleep(0.02)
-        finally:
+        arguments = ["--preset", "cpu", "--data_dir", data_dir, "--output_dir", f"{folder}/out", "--log_interval", "1"]
+        child = [sys.executable, REPOSITORY_ROOT / script, *arguments]
+        with subprocess.Popen(child, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            if not any("step 1/" in line for line in process.stdout):
+                raise RuntimeError(f"{script} ended with exit code {process.wait()} before its first step")
             process.kill()
-            process.wait()
 
 
 def build(model: str, shape: dict[str, int]) -> Any:
@@ -142,7 +131,9 @@ def measure(options: argparse.Namespace) -> Iterator[tuple[str, list[float]]]:
     from mvlm_core.hardware import choose_hardware
 
     for script in ENTRY_POINTS:
-        yield f"--help of {script}", seconds(partial(show_help, script), options.rounds)
+        child = [sys.executable, REPOSITORY_ROOT / script, "--help"]
+        show_help = partial(subprocess.run, child, check=True, stdout=subprocess.DEVNULL)
+        yield f"--help of {script}", seconds(show_help, options.rounds)
     for model, script in TRAINERS.items():
         first_step(script, options.data_dir)  # fills the cache
         yield f"command to first step, {model}", seconds(partial(first_step, script, options.data_dir), options.rounds)

@@ -10,7 +10,6 @@ the machine does not change them. llama.cpp needs llama-cpp-python. Threads: OMP
 
 from __future__ import annotations
 
-import importlib
 import os
 import statistics
 import time
@@ -75,8 +74,10 @@ def greedy(read: Reader, prompt: Sequence[int], count: int) -> tuple[list[int], 
 
 
 def open_llama(path: Path, context: int, threads: int) -> Any:
+    from llama_cpp import Llama
+
     options = {"n_ctx": context, "logits_all": True, "verbose": False, "n_threads": threads, "n_threads_batch": threads}
-    return importlib.import_module("llama_cpp").Llama(str(path), **options)
+    return Llama(str(path), **options)
 
 
 def engines(export: Path, formats: Path) -> tuple[dict[str, Callable[[], Reader]], Any]:

@@ -26,7 +26,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from benchmarks import command
 from benchmarks.experiments.runner import SETTINGS, recipe_of
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.hardware import set_process_environment
-from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR
+from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR, TrainingSettings
 
 WARM_UP = 2  # steps that allocate, not counted
 CONTEXT = multiprocessing.get_context("spawn")
@@ -43,34 +42,19 @@ Contender = tuple[Callable[[], None], int]  # what makes one whole step, and the
 _steps: list[Callable[[], None]] = []  # in a contender's process: its step
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What is trained, for all contenders alike; ``layers_2``, ``vocab_2`` and ``head_2`` are model 2's."""
-
-    width: int
-    layers: int
-    heads: int
-    ff_dim: int
-    vocab: int
-    context: int
-    batch: int
-    layers_2: int
-    vocab_2: int
-    head_2: str
-
-    @property
-    def tokens(self) -> int:
-        """Tokens per step."""
-        return self.batch * self.context
-
-
+# The settings of model 1 and of its peers, and what model 2 has in their place. "cpu" is the preset, its baseline with
+# GPT-2's own feed-forward width, which the peers cannot change.
 SHAPES = {
-    # The cpu preset, its baseline with GPT-2's own feed-forward width, which the peers cannot change.
-    "cpu": Shape(128, 7, 2, 512, 4096, 256, 8, 4, 4096, "own"),
-    "124m": Shape(768, 12, 12, 3072, 50257, 1024, 2, 12, 32000, "tied"),
+    "cpu": (
+        {"hidden_dim": 128, "num_layers": 7, "num_heads": 2, "ff_dim": 512, "vocab_size": 4096, "batch_size": 8},
+        {"num_layers": 4, "output_head": "own"},
+    ),
+    "124m": (
+        {"hidden_dim": 768, "num_layers": 12, "num_heads": 12, "ff_dim": 3072, "vocab_size": 50257, "batch_size": 2},
+        {"vocab_size": 32000, "output_head": "tied"},
+    ),
 }
-
-
+CONTEXTS = {"cpu": 256, "124m": 1024}
 # Name → which of our models, and the coherence part of its loss.
 OURS = {
     "mvlm_gpt2": ("mvlm_gpt2", {}),
@@ -79,19 +63,22 @@ OURS = {
 }
 
 
-def recipe_and_settings(name: str, shape: Shape, options: argparse.Namespace, **places: str) -> tuple[Any, Any]:
-    """How one of ``OURS`` is trained; model 1 for any other name."""
+def settings_of(name: str, options: argparse.Namespace) -> TrainingSettings:
+    """Those of one of ``OURS``, of model 1 for a peer."""
     model, changes = OURS.get(name, OURS["mvlm_gpt2"])
-    values: dict[str, Any] = {"preset": "cpu", "quiet": True, "max_steps": 10**6, "precision": options.precision}
-    values |= {"hidden_dim": shape.width, "num_heads": shape.heads, "ff_dim": shape.ff_dim}
-    values |= {"num_layers": shape.layers, "vocab_size": shape.vocab}
-    values |= {"max_length": shape.context, "batch_size": shape.batch}
+    shape, of_model_2 = SHAPES[options.shape]
+    values = {"preset": "cpu", "quiet": True, "max_steps": 10**6, "precision": options.precision}
+    values |= shape | {"max_length": CONTEXTS[options.shape]}
+    values |= {"data_dir": str(options.data_dir.absolute()), "cache_dir": str(CACHE_DIR)}
+    values |= {"output_dir": f"{options.folder}/{name}"}
+    if options.batch_size:
+        values["batch_size"] = options.batch_size
     if model == "simone_enhanced":
-        values |= {"num_layers": shape.layers_2, "vocab_size": shape.vocab_2, "output_head": shape.head_2}
-    return recipe_of(model), SETTINGS[model](**values, **changes, **places).check()
+        values |= of_model_2 | changes
+    return SETTINGS[model](**values).check()
 
 
-def ours(name: str, shape: Shape, options: argparse.Namespace) -> Contender:
+def ours(name: str, settings: TrainingSettings, options: argparse.Namespace) -> Contender:
     """One of our two models, by what the command line gave."""
     from benchmarks.forked_ranks import fork_ranks
     from mvlm_core.hardware import choose_hardware
@@ -101,9 +88,7 @@ def ours(name: str, shape: Shape, options: argparse.Namespace) -> Contender:
     from mvlm_core.training.preparation import prepare_text
     from mvlm_core.training.state import Run, build_task
 
-    places = {"data_dir": str(options.data_dir.absolute()), "cache_dir": str(CACHE_DIR)}
-    places |= {"output_dir": tempfile.mkdtemp(dir=options.folder)}
-    (recipe, settings), ranks = recipe_and_settings(name, shape, options, **places), ALONE
+    recipe, ranks = recipe_of(OURS[name][0]), ALONE
     text = prepare_text(settings, recipe.tokenizer_class)
     if options.processes > 1:
         fork_ranks(options.processes, Path(tempfile.mkdtemp(dir=options.folder)))
@@ -125,19 +110,19 @@ def ours(name: str, shape: Shape, options: argparse.Namespace) -> Contender:
     return step, task.model.num_parameters()
 
 
-def nanogpt(shape: Shape, options: argparse.Namespace) -> Contender:
+def nanogpt(s: TrainingSettings, options: argparse.Namespace) -> Contender:
     """nanoGPT's model, optimizer and loss."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", options.nanogpt / "model.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    sizes = {"block_size": shape.context, "vocab_size": shape.vocab, "n_layer": shape.layers, "n_head": shape.heads}
-    model = module.GPT(module.GPTConfig(**sizes, n_embd=shape.width, dropout=0.0, bias=True))
+    sizes = {"block_size": s.max_length, "vocab_size": s.vocab_size, "n_layer": s.num_layers, "n_head": s.num_heads}
+    model = module.GPT(module.GPTConfig(**sizes, n_embd=s.hidden_dim, dropout=0.0, bias=True))
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
-    return plain_loop(model, optimizer, lambda inputs, targets: model(inputs, targets)[1], shape, options.precision)
+    return plain_loop(model, optimizer, lambda inputs, targets: model(inputs, targets)[1], s)
 
 
-def litgpt(shape: Shape, options: argparse.Namespace) -> Contender:
+def litgpt(s: TrainingSettings, options: argparse.Namespace) -> Contender:
     """litgpt's GPT-NeoX at GPT-2's shape: rotary positions, an output matrix of its own, its own loss."""
     import torch
 
@@ -146,8 +131,8 @@ def litgpt(shape: Shape, options: argparse.Namespace) -> Contender:
     from litgpt.model import GPT
     from litgpt.utils import chunked_cross_entropy
 
-    sizes = {"block_size": shape.context, "padded_vocab_size": shape.vocab, "n_layer": shape.layers}
-    sizes |= {"n_head": shape.heads, "n_embd": shape.width, "intermediate_size": shape.ff_dim}
+    sizes = {"block_size": s.max_length, "padded_vocab_size": s.vocab_size, "n_layer": s.num_layers}
+    sizes |= {"n_head": s.num_heads, "n_embd": s.hidden_dim, "intermediate_size": s.ff_dim}
     layer = {"parallel_residual": False, "mlp_class_name": "GptNeoxMLP", "gelu_approximate": "tanh"}
     model = GPT(Config(**sizes, **layer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -155,17 +140,17 @@ def litgpt(shape: Shape, options: argparse.Namespace) -> Contender:
     def loss(inputs: Any, targets: Any) -> Any:
         return chunked_cross_entropy(model(inputs), targets, chunk_size=0)
 
-    return plain_loop(model, optimizer, loss, shape, options.precision)
+    return plain_loop(model, optimizer, loss, s)
 
 
-def plain_loop(model: Any, optimizer: Any, loss: Callable[..., Any], shape: Shape, precision: str) -> Contender:
+def plain_loop(model: Any, optimizer: Any, loss: Callable[..., Any], s: TrainingSettings) -> Contender:
     """A step as nanoGPT's train.py and litgpt's pretrain.py make it; batches ready beforehand."""
     import torch
 
-    size = (16, shape.batch, shape.context + 1)
-    tokens = torch.randint(shape.vocab, size, generator=torch.Generator().manual_seed(0))
+    size = (16, s.batch_size, s.max_length + 1)
+    tokens = torch.randint(s.vocab_size, size, generator=torch.Generator().manual_seed(0))
     batches = itertools.cycle([(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()) for ids in tokens])
-    context = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
+    context = torch.autocast("cpu", dtype=torch.bfloat16, enabled=s.precision == "bf16")
 
     def step() -> None:
         inputs, targets = next(batches)
@@ -179,15 +164,15 @@ def plain_loop(model: Any, optimizer: Any, loss: Callable[..., Any], shape: Shap
     return step, sum(p.numel() for p in model.parameters())
 
 
-def huggingface(shape: Shape, options: argparse.Namespace) -> Contender:
+def huggingface(s: TrainingSettings, _options: argparse.Namespace) -> Contender:
     """``transformers.Trainer`` with ``GPT2LMHeadModel``, its own optimizer and collator; dropout off as elsewhere."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
-    sizes = {"vocab_size": shape.vocab, "n_positions": shape.context, "n_embd": shape.width, "n_layer": shape.layers}
+    sizes = {"vocab_size": s.vocab_size, "n_positions": s.max_length, "n_embd": s.hidden_dim, "n_layer": s.num_layers}
     dropout = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.0)
-    model = GPT2LMHeadModel(GPT2Config(**sizes, **dropout, n_head=shape.heads))
-    ids = torch.randint(shape.vocab, (64 * shape.batch, shape.context), generator=torch.Generator().manual_seed(0))
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **dropout, n_head=s.num_heads))
+    ids = torch.randint(s.vocab_size, (64 * s.batch_size, s.max_length), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": row, "labels": row} for row in ids]
     go, done = threading.Semaphore(0), threading.Semaphore(0)
 
@@ -199,9 +184,9 @@ def huggingface(shape: Shape, options: argparse.Namespace) -> Contender:
             done.release()
 
     quiet = {"report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
-    length = {"per_device_train_batch_size": shape.batch, "max_steps": 10**6}
-    precision = {"bf16": options.precision == "bf16", "use_cpu": True}
-    arguments = TrainingArguments(output_dir=tempfile.mkdtemp(dir=options.folder), **quiet, **length, **precision)
+    length = {"per_device_train_batch_size": s.batch_size, "max_steps": s.max_steps}
+    precision = {"bf16": s.precision == "bf16", "use_cpu": True}
+    arguments = TrainingArguments(output_dir=s.output_dir, **quiet, **length, **precision)
     trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[TakesTurns()])
     threading.Thread(target=trainer.train, daemon=True).start()
 
@@ -218,7 +203,7 @@ GIVEN_PEERS = {"nanoGPT": ("nanogpt", "model.py"), "litgpt": ("litgpt", "litgpt/
 CONTENDERS = {name: partial(ours, name) for name in OURS} | PEERS
 
 
-def prepare(name: str, shape: Shape, options: argparse.Namespace) -> tuple[int, int]:
+def prepare(name: str, settings: TrainingSettings, options: argparse.Namespace) -> tuple[int, int]:
     """In a contender's process: make it ready; returns its parameters and the peak memory before its first step."""
     set_process_environment()
     os.dup2(2, 1)  # what libraries print is not part of the table
@@ -233,7 +218,7 @@ def prepare(name: str, shape: Shape, options: argparse.Namespace) -> tuple[int, 
         torch.set_num_threads(hardware.threads)
     else:
         hardware.apply()
-    step, parameters = CONTENDERS[name](shape, options)
+    step, parameters = CONTENDERS[name](settings, options)
     before = peak_memory()
     for _ in range(WARM_UP):
         step()
@@ -266,38 +251,36 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     hardware = choose_hardware(precision=options.precision)
     hardware.apply()
-    shape = SHAPES[options.shape]
-    if options.batch_size:
-        shape = replace(shape, batch=options.batch_size)
     facts, pools, peaks, found = {}, {}, [], {}
     with ExitStack() as stack:
         options.folder = stack.enter_context(tempfile.TemporaryDirectory())
         for name in chosen(options):
+            settings = settings_of(name, options)
+            recipe = recipe_of(OURS.get(name, OURS["mvlm_gpt2"])[0])
+            per_token = step_cost(recipe.build, settings, hardware, 1).flops_per_token
             pools[name] = stack.enter_context(ProcessPoolExecutor(1, CONTEXT))
-            facts[name] = pools[name].submit(prepare, name, shape, options).result()
+            facts[name] = per_token, *pools[name].submit(prepare, name, settings, options).result()
             print(f"{name}: ready", file=sys.stderr, flush=True)
         turns: dict[str, list[tuple[float, int]]] = {name: [] for name in pools}
         for _ in range(options.rounds):
             peaks.append(matrix_rate(options.precision, 2048))
             for name, pool in pools.items():
                 turns[name].append(pool.submit(turn, options.steps).result())
-    peak = statistics.median(peaks)
-    for name, (parameters, before) in facts.items():
-        recipe, settings = recipe_and_settings(name, shape, options)
-        per_token = step_cost(recipe.build, settings, hardware, 1).flops_per_token
+    peak, tokens = statistics.median(peaks), settings.batch_size * settings.max_length
+    for name, (per_token, parameters, before) in facts.items():
         rounds, memory = [seconds for seconds, _ in turns[name]], turns[name][-1][1]
-        flops = per_token * shape.tokens / statistics.median(rounds)
+        flops = per_token * tokens / statistics.median(rounds)
         found[name] = {
             "parameters": parameters,
             "flops_per_token": per_token,
-            "tokens_per_second": shape.tokens / statistics.median(rounds),
+            "tokens_per_second": tokens / statistics.median(rounds),
             "rounds": rounds,
             "peak_memory": memory,
             "step_memory": memory - before,
             "flops_per_second": flops,
             "share_of_peak": flops / peak,
         }
-    result = {"shape": asdict(shape), "tokens_per_step": shape.tokens, "precision": options.precision}
+    result = {"shape": options.shape, "tokens_per_step": tokens, "precision": options.precision}
     return result | {"matmul_peak": peak, "contenders": found}
 
 
@@ -312,7 +295,8 @@ def table(result: dict[str, Any]) -> str:
         memory = f"{one['peak_memory'] / 1e6:,.0f} ({one['step_memory'] / 1e6:+,.0f} by steps)"
         rows.append((name, f"{one['parameters']:,}", rate, f"{ratio:.2f}", *flops, memory))
     columns = ("contender", "parameters", "tokens/s (least … most)", "ratio", "GFLOP/s", "of the peak", "memory, MB")
-    end = f"{result['precision']}, {result['shape']}; matrix product {result['matmul_peak'] / 1e9:.0f} GFLOP/s."
+    end = f"{result['precision']}, {result['tokens_per_step']:,} tokens a step, shape {result['shape']}"
+    end += f"; matrix product {result['matmul_peak'] / 1e9:.0f} GFLOP/s."
     return f"{command.table(columns, rows)}\n\n{end}"
 
 
