@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import command
-from mvlm_core.errors import run_main
+from mvlm_core.errors import UserError, run_main
 
 MODELS = ("mvlm_gpt2", "simone_enhanced")
 STEPS, CHECKPOINT_INTERVAL = 24, 4
@@ -249,11 +249,11 @@ def without_times(record: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if name not in TIMES}
 
 
-def benches(only: str) -> Iterator[Bench]:
+def benches(models: Iterable[str]) -> Iterator[Bench]:
     """A bench for each of these models, one after the other, in a temporary folder."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     CONTEXT.set_forkserver_preload(PRELOAD)
-    for model in command.chosen(only, MODELS):
+    for model in models:
         with tempfile.TemporaryDirectory(prefix="faults-") as folder:
             yield Bench(model, Path(folder))
 
@@ -273,10 +273,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(MODELS), help="these models, separated by commas [default both]")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    if problems := command.below_one(options, "kills", "every"):
+        raise UserError(problems)
+    models = command.chosen(options.only, MODELS)
     columns = ("model", "fault", "tried", "runs finished", "differing", "lost checkpoints", "steps repeated, mean")
     print(command.head(columns, left=2), flush=True)
     outcomes: list[Outcome] = []
-    for bench in benches(options.only):
+    for bench in benches(models):
         for outcome in faults(bench, options.kills, options.every, options.seed):
             outcomes.append(outcome)
             repeated = f"{statistics.mean(outcome.repeated or [0]):.1f}"

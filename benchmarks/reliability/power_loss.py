@@ -328,10 +328,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if bad := command.below_one(options, "every"):
         raise UserError(bad)
+    models = command.chosen(options.only, MODELS)
     columns = ("model", "run", "prefixes", "states opened", "broken", "resumed", "differing")
     print(command.head(columns, left=2), flush=True)
     outcomes: list[Outcome] = []
-    for bench in benches(options.only):
+    for bench in benches(models):
         for number, recording in enumerate(recordings(bench)):
             recording.open_all(options.seed, options.every)
             share = len(range(number, options.resumed, 3))
