@@ -80,5 +80,10 @@ def deviation(values: Sequence[float]) -> str:
 def show(text: str, found: Any, options: argparse.Namespace) -> None:
     """Print the tables, and write their figures to ``--json``."""
     print(text)
+    keep(found, options)
+
+
+def keep(found: Any, options: argparse.Namespace) -> None:
+    """Write the figures to ``--json``, where that is given."""
     if options.json:
         write_json_atomic(options.json, found)

@@ -10,46 +10,31 @@ the train text. What lies nearest to the books' own values, each difference rela
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from benchmarks import command
 from mvlm_core.data.corpus import Corpus, load_corpus
 from mvlm_core.data.verses import followed_by, sample_verses, verses_of
 from mvlm_core.errors import UserError, run_main
-from mvlm_core.evaluation.compression import METHODS
+from mvlm_core.evaluation.compression import compared_texts, ppmd_bits
 from mvlm_core.hardware import set_process_environment
 from mvlm_core.settings import DEFAULT_DATA_DIR, Sampling
 
-WORDS = 64
-GREEDY = "greedy"
+WORDS, PPMD_ORDER = 64, 16
 TEMPERATURES, NUCLEI = (0.6, 0.7, 0.8, 0.9, 1.0), (0.9, 0.95, 1.0)
 
 
 def settings() -> dict[str, Sampling | None]:
     drawn = {f"temperature {t:g}, top-p {p:g}": Sampling(t, p) for t in TEMPERATURES for p in NUCLEI}
-    return {GREEDY: None} | drawn
+    return {"greedy": None} | drawn
 
 
-class Judge:
-    """Bits per byte of some text by PPMd, order 16, primed with the primary translation's train text."""
-
-    def __init__(self, corpus: Corpus) -> None:
-        train = corpus.primary_part("train") or corpus.split("train")
-        self.train = "".join(document.read() for document in train).encode()
-        self.size = METHODS["ppmd_order_16"][1]
-        self.alone = self.size(self.train)
-
-    def bits_per_byte(self, texts: list[str]) -> float:
-        data = "\n".join(texts).encode()
-        return 8 * (self.size(self.train + data) - self.alone) / len(data)
-
-
-def measured(texts: list[str], judge: Judge) -> dict[str, float]:
+def measured(texts: list[str], train: bytes) -> dict[str, float]:
+    """PPMd learns as it reads: it must have read ``train`` alone before these texts."""
     from mvlm_core.evaluation.generation import diversity
 
     words = [text.split()[:WORDS] for text in texts]
-    found = diversity(words)
-    bits = judge.bits_per_byte([" ".join(part) for part in words])
+    found, data = diversity(words), "\n".join(" ".join(part) for part in words).encode()
+    bits = sum(ppmd_bits(train, [data], PPMD_ORDER)) / len(data)
     return {"rep_4": found.rep_4.value, "distinct_2": found.distinct_2, "bits_per_byte": bits}
 
 
@@ -60,7 +45,7 @@ def distance(found: dict[str, float], books: dict[str, float]) -> float:
     return relative + abs(found["rep_4"] - books["rep_4"])
 
 
-def measure(export: Path, corpus: Corpus, judge: Judge, count: int, seed: int) -> dict[str, dict[str, float]]:
+def measure(export: Path, corpus: Corpus, train: bytes, count: int, seed: int) -> dict[str, dict[str, float]]:
     """By setting, and of the books' own text, what is in ``measured``."""
     from mvlm_core.evaluation.bits_per_byte import context_of, encode, load_export
     from mvlm_core.evaluation.generation import continuations, prompt_ids
@@ -72,9 +57,9 @@ def measure(export: Path, corpus: Corpus, judge: Judge, count: int, seed: int) -
     lengths = [min(len(encode(tokenizer, text)) * 5 // 4 + 8, context_of(model) // 2) for text in own]
     rooms = [context_of(model) - length for length in lengths]
     prompts = [prompt_ids(tokenizer, verse.before, room) for verse, room in zip(verses, rooms, strict=True)]
-    found = {"the books": measured(own, judge)}
+    found = {"the books": measured(own, train)}
     for name, sample in settings().items():
-        found[name] = measured(continuations(model, tokenizer, prompts, lengths, sample=sample, seed=seed), judge)
+        found[name] = measured(continuations(model, tokenizer, prompts, lengths, sample=sample, seed=seed), train)
     return found
 
 
@@ -108,12 +93,10 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(problems)
     set_process_environment()
     corpus = load_corpus(options.data_dir)
-    judge, found = Judge(corpus), {}
-    tables: list[Any] = []
-    for folder in options.models:
-        found[str(folder)] = measure(folder, corpus, judge, options.verses, options.seed)
-        tables.append(table(found[str(folder)], str(folder)))
-    command.show("\n\n".join(tables), found, options)
+    if not (train := compared_texts(corpus)[0]):
+        raise UserError(f"--data_dir {options.data_dir}: no train and test text that PPMd can be primed with")
+    found = {str(folder): measure(folder, corpus, train, options.verses, options.seed) for folder in options.models}
+    command.show("\n\n".join(table(values, folder) for folder, values in found.items()), found, options)
     return 0
 
 

@@ -60,12 +60,9 @@ def recipe_of(model: str, classic_part: str | None = None) -> Recipe:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of an experiment's table.
+    """One line of an experiment's table: a model with ``changes`` in place of the preset's settings.
 
     Attributes:
-        model: "mvlm_gpt2" or "simone_enhanced".
-        what: a description for the table.
-        changes: settings in place of the preset's; ``False``, 0.0 and "" beat the preset as any other value does.
         classic_part: the one of ``classic_parts.py`` to train with.
     """
 
@@ -77,12 +74,10 @@ class Line:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One training, in a folder of its own.
+    """One training of the line ``label``, in a folder of its own.
 
     Attributes:
-        label: of its line; runs that differ only in the seed share it.
         values: the settings that are given, seed and output_dir among them; the rest is the preset's.
-        classic_part: as in ``Line``; each needs another folder.
     """
 
     label: str
@@ -101,10 +96,6 @@ class Run:
     @property
     def folder(self) -> Path:
         return Path(self.values["output_dir"])
-
-    @property
-    def log(self) -> Path:
-        return self.folder.with_name(f"{self.folder.name}.log")
 
     def settings(self) -> TrainingSettings:
         return SETTINGS[self.model](**self.values)
@@ -151,17 +142,14 @@ def run_one() -> int:
     return 0
 
 
-def execute(run: Run, signals: Signals) -> tuple[int, str]:
-    """Run in a child process that appends to the run's log; returns its exit code and its last lines."""
-    run.log.parent.mkdir(parents=True, exist_ok=True)
-    with open(run.log, "a+b") as file:
-        before = file.seek(0, os.SEEK_END)
-        environment = os.environ | {PARENT_VARIABLE: str(os.getpid())}  # no run outlives this process
-        child = [sys.executable, "-m", "benchmarks.experiments.runner", json.dumps(asdict(run))]
+def execute(run: Run, signals: Signals, log_file: Path) -> int:
+    """Run in a child process that appends to ``log_file``; returns its exit code."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {PARENT_VARIABLE: str(os.getpid())}  # no run outlives this process
+    child = [sys.executable, "-m", "benchmarks.experiments.runner", json.dumps(asdict(run))]
+    with open(log_file, "ab") as file:
         signals.start(child, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY_ROOT)
-        code = signals.wait()
-        file.seek(before)
-        return code, "\n".join(file.read().decode("utf-8", "replace").splitlines()[-15:])
+        return signals.wait()
 
 
 def make(runs: list[Run], folder: Path) -> list[Run]:
@@ -180,14 +168,15 @@ def make(runs: list[Run], folder: Path) -> list[Run]:
         left = [run for run in runs if run.result() is None]
         log.info("%s runs, %s of them finished already", len(runs), len(runs) - len(left))
         for number, run in enumerate(left, 1):
-            started = time.monotonic()
-            code, tail = execute(run, signals)
+            started, log_file = time.monotonic(), run.folder.with_suffix(".log")
+            code = execute(run, signals, log_file)
             signals.check()
             result = run.result() if code == 0 else None
             if result is None:
                 failed.append(run)
                 problem = f"exit code {code}" if code else f"{run.folder} holds a run with other settings: remove it"
-                log.error("%s failed: %s; %s ends:\n%s", run.name, problem, run.log, printable(tail, LINE_BREAK))
+                tail = "\n".join(log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+                log.error("%s failed: %s; %s ends:\n%s", run.name, problem, log_file, printable(tail, LINE_BREAK))
                 continue
             shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # 80 MB a run; the finished model stays
             seconds.append(time.monotonic() - started)
@@ -247,7 +236,6 @@ def settled(options: argparse.Namespace, *counts: str) -> argparse.Namespace:
         UserError: every problem with it.
     """
     options.data_dir, options.work_dir = options.data_dir.absolute(), options.work_dir.absolute()
-    # Runs of another length are other runs: a preset and a budget have a folder of their own.
     options.root = options.work_dir / "-".join(str(part) for part in (options.preset, options.max_bytes) if part)
     problems = output_folder_problems(options.work_dir, "--work_dir") + command.below_one(options, "seeds", *counts)
     if problems:

@@ -122,13 +122,12 @@ def best_rate(points: dict[float, float]) -> float:
     import numpy as np
 
     rates = sorted(points)
-    lowest = rates.index(min(rates, key=points.__getitem__))
-    if lowest in (0, len(rates) - 1):
-        return rates[lowest]
-    three = rates[lowest - 1 : lowest + 2]
-    middle = math.log(rates[lowest])
-    curvature, slope, _ = np.polyfit([math.log(rate) - middle for rate in three], [points[r] for r in three], 2)
-    return math.exp(middle - slope / (2 * curvature)) if curvature > 0 else rates[lowest]
+    lowest = min(rates, key=points.__getitem__)
+    if lowest in (rates[0], rates[-1]):
+        return lowest
+    three = rates[rates.index(lowest) - 1 :][:3]
+    curvature, slope, _ = np.polyfit(np.log(three), [points[rate] for rate in three], 2)
+    return math.exp(-slope / (2 * curvature))
 
 
 def power_law(points: dict[int, float]) -> tuple[float, float]:
@@ -296,9 +295,8 @@ def figures(runs: Iterable[Run]) -> list[tuple[int, int, float]]:
 
 def rule_of(model: str, options: argparse.Namespace) -> Rule | None:
     """From what is finished; None while a size is not."""
-    best = {SHAPES[search.size][0]: search.best() for search in searches("learning_rates", model, options)}
-    rates = {width: rate for width, rate in best.items() if rate}
-    if len(rates) < len(best):
+    rates = {SHAPES[search.size][0]: search.best() for search in searches("learning_rates", model, options)}
+    if None in rates.values():
         return None
     small = rates[SHAPES["small"][0]]
     by_batch = {search.batch: rate for search in searches("batches", model, options) if (rate := search.best())}

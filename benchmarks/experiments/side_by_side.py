@@ -41,11 +41,10 @@ def reached(first: Figures, second: Figures) -> dict[str, float] | None:
     """
     goal, before = first["validation_bpb"], None
     for record in second["evaluations"]:
-        if (found := record["validation_bpb"]) <= goal:
-            if before is None:
-                before, way = record, 1.0
-            else:
-                way = (before["validation_bpb"] - goal) / (before["validation_bpb"] - found)
+        if record["validation_bpb"] <= goal:
+            before = before or record
+            fall = before["validation_bpb"] - record["validation_bpb"]
+            way = (before["validation_bpb"] - goal) / fall if fall else 0.0
             return {key: (before[key] + way * (record[key] - before[key])) / first[key] for key in ("bytes", "seconds")}
         before = record
     return None

@@ -141,8 +141,8 @@ class Case:
         places: the settings that say where text and cache are.
     """
 
-    def __init__(self, name: str, preset: str, layers: int, tokens: int, places: dict[str, Any], seed: int = 0) -> None:
-        self.name, self.recipe, self.seed = name, recipe_of(name), seed
+    def __init__(self, name: str, preset: str, layers: int, tokens: int, places: dict[str, Any]) -> None:
+        self.name, self.recipe = name, recipe_of(name)
         width = HEAD_WIDTH * max(2, SETTINGS[name](preset=preset).hidden_dim // HEAD_WIDTH)
         values = {"hidden_dim": width, "num_heads": width // HEAD_WIDTH, "ff_dim": 4 * width, "num_layers": layers}
         values |= {"max_length": tokens, "batch_size": SEQUENCES, "dropout": 0.0, "quiet": True, "preset": preset}
@@ -150,7 +150,7 @@ class Case:
         self.settings = SETTINGS[name](**values, **places).check()
         text = prepare_text(self.settings, self.recipe.tokenizer_class)
         self.tokenizer, batch = text.tokenizer, text.batches.batch(0)
-        alignment = torch.rand(batch.inputs.shape, generator=torch.Generator().manual_seed(seed)) + 0.5
+        alignment = torch.rand(batch.inputs.shape, generator=torch.Generator().manual_seed(0)) + 0.5
         self.batch = torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets), alignment
         self.right = self._reference(torch.float64)
         self.limits = {"fp32": self._limits(self._reference(torch.float32))}
@@ -162,7 +162,7 @@ class Case:
         """The model as a run builds it, with this case's weights, and all its modules, on the device."""
         torch._dynamo.reset()  # a few models of one class, and it would give up compiling
         built = self.recipe.build(self.settings, self.tokenizer, hardware)
-        modules, generator = nn.ModuleDict(built.modules), torch.Generator().manual_seed(self.seed)
+        modules, generator = nn.ModuleDict(built.modules), torch.Generator().manual_seed(0)
         for weight in modules.parameters():
             # Vectors vary around 1 or 0, where they start.
             middle, spread = (0.0, weight.shape[1] ** -0.5) if weight.ndim > 1 else (weight.data.mean().round(), 0.3)

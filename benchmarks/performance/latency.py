@@ -24,13 +24,11 @@ from typing import Any
 from benchmarks import command
 from benchmarks.experiments.runner import SETTINGS, recipe_of
 from mvlm_core.errors import UserError, run_main
-from mvlm_core.files import write_json_atomic
 from mvlm_core.hardware import set_process_environment
 from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR, REPOSITORY_ROOT
 
 TRAINERS = {"mvlm_gpt2": "mvlm_trainer.py", "simone_enhanced": "SIM-ONE Training/enhanced_train.py"}
-OTHER_SCRIPTS = ("SIM-ONE Training/train.py", "train_all_models.py", "validate_models.py", "generate.py")
-ENTRY_POINTS = (*TRAINERS.values(), *OTHER_SCRIPTS, "export_formats.py", "make_report.py", "prepare_dataset.py")
+ENTRY_POINTS = sorted({*TRAINERS.values(), *(path.name for path in REPOSITORY_ROOT.glob("*.py"))})
 NEW_TOKENS = 256
 SHAPES = {
     "cpu preset": {},
@@ -47,26 +45,15 @@ def seconds(do: Callable[[], Any], rounds: int) -> list[float]:
     return found
 
 
-def show_help(script: str) -> None:
-    subprocess.run([sys.executable, REPOSITORY_ROOT / script, "--help"], check=True, stdout=subprocess.DEVNULL)
-
-
 def first_step(script: str, data_dir: Path) -> None:
     """From the command to the end of its first step, with tokenizer and tokens in the cache."""
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        arguments = ["--preset", "cpu", "--data_dir", data_dir, "--output_dir", f"{folder}/out", "--quiet"]
-        arguments += ["--log_file", log, "--log_interval", "1"]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen([sys.executable, REPOSITORY_ROOT / script, *arguments], **quiet)
-        try:
-            while "step 1/" not in (log.read_text(encoding="utf-8") if log.exists() else ""):
-                if process.poll() is not None:
-                    raise RuntimeError(f"{script} ended with exit code {process.returncode} before its first step")
-                time.sleep(0.02)
-        finally:
+        arguments = ["--preset", "cpu", "--data_dir", data_dir, "--output_dir", f"{folder}/out", "--log_interval", "1"]
+        child = [sys.executable, REPOSITORY_ROOT / script, *arguments]
+        with subprocess.Popen(child, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            if not any("step 1/" in line for line in process.stdout):
+                raise RuntimeError(f"{script} ended with exit code {process.wait()} before its first step")
             process.kill()
-            process.wait()
 
 
 def build(model: str, shape: dict[str, int]) -> Any:
@@ -80,10 +67,6 @@ def build(model: str, shape: dict[str, int]) -> Any:
     hardware = choose_hardware(device="cpu", precision="fp32", no_compile=True)
     torch.manual_seed(0)
     return recipe_of(model).build(settings, TokenizerShape(settings.vocab_size), hardware)
-
-
-def fresh(model: str, shape: dict[str, int]) -> Any:
-    return build(model, shape).model.eval()
 
 
 def generate(model: Any, cached: bool) -> None:
@@ -103,24 +86,19 @@ def score(model: str, data_dir: Path) -> None:
     settings = SETTINGS[model](preset="cpu", data_dir=str(data_dir), cache_dir=str(CACHE_DIR), quiet=True)
     text = prepare_text(settings, recipe_of(model).tokenizer_class)
     documents = [(document.path, document.read()) for document in text.corpus.split("test")]
-    built, context = fresh(model, {}), settings.max_length
+    built, context = build(model, {}).model.eval(), settings.max_length
     score_documents(built, text.tokenizer.encode, documents, start_id=text.tokenizer.start_id, context=context)
 
 
 def state_tensors(model: str, shape: dict[str, int]) -> dict[str, dict[str, Any]]:
-    """The tensors of a checkpoint: fresh weights, and zeros for the optimizer's state."""
+    """The tensors of a checkpoint after a step with no gradient."""
     import torch
 
     built = build(model, shape)
-    weights = dict(built.model.named_parameters())
-    optimizer = {
-        f"{part_number}/{group_number}/{number}/{quantity}": torch.zeros_like(parameter)
-        for part_number, part in enumerate(built.optimizers.parts)
-        for group_number, group in enumerate(part.param_groups)
-        for number, parameter in enumerate(group["params"])
-        for quantity in range(2 if isinstance(part, torch.optim.AdamW) else 1)
-    }
-    return {"model": weights, "optimizer": optimizer}
+    for parameter in built.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    built.optimizers.step()
+    return {"model": dict(built.model.named_parameters()), "optimizer": built.optimizers.state_tensors()}
 
 
 def measure_saves(options: argparse.Namespace) -> Iterator[tuple[str, list[float]]]:
@@ -153,21 +131,23 @@ def measure(options: argparse.Namespace) -> Iterator[tuple[str, list[float]]]:
     from mvlm_core.hardware import choose_hardware
 
     for script in ENTRY_POINTS:
-        yield f"--help of {script}", seconds(partial(show_help, script), options.rounds)
+        child = [sys.executable, REPOSITORY_ROOT / script, "--help"]
+        show_help = partial(subprocess.run, child, check=True, stdout=subprocess.DEVNULL)
+        yield f"--help of {script}", seconds(show_help, options.rounds)
     for model, script in TRAINERS.items():
         first_step(script, options.data_dir)  # fills the cache
         yield f"command to first step, {model}", seconds(partial(first_step, script, options.data_dir), options.rounds)
     choose_hardware(device="cpu").apply()
     for model in TRAINERS:
         for name, shape in SHAPES.items():
-            built = fresh(model, shape)
+            built = build(model, shape).model.eval()
             for cached in (True, False):
                 words = f"{NEW_TOKENS} tokens {'with' if cached else 'without'} the cache, {model}, {name}"
                 yield words, seconds(partial(generate, built, cached), options.rounds)
         yield f"score of the whole test text, {model}", seconds(partial(score, model, options.data_dir), 1)
 
 
-def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+def main(arguments: list[str] | None = None) -> int:
     parser = command.new_parser(__doc__)
     parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR)
     parser.add_argument("--rounds", type=int, default=5, help="of each but the score [default 5]")
@@ -177,19 +157,13 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     if problems := command.below_one(options, "rounds"):
         raise UserError(problems)
     options.data_dir = options.data_dir.absolute()
-    return options
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parse_options(arguments)
     set_process_environment()
     found = {}
     print(command.head(("what", "seconds (least … most)")), flush=True)
     for words, times in (measure_saves if options.checkpoint else measure)(options):
         print(command.row((words, command.spread(times, "{:.2f}", statistics.median))), flush=True)
         found[words] = times
-    if options.json:
-        write_json_atomic(options.json, found)
+    command.keep(found, options)
     return 0
 
 

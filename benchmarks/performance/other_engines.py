@@ -10,8 +10,6 @@ the machine does not change them. llama.cpp needs llama-cpp-python. Threads: OMP
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import os
 import statistics
 import time
@@ -25,7 +23,6 @@ import numpy as np
 from benchmarks import command
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.export.file_checks import check_export
-from mvlm_core.files import write_json_atomic
 from prioritary_mvlm.config import MODELLING_FILES
 
 PROMPT = "In the beginning God created the heaven and the earth. And the"
@@ -77,8 +74,10 @@ def greedy(read: Reader, prompt: Sequence[int], count: int) -> tuple[list[int], 
 
 
 def open_llama(path: Path, context: int, threads: int) -> Any:
+    from llama_cpp import Llama
+
     options = {"n_ctx": context, "logits_all": True, "verbose": False, "n_threads": threads, "n_threads_batch": threads}
-    return importlib.import_module("llama_cpp").Llama(str(path), **options)
+    return Llama(str(path), **options)
 
 
 def engines(export: Path, formats: Path) -> tuple[dict[str, Callable[[], Reader]], Any]:
@@ -102,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("formats", metavar="FORMATS", type=Path, help="what export_formats.py made of it")
     parser.add_argument("--tokens", type=int, default=64, help="to write [default 64]")
     parser.add_argument("--rounds", type=int, default=5, help="[default 5]")
-    options: argparse.Namespace = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     problems = command.below_one(options, "tokens", "rounds")
     problems += [f"{place}: no such folder" for place in (options.model, options.formats) if not place.is_dir()]
     if problems:
@@ -130,9 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
         shown = (command.spread(values, "{:,.1f}", statistics.median) for values in speeds)
         rows.append((name, *shown, f"{difference:.1e}", same))
     columns = ("engine", "tokens/s (least … most)", "of the processor's", "logits differ by", "same tokens")
-    print(command.table(columns, rows))
-    if options.json:
-        write_json_atomic(options.json, found)
+    command.show(command.table(columns, rows), found, options)
     return 0
 
 

@@ -1,22 +1,20 @@
-"""Corpus to tokens: how long it takes and how much memory, as the corpus grows, and what a second run costs.
+"""Corpus to tokens: how long it takes and how much memory, as the corpus grows.
 
     python -m benchmarks.performance.preparation --copies 1,4,16
 
-The train text of the corpus is laid out once, four times and sixteen times (its files under other names; tokenizer and
-tokens are made as for any other text). Each size is prepared in a process of its own from an empty cache: the
-tokenizer is trained, all text is encoded and written. Then again, from the cache; and once more after one byte of one
-file has changed, which must be noticed. Memory is what all processes of a preparation hold alone (USS), sampled.
+The train text of the corpus is laid out so many times, its files under other names. Each size is prepared in a process
+of its own from an empty cache: the tokenizer is trained, all text is encoded and written. Memory is what all processes
+of a preparation hold alone (USS), sampled.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import shutil
-import sys
 import tempfile
 import time
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -33,11 +31,10 @@ SAMPLE_SECONDS = 0.05
 CONTEXT = multiprocessing.get_context("spawn")
 
 
-def lay_out(data_dir: Path, only: str | None, copies: int, folder: Path) -> int:
+def lay_out(data_dir: Path, copies: int, folder: Path) -> int:
     """``copies`` of the train text below ``folder``, a folder each, and the validation text; returns train bytes."""
-    corpus, size = load_corpus(data_dir, only=only), 0
-    jobs = [("validation", "held-out")] + [("train", f"copy{copy:02}") for copy in range(copies)]
-    for split, place in jobs:
+    corpus, size = load_corpus(data_dir), 0
+    for split, place in [("validation", "held-out")] + [("train", f"copy{copy:02}") for copy in range(copies)]:
         for document in corpus.split(split):
             target = folder / place / document.path
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -75,73 +72,44 @@ def run(data_dir: Path, cache_dir: Path, vocab_size: int) -> dict[str, Any]:
     started, peak = time.perf_counter(), 0
     process.start()
     while process.is_alive():
-        peak = max(peak, _alone(process.pid))
+        peak = max(peak, held_alone(process.pid))
         time.sleep(SAMPLE_SECONDS)
     if process.exitcode:
         raise TrainingFailed(f"a preparation ended with exit code {process.exitcode}")
     return line.recv() | {"seconds": time.perf_counter() - started, "peak": peak}
 
 
-def _alone(pid: int) -> int:
+def held_alone(pid: int) -> int:
     """Bytes that the process and its descendants hold and share with nobody."""
-    total, left = 0, [pid]
-    while left:
-        try:
-            one = psutil.Process(left.pop())
+    total = 0
+    with suppress(psutil.Error):  # one of them has just ended
+        process = psutil.Process(pid)
+        for one in (process, *process.children(recursive=True)):
             total += one.memory_full_info().uss
-            left += [child.pid for child in one.children()]
-        except psutil.Error:  # it has just ended
-            continue
     return total
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    found = []
-    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-        for copies in options.copies:
-            data_dir, cache_dir = Path(scratch) / f"text{copies}", Path(scratch) / f"cache{copies}"
-            size = lay_out(options.data_dir, options.data_subset, copies, data_dir)
-            first, second = (run(data_dir, cache_dir, options.vocab_size) for _ in range(2))
-            one = next((data_dir / "copy00").rglob("*.txt"))
-            one.write_bytes(one.read_bytes().replace(b"e", b"a", 1))
-            stores = {path.name for path in (cache_dir / "tokens").iterdir()}
-            run(data_dir, cache_dir, options.vocab_size)
-            noticed = {path.name for path in (cache_dir / "tokens").iterdir()} > stores
-            found.append({"copies": copies, "bytes": size, "first": first, "second": second, "noticed": noticed})
-            print(f"{copies} times: {first['seconds']:.0f} s", file=sys.stderr, flush=True)
-            shutil.rmtree(data_dir)
-            shutil.rmtree(cache_dir)
-    return found
-
-
-def table(found: list[dict[str, Any]]) -> str:
-    rows = []
-    for one in found:
-        first, second, size = one["first"], one["second"], one["bytes"] / 1e6
-        seconds = (f"{first['tokenizer_seconds']:.1f}", f"{first['token_seconds']:.1f}")
-        again = f"{second['tokenizer_seconds'] + second['token_seconds']:.2f}"
-        speed, peak = f"{size / first['token_seconds']:.1f}", f"{first['peak'] / 1e6:.0f}"
-        rows.append((f"{size:.1f}", *seconds, speed, peak, again, "noticed" if one["noticed"] else "NOT NOTICED"))
-    columns = ("text, MB", "tokenizer, s", "tokens, s", "MB/s", "peak memory, MB", "again, s", "one byte changed")
-    return command.table(columns, rows, left=0)
-
-
-def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+def main(arguments: list[str] | None = None) -> int:
     parser = command.new_parser(__doc__)
     parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR)
-    parser.add_argument("--data_subset", help="only this folder of it, such as bible/kjv")
-    copies = "times the text is laid out [default 1,4,16]"
-    parser.add_argument("--copies", type=command.whole_numbers, default=[1, 4, 16], help=copies)
+    add = parser.add_argument
+    add("--copies", type=command.whole_numbers, default=[1, 4, 16], help="times the text is laid out [default 1,4,16]")
     parser.add_argument("--vocab_size", type=int, default=32000, help="tokenizer entries [default 32000]")
     parser.add_argument("--scratch", type=Path, help="temporary folder for text and caches [default: the system's]")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parse_options(arguments)
-    found = measure(options)
-    command.show(table(found), found, options)
-    return 0 if all(one["noticed"] for one in found) else 1
+    options = parser.parse_args(arguments)
+    columns = ("text, MB", "tokenizer, s", "tokens, s", "MB/s", "in all, s", "peak memory, MB")
+    print(command.head(columns, left=0), flush=True)
+    found = []
+    for copies in options.copies:
+        with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+            size = lay_out(options.data_dir, copies, Path(scratch) / "text")
+            one = run(Path(scratch) / "text", Path(scratch) / "cache", options.vocab_size)
+        found.append(one | {"copies": copies, "bytes": size})
+        figures = (size / 1e6, one["tokenizer_seconds"], one["token_seconds"], size / 1e6 / one["token_seconds"])
+        cells = [f"{figure:.1f}" for figure in (*figures, one["seconds"])]
+        print(command.row([*cells, f"{one['peak'] / 1e6:.0f}"]), flush=True)
+    command.keep(found, options)
+    return 0
 
 
 if __name__ == "__main__":

@@ -16,16 +16,17 @@ import multiprocessing
 import os
 import random
 import signal
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import command
-from mvlm_core.errors import run_main
+from mvlm_core.errors import UserError, run_main
 
 MODELS = ("mvlm_gpt2", "simone_enhanced")
 STEPS, CHECKPOINT_INTERVAL = 24, 4
@@ -38,18 +39,17 @@ PRELOAD = ["tests.helpers", "safetensors.torch", "transformers.models.gpt2", "ma
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
-def count_file_events(place: str, kill_before: int | None, count: Any) -> None:
-    """Count this process's operations on files below ``place``; SIGKILL before number ``kill_before``.
+def before_file_operations(place: str, do: Callable[[], None]) -> None:
+    """From now on ``do`` is called before each of this process's operations on files below ``place``.
 
-    Python's audit hooks see each of them, so the killed code is the code as it is, with nothing replaced.
+    Python's audit hooks see each of them, so the code that runs is the code as it is, with nothing replaced.
     """
 
     def hook(event: str, arguments: tuple) -> None:
         if event in FILE_EVENTS and isinstance(arguments[0], str | bytes | os.PathLike):
-            if os.fsdecode(arguments[0]).startswith(place):
-                count.value += 1
-                if count.value == kill_before:
-                    os.kill(os.getpid(), signal.SIGKILL)
+            path = os.fsdecode(arguments[0])
+            if path.startswith(place) or not os.path.isabs(path):  # shutil.rmtree names files relatively
+                do()
 
     sys.addaudithook(hook)
 
@@ -84,10 +84,16 @@ def write_at_the_next_step() -> None:
 
 
 def job(model: str, corpus: str, place: str, kill_before: int | None, count: Any, threads: bool) -> None:
-    """``train_and_pack``, killed before a file operation; ``threads``: checkpoints are written by a thread."""
+    """``train_and_pack``, killed before file operation ``kill_before``; ``threads``: a thread writes checkpoints."""
+
+    def count_or_kill() -> None:
+        count.value += 1
+        if count.value == kill_before:
+            os.kill(os.getpid(), signal.SIGKILL)
+
     if not threads:
         write_at_the_next_step()
-    count_file_events(place, kill_before, count)
+    before_file_operations(place, count_or_kill)
     train_and_pack(model, corpus, place)
 
 
@@ -98,7 +104,7 @@ class Outcome:
     model: str
     fault: str
     tried: int = 0
-    runs: int = 0
+    resumed: int = 0
     differing: int = 0
     lost_checkpoints: int = 0
     repeated: list[int] = field(default_factory=list)
@@ -111,8 +117,10 @@ class Outcome:
 class Bench:
     """Runs of one model in folders below ``root``, compared with an undisturbed one."""
 
-    def __init__(self, model: str, corpus: Path, root: Path) -> None:
-        self.model, self.corpus, self.root = model, corpus, root
+    def __init__(self, model: str, root: Path) -> None:
+        from tests.helpers import build_tiny_corpus
+
+        self.model, self.corpus, self.root = model, build_tiny_corpus(root / "corpus"), root
         self.places = (root / f"run{number}" for number in itertools.count())
         self.events = self.start(root / "undisturbed")[1]  # also starts the server and fills the cache
         self.expected = self.result(root / "undisturbed")
@@ -126,9 +134,8 @@ class Bench:
         """Run the job in a process of its own; returns its exit code and its count of file operations."""
         place.mkdir(exist_ok=True)
         count = CONTEXT.Value("i", 0)
-        process = CONTEXT.Process(
-            target=job, args=(self.model, str(self.corpus), str(place), kill_before, count, after is not None)
-        )
+        arguments = (self.model, str(self.corpus), str(place), kill_before, count, after is not None)
+        process = CONTEXT.Process(target=job, args=arguments)
         process.start()
         if after is not None:
             process.join(after)
@@ -145,25 +152,33 @@ class Bench:
         from mvlm_core.export.archive import check_archive, matches_export
         from mvlm_core.files import sha256_file
         from mvlm_core.training.checkpoint import newest_checkpoint
-        from mvlm_core.training.history import read_history
 
         folder, archive = place / self.model, place / f"{self.model}_model.tar.gz"
         newest = newest_checkpoint(folder / "checkpoints")
-        records = read_history(folder / "training_history.jsonl")
-        history = [{k: v for k, v in record.items() if k not in TIMES} for record in records]
         return {
             "step": newest.step,
             "checkpoint": {n: sha256_file(newest.folder / f"{n}.safetensors") for n in ("model", "optimizer")},
-            "state": {k: v for k, v in newest.state.items() if k not in TIMES},
+            "state": without_times(newest.state),
             "export": sha256_file(folder / "model.safetensors"),
-            "history": history,
+            "history": self.history(place),
             "archive": not check_archive(archive) and matches_export(archive, folder),
         }
+
+    def history(self, place: Path) -> list[dict[str, Any]]:
+        from mvlm_core.training.history import read_history
+
+        return [without_times(record) for record in read_history(place / self.model / "training_history.jsonl")]
+
+    def resumable(self, place: Path) -> list[Path]:
+        """The checkpoints that hold the optimizer's state, oldest first."""
+        from mvlm_core.training.checkpoint import checkpoint_folders
+
+        folders = checkpoint_folders(place / self.model / "checkpoints")
+        return [folder for folder in folders if (folder / "optimizer.safetensors").exists()]
 
     def after_fault(self, place: Path, outcome: Outcome) -> None:
         """Look at what a fault left: all checkpoints must be whole; count the steps done since the newest."""
         from mvlm_core.training.checkpoint import DamagedCheckpoint, checkpoint_folders, open_checkpoint
-        from mvlm_core.training.history import read_history
 
         outcome.tried += 1
         steps = []
@@ -175,16 +190,16 @@ class Bench:
             else:
                 steps += [] if found.state["weights_only"] else [found.step]
         if steps:
-            records = read_history(place / self.model / "training_history.jsonl")
+            records = self.history(place)
             outcome.repeated.append(max(0, (records[-1]["step"] if records else 0) - max(steps)))
 
-    def finish(self, place: Path, outcome: Outcome) -> None:
-        """Start once more, undisturbed, and compare."""
+    def finish(self, place: Path, outcome: Any, after: str) -> None:
+        """Start once more, undisturbed, and compare; ``after``: what happened, in words."""
         code, _ = self.start(place)
-        outcome.runs += 1
+        outcome.resumed += 1
         if code != 0 or self.result(place) != self.expected:
             outcome.differing += 1
-            print(f"  differs: {outcome.fault}, {place}, exit code {code}", flush=True)
+            print(f"  differs: {after}, {place}, exit code {code}", flush=True)
 
     def stop_at_random(self, number: signal.Signals, count: int, chance: random.Random) -> Outcome:
         """Signal each run some times, at moments drawn evenly from its whole length."""
@@ -195,7 +210,7 @@ class Bench:
                 code, _ = self.start(place, after=chance.uniform(0, self.seconds), number=number)
                 if code != 0:  # else the run was faster
                     self.after_fault(place, outcome)
-            self.finish(place, outcome)
+            self.finish(place, outcome, outcome.fault)
         return outcome
 
     def kill_at_writes(self, every: int) -> Outcome:
@@ -205,21 +220,18 @@ class Bench:
             place = next(self.places)
             self.start(place, kill_before=number)
             self.after_fault(place, outcome)
-            self.finish(place, outcome)
+            self.finish(place, outcome, f"{outcome.fault}, number {number}")
         return outcome
 
     def damage_newest(
-        self, chance: random.Random, files: tuple[str, ...] = FILES, damages: tuple[str, ...] = DAMAGES
+        self, chance: random.Random, kinds: Iterable[tuple[str, str]] = tuple(itertools.product(FILES, DAMAGES))
     ) -> Outcome:
-        """Kill in the middle, damage one file of the newest checkpoint, resume."""
-        from mvlm_core.training.checkpoint import checkpoint_folders
-
+        """Kill in the middle, damage one file of the newest checkpoint, resume; for each pair of file and damage."""
         outcome = Outcome(self.model, "newest checkpoint damaged")
-        for name, damage in itertools.product(files, damages):
+        for name, damage in kinds:
             place = next(self.places)
             self.start(place, kill_before=int(self.events * chance.uniform(0.4, 0.6)))
-            folders = checkpoint_folders(place / self.model / "checkpoints")
-            file = next(folder for folder in reversed(folders) if (folder / "optimizer.safetensors").exists()) / name
+            file = self.resumable(place)[-1] / name
             content = bytearray(file.read_bytes())
             if damage == "delete":
                 file.unlink()
@@ -229,18 +241,29 @@ class Bench:
                 content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
                 file.write_bytes(content)
             outcome.tried += 1
-            self.finish(place, outcome)
+            self.finish(place, outcome, f"{name}, {damage}")
         return outcome
 
 
-def table(outcomes: list[Outcome]) -> str:
-    rows = []
-    for one in outcomes:
-        mean = sum(one.repeated) / len(one.repeated) if one.repeated else 0.0
-        counts = (one.tried, one.runs, one.differing, one.lost_checkpoints)
-        rows.append((one.model, one.fault, *counts, f"{mean:.1f}"))
-    columns = ("model", "fault", "tried", "runs finished", "differing", "lost checkpoints", "steps repeated, mean")
-    return command.table(columns, rows, left=2)
+def without_times(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in TIMES}
+
+
+def benches(models: Iterable[str]) -> Iterator[Bench]:
+    """A bench for each of these models, one after the other, in a temporary folder."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    CONTEXT.set_forkserver_preload(PRELOAD)
+    for model in models:
+        with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+            yield Bench(model, Path(folder))
+
+
+def faults(bench: Bench, kills: int, every: int, seed: int) -> Iterator[Outcome]:
+    chance = random.Random(seed)
+    yield bench.stop_at_random(signal.SIGKILL, kills, chance)
+    yield bench.kill_at_writes(every)
+    yield bench.stop_at_random(signal.SIGTERM, max(5, kills // 5), chance)
+    yield bench.damage_newest(chance)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -250,28 +273,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(MODELS), help="these models, separated by commas [default both]")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    CONTEXT.set_forkserver_preload(PRELOAD)
-    from tests.helpers import build_tiny_corpus
-
+    if problems := command.below_one(options, "kills", "every"):
+        raise UserError(problems)
+    models = command.chosen(options.only, MODELS)
+    columns = ("model", "fault", "tried", "runs finished", "differing", "lost checkpoints", "steps repeated, mean")
+    print(command.head(columns, left=2), flush=True)
     outcomes: list[Outcome] = []
-    for model in command.chosen(options.only, MODELS):
-        with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-            root = Path(folder)
-            bench = Bench(model, build_tiny_corpus(root / "corpus"), root)
-            print(f"{model}: undisturbed in {bench.seconds:.1f} s, {bench.events} file operations", flush=True)
-            kills, stops, damage = (random.Random(options.seed + n) for n in range(3))
-            for inject in (
-                partial(bench.stop_at_random, signal.SIGKILL, options.kills, kills),
-                partial(bench.kill_at_writes, options.every),
-                partial(bench.stop_at_random, signal.SIGTERM, max(5, options.kills // 5), stops),
-                partial(bench.damage_newest, damage),
-            ):
-                outcomes.append(inject())
-                done = outcomes[-1]
-                print(f"  {done.fault}: {done.tried} tried, {done.differing} differing", flush=True)
+    for bench in benches(models):
+        for outcome in faults(bench, options.kills, options.every, options.seed):
+            outcomes.append(outcome)
+            repeated = f"{statistics.mean(outcome.repeated or [0]):.1f}"
+            print(command.row((vars(outcome) | {"repeated": repeated}).values()), flush=True)
     end = f"{STEPS} steps a run, a checkpoint every {CHECKPOINT_INTERVAL}; seed {options.seed}"
-    command.show(f"{table(outcomes)}\n{end}", [vars(outcome) for outcome in outcomes], options)
+    command.show(f"\n{end}", [vars(outcome) for outcome in outcomes], options)
     return 0 if all(outcome.survived for outcome in outcomes) else 1
 
 

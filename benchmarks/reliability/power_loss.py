@@ -16,49 +16,46 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import command
 from benchmarks.reliability.fault_injection import (
     CONTEXT,
-    FILE_EVENTS,
     MODELS,
-    PRELOAD,
-    TIMES,
     Bench,
+    before_file_operations,
+    benches,
     train_and_pack,
     write_at_the_next_step,
 )
-from mvlm_core.errors import LINE_BREAK, UserError, run_main
+from mvlm_core.errors import UserError, run_main
 
 ROOT = 0
 DROPPED, TORN, MIXED = "dropped", "torn", "mixed"
 WAYS = (DROPPED, TORN, MIXED)
+Content = dict[str, int] | bytes  # of a folder: name → item; of a file: its bytes
 Tree = dict[str, bytes | None]  # path below the run's folder → content, None for a folder
 
 
 @dataclass(frozen=True)
-class Operation:
-    """One thing that happened to the disk, or to what the run may count on.
+class Promised:
+    """What a run may count on: the step of its newest checkpoint (-1: none), a finished export and archive."""
 
-    Attributes:
-        kind: "entries", "write" or "sync" of the file or folder ``item``; "saved", "returned", "exported", "archived".
-        entries: of a folder, changed at once: name → item, None where the name is gone.
-        content: of a file, as a whole.
-        step: of a checkpoint.
-    """
+    step: int = -1
+    exported: bool = False
+    archived: bool = False
+
+
+class Operation(NamedTuple):
+    """One thing that happened: "write" (a new ``value``) or "sync" of a file or folder, or "promise" of ``value``."""
 
     kind: str
     item: int = -1
-    entries: dict[str, int | None] = field(default_factory=dict)
-    content: bytes = b""
-    step: int = -1
+    value: Any = None
 
 
 class Recorder:
@@ -68,32 +65,22 @@ class Recorder:
     """
 
     def __init__(self, place: Path) -> None:
-        self.place = place
+        self.place, self.promised = place, Promised()
         self.operations: list[Operation] = []
-        self.folders = {ROOT}
-        self._entries: dict[int, dict[str, int]] = {ROOT: {}}
-        self._items: dict[int, int] = {place.stat().st_ino: ROOT}  # inode → item
-        self._stamps: dict[int, tuple[int, int]] = {}
-        self._contents: dict[int, bytes] = {}
+        self._items: dict[int, int] = {}  # inode → item
+        self._contents: dict[int, Content] = {}
         self._count, self._looking = ROOT, False
         self.look()
-        for item in self._entries.keys() | self._contents.keys():  # what is there at the start is on the disk
-            self.operations.append(Operation("sync", item))
+        self.operations += [Operation("sync", item) for item in self._contents]  # it is on the disk at the start
         self.start = len(self.operations)
-        self._fsync = os.fsync
-        os.fsync = self._sync
-        sys.addaudithook(self._before)
+        self._fsync, os.fsync = os.fsync, self._sync
+        before_file_operations(str(place), self.look)
 
-    def mark(self, kind: str, step: int = -1) -> None:
+    def promise(self, **changes: Any) -> None:
         """Note what the run may count on from now on."""
         self.look()
-        self.operations.append(Operation(kind, step=step))
-
-    def _before(self, event: str, arguments: tuple) -> None:
-        if event in FILE_EVENTS and not self._looking and isinstance(arguments[0], str | bytes | os.PathLike):
-            path = os.fsdecode(arguments[0])
-            if path.startswith(str(self.place)) or not os.path.isabs(path):  # shutil.rmtree names files relatively
-                self.look()
+        self.promised = replace(self.promised, **changes)
+        self.operations.append(Operation("promise", value=self.promised))
 
     def _sync(self, descriptor: int) -> None:
         self.look()
@@ -103,50 +90,31 @@ class Recorder:
             self.operations.append(Operation("sync", item))
 
     def look(self) -> None:
-        """Note all changes since the last look: new contents first, then names."""
+        """Note all changes since the last look: files first, then names."""
+        if self._looking:  # it opens files itself
+            return
+        found: dict[int, Content] = {}
         self._looking = True
-        try:
-            found = {ROOT: self._list(self.place)}
-            for folder, path in self._below(ROOT, self.place, found):
-                found[folder] = self._list(path)
-        finally:
-            self._looking = False
-        for folder in found.keys() | self._entries.keys():
-            old, new = self._entries.get(folder, {}), found.get(folder, {})
-            changed = {name: new.get(name) for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
-            if changed and folder in found:
-                self.operations.append(Operation("entries", folder, entries=changed))
-        self._entries = found
-        alive = {ROOT}.union(*(entries.values() for entries in found.values()))
-        self._items = {inode: item for inode, item in self._items.items() if item in alive}
+        self._visit(self.place, found)
+        self._looking = False
+        for item, content in sorted(found.items(), key=lambda pair: isinstance(pair[1], dict)):
+            if content != self._contents.get(item):
+                self.operations.append(Operation("write", item, content))
+        self._contents = found
+        # An inode that has gone may come back as another file.
+        self._items = {inode: item for inode, item in self._items.items() if item in found}
 
-    def _below(self, folder: int, path: Path, found: dict[int, dict[str, int]]) -> Iterator[tuple[int, Path]]:
-        for name, item in list(found[folder].items()):
-            if item in self.folders:
-                yield item, path / name
-                yield from self._below(item, path / name, found)
-
-    def _list(self, path: Path) -> dict[str, int]:
-        """The entries of a folder; notes the new contents of its files."""
-        entries = {}
-        for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
-            status = entry.stat(follow_symlinks=False)
-            if status.st_ino not in self._items:
-                self._count += 1
-                self._items[status.st_ino] = self._count
-            item = entries[entry.name] = self._items[status.st_ino]
-            if entry.is_dir(follow_symlinks=False):
-                self.folders.add(item)
-                continue
-            stamp = (status.st_size, status.st_mtime_ns)
-            # The time of a change is coarse: what is small is compared as it is.
-            if self._stamps.get(item) != stamp or status.st_size < 1 << 16:
-                content = Path(entry.path).read_bytes()
-                if content != self._contents.get(item):
-                    self._contents[item] = content
-                    self.operations.append(Operation("write", item, content=content))
-                self._stamps[item] = stamp
-        return entries
+    def _visit(self, path: Path, found: dict[int, Content]) -> int:
+        """The item at ``path``; its content, and what is below it, come into ``found``."""
+        inode = path.stat(follow_symlinks=False).st_ino
+        if inode not in self._items:
+            self._items[inode], self._count = self._count, self._count + 1
+        item = self._items[inode]
+        if path.is_dir():
+            found[item] = {child.name: self._visit(child, found) for child in sorted(path.iterdir())}
+        else:
+            found[item] = path.read_bytes()
+        return item
 
 
 def recorded_job(line: Any, model: str, corpus: str, place: str, changes: dict[str, Any]) -> None:
@@ -161,93 +129,66 @@ def recorded_job(line: Any, model: str, corpus: str, place: str, changes: dict[s
     def recorded_save(root: Path, step: int, tensors: Any, state: dict[str, Any]) -> Path:
         folder = save(root, step, tensors, state)
         if not state["weights_only"]:
-            recorder.mark("saved", step)
+            recorder.promise(step=step)
         return folder
 
     def recorded_pack(*arguments: Any) -> str:
-        recorder.mark("exported")
+        recorder.promise(exported=True)
         digest = pack(*arguments)
-        recorder.mark("archived")
+        recorder.promise(archived=True)
         return digest
 
     def recorded_return(root: Path, step: int) -> None:
-        recorder.mark("returned", step)
+        recorder.promise(step=step)
         set_aside(root, step)
 
     checkpoints.save_checkpoint, checkpoints.set_aside_later = recorded_save, recorded_return
     archive.write_archive = recorded_pack
     train_and_pack(model, corpus, place, **changes)
-    line.send((recorder.operations, recorder.folders, recorder.start))
+    line.send((recorder.operations, recorder.start))
     line.close()
 
 
-@dataclass
-class Promises:
-    """What a run may count on after a prefix: the newest checkpoint on the disk, a finished export and archive."""
-
-    step: int = -1
-    exported: bool = False
-    archived: bool = False
-
-    def after(self, operation: Operation) -> None:
-        if operation.kind == "saved":
-            self.step = max(self.step, operation.step)
-        elif operation.kind == "returned":
-            self.step = min(self.step, operation.step)
-        self.exported |= operation.kind == "exported"
-        self.archived |= operation.kind == "archived"
-
-
 class Disk:
-    """A disk with a cache: what of the operations so far is flushed, and what only may have reached it."""
+    """A disk with a cache: of each file and folder the flushed content, then what may have reached the disk since."""
 
-    def __init__(self, folders: set[int]) -> None:
-        self.folders = folders
-        self.entries: dict[int, dict[str, int]] = defaultdict(dict)
-        self.later_entries: dict[int, list[dict[str, int | None]]] = defaultdict(list)
-        self.content: dict[int, bytes] = defaultdict(bytes)
-        self.later_contents: dict[int, list[bytes]] = defaultdict(list)
+    def __init__(self) -> None:
+        self.contents: dict[int, list[Any]] = {ROOT: [{}]}
 
     def apply(self, operation: Operation) -> None:
         item = operation.item
-        if operation.kind == "entries":
-            self.later_entries[item].append(operation.entries)
-        elif operation.kind == "write":
-            self.later_contents[item].append(operation.content)
-        elif operation.kind == "sync" and item in self.folders:
-            self.entries[item] = self._entries(item, len(self.later_entries[item]))
-            self.later_entries[item] = []
+        if operation.kind == "write":
+            self.contents.setdefault(item, [type(operation.value)()]).append(operation.value)
         elif operation.kind == "sync":
-            self.content[item] = (self.later_contents.pop(item, None) or [self.content[item]])[-1]
+            self.contents[item] = self.contents[item][-1:]
 
     def after_power_loss(self, way: str, chance: random.Random) -> Tree:
         """The files and folders that are found."""
         tree: Tree = {}
-        self._find(ROOT, "", way, chance, tree)
+
+        def find(folder: int, path: str) -> None:
+            contents = self.contents[folder]
+            entries = {DROPPED: contents[0], TORN: contents[-1], MIXED: chance.choice(contents)}[way]
+            for name, item in entries.items():
+                if isinstance(self.contents[item][0], dict):
+                    tree[path + name] = None
+                    find(item, f"{path}{name}/")
+                else:
+                    tree[path + name] = torn(self.contents[item], way, chance)
+
+        find(ROOT, "")
         return tree
 
-    def _find(self, folder: int, path: str, way: str, chance: random.Random, tree: Tree) -> None:
-        later = self.later_entries.get(folder, [])
-        reached = {DROPPED: 0, TORN: len(later), MIXED: chance.randint(0, len(later))}[way]
-        for name, item in self._entries(folder, reached).items():
-            tree[path + name] = None if item in self.folders else self._torn(item, way, chance)
-            if item in self.folders:
-                self._find(item, f"{path}{name}/", way, chance, tree)
 
-    def _entries(self, folder: int, reached: int) -> dict[str, int]:
-        entries: dict[str, int | None] = dict(self.entries[folder])
-        for changed in self.later_entries[folder][:reached]:
-            entries |= changed
-        return {name: item for name, item in entries.items() if item is not None}
-
-    def _torn(self, item: int, way: str, chance: random.Random) -> bytes:
-        flushed, later = self.content[item], self.later_contents.get(item, [])
-        if way == DROPPED or not later or (way == MIXED and chance.random() < 0.3):
-            return flushed
-        newest = later[-1] if way == TORN else chance.choice(later)
-        same = len(flushed) if newest.startswith(flushed) else 0
-        cut = (same + len(newest)) // 2 if way == TORN else chance.randint(same, len(newest))
-        return newest[:cut] + bytes(len(newest) - cut) * chance.randint(0, 1)
+def torn(contents: list[bytes], way: str, chance: random.Random) -> bytes:
+    """What is found of a file: the flushed content, or a later one of which only the beginning is there."""
+    flushed, *later = contents
+    if way == DROPPED or not later or (way == MIXED and chance.random() < 0.3):
+        return flushed
+    newest = later[-1] if way == TORN else chance.choice(later)
+    same = len(flushed) if newest.startswith(flushed) else 0
+    cut = (same + len(newest)) // 2 if way == TORN else chance.randint(same, len(newest))
+    return newest[:cut] + bytes(len(newest) - cut) * chance.randint(0, 1)
 
 
 def lay_out(tree: Tree, place: Path) -> Path:
@@ -261,63 +202,38 @@ def lay_out(tree: Tree, place: Path) -> Path:
     return place
 
 
-@dataclass
-class Found:
-    """What the readers make of a disk after a power failure.
-
-    Attributes:
-        step: of the newest checkpoint, -1 where there is none.
-        lies: what counts as good and is not, and tracebacks.
-    """
-
-    step: int = -1
-    exported: bool = False
-    archived: bool = False
-    lies: list[str] = field(default_factory=list)
-
-    def broken(self, promises: Promises) -> list[str]:
-        """What is wrong, given what the run could count on."""
-        kept = {
-            f"checkpoint of step {promises.step} lost, the newest is of {self.step}": self.step >= promises.step,
-            "finished export lost": self.exported >= promises.exported,
-            "finished archive lost": self.archived >= promises.archived,
-        }
-        return self.lies + [problem for problem, holds in kept.items() if not holds]
-
-
-def read(bench: Bench, place: Path) -> Found:
-    """Open everything, as a resumed run and the checks of exports and archives do."""
+def problems(bench: Bench, place: Path, promised: Promised) -> list[str]:
+    """Open everything, as a resumed run and the checks of exports and archives do; what is broken or lost."""
     from mvlm_core.export.archive import check_archive
     from mvlm_core.export.manifest import verify_folder
     from mvlm_core.files import sha256_file
     from mvlm_core.training.checkpoint import DamagedCheckpoint, checkpoint_folder, newest_checkpoint, open_checkpoint
-    from mvlm_core.training.history import read_history
 
-    folder, archive, found = place / bench.model, place / f"{bench.model}_model.tar.gz", Found()
+    folder, archive, found = place / bench.model, place / f"{bench.model}_model.tar.gz", []
     try:
-        newest = newest_checkpoint(folder / "checkpoints")
-        records = read_history(folder / "training_history.jsonl")
-        history = [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+        newest, history = newest_checkpoint(folder / "checkpoints"), bench.history(place)
+        step = newest.step if newest else -1
+        if step < promised.step:
+            found.append(f"checkpoint of step {promised.step} lost, the newest is of {step}")
         if history != bench.expected["history"][: len(history)]:
-            found.lies.append("the history is another one")
-        if newest is not None:
-            found.step = newest.step
-            if len(history) < newest.step:
-                found.lies.append(f"the history ends at {len(history)}, before the checkpoint of {newest.step}")
-            best = newest.state["best_step"]
-            if best not in (None, newest.step):
-                open_checkpoint(checkpoint_folder(folder / "checkpoints", best))
-        found.exported = not verify_folder(folder)
-        if found.exported and sha256_file(folder / "model.safetensors") != bench.expected["export"]:
-            found.lies.append("the export holds other weights")
-        if archive.exists():
-            found.archived = not check_archive(archive)
-            if not found.archived:
-                found.lies.append("a damaged archive under its final name")
+            found.append("the history is another one")
+        if len(history) < step:
+            found.append(f"the history ends at {len(history)}, before the checkpoint of {step}")
+        if newest and newest.state["best_step"] not in (None, step):
+            open_checkpoint(checkpoint_folder(folder / "checkpoints", newest.state["best_step"]))
+        exported = not verify_folder(folder)
+        if exported and sha256_file(folder / "model.safetensors") != bench.expected["export"]:
+            found.append("the export holds other weights")
+        if promised.exported and not exported:
+            found.append("finished export lost")
+        if archive.exists() and check_archive(archive):
+            found.append("a damaged archive under its final name")
+        if promised.archived and not archive.exists():
+            found.append("finished archive lost")
     except DamagedCheckpoint as damage:
-        found.lies.append(f"the best checkpoint is lost: {damage}")
+        found.append(f"the best checkpoint is lost: {damage}")
     except Exception as error:  # whatever it is, a reader must not raise it
-        found.lies.append(f"traceback: {type(error).__name__}: {error}")
+        found.append(f"traceback: {type(error).__name__}: {error}")
     return found
 
 
@@ -351,70 +267,56 @@ class Recording:
         process.start()
         theirs.close()
         try:
-            self.operations, self.folders, self.start = ours.recv()
+            self.operations, self.start = ours.recv()
         except EOFError:
             raise SystemExit(f"the run to be recorded failed: {name}") from None
         process.join()
 
-    def states(self, seed: int, every: int = 1) -> Iterator[tuple[int, str, Tree, Promises]]:
+    def states(self, seed: int, every: int = 1) -> Iterator[tuple[int, str, Tree, Promised]]:
         """Prefix by prefix, the three ways in which its disk may be found, and what the run could count on."""
-        disk, promises = Disk(self.folders), Promises()
+        disk, promised = Disk(), Promised()
         for number, operation in enumerate(self.operations, 1):
             disk.apply(operation)
-            promises.after(operation)
+            if operation.kind == "promise":
+                promised = operation.value
             if number >= self.start and (number - self.start) % every == 0:
                 for way in WAYS:
-                    yield number, way, disk.after_power_loss(way, random.Random(f"{seed} {number} {way}")), promises
+                    yield number, way, disk.after_power_loss(way, random.Random(f"{seed} {number} {way}")), promised
 
-    def read_all(self, seed: int, every: int = 1) -> Outcome:
+    def open_all(self, seed: int, every: int = 1) -> Outcome:
         """Let the readers look at every state."""
-        outcome, seen = self.outcome, dict[str, tuple[Tree, Found]]()
-        for number, way, tree, promises in self.states(seed, every):
+        outcome, seen = self.outcome, dict[str, tuple[Tree, Promised]]()
+        for number, way, tree, promised in self.states(seed, every):
             outcome.prefixes += way == DROPPED
-            if way not in seen or seen[way][0] != tree:
-                with tempfile.TemporaryDirectory(dir=self.bench.root) as folder:
-                    seen[way] = tree, read(self.bench, lay_out(tree, Path(folder) / "disk"))
-                outcome.opened += 1
-            if problems := seen[way][1].broken(promises):
-                outcome.broken += 1
-                print(f"  {outcome.run}, prefix {number}, {way}: {'; '.join(problems)}", flush=True)
+            if seen.get(way) == (tree, promised):
+                continue
+            seen[way] = tree, promised
+            outcome.opened += 1
+            with tempfile.TemporaryDirectory(dir=self.bench.root) as folder:
+                if found := problems(self.bench, lay_out(tree, Path(folder) / "disk"), promised):
+                    outcome.broken += 1
+                    print(f"  {outcome.run}, prefix {number}, {way}: {'; '.join(found)}", flush=True)
         return outcome
 
     def resume_some(self, count: int, seed: int) -> Outcome:
         """Start again from ``count`` of the states, drawn at random, and compare what comes out."""
         numbers = range(self.start, len(self.operations) + 1)
-        drawn = {(number, way) for number in numbers for way in WAYS}
-        chosen = set(random.Random(seed).sample(sorted(drawn), count))
+        drawn = random.Random(seed).sample([(number, way) for number in numbers for way in WAYS], count)
         for number, way, tree, _ in self.states(seed):
-            if (number, way) in chosen:
+            if (number, way) in drawn:
                 place = lay_out(tree, next(self.bench.places))
-                code, _ = self.bench.start(place)
-                self.outcome.resumed += 1
-                if code != 0 or self.bench.result(place) != self.bench.expected:
-                    self.outcome.differing += 1
-                    print(f"  differs: {self.outcome.run}, prefix {number}, {way}, exit code {code}", flush=True)
+                self.bench.finish(place, self.outcome, f"{self.outcome.run}, prefix {number}, {way}")
         return self.outcome
 
 
 def recordings(bench: Bench) -> Iterator[Recording]:
     """A run from scratch, one that goes on after a kill, and one that returns to an older checkpoint."""
-    from mvlm_core.training.checkpoint import checkpoint_folders
-
     yield Recording(bench, "from scratch", bench.root / "scratch")
     for name, back in (("resumed after a kill", False), ("returned to an older checkpoint", True)):
         place = bench.root / name.replace(" ", "-")
         bench.start(place, kill_before=bench.events // 2)
-        whole = [
-            folder
-            for folder in checkpoint_folders(place / bench.model / "checkpoints")
-            if (folder / "optimizer.safetensors").exists()
-        ]
-        yield Recording(bench, name, place, **({"resume_from": str(whole[-2])} if back else {}))
-
-
-def table(outcomes: list[Outcome]) -> str:
-    columns = ("model", "run", "prefixes", "states opened", "broken", "resumed", "differing")
-    return command.table(columns, [tuple(vars(outcome).values()) for outcome in outcomes], left=2)
+        older = {"resume_from": str(bench.resumable(place)[-2])} if back else {}
+        yield Recording(bench, name, place, **older)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -424,23 +326,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--resumed", type=int, default=20, help="states resumed to the end, a model [default 20]")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    if problems := command.below_one(options, "every"):
-        raise UserError(problems)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    CONTEXT.set_forkserver_preload(PRELOAD)
-    from tests.helpers import build_tiny_corpus
-
+    if bad := command.below_one(options, "every"):
+        raise UserError(bad)
+    models = command.chosen(options.only, MODELS)
+    columns = ("model", "run", "prefixes", "states opened", "broken", "resumed", "differing")
+    print(command.head(columns, left=2), flush=True)
     outcomes: list[Outcome] = []
-    for model in command.chosen(options.only, MODELS):
-        with tempfile.TemporaryDirectory(prefix="power-") as folder:
-            bench = Bench(model, build_tiny_corpus(Path(folder) / "corpus"), Path(folder))
-            for number, recording in enumerate(recordings(bench)):
-                recording.read_all(options.seed, options.every)
-                share = len(range(number, options.resumed, 3))
-                outcomes.append(recording.resume_some(share, options.seed))
-                print(command.row(vars(outcomes[-1]).values()), flush=True)
+    for bench in benches(models):
+        for number, recording in enumerate(recordings(bench)):
+            recording.open_all(options.seed, options.every)
+            share = len(range(number, options.resumed, 3))
+            outcomes.append(recording.resume_some(share, options.seed))
+            print(command.row(vars(outcomes[-1]).values()), flush=True)
     end = f"each prefix {', '.join(WAYS)}; seed {options.seed}"
-    command.show(f"{table(outcomes)}{LINE_BREAK}{end}", [vars(outcome) for outcome in outcomes], options)
+    command.show(f"\n{end}", [vars(outcome) for outcome in outcomes], options)
     return 0 if not any(outcome.broken or outcome.differing for outcome in outcomes) else 1
 
 

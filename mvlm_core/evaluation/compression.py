@@ -53,7 +53,7 @@ def compression_baselines(corpus: Corpus, cache_dir: Path) -> dict[str, Any]:
         A value for each of ``METHODS``, ``train_bytes``, ``test_bytes``, and ``translation`` (None for all text); {}
         where either split is empty or the text is longer than ``TEXT_LIMIT``.
     """
-    train, test = _texts(corpus)
+    train, test = compared_texts(corpus)
     if not test:
         return {}
     key = hashlib.sha256(b"%d %d " % (VERSION, len(train)) + train + test).hexdigest()
@@ -71,7 +71,7 @@ def compression_baselines(corpus: Corpus, cache_dir: Path) -> dict[str, Any]:
     return known | {"train_bytes": len(train), "test_bytes": len(test)} | found
 
 
-def _texts(corpus: Corpus) -> tuple[bytes, bytes]:
+def compared_texts(corpus: Corpus) -> tuple[bytes, bytes]:
     """Train and test text of the primary translation, or all of it where there is none; nothing where either is empty
     or both are too long."""
     primary = bool(corpus.primary_part("test"))
@@ -82,13 +82,20 @@ def _texts(corpus: Corpus) -> tuple[bytes, bytes]:
     return train, test
 
 
+def ppmd_bits(train: bytes, parts: Sequence[bytes], order: int) -> list[float]:
+    """Code length in bits of each of a text's parts, one after the other, by PPMd that has read ``train``."""
+    encoder = _ppmd_encoder(order, len(train) + sum(map(len, parts)))
+    encoder.encode(train)
+    return [8.0 * len(encoder.encode(part)) for part in parts]
+
+
 def bits_by_part(corpus: Corpus, parts: Sequence[bytes]) -> dict[str, tuple[list[float], float]]:
     """Code length in bits of each of a text's parts, and of them together, by method; primed as above.
 
     PPMd writes a byte as soon as it is certain, so a part's length is right to about a byte. xz writes nothing until
     its end: no parts. {} where there is no train text to prime with.
     """
-    if not (train := _texts(corpus)[0]):
+    if not (train := compared_texts(corpus)[0]):
         return {}
     text = b"".join(parts)
 
@@ -96,9 +103,7 @@ def bits_by_part(corpus: Corpus, parts: Sequence[bytes]) -> dict[str, tuple[list
         return [], 8.0 * (_xz(train + text) - _xz(train))
 
     def ppmd(order: int) -> tuple[list[float], float]:
-        encoder = _ppmd_encoder(order, len(train) + len(text))
-        encoder.encode(train)
-        lengths = [8.0 * len(encoder.encode(part)) for part in parts]
+        lengths = ppmd_bits(train, parts, order)
         return lengths, sum(lengths)
 
     with ThreadPoolExecutor(2) as pool:

@@ -290,15 +290,14 @@ def _cards(settings: TrainingSettings, one: StepCost, two: StepCost, steps: int,
     return lines
 
 
-def matrix_rate() -> float:
-    """FLOP/s of an fp32 matrix product on this machine's processor, the best of a few."""
+def matrix_rate(precision: str = "fp32", size: int = 1024) -> float:
+    """FLOP/s of a square matrix product on this machine's processor, the best of a few; "fp32" or "bf16"."""
     import torch
 
-    size, best = 1024, 0.0
-    a, b = torch.ones(size, size), torch.ones(size, size)
+    best, a = 0.0, torch.ones(size, size, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     for _ in range(5):
         started = time.perf_counter()
-        a @ b
+        a @ a
         best = max(best, 2 * size**3 / (time.perf_counter() - started))
     return best
 

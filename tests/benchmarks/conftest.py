@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.experiments.runner import Run
 from benchmarks.reliability import fault_injection
-from tests.helpers import MODELS, TINY, build_tiny_corpus
+from tests.helpers import MODELS, TINY
 
 
 @pytest.fixture(scope="session")
@@ -21,5 +21,4 @@ def finished(trained: Path) -> dict[str, Run]:
 def bench(tmp_path_factory: pytest.TempPathFactory) -> fault_injection.Bench:
     """Runs of model 2 in processes of their own, to be disturbed and compared with an undisturbed one."""
     fault_injection.CONTEXT.set_forkserver_preload(fault_injection.PRELOAD)
-    root = tmp_path_factory.mktemp("faults")
-    return fault_injection.Bench("simone_enhanced", build_tiny_corpus(root / "corpus"), root)
+    return fault_injection.Bench("simone_enhanced", tmp_path_factory.mktemp("faults"))

@@ -5,6 +5,7 @@ import pytest
 from benchmarks.experiments import decoding
 from mvlm_core.data.corpus import load_corpus
 from mvlm_core.errors import UserError
+from mvlm_core.evaluation.compression import compared_texts
 from tests.helpers import build_tiny_corpus
 
 
@@ -14,24 +15,24 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def judge(corpus):
-    return decoding.Judge(corpus)
+def train(corpus):
+    return compared_texts(corpus)[0]
 
 
-def test_repeated_and_random_text_are_told_from_the_books(corpus, judge):
+def test_repeated_and_random_text_are_told_from_the_books(corpus, train):
     held_out = corpus.split("validation")[0].read().split()
     texts = [" ".join(held_out[start : start + 64]) for start in range(0, 256, 64)]
-    books = decoding.measured(texts, judge)
-    looped = decoding.measured([" ".join(text.split()[:8] * 8) for text in texts], judge)
-    mixed = decoding.measured([" ".join(sorted(text.split(), key=lambda word: word[::-1])) for text in texts], judge)
+    books = decoding.measured(texts, train)
+    looped = decoding.measured([" ".join(text.split()[:8] * 8) for text in texts], train)
+    mixed = decoding.measured([" ".join(sorted(text.split(), key=lambda word: word[::-1])) for text in texts], train)
     assert looped["rep_4"] > 0.8 > 0.1 > books["rep_4"] and looped["distinct_2"] < 0.5 * books["distinct_2"]
     assert looped["bits_per_byte"] < books["bits_per_byte"] < mixed["bits_per_byte"]
     assert decoding.distance(books, books) == 0
     assert min(decoding.distance(other, books) for other in (looped, mixed)) > 0.05
 
 
-def test_every_setting_is_measured_and_the_nearest_is_marked(trained, corpus, judge):
-    found = decoding.measure(trained / "mvlm_gpt2", corpus, judge, 2, 0)
+def test_every_setting_is_measured_and_the_nearest_is_marked(trained, corpus, train):
+    found = decoding.measure(trained / "mvlm_gpt2", corpus, train, 2, 0)
     assert list(found) == ["the books", *decoding.settings()] and len(found) == 17
     rows = decoding.table(found, "model").splitlines()
     marked = [row for row in rows if "**" in row]

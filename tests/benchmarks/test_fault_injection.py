@@ -22,7 +22,7 @@ def test_killed_between_file_operations(bench, points):
 
 @pytest.mark.parametrize("file", ["model.safetensors", pytest.param("manifest.json", marks=pytest.mark.integration)])
 def test_damaged_newest_checkpoint(bench, file):
-    outcome = bench.damage_newest(random.Random(1), files=(file,), damages=("flip a bit",))
+    outcome = bench.damage_newest(random.Random(1), [(file, "flip a bit")])
     assert outcome.tried == 1 and outcome.survived
 
 

@@ -10,7 +10,7 @@ from benchmarks.performance import latency
 @pytest.mark.parametrize("model", tuple(latency.TRAINERS))
 def test_generation_is_timed_with_and_without_the_cache(model, monkeypatch):
     monkeypatch.setattr(latency, "NEW_TOKENS", 6)
-    built = latency.fresh(model, {"hidden_dim": 32, "vocab_size": 400, "num_layers": 2})
+    built = latency.build(model, {"hidden_dim": 32, "vocab_size": 400, "num_layers": 2}).model.eval()
     calls = []
     built.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append(kwargs["input_ids"].shape[1]), with_kwargs=True
@@ -45,4 +45,4 @@ def test_saves_are_timed_with_and_without_the_thread(monkeypatch, capsys, tmp_pa
     assert not list(tmp_path.iterdir())
     tensors = latency.state_tensors("mvlm_gpt2", latency.SHAPES["124M"])
     sizes = {name: sum(tensor.numel() for tensor in named.values()) for name, named in tensors.items()}
-    assert sizes["optimizer"] == 2 * sizes["model"], "AdamW: two figures a weight"
+    assert sizes["optimizer"] == pytest.approx(2 * sizes["model"], rel=0.01), "AdamW: two figures a weight, and a count"
