@@ -1,5 +1,4 @@
-"""From small to large: how the best learning rate moves with size and batch, decay and dropout with repeats, and what
-bits per byte to expect.
+"""From small to large: how the best learning rate moves with size and batch, and what bits per byte to expect.
 
     python -m benchmarks.experiments.scaling --seeds 1 --max_bytes 1000000
 
@@ -13,8 +12,6 @@ bits per byte to expect.
     test            a fourth size, larger than the others, at half of the rule's learning rate, at it, and at twice it.
     amounts         small sizes on more text: bits per byte = floor + A · parameters ** -α + B · bytes ** -β, by least
                     squares over these and the best of learning_rates. The fourth size was not used: it tests the law.
-    repeats         a tiny size, with as little text per parameter as the h200 preset has (a few books, all
-                    translations), read 1, 3 and 8 times with several decays and dropouts.
 
 Shapes and text are those of the h200 preset, scaled down: heads of 64, feed-forward four times the width, output tied,
 every text read once a pass. Scores are of the validation books of the primary translation.
@@ -25,29 +22,22 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import random
-import shutil
 import statistics
-import tempfile
-from collections import defaultdict
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from benchmarks import command
 from benchmarks.experiments import runner
 from benchmarks.experiments.runner import SETTINGS, Line, Run
 from mvlm_core.console import log
-from mvlm_core.data.corpus import MANIFEST_NAME, load_corpus
-from mvlm_core.errors import UserError, run_main
+from mvlm_core.errors import run_main
 
 HEAD = 64
 FULL_WIDTH = 768  # of the h200 preset
 CONTEXT, BATCH = 256, 8  # of these runs
-# name → (width, layers): about 2, 7, 19 and 27 million parameters with 4,096 tokens; 1.1 million for the repeats.
-SHAPES = {"small": (192, 3), "medium": (320, 5), "large": (448, 7), "test": (512, 8), "tiny": (128, 3)}
+# name → (width, layers): about 2, 7, 19 and 27 million parameters with 4,096 tokens.
+SHAPES = {"small": (192, 3), "medium": (320, 5), "large": (448, 7), "test": (512, 8)}
 STARTS = {"mvlm_gpt2": 2e-3, "simone_enhanced": 0.02}
 MOST_RATES = 6  # of one search
 # Part → (size, batch, text in units of --max_bytes) of its searches or, for the last two, of its runs.
@@ -59,8 +49,7 @@ POINTS = {
     "amounts": [*(("small", BATCH, amount) for amount in (2, 4, 8)), *(("medium", BATCH, amount) for amount in (2, 4))],
 }
 SEARCHES = ("learning_rates", "batches", "lengths")
-PARTS = (*POINTS, "repeats")
-EPOCHS, DECAYS, DROPOUTS = (1, 3, 8), (0.1, 0.4, 1.6), (0.0, 0.1, 0.3)
+PARTS = tuple(POINTS)
 
 
 # --- the arithmetic ------------------------------------------------------------------------------------------
@@ -240,50 +229,6 @@ def ruled_runs(part: str, model: str, rule: Rule, options: argparse.Namespace) -
     return [run for search, factor in pairs for run in search.runs(factor * rule(SHAPES[search.size][0]))]
 
 
-def few_books(options: argparse.Namespace) -> Path:
-    """A data folder of train books up to ``--repeat_bytes``, in all translations, and of the validation books.
-
-    Raises:
-        UserError: every train book is larger than that.
-    """
-    folder = options.work_dir / f"text-{options.repeat_bytes}"
-    if folder.is_dir():
-        return folder
-    corpus, books, left = load_corpus(options.data_dir), defaultdict(list), options.repeat_bytes
-    for document in corpus.split("train"):
-        books[document.book].append(document)
-    kept = corpus.split("validation")
-    for book in random.Random(0).sample(list(books), len(books)):
-        if (size := sum(document.size for document in books[book])) <= left:
-            kept = books[book] + kept
-            left -= size
-    if left == options.repeat_bytes:
-        raise UserError(f"--repeat_bytes {left}: no train book is so small in all its translations")
-    options.work_dir.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=options.work_dir))
-    files = [Path(document.path).with_suffix(kind) for document in kept for kind in (".txt", ".json")]
-    for file in (Path(MANIFEST_NAME), *files):  # the manifest names the primary translation, which is scored
-        (staging / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(corpus.root / file, staging / file)
-    with suppress(OSError):  # another command, on the other model, may have been first
-        staging.rename(folder)
-    shutil.rmtree(staging, ignore_errors=True)
-    return folder
-
-
-def repeat_runs(options: argparse.Namespace) -> list[Run]:
-    """Decays at a dropout of 0.1 and dropouts at a decay of 0.4, at each number of epochs, of both models."""
-    lines = {}
-    settings = sorted({(decay, 0.1) for decay in DECAYS} | {(0.4, dropout) for dropout in DROPOUTS})
-    # The most telling ones first.
-    for epochs, (model, rate), (decay, dropout) in itertools.product(reversed(EPOCHS), STARTS.items(), settings):
-        values = Search(options, model, "tiny").values(rate) | {"max_bytes": None, "num_epochs": float(epochs)}
-        values |= {"data_dir": str(few_books(options)), "weight_decay": decay, "dropout": dropout}
-        label = f"{model} repeats {options.repeat_bytes} epochs {epochs} decay {decay} dropout {dropout}"
-        lines[label] = Line(model, changes=values)
-    return runner.plan(lines, options, runner.shared_values(options))
-
-
 # --- the tables ----------------------------------------------------------------------------------------------
 
 
@@ -347,15 +292,6 @@ def rule_lines(model: str, rule: Rule, law: Law | None, options: argparse.Namesp
     return lines
 
 
-def repeat_table(options: argparse.Namespace) -> str:
-    rows = []
-    for run in repeat_runs(options):
-        for _, _, bits in figures([run]):
-            settings = (f"{run.values[key]:g}" for key in ("num_epochs", "weight_decay", "dropout"))
-            rows.append((run.model, *settings, f"{bits:.4f}"))
-    return command.table(("model", "epochs", "decay", "dropout", "bits per byte"), rows)
-
-
 def report(options: argparse.Namespace) -> None:
     """Show the tables of what is finished."""
     text, found = [search_table(options)], {}
@@ -364,8 +300,6 @@ def report(options: argparse.Namespace) -> None:
             law = law_of(model, rule, options)
             found[model] = {"rule": asdict(rule)} | ({"law": asdict(law)} if law else {})
             text += rule_lines(model, rule, law, options)
-    if (options.work_dir / f"text-{options.repeat_bytes}").is_dir():
-        text += ["", repeat_table(options)]
     command.show("\n".join(text), found, options)
 
 
@@ -373,9 +307,7 @@ def run_part(part: str, model: str, options: argparse.Namespace) -> list[Run]:
     """Run what is missing of one part for one model; returns what failed."""
     if part in SEARCHES:
         return [run for search in searches(part, model, options) for run in search.make()]
-    if part == "repeats":
-        runs = [run for run in repeat_runs(options) if run.model == model]
-    elif rule := rule_of(model, options):
+    if rule := rule_of(model, options):
         runs = ruled_runs(part, model, rule, options)
     else:
         log.warning("%s: the rule of %s is unknown: --only learning_rates comes first", part, model)
@@ -387,8 +319,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = runner.command_line(__doc__, "scaling", PARTS)
     parser.set_defaults(seeds=1, max_bytes=1_000_000)
     parser.add_argument("--model", choices=tuple(SETTINGS), help="this model alone, for example one on each core")
-    parser.add_argument("--repeat_bytes", type=int, default=500_000, help="text of repeats [default 500000]")
-    return runner.settled(parser.parse_args(arguments), "max_bytes", "repeat_bytes")
+    return runner.settled(parser.parse_args(arguments), "max_bytes")
 
 
 def main(arguments: list[str] | None = None) -> int:

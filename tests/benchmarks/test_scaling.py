@@ -2,12 +2,10 @@
 
 import json
 import math
-from collections import Counter
 
 import pytest
 
 from benchmarks.experiments import scaling
-from mvlm_core.errors import UserError
 
 
 def options_of(tmp_path, corpus, *arguments):
@@ -84,26 +82,6 @@ def test_sizes_are_what_they_say_and_settings_are_valid(tmp_path, tiny_corpus):
         assert len(folders | {str(run.folder) for run in more}) == 5 + 5
 
 
-def test_few_books_are_train_books_in_all_translations_and_all_validation(tmp_path, tiny_corpus):
-    whole = scaling.load_corpus(tiny_corpus)
-    sizes = Counter()
-    for document in whole.split("train"):
-        sizes[document.book] += document.size
-    options = options_of(tmp_path, tiny_corpus, "--repeat_bytes", str(max(sizes.values())))
-    corpus = scaling.load_corpus(scaling.few_books(options))
-    chosen = {d.book for d in corpus.split("train")}
-    assert corpus.primary_translation == whole.primary_translation == "kjv", "which validation scores"
-    assert 0 < sum(sizes[book] for book in chosen) <= options.repeat_bytes < sizes.total()
-    assert {d.path for d in corpus.split("train")} == {d.path for d in whole.split("train") if d.book in chosen}
-    assert [d.path for d in corpus.split("validation")] == [d.path for d in whole.split("validation")]
-    with pytest.raises(UserError, match="--repeat_bytes 1: no train book"):
-        scaling.few_books(options_of(tmp_path / "other", tiny_corpus, "--repeat_bytes", "1"))
-    runs = scaling.repeat_runs(options)
-    assert len({run.folder for run in runs}) == len(runs) == 2 * 3 * 5
-    for run in runs:
-        assert run.settings().check().max_bytes is None
-
-
 def test_finished_runs_make_rules_laws_and_tables(tmp_path, tiny_corpus, monkeypatch, capsys):
     """Bits per byte from a known law and rule, in place of trainings."""
     rule, law = scaling.Rule(0.5, -1.0, 0.5, -0.25), scaling.Law(0.7, 60.0, 0.35, 90.0, 0.4)
@@ -119,12 +97,11 @@ def test_finished_runs_make_rules_laws_and_tables(tmp_path, tiny_corpus, monkeyp
     monkeypatch.setattr(scaling.Run, "result", result)
     monkeypatch.setattr(scaling.runner, "make", lambda runs, folder: [])
     options = options_of(tmp_path, tiny_corpus, "--json", str(tmp_path / "found.json"))
-    scaling.few_books(options)
     assert not [run for part in scaling.PARTS for run in scaling.run_part(part, "mvlm_gpt2", options)]
     found = scaling.rule_of("mvlm_gpt2", options)
     assert [found.a, found.b, found.c, found.d] == pytest.approx([0.5, -1.0, 0.5, -0.25])
     scaling.report(options)
     out = capsys.readouterr().out
-    assert out.count("| mvlm_gpt2 | small, ") == 4 and out.count("| mvlm_gpt2 | 8 | ") == 5
+    assert out.count("| mvlm_gpt2 | small, ") == 4
     assert "best learning rate = 0.5 · width ** -1.00 · (batch / 8) ** 0.50 · text ** -0.25" in out
     assert json.loads((tmp_path / "found.json").read_text()).keys() == scaling.SETTINGS.keys()
