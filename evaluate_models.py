@@ -25,7 +25,7 @@ from mvlm_core.errors import UserError, run_main
 from mvlm_core.export.file_checks import checked_export
 from mvlm_core.files import read_json, sha256_file, write_json_atomic
 from mvlm_core.hardware import DEVICES, choose_hardware, set_process_environment
-from mvlm_core.pipeline.side_by_side import side_by_side
+from mvlm_core.pipeline.parallel import parallel_map
 from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
 from mvlm_core.signals import end_on_sigterm
 from prioritary_mvlm.config import MODELLING_FILES
@@ -113,7 +113,7 @@ def evaluate_columns(options: argparse.Namespace, columns: dict[Path, dict[Path,
         if training_config(folder).get("data", {}).get("fingerprint") != corpus.fingerprint:
             print(f"{export} was trained on another corpus: it may have read held-out text, or not the train text")
     each = [(folder, text, hardware.device, not options.no_bits_per_byte) for folder in new.values()]
-    found = side_by_side(evaluate_timed, each, on_cpu=hardware.device == "cpu")
+    found = parallel_map(evaluate_timed, each, on_cpu=hardware.device == "cpu")
     for export, (result, seconds) in zip(new, found, strict=True):
         results[str(export)] = result | {"weights": weights[str(export)]}
         print(f"{export}: {seconds:.0f} s", file=sys.stderr, flush=True)

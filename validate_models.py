@@ -25,7 +25,7 @@ from mvlm_core.export.strict_tar import name_problem
 from mvlm_core.export.validation import LOADING, check_formats, check_loading, check_packed, check_scores
 from mvlm_core.files import output_folder_problems, read_json, write_json_atomic
 from mvlm_core.hardware import DEVICES, gpu_count, set_process_environment
-from mvlm_core.pipeline.side_by_side import side_by_side
+from mvlm_core.pipeline.parallel import parallel_map
 from mvlm_core.pipeline.summary import now
 from mvlm_core.run_layout import Layout
 from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
@@ -164,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     texts = sample_texts(options.data_dir)
     wanted = wanted_folders(options, layout)
     each = [(folder, layout, options, texts) for folder in wanted.values()]
-    found = side_by_side(validate_model, each, on_cpu=options.device == "cpu" or not gpu_count())
+    found = parallel_map(validate_model, each, on_cpu=options.device == "cpu" or not gpu_count())
     for (name, folder), (checks, samples) in zip(wanted.items(), found, strict=True):
         print_checks(name, checks)
         failed += [f"{name}: {check.name}: {check.detail}" for check in checks if not check.passed]
