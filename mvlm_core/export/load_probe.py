@@ -1,10 +1,10 @@
 """Loads an exported model the way a stranger would and writes what it found, as JSON.
 
-    python -I mvlm_core/export/load_probe.py MODEL_DIR REQUEST.json ANSWER.json
+    python -I mvlm_core/export/load_probe.py REQUEST.json ANSWER.json
 
 Run by `validate_models.py` in a process of its own, on a copy of the export. Needs torch and transformers
 only and refuses to import anything of this repository, so it proves that the folder stands by itself. The
-request holds `prompts`, `texts` for the round trip and `specials`, words that must be ordinary text.
+request holds the `folder`, `prompts`, `texts` for the round trip and `specials`, words that must be ordinary text.
 """
 
 from __future__ import annotations
@@ -123,9 +123,10 @@ def generated(model: Any, tokenizer: Any, prompts: list[str]) -> list[dict[str, 
     return found
 
 
-def probe(model_dir: str, request: dict[str, Any]) -> dict[str, Any]:
+def probe(request: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    model_dir = request["folder"]
     with concerning("config.json, generation_config.json or model.safetensors"):
         config = json.loads((Path(model_dir) / "config.json").read_text(encoding="utf-8"))
         own_code = "auto_map" in config  # a model that transformers knows must load without trusting any code
@@ -155,15 +156,16 @@ def limit_memory(model_dir: str) -> None:
 
 
 def main() -> int:
-    model_dir, request, answer = sys.argv[1:4]
+    request, answer = map(Path, sys.argv[1:])
+    asked = json.loads(request.read_text(encoding="utf-8"))
     sys.meta_path.insert(0, Barrier())
-    limit_memory(model_dir)
+    limit_memory(asked["folder"])
     try:
-        result = probe(model_dir, json.loads(Path(request).read_text(encoding="utf-8")))
+        result = probe(asked)
     except Unusable as error:
         print(error)
         return 1
-    Path(answer).write_text(json.dumps(result), encoding="utf-8")
+    answer.write_text(json.dumps(result), encoding="utf-8")
     return 0
 
 

@@ -1,7 +1,7 @@
 """The checks of an exported model and its archive: what `validate_models.py` runs and reports.
 
 What is looked at is not trusted: its files are judged before anything is loaded (`file_checks`), and loading and
-scoring happen in processes of their own (`load_probe`, `rescore`).
+scoring happen in processes of their own (`load_probe`, `scores`, `onnx_format`).
 """
 
 from __future__ import annotations
@@ -101,6 +101,19 @@ def _output_in_time(process: subprocess.Popen[str], seconds: float) -> str:
                 raise Stopped(signal.SIGTERM) from None
 
 
+def answer_of(
+    arguments: list[str], request: dict[str, Any], cwd: Path = REPOSITORY_ROOT, *, seconds: float = math.inf
+) -> tuple[dict[str, Any], str]:
+    """What such a process answers to a request, both in JSON files; or {} and why it gave no answer."""
+    with tempfile.TemporaryDirectory(prefix="mvlm-validate-") as scratch:
+        place = Path(scratch)
+        asked, answer = place / "request.json", place / "answer.json"
+        asked.write_text(json.dumps(request), encoding="utf-8")
+        caches = {"HF_MODULES_CACHE": str(place / "modules"), "HF_HOME": str(place / "home")}
+        code, output = run_python([*arguments, str(asked), str(answer)], cwd, seconds=seconds, **caches)
+        return read_json(answer) if code == 0 else {}, f"exit code {code}: {output}"
+
+
 # --- loading ------------------------------------------------------------------------------------------------
 
 
@@ -125,23 +138,13 @@ def check_loading(
         texts: for the tokenizer's round trip, beside ``ODD_TEXTS``.
     """
     with tempfile.TemporaryDirectory(prefix="mvlm-validate-") as scratch:
-        place = Path(scratch)
-        copy = place / f"another_name_{secrets.token_hex(4)}"
+        elsewhere = Path(scratch)
+        copy = elsewhere / f"another_name_{secrets.token_hex(4)}"
         copy_export(folder, [*files, MANIFEST], copy)
-        request, answer, elsewhere = place / "request.json", place / "answer.json", place / "cwd"
-        elsewhere.mkdir()
         questions = {"prompts": prompts, "texts": [*texts, *ODD_TEXTS], "specials": ORDINARY_WORDS}
-        request.write_text(json.dumps(questions), encoding="utf-8")
-        code, output = run_python(
-            ["-I", str(PROBE), str(copy), str(request), str(answer)],
-            elsewhere,
-            seconds=LOADING_SECONDS,
-            HF_MODULES_CACHE=str(place / "modules"),
-            HF_HOME=str(place / "home"),
-        )
-        found = read_json(answer)
-    detail = f"as {found['weights']['class']}" if found else f"exit code {code}: {output}"
-    if not checks.add("loading", LOADING, code == 0 and bool(found), detail):
+        request = {"folder": str(copy)} | questions
+        found, why = answer_of(["-I", str(PROBE)], request, elsewhere, seconds=LOADING_SECONDS)
+    if not checks.add("loading", LOADING, bool(found), f"as {found['weights']['class']}" if found else why):
         return []
     config = training_config(folder)
     check_weights(found["weights"], config, checks)
@@ -206,18 +209,9 @@ def check_scores(folder: Path, checks: Checks, *, data_dir: str, device: str, se
         whole: score all of them again nevertheless.
     """
     config = training_config(folder)
-    with tempfile.TemporaryDirectory(prefix="mvlm-validate-") as place:
-        request, answer = Path(place) / "request.json", Path(place) / "answer.json"
-        asked = {"folder": str(folder), "data_dir": data_dir, "device": device, "seed": seed, "whole": whole}
-        request.write_text(json.dumps(asked), encoding="utf-8")
-        code, output = run_python(
-            ["-m", "mvlm_core.export.rescore", str(request), str(answer)],
-            REPOSITORY_ROOT,
-            HF_MODULES_CACHE=str(Path(place) / "modules"),
-        )
-        found = read_json(answer)
-    detail = f"on {found['device']}" if found else f"exit code {code}: {output}"
-    if not checks.add("scores", "recomputed", code == 0 and bool(found), detail):
+    asked = {"folder": str(folder), "data_dir": data_dir, "device": device, "seed": seed, "whole": whole}
+    found, why = answer_of(["-m", "mvlm_core.export.scores"], asked)
+    if not checks.add("scores", "recomputed", bool(found), f"on {found['device']}" if found else why):
         return
     same_text = found["fingerprint"] == config.get("data", {}).get("fingerprint")
     detail = "the corpus is the one it was trained and scored on"
@@ -284,14 +278,7 @@ def _check_logits(folder: Path, graph: Path, checks: Checks) -> None:
     if importlib.util.find_spec("onnxruntime") is None:
         checks.add("formats", "ONNX logits left out", True, "onnxruntime is not installed: requirements-extras.txt")
         return
-    with tempfile.TemporaryDirectory(prefix="mvlm-validate-") as place:
-        answer = Path(place) / "answer.json"
-        code, output = run_python(
-            ["-m", "mvlm_core.export.onnx_format", str(folder), str(graph), str(answer)],
-            REPOSITORY_ROOT,
-            HF_MODULES_CACHE=str(Path(place) / "modules"),
-        )
-        found = read_json(answer)
-    good = code == 0 and found.get("largest_difference", math.inf) <= LOGITS_TOLERANCE
-    detail = f"largest difference {found['largest_difference']:.2g}" if found else f"exit code {code}: {output}"
-    checks.add("formats", "ONNX logits", good, detail)
+    found, why = answer_of(["-m", "mvlm_core.export.onnx_format"], {"folder": str(folder), "graph": str(graph)})
+    difference = found.get("largest_difference", math.inf)
+    detail = f"largest difference {difference:.2g}" if found else why
+    checks.add("formats", "ONNX logits", difference <= LOGITS_TOLERANCE, detail)

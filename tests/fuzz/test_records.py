@@ -39,7 +39,9 @@ def test_configurations_that_do_not_fit(export, key, value):
     logging.disable(logging.ERROR)
     try:
         with within(30):
-            found, message = raises_only(load_probe.Unusable, lambda: load_probe.probe(str(export), REQUEST))
+            found, message = raises_only(
+                load_probe.Unusable, lambda: load_probe.probe(REQUEST | {"folder": str(export)})
+            )
     finally:
         logging.disable(logging.NOTSET)
     assert found or "config.json" in message and "\n" not in message
@@ -66,13 +68,13 @@ def test_no_such_tokenizer(export):
     """1 case: a tokenizer class that does not exist, and a special token that is no text."""
     set_json(export / "tokenizer_config.json", tokenizer_class="NoSuchTokenizer", bos_token=5)
     with pytest.raises(load_probe.Unusable, match=r"tokenizer_config\.json"):
-        load_probe.probe(str(export), REQUEST)
+        load_probe.probe(REQUEST | {"folder": str(export)})
 
 
 @pytest.fixture(scope="module")
 def answer(whole):
     """What the loading process says of the good export."""
-    return load_probe.probe(str(whole), REQUEST)
+    return load_probe.probe(REQUEST | {"folder": str(whole)})
 
 
 @cases(200)
@@ -125,7 +127,9 @@ def test_any_training_summary(export, seed, value, deep, name):
     )
     layout.downloads.mkdir(exist_ok=True)
     summary = Summary(layout, ["simone_enhanced"], preset="smoke", device="cpu")
-    assert comparison.table(comparison.compare(summary.models, summary.finished(), {}), summary.finished())
+    assert comparison.table(
+        comparison.compare(summary.models, summary.with_status("finished"), {}), summary.with_status("finished")
+    )
     summary.close()
 
 
