@@ -16,11 +16,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+from mvlm_core.console import command_line
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.export.file_checks import checked_export
 from mvlm_core.files import read_json, sha256_file, write_json_atomic
@@ -39,9 +39,7 @@ SIZES = {
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     default = [REPOSITORY_ROOT / "models" / name for name in ("mvlm_gpt2", "simone_enhanced")]
     add("models", nargs="*", type=Path, default=default, metavar="MODEL", help="[default: both of models/]")
@@ -80,20 +78,12 @@ def open_exports(options: argparse.Namespace, stack: ExitStack) -> dict[Path, di
     return columns
 
 
-def evaluate_timed(folder: Path, text: Any, device: str, bits_per_byte: bool) -> tuple[dict[str, Any], float]:
-    """``suite.evaluate``, and the seconds that it took."""
-    from mvlm_core.evaluation.suite import evaluate
-
-    started = time.perf_counter()
-    return evaluate(folder, text, device=device, bits_per_byte=bits_per_byte), time.perf_counter() - started
-
-
 def evaluate_columns(options: argparse.Namespace, columns: dict[Path, dict[Path, Path]]) -> None:
     """Evaluate every export once and print the table."""
     from bible_corpus.grammar import RULES
     from mvlm_core.data.corpus import load_corpus
     from mvlm_core.evaluation.results import over_seeds, rows
-    from mvlm_core.evaluation.suite import draw, notes
+    from mvlm_core.evaluation.suite import draw, evaluate, notes
     from mvlm_core.export.manifest import corpus_choice, training_config
 
     exports = {export: folder for found in columns.values() for export, folder in found.items()}
@@ -112,11 +102,11 @@ def evaluate_columns(options: argparse.Namespace, columns: dict[Path, dict[Path,
     for export, folder in new.items():
         if training_config(folder).get("data", {}).get("fingerprint") != corpus.fingerprint:
             print(f"{export} was trained on another corpus: it may have read held-out text, or not the train text")
-    each = [(folder, text, hardware.device, not options.no_bits_per_byte) for folder in new.values()]
-    found = parallel_map(evaluate_timed, each, on_cpu=hardware.device == "cpu")
-    for export, (result, seconds) in zip(new, found, strict=True):
+    work = partial(evaluate, device=hardware.device, bits_per_byte=not options.no_bits_per_byte)
+    found = parallel_map(work, [(folder, text) for folder in new.values()], on_cpu=hardware.device == "cpu")
+    for export, result in zip(new, found, strict=True):
         results[str(export)] = result | {"weights": weights[str(export)]}
-        print(f"{export}: {seconds:.0f} s", file=sys.stderr, flush=True)
+        print(f"{export}: done", file=sys.stderr, flush=True)
         if options.json:
             write_json_atomic(options.json, same | {"results": results})
     means = [over_seeds([results[str(export)] for export in found]) for found in columns.values()]

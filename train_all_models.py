@@ -21,7 +21,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-from mvlm_core.console import outlive_terminal, setup_logging
+from mvlm_core.console import command_line, outlive_terminal, setup_logging
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.export.formats import NO_GGUF, PACKAGES, missing_packages
 from mvlm_core.files import RunLock, output_folder_problems
@@ -54,9 +54,7 @@ log = logging.getLogger("mvlm")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(__doc__)
     texts = {
         "preset": ("auto", f"one of {', '.join(PRESET_NAMES)}; auto: h200 with a CUDA device, else cpu [default auto]"),
         "data_dir": (str(DEFAULT_DATA_DIR), "folder of .txt files; the default is built if it is missing or damaged"),
@@ -98,9 +96,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         problems.append(f"--formats gguf: {NO_GGUF}")
     if options.preset not in PRESET_NAMES:
         problems.append(f"--preset {options.preset}: unknown; choose one of {', '.join(PRESET_NAMES)}")
-    data_dir = Path(options.data_dir)
-    options.is_default_corpus = data_dir.resolve() == DEFAULT_DATA_DIR.resolve()
-    if not data_dir.is_dir() and not options.is_default_corpus:
+    options.is_default_corpus = Path(options.data_dir).resolve() == DEFAULT_DATA_DIR.resolve()
+    if not Path(options.data_dir).is_dir() and not options.is_default_corpus:
         problems.append(f"--data_dir {options.data_dir}: no such folder")
     preset = options.preset if options.preset in PRESET_NAMES else "smoke"
     problems += TrainingSettings(preset=preset, **options.settings).problems()

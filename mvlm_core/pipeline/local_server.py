@@ -5,27 +5,26 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from mvlm_core.console import command_line
 from mvlm_core.errors import UserError
 from mvlm_core.export.file_checks import checked_export
 from mvlm_core.export.manifest import MANIFEST
-from mvlm_core.hardware import DEVICES
+from mvlm_core.hardware import DEVICES, choose_hardware, set_process_environment
 from mvlm_core.run_layout import Layout
 from mvlm_core.settings import REPOSITORY_ROOT
 
-EXTRAS = "requirements-extras.txt"
+Models = dict[str, tuple[Any, Any]]  # model and tokenizer by name
 GRACE = 2  # seconds that open requests have to end after a signal
 
 
 def parser_of(description: str | None, port: int) -> argparse.ArgumentParser:
     """A command line with MODEL …, ``--host``, ``--port`` and ``--device``."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(description)
     add = parser.add_argument
     add(
         "models", nargs="*", type=Path, metavar="MODEL", help="export folders or .tar.gz [default: both that were made]"
@@ -45,7 +44,8 @@ def check(options: argparse.Namespace, packages: tuple[str, ...]) -> None:
     layout = Layout(REPOSITORY_ROOT)
     problems = [] if 0 <= options.port < 65536 else [f"--port {options.port}: from 0 to 65535"]
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        problems.append(f"not installed: {', '.join(missing)}; .venv/bin/python -m pip install -r {EXTRAS}")
+        install = ".venv/bin/python -m pip install -r requirements-extras.txt"
+        problems.append(f"not installed: {', '.join(missing)}; {install}")
     if not options.models:
         exports, archives = sorted(layout.models.glob(f"*/{MANIFEST}")), sorted(layout.downloads.glob("*.tar.gz"))
         options.models = [manifest.parent for manifest in exports] or archives
@@ -99,14 +99,36 @@ def address(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def is_local(host: str) -> bool:
-    """Whether only this machine can reach that address."""
-    return host in ("127.0.0.1", "::1", "localhost")
+def serve(
+    options: argparse.Namespace,
+    packages: tuple[str, ...],
+    sources: Path,
+    app_of: Callable[[Models, Path], Any],
+    path: str = "",
+    headers: Sequence[tuple[str, str]] = (),
+) -> int:
+    """Check the command line, load the models and serve an ASGI app until a signal; the handler before is then called.
 
+    Args:
+        packages: that the app needs.
+        sources: the folder with the repository's own modelling files.
+        app_of: makes the app from the models and the folder of the first one.
+        path: below the address, that is shown.
+        headers: of every answer.
+    """
+    check(options, packages)
+    set_process_environment()
+    with open_models(options.models, sources) as folders:
+        import uvicorn
 
-def run_app(app: Any, listener: socket.socket) -> None:
-    """Serve an ASGI app until a signal; the handler that was there before is then called."""
-    import uvicorn
+        from mvlm_core.evaluation.bits_per_byte import load_export
 
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE)
-    uvicorn.Server(config).run(sockets=[listener])
+        hardware = choose_hardware(device=options.device)
+        hardware.apply()
+        models = {name: load_export(folder, hardware.device) for name, folder in folders.items()}
+        with listen(options.host, options.port) as listener:
+            app = app_of(models, next(iter(folders.values())))
+            print(f"{' and '.join(models)} at {address(listener)}{path}; Ctrl-C ends it", flush=True)
+            config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE, headers=[*headers])
+            uvicorn.Server(config).run(sockets=[listener])
+    return 0

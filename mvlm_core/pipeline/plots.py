@@ -57,12 +57,14 @@ def curves(histories: Histories, keys: Iterable[str], x: Axis, ylabel: str) -> C
     return draw if lines else None
 
 
-def _grouped_bars(axes: Any, draw: Callable[..., Any], values: dict[str, list[float]]) -> None:
-    """Bars around 0, 1, 2, …, one for each model; ``draw`` is ``axes.bar`` or ``axes.barh``."""
-    width = 0.8 / max(len(values), 1)
-    for number, (style, (name, lengths)) in enumerate(zip(STYLES, values.items(), strict=False)):
-        places = [group + (number - (len(values) - 1) / 2) * width for group in range(len(lengths))]
-        bars = draw(places, lengths, width, label=name, color=style["color"], hatch=style["hatch"], edgecolor="black")
+def _bars(axes: Any, values: dict[str, list[float]], labels: list[str], orientation: str = "vertical") -> None:
+    """Groups of bars with these labels, in each a bar for each model, its value behind it."""
+    colors = [str(style["color"]) for style in STYLES[: len(values)]]
+    form: dict[str, Any] = {"tick_labels": labels, "orientation": orientation, "group_spacing": 0.5}
+    drawn = axes.grouped_bar(values, colors=colors, edgecolor="black", **form)
+    for style, bars in zip(STYLES, drawn.bar_containers, strict=False):
+        for bar in bars:
+            bar.set_hatch(style["hatch"])
         axes.bar_label(bars, fmt="%.3f", fontsize=8, padding=2)
 
 
@@ -73,8 +75,7 @@ def book_bars(by_book: dict[str, dict[str, float]]) -> Callable[[Any], None] | N
     def draw(axes: Any) -> None:
         axes.figure.set_figheight(1.0 + 0.5 * len(books))
         values = {name: [scores.get(book, 0.0) for book in books] for name, scores in by_book.items()}
-        _grouped_bars(axes, axes.barh, values)
-        axes.set_yticks(range(len(books)), books)
+        _bars(axes, values, books, "horizontal")
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.set_xlabel("test, bits per byte (lower is better)")
@@ -106,8 +107,9 @@ def _score_bars(axes: Any, comparison: dict[str, Any], names: list[str]) -> None
 
     scores = [BY_NAME[key] for key in ("test_bpb", PRIMARY_TEST_BPB)]
     scores = [metric for metric in scores if any(comparison[metric.name].get(name) is not None for name in names)]
-    _grouped_bars(axes, axes.bar, {name: [comparison[m.name].get(name) or 0 for m in scores] for name in names})
-    axes.set_xticks(range(len(scores)), [metric.label.replace(", ", ",\n") for metric in scores])
+    values = {name: [comparison[metric.name].get(name) or 0 for metric in scores] for name in names}
+    if scores:
+        _bars(axes, values, [metric.label.replace(", ", ",\n") for metric in scores])
     axes.set(ylabel="bits per byte", title="Test scores (lower is better)")
     baselines = comparison["compression_baselines"]
     if baselines and scores:
