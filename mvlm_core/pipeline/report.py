@@ -135,6 +135,7 @@ def make_report(layout: Layout, data_dir: str, sources: Path, *, device: str, se
         metrics=metric_rows(comparison, names) if comparison else [],
         baselines=baseline_lines(comparison),
         suite=evaluation_rows(comparison, names),
+        sampling=READABLE,
         figures=figures(histories, comparison.get("test_bpb_by_book", {})),
         failures=failures,
         checked=sum(len(model.get("checks", [])) for model in validation.get("models", {}).values()),
