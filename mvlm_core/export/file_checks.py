@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,9 +70,29 @@ def checked_export(place: Path, sources: Path) -> Iterator[Path]:
     Raises:
         UserError: as ``opened`` and ``check_export``.
     """
-    with opened(place) as folder:
-        check_export(folder, sources, place)
+    with checked_exports([place], sources) as (folder,):
         yield folder
+
+
+@contextmanager
+def checked_exports(places: Sequence[Path], sources: Path, problems: Sequence[str] = ()) -> Iterator[list[Path]]:
+    """``checked_export`` for each of the places.
+
+    Raises:
+        UserError: every problem with any of them, after the ``problems`` that are known already.
+    """
+    folders, found = [], list(problems)
+    with ExitStack() as stack:
+        for place in places:
+            try:
+                folder = stack.enter_context(opened(place))
+                check_export(folder, sources, place)
+                folders.append(folder)
+            except UserError as error:
+                found += error.problems
+        if found:
+            raise UserError(found)
+        yield folders
 
 
 def check_files(folder: Path, checks: Checks, sources: Path) -> list[str]:

@@ -141,56 +141,16 @@ def check_loading(
         elsewhere = Path(scratch)
         copy = elsewhere / f"another_name_{secrets.token_hex(4)}"
         copy_export(folder, [*files, MANIFEST], copy)
-        questions = {"prompts": prompts, "texts": [*texts, *ODD_TEXTS], "specials": ORDINARY_WORDS}
-        request = {"folder": str(copy)} | questions
+        request = {"folder": str(copy), "prompts": prompts, "texts": [*texts, *ODD_TEXTS], "specials": ORDINARY_WORDS}
+        config = training_config(folder)
+        request["parameters"] = config.get("results", {}).get("parameters")
+        request["vocabulary"] = config.get("tokenizer", {}).get("vocab_size")
         found, why = answer_of(["-I", str(PROBE)], request, elsewhere, seconds=LOADING_SECONDS)
-    if not checks.add("loading", LOADING, bool(found), f"as {found['weights']['class']}" if found else why):
+    if not checks.add("loading", LOADING, bool(found), f"as {found['class']}" if found else why):
         return []
-    config = training_config(folder)
-    check_weights(found["weights"], config, checks)
-    check_tokenizer(found["tokenizer"], found["weights"]["rows"], config, checks)
-    bad = [
-        f"{sample['prompt']!r} gave {sample['new_tokens']} tokens" + ("" if sample["finite"] else ", non-finite logits")
-        for sample in found["samples"]
-        if not (sample["whole"] and sample["finite"] and sample["within_vocabulary"])
-    ]
-    checks.add_problems("generation", "generates", bad, f"{len(found['samples'])} prompts, greedy")
-    return [{key: sample[key] for key in ("prompt", "text", "new_tokens")} for sample in found["samples"]]
-
-
-def check_weights(found: dict[str, Any], config: dict[str, Any], checks: Checks) -> None:
-    """Judge the probe's findings about the weights."""
-    checks.add_problems("weights", "finite", found["not_finite"], "all values finite")
-    checks.add_problems(
-        "weights", "fit the architecture", found["unfilled"], "no missing, unexpected or mismatched weight"
-    )
-    recorded, parameters = config.get("results", {}).get("parameters"), found["parameters"]
-    detail = f"{parameters:,}, recorded in training: {recorded}"
-    checks.add("weights", "parameter count", parameters == recorded, detail)
-
-
-def check_tokenizer(found: dict[str, Any], rows: int, config: dict[str, Any], checks: Checks) -> None:
-    """Judge the probe's findings about the tokenizer; the embedding has ``rows``."""
-    failed = [ascii(text[:40]) for text in found["failed"]]
-    checks.add_problems("tokenizer", "round trip", failed, "exact on every text")
-    size, highest = found["size"], found["highest_id"]
-    detail = f"{size:,} entries, highest id {highest:,}, {rows:,} rows"
-    checks.add("tokenizer", "vocabulary fits the embedding", max(size, highest + 1) <= rows, detail)
-    recorded = config.get("tokenizer", {}).get("vocab_size")
-    checks.add("tokenizer", "vocabulary size", size == recorded, f"{size:,}, recorded in training: {recorded}")
-    problems = [f"{role} missing" for role in ("bos_token", "eos_token") if not found["specials"].get(role)]
-    if found["start_id"] is None or found["end_id"] is None:
-        problems.append("ids of start and end missing")
-    problems += [
-        f"generation_config names {number}, which is not a special token"
-        for number in found["config_ids"]
-        if number is not None and number not in found["special_ids"]
-    ]
-    good = ", ".join(sorted(set(map(str, found["specials"].values()))))
-    checks.add_problems("tokenizer", "special tokens", problems, good)
-    checks.add_problems(
-        "tokenizer", "special words are ordinary text", found["taken"], "none is turned into a special token"
-    )
+    for group, name, problems, good in found["checks"]:
+        checks.add_problems(group, name, problems, good)
+    return found["samples"]
 
 
 # --- scores -------------------------------------------------------------------------------------------------

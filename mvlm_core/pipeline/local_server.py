@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mvlm_core.console import command_line
 from mvlm_core.errors import UserError
-from mvlm_core.export.file_checks import checked_export
+from mvlm_core.export.file_checks import checked_exports
 from mvlm_core.export.manifest import MANIFEST
 from mvlm_core.hardware import DEVICES, choose_hardware, set_process_environment
 from mvlm_core.run_layout import Layout
@@ -55,29 +54,15 @@ def check(options: argparse.Namespace, packages: tuple[str, ...]) -> None:
         raise UserError(problems)
 
 
-@contextmanager
-def open_models(places: list[Path], sources: Path) -> Iterator[dict[str, Path]]:
-    """The checked export folders by their own names; a name that is there twice gets a number.
-
-    Raises:
-        UserError: every problem with any of them.
-    """
-    folders: dict[str, Path] = {}
-    problems: list[str] = []
-    with ExitStack() as stack:
-        for place in places:
-            try:
-                folder = stack.enter_context(checked_export(place, sources))
-            except UserError as error:
-                problems += error.problems
-                continue
-            name = base = folder.resolve().name
-            for number in range(2, len(places) + 1):
-                name = name if name not in folders else f"{base}-{number}"
-            folders[name] = folder
-        if problems:
-            raise UserError(problems)
-        yield folders
+def by_name(folders: list[Path]) -> dict[str, Path]:
+    """Export folders by their own names; a name that is there twice gets a number."""
+    named: dict[str, Path] = {}
+    for folder in folders:
+        name = base = folder.resolve().name
+        for number in range(2, len(folders) + 1):
+            name = name if name not in named else f"{base}-{number}"
+        named[name] = folder
+    return named
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -118,16 +103,16 @@ def serve(
     """
     check(options, packages)
     set_process_environment()
-    with open_models(options.models, sources) as folders:
+    with checked_exports(options.models, sources) as folders:
         import uvicorn
 
         from mvlm_core.evaluation.bits_per_byte import load_export
 
         hardware = choose_hardware(device=options.device)
         hardware.apply()
-        models = {name: load_export(folder, hardware.device) for name, folder in folders.items()}
+        models = {name: load_export(folder, hardware.device) for name, folder in by_name(folders).items()}
         with listen(options.host, options.port) as listener:
-            app = app_of(models, next(iter(folders.values())))
+            app = app_of(models, folders[0])
             print(f"{' and '.join(models)} at {address(listener)}{path}; Ctrl-C ends it", flush=True)
             config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE, headers=[*headers])
             uvicorn.Server(config).run(sockets=[listener])

@@ -207,11 +207,7 @@ def pack_models(job: Job, summary: Summary, signals: Signals) -> None:
         signals.check()
         archive = layout.archive(name)
         try:
-            if matches_export(archive, layout.export(name)):
-                log.info("%s: kept, it already holds this export", archive.name)
-            else:
-                write_archive(layout.export(name), archive)
-                log.info("%s: written, %.1f MB", archive.name, archive.stat().st_size / 1e6)
+            pack(layout.export(name), archive)
         except ArchiveError as error:
             log.error("%s: not packed: %s", name, error)
             summary.update(name, status="failed", error=f"not packed: {error}", archive=None)
@@ -219,6 +215,14 @@ def pack_models(job: Job, summary: Summary, signals: Signals) -> None:
             continue
         summary.update(name, archive=str(archive.relative_to(layout.root)))
     write_download_notes(job, summary)
+
+
+def pack(folder: Path, archive: Path) -> None:
+    if matches_export(archive, folder):
+        log.info("%s: kept, it already holds this export", archive.name)
+    else:
+        write_archive(folder, archive)
+        log.info("%s: written, %.1f MB", archive.name, archive.stat().st_size / 1e6)
 
 
 def pack_formats(job: Job, summary: Summary, signals: Signals) -> bool:
@@ -244,9 +248,7 @@ def pack_formats(job: Job, summary: Summary, signals: Signals) -> bool:
             if not _run_optional(f"{name} as {', '.join(wanted)}", [*command, *(f"--{k}" for k in wanted)], signals):
                 good = False
                 continue
-        if not matches_export(archive, folder):
-            write_archive(folder, archive)
-            log.info("%s: written, %.1f MB", archive.name, archive.stat().st_size / 1e6)
+        pack(folder, archive)
     write_download_notes(job, summary)
     return good
 
