@@ -65,7 +65,7 @@ def validate_model(
     else:
         checks.add("loading", LOADING, False, "not tried: its files are not what they should be")
     if folder.parent == layout.models:
-        check_packed(folder.name, folder, layout, checks)
+        check_packed("archive", layout.archive(folder.name), folder, layout, checks)
         if samples:  # what could not be loaded has no logits to compare
             check_formats(folder.name, folder, layout, checks)
     return checks, samples

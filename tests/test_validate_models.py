@@ -72,7 +72,7 @@ def test_good_export_in_real_fresh_processes(export, tiny_corpus):
         capture_output=True,
         cwd=export,
         env=os.environ | {"OMP_NUM_THREADS": "1"},  # a second thread would only get in the way of other processes
-        timeout=120,
+        timeout=300,  # 20 seconds on an idle machine
     )
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(layout.report.read_text())

@@ -29,7 +29,7 @@ from mvlm_core.files import read_json, sha256_file
 from mvlm_core.metrics import PRIMARY_TEST_BPB
 from mvlm_core.run_layout import Layout
 from mvlm_core.settings import REPOSITORY_ROOT
-from mvlm_core.signals import PARENT_VARIABLE
+from mvlm_core.signals import PARENT_VARIABLE, parent_is_gone
 
 ODD_TEXTS = (
     "",
@@ -89,7 +89,7 @@ def run_python(arguments: list[str], cwd: Path, *, seconds: float = math.inf, **
 
 def _output_in_time(process: subprocess.Popen[str], seconds: float) -> str:
     """The child's output; raises Stopped when the pipeline that started this process is gone."""
-    parent, end = os.environ.get(PARENT_VARIABLE, ""), time.monotonic() + seconds
+    end = time.monotonic() + seconds
     while True:
         try:
             return process.communicate(timeout=1)[0]
@@ -97,7 +97,7 @@ def _output_in_time(process: subprocess.Popen[str], seconds: float) -> str:
             if time.monotonic() > end:
                 process.kill()
                 return f"{process.communicate()[0]}\nkilled: not done after {seconds:.0f} seconds"
-            if parent.isdecimal() and os.getppid() != int(parent):
+            if parent_is_gone():
                 raise Stopped(signal.SIGTERM) from None
 
 
@@ -196,12 +196,8 @@ def check_scores(folder: Path, checks: Checks, *, data_dir: str, device: str, se
 # --- archives -----------------------------------------------------------------------------------------------
 
 
-def check_packed(name: str, folder: Path, layout: Layout, checks: Checks) -> None:
-    """Judge the archive of a model: whole, as in SHA256SUMS, and equal to the export."""
-    _check_archive("archive", layout.archive(name), folder, layout, checks)
-
-
-def _check_archive(group: str, archive: Path, folder: Path, layout: Layout, checks: Checks) -> None:
+def check_packed(group: str, archive: Path, folder: Path, layout: Layout, checks: Checks) -> None:
+    """Judge the archive of a folder: whole, as in SHA256SUMS, and equal to the folder."""
     if not archive.is_file():
         checks.add(group, "there", False, f"{archive} is missing")
         return
@@ -229,7 +225,7 @@ def check_formats(name: str, folder: Path, layout: Layout, checks: Checks) -> No
     detail = ", ".join(formats) or f"{made}: a file differs from its manifest, or it was made of another export"
     if not checks.add("formats", "made of this export", bool(formats), detail):
         return
-    _check_archive("formats", layout.formats_archive(name), made, layout, checks)
+    check_packed("formats", layout.formats_archive(name), made, layout, checks)
     if "onnx" in formats:
         _check_logits(folder, made / "onnx" / "model.onnx", checks)
 

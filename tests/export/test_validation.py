@@ -24,7 +24,7 @@ def test_archives_are_compared(export, monkeypatch):
 
     def found():
         checks = Checks()
-        validation.check_packed("mvlm_gpt2", export, layout, checks)
+        validation.check_packed("archive", layout.archive("mvlm_gpt2"), export, layout, checks)
         return {check.name for check in checks if not check.passed}
 
     assert found() == set()
