@@ -153,7 +153,8 @@ def show_plan(job: Job, *, corpus_is_ready: bool) -> None:
             print("".join(f"  {line}\n" for line in told), end="", flush=True)
     if not corpus_is_ready:
         print(f"\nno estimate before the corpus is there, which takes about {CORPUS_SECONDS:.0f} s: prepare_dataset.py")
-    _show_bill(job, plans, corpus_is_ready)
+    if wanted := {name: plan for name, plan in plans.items() if plan["items"] and not _finished(job, name)}:
+        _show_bill(wanted)
     print(f"\nthen:     comparison -> {job.layout.plot}\n          archives   -> {job.layout.downloads}")
     if job.formats:
         print(f"          {', '.join(job.formats)} -> {job.layout.downloads}")
@@ -171,18 +172,13 @@ def _trainer_plan(command: list[str]) -> dict[str, Any]:
     return plan | {"lines": [*before, *plan["lines"]], "items": [Item(**item) for item in plan["items"]]}
 
 
-def _show_bill(job: Job, plans: dict[str, dict[str, Any]], corpus_is_ready: bool) -> None:
+def _show_bill(plans: dict[str, dict[str, Any]]) -> None:
     """The sum over the models that would be trained, and the stages around them."""
-    wanted = {name: plan for name, plan in plans.items() if plan["items"] and not _finished(job, name)}
-    if not wanted:
-        return
-    paid = any(plan["paid"] for plan in wanted.values())
-    size, count = sum(plan["export_bytes"] for plan in wanted.values()), len(wanted)
+    paid = any(plan["paid"] for plan in plans.values())
+    size, count = sum(plan["export_bytes"] for plan in plans.values()), len(plans)
     items = [Item("packages", PACKAGES_SECONDS, "on a fresh machine")] if paid else []
-    if job.build_corpus and not corpus_is_ready:
-        items.append(Item("corpus", CORPUS_SECONDS))
-    items += [Item(name, sum(item.seconds for item in plan["items"])) for name, plan in wanted.items()]
-    scoring = sum(plan["items"][-1].seconds for plan in wanted.values())
+    items += [Item(name, sum(item.seconds for item in plan["items"])) for name, plan in plans.items()]
+    scoring = sum(plan["items"][-1].seconds for plan in plans.values())
     items += [
         Item("evaluation suite", SUITE_SECONDS * count, f"{count} models"),
         Item("archives", size / PACKED_PER_SECOND, f"{size / 1e9:.2f} GB of weights"),
@@ -191,11 +187,11 @@ def _show_bill(job: Job, plans: dict[str, dict[str, Any]], corpus_is_ready: bool
     ]
     print("\ntogether:")
     print("".join(f"  {line}\n" for line in bill(items, paid=paid)), end="")
-    assumptions = dict.fromkeys(text for plan in wanted.values() for text in plan["assumptions"])
+    assumptions = dict.fromkeys(text for plan in plans.values() for text in plan["assumptions"])
     own = (
-        f"{PACKAGES_SECONDS:.0f} s for packages, {CORPUS_SECONDS:.0f} s for a corpus that is not built yet, "
-        f"{SUITE_SECONDS:.0f} s a model for the suite, archives at {PACKED_PER_SECOND / 1e6:.0f} MB/s and read at "
-        f"{READ_PER_SECOND / 1e6:.0f} MB/s, {REPORT_SECONDS:.0f} s for the report"
+        f"{PACKAGES_SECONDS:.0f} s for packages, {SUITE_SECONDS:.0f} s a model for the suite, archives at "
+        f"{PACKED_PER_SECOND / 1e6:.0f} MB/s and read at {READ_PER_SECOND / 1e6:.0f} MB/s, {REPORT_SECONDS:.0f} s for "
+        "the report"
     )
     print("\nassumed:  " + ";\n          ".join([*assumptions, own]))
 

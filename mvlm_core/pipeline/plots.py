@@ -4,57 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mvlm_core.evaluation.compression import LABELS
+from mvlm_core.export.plots import BY_TEXT, BY_TIME, STYLES, Histories, curves
 from mvlm_core.files import write_atomic
 from mvlm_core.metrics import BY_NAME, PRIMARY_TEST_BPB
-
-# Okabe and Ito's palette: distinct for every kind of colour vision, and light and dark in greyscale.
-STYLES = (
-    {"color": "#0072B2", "linestyle": "-", "marker": "o", "hatch": ""},
-    {"color": "#E69F00", "linestyle": "--", "marker": "s", "hatch": "//"},
-)
-PART_STYLES = (("#0072B2", "-"), ("#E69F00", "--"), ("#009E73", ":"), ("#CC79A7", "-."))  # for curves of one model
-POINTS = 400  # of a curve: more than a page has pixels for
-BY_TEXT, BY_TIME = ("bytes", 1e6, "training text read, MB"), ("seconds", 1.0, "seconds of training")
-Axis = tuple[str, float, str]
-Histories = dict[str, list[dict[str, Any]]]
-
-
-def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most about ``POINTS`` of them, always with the last one."""
-    step = -(-len(points) // POINTS)
-    return points[::-1][::step][::-1] if step > 1 else points
-
-
-def curves(histories: Histories, keys: Iterable[str], x: Axis, ylabel: str) -> Callable[[Any], None] | None:
-    """What draws values of the history against text or time onto axes, or None where no record has any.
-
-    Args:
-        keys: one for a curve for each model, several for a curve for each key.
-        x: the record's key, what it is divided by, and the axis's label.
-    """
-    (x_key, unit, xlabel), keys, lines = x, list(keys), []
-    for style, (name, history) in zip(STYLES, histories.items(), strict=False):
-        for number, key in enumerate(keys):
-            points = thinned([(record[x_key] / unit, record[key]) for record in history if key in record])
-            color, line = PART_STYLES[number % 4] if len(keys) > 1 else (style["color"], style["linestyle"])
-            label = name if len(keys) == 1 else key.replace("_", " ")
-            look: dict[str, Any] = {"color": color, "linestyle": line, "label": label}
-            look |= {"marker": style["marker"], "markersize": 4} if len(points) < 60 else {}
-            lines += [(points, look)] if points else []
-
-    def draw(axes: Any) -> None:
-        for points, look in lines:
-            axes.plot(*zip(*points, strict=True), linewidth=1.3, **look)
-        axes.set(xlabel=xlabel, ylabel=ylabel)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-
-    return draw if lines else None
 
 
 def _bars(axes: Any, values: dict[str, list[float]], labels: list[str], orientation: str = "vertical") -> None:
