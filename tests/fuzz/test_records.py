@@ -182,3 +182,4 @@ def test_any_checksums(tmp_path, data):
 def test_scores_that_are_none(said):
     """11 cases: what training_config.json may say of a score: no overflow, and not taken for the one that was found."""
     assert not validation.same_score(said, 3.0, 1e-3) and validation.same_score(3.0, 3.0, 1e-3)
+    assert validation.same_score(3.0005, 3.0, 1e-3) and not validation.same_score(3.0005, 3.0, 1e-4)
