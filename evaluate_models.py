@@ -16,16 +16,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
-from contextlib import ExitStack
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
-from mvlm_core.errors import UserError, run_main
-from mvlm_core.export.file_checks import checked_export
+from mvlm_core.console import command_line
+from mvlm_core.errors import run_main
+from mvlm_core.export.file_checks import checked_exports
 from mvlm_core.files import read_json, sha256_file, write_json_atomic
 from mvlm_core.hardware import DEVICES, choose_hardware, set_process_environment
-from mvlm_core.pipeline.side_by_side import side_by_side
+from mvlm_core.pipeline.parallel import parallel_map
 from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
 from mvlm_core.signals import end_on_sigterm
 from prioritary_mvlm.config import MODELLING_FILES
@@ -39,9 +39,7 @@ SIZES = {
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     default = [REPOSITORY_ROOT / "models" / name for name in ("mvlm_gpt2", "simone_enhanced")]
     add("models", nargs="*", type=Path, default=default, metavar="MODEL", help="[default: both of models/]")
@@ -57,46 +55,28 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def open_exports(options: argparse.Namespace, stack: ExitStack) -> dict[Path, dict[Path, Path]]:
-    """For each MODEL its exports, or those of its seeds: the place given → the checked folder.
-
-    Raises:
-        UserError: every problem with the arguments and the exports.
-    """
+def problems_of(options: argparse.Namespace) -> list[str]:
     problems = [f"--{name} {value}: at least 1" for name in SIZES if (value := getattr(options, name)) < 1]
     if not 0 <= options.seed < 2**63:
         problems.append(f"--seed {options.seed}: from 0 to 2**63 - 1")
     if options.json and (options.json.is_dir() or not os.access(options.json.parent, os.W_OK)):
         problems.append(f"--json {options.json}: a file in a folder that exists and can be written to")
-    columns: dict[Path, dict[Path, Path]] = {place: {} for place in options.models}
-    for place, exports in columns.items():
-        for export in sorted(path.parent for path in place.glob("seed*/model.safetensors")) or [place]:
-            try:
-                exports[export] = stack.enter_context(checked_export(export, MODELLING_FILES))
-            except UserError as error:
-                problems += error.problems
-    if problems:
-        raise UserError(problems)
-    return columns
+    return problems
 
 
-def evaluate_timed(folder: Path, text: Any, device: str, bits_per_byte: bool) -> tuple[dict[str, Any], float]:
-    """``suite.evaluate``, and the seconds that it took."""
-    from mvlm_core.evaluation.suite import evaluate
+def evaluate_columns(options: argparse.Namespace, columns: list[list[Path]], exports: dict[Path, Path]) -> None:
+    """Evaluate every export once and print the table.
 
-    started = time.perf_counter()
-    return evaluate(folder, text, device=device, bits_per_byte=bits_per_byte), time.perf_counter() - started
-
-
-def evaluate_columns(options: argparse.Namespace, columns: dict[Path, dict[Path, Path]]) -> None:
-    """Evaluate every export once and print the table."""
+    Args:
+        columns: what each MODEL stands for: itself, or its seeds.
+        exports: the checked folder of each.
+    """
     from bible_corpus.grammar import RULES
     from mvlm_core.data.corpus import load_corpus
     from mvlm_core.evaluation.results import over_seeds, rows
-    from mvlm_core.evaluation.suite import draw, notes
+    from mvlm_core.evaluation.suite import draw, evaluate, notes
     from mvlm_core.export.manifest import corpus_choice, training_config
 
-    exports = {export: folder for found in columns.values() for export, folder in found.items()}
     choice = corpus_choice(next(iter(exports.values())))
     corpus = load_corpus(options.data_dir, **choice | ({"only": options.data_subset} if options.data_subset else {}))
     hardware = choose_hardware(device=options.device)
@@ -112,15 +92,15 @@ def evaluate_columns(options: argparse.Namespace, columns: dict[Path, dict[Path,
     for export, folder in new.items():
         if training_config(folder).get("data", {}).get("fingerprint") != corpus.fingerprint:
             print(f"{export} was trained on another corpus: it may have read held-out text, or not the train text")
-    each = [(folder, text, hardware.device, not options.no_bits_per_byte) for folder in new.values()]
-    found = side_by_side(evaluate_timed, each, on_cpu=hardware.device == "cpu")
-    for export, (result, seconds) in zip(new, found, strict=True):
+    work = partial(evaluate, device=hardware.device, bits_per_byte=not options.no_bits_per_byte)
+    found = parallel_map(work, [(folder, text) for folder in new.values()], on_cpu=hardware.device == "cpu")
+    for export, result in zip(new, found, strict=True):
         results[str(export)] = result | {"weights": weights[str(export)]}
-        print(f"{export}: {seconds:.0f} s", file=sys.stderr, flush=True)
+        print(f"{export}: done", file=sys.stderr, flush=True)
         if options.json:
             write_json_atomic(options.json, same | {"results": results})
-    means = [over_seeds([results[str(export)] for export in found]) for found in columns.values()]
-    table = [[options.split, "text", *(place.name for place in columns)], ["---", *["---:"] * (len(means) + 1)]]
+    means = [over_seeds([results[str(export)] for export in found]) for found in columns]
+    table = [[options.split, "text", *(place.name for place in options.models)], ["---", *["---:"] * (len(means) + 1)]]
     print("\n".join("| " + " | ".join(cells) + " |" for cells in [*table, *rows(means)]))
     print("\n".join(["", *notes(means[0], text)]))
 
@@ -128,8 +108,12 @@ def evaluate_columns(options: argparse.Namespace, columns: dict[Path, dict[Path,
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     set_process_environment()
-    with ExitStack() as stack:
-        evaluate_columns(options, open_exports(options, stack))
+    columns = [
+        sorted(path.parent for path in place.glob("seed*/model.safetensors")) or [place] for place in options.models
+    ]
+    places = list(dict.fromkeys(chain.from_iterable(columns)))
+    with checked_exports(places, MODELLING_FILES, problems_of(options)) as folders:
+        evaluate_columns(options, columns, dict(zip(places, folders, strict=True)))
     return 0
 
 

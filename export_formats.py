@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mvlm_core.console import command_line
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.export.file_checks import checked_export
 from mvlm_core.export.formats import PACKAGES, missing_packages, write_formats
@@ -33,9 +34,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     Raises:
         UserError: every problem with it.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, help="export folder, unpacked archive or .tar.gz")
     add("--onnx", action="store_true", help="write onnx/model.onnx, for ONNX Runtime")

@@ -17,6 +17,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mvlm_core.console import command_line
 from mvlm_core.errors import UserError, printable, run_main
 from mvlm_core.export.file_checks import checked_export
 from mvlm_core.hardware import DEVICES, set_process_environment
@@ -34,9 +35,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     Raises:
         UserError: every problem with it.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, help="export folder, unpacked archive or .tar.gz")
     add("prompt", nargs="?", default="", help="text to continue [default: the start of a document]")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mvlm_core.console import command_line
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.files import output_folder_problems, read_json
 from mvlm_core.hardware import DEVICES, set_process_environment
@@ -25,9 +26,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     Raises:
         UserError: with every problem at once.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--work_dir", type=Path, default=REPOSITORY_ROOT, help="where models/ is [this repository]")
     parser.add_argument("--data_dir", default=str(DEFAULT_DATA_DIR), help="the corpus, for held-out verses")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda [default auto]")

@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mvlm_core.errors import UserError, run_main
-from mvlm_core.hardware import choose_hardware, set_process_environment
 from mvlm_core.pipeline import local_server
 from mvlm_core.settings import DEFAULT_DATA_DIR, READABLE
 from mvlm_core.signals import end_on_sigterm
@@ -37,24 +36,10 @@ SYSTEM_FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
 EVENT: Any = {"api_visibility": "private", "show_progress": "minimal"}
 # For the browser: nothing from elsewhere, whatever the page's own code may ask for.
 POLICY = (
+    "content-security-policy",
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; frame-ancestors 'self'"
+    "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; frame-ancestors 'self'",
 )
-
-
-class OnlyThisMachine:
-    """An application whose answers carry the policy."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def with_policy(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
-            await send(message)
-
-        await self.app(scope, receive, with_policy)
 
 
 def shown(steps: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:
@@ -102,7 +87,7 @@ def build_app(models: Models, corpus: Callable[[], Corpus], places: str, *, loca
             go = gr.Button("Compare", variant="primary")
             go.click(shown(lambda value: iter([compared(value if local else places)])), paths, gr.HTML(), **EVENT)
     sans, mono = SYSTEM_FONTS
-    app = gr.mount_gradio_app(
+    return gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         blocks,
         path="/",
@@ -112,8 +97,6 @@ def build_app(models: Models, corpus: Callable[[], Corpus], places: str, *, loca
         ssr_mode=False,
         max_file_size="1mb",
     )
-    app.add_middleware(OnlyThisMachine)
-    return app
 
 
 def write_tab(models: Models) -> None:
@@ -152,27 +135,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = local_server.parser_of(__doc__, port=7860)
     parser.add_argument("--data_dir", default=str(DEFAULT_DATA_DIR), help="the corpus that compressors read first")
     options = parser.parse_args(arguments)
-    local_server.check(options, ("gradio", "uvicorn"))
-    set_process_environment()
-    with local_server.open_models(options.models, MODELLING_FILES) as folders:
+
+    def app_of(models: local_server.Models, first: Path) -> FastAPI:
         from mvlm_core.data.corpus import load_corpus
-        from mvlm_core.evaluation.bits_per_byte import load_export
         from mvlm_core.export.manifest import corpus_choice
 
-        hardware = choose_hardware(device=options.device)
-        hardware.apply()
-        models = {name: load_export(folder, hardware.device) for name, folder in folders.items()}
-        choice = corpus_choice(next(iter(folders.values())))
-        with local_server.listen(options.host, options.port) as listener:
-            app = build_app(
-                models,
-                cache(lambda: load_corpus(options.data_dir, **choice)),
-                "\n".join(map(str, options.models)),
-                local=local_server.is_local(options.host),
-            )
-            print(f"{' and '.join(models)} at {local_server.address(listener)}; Ctrl-C ends it", flush=True)
-            local_server.run_app(app, listener)
-    return 0
+        corpus = cache(partial(load_corpus, options.data_dir, **corpus_choice(first)))
+        local = options.host in ("127.0.0.1", "::1", "localhost")
+        return build_app(models, corpus, "\n".join(map(str, options.models)), local=local)
+
+    return local_server.serve(options, ("gradio", "uvicorn"), MODELLING_FILES, app_of, headers=[POLICY])
 
 
 if __name__ == "__main__":

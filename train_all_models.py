@@ -20,8 +20,9 @@ import os
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from mvlm_core.console import outlive_terminal, setup_logging
+from mvlm_core.console import command_line, outlive_terminal, setup_logging
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.export.formats import NO_GGUF, PACKAGES, missing_packages
 from mvlm_core.files import RunLock, output_folder_problems
@@ -54,18 +55,17 @@ log = logging.getLogger("mvlm")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    texts = {
+    parser = command_line(__doc__)
+    texts: dict[str, tuple[Any, str]] = {
         "preset": ("auto", f"one of {', '.join(PRESET_NAMES)}; auto: h200 with a CUDA device, else cpu [default auto]"),
         "data_dir": (str(DEFAULT_DATA_DIR), "folder of .txt files; the default is built if it is missing or damaged"),
         "work_dir": (str(REPOSITORY_ROOT), "where models/, logs/ and models_for_download/ go [this repository]"),
-        "formats": ("", f"also pack the models as {' or '.join(PACKAGES)}, or both: onnx,gguf; see export_formats.py"),
-        "models": (",".join(TRAINERS), f"which models, separated by commas [default {','.join(TRAINERS)}]"),
+        "formats": ((), f"also pack the models as {' or '.join(PACKAGES)}, or both: onnx,gguf; see export_formats.py"),
+        "models": ((*TRAINERS,), f"which models, separated by commas [default {','.join(TRAINERS)}]"),
     }
     for name, (default, text) in texts.items():
-        parser.add_argument(f"--{name}", default=default, metavar="TEXT", help=text)
+        kind = listed if isinstance(default, tuple) else str
+        parser.add_argument(f"--{name}", default=default, type=kind, metavar="TEXT", help=text)
     text = "train both models for so many hours together, half each: equal seconds; see the trainers' --help"
     parser.add_argument("--max_hours", type=float, metavar="X", help=text)
     parser.add_argument("--fresh", action="store_true", help="delete what there is of these models and start again")
@@ -73,6 +73,11 @@ def make_parser() -> argparse.ArgumentParser:
     title = "passed on to both trainers (see their --help for defaults and presets)"
     add_options(parser, TrainingSettings, PASSED_ON, title=title)
     return parser
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The different names in a list with commas."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -83,29 +88,28 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """
     options = make_parser().parse_args(arguments)
     options.settings = {name: value for name in PASSED_ON if (value := getattr(options, name)) is not None}
-    names = [name.strip() for name in options.models.split(",") if name.strip()]
     if options.max_hours is not None:
-        options.settings["max_hours"] = options.max_hours / max(1, len({*names}))
-    choices = ", ".join(TRAINERS)
-    problems = [f"--models {name}: unknown; choose from {choices}" for name in names if name not in TRAINERS]
-    if not names:
-        problems.append(f"--models: names no model; choose from {choices}")
-    options.formats = tuple(dict.fromkeys(kind.strip() for kind in options.formats.split(",") if kind.strip()))
-    unknown = [kind for kind in options.formats if kind not in PACKAGES]
-    problems += [f"--formats {kind}: unknown; choose from {', '.join(PACKAGES)}" for kind in unknown]
-    problems += [f"--formats {problem}" for problem in missing_packages(set(options.formats) - set(unknown))]
-    if options.formats == ("gguf",) and "mvlm_gpt2" not in names:
+        options.settings["max_hours"] = options.max_hours / max(1, len(options.models))
+    problems = [
+        f"--{flag} {name}: unknown; choose from {', '.join(choices)}"
+        for flag, choices in (("models", TRAINERS), ("formats", PACKAGES))
+        for name in getattr(options, flag)
+        if name not in choices
+    ]
+    if not options.models:
+        problems.append(f"--models: names no model; choose from {', '.join(TRAINERS)}")
+    problems += [f"--formats {problem}" for problem in missing_packages(PACKAGES.keys() & {*options.formats})]
+    if options.formats == ("gguf",) and "mvlm_gpt2" not in options.models:
         problems.append(f"--formats gguf: {NO_GGUF}")
     if options.preset not in PRESET_NAMES:
         problems.append(f"--preset {options.preset}: unknown; choose one of {', '.join(PRESET_NAMES)}")
-    data_dir = Path(options.data_dir)
-    options.is_default_corpus = data_dir.resolve() == DEFAULT_DATA_DIR.resolve()
-    if not data_dir.is_dir() and not options.is_default_corpus:
+    options.is_default_corpus = Path(options.data_dir).resolve() == DEFAULT_DATA_DIR.resolve()
+    if not Path(options.data_dir).is_dir() and not options.is_default_corpus:
         problems.append(f"--data_dir {options.data_dir}: no such folder")
     preset = options.preset if options.preset in PRESET_NAMES else "smoke"
     problems += TrainingSettings(preset=preset, **options.settings).problems()
     problems += output_folder_problems(options.work_dir, "--work_dir")
-    options.names = [name for name in TRAINERS if name in names]
+    options.names = [name for name in TRAINERS if name in options.models]
     options.layout = layout = Layout(Path(options.work_dir).absolute())
     if not problems:
         for folder in (layout.models, layout.logs, layout.downloads, *map(layout.export, options.names)):

@@ -12,23 +12,24 @@ from __future__ import annotations
 
 import argparse
 import secrets
-import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from mvlm_core.errors import Stopped, UserError, printable, run_main
+from mvlm_core.console import command_line
+from mvlm_core.errors import UserError, printable, run_main
 from mvlm_core.export.file_checks import Checks, check_files
 from mvlm_core.export.manifest import MANIFEST
 from mvlm_core.export.strict_tar import name_problem
 from mvlm_core.export.validation import LOADING, check_formats, check_loading, check_packed, check_scores
 from mvlm_core.files import output_folder_problems, read_json, write_json_atomic
 from mvlm_core.hardware import DEVICES, gpu_count, set_process_environment
-from mvlm_core.pipeline.side_by_side import side_by_side
+from mvlm_core.pipeline.parallel import parallel_map
 from mvlm_core.pipeline.summary import now
 from mvlm_core.run_layout import Layout
 from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
+from mvlm_core.signals import end_on_sigterm
 from prioritary_mvlm.config import MODELLING_FILES
 
 MODELS = ("mvlm_gpt2", "simone_enhanced")
@@ -39,11 +40,6 @@ PROMPTS = (
     "And it came to pass",
     "For God so loved the world",
     "Thou shalt not",
-)
-VERSES = (
-    "In the beginning God created the heaven and the earth.\nAnd the earth was without form, and void;",
-    "The LORD is my shepherd; I shall not want.\nHe maketh me to lie down in green pastures:",
-    "Jesus wept.\n\nThen said the Jews, Behold how he loved him!",
 )
 
 
@@ -69,7 +65,7 @@ def validate_model(
     else:
         checks.add("loading", LOADING, False, "not tried: its files are not what they should be")
     if folder.parent == layout.models:
-        check_packed(folder.name, folder, layout, checks)
+        check_packed("archive", layout.archive(folder.name), folder, layout, checks)
         if samples:  # what could not be loaded has no logits to compare
             check_formats(folder.name, folder, layout, checks)
     return checks, samples
@@ -77,7 +73,7 @@ def validate_model(
 
 def sample_texts(data_dir: str) -> list[str]:
     """Some real text for the round trip: the beginnings of a few files of the corpus."""
-    texts, files = list(VERSES), sorted(Path(data_dir).rglob("*.txt"))
+    texts, files = list(PROMPTS), sorted(Path(data_dir).rglob("*.txt"))
     for file in files[:: max(1, len(files) // 12)][:12]:
         try:
             if file.is_file():  # a pipe would be waited for
@@ -105,9 +101,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     Raises:
         UserError: every problem with it.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("folders", nargs="*", metavar="MODEL_DIR", help="export folders [default: what the last run made]")
     add("--work_dir", default=str(REPOSITORY_ROOT), help="where models/ and models_for_download/ are")
@@ -149,22 +143,16 @@ def wanted_folders(options: argparse.Namespace, layout: Layout) -> dict[str, Pat
     return {name: layout.export(name) for name in asked}
 
 
-def stop(number: int, _frame: object) -> NoReturn:
-    raise Stopped(number)  # run_python ends its child when an exception passes through it
-
-
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     set_process_environment()
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
     layout = Layout(Path(options.work_dir).absolute())
     models: dict[str, Any] = {}
     failed: list[str] = []
     texts = sample_texts(options.data_dir)
     wanted = wanted_folders(options, layout)
     each = [(folder, layout, options, texts) for folder in wanted.values()]
-    found = side_by_side(validate_model, each, on_cpu=options.device == "cpu" or not gpu_count())
+    found = parallel_map(validate_model, each, on_cpu=options.device == "cpu" or not gpu_count())
     for (name, folder), (checks, samples) in zip(wanted.items(), found, strict=True):
         print_checks(name, checks)
         failed += [f"{name}: {check.name}: {check.detail}" for check in checks if not check.passed]
@@ -185,4 +173,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_on_sigterm()  # and the process that loads or scores a model with it
     run_main(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import signal
@@ -95,6 +96,13 @@ def setup_logging(log_file: Path | str | None = None, *, quiet: bool = False) ->
         file.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(file)
     return log
+
+
+def command_line(description: str | None) -> argparse.ArgumentParser:
+    """A parser whose help shows a script's docstring as it stands."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
 
 
 def trainer_settings(

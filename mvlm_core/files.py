@@ -89,6 +89,17 @@ def write_json_atomic(path: Path | str, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
+def template(path: Path) -> Any:
+    """The Jinja template in a file: what is asked of it and missing is an error, and an .html escapes its values."""
+    from jinja2 import Environment, StrictUndefined
+
+    is_html = path.suffix == ".html"
+    environment = Environment(
+        autoescape=is_html, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    return environment.from_string(path.read_text(encoding="utf-8"))
+
+
 def output_folder_problems(folder: Path | str, flag: str = "--output_dir") -> list[str]:
     """Why ``folder``, which need not exist yet, cannot be written to: a file in its place, no permission."""
     folder = Path(folder).absolute()

@@ -162,8 +162,7 @@ def test_without_arguments_it_takes_the_exports_or_else_the_archives(trained, tm
 
 
 def test_models_of_one_name_are_told_apart(trained):
-    with local_server.open_models([trained / MODELS[0]] * 3, serve.MODELLING_FILES) as folders:
-        assert list(folders) == ["mvlm_gpt2", "mvlm_gpt2-2", "mvlm_gpt2-3"]
+    assert list(local_server.by_name([trained / MODELS[0]] * 3)) == ["mvlm_gpt2", "mvlm_gpt2-2", "mvlm_gpt2-3"]
 
 
 def test_a_taken_port_and_an_impossible_host_are_errors():

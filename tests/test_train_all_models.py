@@ -26,7 +26,9 @@ TRAINER = """
 import hashlib, json, os, signal, sys, time
 from pathlib import Path
 if "--dry_run" in sys.argv:
-    print("an hour,\\n2 GB"); sys.exit(os.environ.get("MODE_dry_run"))
+    print("an hour,")
+    print(json.dumps({"lines": ["2 GB"], "items": [], "assumptions": [], "paid": False, "export_bytes": 0}))
+    sys.exit(os.environ.get("MODE_dry_run"))
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 out, name = Path(flags["--output_dir"]), Path(flags["--output_dir"]).name
 out.mkdir(parents=True, exist_ok=True)
@@ -148,7 +150,8 @@ class Job:
             if not {whole}:     # torch and matplotlib take seconds to import; one test has them
                 entry.probe_hardware = lambda job: {{"device": "cpu: some", "lines": []}}
                 stages.plots.plot_comparison = stages.compression_baselines = lambda *given: {{}}
-            run_main(entry.main)
+            if __name__ == "__main__":  # the hardware probe starts a process
+                run_main(entry.main)
         """)
         )
 

@@ -17,9 +17,9 @@ from benchmarks import command
 from benchmarks.experiments import runner
 from benchmarks.experiments.runner import SETTINGS, Figures, Found, Line, Run
 from mvlm_core.errors import run_main
+from mvlm_core.export.plots import STYLES
 from mvlm_core.files import write_atomic
 from mvlm_core.metrics import METRICS
-from mvlm_core.pipeline.plots import STYLES
 
 NAMES = tuple(SETTINGS)
 

@@ -15,11 +15,12 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mvlm_core.errors import UserError
 from mvlm_core.export.manifest import (
     MANIFEST,
     MANIFEST_LIMIT,
@@ -221,3 +222,16 @@ def extract_archive(archive: Path, destination: Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return top
+
+
+@contextmanager
+def opened(place: Path) -> Iterator[Path]:
+    """The export folder at ``place``, or the top folder of a ``.tar.gz``, checked and unpacked, and gone afterwards.
+
+    Raises:
+        UserError: no such folder or archive, or an archive that is not good.
+    """
+    if not place.exists():
+        raise UserError(f"{place}: no such folder or archive; train a model first, or name where one is")
+    with tempfile.TemporaryDirectory(prefix="mvlm-open-") as scratch:
+        yield place if place.is_dir() else extract_archive(place, Path(scratch))

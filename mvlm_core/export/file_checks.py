@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import ast
 import json
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mvlm_core.errors import LINE_BREAK, UserError, printable
-from mvlm_core.export.archive import extract_archive
+from mvlm_core.export.archive import opened
 from mvlm_core.export.folder import STAGING_NAME
 from mvlm_core.export.manifest import EXPECTED_FILES, MANIFEST, TEST_SCORES, ArchiveError, read_manifest, verify_folder
 from mvlm_core.files import LOCK_NAME, read_json, read_regular
@@ -69,14 +68,31 @@ def checked_export(place: Path, sources: Path) -> Iterator[Path]:
     """The export folder at ``place``, which may be a ``.tar.gz``; what that held is gone afterwards.
 
     Raises:
-        UserError: no such folder or archive, or as ``check_export``.
+        UserError: as ``opened`` and ``check_export``.
     """
-    if not place.exists():
-        raise UserError(f"{place}: no such folder or archive; train a model first, or name where one is")
-    with tempfile.TemporaryDirectory(prefix="mvlm-open-") as scratch:
-        folder = place if place.is_dir() else extract_archive(place, Path(scratch))
-        check_export(folder, sources, place)
+    with checked_exports([place], sources) as (folder,):
         yield folder
+
+
+@contextmanager
+def checked_exports(places: Sequence[Path], sources: Path, problems: Sequence[str] = ()) -> Iterator[list[Path]]:
+    """``checked_export`` for each of the places.
+
+    Raises:
+        UserError: every problem with any of them, after the ``problems`` that are known already.
+    """
+    folders, found = [], list(problems)
+    with ExitStack() as stack:
+        for place in places:
+            try:
+                folder = stack.enter_context(opened(place))
+                check_export(folder, sources, place)
+                folders.append(folder)
+            except UserError as error:
+                found += error.problems
+        if found:
+            raise UserError(found)
+        yield folders
 
 
 def check_files(folder: Path, checks: Checks, sources: Path) -> list[str]:
@@ -188,32 +204,23 @@ def pickles(folder: Path, files: list[str]) -> list[str]:
 def unreadable(folder: Path) -> list[str]:
     """Expected files that are not what their name says: JSON of the right kind, safetensors. Missing ones are left
     to other checks."""
+    from safetensors import SafetensorError, safe_open
+
     problems = []
-    for name in EXPECTED_FILES:
-        path = folder / name
-        if not path.exists():
-            continue
+    for path in [folder / name for name in EXPECTED_FILES if (folder / name).exists()]:
         try:
             if path.suffix == ".json":
-                kind, what = (list, "list") if name == "training_history.json" else (dict, "object")
+                kind, what = (list, "list") if path.name == "training_history.json" else (dict, "object")
                 if not isinstance(json.loads(read_regular(path, JSON_LIMIT).decode("utf-8")), kind):
                     raise ValueError(f"not a JSON {what}")
             elif path.suffix == ".safetensors":
-                _open_safetensors(path)
+                if not path.is_file():
+                    raise ValueError("not a regular file")
+                with safe_open(path, framework="np") as file:
+                    if not file.keys():
+                        raise ValueError("holds no tensor")
+        except SafetensorError as error:
+            problems.append(f"{path.name}: not a safetensors file ({error})")
         except (OSError, ValueError, RecursionError) as error:
-            problems.append(f"{name}: {error}")
+            problems.append(f"{path.name}: {error}")
     return problems
-
-
-def _open_safetensors(path: Path) -> None:
-    """Raises ValueError when the header does not describe the file."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise ValueError("not a regular file")
-    try:
-        with safe_open(path, framework="np") as file:
-            if not file.keys():
-                raise ValueError("holds no tensor")
-    except SafetensorError as error:
-        raise ValueError(f"not a safetensors file ({error})") from None

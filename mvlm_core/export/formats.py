@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mvlm_core.errors import TrainingFailed, UserError
 from mvlm_core.export.manifest import MANIFEST, read_manifest, verify_folder, write_manifest
-from mvlm_core.files import fsync_path, make_folder, read_json, sha256_file, write_json_atomic
+from mvlm_core.files import fsync_path, make_folder, read_json, sha256_file, template, write_json_atomic
 
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "gguf": ("gguf",)}
 RECORD = "formats.json"
@@ -117,11 +117,8 @@ def _add_gguf(export: Path, folder: Path, name: str) -> None:
 
 
 def _readme(export: Path, name: str, formats: list[str]) -> str:
-    from jinja2 import Environment, StrictUndefined
-
     config = read_json(export / "config.json")
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    return environment.from_string(_README.read_text(encoding="utf-8")).render(
+    return template(_README).render(
         name=name,
         formats=formats,
         start=config["bos_token_id"],

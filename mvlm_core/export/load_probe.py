@@ -1,10 +1,11 @@
 """Loads an exported model the way a stranger would and writes what it found, as JSON.
 
-    python -I mvlm_core/export/load_probe.py MODEL_DIR REQUEST.json ANSWER.json
+    python -I mvlm_core/export/load_probe.py REQUEST.json ANSWER.json
 
 Run by `validate_models.py` in a process of its own, on a copy of the export. Needs torch and transformers
 only and refuses to import anything of this repository, so it proves that the folder stands by itself. The
-request holds `prompts`, `texts` for the round trip and `specials`, words that must be ordinary text.
+request holds the `folder`, `prompts`, `texts` for the round trip, `specials`, words that must be ordinary text, and
+what training recorded: the number of `parameters` and the size of the `vocabulary`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ OURS = {
     "prepare_dataset",
 }
 NEW_TOKENS = 40
+Check = tuple[str, str, list[str], str]  # its group and name, what is wrong, and what is told where nothing is
 
 
 class Unusable(Exception):
@@ -56,16 +58,24 @@ class Barrier(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"{fullname}: the export needs a module of the repository that made it")
 
 
-def weights_part(model: Any, info: dict[str, Any]) -> dict[str, Any]:
+def weight_checks(model: Any, info: dict[str, Any], recorded: object) -> list[Check]:
+    """The weights' checks; ``recorded`` is the number of parameters that training wrote down."""
     tensors = model.state_dict().items()
+    not_finite = [name for name, value in tensors if value.is_floating_point() and not value.isfinite().all()]
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-    return {
-        "not_finite": [name for name, value in tensors if value.is_floating_point() and not value.isfinite().all()],
-        "parameters": sum(value.numel() for value in model.parameters()),
-        "unfilled": sorted(str(key) for kind in kinds for key in info.get(kind, ())),
-        "rows": model.get_input_embeddings().weight.shape[0],
-        "class": type(model).__name__,
-    }
+    unfilled = sorted(str(key) for kind in kinds for key in info.get(kind, ()))
+    parameters = sum(value.numel() for value in model.parameters())
+    return [
+        ("weights", "finite", not_finite, "all values finite"),
+        ("weights", "fit the architecture", unfilled, "no missing, unexpected or mismatched weight"),
+        equals(
+            "weights", "parameter count", parameters == recorded, f"{parameters:,}, recorded in training: {recorded}"
+        ),
+    ]
+
+
+def equals(group: str, name: str, passed: bool, detail: str) -> Check:
+    return group, name, [] if passed else [detail], detail
 
 
 def comes_back(tokenizer: Any, text: str) -> bool:
@@ -77,28 +87,39 @@ def comes_back(tokenizer: Any, text: str) -> bool:
     )
 
 
-def tokenizer_part(tokenizer: Any, model: Any, request: dict[str, Any]) -> dict[str, Any]:
+def tokenizer_checks(tokenizer: Any, model: Any, request: dict[str, Any]) -> list[Check]:
+    """The tokenizer's checks, with the texts, the words and the vocabulary size of the request."""
     specials, special_ids = tokenizer.special_tokens_map, set(tokenizer.all_special_ids)
+    failed = [ascii(text[:40]) for text in request["texts"] if not comes_back(tokenizer, text)]
     words = (*request["specials"], *map(str, specials.values()))
-    roles = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {
-        "size": len(tokenizer),
-        "highest_id": max(tokenizer.get_vocab().values()),
-        "specials": specials,
-        "special_ids": tokenizer.all_special_ids,
-        "failed": [text for text in request["texts"] if not comes_back(tokenizer, text)],
-        "taken": [word for word in words if special_ids & set(tokenizer(word, add_special_tokens=False).input_ids)],
-        "start_id": tokenizer.bos_token_id,
-        "end_id": tokenizer.eos_token_id,
-        "config_ids": [getattr(model.generation_config, role) for role in roles],
-    }
+    taken = [word for word in words if special_ids & set(tokenizer(word, add_special_tokens=False).input_ids)]
+    size, highest, recorded = len(tokenizer), max(tokenizer.get_vocab().values()), request["vocabulary"]
+    rows = model.get_input_embeddings().weight.shape[0]
+    fits = f"{size:,} entries, highest id {highest:,}, {rows:,} rows"
+    missing = [f"{role} missing" for role in ("bos_token", "eos_token") if not specials.get(role)]
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        missing.append("ids of start and end missing")
+    named = [getattr(model.generation_config, role) for role in ("bos_token_id", "eos_token_id", "pad_token_id")]
+    missing += [
+        f"generation_config names {number}, which is not a special token"
+        for number in named
+        if number is not None and number not in special_ids
+    ]
+    return [
+        ("tokenizer", "round trip", failed, "exact on every text"),
+        equals("tokenizer", "vocabulary fits the embedding", max(size, highest + 1) <= rows, fits),
+        equals("tokenizer", "vocabulary size", size == recorded, f"{size:,}, recorded in training: {recorded}"),
+        ("tokenizer", "special tokens", missing, ", ".join(sorted(set(map(str, specials.values()))))),
+        ("tokenizer", "special words are ordinary text", taken, "none is turned into a special token"),
+    ]
 
 
-def generated(model: Any, tokenizer: Any, prompts: list[str]) -> list[dict[str, Any]]:
-    """Greedy continuations, asked for as the documentation of transformers asks."""
+def generated(model: Any, tokenizer: Any, prompts: list[str]) -> tuple[list[dict[str, Any]], Check]:
+    """Greedy continuations, asked for as the documentation of transformers asks, and their check."""
     import torch
 
-    found, context = [], model.config.max_position_embeddings  # GPT-2's n_positions answers to this name too
+    samples, problems = [], []
+    context = model.config.max_position_embeddings  # GPT-2's n_positions answers to this name too
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt").input_ids[:, : context - 1]
         wanted = min(NEW_TOKENS, context - ids.shape[1])  # a learned position embedding ends there
@@ -109,23 +130,18 @@ def generated(model: Any, tokenizer: Any, prompts: list[str]) -> list[dict[str, 
             )[0]
         new = output[ids.shape[1] :].tolist()
         end = model.generation_config.eos_token_id
-        ends = end if isinstance(end, list) else [end]
-        found.append(
-            {
-                "prompt": prompt,
-                "text": tokenizer.decode(output, skip_special_tokens=True),
-                "new_tokens": len(new),
-                "whole": len(new) == wanted or bool(new) and new[-1] in ends,
-                "finite": finite,
-                "within_vocabulary": max(new, default=0) < len(tokenizer),
-            }
-        )
-    return found
+        whole = len(new) == wanted or bool(new) and new[-1] in (end if isinstance(end, list) else [end])
+        if not (whole and finite and max(new, default=0) < len(tokenizer)):
+            problems.append(f"{prompt!r} gave {len(new)} tokens" + ("" if finite else ", non-finite logits"))
+        text = tokenizer.decode(output, skip_special_tokens=True)
+        samples.append({"prompt": prompt, "text": text, "new_tokens": len(new)})
+    return samples, ("generation", "generates", problems, f"{len(samples)} prompts, greedy")
 
 
-def probe(model_dir: str, request: dict[str, Any]) -> dict[str, Any]:
+def probe(request: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    model_dir = request["folder"]
     with concerning("config.json, generation_config.json or model.safetensors"):
         config = json.loads((Path(model_dir) / "config.json").read_text(encoding="utf-8"))
         own_code = "auto_map" in config  # a model that transformers knows must load without trusting any code
@@ -134,13 +150,13 @@ def probe(model_dir: str, request: dict[str, Any]) -> dict[str, Any]:
         )
         model, info = loaded
         model.eval()
-        weights = weights_part(model, info)
+        checks = weight_checks(model, info, request["parameters"])
     with concerning("tokenizer.json or tokenizer_config.json"):
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        words = tokenizer_part(tokenizer, model, request)
+        checks += tokenizer_checks(tokenizer, model, request)
     with concerning("config.json, generation_config.json or tokenizer.json, while generating"):
-        samples = generated(model, tokenizer, request["prompts"])
-    return {"weights": weights, "tokenizer": words, "samples": samples}
+        samples, check = generated(model, tokenizer, request["prompts"])
+    return {"class": type(model).__name__, "checks": [*checks, check], "samples": samples}
 
 
 def limit_memory(model_dir: str) -> None:
@@ -155,15 +171,16 @@ def limit_memory(model_dir: str) -> None:
 
 
 def main() -> int:
-    model_dir, request, answer = sys.argv[1:4]
+    request, answer = map(Path, sys.argv[1:])
+    asked = json.loads(request.read_text(encoding="utf-8"))
     sys.meta_path.insert(0, Barrier())
-    limit_memory(model_dir)
+    limit_memory(asked["folder"])
     try:
-        result = probe(model_dir, json.loads(Path(request).read_text(encoding="utf-8")))
+        result = probe(asked)
     except Unusable as error:
         print(error)
         return 1
-    Path(answer).write_text(json.dumps(result), encoding="utf-8")
+    answer.write_text(json.dumps(result), encoding="utf-8")
     return 0
 
 

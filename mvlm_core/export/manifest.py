@@ -11,7 +11,7 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mvlm_core.errors import UserError
+from mvlm_core.errors import UserError, printable
 from mvlm_core.export.strict_tar import ENTRY_LIMIT, PROBLEM_LIMIT, name_problem
 from mvlm_core.files import read_regular, sha256_file, write_json_atomic
 
@@ -32,6 +32,12 @@ EXPECTED_FILES = (
     "training_plots.png",
 )
 SECTIONS = ("settings", "identity", "data", "tokenizer", "hardware", "results")  # objects in training_config.json
+RECORDED: tuple[tuple[str, str, Any, Any], ...] = (  # in them: of what type, and what it is where it is missing
+    ("data", "only", str | None, None),
+    ("results", "steps", int, 0),
+    ("settings", "validation_split", float | int, 0.05),
+    ("settings", "validation_dir", str | None, None),
+)
 log = logging.getLogger("mvlm")
 
 
@@ -150,10 +156,10 @@ def training_config(folder: Path, *required: str) -> dict[str, Any]:
         for section in SECTIONS:
             if not isinstance(config.get(section, None if section in required else {}), dict):
                 raise ValueError(f"no section '{section}'")
-        if not isinstance(config.get("data", {}).get("only"), str | None):
-            raise ValueError("data.only is not a path")
-        if not isinstance(config.get("results", {}).get("steps", 0), int):
-            raise ValueError("results.steps is not a number")
+        for section, key, kind, default in RECORDED:
+            value = config.get(section, {}).get(key, default)
+            if not isinstance(value, kind) or isinstance(value, str) and "\0" in value:
+                raise ValueError(f"{section}.{key} cannot be {printable(repr(value), limit=80)}")
     except (ArchiveError, OSError, ValueError, RecursionError) as error:
         log.warning("%s/%s is damaged, so the export does not count as finished: %s", folder, TRAINING_CONFIG, error)
         return {}
@@ -166,19 +172,11 @@ def corpus_choice(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the export is not finished, or its record says something impossible.
     """
-    config, path = training_config(folder), folder / TRAINING_CONFIG
+    if not (config := training_config(folder)):
+        raise UserError(f"{folder / TRAINING_CONFIG}: not the record of a finished export")
     settings = config.get("settings", {})
-    choice = {
+    return {
         "validation_split": settings.get("validation_split", 0.05),
         "validation_dir": settings.get("validation_dir"),
         "only": config.get("data", {}).get("only"),
     }
-    problems = [] if config else [f"{path}: not the record of a finished export"]
-    if not isinstance(choice["validation_split"], int | float):
-        problems.append(f"{path}: validation_split is not a number")
-    for key in ("validation_dir", "only"):
-        if choice[key] is not None and (not isinstance(choice[key], str) or "\0" in choice[key]):
-            problems.append(f"{path}: {key} is not a path")
-    if problems:
-        raise UserError(problems)
-    return choice

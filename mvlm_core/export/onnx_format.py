@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from mvlm_core.errors import run_main
 from mvlm_core.evaluation.bits_per_byte import context_of, load_export
-from mvlm_core.files import write_json_atomic
+from mvlm_core.files import read_json, write_json_atomic
 
 _ONE_FILE = 1 << 30  # bytes of weights; protobuf holds 2 GiB, and larger ones go into a file beside the graph
 _PROBE_TOKENS = 48
@@ -111,12 +111,12 @@ def largest_difference(model: Any, path: Path) -> float:
     return float(np.abs(np.concatenate(parts, axis=1) - expected).max())
 
 
-def main() -> None:
-    """``python -m mvlm_core.export.onnx_format MODEL_DIR GRAPH ANSWER.json``, run by ``validation``."""
-    folder, path, answer = sys.argv[1:]
-    model, _ = load_export(folder)
-    write_json_atomic(answer, {"largest_difference": largest_difference(model.float(), Path(path))})
+def main(request: str, answer: str) -> None:
+    """``python -m mvlm_core.export.onnx_format REQUEST.json ANSWER.json``, run by ``validation``."""
+    asked = read_json(Path(request))
+    model, _ = load_export(asked["folder"])
+    write_json_atomic(answer, {"largest_difference": largest_difference(model.float(), Path(asked["graph"]))})
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: main(*sys.argv[1:]))

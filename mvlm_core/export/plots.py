@@ -1,36 +1,74 @@
-"""`training_plots.png`, the picture of a training run in its export."""
+"""Curves of training histories, and `training_plots.png`, the picture of a training run in its export."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from mvlm_core.metrics import BY_NAME
 
-PANELS = (  # field of the history's records, label, line style
-    ("train_loss", "training loss (nats per token)", "-"),
-    ("validation_bpb", BY_NAME["validation_bpb"].title, "o-"),
-    ("learning_rate", "learning rate", "-"),
-    ("grad_norm", "gradient norm", "-"),
+# Okabe and Ito's palette: distinct for every kind of colour vision, and light and dark in greyscale.
+STYLES = (
+    {"color": "#0072B2", "linestyle": "-", "marker": "o", "hatch": ""},
+    {"color": "#E69F00", "linestyle": "--", "marker": "s", "hatch": "//"},
 )
+PART_STYLES = (("#0072B2", "-"), ("#E69F00", "--"), ("#009E73", ":"), ("#CC79A7", "-."))  # for curves of one model
+POINTS = 400  # of a curve: more than a page has pixels for
+BY_TEXT, BY_TIME = ("bytes", 1e6, "training text read, MB"), ("seconds", 1.0, "seconds of training")
+PANELS = (  # field of the history's records, label
+    ("train_loss", "training loss (nats per token)"),
+    ("validation_bpb", BY_NAME["validation_bpb"].title),
+    ("learning_rate", "learning rate"),
+    ("grad_norm", "gradient norm"),
+)
+Axis = tuple[str, float, str]
+Histories = dict[str, list[dict[str, Any]]]
+
+
+def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most about ``POINTS`` of them, always with the last one."""
+    step = -(-len(points) // POINTS)
+    return points[::-1][::step][::-1] if step > 1 else points
+
+
+def curves(histories: Histories, keys: Iterable[str], x: Axis, ylabel: str) -> Callable[[Any], None] | None:
+    """What draws values of the history against text or time onto axes, or None where no record has any.
+
+    Args:
+        keys: one for a curve for each model, several for a curve for each key.
+        x: the record's key, what it is divided by, and the axis's label.
+    """
+    (x_key, unit, xlabel), keys, lines = x, list(keys), []
+    for style, (name, history) in zip(STYLES, histories.items(), strict=False):
+        for number, key in enumerate(keys):
+            points = thinned([(record[x_key] / unit, record[key]) for record in history if key in record])
+            color, line = PART_STYLES[number % 4] if len(keys) > 1 else (style["color"], style["linestyle"])
+            label = name if len(keys) == 1 else key.replace("_", " ")
+            look: dict[str, Any] = {"color": color, "linestyle": line, "label": label}
+            look |= {"marker": style["marker"], "markersize": 4} if len(points) < 60 else {}
+            lines += [(points, look)] if points else []
+
+    def draw(axes: Any) -> None:
+        for points, look in lines:
+            axes.plot(*zip(*points, strict=True), linewidth=1.3, **look)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.grid(alpha=0.3)
+        if len(lines) > 1:
+            axes.legend(fontsize=8)
+
+    return draw if lines else None
 
 
 def plot_history(history: list[dict[str, Any]], title: str, path: Path) -> None:
     """Loss, validation, learning rate and gradient norm against the text read, as one picture."""
-    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(2, 2, figsize=(10, 6.5), sharex=True, layout="constrained")
-    for axes, (key, label, style) in zip(panels.flat, PANELS, strict=True):
-        points = [(record["bytes"] / 1e6, record[key]) for record in history if key in record]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, color="#0072B2", linewidth=1.2)
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-    for axes in panels[1]:
-        axes.set_xlabel("training text read (MB)")
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    FigureCanvasAgg(figure)  # no pyplot: it would ask for a display and leave global state behind
+    for axes, (key, label) in zip(figure.subplots(2, 2, sharex=True).flat, PANELS, strict=True):
+        if draw := curves({title: history}, [key], BY_TEXT, label):
+            draw(axes)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
-    plt.close(figure)

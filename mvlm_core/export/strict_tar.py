@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from io import BufferedIOBase
 
 ENTRY_LIMIT = 10_000
 PROBLEM_LIMIT = 50  # a hostile archive may hold millions of bad entries: naming some is enough
@@ -42,14 +42,10 @@ class Damaged(Exception):
     """The archive cannot be read any further."""
 
 
-class Readable(Protocol):
-    def read(self, size: int) -> bytes: ...
-
-
 class BoundedStream:
     """The unpacked bytes of an archive, never more than ``limit`` of them."""
 
-    def __init__(self, file: Readable, limit: int) -> None:
+    def __init__(self, file: BufferedIOBase, limit: int) -> None:
         self._file, self._limit, self._seen = file, limit, 0
 
     def read(self, size: int) -> bytes:

@@ -1,7 +1,7 @@
 """The checks of an exported model and its archive: what `validate_models.py` runs and reports.
 
 What is looked at is not trusted: its files are judged before anything is loaded (`file_checks`), and loading and
-scoring happen in processes of their own (`load_probe`, `rescore`).
+scoring happen in processes of their own (`load_probe`, `scores`, `onnx_format`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mvlm_core.files import read_json, sha256_file
 from mvlm_core.metrics import PRIMARY_TEST_BPB
 from mvlm_core.run_layout import Layout
 from mvlm_core.settings import REPOSITORY_ROOT
-from mvlm_core.signals import PARENT_VARIABLE
+from mvlm_core.signals import PARENT_VARIABLE, parent_is_gone
 
 ODD_TEXTS = (
     "",
@@ -89,7 +89,7 @@ def run_python(arguments: list[str], cwd: Path, *, seconds: float = math.inf, **
 
 def _output_in_time(process: subprocess.Popen[str], seconds: float) -> str:
     """The child's output; raises Stopped when the pipeline that started this process is gone."""
-    parent, end = os.environ.get(PARENT_VARIABLE, ""), time.monotonic() + seconds
+    end = time.monotonic() + seconds
     while True:
         try:
             return process.communicate(timeout=1)[0]
@@ -97,8 +97,21 @@ def _output_in_time(process: subprocess.Popen[str], seconds: float) -> str:
             if time.monotonic() > end:
                 process.kill()
                 return f"{process.communicate()[0]}\nkilled: not done after {seconds:.0f} seconds"
-            if parent.isdecimal() and os.getppid() != int(parent):
+            if parent_is_gone():
                 raise Stopped(signal.SIGTERM) from None
+
+
+def answer_of(
+    arguments: list[str], request: dict[str, Any], cwd: Path = REPOSITORY_ROOT, *, seconds: float = math.inf
+) -> tuple[dict[str, Any], str]:
+    """What such a process answers to a request, both in JSON files; or {} and why it gave no answer."""
+    with tempfile.TemporaryDirectory(prefix="mvlm-validate-") as scratch:
+        place = Path(scratch)
+        asked, answer = place / "request.json", place / "answer.json"
+        asked.write_text(json.dumps(request), encoding="utf-8")
+        caches = {"HF_MODULES_CACHE": str(place / "modules"), "HF_HOME": str(place / "home")}
+        code, output = run_python([*arguments, str(asked), str(answer)], cwd, seconds=seconds, **caches)
+        return read_json(answer) if code == 0 else {}, f"exit code {code}: {output}"
 
 
 # --- loading ------------------------------------------------------------------------------------------------
@@ -125,69 +138,19 @@ def check_loading(
         texts: for the tokenizer's round trip, beside ``ODD_TEXTS``.
     """
     with tempfile.TemporaryDirectory(prefix="mvlm-validate-") as scratch:
-        place = Path(scratch)
-        copy = place / f"another_name_{secrets.token_hex(4)}"
+        elsewhere = Path(scratch)
+        copy = elsewhere / f"another_name_{secrets.token_hex(4)}"
         copy_export(folder, [*files, MANIFEST], copy)
-        request, answer, elsewhere = place / "request.json", place / "answer.json", place / "cwd"
-        elsewhere.mkdir()
-        questions = {"prompts": prompts, "texts": [*texts, *ODD_TEXTS], "specials": ORDINARY_WORDS}
-        request.write_text(json.dumps(questions), encoding="utf-8")
-        code, output = run_python(
-            ["-I", str(PROBE), str(copy), str(request), str(answer)],
-            elsewhere,
-            seconds=LOADING_SECONDS,
-            HF_MODULES_CACHE=str(place / "modules"),
-            HF_HOME=str(place / "home"),
-        )
-        found = read_json(answer)
-    detail = f"as {found['weights']['class']}" if found else f"exit code {code}: {output}"
-    if not checks.add("loading", LOADING, code == 0 and bool(found), detail):
+        request = {"folder": str(copy), "prompts": prompts, "texts": [*texts, *ODD_TEXTS], "specials": ORDINARY_WORDS}
+        config = training_config(folder)
+        request["parameters"] = config.get("results", {}).get("parameters")
+        request["vocabulary"] = config.get("tokenizer", {}).get("vocab_size")
+        found, why = answer_of(["-I", str(PROBE)], request, elsewhere, seconds=LOADING_SECONDS)
+    if not checks.add("loading", LOADING, bool(found), f"as {found['class']}" if found else why):
         return []
-    config = training_config(folder)
-    check_weights(found["weights"], config, checks)
-    check_tokenizer(found["tokenizer"], found["weights"]["rows"], config, checks)
-    bad = [
-        f"{sample['prompt']!r} gave {sample['new_tokens']} tokens" + ("" if sample["finite"] else ", non-finite logits")
-        for sample in found["samples"]
-        if not (sample["whole"] and sample["finite"] and sample["within_vocabulary"])
-    ]
-    checks.add_problems("generation", "generates", bad, f"{len(found['samples'])} prompts, greedy")
-    return [{key: sample[key] for key in ("prompt", "text", "new_tokens")} for sample in found["samples"]]
-
-
-def check_weights(found: dict[str, Any], config: dict[str, Any], checks: Checks) -> None:
-    """Judge the probe's findings about the weights."""
-    checks.add_problems("weights", "finite", found["not_finite"], "all values finite")
-    checks.add_problems(
-        "weights", "fit the architecture", found["unfilled"], "no missing, unexpected or mismatched weight"
-    )
-    recorded, parameters = config.get("results", {}).get("parameters"), found["parameters"]
-    detail = f"{parameters:,}, recorded in training: {recorded}"
-    checks.add("weights", "parameter count", parameters == recorded, detail)
-
-
-def check_tokenizer(found: dict[str, Any], rows: int, config: dict[str, Any], checks: Checks) -> None:
-    """Judge the probe's findings about the tokenizer; the embedding has ``rows``."""
-    failed = [ascii(text[:40]) for text in found["failed"]]
-    checks.add_problems("tokenizer", "round trip", failed, "exact on every text")
-    size, highest = found["size"], found["highest_id"]
-    detail = f"{size:,} entries, highest id {highest:,}, {rows:,} rows"
-    checks.add("tokenizer", "vocabulary fits the embedding", max(size, highest + 1) <= rows, detail)
-    recorded = config.get("tokenizer", {}).get("vocab_size")
-    checks.add("tokenizer", "vocabulary size", size == recorded, f"{size:,}, recorded in training: {recorded}")
-    problems = [f"{role} missing" for role in ("bos_token", "eos_token") if not found["specials"].get(role)]
-    if found["start_id"] is None or found["end_id"] is None:
-        problems.append("ids of start and end missing")
-    problems += [
-        f"generation_config names {number}, which is not a special token"
-        for number in found["config_ids"]
-        if number is not None and number not in found["special_ids"]
-    ]
-    good = ", ".join(sorted(set(map(str, found["specials"].values()))))
-    checks.add_problems("tokenizer", "special tokens", problems, good)
-    checks.add_problems(
-        "tokenizer", "special words are ordinary text", found["taken"], "none is turned into a special token"
-    )
+    for group, name, problems, good in found["checks"]:
+        checks.add_problems(group, name, problems, good)
+    return found["samples"]
 
 
 # --- scores -------------------------------------------------------------------------------------------------
@@ -206,18 +169,9 @@ def check_scores(folder: Path, checks: Checks, *, data_dir: str, device: str, se
         whole: score all of them again nevertheless.
     """
     config = training_config(folder)
-    with tempfile.TemporaryDirectory(prefix="mvlm-validate-") as place:
-        request, answer = Path(place) / "request.json", Path(place) / "answer.json"
-        asked = {"folder": str(folder), "data_dir": data_dir, "device": device, "seed": seed, "whole": whole}
-        request.write_text(json.dumps(asked), encoding="utf-8")
-        code, output = run_python(
-            ["-m", "mvlm_core.export.rescore", str(request), str(answer)],
-            REPOSITORY_ROOT,
-            HF_MODULES_CACHE=str(Path(place) / "modules"),
-        )
-        found = read_json(answer)
-    detail = f"on {found['device']}" if found else f"exit code {code}: {output}"
-    if not checks.add("scores", "recomputed", code == 0 and bool(found), detail):
+    asked = {"folder": str(folder), "data_dir": data_dir, "device": device, "seed": seed, "whole": whole}
+    found, why = answer_of(["-m", "mvlm_core.export.scores"], asked)
+    if not checks.add("scores", "recomputed", bool(found), f"on {found['device']}" if found else why):
         return
     same_text = found["fingerprint"] == config.get("data", {}).get("fingerprint")
     detail = "the corpus is the one it was trained and scored on"
@@ -242,12 +196,8 @@ def check_scores(folder: Path, checks: Checks, *, data_dir: str, device: str, se
 # --- archives -----------------------------------------------------------------------------------------------
 
 
-def check_packed(name: str, folder: Path, layout: Layout, checks: Checks) -> None:
-    """Judge the archive of a model: whole, as in SHA256SUMS, and equal to the export."""
-    _check_archive("archive", layout.archive(name), folder, layout, checks)
-
-
-def _check_archive(group: str, archive: Path, folder: Path, layout: Layout, checks: Checks) -> None:
+def check_packed(group: str, archive: Path, folder: Path, layout: Layout, checks: Checks) -> None:
+    """Judge the archive of a folder: whole, as in SHA256SUMS, and equal to the folder."""
     if not archive.is_file():
         checks.add(group, "there", False, f"{archive} is missing")
         return
@@ -275,7 +225,7 @@ def check_formats(name: str, folder: Path, layout: Layout, checks: Checks) -> No
     detail = ", ".join(formats) or f"{made}: a file differs from its manifest, or it was made of another export"
     if not checks.add("formats", "made of this export", bool(formats), detail):
         return
-    _check_archive("formats", layout.formats_archive(name), made, layout, checks)
+    check_packed("formats", layout.formats_archive(name), made, layout, checks)
     if "onnx" in formats:
         _check_logits(folder, made / "onnx" / "model.onnx", checks)
 
@@ -284,14 +234,7 @@ def _check_logits(folder: Path, graph: Path, checks: Checks) -> None:
     if importlib.util.find_spec("onnxruntime") is None:
         checks.add("formats", "ONNX logits left out", True, "onnxruntime is not installed: requirements-extras.txt")
         return
-    with tempfile.TemporaryDirectory(prefix="mvlm-validate-") as place:
-        answer = Path(place) / "answer.json"
-        code, output = run_python(
-            ["-m", "mvlm_core.export.onnx_format", str(folder), str(graph), str(answer)],
-            REPOSITORY_ROOT,
-            HF_MODULES_CACHE=str(Path(place) / "modules"),
-        )
-        found = read_json(answer)
-    good = code == 0 and found.get("largest_difference", math.inf) <= LOGITS_TOLERANCE
-    detail = f"largest difference {found['largest_difference']:.2g}" if found else f"exit code {code}: {output}"
-    checks.add("formats", "ONNX logits", good, detail)
+    found, why = answer_of(["-m", "mvlm_core.export.onnx_format"], {"folder": str(folder), "graph": str(graph)})
+    difference = found.get("largest_difference", math.inf)
+    detail = f"largest difference {difference:.2g}" if found else why
+    checks.add("formats", "ONNX logits", difference <= LOGITS_TOLERANCE, detail)

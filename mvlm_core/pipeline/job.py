@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -28,20 +31,10 @@ from mvlm_core.bill import (
 from mvlm_core.data.corpus import Corpus, load_corpus
 from mvlm_core.errors import UserError
 from mvlm_core.export.manifest import training_config
+from mvlm_core.hardware import choose_hardware, describe
 from mvlm_core.run_layout import Layout
-from mvlm_core.settings import REPOSITORY_ROOT
 
 KEEP_OR_REPLACE = "give --fresh to throw these models away and start again, or another --work_dir to keep them"
-HARDWARE_PROBE = """
-import json, sys
-from mvlm_core.errors import UserError
-from mvlm_core.hardware import choose_hardware, describe
-try:
-    hardware = choose_hardware(**json.loads(sys.argv[1]))
-    print(json.dumps({"device": f"{hardware.device}: {hardware.name}", "lines": describe(hardware)}))
-except UserError as error:
-    print(json.dumps({"problems": error.problems}))
-"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,16 +125,17 @@ def probe_hardware(job: Job) -> dict[str, Any]:
     """
     switches = ("no_mixed_precision", "no_compile", "deterministic")
     keys = ("device", "precision", "attention_backend", "loss_kernel", *switches)
-    asked = json.dumps({key: job.settings[key] for key in keys if key in job.settings})
-    command = [sys.executable, "-c", HARDWARE_PROBE, asked]
-    answer = subprocess.run(command, cwd=REPOSITORY_ROOT, stdout=subprocess.PIPE, text=True, check=False).stdout
+    asked = {key: job.settings[key] for key in keys if key in job.settings}
     try:
-        found = json.loads(answer.strip().splitlines()[-1])
-    except (ValueError, IndexError):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(_hardware, asked).result()
+    except BrokenProcessPool:
         return {"device": "unknown", "lines": ["the hardware probe failed; the trainers will report what they find"]}
-    if "problems" in found:
-        raise UserError(found["problems"])
-    return found
+
+
+def _hardware(asked: dict[str, Any]) -> dict[str, Any]:
+    hardware = choose_hardware(**asked)
+    return {"device": f"{hardware.device}: {hardware.name}", "lines": describe(hardware)}
 
 
 def show_plan(job: Job, *, corpus_is_ready: bool) -> None:
@@ -155,11 +149,12 @@ def show_plan(job: Job, *, corpus_is_ready: bool) -> None:
         print(f"  log:     {job.layout.log_file(name)}\n  command: {shlex.join(command)}", flush=True)
         if corpus_is_ready:
             plans[name] = plan = _trainer_plan(command)
-            told = [*plan["lines"], *bill([Item(*item) for item in plan["items"]], paid=plan["paid"])]
+            told = [*plan["lines"], *(bill(plan["items"], paid=plan["paid"]) if plan["items"] else ())]
             print("".join(f"  {line}\n" for line in told), end="", flush=True)
     if not corpus_is_ready:
         print(f"\nno estimate before the corpus is there, which takes about {CORPUS_SECONDS:.0f} s: prepare_dataset.py")
-    _show_bill(job, plans, corpus_is_ready)
+    if wanted := {name: plan for name, plan in plans.items() if plan["items"] and not _finished(job, name)}:
+        _show_bill(wanted)
     print(f"\nthen:     comparison -> {job.layout.plot}\n          archives   -> {job.layout.downloads}")
     if job.formats:
         print(f"          {', '.join(job.formats)} -> {job.layout.downloads}")
@@ -167,33 +162,23 @@ def show_plan(job: Job, *, corpus_is_ready: bool) -> None:
 
 
 def _trainer_plan(command: list[str]) -> dict[str, Any]:
-    """The plan that a trainer's dry run prints, its items as tuples; without items where it gives none."""
+    """The plan that a trainer's dry run prints last, as JSON, after the lines of its log; no items where it failed."""
     environment = os.environ | {JSON_VARIABLE: "1"}
     found = subprocess.run([*command, "--dry_run"], capture_output=True, text=True, check=False, env=environment)
-    empty: dict[str, Any] = {"items": [], "assumptions": [], "paid": False, "export_bytes": 0}
     if found.returncode:
-        return empty | {"lines": [f"no estimate: {found.stderr.strip()[-500:]}"]}
-    *before, last = found.stdout.splitlines() or [""]
-    try:
-        plan = json.loads(last)
-        items = [tuple(item.values()) for item in plan["items"]]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return empty | {"lines": [*before, last]}
-    return plan | {"lines": [*before, *plan["lines"]], "items": items}
+        return {"lines": [f"no estimate: {found.stderr.strip()[-500:]}"], "items": []}
+    *before, last = found.stdout.splitlines()
+    plan = json.loads(last)
+    return plan | {"lines": [*before, *plan["lines"]], "items": [Item(**item) for item in plan["items"]]}
 
 
-def _show_bill(job: Job, plans: dict[str, dict[str, Any]], corpus_is_ready: bool) -> None:
+def _show_bill(plans: dict[str, dict[str, Any]]) -> None:
     """The sum over the models that would be trained, and the stages around them."""
-    wanted = {name: plan for name, plan in plans.items() if plan["items"] and not _is_finished(job, name)}
-    if not wanted:
-        return
-    paid = any(plan["paid"] for plan in wanted.values())
-    size, count = sum(plan["export_bytes"] for plan in wanted.values()), len(wanted)
+    paid = any(plan["paid"] for plan in plans.values())
+    size, count = sum(plan["export_bytes"] for plan in plans.values()), len(plans)
     items = [Item("packages", PACKAGES_SECONDS, "on a fresh machine")] if paid else []
-    if job.build_corpus and not corpus_is_ready:
-        items.append(Item("corpus", CORPUS_SECONDS))
-    items += [Item(name, sum(seconds for _, seconds, _ in plan["items"])) for name, plan in wanted.items()]
-    scoring = sum(plan["items"][-1][1] for plan in wanted.values())
+    items += [Item(name, sum(item.seconds for item in plan["items"])) for name, plan in plans.items()]
+    scoring = sum(plan["items"][-1].seconds for plan in plans.values())
     items += [
         Item("evaluation suite", SUITE_SECONDS * count, f"{count} models"),
         Item("archives", size / PACKED_PER_SECOND, f"{size / 1e9:.2f} GB of weights"),
@@ -202,18 +187,19 @@ def _show_bill(job: Job, plans: dict[str, dict[str, Any]], corpus_is_ready: bool
     ]
     print("\ntogether:")
     print("".join(f"  {line}\n" for line in bill(items, paid=paid)), end="")
-    assumptions = dict.fromkeys(text for plan in wanted.values() for text in plan["assumptions"])
+    assumptions = dict.fromkeys(text for plan in plans.values() for text in plan["assumptions"])
     own = (
-        f"{PACKAGES_SECONDS:.0f} s for packages, {CORPUS_SECONDS:.0f} s for a corpus that is not built yet, "
-        f"{SUITE_SECONDS:.0f} s a model for the suite, archives at {PACKED_PER_SECOND / 1e6:.0f} MB/s and read at "
-        f"{READ_PER_SECOND / 1e6:.0f} MB/s, {REPORT_SECONDS:.0f} s for the report"
+        f"{PACKAGES_SECONDS:.0f} s for packages, {SUITE_SECONDS:.0f} s a model for the suite, archives at "
+        f"{PACKED_PER_SECOND / 1e6:.0f} MB/s and read at {READ_PER_SECOND / 1e6:.0f} MB/s, {REPORT_SECONDS:.0f} s for "
+        "the report"
     )
     print("\nassumed:  " + ";\n          ".join([*assumptions, own]))
 
 
-def _is_finished(job: Job, name: str) -> bool:
+def _finished(job: Job, name: str) -> dict[str, Any]:
+    """The results of a finished model that is kept; {} where it is trained."""
     results = {} if job.fresh else training_config(job.layout.export(name)).get("results", {})
-    return all(isinstance(results.get(key), int) for key in ("parameters", "steps"))
+    return results if all(isinstance(results.get(key), int) for key in ("parameters", "steps")) else {}
 
 
 def _state(job: Job, name: str, corpus_is_ready: bool) -> str:
@@ -223,9 +209,7 @@ def _state(job: Job, name: str, corpus_is_ready: bool) -> str:
         return "REFUSED: the run would end with exit code 2 before it trains anything\n" + "\n".join(
             f"  {line}" for line in (*found, KEEP_OR_REPLACE)
         )
-    export = job.layout.export(name)
-    results = training_config(export).get("results", {})
-    if _is_finished(job, name):
+    if results := _finished(job, name):
         return f"finished: {results['parameters']:,} parameters, {results['steps']:,} steps; kept"
-    checkpoints = sum(path.is_dir() for path in (export / "checkpoints").glob("*"))
+    checkpoints = sum(path.is_dir() for path in (job.layout.export(name) / "checkpoints").glob("*"))
     return f"resumes from its checkpoints ({checkpoints})" if checkpoints else "starts from scratch"

@@ -5,27 +5,25 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import socket
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mvlm_core.console import command_line
 from mvlm_core.errors import UserError
-from mvlm_core.export.file_checks import checked_export
+from mvlm_core.export.file_checks import checked_exports
 from mvlm_core.export.manifest import MANIFEST
-from mvlm_core.hardware import DEVICES
+from mvlm_core.hardware import DEVICES, choose_hardware, set_process_environment
 from mvlm_core.run_layout import Layout
 from mvlm_core.settings import REPOSITORY_ROOT
 
-EXTRAS = "requirements-extras.txt"
+Models = dict[str, tuple[Any, Any]]  # model and tokenizer by name
 GRACE = 2  # seconds that open requests have to end after a signal
 
 
 def parser_of(description: str | None, port: int) -> argparse.ArgumentParser:
     """A command line with MODEL …, ``--host``, ``--port`` and ``--device``."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(description)
     add = parser.add_argument
     add(
         "models", nargs="*", type=Path, metavar="MODEL", help="export folders or .tar.gz [default: both that were made]"
@@ -45,7 +43,8 @@ def check(options: argparse.Namespace, packages: tuple[str, ...]) -> None:
     layout = Layout(REPOSITORY_ROOT)
     problems = [] if 0 <= options.port < 65536 else [f"--port {options.port}: from 0 to 65535"]
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        problems.append(f"not installed: {', '.join(missing)}; .venv/bin/python -m pip install -r {EXTRAS}")
+        install = ".venv/bin/python -m pip install -r requirements-extras.txt"
+        problems.append(f"not installed: {', '.join(missing)}; {install}")
     if not options.models:
         exports, archives = sorted(layout.models.glob(f"*/{MANIFEST}")), sorted(layout.downloads.glob("*.tar.gz"))
         options.models = [manifest.parent for manifest in exports] or archives
@@ -55,29 +54,15 @@ def check(options: argparse.Namespace, packages: tuple[str, ...]) -> None:
         raise UserError(problems)
 
 
-@contextmanager
-def open_models(places: list[Path], sources: Path) -> Iterator[dict[str, Path]]:
-    """The checked export folders by their own names; a name that is there twice gets a number.
-
-    Raises:
-        UserError: every problem with any of them.
-    """
-    folders: dict[str, Path] = {}
-    problems: list[str] = []
-    with ExitStack() as stack:
-        for place in places:
-            try:
-                folder = stack.enter_context(checked_export(place, sources))
-            except UserError as error:
-                problems += error.problems
-                continue
-            name = base = folder.resolve().name
-            for number in range(2, len(places) + 1):
-                name = name if name not in folders else f"{base}-{number}"
-            folders[name] = folder
-        if problems:
-            raise UserError(problems)
-        yield folders
+def by_name(folders: list[Path]) -> dict[str, Path]:
+    """Export folders by their own names; a name that is there twice gets a number."""
+    named: dict[str, Path] = {}
+    for folder in folders:
+        name = base = folder.resolve().name
+        for number in range(2, len(folders) + 1):
+            name = name if name not in named else f"{base}-{number}"
+        named[name] = folder
+    return named
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -99,14 +84,36 @@ def address(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def is_local(host: str) -> bool:
-    """Whether only this machine can reach that address."""
-    return host in ("127.0.0.1", "::1", "localhost")
+def serve(
+    options: argparse.Namespace,
+    packages: tuple[str, ...],
+    sources: Path,
+    app_of: Callable[[Models, Path], Any],
+    path: str = "",
+    headers: Sequence[tuple[str, str]] = (),
+) -> int:
+    """Check the command line, load the models and serve an ASGI app until a signal; the handler before is then called.
 
+    Args:
+        packages: that the app needs.
+        sources: the folder with the repository's own modelling files.
+        app_of: makes the app from the models and the folder of the first one.
+        path: below the address, that is shown.
+        headers: of every answer.
+    """
+    check(options, packages)
+    set_process_environment()
+    with checked_exports(options.models, sources) as folders:
+        import uvicorn
 
-def run_app(app: Any, listener: socket.socket) -> None:
-    """Serve an ASGI app until a signal; the handler that was there before is then called."""
-    import uvicorn
+        from mvlm_core.evaluation.bits_per_byte import load_export
 
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE)
-    uvicorn.Server(config).run(sockets=[listener])
+        hardware = choose_hardware(device=options.device)
+        hardware.apply()
+        models = {name: load_export(folder, hardware.device) for name, folder in by_name(folders).items()}
+        with listen(options.host, options.port) as listener:
+            app = app_of(models, folders[0])
+            print(f"{' and '.join(models)} at {address(listener)}{path}; Ctrl-C ends it", flush=True)
+            config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE, headers=[*headers])
+            uvicorn.Server(config).run(sockets=[listener])
+    return 0

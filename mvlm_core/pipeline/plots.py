@@ -4,65 +4,24 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mvlm_core.evaluation.compression import LABELS
+from mvlm_core.export.plots import BY_TEXT, BY_TIME, STYLES, Histories, curves
 from mvlm_core.files import write_atomic
 from mvlm_core.metrics import BY_NAME, PRIMARY_TEST_BPB
 
-# Okabe and Ito's palette: distinct for every kind of colour vision, and light and dark in greyscale.
-STYLES = (
-    {"color": "#0072B2", "linestyle": "-", "marker": "o", "hatch": ""},
-    {"color": "#E69F00", "linestyle": "--", "marker": "s", "hatch": "//"},
-)
-PART_STYLES = (("#0072B2", "-"), ("#E69F00", "--"), ("#009E73", ":"), ("#CC79A7", "-."))  # for curves of one model
-POINTS = 400  # of a curve: more than a page has pixels for
-BY_TEXT, BY_TIME = ("bytes", 1e6, "training text read, MB"), ("seconds", 1.0, "seconds of training")
-Axis = tuple[str, float, str]
-Histories = dict[str, list[dict[str, Any]]]
 
-
-def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most about ``POINTS`` of them, always with the last one."""
-    step = -(-len(points) // POINTS)
-    return points[::-1][::step][::-1] if step > 1 else points
-
-
-def curves(histories: Histories, keys: Iterable[str], x: Axis, ylabel: str) -> Callable[[Any], None] | None:
-    """What draws values of the history against text or time onto axes, or None where no record has any.
-
-    Args:
-        keys: one for a curve for each model, several for a curve for each key.
-        x: the record's key, what it is divided by, and the axis's label.
-    """
-    (x_key, unit, xlabel), keys, lines = x, list(keys), []
-    for style, (name, history) in zip(STYLES, histories.items(), strict=False):
-        for number, key in enumerate(keys):
-            points = thinned([(record[x_key] / unit, record[key]) for record in history if key in record])
-            color, line = PART_STYLES[number % 4] if len(keys) > 1 else (style["color"], style["linestyle"])
-            label = name if len(keys) == 1 else key.replace("_", " ")
-            look: dict[str, Any] = {"color": color, "linestyle": line, "label": label}
-            look |= {"marker": style["marker"], "markersize": 4} if len(points) < 60 else {}
-            lines += [(points, look)] if points else []
-
-    def draw(axes: Any) -> None:
-        for points, look in lines:
-            axes.plot(*zip(*points, strict=True), linewidth=1.3, **look)
-        axes.set(xlabel=xlabel, ylabel=ylabel)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-
-    return draw if lines else None
-
-
-def _grouped_bars(axes: Any, draw: Callable[..., Any], values: dict[str, list[float]]) -> None:
-    """Bars around 0, 1, 2, …, one for each model; ``draw`` is ``axes.bar`` or ``axes.barh``."""
-    width = 0.8 / max(len(values), 1)
-    for number, (style, (name, lengths)) in enumerate(zip(STYLES, values.items(), strict=False)):
-        places = [group + (number - (len(values) - 1) / 2) * width for group in range(len(lengths))]
-        bars = draw(places, lengths, width, label=name, color=style["color"], hatch=style["hatch"], edgecolor="black")
+def _bars(axes: Any, values: dict[str, list[float]], labels: list[str], orientation: str = "vertical") -> None:
+    """Groups of bars with these labels, in each a bar for each model, its value behind it."""
+    colors = [str(style["color"]) for style in STYLES[: len(values)]]
+    form: dict[str, Any] = {"tick_labels": labels, "orientation": orientation, "group_spacing": 0.5}
+    drawn = axes.grouped_bar(values, colors=colors, edgecolor="black", **form)
+    for style, bars in zip(STYLES, drawn.bar_containers, strict=False):
+        for bar in bars:
+            bar.set_hatch(style["hatch"])
         axes.bar_label(bars, fmt="%.3f", fontsize=8, padding=2)
 
 
@@ -73,8 +32,7 @@ def book_bars(by_book: dict[str, dict[str, float]]) -> Callable[[Any], None] | N
     def draw(axes: Any) -> None:
         axes.figure.set_figheight(1.0 + 0.5 * len(books))
         values = {name: [scores.get(book, 0.0) for book in books] for name, scores in by_book.items()}
-        _grouped_bars(axes, axes.barh, values)
-        axes.set_yticks(range(len(books)), books)
+        _bars(axes, values, books, "horizontal")
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.set_xlabel("test, bits per byte (lower is better)")
@@ -106,8 +64,9 @@ def _score_bars(axes: Any, comparison: dict[str, Any], names: list[str]) -> None
 
     scores = [BY_NAME[key] for key in ("test_bpb", PRIMARY_TEST_BPB)]
     scores = [metric for metric in scores if any(comparison[metric.name].get(name) is not None for name in names)]
-    _grouped_bars(axes, axes.bar, {name: [comparison[m.name].get(name) or 0 for m in scores] for name in names})
-    axes.set_xticks(range(len(scores)), [metric.label.replace(", ", ",\n") for metric in scores])
+    values = {name: [comparison[metric.name].get(name) or 0 for metric in scores] for name in names}
+    if scores:
+        _bars(axes, values, [metric.label.replace(", ", ",\n") for metric in scores])
     axes.set(ylabel="bits per byte", title="Test scores (lower is better)")
     baselines = comparison["compression_baselines"]
     if baselines and scores:

@@ -5,7 +5,6 @@ Figures and scores come from the run's own records; samples and traces come from
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from mvlm_core.data.verses import sample_verses, verses_of
 from mvlm_core.errors import UserError
 from mvlm_core.export.file_checks import check_export
 from mvlm_core.export.manifest import corpus_choice, training_config
-from mvlm_core.files import read_json, write_atomic
+from mvlm_core.files import read_json, template, write_atomic
 from mvlm_core.hardware import choose_hardware
 from mvlm_core.pipeline.comparison import baseline_lines, evaluation_rows, metric_rows
 from mvlm_core.pipeline.plots import figures
@@ -33,26 +32,6 @@ SHAPE = {
 }
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A prompt, where it is from, how the text itself continues (or ""), and each model's continuation by its name."""
-
-    prompt: str
-    source: str
-    original: str
-    written: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What a model's heads did while it read a text: by field, its meaning and a value for each token."""
-
-    model: str
-    source: str
-    tokens: list[str]
-    fields: dict[str, tuple[str, list[float]]]
-
-
 # --- asked of the models ------------------------------------------------------------------------------------
 
 
@@ -69,44 +48,38 @@ def draw_prompts(corpus: Corpus, seed: int) -> tuple[list[tuple[str, str, str]],
     return prompts, [(verse.text, f"{verse.place}, held out") for verse in verses[2:]]
 
 
-def ask(exports: dict[str, Path], corpus: Corpus, *, device: str, seed: int) -> tuple[list[Sample], list[Trace]]:
-    """Continuations of the same prompts by every model, and traces by those that report them."""
+def ask(exports: dict[str, Path], corpus: Corpus, *, device: str, seed: int) -> dict[str, list[dict[str, Any]]]:
+    """What the models say.
+
+    ``samples``: each prompt, where it is from, how the text itself continues (or ""), and each model's continuation.
+    ``traces``: what a model's heads did while it read a text: by field, its meaning and a value for each token.
+    """
+    import torch
+
     from mvlm_core.evaluation.bits_per_byte import context_of, load_export
     from mvlm_core.evaluation.generation import continuations, prompt_ids
 
     prompts, traced = draw_prompts(corpus, seed)
-    written: dict[str, list[str]] = {}
-    traces: list[Trace] = []
+    samples: list[dict[str, Any]] = [
+        {"prompt": prompt, "source": source, "original": original, "written": {}}
+        for prompt, source, original in prompts
+    ]
+    traces: list[dict[str, Any]] = []
     for name, folder in exports.items():
         model, tokenizer = load_export(folder, device)
         room = context_of(model)
         length = min(CONTINUATION, room // 2)
         ids = [prompt_ids(tokenizer, prompt, room - length) for prompt, _, _ in prompts]
-        written[name] = continuations(model, tokenizer, ids, [length] * len(ids), sample=READABLE, seed=seed)
-        if getattr(model, "trace_fields", None):
-            for text, source in traced:
-                tokens = prompt_ids(tokenizer, text, room)
-                shown = [tokenizer.decode([token]) for token in tokens[1:]]  # without the start token
-                traces.append(Trace(name, source, shown, _trace(model, tokens)))
-    samples = [
-        Sample(prompt, source, original, {name: texts[number] for name, texts in written.items()})
-        for number, (prompt, source, original) in enumerate(prompts)
-    ]
-    return samples, traces
-
-
-def _trace(model: Any, tokens: list[int]) -> dict[str, tuple[str, list[float]]]:
-    """Meaning and values of each field of the trace, for every token but the first."""
-    import torch
-
-    found = model.token_traces(torch.tensor([tokens], device=model.device))
-    return {name: (meaning, values[1:]) for name, (meaning, values) in found.items()}
-
-
-def heat(values: list[float]) -> list[float]:
-    """Each value's place between the least and the most, 0 to 1; 0 where all are equal."""
-    low, high = min(values), max(values)
-    return [(value - low) / (high - low) if high > low else 0.0 for value in values]
+        texts = continuations(model, tokenizer, ids, [length] * len(ids), sample=READABLE, seed=seed)
+        for sample, text in zip(samples, texts, strict=True):
+            sample["written"][name] = text
+        for text, source in traced if getattr(model, "trace_fields", None) else ():
+            tokens = prompt_ids(tokenizer, text, room)
+            found = model.token_traces(torch.tensor([tokens], device=model.device))
+            fields = {field: (meaning, values[1:]) for field, (meaning, values) in found.items()}
+            shown = [tokenizer.decode([token]) for token in tokens[1:]]  # without the start token
+            traces.append({"model": name, "source": source, "tokens": shown, "fields": fields})
+    return {"samples": samples, "traces": traces}
 
 
 # --- put together -------------------------------------------------------------------------------------------
@@ -134,52 +107,39 @@ def make_report(layout: Layout, data_dir: str, sources: Path, *, device: str, se
     Args:
         sources: the folder of the modelling files, the only code that an export may hold.
     """
-    exports, problems = {}, []
-    for name, entry in read_json(layout.summary).get("models", {}).items():
-        if entry.get("status") == "finished":
-            try:
-                check_export(layout.export(name), sources)
-                exports[name] = layout.export(name)
-            except UserError as error:
-                problems += error.problems
-    if not exports:
-        return write_report(layout, [], [], problems)
-    hardware = choose_hardware(device=device)
-    hardware.apply()
-    corpus = load_corpus(data_dir, **corpus_choice(next(iter(exports.values()))))
-    samples, traces = ask(exports, corpus, device=hardware.device, seed=seed)
-    return write_report(layout, samples, traces, problems)
-
-
-def write_report(layout: Layout, samples: list[Sample], traces: list[Trace], problems: list[str]) -> Path:
-    """Fill the template from the records in ``layout``; returns the page's path.
-
-    Args:
-        problems: why a model could not be asked, a sentence each; shown with what failed in the run.
-    """
-    from jinja2 import Environment, StrictUndefined
-
     summary, validation = read_json(layout.summary), read_json(layout.report)
-    models = {name: entry for name, entry in summary.get("models", {}).items() if isinstance(entry, dict)}
-    comparison = summary.get("comparison") or {}
-    names = [name for name, value in comparison.get("test_bpb", {}).items() if name in models]
-    configs = {name: training_config(layout.export(name)) for name in models}
+    models: dict[str, dict[str, Any]] = summary.get("models", {})
     failures = [f"{name}: {entry['error']}" for name, entry in models.items() if entry.get("error")]
+    failures += validation.get("failed", [])
+    exports = {}
+    for name in [name for name, entry in models.items() if entry.get("status") == "finished"]:
+        try:
+            check_export(layout.export(name), sources)
+            exports[name] = layout.export(name)
+        except UserError as error:
+            failures += error.problems
+    said: dict[str, Any] = {"samples": [], "traces": []}
+    if exports:
+        hardware = choose_hardware(device=device)
+        hardware.apply()
+        corpus = load_corpus(data_dir, **corpus_choice(next(iter(exports.values()))))
+        said = ask(exports, corpus, device=hardware.device, seed=seed)
+    comparison = summary.get("comparison") or {}
+    names = [name for name in comparison.get("test_bpb", {}) if name in models]
+    configs = {name: training_config(layout.export(name)) for name in models}
     histories = {name: training_history(layout.export(name)) for name in names or models}
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["heat"] = heat
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    page = template(TEMPLATE).render(
         facts=facts(summary, {name: config for name, config in configs.items() if config}),
         names=names,
         sentences=comparison.get("sentences", []),
         metrics=metric_rows(comparison, names) if comparison else [],
         baselines=baseline_lines(comparison),
         suite=evaluation_rows(comparison, names),
+        sampling=READABLE,
         figures=figures(histories, comparison.get("test_bpb_by_book", {})),
-        samples=samples,
-        traces=traces,
-        failures=[*failures, *validation.get("failed", []), *problems],
+        failures=failures,
         checked=sum(len(model.get("checks", [])) for model in validation.get("models", {}).values()),
+        **said,
     )
     write_atomic(layout.page, page)
     return layout.page

@@ -25,7 +25,7 @@ from mvlm_core.evaluation.compression import compression_baselines
 from mvlm_core.export.archive import matches_export, write_archive
 from mvlm_core.export.formats import NO_GGUF, formats_of, supported
 from mvlm_core.export.manifest import ArchiveError, training_config
-from mvlm_core.files import read_json, sha256_file, write_atomic
+from mvlm_core.files import read_json, sha256_file, template, write_atomic
 from mvlm_core.monitor import ResourceSampler
 from mvlm_core.pipeline import plots
 from mvlm_core.pipeline.child_process import TAIL_LINES, Signals, note, run_child
@@ -64,7 +64,7 @@ def run_stages(job: Job, hardware: dict[str, Any], log_file: Path, signals: Sign
     log_results(job.layout, summary, compared, log_file)
     if codes and all(code == 2 for code in codes):
         return 2
-    return 0 if validated and packed and not summary.failed() else 1
+    return 0 if validated and packed and not summary.with_status("failed") else 1
 
 
 # --- corpus and training ------------------------------------------------------------------------------------
@@ -98,17 +98,18 @@ def train_model(job: Job, name: str, summary: Summary, signals: Signals) -> int:
     try:
         wait_for_orphans(job.layout.export(name))
         code, tail = run_child(job.trainer_command(name), signals)
-        if code == 0:
-            try:
-                summary.take_results(name)
-                log.info("%s: finished after %.0f s", name, time.monotonic() - start)
-                return 0
-            except (ArchiveError, OSError) as error:
-                code, tail = 1, [f"the trainer reported success, but its export is not complete: {error}"]
-        signals.check(code)
+        if code:
+            signals.check(code)
     except Stopped:
         summary.update(name, status="interrupted")
         raise
+    if code == 0:
+        try:
+            summary.take_results(name)
+            log.info("%s: finished after %.0f s", name, time.monotonic() - start)
+            return 0
+        except (ArchiveError, OSError) as error:
+            code, tail = 1, [f"the trainer reported success, but its export is not complete: {error}"]
     if code > 128:
         tail.append(f"ended by {next((s.name for s in signal.Signals if s == code - 128), 'an unknown signal')}")
         if code == 128 + signal.SIGKILL:
@@ -123,12 +124,10 @@ def train_model(job: Job, name: str, summary: Summary, signals: Signals) -> int:
 
 def wait_for_orphans(export: Path) -> None:
     """A trainer whose pipeline was killed ends by itself after a checkpoint: wait, or its lock is in the way."""
-    told = False
-    while orphans := [process.pid for process in psutil.process_iter() if _is_orphan(process, export)]:
-        if not told:
-            log.info("waiting for process %d, left over from a killed run, to end after a checkpoint", orphans[0])
-            told = True
-        time.sleep(0.5)
+    orphans = [process for process in psutil.process_iter() if _is_orphan(process, export)]
+    for process in orphans:
+        log.info("waiting for process %d, left over from a killed run, to end after a checkpoint", process.pid)
+    psutil.wait_procs(orphans)
 
 
 def _is_orphan(process: psutil.Process, export: Path) -> bool:
@@ -156,7 +155,7 @@ def append_tail(log_file: Path, code: int, tail: list[str]) -> None:
 def compare_models(job: Job, summary: Summary, signals: Signals) -> list[str]:
     """Comparison and plot of the finished models of this preset and text; returns the table's lines."""
     log.info("=== comparison")
-    finished = summary.finished()
+    finished = summary.with_status("finished")
     configs = {name: training_config(job.layout.export(name)) for name in job.trainers if name in finished}
     configs = {name: config for name, config in configs.items() if config.get("preset") == job.preset}
     data = {name: config.get("data", {}) for name, config in configs.items()}
@@ -204,15 +203,11 @@ def pack_models(job: Job, summary: Summary, signals: Signals) -> None:
     log.info("=== archives")
     layout = job.layout
     layout.downloads.mkdir(parents=True, exist_ok=True)
-    for name in summary.finished():
+    for name in summary.with_status("finished"):
         signals.check()
         archive = layout.archive(name)
         try:
-            if matches_export(archive, layout.export(name)):
-                log.info("%s: kept, it already holds this export", archive.name)
-            else:
-                write_archive(layout.export(name), archive)
-                log.info("%s: written, %.1f MB", archive.name, archive.stat().st_size / 1e6)
+            pack(layout.export(name), archive)
         except ArchiveError as error:
             log.error("%s: not packed: %s", name, error)
             summary.update(name, status="failed", error=f"not packed: {error}", archive=None)
@@ -220,6 +215,14 @@ def pack_models(job: Job, summary: Summary, signals: Signals) -> None:
             continue
         summary.update(name, archive=str(archive.relative_to(layout.root)))
     write_download_notes(job, summary)
+
+
+def pack(folder: Path, archive: Path) -> None:
+    if matches_export(archive, folder):
+        log.info("%s: kept, it already holds this export", archive.name)
+    else:
+        write_archive(folder, archive)
+        log.info("%s: written, %.1f MB", archive.name, archive.stat().st_size / 1e6)
 
 
 def pack_formats(job: Job, summary: Summary, signals: Signals) -> bool:
@@ -230,7 +233,7 @@ def pack_formats(job: Job, summary: Summary, signals: Signals) -> bool:
     layout, good = job.layout, True
     if job.formats:
         log.info("=== other formats: %s", ", ".join(job.formats))
-    for name in summary.finished():
+    for name in summary.with_status("finished"):
         export, folder, archive = layout.export(name), layout.formats(name), layout.formats_archive(name)
         wanted = supported(export, job.formats)
         if wanted != sorted(job.formats):
@@ -245,9 +248,7 @@ def pack_formats(job: Job, summary: Summary, signals: Signals) -> bool:
             if not _run_optional(f"{name} as {', '.join(wanted)}", [*command, *(f"--{k}" for k in wanted)], signals):
                 good = False
                 continue
-        if not matches_export(archive, folder):
-            write_archive(folder, archive)
-            log.info("%s: written, %.1f MB", archive.name, archive.stat().st_size / 1e6)
+        pack(folder, archive)
     write_download_notes(job, summary)
     return good
 
@@ -255,10 +256,10 @@ def pack_formats(job: Job, summary: Summary, signals: Signals) -> bool:
 def write_download_notes(job: Job, summary: Summary) -> None:
     """SHA256SUMS, the summary and the instructions beside the archives that are there."""
     layout, instructions = job.layout, job.layout.downloads / "DOWNLOAD_INSTRUCTIONS.md"
-    for name in summary.failed():  # never offer the archive of an earlier run as this one's
+    for name in summary.with_status("failed"):  # never offer the archive of an earlier run as this one's
         layout.archive(name).unlink(missing_ok=True)
         layout.formats_archive(name).unlink(missing_ok=True)
-    offered = [name for name in summary.finished() if layout.archive(name).is_file()]
+    offered = [name for name in summary.with_status("finished") if layout.archive(name).is_file()]
     if offered:
         archives = [layout.archive(name) for name in offered]
         archives += [other for name in offered if (other := layout.formats_archive(name)).is_file()]
@@ -278,7 +279,7 @@ def validate_models(job: Job, summary: Summary, signals: Signals) -> bool:
     code, tail = run_child(job.script_command("validate", "--work_dir", layout.root), signals)
     signals.check(code)
     found = read_json(layout.report).get("models", {})
-    for name in summary.finished():
+    for name in summary.with_status("finished"):
         if found.get(name, {}).get("passed") is True:
             continue
         checks = found.get(name, {}).get("checks", [])
@@ -320,10 +321,7 @@ def log_results(layout: Layout, summary: Summary, compared: list[str], log_file:
 
 def download_instructions(names: list[str], layout: Layout, prompt: str) -> str:
     """Commands that work as written in the folder that holds the archives."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    return environment.from_string(INSTRUCTIONS.read_text(encoding="utf-8")).render(
+    return template(INSTRUCTIONS).render(
         folder=layout.downloads,
         archives=[layout.archive(name).name for name in names],
         formats=[path.name for name in names if (path := layout.formats_archive(name)).is_file()],

@@ -11,16 +11,15 @@ from mvlm_core.files import read_json, write_json_atomic
 from mvlm_core.metrics import METRICS
 from mvlm_core.run_layout import Layout, finite_number
 
-EMPTY = {"status": "waiting"} | dict.fromkeys([*(metric.name for metric in METRICS), "archive"])
-
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _numbers(entry: dict[str, Any]) -> dict[str, Any]:
-    """The value of every metric, null where it is missing or damaged."""
-    return {metric.name: finite_number(entry.get(metric.name)) for metric in METRICS}
+def _entry(status: str, results: dict[str, Any], archive: object = None) -> dict[str, Any]:
+    """A model's record: the value of every metric, null where it is missing or damaged."""
+    numbers = {metric.name: finite_number(results.get(metric.name)) for metric in METRICS}
+    return {"status": status} | numbers | {"archive": archive if isinstance(archive, str) else None}
 
 
 class Summary:
@@ -31,7 +30,7 @@ class Summary:
         self.layout = layout
         # A model of an earlier run that this one does not train stays in the record while its export is there.
         kept = {
-            name: self._kept(entry)
+            name: _entry("finished", entry, entry.get("archive"))
             for name, entry in (before.items() if isinstance(before, dict) else ())
             if name not in names
             and not ("/" in name or name_problem(name))
@@ -39,17 +38,10 @@ class Summary:
             and entry.get("status") == "finished"
             and training_config(layout.export(name))
         }
-        self.models: dict[str, dict[str, Any]] = kept | {name: dict(EMPTY) for name in names}
+        self.models: dict[str, dict[str, Any]] = kept | {name: _entry("waiting", {}) for name in names}
         self.value: dict[str, Any] = {"device": device, "preset": preset, "started": now(), "finished": None}
         self.value |= {"models": self.models, "comparison": {}}
         self.save()
-
-    @staticmethod
-    def _kept(entry: dict[str, Any]) -> dict[str, Any]:
-        archive = entry.get("archive")
-        return (
-            EMPTY | _numbers(entry) | {"status": "finished", "archive": archive if isinstance(archive, str) else None}
-        )
 
     def update(self, name: str, **values: Any) -> None:
         self.models[name].update(values)
@@ -63,17 +55,13 @@ class Summary:
         """
         export = self.layout.export(name)
         config = training_config(export)
-        files = [export / file for file in (*read_manifest(export)["files"], MANIFEST)]
-        results = _numbers(config.get("results") or {}) | {"size_bytes": sum(file.stat().st_size for file in files)}
+        size = sum((export / file).stat().st_size for file in (*read_manifest(export)["files"], MANIFEST))
         if (hardware := config.get("hardware") or {}).get("device"):
             self.value["device"] = f"{hardware['device']}: {hardware.get('name', 'unknown')}"
-        self.update(name, status="finished", **results)
+        self.update(name, **_entry("finished", (config.get("results") or {}) | {"size_bytes": size}))
 
-    def finished(self) -> list[str]:
-        return [name for name, entry in self.models.items() if entry["status"] == "finished"]
-
-    def failed(self) -> list[str]:
-        return [name for name, entry in self.models.items() if entry["status"] == "failed"]
+    def with_status(self, status: str) -> list[str]:
+        return [name for name, entry in self.models.items() if entry["status"] == status]
 
     def save(self) -> None:
         write_json_atomic(self.layout.summary, self.value)

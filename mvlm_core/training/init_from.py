@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import math
-import tempfile
 from contextlib import ExitStack
 from dataclasses import Field, dataclass, fields
 from fractions import Fraction
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_core.errors import UserError
-from mvlm_core.export.archive import extract_archive
+from mvlm_core.export.archive import opened
 from mvlm_core.export.manifest import MANIFEST, TRAINING_CONFIG, read_manifest, training_config, verify_folder
 from mvlm_core.files import sha256_file
 from mvlm_core.settings import PRESET_NAMES, TrainingSettings
@@ -68,8 +67,6 @@ def open_source(place: str, flag: str = "--init_from") -> Source:
         UserError: none, an unfinished or damaged one, an archive that fails its checks.
     """
     path = Path(place).resolve()
-    if not path.exists():
-        raise UserError(f"{flag} {place}: no such folder or archive")
     file = path / MANIFEST if path.is_dir() else path
     try:
         return _open(path, file.stat().st_mtime_ns if file.exists() else 0)
@@ -79,9 +76,7 @@ def open_source(place: str, flag: str = "--init_from") -> Source:
 
 @cache
 def _open(path: Path, _written: int) -> Source:
-    folder = path
-    if not path.is_dir():
-        folder = extract_archive(path, Path(_unpacked.enter_context(tempfile.TemporaryDirectory(prefix="mvlm-open-"))))
+    folder = _unpacked.enter_context(opened(path))
     manifest = read_manifest(folder)
     problems = [f"{path}: {name} is missing" for name in NEEDED if name not in manifest["files"]]
     if problems := problems + verify_folder(folder):

@@ -18,7 +18,7 @@ from mvlm_core.export.manifest import (
     training_config,
     verify_folder,
 )
-from tests.export.exports import change_config, seal
+from tests.export.exports import seal
 
 
 @pytest.mark.parametrize(
@@ -104,6 +104,8 @@ def test_a_record_counts_only_in_a_finished_export(export):
     [
         ("results", {"steps": "many"}, "results.steps"),
         ("data", {"only": 5}, "data.only"),
+        ("settings", {"validation_split": "half"}, "settings.validation_split cannot be 'half'"),
+        ("settings", {"validation_dir": "a\0b"}, r"settings.validation_dir cannot be 'a\x00b'"),
         (None, {"hardware": []}, "hardware"),
         (None, {"identity": None}, "identity"),
     ],
@@ -124,13 +126,3 @@ def test_a_missing_section_is_refused_only_where_it_is_required(export):
     (export / "training_config.json").write_text(json.dumps(config))
     seal(export)
     assert training_config(export) == config and training_config(export, "identity") == {}
-
-
-def test_an_impossible_choice_of_text_is_named_in_full(export):
-    change_config(export, "settings", validation_split="half", validation_dir="a\0b")
-    with pytest.raises(UserError) as caught:
-        corpus_choice(export)
-    assert [problem.split(": ")[1] for problem in caught.value.problems] == [
-        "validation_split is not a number",
-        "validation_dir is not a path",
-    ]

@@ -2,6 +2,7 @@
 
 import json
 
+from mvlm_core.export.plots import POINTS, thinned
 from mvlm_core.metrics import METRICS
 from mvlm_core.pipeline import comparison, plots
 
@@ -106,6 +107,6 @@ def test_plot_is_a_picture(tmp_path):
 
 def test_a_long_curve_is_thinned_and_keeps_its_end():
     points = [(float(n), 0.0) for n in range(1001)]
-    found = plots.thinned(points)
-    assert 300 < len(found) <= plots.POINTS and found[-1] == points[-1] and found[0][0] < 3
-    assert plots.thinned(points[: plots.POINTS]) == points[: plots.POINTS]
+    found = thinned(points)
+    assert 300 < len(found) <= POINTS and found[-1] == points[-1] and found[0][0] < 3
+    assert thinned(points[:POINTS]) == points[:POINTS]

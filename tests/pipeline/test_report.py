@@ -58,6 +58,16 @@ def test_the_page_holds_the_runs_figures_and_needs_nothing_else(run):
     assert not re.search(r"(?:src|href)=\"(?!data:)", page) and "<script" not in page
     assert len(re.findall(r"<img src=\"data:image/svg\+xml;base64,", page)) == 7
     assert "Nothing failed" in page
+    numbers = re.findall(r"<dd>(.*?)<small>", page)
+    scores = [summary.models[name]["test_bpb"] for name in MODELS]
+    assert numbers[:2] == [f"{score:.4f}" for score in scores]
+    assert float(numbers[2].replace("−", "-").removesuffix(" %")) == pytest.approx(
+        100 * (scores[1] / scores[0] - 1), abs=0.06
+    )
+    headings = [page.index(f"<h2>{title}") for title in ("Curves", "Samples", "What the", "All numbers", "Setup")]
+    assert headings == sorted(headings), "pictures before tables"
+    assert page.count("<caption>") == page.count("<table>") and len(page) < 600_000
+    assert page.count('<th scope="row">') == page.count("<tr>") - page.count("<thead>")
 
 
 def test_samples_stand_side_by_side_and_traces_have_a_span_a_token(run):
@@ -72,7 +82,7 @@ def test_samples_stand_side_by_side_and_traces_have_a_span_a_token(run):
     assert counts[0] > 10 and counts == [counts[0]] * 5 + [counts[5]] * 5
     first_distances = [float(re.search(r'title="([\d.]+)"', traces[number])[1]) for number in (3, 8)]
     assert min(first_distances) > 0, "the start token, which sees only itself, is left out"
-    assert all(0 <= float(share) <= 0.55 for share in re.findall(r"var\(--blue\) / ([\d.]+)\)", page))
+    assert all(0 <= float(share) <= 0.55 for share in re.findall(r"var\(--heat\) / ([\d.]+)\)", page))
 
 
 def test_the_same_run_gives_the_same_page(run, trained):

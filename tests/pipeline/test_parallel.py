@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from mvlm_core.errors import UserError
-from mvlm_core.pipeline.side_by_side import side_by_side
+from mvlm_core.pipeline.parallel import parallel_map
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def end(how, folder):
 
 def test_two_run_at_once_and_share_the_threads(tmp_path):
     each = [(tmp_path, "a", "b"), (tmp_path, "b", "a")]
-    (a, *one), (b, *two) = side_by_side(meet, each, on_cpu=True)
+    (a, *one), (b, *two) = parallel_map(meet, each, on_cpu=True)
     assert (a, b) == ("a", "b") and one[0] != two[0] and os.getpid() not in (one[0], two[0])
     assert one[1] == two[1] == "1" and os.environ["OMP_NUM_THREADS"] == "3"
 
@@ -53,18 +53,38 @@ def test_two_run_at_once_and_share_the_threads(tmp_path):
 @pytest.mark.parametrize("threads, on_cpu, each", [("1", True, 2), ("3", False, 2), ("3", True, 1)])
 def test_otherwise_one_comes_after_the_other_here(tmp_path, monkeypatch, threads, on_cpu, each):
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    found = list(side_by_side(meet, [(tmp_path, "a", "a")] * each, on_cpu=on_cpu))
+    found = list(parallel_map(meet, [(tmp_path, "a", "a")] * each, on_cpu=on_cpu))
     assert found == [("a", os.getpid(), threads)] * each
 
 
 def test_a_failure_is_the_callers_and_ends_the_others_with_what_they_started(tmp_path):
     with pytest.raises(UserError) as caught:
-        list(side_by_side(end, [("raises", tmp_path), ("waits", tmp_path)], on_cpu=True))
+        list(parallel_map(end, [("raises", tmp_path), ("waits", tmp_path)], on_cpu=True))
     assert caught.value.problems == ["one problem", "another"]
     assert not multiprocessing.active_children()
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
 def test_a_process_that_dies_is_not_waited_for(tmp_path):
-    with pytest.raises(RuntimeError, match="without an answer"):
-        list(side_by_side(end, [("dies", tmp_path), ("dies", tmp_path)], on_cpu=True))
+    with pytest.raises(RuntimeError, match="terminated abruptly"):
+        list(parallel_map(end, [("dies", tmp_path), ("dies", tmp_path)], on_cpu=True))
+
+
+def test_a_parent_that_is_killed_takes_its_processes_and_what_they_started_with_it(tmp_path):
+    code = f"""
+import sys
+from pathlib import Path
+from mvlm_core.pipeline.parallel import parallel_map
+from tests.pipeline.test_parallel import end
+if __name__ == "__main__":
+    list(parallel_map(end, [("waits", Path({str(tmp_path)!r}))] * 2, on_cpu=True))
+"""
+    (tmp_path / "parent.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, tmp_path / "parent.py"], env=environment) as parent:
+        while not (tmp_path / "started").exists():
+            time.sleep(0.01)
+        below = psutil.Process(parent.pid).children(recursive=True)
+        parent.kill()
+    psutil.wait_procs(below, timeout=20)
+    assert len(below) >= 3 and not any(process.is_running() for process in below)
