@@ -175,10 +175,6 @@ class TrainingSettings:
         minimum=0, below=1, aliases=("input_noise",),
     )  # fmt: skip
     weight_decay: float = _optimization(0.1, "decoupled weight decay of the matrices", minimum=0)
-    ema_decay: float = _optimization(
-        0.0, "evaluate and export an exponential moving average (EMA) of the weights with this decay per step, "
-        "such as 0.999; 0 switches it off", minimum=0, below=1,
-    )  # fmt: skip
     max_grad_norm: float = _optimization(1.0, "gradients are clipped to this norm; 0 switches it off", minimum=0)
     optimizer: str = _optimization(
         "adamw", "adamw, or muon for the matrices and adamw for the rest", choices=OPTIMIZERS

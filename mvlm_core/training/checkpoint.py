@@ -1,8 +1,8 @@
 """Checkpoints that are complete or absent: a folder per step, its manifest of SHA-256 written last.
 
-``checkpoints/step-00000500/`` holds ``model.safetensors``, ``optimizer.safetensors``, ``average.safetensors`` where
-the run keeps an EMA, ``state.json`` and ``manifest.json``. It is written under a temporary name and renamed, so a
-run that dies leaves earlier ones intact. No pickle: tensors are safetensors, everything else is JSON.
+``checkpoints/step-00000500/`` holds ``model.safetensors``, ``optimizer.safetensors``, ``state.json`` and
+``manifest.json``. It is written under a temporary name and renamed, so a run that dies leaves earlier ones intact. No
+pickle: tensors are safetensors, everything else is JSON.
 
 One whose state says ``weights_only`` has no optimizer state: it is kept as the best by validation, for the export, and
 no run resumes from it.
@@ -58,7 +58,7 @@ class Checkpoint:
     state: dict[str, Any]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors saved under ``name`` ("model", "optimizer", "average"), on the CPU.
+        """The tensors saved under ``name`` ("model", "optimizer"), on the CPU.
 
         Raises:
             DamagedCheckpoint: a file that safetensors cannot read.

@@ -126,20 +126,14 @@ class TrainingLoop:
         return int(self.ranks.sum_numbers(peak_memory(self.hardware.device))[0])
 
     def load_best(self) -> None:
-        """Put the best weights by validation, averaged where the run keeps an EMA, into the model.
-
-        The last weights stay in the newest checkpoint.
-        """
+        """Put the best weights by validation into the model; the last ones stay in the newest checkpoint."""
         step = self.state.best_step
         if step is not None and step != self.state.step:
-            name = "model" if self.task.ema is None else "average"
             try:
                 best = checkpoints.open_checkpoint(checkpoints.checkpoint_folder(self.checkpoint_root, step))
-                self.task.load_state_tensors({name: best.tensors(name)})
+                self.task.load_state_tensors({"model": best.tensors("model")})
             except checkpoints.DamagedCheckpoint as damage:
                 raise UserError(f"the best checkpoint is damaged: {damage}; run again with --fresh") from None
-        if self.task.ema is not None:
-            self.task.ema.copy_to_model()
 
     def _after_step(self, stopping: bool, bar: Any) -> None:
         """Do what is due after this step: read the figures, evaluate, write a checkpoint, or roll back."""
@@ -192,8 +186,6 @@ class TrainingLoop:
         optimizers.step(found_inf=skipped)
         optimizers.zero_grad()
         state.step += 1
-        if self.task.ema is not None:
-            self.task.ema.update(state.step)
         state.tokens += self.task.batches.tokens_per_batch
         state.bytes += int(all_bytes)
         self._pending.append(
@@ -388,7 +380,7 @@ class TrainingLoop:
     def _evaluate(self) -> tuple[bool, str | None]:
         """Score the validation text: whether it is the best so far, and why the run must roll back, if it must."""
         with self._spending("evaluation"):
-            state, value = self.state, self.task.validation_bpb()
+            state, value = self.state, self.task.evaluate()
         if not math.isfinite(value):
             state.guard.trouble_since = state.guard.trouble_since or state.step
             return False, f"validation bits per byte of step {state.step} is non-finite ({value})"

@@ -24,11 +24,12 @@ from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.distributed import ALONE, Ranks
 from mvlm_core.training.divergence import GuardState
 from mvlm_core.training.init_from import Source
-from mvlm_core.training.optimizer import EMA, Optimizers, copy_named
+from mvlm_core.training.optimizer import Optimizers, copy_named
 from mvlm_core.training.preparation import PreparedText
 from mvlm_core.training.time_budget import WARMUP_STEPS, RunLength
 
 _WARMUP_SHARE = 0.02
+_GONE = {"--ema_decay": 0.0}  # settings of earlier versions, which their checkpoints name, and the values that they had
 
 
 @dataclass(frozen=True)
@@ -97,30 +98,20 @@ class TrainingTask(BuiltModel):
         evaluate: validation bits per byte of the model's current weights.
         score_before: what those weights are worth before the first step, where they come from an export.
         identity: settings, data and tokenizer, which must agree with those of a checkpoint to resume it.
-        ema: of the model's weights, where the run keeps one: then the averages are evaluated and exported.
     """
 
     batches: BatchSource
     evaluate: Callable[[], float]
     identity: dict[str, Any]
     score_before: Callable[[], Before]
-    ema: EMA | None = None
 
     def weights(self) -> dict[str, Tensor]:
         """All weights by ``<module>.<parameter>``; tied ones once."""
         return named_weights({f"{prefix}.": module for prefix, module in self.modules.items()})
 
-    def validation_bpb(self) -> float:
-        """Validation bits per byte of what would be exported now."""
-        if self.ema is None:
-            return self.evaluate()
-        with self.ema.applied():
-            return self.evaluate()
-
     def state_tensors(self) -> dict[str, dict[str, Tensor]]:
         """All tensors of a checkpoint, by file name."""
-        tensors = {"model": self.weights(), "optimizer": self.optimizers.state_tensors()}
-        return tensors if self.ema is None else tensors | {"average": self.ema.averages}
+        return {"model": self.weights(), "optimizer": self.optimizers.state_tensors()}
 
     def load_state_tensors(self, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Restore what ``state_tensors`` returned, or some of its files.
@@ -128,13 +119,9 @@ class TrainingTask(BuiltModel):
         Raises:
             ValueError: names or shapes of another model.
         """
-        for name, named in tensors.items():
-            if name == "optimizer":
-                self.optimizers.load_state_tensors(named)
-            elif name == "model":
-                copy_named(self.weights(), named, "weights")
-            elif self.ema is not None:
-                copy_named(self.ema.averages, named, "averaged weights")
+        copy_named(self.weights(), tensors["model"], "weights")
+        if "optimizer" in tensors:
+            self.optimizers.load_state_tensors(tensors["optimizer"])
 
 
 def named_weights(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
@@ -204,14 +191,12 @@ def build_task(run: Run, text: PreparedText) -> TrainingTask:
             return Before()
         return Before(evaluate(), test_bpb(text.corpus.split("test")), test_bpb(text.old.test if text.old else []))
 
-    ema = EMA(built.model, settings.ema_decay) if settings.ema_decay else None
     return TrainingTask(
         **vars(built),
         batches=text.batches,
         evaluate=evaluate,
         identity=run_identity(settings, text),
         score_before=score_before,
-        ema=ema,
     )
 
 
@@ -238,7 +223,8 @@ def run_identity(settings: TrainingSettings, text: PreparedText) -> dict[str, An
 
 
 def identity_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """How two runs' identities differ, one sentence per value."""
+    """How two runs' identities differ, one sentence per value; a setting that is gone counts where it was in use."""
+    then = {name: value for name, value in then.items() if name not in _GONE or value != _GONE[name]}
     names = sorted(then.keys() | now.keys())
     return [f"{name} was {then.get(name)}, now {now.get(name)}" for name in names if then.get(name) != now.get(name)]
 
