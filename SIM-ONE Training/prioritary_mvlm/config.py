@@ -76,7 +76,6 @@ class PrioritaryConfig(BibleSettings):
     coherence_until: float = _own(
         0.5, "share of the run after which the coherence weight is 0", "loss", above=0, maximum=1
     )
-    z_loss_weight: float = _own(1e-4, "weight of the squared log partition function", "loss", minimum=0)
 
     def inherit(self) -> list[str]:
         return inherit(self, NAME)

@@ -29,7 +29,8 @@ from mvlm_core.training.preparation import PreparedText
 from mvlm_core.training.time_budget import WARMUP_STEPS, RunLength
 
 _WARMUP_SHARE = 0.02
-_GONE = {"--ema_decay": 0.0}  # settings of earlier versions, which their checkpoints name, and the values that they had
+# Settings of earlier versions, which their checkpoints name, and the values that they had where nobody chose another.
+_GONE = {"--ema_decay": 0.0, "--z_loss_weight": 1e-4}
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ def run_identity(settings: TrainingSettings, text: PreparedText) -> dict[str, An
 
 
 def identity_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """How two runs' identities differ, one sentence per value; a setting that is gone counts where it was in use."""
+    """How two runs' identities differ, one sentence per value; a setting that is gone counts where it was chosen."""
     then = {name: value for name, value in then.items() if name not in _GONE or value != _GONE[name]}
     names = sorted(then.keys() | now.keys())
     return [f"{name} was {then.get(name)}, now {now.get(name)}" for name in names if then.get(name) != now.get(name)]
