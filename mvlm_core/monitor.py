@@ -9,9 +9,7 @@ import contextlib
 import logging
 import os
 import platform
-import resource
 import shutil
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -49,10 +47,7 @@ def available_threads(
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if asked.isdecimal() and int(asked) > 0:
         return int(asked), "OMP_NUM_THREADS"
-    try:
-        cpus = sorted(os.sched_getaffinity(0))
-    except AttributeError:  # macOS has no affinity
-        cpus = list(range(psutil.cpu_count(logical=False) or 1))
+    cpus = os.sched_getaffinity(0)
     cores = len({_core_of(cpu, Path(topology)) for cpu in cpus})
     reason = f"physical cores of the {len(cpus)} logical CPUs this process may use"
     quota = _cpu_quota(Path(cgroup_root), Path(cgroup_membership))
@@ -138,13 +133,9 @@ def peak_memory(device: str = "cpu") -> int:
         import torch
 
         return torch.cuda.max_memory_allocated()
-    # VmHWM before getrusage: ru_maxrss starts at the size of the process that forked this one.
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    # Not getrusage: its ru_maxrss starts at the size of the process that forked this one.
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    return int(status.partition("VmHWM:")[2].split(maxsplit=1)[0]) * 1024
 
 
 def gpu_load(device: str) -> int | None:

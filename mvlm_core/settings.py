@@ -23,10 +23,9 @@ REPOSITORY_ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_DATA_DIR = REPOSITORY_ROOT / "mvlm_training_dataset_complete"
 CACHE_DIR = REPOSITORY_ROOT / ".cache"
 PRESET_NAMES = ("auto", "h200", "cpu", "smoke")
-SCHEDULES = ("cosine", "linear", "wsd", "constant")
+SCHEDULES = ("cosine", "linear")
 OPTIMIZERS = ("adamw", "muon")
 VALIDATION_TEXTS = ("primary", "all")
-UNLESS_DEFAULT = "unless default"
 LENGTHS = ("num_epochs", "max_steps", "max_tokens", "max_bytes", "max_hours")
 CONTINUED = "init_from"  # in PRESETS: what --init_from puts in the place of any preset's values
 CONTINUED_RATE = 0.3  # times the preset's peak learning rate
@@ -60,7 +59,7 @@ def option(
     *,
     choices: tuple[str, ...] | None = None,
     both_ways: bool = False,
-    identity: bool | str = False,
+    identity: bool = False,
     aliases: tuple[str, ...] = (),
     **bounds: float,
 ) -> Any:
@@ -68,8 +67,7 @@ def option(
 
     Args:
         both_ways: a switch that has a flag for off as well, ``--no_`` and its name.
-        identity: whether the value defines the run: a checkpoint made with another value is not resumed. For a setting
-            younger than some checkpoints, ``UNLESS_DEFAULT``: its default stands for what they were made with.
+        identity: whether the value defines the run: a checkpoint made with another value is not resumed.
         aliases: older spellings of the flag, which still parse but are not shown by ``--help``.
         bounds: the range: ``minimum``, ``maximum`` (inclusive), ``above``, ``below`` (exclusive).
     """
@@ -140,7 +138,7 @@ class TrainingSettings:
     validation_dir: str | None = _data(None, "a folder whose files are the validation text")
     validation_text: str = _data(
         "primary", "what chooses the best checkpoint: primary, the primary translation's validation documents (64 KB "
-        "where there is no such translation), or all", choices=VALIDATION_TEXTS, identity=UNLESS_DEFAULT,
+        "where there is no such translation), or all", choices=VALIDATION_TEXTS, identity=True,
     )  # fmt: skip
 
     init_from: str | None = _further(
@@ -287,14 +285,12 @@ class TrainingSettings:
 
     def identity(self) -> dict[str, Any]:
         """The values that define this run: a checkpoint is resumed only where they agree."""
-        identifying = [
-            entry
-            for entry in fields(self)
-            if (how := entry.metadata["identity"])
-            and not (how == UNLESS_DEFAULT and getattr(self, entry.name) == entry.metadata["default"])
-        ]
         # A renamed one keeps its first name here, or older checkpoints could not be resumed.
-        values = {(*entry.metadata["aliases"], entry.name)[0]: getattr(self, entry.name) for entry in identifying}
+        values = {
+            (*entry.metadata["aliases"], entry.name)[0]: getattr(self, entry.name)
+            for entry in fields(self)
+            if entry.metadata["identity"]
+        }
         return values | {"batch_size × gradient_accumulation_steps": self.sequences_per_step}
 
     def as_dict(self) -> dict[str, Any]:
@@ -343,17 +339,15 @@ def add_options(
             groups[heading] = parser.add_argument_group(heading)
         kind = next((part for part in get_args(hints[entry.name]) if part is not type(None)), hints[entry.name])
         help = entry.metadata["help"] if title else _help(cls, entry, kind)
-        form: dict[str, Any]
+        add = partial(groups[heading].add_argument, dest=entry.name, default=None)
         if kind is not bool:
-            form = {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
-        elif entry.metadata["both_ways"]:
-            form = {"action": _Switch, "nargs": 0}
+            add = partial(add, type=kind, metavar={int: "N", float: "X"}.get(kind, "TEXT"))
         else:
-            form = {"action": "store_true", "default": None}
+            add = partial(add, action="store_true")
         for name in (entry.name, *entry.metadata["aliases"]):
-            flags = [f"--{name}", f"--no_{name}"] if entry.metadata["both_ways"] else [f"--{name}"]
-            shown = help if name == entry.name else argparse.SUPPRESS
-            groups[heading].add_argument(*flags, dest=entry.name, help=shown, **form)
+            add(f"--{name}", help=help if name == entry.name else argparse.SUPPRESS)
+        if entry.metadata["both_ways"]:
+            add(f"--no_{entry.name}", action="store_false", help="the same, off")
 
 
 def _help(cls: type[TrainingSettings], entry: Field[Any], kind: type) -> str:
@@ -371,13 +365,6 @@ def _help(cls: type[TrainingSettings], entry: Field[Any], kind: type) -> str:
     return f"{text} [{'; '.join(notes)}]" if notes else text
 
 
-class _Switch(argparse.Action):
-    """``--name`` sets True, ``--no_name`` False; without either, None: the preset or the default decides."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, not str(option_string).startswith("--no_"))
-
-
 def parse_settings(
     cls: type[Settings], arguments: list[str] | None, *, description: str, epilog: str, output_dir: Path
 ) -> Settings:
@@ -391,10 +378,4 @@ def parse_settings(
     )
     add_options(parser, cls)
     given = vars(parser.parse_args(arguments))
-    preset = given["preset"]
-    if preset is not None and preset not in PRESET_NAMES:
-        # The rest is judged with the smallest preset, so that one message still names every problem.
-        others = cls(**{**given, "preset": "smoke"}).problems()
-        raise UserError([f"--preset {preset}: unknown; choose one of {', '.join(PRESET_NAMES)}", *others])
-    settings = cls(**{**given, "output_dir": given["output_dir"] or str(output_dir)})
-    return settings.check()
+    return cls(**{**given, "output_dir": given["output_dir"] or str(output_dir)}).check()

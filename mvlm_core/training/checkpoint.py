@@ -26,16 +26,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mvlm_core.errors import UserError, printable
-from mvlm_core.files import fsync_path, make_folder, read_regular, sha256_file, write_json_atomic
+from mvlm_core.files import fsync_path, make_folder, read_json, read_regular, sha256_file, write_json_atomic
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
-_TEMPORARY_PREFIX, _DELETED_PREFIX, _DAMAGED_SUFFIX, _LATER_SUFFIX = (
-    ".writing-",
-    ".deleting-",
-    ".damaged",
-    ".superseded",
-)
+_TEMPORARY_PREFIX, _DELETED_PREFIX = ".writing-", ".deleting-"
+_DAMAGED_SUFFIX, _LATER_SUFFIX = ".damaged", ".superseded"
 _SPARE_BYTES = 1 << 20  # for the JSON files
 _LEAST_KEPT = 2
 log = logging.getLogger("mvlm")
@@ -197,7 +193,7 @@ def newest_good_checkpoint(root: Path, before: int | None) -> Checkpoint | None:
 def _intact_checkpoints(root: Path) -> Iterator[Checkpoint]:
     """Those that a run can resume from, from the newest on; damaged ones are renamed."""
     for folder in reversed(checkpoint_folders(root)):
-        if _state_or_nothing(folder).get("weights_only"):
+        if read_json(folder / "state.json").get("weights_only"):
             continue
         try:
             yield open_checkpoint(folder)
@@ -249,7 +245,7 @@ def rotate_checkpoints(root: Path, keep: int) -> None:
     weights only do not count either.
     """
     folders = checkpoint_folders(root)
-    states = {folder: _state_or_nothing(folder) for folder in folders}
+    states = {folder: read_json(folder / "state.json") for folder in folders}
     whole = [folder for folder in folders if not states[folder].get("weights_only")]
     regular = [folder for folder in whole if not states[folder].get("for_signal_only")]
     kept = {*folders[-1:], *whole[-1:], *regular[-max(keep, _LEAST_KEPT) :]}
@@ -267,10 +263,3 @@ def _delete(folder: Path) -> None:
     folder.rename(nameless)
     fsync_path(folder.parent)
     shutil.rmtree(nameless)
-
-
-def _state_or_nothing(folder: Path) -> dict[str, Any]:
-    try:
-        return _read_json(folder / "state.json")
-    except DamagedCheckpoint:
-        return {}

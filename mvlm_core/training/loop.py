@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from mvlm_core.console import progress
 from mvlm_core.errors import Stopped, TrainingFailed, UserError
@@ -32,7 +33,7 @@ from mvlm_core.training.gradient_sync import GradientSync
 from mvlm_core.training.history import HISTORY_NAME, append_records, read_history, truncate_history
 from mvlm_core.training.state import LoopState, Run, Spent, TrainingTask, identity_differences, run_length
 from mvlm_core.training.tensorboard import TENSORBOARD_FOLDER, TensorBoardWriter
-from mvlm_core.training.time_budget import Pace, RunLength, TimeBudget
+from mvlm_core.training.time_budget import RunLength, TimeBudget, steps_within
 
 log = logging.getLogger("mvlm")
 
@@ -363,7 +364,8 @@ class TrainingLoop:
         bar.set_postfix(shown, refresh=False)
         step, speed = record["step"], record["tokens_per_second"]
         total = self.length.total
-        left = "" if total is None else _clock((total - step) * self.task.batches.tokens_per_batch / speed) + " left"
+        seconds = None if total is None else (total - step) * self.task.batches.tokens_per_batch / speed
+        left = "" if seconds is None else f"{tqdm.format_interval(seconds)} left"
         log.debug(
             f"step {step}/{self.length}  epoch {record['epoch']:.2f}  loss {loss:.4f}  "
             f"grad norm {record.get('grad_norm', math.nan):.2f}  lr {learning_rate:.3g}  {speed:,.0f} tok/s  "
@@ -452,22 +454,20 @@ class TrainingLoop:
         """Fix the number of steps by what steps, evaluations and checkpoints have taken so far."""
         state, settings, budget = self.state, self.settings, self._budget
         assert budget is not None
-        spent, step_seconds = state.spent, budget.step_seconds + self._later_seconds()
-        pace = Pace(
-            step_seconds,
-            spent.evaluation_seconds / max(1, spent.evaluations),
-            spent.checkpoint_seconds / max(1, spent.checkpoints),
-            settings.eval_interval,
-            settings.checkpoint_interval,
-        )
-        reachable = pace.steps_within(budget.seconds - budget.used, state.step)
+        spent = state.spent
+        takes = {
+            "step": budget.step_seconds + self._later_seconds(),
+            "evaluation": spent.evaluation_seconds / max(1, spent.evaluations),
+            "checkpoint": spent.checkpoint_seconds / max(1, spent.checkpoints),
+        }
+        intervals = {"evaluation_interval": settings.eval_interval, "checkpoint_interval": settings.checkpoint_interval}
+        reachable = steps_within(budget.seconds - budget.used, state.step, **takes, **intervals)
         state.fixed_at, state.fixed_steps, self._budget = state.step, self.ranks.share(reachable), None
         total = self.length.total or 0
         bar.total = total * self.task.batches.tokens_per_batch
         bar.refresh()
         log.info(
-            f"measured {pace.step:.3g} s a step, {pace.evaluation:.3g} s an evaluation, {pace.checkpoint:.3g} s a "
-            f"checkpoint: {total:,} steps ({self.task.batches.epoch_at(total):.2f} epochs) end in "
+            f"measured {', '.join(f'{what} {seconds:.3g} s' for what, seconds in takes.items())}: {total:,} steps ({self.task.batches.epoch_at(total):.2f} epochs) end in "
             f"--max_hours {settings.max_hours:g}; fixed from now on"
         )
 
@@ -642,9 +642,3 @@ def _step_seed(seed: int, step: int, first_sequence: int) -> int:
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + first_sequence * 0x94D049BB133111EB) % 2**64
     mixed = (mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93 % 2**64
     return (mixed ^ (mixed >> 32)) % 2**63
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

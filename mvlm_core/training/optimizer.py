@@ -21,19 +21,15 @@ _COSINE_FLOOR = 0.1
 def learning_rate_scale(step: int, total_steps: int, warmup_steps: int, schedule: str) -> float:
     """Share of the peak learning rate at optimizer step ``step`` (from 0): linear warm-up, then ``schedule``.
 
-    ``linear`` decays to zero, which beats a cosine to a tenth by about 0.8 % (arXiv 2502.15938); ``wsd`` is constant
-    and decays linearly to zero in the last third; ``cosine`` decays to a tenth, as in GPT-2's successors.
+    ``linear`` decays to zero, which beats a cosine to a tenth by about 0.8 % (arXiv 2502.15938); ``cosine`` decays to
+    a tenth, as in GPT-2's successors.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     share = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     if schedule == "linear":
         return 1 - share
-    if schedule == "cosine":
-        return _COSINE_FLOOR + (1 - _COSINE_FLOOR) * 0.5 * (1 + math.cos(math.pi * share))
-    if schedule == "wsd":
-        return min(1.0, (1 - share) * 3)
-    return 1.0
+    return _COSINE_FLOOR + (1 - _COSINE_FLOOR) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 @torch.no_grad()

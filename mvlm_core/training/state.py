@@ -29,8 +29,8 @@ from mvlm_core.training.preparation import PreparedText
 from mvlm_core.training.time_budget import WARMUP_STEPS, RunLength
 
 _WARMUP_SHARE = 0.02
-# Settings of earlier versions, which their checkpoints name, and the values that they had where nobody chose another.
-_GONE = {"--ema_decay": 0.0, "--z_loss_weight": 1e-4}
+# What an identity means that does not name a setting: one that is gone, or one younger than the checkpoint.
+_UNNAMED = {"--ema_decay": 0.0, "--z_loss_weight": 1e-4, "--validation_text": "primary"}
 
 
 @dataclass(frozen=True)
@@ -224,8 +224,8 @@ def run_identity(settings: TrainingSettings, text: PreparedText) -> dict[str, An
 
 
 def identity_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """How two runs' identities differ, one sentence per value; a setting that is gone counts where it was chosen."""
-    then = {name: value for name, value in then.items() if name not in _GONE or value != _GONE[name]}
+    """How two runs' identities differ, one sentence per value."""
+    then, now = _UNNAMED | then, _UNNAMED | now
     names = sorted(then.keys() | now.keys())
     return [f"{name} was {then.get(name)}, now {now.get(name)}" for name in names if then.get(name) != now.get(name)]
 

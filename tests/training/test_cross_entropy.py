@@ -57,7 +57,9 @@ def test_a_mixture_with_another_source_equals_full_logits(rows):
         return torch.autograd.grad(loss * 3, inputs)
 
     share, log_other = F.logsigmoid(score), F.logsigmoid(-score) + F.logsigmoid(other)
-    loss, nll = linear_cross_entropy(hidden, weight, targets, token_weights, block_rows=rows, mixture=(share, log_other))
+    loss, nll = linear_cross_entropy(
+        hidden, weight, targets, token_weights, block_rows=rows, mixture=(share, log_other)
+    )
     ours = gradients(loss)
     share, log_other = F.logsigmoid(score), F.logsigmoid(-score) + F.logsigmoid(other)
     logits = hidden @ weight.T
