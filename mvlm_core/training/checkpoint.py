@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,21 +165,12 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def newest_checkpoint(
-    root: Path, *, may_use: Callable[[Checkpoint], None] = lambda checkpoint: None
-) -> Checkpoint | None:
-    """The newest intact checkpoint, or None; damaged ones are logged and renamed.
-
-    Args:
-        may_use: called with the checkpoint; raises what should stop the run (another corpus, another shape).
-    """
+def newest_checkpoint(root: Path) -> Checkpoint | None:
+    """The newest intact checkpoint, or None; damaged ones are logged and renamed, half-written ones deleted."""
     for prefix in (_TEMPORARY_PREFIX, _DELETED_PREFIX):
         for leftover in root.glob(f"{prefix}*"):
             shutil.rmtree(leftover, ignore_errors=True)
-    for checkpoint in _intact_checkpoints(root):
-        may_use(checkpoint)
-        return checkpoint
-    return None
+    return next(_intact_checkpoints(root), None)
 
 
 def newest_good_checkpoint(root: Path, before: int | None) -> Checkpoint | None:

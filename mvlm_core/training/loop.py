@@ -460,15 +460,20 @@ class TrainingLoop:
             "evaluation": spent.evaluation_seconds / max(1, spent.evaluations),
             "checkpoint": spent.checkpoint_seconds / max(1, spent.checkpoints),
         }
-        intervals = {"evaluation_interval": settings.eval_interval, "checkpoint_interval": settings.checkpoint_interval}
-        reachable = steps_within(budget.seconds - budget.used, state.step, **takes, **intervals)
+        reachable = steps_within(
+            budget.seconds - budget.used,
+            state.step,
+            **takes,
+            evaluation_interval=settings.eval_interval,
+            checkpoint_interval=settings.checkpoint_interval,
+        )
         state.fixed_at, state.fixed_steps, self._budget = state.step, self.ranks.share(reachable), None
         total = self.length.total or 0
         bar.total = total * self.task.batches.tokens_per_batch
         bar.refresh()
         log.info(
-            f"measured {', '.join(f'{what} {seconds:.3g} s' for what, seconds in takes.items())}: {total:,} steps ({self.task.batches.epoch_at(total):.2f} epochs) end in "
-            f"--max_hours {settings.max_hours:g}; fixed from now on"
+            f"measured: {', '.join(f'{what} {seconds:.3g} s' for what, seconds in takes.items())}. {total:,} steps "
+            f"({self.task.batches.epoch_at(total):.2f} epochs) end in {settings.max_hours:g} hours; fixed from now on"
         )
 
     def _later_seconds(self) -> float:
@@ -556,14 +561,16 @@ class TrainingLoop:
         """Start from ``resume_from`` or the newest intact checkpoint; from the beginning where there is none."""
         found = None
         if self.ranks.is_main:
-            if self.settings.resume_from:
-                found = checkpoints.named_checkpoint(self.settings.resume_from)
-                self._check_identity(found)
-                checkpoints.set_aside_later(self.checkpoint_root, found.step)
+            if named := self.settings.resume_from:
+                found = checkpoints.named_checkpoint(named)
             else:
-                found = checkpoints.newest_checkpoint(self.checkpoint_root, may_use=self._check_identity)
+                found = checkpoints.newest_checkpoint(self.checkpoint_root)
             if found is None:
                 self.history_path.unlink(missing_ok=True)
+            else:
+                self._check_identity(found)
+                if named:
+                    checkpoints.set_aside_later(self.checkpoint_root, found.step)
         if self._restore(found) and found is not None and self.state.step > 0:
             if not self.length.is_reached(self.state.step):
                 log.info("continuing from %s (step %s of %s)", found.folder, found.step, self.length)

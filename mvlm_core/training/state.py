@@ -30,7 +30,7 @@ from mvlm_core.training.time_budget import WARMUP_STEPS, RunLength
 
 _WARMUP_SHARE = 0.02
 # What an identity means that does not name a setting: one that is gone, or one younger than the checkpoint.
-_UNNAMED = {"--ema_decay": 0.0, "--z_loss_weight": 1e-4, "--validation_text": "primary"}
+_UNNAMED = {"--ema_decay": 0.0, "--z_loss_weight": 1e-4, "--num_members": 1, "--validation_text": "primary"}
 
 
 @dataclass(frozen=True)
