@@ -270,7 +270,7 @@ def products_alone(shape: Shape, options: argparse.Namespace, _folder: Path) -> 
             torch.mm(theirs, output, out=gradient_rows[start : start + rows_at_once])
             gradient_output.addmm_(theirs.t(), part)
         torch.autograd.grad(x, [hidden, *weights], gradient_rows.view_as(x))
-        ranks.wait()
+        ranks.barrier()
 
     serve_child(ranks, step)
     count = output.numel() + sum(weight.numel() for weight in weights)

@@ -446,7 +446,7 @@ class TrainingLoop:
         budget.count_step(self._wait_for_device)
         # The clocks of the ranks differ, and all must take the same step; only the main one saves.
         measured = budget.share_measured(self.state.step, self.length.limit), spent.checkpoints == 0
-        share, unsaved = self.ranks.share(measured)
+        share, unsaved = self.ranks.broadcast(measured)
         evaluated = spent.evaluations > 0
         return share >= 0.5 and not evaluated, share >= 0.5 and unsaved, share >= 1 and evaluated and not unsaved
 
@@ -467,7 +467,7 @@ class TrainingLoop:
             evaluation_interval=settings.eval_interval,
             checkpoint_interval=settings.checkpoint_interval,
         )
-        state.fixed_at, state.fixed_steps, self._budget = state.step, self.ranks.share(reachable), None
+        state.fixed_at, state.fixed_steps, self._budget = state.step, self.ranks.broadcast(reachable), None
         total = self.length.total or 0
         bar.total = total * self.task.batches.tokens_per_batch
         bar.refresh()
@@ -577,11 +577,11 @@ class TrainingLoop:
 
     def _restore(self, found: checkpoints.Checkpoint | None) -> bool:
         """Load the main rank's checkpoint on every rank; False if it has none."""
-        state = self.ranks.share(found.state if found else None)
+        state = self.ranks.broadcast(found.state if found else None)
         if state is None:
             return False
         files = self.task.state_tensors()
-        tensors = {name: self.ranks.share_tensors(found.tensors(name) if found else {}) for name in files}
+        tensors = {name: self.ranks.broadcast_tensors(found.tensors(name) if found else {}) for name in files}
         try:
             self.state = LoopState.of(state)
             if self.state.step > 0 and not tensors["optimizer"]:

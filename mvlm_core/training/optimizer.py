@@ -130,7 +130,7 @@ class Muon(torch.optim.Optimizer):
         part = matrices[self.ranks.rank * each :][:each]
         if len(part):
             mine[: len(part)] = orthogonalize(part, dtype=self.dtype)
-        return self.ranks.gather(mine)[: len(matrices)]
+        return self.ranks.all_gather(mine)[: len(matrices)]
 
 
 # What each optimizer keeps for a parameter.

@@ -88,7 +88,8 @@ def _run(run: Run) -> Path:
     with RunLock(run.output_dir, str(run.output_dir)) if ranks.is_main else nullcontext():
         if ranks.is_main and settings.fresh:
             results.delete_run(run.output_dir)
-        if ranks.share(ranks.is_main and not settings.fresh and results.is_finished(run.output_dir, identity, enough)):
+        finished = ranks.is_main and not settings.fresh and results.is_finished(run.output_dir, identity, enough)
+        if ranks.broadcast(finished):
             log.info("already finished: %s (use --fresh to train it again)", run.output_dir)
             return run.output_dir
         stop.raise_at_once()

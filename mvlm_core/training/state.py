@@ -295,8 +295,8 @@ class LoopState:
             ValueError: a value is missing or of the wrong type.
         """
         # Older checkpoints know the steps' time only, and nothing of what else took time.
-        older = {"step_seconds": saved.get("seconds"), "spent": asdict(Spent()), "timed_steps": 0, "timed_seconds": 0.0}
-        values = older | {"before": asdict(Before())} | saved
+        older = {"step_seconds": saved.get("seconds"), "timed_steps": 0, "timed_seconds": 0.0}
+        values = older | {"spent": asdict(Spent()), "before": asdict(Before())} | saved
         kinds = {"guard": GuardState, "spent": Spent, "before": Before}
         parts = {name: _typed(kind, values.get(name)) for name, kind in kinds.items()}
         return _typed(cls, values | parts)
@@ -323,24 +323,14 @@ def run_length(settings: TrainingSettings, batches: BatchSource) -> RunLength:
     Raises:
         UserError: a warm-up that is not shorter than the run.
     """
-    total = total_steps(settings, batches)
-    if settings.max_hours is None and total is not None:
-        return RunLength(total, warmup_steps(settings, total))
-    warmup = WARMUP_STEPS if settings.warmup_steps is None else settings.warmup_steps
-    return RunLength(total, warmup, by_time=True)
-
-
-def warmup_steps(settings: TrainingSettings, total_steps: int) -> int:
-    """Warm-up steps: as given, or a share of the run.
-
-    Raises:
-        UserError: not shorter than the run, so the learning rate would never reach its peak.
-    """
-    if settings.warmup_steps is None:
-        return max(1, round(_WARMUP_SHARE * total_steps))
-    if settings.warmup_steps >= total_steps:
-        raise UserError(f"--warmup_steps {settings.warmup_steps} is not shorter than the run of {total_steps} steps")
-    return settings.warmup_steps
+    total, warmup = total_steps(settings, batches), settings.warmup_steps
+    if settings.max_hours is not None or total is None:
+        return RunLength(total, WARMUP_STEPS if warmup is None else warmup, by_time=True)
+    if warmup is None:
+        warmup = max(1, round(_WARMUP_SHARE * total))
+    elif warmup >= total:  # the learning rate would never reach its peak
+        raise UserError(f"--warmup_steps {warmup} is not shorter than the run of {total} steps")
+    return RunLength(total, warmup)
 
 
 def total_steps(settings: TrainingSettings, batches: BatchSource) -> int | None:

@@ -17,7 +17,7 @@ from mvlm_core.errors import Stopped, TrainingFailed, UserError
 from mvlm_core.training.checkpoint import checkpoint_folders, newest_checkpoint
 from mvlm_core.training.divergence import GuardState
 from mvlm_core.training.history import read_history
-from mvlm_core.training.state import LoopState, total_steps, warmup_steps
+from mvlm_core.training.state import LoopState, total_steps
 from tests.helpers import (
     EVERYTHING_ON,
     FIXTURES,
@@ -381,9 +381,12 @@ def test_the_first_limit_ends_the_run(tiny_corpus, tmp_path):
 
 
 def test_warm_up_is_a_share_of_the_run_and_never_longer(tiny_corpus, tmp_path):
-    assert warmup_steps(tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path), 1000) == 20
+    def loop(**changes):
+        return make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **changes))
+
+    assert loop(max_steps=1000).length.warmup == 20 and loop(warmup_steps=11).length.warmup == 11
     with pytest.raises(UserError, match="not shorter than the run of 12 steps"):
-        warmup_steps(tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, warmup_steps=12), 12)
+        loop(warmup_steps=12)
 
 
 @pytest.mark.parametrize("model", MODELS)
