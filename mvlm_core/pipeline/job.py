@@ -28,6 +28,7 @@ from mvlm_core.bill import (
 from mvlm_core.data.corpus import Corpus, load_corpus
 from mvlm_core.errors import UserError
 from mvlm_core.export.manifest import training_config
+from mvlm_core.hardware import HARDWARE_FLAGS
 from mvlm_core.run_layout import Layout
 from mvlm_core.settings import REPOSITORY_ROOT
 
@@ -130,9 +131,7 @@ def probe_hardware(job: Job) -> dict[str, Any]:
     Raises:
         UserError: everything that is asked for and not there.
     """
-    switches = ("no_mixed_precision", "no_compile", "deterministic")
-    keys = ("device", "precision", "attention_backend", "loss_kernel", *switches)
-    asked = json.dumps({key: job.settings[key] for key in keys if key in job.settings})
+    asked = json.dumps({name: job.settings[name] for name in HARDWARE_FLAGS if name in job.settings})
     command = [sys.executable, "-c", HARDWARE_PROBE, asked]
     answer = subprocess.run(command, cwd=REPOSITORY_ROOT, stdout=subprocess.PIPE, text=True, check=False).stdout
     try:

@@ -70,17 +70,14 @@ class Ranks:
         return sorted(mine)
 
     def sum_on_device(self, tensors: Iterable[Tensor]) -> None:
-        """Sum each tensor over all ranks, in place, with one all-reduce per dtype."""
+        """Sum each tensor over all ranks, in place, with one all-reduce."""
         if self.world == 1:
             return
-        by_type: dict[torch.dtype, list[Tensor]] = {}
-        for tensor in tensors:
-            by_type.setdefault(tensor.dtype, []).append(tensor)
-        for group in by_type.values():
-            flat = torch.cat([tensor.reshape(-1) for tensor in group])
-            self._sum(flat)
-            for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
-                tensor.copy_(part.view_as(tensor))
+        together = list(tensors)
+        flat = torch.cat([tensor.reshape(-1) for tensor in together])
+        self._sum(flat)
+        for tensor, part in zip(together, flat.split([tensor.numel() for tensor in together]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
     def all_gather(self, part: Tensor) -> Tensor:
         """The parts ``[count, …]`` of all ranks, of one shape, one after the other: ``[world · count, …]``."""

@@ -69,11 +69,6 @@ def score_old(export: Path, run: Run, text: PreparedText) -> float | None:
     return score_loaded(*load_export(export, run.hardware.device), documents).bits_per_byte
 
 
-def before_and_after(state: LoopState, old_test_bpb: float | None) -> dict[str, Any]:
-    """The metrics of further training."""
-    return {f"{name}_before": value for name, value in vars(state.before).items()} | {"old_test_bpb": old_test_bpb}
-
-
 def measure(model: Any, tokenizer: Any, corpus: Corpus, state: LoopState, score: Score) -> dict[str, Any]:
     """The run's metrics (None where there is nothing to measure), then the details behind them."""
     scored = [document for document in corpus.split("test") if document.path in score.documents]

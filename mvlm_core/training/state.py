@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mvlm_core.data.batches import BatchSource
-from mvlm_core.data.corpus import Corpus, Document, validation_subset
+from mvlm_core.data.corpus import Document, validation_subset
 from mvlm_core.data.tokenizer import ByteLevelBPE
 from mvlm_core.errors import UserError
 from mvlm_core.evaluation.bits_per_byte import bits_per_byte, score_documents
@@ -165,7 +165,8 @@ def build_task(run: Run, text: PreparedText) -> TrainingTask:
     built.optimizers.spread_over(ranks)
     for module in built.modules.values():
         module.to(run.hardware.device).train()
-    validation = validation_documents(settings, text.corpus, ranks)
+    subset = validation_subset(text.corpus, whole=settings.validation_text == "all")
+    validation = own_part([(document.path, part) for document, part in subset], ranks)
     encode = cache(text.tokenizer.encode)  # the same text at every evaluation
 
     def bpb(documents: list[tuple[str, str]], encode: Callable[[str], list[int]]) -> float:
@@ -199,12 +200,6 @@ def build_task(run: Run, text: PreparedText) -> TrainingTask:
         identity=run_identity(settings, text),
         score_before=score_before,
     )
-
-
-def validation_documents(settings: TrainingSettings, corpus: Corpus, ranks: Ranks = ALONE) -> list[tuple[str, str]]:
-    """This rank's part of what an evaluation scores, as (path, text)."""
-    whole = settings.validation_text == "all"
-    return own_part([(document.path, text) for document, text in validation_subset(corpus, whole=whole)], ranks)
 
 
 def own_part(documents: list[tuple[str, str]], ranks: Ranks) -> list[tuple[str, str]]:
