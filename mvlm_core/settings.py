@@ -58,7 +58,6 @@ def option(
     group: str = "run",
     *,
     choices: tuple[str, ...] | None = None,
-    both_ways: bool = False,
     identity: bool = False,
     aliases: tuple[str, ...] = (),
     **bounds: float,
@@ -66,13 +65,12 @@ def option(
     """A field of a settings class.
 
     Args:
-        both_ways: a switch that has a flag for off as well, ``--no_`` and its name.
         identity: whether the value defines the run: a checkpoint made with another value is not resumed.
         aliases: older spellings of the flag, which still parse but are not shown by ``--help``.
         bounds: the range: ``minimum``, ``maximum`` (inclusive), ``above``, ``below`` (exclusive).
     """
-    known = {"default": default, "help": help, "group": group, "choices": choices, "both_ways": both_ways}
-    return field(default=None, metadata={**known, "identity": identity, "aliases": aliases, "bounds": bounds})
+    known = {"default": default, "help": help, "group": group, "choices": choices, "identity": identity}
+    return field(default=None, metadata={**known, "aliases": aliases, "bounds": bounds})
 
 
 _data = partial(option, group="data")
@@ -325,6 +323,8 @@ def add_options(
 ) -> None:
     """One flag per field of ``cls``, in the fields' groups, with help that shows the default and the presets' values.
 
+    A switch that is on by default has another flag, ``--no_`` and its name, for off.
+
     Args:
         names: only these fields.
         title: one group for all of them, with help that leaves defaults and presets out.
@@ -346,7 +346,7 @@ def add_options(
             add = partial(add, action="store_true")
         for name in (entry.name, *entry.metadata["aliases"]):
             add(f"--{name}", help=help if name == entry.name else argparse.SUPPRESS)
-        if entry.metadata["both_ways"]:
+        if kind is bool and entry.metadata["default"]:
             add(f"--no_{entry.name}", action="store_false", help="the same, off")
 
 
@@ -354,7 +354,7 @@ def _help(cls: type[TrainingSettings], entry: Field[Any], kind: type) -> str:
     meta = entry.metadata
     text, default = meta["help"], meta["default"]
     if kind is bool:
-        return f"{text} [default {'on' if default else 'off'}]" if meta["both_ways"] else text
+        return f"{text} [default on]" if default else text
     if meta["choices"] and not all(choice in text for choice in meta["choices"]):
         text += f" ({', '.join(meta['choices'])})"
     is_path = kind is str and "/" in str(default)

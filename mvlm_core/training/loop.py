@@ -93,7 +93,6 @@ class TrainingLoop:
             self._train(stop)
         finally:
             self._finish_save(wait=True)
-            self._writer.release()
         return self.state
 
     def _train(self, stop: StopRequest) -> None:
