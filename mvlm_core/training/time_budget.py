@@ -2,10 +2,8 @@
 
 Until then nothing that a step computes may depend on that number: the learning rate warms up over a fixed number of
 steps and stays at its peak, and the share of the run that is done counts as 0. From there to the end the schedule runs
-as in any other run. The number stands in the checkpoints, so a resumed run ends where the uninterrupted one does.
-What was measured stands there as well, so a run that is interrupted while it measures fixes its number as if it had
-not been: at the same step, and the same number by the same times. (It is a measurement: no two runs take quite the
-same times, interrupted or not. And a process that ends within its first steps has timed none.)
+as in any other run. The number stands in the checkpoints, and until it is fixed the measurements do, so a resumed run
+ends where the uninterrupted one does.
 """
 
 from __future__ import annotations
