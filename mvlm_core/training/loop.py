@@ -31,7 +31,7 @@ from mvlm_core.training.checkpoint_writer import CheckpointWriter, NamedTensors
 from mvlm_core.training.divergence import ROLLBACKS_AT_MOST
 from mvlm_core.training.gradient_sync import GradientSync
 from mvlm_core.training.history import HISTORY_NAME, append_records, read_history, truncate_history
-from mvlm_core.training.state import LoopState, Run, Spent, TrainingTask, identity_differences, run_length
+from mvlm_core.training.state import LoopState, Run, Spent, TrainingTask, check_identity, run_length
 from mvlm_core.training.tensorboard import TENSORBOARD_FOLDER, TensorBoardWriter
 from mvlm_core.training.time_budget import RunLength, TimeBudget, steps_within
 
@@ -567,7 +567,7 @@ class TrainingLoop:
             if found is None:
                 self.history_path.unlink(missing_ok=True)
             else:
-                self._check_identity(found)
+                check_identity(f"{found.folder} is", found.state.get("identity"), self.task.identity)
                 if named:
                     checkpoints.set_aside_later(self.checkpoint_root, found.step)
         if self._restore(found) and found is not None and self.state.step > 0:
@@ -622,15 +622,6 @@ class TrainingLoop:
             f"{trouble}: rolled back to step {self.state.step} with {guard.rate_factor} times the learning rate "
             f"(rollback {guard.rollbacks} of at most {ROLLBACKS_AT_MOST})"
         )
-
-    def _check_identity(self, found: checkpoints.Checkpoint) -> None:
-        identity = found.state.get("identity")
-        differences = identity_differences(identity if isinstance(identity, dict) else {}, self.task.identity)
-        if differences:
-            raise UserError(
-                [f"{found.folder} belongs to another run: {difference}" for difference in differences]
-                + ["restore those values, choose another --output_dir, or start over with --fresh"]
-            )
 
 
 def _read_figures(record: dict[str, Any]) -> dict[str, Any]:

@@ -218,11 +218,17 @@ def run_identity(settings: TrainingSettings, text: PreparedText) -> dict[str, An
     return {"--preset": settings.preset} | flags | fingerprints
 
 
-def identity_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """How two runs' identities differ, one sentence per value."""
-    then, now = _UNNAMED | then, _UNNAMED | now
-    names = sorted(then.keys() | now.keys())
-    return [f"{name} was {then.get(name)}, now {now.get(name)}" for name in names if then.get(name) != now.get(name)]
+def check_identity(what: str, then: Any, now: dict[str, Any]) -> None:
+    """Refuse ``what`` another run has left, whose recorded identity is ``then``.
+
+    Raises:
+        UserError: with every value that differs.
+    """
+    then, now = _UNNAMED | (then if isinstance(then, dict) else {}), _UNNAMED | now
+    differing = [name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
+    if differing:
+        problems = [f"{what} of another run: {name} was {then.get(name)}, now {now.get(name)}" for name in differing]
+        raise UserError([*problems, "restore those values, choose another --output_dir, or start over with --fresh"])
 
 
 @dataclass
