@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import platform
+import resource
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -132,9 +133,9 @@ def peak_memory(device: str = "cpu") -> int:
         import torch
 
         return torch.cuda.max_memory_allocated()
-    # Not getrusage: its ru_maxrss starts at the size of the process that forked this one.
-    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    return int(status.partition("VmHWM:")[2].split(maxsplit=1)[0]) * 1024
+    # VmHWM where the kernel tells it: ru_maxrss starts at the size of the process that forked this one.
+    _, found, rest = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").partition("VmHWM:")
+    return 1024 * (int(rest.split(maxsplit=1)[0]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def gpu_load(device: str) -> int | None:
