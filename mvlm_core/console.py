@@ -61,8 +61,7 @@ def _keep_streams_open() -> None:
 def outlive_terminal() -> None:
     """Ignore SIGHUP and make stdout and stderr unbreakable: work continues into the log files."""
     _keep_streams_open()
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, UnbreakableStream):

@@ -26,6 +26,8 @@ DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
 ATTENTION_BACKENDS = ("auto", "sdpa", "flash_attn", "xformers", "eager")
 LOSS_KERNELS = ("auto", "blocks", "compiled")
+# Settings that are arguments of `choose_hardware`.
+HARDWARE_FLAGS = "device precision attention_backend loss_kernel no_mixed_precision no_compile deterministic".split()
 CUBLAS_WORKSPACE = ":4096:8"  # one of the two with which cuBLAS gives the same bits each time, by NVIDIA's manual
 ALLOCATOR_ADVICE = "max_split_size_mb:512"
 # Multiplication units for bf16. Without one of them a bf16 matrix product is emulated: on 2 cores of an AVX2
@@ -194,9 +196,10 @@ def choose_hardware(
     if problems:
         raise UserError(problems)
     threads, why["threads"] = available_threads()
-    name, memory_bytes = _name_and_memory(device)
-    chosen = (device, name, memory_bytes, precision, attention_backend, compiled, threads, why, loss_kernel)
-    return Hardware(*chosen, deterministic)
+    name, memory = _name_and_memory(device)
+    return Hardware(
+        device, name, memory, precision, attention_backend, compiled, threads, why, loss_kernel, deterministic
+    )
 
 
 def describe(hardware: Hardware) -> list[str]:
@@ -287,10 +290,7 @@ def _choose_device(asked: str, problems: list[str]) -> tuple[str, str]:
 def _choose_precision(asked: str, device: str, problems: list[str]) -> tuple[str, str]:
     if asked == "fp32":
         return "fp32", "asked for"
-    if device == "cuda":
-        has_bf16, why = _cuda_has_bf16()
-    else:
-        has_bf16, why = cpu_has_bf16()
+    has_bf16, why = cpu_has_bf16() if device == "cpu" else _cuda_has_bf16()
     if asked == "bf16":
         if not has_bf16:
             problems.append(f"--precision bf16: {why}; use --precision fp32 or auto")

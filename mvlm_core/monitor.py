@@ -11,12 +11,10 @@ import os
 import platform
 import resource
 import shutil
-import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import psutil
 
@@ -49,10 +47,7 @@ def available_threads(
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if asked.isdecimal() and int(asked) > 0:
         return int(asked), "OMP_NUM_THREADS"
-    try:
-        cpus = sorted(os.sched_getaffinity(0))
-    except AttributeError:  # macOS has no affinity
-        cpus = list(range(psutil.cpu_count(logical=False) or 1))
+    cpus = os.sched_getaffinity(0)
     cores = len({_core_of(cpu, Path(topology)) for cpu in cpus})
     reason = f"physical cores of the {len(cpus)} logical CPUs this process may use"
     quota = _cpu_quota(Path(cgroup_root), Path(cgroup_membership))
@@ -133,18 +128,14 @@ def memory_in_use(device: str = "cpu") -> int:
 
 
 def peak_memory(device: str = "cpu") -> int:
-    """Most bytes in use so far, counted as `memory_in_use` counts."""
+    """Most bytes in use since the last reset, counted as `memory_in_use` counts."""
     if device == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated()
-    # VmHWM before getrusage: ru_maxrss starts at the size of the process that forked this one.
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    # VmHWM where the kernel tells it: ru_maxrss starts at the size of the process that forked this one.
+    _, found, rest = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").partition("VmHWM:")
+    return 1024 * (int(rest.split(maxsplit=1)[0]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def gpu_load(device: str) -> int | None:
@@ -159,70 +150,46 @@ def gpu_load(device: str) -> int | None:
         return None
 
 
-class PeakMemory:
-    """Peak bytes of a stretch of work: ``with PeakMemory("cpu") as peak: ...`` then ``peak.bytes``.
+def reset_peak_memory(device: str = "cpu") -> None:
+    """`peak_memory` counts anew from here."""
+    if device == "cuda":
+        import torch
 
-    It resets the process's own counter: afterwards `peak_memory` counts from the last reset.
-    """
-
-    def __init__(self, device: str = "cpu") -> None:
-        self.device = device
-        self.bytes = 0
-
-    def __enter__(self) -> Self:
-        if self.device == "cuda":
-            import torch
-
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            # "5" resets VmHWM (man 5 proc). Where the kernel refuses, the peak is the whole process's.
-            with contextlib.suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bytes = peak_memory(self.device)
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        # "5" resets VmHWM (man 5 proc). Where the kernel refuses, the peak stays the whole process's.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 # --- sampling during a run ----------------------------------------------------------------------------------
 
 
-class ResourceSampler:
-    """Calls ``callback(line)`` every ``seconds`` on a background thread, from construction until ``stop()``.
+@contextlib.contextmanager
+def resource_lines(callback: Callable[[str], None], seconds: float = 30.0) -> Iterator[None]:
+    """Call ``callback(line)`` every ``seconds`` on a background thread while in the context.
 
     The line comes from NVML or, where that gives nothing, from psutil: the CPU's load and the memory of this process
     and its children.
     """
+    source, read = _open_source()
+    stop = threading.Event()
 
-    def __init__(self, callback: Callable[[str], None], seconds: float = 30.0) -> None:
-        self._callback = callback
-        self._seconds = seconds
-        self._stop = threading.Event()
-        self.source, self._read = _open_source()
-        self._thread = threading.Thread(target=self._run, name="resource-sampler", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while not self._stop.wait(self._seconds):
+    def run() -> None:
+        while not stop.wait(seconds):
             try:
-                self._callback(self._read())
+                callback(read())
             except Exception as error:  # sampling must never end a training run; say why it went quiet
-                log.warning("resource sampling by %s ended: %s: %s", self.source, type(error).__name__, error)
+                log.warning("resource sampling by %s ended: %s: %s", source, type(error).__name__, error)
                 return
 
-    def stop(self) -> None:
-        """End the thread; returns when no further callback can come."""
-        self._stop.set()
-        if self._thread is not threading.current_thread():
-            self._thread.join(timeout=15)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+    thread = threading.Thread(target=run, name="resource lines", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=15)
 
 
 def _open_source() -> tuple[str, Callable[[], str]]:

@@ -23,10 +23,9 @@ REPOSITORY_ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_DATA_DIR = REPOSITORY_ROOT / "mvlm_training_dataset_complete"
 CACHE_DIR = REPOSITORY_ROOT / ".cache"
 PRESET_NAMES = ("auto", "h200", "cpu", "smoke")
-SCHEDULES = ("cosine", "linear", "wsd", "constant")
+SCHEDULES = ("cosine", "linear")
 OPTIMIZERS = ("adamw", "muon")
 VALIDATION_TEXTS = ("primary", "all")
-UNLESS_DEFAULT = "unless default"
 LENGTHS = ("num_epochs", "max_steps", "max_tokens", "max_bytes", "max_hours")
 CONTINUED = "init_from"  # in PRESETS: what --init_from puts in the place of any preset's values
 CONTINUED_RATE = 0.3  # times the preset's peak learning rate
@@ -59,22 +58,19 @@ def option(
     group: str = "run",
     *,
     choices: tuple[str, ...] | None = None,
-    both_ways: bool = False,
-    identity: bool | str = False,
+    identity: bool = False,
     aliases: tuple[str, ...] = (),
     **bounds: float,
 ) -> Any:
     """A field of a settings class.
 
     Args:
-        both_ways: a switch that has a flag for off as well, ``--no_`` and its name.
-        identity: whether the value defines the run: a checkpoint made with another value is not resumed. For a setting
-            younger than some checkpoints, ``UNLESS_DEFAULT``: its default stands for what they were made with.
+        identity: whether the value defines the run: a checkpoint made with another value is not resumed.
         aliases: older spellings of the flag, which still parse but are not shown by ``--help``.
         bounds: the range: ``minimum``, ``maximum`` (inclusive), ``above``, ``below`` (exclusive).
     """
-    known = {"default": default, "help": help, "group": group, "choices": choices, "both_ways": both_ways}
-    return field(default=None, metadata={**known, "identity": identity, "aliases": aliases, "bounds": bounds})
+    known = {"default": default, "help": help, "group": group, "choices": choices, "identity": identity}
+    return field(default=None, metadata={**known, "aliases": aliases, "bounds": bounds})
 
 
 _data = partial(option, group="data")
@@ -141,7 +137,7 @@ class TrainingSettings:
     validation_dir: str | None = _data(None, "a folder whose files are the validation text")
     validation_text: str = _data(
         "primary", "what chooses the best checkpoint: primary, the primary translation's validation documents (64 KB "
-        "where there is no such translation), or all", choices=VALIDATION_TEXTS, identity=UNLESS_DEFAULT,
+        "where there is no such translation), or all", choices=VALIDATION_TEXTS, identity=True,
     )  # fmt: skip
 
     init_from: str | None = _further(
@@ -184,10 +180,6 @@ class TrainingSettings:
         minimum=0, below=1, aliases=("input_noise",),
     )  # fmt: skip
     weight_decay: float = _optimization(0.1, "decoupled weight decay of the matrices", minimum=0)
-    ema_decay: float = _optimization(
-        0.0, "evaluate and export an exponential moving average (EMA) of the weights with this decay per step, "
-        "such as 0.999; 0 switches it off", minimum=0, below=1,
-    )  # fmt: skip
     max_grad_norm: float = _optimization(1.0, "gradients are clipped to this norm; 0 switches it off", minimum=0)
     optimizer: str = _optimization(
         "adamw", "adamw, or muon for the matrices and adamw for the rest", choices=OPTIMIZERS
@@ -300,14 +292,12 @@ class TrainingSettings:
 
     def identity(self) -> dict[str, Any]:
         """The values that define this run: a checkpoint is resumed only where they agree."""
-        identifying = [
-            entry
-            for entry in fields(self)
-            if (how := entry.metadata["identity"])
-            and not (how == UNLESS_DEFAULT and getattr(self, entry.name) == entry.metadata["default"])
-        ]
         # A renamed one keeps its first name here, or older checkpoints could not be resumed.
-        values = {(*entry.metadata["aliases"], entry.name)[0]: getattr(self, entry.name) for entry in identifying}
+        values = {
+            (*entry.metadata["aliases"], entry.name)[0]: getattr(self, entry.name)
+            for entry in fields(self)
+            if entry.metadata["identity"]
+        }
         return values | {"batch_size × gradient_accumulation_steps": self.sequences_per_step}
 
     def as_dict(self) -> dict[str, Any]:
@@ -342,6 +332,8 @@ def add_options(
 ) -> None:
     """One flag per field of ``cls``, in the fields' groups, with help that shows the default and the presets' values.
 
+    A switch that is on by default has another flag, ``--no_`` and its name, for off.
+
     Args:
         names: only these fields.
         title: one group for all of them, with help that leaves defaults and presets out.
@@ -356,24 +348,22 @@ def add_options(
             groups[heading] = parser.add_argument_group(heading)
         kind = next((part for part in get_args(hints[entry.name]) if part is not type(None)), hints[entry.name])
         help = entry.metadata["help"] if title else _help(cls, entry, kind)
-        form: dict[str, Any]
+        add = partial(groups[heading].add_argument, dest=entry.name, default=None)
         if kind is not bool:
-            form = {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
-        elif entry.metadata["both_ways"]:
-            form = {"action": _Switch, "nargs": 0}
+            add = partial(add, type=kind, metavar={int: "N", float: "X"}.get(kind, "TEXT"))
         else:
-            form = {"action": "store_true", "default": None}
+            add = partial(add, action="store_true")
         for name in (entry.name, *entry.metadata["aliases"]):
-            flags = [f"--{name}", f"--no_{name}"] if entry.metadata["both_ways"] else [f"--{name}"]
-            shown = help if name == entry.name else argparse.SUPPRESS
-            groups[heading].add_argument(*flags, dest=entry.name, help=shown, **form)
+            add(f"--{name}", help=help if name == entry.name else argparse.SUPPRESS)
+        if kind is bool and entry.metadata["default"]:
+            add(f"--no_{entry.name}", action="store_false", help="the same, off")
 
 
 def _help(cls: type[TrainingSettings], entry: Field[Any], kind: type) -> str:
     meta = entry.metadata
     text, default = meta["help"], meta["default"]
     if kind is bool:
-        return f"{text} [default {'on' if default else 'off'}]" if meta["both_ways"] else text
+        return f"{text} [default on]" if default else text
     if meta["choices"] and not all(choice in text for choice in meta["choices"]):
         text += f" ({', '.join(meta['choices'])})"
     is_path = kind is str and "/" in str(default)
@@ -382,13 +372,6 @@ def _help(cls: type[TrainingSettings], entry: Field[Any], kind: type) -> str:
         values = cls.preset_values(preset)
         notes += [f"{preset} {values[entry.name]}"] if entry.name in values else []
     return f"{text} [{'; '.join(notes)}]" if notes else text
-
-
-class _Switch(argparse.Action):
-    """``--name`` sets True, ``--no_name`` False; without either, None: the preset or the default decides."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, not str(option_string).startswith("--no_"))
 
 
 def parse_settings(
@@ -404,10 +387,4 @@ def parse_settings(
     )
     add_options(parser, cls)
     given = vars(parser.parse_args(arguments))
-    preset = given["preset"]
-    if preset is not None and preset not in PRESET_NAMES:
-        # The rest is judged with the smallest preset, so that one message still names every problem.
-        others = cls(**{**given, "preset": "smoke"}).problems()
-        raise UserError([f"--preset {preset}: unknown; choose one of {', '.join(PRESET_NAMES)}", *others])
-    settings = cls(**{**given, "output_dir": given["output_dir"] or str(output_dir)})
-    return settings.check()
+    return cls(**{**given, "output_dir": given["output_dir"] or str(output_dir)}).check()

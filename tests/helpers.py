@@ -119,7 +119,7 @@ TINY = {
     "precision": "fp32",  # golden numbers and tolerances must hold on processors with bf16 as well
     "quiet": True,
 }
-EVERYTHING_ON = {"dropout": 0.1, "gradient_accumulation_steps": 2, "ema_decay": 0.9}
+EVERYTHING_ON = {"dropout": 0.1, "gradient_accumulation_steps": 2}
 MODELS = ("mvlm_gpt2", "simone_enhanced")
 
 

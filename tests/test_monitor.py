@@ -15,12 +15,12 @@ import torch
 
 from mvlm_core import monitor
 from mvlm_core.monitor import (
-    PeakMemory,
-    ResourceSampler,
     available_memory,
     available_threads,
     memory_in_use,
     peak_memory,
+    reset_peak_memory,
+    resource_lines,
 )
 from tests.helpers import add_nvidia_smi
 from tests.test_hardware import needs_cuda, without_cuda
@@ -130,31 +130,29 @@ def test_peak_memory_sees_what_was_freed() -> None:
     earlier = touched(2 * size)
     earlier_peak = peak_memory()
     earlier.close()
-    with PeakMemory() as small:
-        pass
-    assert small.bytes < earlier_peak - size
+    reset_peak_memory()
+    small = peak_memory()
+    assert small < earlier_peak - size
     before = memory_in_use()
-    with PeakMemory() as large:
-        touched(size).close()
-    assert large.bytes - small.bytes == pytest.approx(size, rel=0.1)
-    assert large.bytes == pytest.approx(before + size, rel=0.1)
-    assert peak_memory() >= large.bytes
+    touched(size).close()
+    assert peak_memory() - small == pytest.approx(size, rel=0.1)
+    assert peak_memory() == pytest.approx(before + size, rel=0.1)
 
 
 @needs_cuda
 def test_cuda_memory_counts_tensors() -> None:
-    with PeakMemory("cuda") as peak:
-        block = torch.empty(2**26, dtype=torch.uint8, device="cuda")
-        held = memory_in_use("cuda")
-        del block
-    assert peak.bytes >= held >= 2**26
+    reset_peak_memory("cuda")
+    block = torch.empty(2**26, dtype=torch.uint8, device="cuda")
+    held = memory_in_use("cuda")
+    del block
+    assert peak_memory("cuda") >= held >= 2**26
 
 
 # --- sampling ---------------------------------------------------------------------------------------------
 
 
 def first_line(seconds: float = 0.02) -> tuple[str, str]:
-    """The source and first line of a sampler that runs until it has spoken."""
+    """The source and the first line, of a context that lasts until it has come."""
     lines: list[str] = []
     spoken = threading.Event()
 
@@ -162,12 +160,12 @@ def first_line(seconds: float = 0.02) -> tuple[str, str]:
         lines.append(line)
         spoken.set()
 
-    with ResourceSampler(take, seconds=seconds) as sampler:
+    with resource_lines(take, seconds=seconds):
         assert spoken.wait(10)
     count = len(lines)
     time.sleep(3 * seconds)
-    assert len(lines) == count, "a line came after stop()"
-    return sampler.source, lines[0]
+    assert len(lines) == count, "a line came after the end"
+    return ("NVML" if lines[0].startswith("GPU") else "psutil"), lines[0]
 
 
 def test_sampling_without_a_gpu(empty_path: Path) -> None:
@@ -218,12 +216,13 @@ def test_sampling_by_nvml() -> None:
 
 
 def test_a_failing_callback_ends_sampling_with_a_line(empty_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    failed = threading.Event()
+
     def fail(line: str) -> None:
+        failed.set()
         raise OSError("disk full")
 
     monitor.log.propagate = True
-    sampler = ResourceSampler(fail, seconds=0.01)
-    sampler._thread.join(timeout=10)
-    assert not sampler._thread.is_alive()
+    with resource_lines(fail, seconds=0.01):
+        assert failed.wait(10)
     assert "disk full" in caplog.text
-    sampler.stop()

@@ -13,6 +13,7 @@ from mvlm_core.errors import UserError
 from mvlm_core.hardware import choose_hardware
 from mvlm_core.settings import add_options, parse_settings
 from mvlm_core.training.cost import TokenizerShape
+from mvlm_core.training.state import check_identity
 from mvlm_trainer import GPT2Settings
 from prioritary_mvlm import PrioritaryConfig
 from tests.helpers import recipe_of
@@ -97,8 +98,11 @@ def test_the_h200_preset_chooses_by_all_validation_text_the_small_ones_as_they_d
         texts = {preset: cls(preset=preset).validation_text for preset in ("h200", "cpu", "smoke")}
         assert texts == {"h200": "all", "cpu": "primary", "smoke": "primary"}
         # A checkpoint from before there was a choice still resumes; one scored on other text does not.
-        assert "validation_text" not in cls(preset="cpu").identity()
-        assert cls(preset="cpu", validation_text="all").identity()["validation_text"] == "all"
+        now = {f"--{name}": value for name, value in cls(preset="cpu").identity().items()}
+        before = {name: value for name, value in now.items() if name != "--validation_text"}
+        check_identity("a checkpoint", before, now)
+        with pytest.raises(UserError, match="a checkpoint of another run: --validation_text was primary, now all"):
+            check_identity("a checkpoint", before, now | {"--validation_text": "all"})
 
 
 def test_lengths_that_are_given_replace_the_presets():

@@ -18,7 +18,7 @@ from simone_transformer.rope_attention import Pointing
 class ComprehensiveTrainingLoss(nn.Module):
     """The weighted sum of three parts.
 
-    - **accuracy**: next-token cross-entropy, with a z-loss against drifting logits.
+    - **accuracy**: next-token cross-entropy.
     - **content alignment**: the same, each token weighted by its document's ``quality_score × biblical_alignment``
       scaled to mean 1 over the train text.
     - **coherence**: cross-entropy of the token after the next one, predicted from the same hidden states through an
@@ -28,7 +28,6 @@ class ComprehensiveTrainingLoss(nn.Module):
     Args:
         hidden_dim: width of the hidden states.
         accuracy_weight, alignment_weight, coherence_weight: non-negative; a part of weight 0 costs nothing.
-        z_loss_weight: of the squared log partition function, inside the first two parts.
         loss_kernel: of ``linear_cross_entropy``.
     Raises:
         ValueError: a negative weight, or neither accuracy nor alignment.
@@ -42,11 +41,10 @@ class ComprehensiveTrainingLoss(nn.Module):
         alignment_weight: float = 0.0,
         coherence_weight: float = 0.0,
         coherence_until: float = 0.5,
-        z_loss_weight: float = 0.0,
         loss_kernel: str = "blocks",
     ) -> None:
         super().__init__()
-        if min(accuracy_weight, alignment_weight, coherence_weight, z_loss_weight) < 0:
+        if min(accuracy_weight, alignment_weight, coherence_weight) < 0:
             raise ValueError("loss weights must not be negative")
         if accuracy_weight + alignment_weight == 0:
             raise ValueError(
@@ -54,7 +52,7 @@ class ComprehensiveTrainingLoss(nn.Module):
             )
         self.accuracy_weight, self.alignment_weight = accuracy_weight, alignment_weight
         self.coherence_weight, self.coherence_until = coherence_weight, coherence_until
-        self.z_loss_weight, self.loss_kernel = z_loss_weight, loss_kernel
+        self.loss_kernel = loss_kernel
         self.ahead = nn.Linear(hidden_dim, hidden_dim, bias=False) if coherence_weight > 0 else None
         if self.ahead is not None:
             nn.init.zeros_(self.ahead.weight)
@@ -93,7 +91,7 @@ class ComprehensiveTrainingLoss(nn.Module):
             token_weights = self.accuracy_weight + self.alignment_weight * document_weights
         score = partial(linear_cross_entropy, kernel=self.loss_kernel)
         mixture = None if pointing is None else (pointing.vocabulary, pointing.at(targets))
-        total, nll = score(hidden, output_weight, targets, token_weights, self.z_loss_weight, mixture=mixture)
+        total, nll = score(hidden, output_weight, targets, token_weights, mixture=mixture)
         parts = {"accuracy_loss": nll.mean(), "alignment_loss": (nll * document_weights).mean()}
         weight = self.coherence_weight_at(progress)
         if self.ahead is not None and weight > 0:

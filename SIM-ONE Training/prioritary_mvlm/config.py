@@ -56,20 +56,15 @@ class PrioritaryConfig(BibleSettings):
     output_head: str = _own(
         "tied", "the output matrix: tied to the input embedding, or its own", "model", choices=("tied", "own")
     )
-    policy_head: bool = _own(
-        True, "gates on what each attention head and the memory's pointer say", "governance", both_ways=True
-    )
-    memory_head: bool = _own(
-        True, "shifted keys, a value residual, and a pointer that copies", "governance", both_ways=True
-    )
-    trace_head: bool = _own(True, "traces of the other heads and the attention", "governance", both_ways=True)
+    policy_head: bool = _own(True, "gates on what each attention head and the memory's pointer say", "governance")
+    memory_head: bool = _own(True, "shifted keys, a value residual, and a pointer that copies", "governance")
+    trace_head: bool = _own(True, "traces of the other heads and the attention", "governance")
     accuracy_weight: float = _own(0.5, "weight of next-token cross-entropy", "loss", minimum=0)
     alignment_weight: float = _own(0.5, "weight of the same, weighted by document quality", "loss", minimum=0)
     coherence_weight: float = _own(0.3, "starting weight of predicting the token after the next", "loss", minimum=0)
     coherence_until: float = _own(
         0.5, "share of the run after which the coherence weight is 0", "loss", above=0, maximum=1
     )
-    z_loss_weight: float = _own(1e-4, "weight of the squared log partition function", "loss", minimum=0)
 
     def inherit(self) -> list[str]:
         return inherit(self, NAME)

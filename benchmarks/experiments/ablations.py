@@ -44,7 +44,6 @@ def lines(preset: str) -> dict[str, Line]:
         "no_alignment": full(
             "accuracy in place of content alignment", {"accuracy_weight": 1.0, "alignment_weight": 0.0}
         ),
-        "no_z_loss": full("without z-loss", {"z_loss_weight": 0.0}),
         "learned_positions": full("learned positions for rotary ones", classic_part="learned_positions"),
         "plain_queries": full("queries and keys not normalised", classic_part="plain_queries"),
         "layer_norm": full("LayerNorm for RMSNorm", classic_part="layer_norm"),

@@ -33,7 +33,6 @@ HEAD_WIDTH, SEQUENCES = 64, 2
 PROGRESS = 0.2  # of the run: coherence still weighs something
 # Parts that a preset may leave out are judged too.
 EVERYTHING = {"policy_head": True, "memory_head": True, "alignment_weight": 0.5, "coherence_weight": 0.3}
-EVERYTHING |= {"z_loss_weight": 0.01}
 KERNELS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")  # of PyTorch's own attention
 FUSED = r"\w*(?:_scaled_dot_product|flash|fmha|sdpa)\w*"  # in names of kernels and of PyTorch's operations
 NOT_HERE = "not on this machine"
@@ -110,10 +109,8 @@ def simone_reference(w: dict[str, Tensor], _: Any, s: Any, ids: Tensor, targets:
     scores = (query @ before(key).mT / HEAD_WIDTH**0.5).masked_fill(~causal, -torch.inf)
     sentinel = linear(y, "model.pointer.policy_head") + w["model.pointer.sentinel"] + HEAD_WIDTH**0.5
     pointed, share = torch.cat((scores, sentinel), -1).softmax(-1).split([seq, 1], -1)
-    own = share * logits.softmax(-1)
-    mixed = own + pointed @ F.one_hot(ids, output.shape[0]).to(dtype)
-    own, likely = (probability.gather(-1, targets[..., None]).squeeze(-1) for probability in (own, mixed))
-    nll = s.z_loss_weight * (own / likely).detach() * logits.logsumexp(-1).square() - likely.log()
+    mixed = share * logits.softmax(-1) + pointed @ F.one_hot(ids, output.shape[0]).to(dtype)
+    nll = -mixed.gather(-1, targets[..., None]).squeeze(-1).log()
     loss = ((s.accuracy_weight + s.alignment_weight * alignment) * nll).mean()
     ahead = (x + linear(x, "loss.0.ahead"))[:, :-1] @ output.T
     weight = s.coherence_weight * (1 - PROGRESS / s.coherence_until)

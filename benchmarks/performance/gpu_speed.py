@@ -15,7 +15,7 @@ import torch.distributed as dist
 from benchmarks.experiments.runner import SETTINGS, recipe_of
 from benchmarks.performance.gpu_correctness import NOT_HERE, Row
 from mvlm_core.hardware import Hardware, compiled_so_far
-from mvlm_core.monitor import PeakMemory
+from mvlm_core.monitor import peak_memory, reset_peak_memory
 from mvlm_core.signals import StopRequest
 from mvlm_core.training.checkpoint import checkpoint_folder, save_checkpoint
 from mvlm_core.training.cost import step_cost
@@ -168,14 +168,14 @@ def micro_batches(o: Any) -> Iterator[Row]:
     for name in SETTINGS:
         for size in MICRO_BATCHES:
             loop = loop_of(o, name, o.presets[0], batch_size=size)
-            with PeakMemory(o.hardware.device) as peak:
-                seconds = timed(o, step_of(loop))
+            reset_peak_memory(o.hardware.device)
+            seconds = timed(o, step_of(loop))
             if loop.state.micro_batch < size:  # halved, as in a run
                 yield f"{name}, {size}", {"out of memory": ""}, None
                 break
             speed = loop.task.batches.tokens_per_batch / seconds
             del loop  # before the next one is made
-            yield f"{name}, {size}", {"tokens/s": speed, "GB": peak.bytes / 1e9}, None
+            yield f"{name}, {size}", {"tokens/s": speed, "GB": peak_memory(o.hardware.device) / 1e9}, None
 
 
 def all_reduce(o: Any, world: int | None = None, megabytes: int = 500) -> Iterator[Row]:

@@ -31,7 +31,7 @@ from mvlm_core.bill import (
 from mvlm_core.data.corpus import Corpus, load_corpus
 from mvlm_core.errors import UserError
 from mvlm_core.export.manifest import training_config
-from mvlm_core.hardware import choose_hardware, describe
+from mvlm_core.hardware import HARDWARE_FLAGS, choose_hardware, describe
 from mvlm_core.run_layout import Layout
 
 KEEP_OR_REPLACE = "give --fresh to throw these models away and start again, or another --work_dir to keep them"
@@ -123,9 +123,7 @@ def probe_hardware(job: Job) -> dict[str, Any]:
     Raises:
         UserError: everything that is asked for and not there.
     """
-    switches = ("no_mixed_precision", "no_compile", "deterministic")
-    keys = ("device", "precision", "attention_backend", "loss_kernel", *switches)
-    asked = {key: job.settings[key] for key in keys if key in job.settings}
+    asked = {name: job.settings[name] for name in HARDWARE_FLAGS if name in job.settings}
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             return pool.submit(_hardware, asked).result()

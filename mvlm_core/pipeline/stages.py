@@ -26,7 +26,7 @@ from mvlm_core.export.archive import matches_export, write_archive
 from mvlm_core.export.formats import NO_GGUF, formats_of, supported
 from mvlm_core.export.manifest import ArchiveError, training_config
 from mvlm_core.files import read_json, sha256_file, template, write_atomic
-from mvlm_core.monitor import ResourceSampler
+from mvlm_core.monitor import resource_lines
 from mvlm_core.pipeline import plots
 from mvlm_core.pipeline.child_process import TAIL_LINES, Signals, note, run_child
 from mvlm_core.pipeline.comparison import compare, scores_by_part, table
@@ -83,7 +83,7 @@ def prepare_corpus(job: Job, signals: Signals) -> None:
 def train_models(job: Job, summary: Summary, log_file: Path, signals: Signals) -> list[int]:
     """Train one model after the other, a failure does not stop the next one; returns their exit codes."""
     codes = []
-    with ResourceSampler(lambda line: note(log_file, line)):  # on the console it would break the progress bar
+    with resource_lines(lambda line: note(log_file, line)):  # on the console it would break the progress bar
         for number, name in enumerate(job.names, 1):
             log.info("=== training %d of %d: %s (log: %s)", number, len(job.names), name, job.layout.log_file(name))
             codes.append(train_model(job, name, summary, signals))

@@ -1,8 +1,8 @@
 """Checkpoints that are complete or absent: a folder per step, its manifest of SHA-256 written last.
 
-``checkpoints/step-00000500/`` holds ``model.safetensors``, ``optimizer.safetensors``, ``average.safetensors`` where
-the run keeps an EMA, ``state.json`` and ``manifest.json``. It is written under a temporary name and renamed, so a
-run that dies leaves earlier ones intact. No pickle: tensors are safetensors, everything else is JSON.
+``checkpoints/step-00000500/`` holds ``model.safetensors``, ``optimizer.safetensors``, ``state.json`` and
+``manifest.json``. It is written under a temporary name and renamed, so a run that dies leaves earlier ones intact. No
+pickle: tensors are safetensors, everything else is JSON.
 
 One whose state says ``weights_only`` has no optimizer state: it is kept as the best by validation, for the export, and
 no run resumes from it.
@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mvlm_core.errors import UserError, printable
-from mvlm_core.files import fsync_path, make_folder, read_regular, sha256_file, write_json_atomic
+from mvlm_core.files import fsync_path, make_folder, read_json, read_regular, sha256_file, write_json_atomic
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
-_TEMPORARY_PREFIX, _DELETED_PREFIX, _DAMAGED_SUFFIX, _LATER_SUFFIX = (
-    ".writing-",
-    ".deleting-",
-    ".damaged",
-    ".superseded",
-)
+_TEMPORARY_PREFIX, _DELETED_PREFIX = ".writing-", ".deleting-"
+_DAMAGED_SUFFIX, _LATER_SUFFIX = ".damaged", ".superseded"
 _SPARE_BYTES = 1 << 20  # for the JSON files
 _LEAST_KEPT = 2
 log = logging.getLogger("mvlm")
@@ -58,7 +54,7 @@ class Checkpoint:
     state: dict[str, Any]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors saved under ``name`` ("model", "optimizer", "average"), on the CPU.
+        """The tensors saved under ``name`` ("model", "optimizer"), on the CPU.
 
         Raises:
             DamagedCheckpoint: a file that safetensors cannot read.
@@ -169,21 +165,12 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def newest_checkpoint(
-    root: Path, *, may_use: Callable[[Checkpoint], None] = lambda checkpoint: None
-) -> Checkpoint | None:
-    """The newest intact checkpoint, or None; damaged ones are logged and renamed.
-
-    Args:
-        may_use: called with the checkpoint; raises what should stop the run (another corpus, another shape).
-    """
+def newest_checkpoint(root: Path) -> Checkpoint | None:
+    """The newest intact checkpoint, or None; damaged ones are logged and renamed, half-written ones deleted."""
     for prefix in (_TEMPORARY_PREFIX, _DELETED_PREFIX):
         for leftover in root.glob(f"{prefix}*"):
             shutil.rmtree(leftover, ignore_errors=True)
-    for checkpoint in _intact_checkpoints(root):
-        may_use(checkpoint)
-        return checkpoint
-    return None
+    return next(_intact_checkpoints(root), None)
 
 
 def newest_good_checkpoint(root: Path, before: int | None) -> Checkpoint | None:
@@ -197,7 +184,7 @@ def newest_good_checkpoint(root: Path, before: int | None) -> Checkpoint | None:
 def _intact_checkpoints(root: Path) -> Iterator[Checkpoint]:
     """Those that a run can resume from, from the newest on; damaged ones are renamed."""
     for folder in reversed(checkpoint_folders(root)):
-        if _state_or_nothing(folder).get("weights_only"):
+        if read_json(folder / "state.json").get("weights_only"):
             continue
         try:
             yield open_checkpoint(folder)
@@ -249,7 +236,7 @@ def rotate_checkpoints(root: Path, keep: int) -> None:
     weights only do not count either.
     """
     folders = checkpoint_folders(root)
-    states = {folder: _state_or_nothing(folder) for folder in folders}
+    states = {folder: read_json(folder / "state.json") for folder in folders}
     whole = [folder for folder in folders if not states[folder].get("weights_only")]
     regular = [folder for folder in whole if not states[folder].get("for_signal_only")]
     kept = {*folders[-1:], *whole[-1:], *regular[-max(keep, _LEAST_KEPT) :]}
@@ -267,10 +254,3 @@ def _delete(folder: Path) -> None:
     folder.rename(nameless)
     fsync_path(folder.parent)
     shutil.rmtree(nameless)
-
-
-def _state_or_nothing(folder: Path) -> dict[str, Any]:
-    try:
-        return _read_json(folder / "state.json")
-    except DamagedCheckpoint:
-        return {}

@@ -18,10 +18,9 @@ log = logging.getLogger("mvlm")
 
 
 class CheckpointWriter:
-    """Calls a function with a copy of tensors in a thread; the memory of the copy is used again for the next one."""
+    """Calls a function with a copy of tensors in a thread."""
 
     def __init__(self) -> None:
-        self._copies: NamedTensors = {}
         self._thread: Thread | None = None
         self._error: BaseException | None = None
 
@@ -37,7 +36,7 @@ class CheckpointWriter:
         step, cannot change them, and only the thread waits for them.
         """
         self.wait()
-        copy = {file: self._copy(file, named) for file, named in tensors.items()}
+        copy = {file: {name: _copy(tensor) for name, tensor in named.items()} for file, named in tensors.items()}
         copied = None
         if any(tensor.is_cuda for named in tensors.values() for tensor in named.values()):
             copied = torch.cuda.Event()
@@ -62,26 +61,12 @@ class CheckpointWriter:
         if error is not None:
             raise error
 
-    def release(self) -> None:
-        """Give the memory of the copies back; no save may be in progress."""
-        self._copies = {}
 
-    def _copy(self, file: str, named: dict[str, Tensor]) -> dict[str, Tensor]:
-        kept = self._copies.get(file, {})
-        copies = self._copies[file] = {}
-        for name, tensor in named.items():
-            copy = kept.get(name)
-            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-                copy = _host_memory(tensor)
-            copies[name] = copy.copy_(tensor.detach(), non_blocking=True)
-        return copies
-
-
-def _host_memory(tensor: Tensor) -> Tensor:
-    """Uninitialised memory for a copy of ``tensor``, pinned where that makes the copy faster."""
-    if tensor.is_cuda:
-        try:
-            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        except RuntimeError as error:
-            log.warning("no pinned memory for a checkpoint (%s): copied more slowly", str(error).splitlines()[0])
-    return torch.empty(tensor.shape, dtype=tensor.dtype)
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy in host memory, pinned where that makes it faster; torch keeps pinned memory for the next save."""
+    try:
+        memory = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    except RuntimeError as error:
+        log.warning("no pinned memory for a checkpoint (%s): copied more slowly", str(error).splitlines()[0])
+        memory = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return memory.copy_(tensor.detach(), non_blocking=True)

@@ -30,7 +30,7 @@ class TokenizerShape:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes at the end of the forward pass, when most are held; an EMA of the weights counts as the optimizer's."""
+    """Bytes at the end of the forward pass, when most are held."""
 
     weights: int
     gradients: int
@@ -100,7 +100,6 @@ def step_cost(
             total.backward()
         parameters = {p for module in built.modules.values() for p in module.parameters()}
         weights = sum(p.nbytes for p in parameters)
-        averages = sum(p.nbytes for p in built.model.parameters()) if settings.ema_decay else 0
         moments = sum(
             p.nbytes * (2 if isinstance(part, torch.optim.AdamW) else 1)
             for part in built.optimizers.parts
@@ -108,7 +107,7 @@ def step_cost(
             for p in group["params"]
         )
         activations = sum(storage.nbytes() for storage in saved - {p.untyped_storage() for p in parameters})
-        memory = StepMemory(weights, weights, moments + averages, activations)
+        memory = StepMemory(weights, weights, moments, activations)
         flops = counter.get_total_flops() / (sequences * settings.max_length)
         with FlopCounterMode(display=False) as products:
             for part in built.optimizers.parts:

@@ -31,7 +31,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         token_weights: Tensor,
-        z_loss: float,
         rows: int,
         kernel: str,
         log_share: Tensor | None,
@@ -45,7 +44,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         exact = torch.promote_types(hidden.dtype, torch.float32)  # sums over the vocabulary need float32 at least
         token_weights = token_weights.to(exact)
         nll = torch.empty(count, dtype=exact, device=hidden.device)
-        log_partition = torch.empty_like(nll)
         wanted = any(ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if wanted else None
         grad_weight = weight.new_zeros(padded, weight.shape[1]) if wanted else None
@@ -54,17 +52,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         responsibility = torch.ones_like(nll)
         for start in range(0, count, rows):
             part = slice(start, min(start + rows, count))
-            nll[part], log_partition[part], gradient = score(hidden[part], matrix, targets[part], vocab, z_loss, wanted)
+            nll[part], gradient = score(hidden[part], matrix, targets[part], vocab, wanted)
             if log_share is not None and log_other is not None:
                 own = log_share[part] - nll[part]
                 nll[part] = -torch.logaddexp(own, log_other[part])
                 responsibility[part] = (own + nll[part]).exp()
             if gradient is None or grad_hidden is None or grad_weight is None:
                 continue
-            # d/dlogits of w·(nll + z·lse²) is w·(p·(1 + 2z·lse) − onehot) = w·f·(p − onehot / f) with f = 1 + 2z·lse:
-            # factors that are constant along a row are applied to the narrow matrices, not to the logits.
-            factor = 1 + 2 * z_loss * log_partition[part, None]
-            scale = (token_weights[part, None] / count * factor * responsibility[part, None]).to(hidden.dtype)
+            # d/dlogits of w·nll is w·(p − onehot): factors that are constant along a row are applied to the narrow
+            # matrices, not to the logits.
+            scale = (token_weights[part, None] / count * responsibility[part, None]).to(hidden.dtype)
             torch.mul(gradient @ matrix, scale, out=grad_hidden[part])
             scaled = hidden[part] * scale
             if scaled.dtype == grad_weight.dtype:
@@ -79,14 +76,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight[:vocab], grad_share, grad_other)
         ctx.mark_non_differentiable(nll)
-        loss = (token_weights * (nll + z_loss * responsibility * log_partition.square())).sum() / count
-        return loss, nll
+        return (token_weights * nll).sum() / count, nll
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _grad_nll: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, *mixture = ctx.saved_tensors
         grads = (None if gradient is None else gradient * grad_loss for gradient in mixture)
-        return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss, *[None] * 5, *grads
+        return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss, *[None] * 4, *grads
 
 
 class _BufferedBlocks:
@@ -98,8 +94,8 @@ class _BufferedBlocks:
         self.probabilities = torch.empty_like(self.logits, dtype=torch.promote_types(hidden.dtype, torch.float32))
 
     def __call__(
-        self, hidden: Tensor, matrix: Tensor, targets: Tensor, vocab: int, z_loss: float, wanted: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        self, hidden: Tensor, matrix: Tensor, targets: Tensor, vocab: int, wanted: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """As ``_score_block``; the gradient is valid until the next block."""
         target, exact = targets[:, None], self.probabilities.dtype
         logits = torch.mm(hidden, matrix.t(), out=self.logits[: len(target)])
@@ -110,14 +106,14 @@ class _BufferedBlocks:
         log_partition = logits.amax(dim=1).to(exact) - probabilities.amax(dim=1).log()
         nll = log_partition - logits.gather(1, target).squeeze(1)
         if not wanted:
-            return nll, log_partition, None
-        factor = 1 + 2 * z_loss * log_partition[:, None]
-        return nll, log_partition, probabilities.scatter_add_(1, target, -1 / factor).to(hidden.dtype)
+            return nll, None
+        minus_one = torch.full_like(target, -1, dtype=exact)
+        return nll, probabilities.scatter_add_(1, target, minus_one).to(hidden.dtype)
 
 
 def _score_block(
-    hidden: Tensor, matrix: Tensor, targets: Tensor, vocab: int, z_loss: float, wanted: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    hidden: Tensor, matrix: Tensor, targets: Tensor, vocab: int, wanted: bool
+) -> tuple[Tensor, Tensor | None]:
     """Losses and gradient of a block of tokens, without side effects, to be compiled.
 
     Args:
@@ -125,8 +121,8 @@ def _score_block(
         matrix: ``[padded, dim]``, of whose rows the first ``vocab`` are tokens.
         wanted: whether the gradient is.
     Returns:
-        Negative log-likelihood and log partition function ``[rows]``, in float32 at least, and the gradient for the
-        logits ``[rows, padded]``, but for a factor to each row.
+        Negative log-likelihood ``[rows]``, in float32 at least, and the gradient for the logits ``[rows, padded]``, but
+        for a factor to each row.
     """
     logits = (hidden @ matrix.t()).to(torch.promote_types(hidden.dtype, torch.float32))
     columns = torch.arange(matrix.shape[0], device=hidden.device)
@@ -138,14 +134,13 @@ def _score_block(
     target = targets[:, None]
     nll = (log_partition - logits.gather(1, target)).squeeze(1)
     if not wanted:
-        return nll, log_partition.squeeze(1), None
-    share = torch.where(columns == target, 1 / (1 + 2 * z_loss * log_partition), 0)
-    gradient = (logits - log_partition).exp() - share
-    return nll, log_partition.squeeze(1), gradient.to(hidden.dtype)
+        return nll, None
+    gradient = (logits - log_partition).exp() - (columns == target).to(logits.dtype)
+    return nll, gradient.to(hidden.dtype)
 
 
 @cache
-def _compiled_block() -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
+def _compiled_block() -> Callable[..., tuple[Tensor, Tensor | None]]:
     return torch.compile(_score_block, fullgraph=True, dynamic=False)
 
 
@@ -165,7 +160,6 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     token_weights: Tensor | None = None,
-    z_loss: float = 0.0,
     block_rows: int | None = None,
     kernel: str = "blocks",
     mixture: tuple[Tensor, Tensor] | None = None,
@@ -177,12 +171,10 @@ def linear_cross_entropy(
         weight: ``[vocab, dim]``, the output embedding.
         targets: ``[...]`` token numbers.
         token_weights: ``[...]``, mean 1 over the training text; None means 1 everywhere.
-        z_loss: weight of the squared log partition function (PaLM, arXiv 2204.02311), which keeps logits from drifting.
         block_rows: rows of logits computed at a time, at most; by default chosen for the device.
         kernel: "blocks" or "compiled" (see above).
         mixture: where the softmax is one of two sources of the prediction: logs of its share, and of the probability
-            that the other one gives to the target, both ``[...]``. Each token's z-loss counts by the softmax's part in
-            its probability.
+            that the other one gives to the target, both ``[...]``.
     Returns:
         The loss (nats per token, differentiable) and each token's negative log-likelihood in nats (detached, at least
         float32).
@@ -196,6 +188,6 @@ def linear_cross_entropy(
     rows = block_rows or rows_at_a_time(weight.shape[0], weight.shape[1], device)
     share, other = (None, None) if mixture is None else (part.reshape(-1) for part in mixture)
     loss, nll = _LinearCrossEntropy.apply(
-        flat, weight, flat_targets, token_weights.reshape(-1), z_loss, rows, kernel, share, other
+        flat, weight, flat_targets, token_weights.reshape(-1), rows, kernel, share, other
     )
     return loss, nll.view(targets.shape)

@@ -72,19 +72,16 @@ class Ranks:
         return sorted(mine)
 
     def sum_on_device(self, tensors: Iterable[Tensor]) -> None:
-        """Sum each tensor over all ranks, in place, with one all-reduce per dtype."""
+        """Sum each tensor over all ranks, in place, with one all-reduce."""
         if self.world == 1:
             return
-        by_type: dict[torch.dtype, list[Tensor]] = {}
-        for tensor in tensors:
-            by_type.setdefault(tensor.dtype, []).append(tensor)
-        for group in by_type.values():
-            flat = torch.cat([tensor.reshape(-1) for tensor in group])
-            self._sum(flat)
-            for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
-                tensor.copy_(part.view_as(tensor))
+        together = list(tensors)
+        flat = torch.cat([tensor.reshape(-1) for tensor in together])
+        self._sum(flat)
+        for tensor, part in zip(together, flat.split([tensor.numel() for tensor in together]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
-    def gather(self, part: Tensor) -> Tensor:
+    def all_gather(self, part: Tensor) -> Tensor:
         """The parts ``[count, …]`` of all ranks, of one shape, one after the other: ``[world · count, …]``."""
         found = part.new_empty(self.world, part.numel())
         if self.memory is None:
@@ -95,9 +92,9 @@ class Ranks:
                 part.reshape(-1).split(shared.shape[1]), found.split(shared.shape[1], dim=1), strict=True
             ):
                 shared[self.rank, : len(chunk)].copy_(chunk)
-                self.wait()
+                self.barrier()
                 into.copy_(shared[:, : len(chunk)])
-                self.wait()
+                self.barrier()
         return found.view(-1, *part.shape[1:])
 
     def sum_numbers(self, *values: float) -> list[float]:
@@ -126,11 +123,11 @@ class Ranks:
         for chunk in flat.split(shared.shape[1]):
             parts = shared[:, : len(chunk)]
             parts[self.rank].copy_(chunk)
-            self.wait()
+            self.barrier()
             torch.sum(parts, dim=0, out=chunk)  # the same numbers in the same order: the same bits in all ranks
-            self.wait()
+            self.barrier()
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The main rank's ``value`` (plain data) on every rank."""
         if self.world == 1:
             return value
@@ -138,11 +135,11 @@ class Ranks:
         _exchange(dist.broadcast_object_list, holder, src=0, group=self.host)
         return holder[0]
 
-    def share_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def broadcast_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The main rank's named tensors on every rank, in host memory; the others may pass none."""
         if self.world == 1:
             return tensors
-        shapes = self.share({name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})
+        shapes = self.broadcast({name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})
         received = {}
         for name, (shape, dtype) in shapes.items():
             tensor = tensors[name].detach().cpu().contiguous() if self.is_main else torch.empty(shape, dtype=dtype)
@@ -150,7 +147,7 @@ class Ranks:
             received[name] = tensor
         return received
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait until every rank gets here."""
         if self.world > 1:
             _exchange(dist.barrier, group=self.host)

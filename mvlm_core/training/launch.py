@@ -33,7 +33,6 @@ FOLDER_VARIABLE, MEMORY_VARIABLE = "MVLM_RANKS_FOLDER", "MVLM_RANKS_MEMORY"
 SHARED_BYTES = 16 << 20  # per CPU rank: longer sums go through it in chunks, which stay in the cache
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 15.0  # for the others to end by themselves after one has
-_STOPPED_SECONDS = 60.0  # under SIGSTOP
 _TAIL_LINES = 12
 _CODES_KEPT = (EXIT_DONE, EXIT_BAD_INPUT, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 log = logging.getLogger("mvlm")
@@ -105,10 +104,8 @@ def rank_environment(rank: int, world: int, folder: Path | str) -> dict[str, str
     }
 
 
-def shared_memory(world: int) -> int | None:
-    """A file descriptor of anonymous memory for the sums of CPU ranks, to be inherited; None where there is none."""
-    if not hasattr(os, "memfd_create"):  # macOS: the sums go through gloo
-        return None
+def shared_memory(world: int) -> int:
+    """A file descriptor of anonymous memory for the sums of CPU ranks, to be inherited."""
     memory = os.memfd_create("mvlm_sums", 0)
     os.truncate(memory, world * SHARED_BYTES)
     return memory
@@ -130,29 +127,15 @@ class _Rank:
     log: Path | None
     folder: Path
     ended: float | None = None
-    stopped_since: float | None = None
 
     @property
     def code(self) -> int | None:
         return self.process.returncode
 
-    def look(self, now: float) -> None:
-        """Notice whether it has ended or has been stopped (SIGSTOP)."""
-        if self.ended is not None:
-            return
-        if self.process.poll() is not None:
-            self.ended = now
-            return
-        try:
-            stopped = psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED
-        except psutil.Error:
-            stopped = False
-        self.stopped_since = (self.stopped_since or now) if stopped else None
-
-    def trouble(self, was_running: bool) -> tuple[int, str] | None:
+    def trouble(self) -> tuple[int, str] | None:
         """How likely it is the cause (0 most), and in words; None if it ended well or only noticed another's end."""
-        if was_running:
-            return (2, "was stopped (SIGSTOP)") if self.stopped_since else (3, "does not answer")
+        if self.ended is None:
+            return 2, "does not answer"
         if not self.code or (self.folder / f"lost.{self.number}").exists() or self.code == -signal.SIGABRT:
             return None  # NCCL ends a rank by SIGABRT when another one does not answer
         if self.code < 0:
@@ -171,7 +154,7 @@ class _Rank:
 
 
 class Supervisor:
-    """Starts the ranks of a run, passes signals on, and ends all of them when one is dead, stopped or hung.
+    """Starts the ranks of a run, passes signals on, and ends all of them when one is dead or hung.
 
     Args:
         command: the trainer's own command line.
@@ -250,9 +233,8 @@ class Supervisor:
         code = self._main_code()
         if code in _CODES_KEPT:
             return code
-        running = {rank.number for rank in self.ranks if rank.ended is None}
-        found = [(rank.trouble(rank.number in running), rank.ended or 0.0, rank) for rank in self.ranks]
-        causes = sorted((trouble, ended, rank.number) for trouble, ended, rank in found if trouble)
+        found = [(rank.trouble(), rank.ended or 0.0, rank.number) for rank in self.ranks]
+        causes = sorted((trouble, ended, number) for trouble, ended, number in found if trouble)
         if not causes or (causes[0][2] == 0 and main.code == EXIT_FAILED):
             return EXIT_FAILED  # it has said why
         (_, words), _, number = causes[0]
@@ -269,21 +251,18 @@ class Supervisor:
         return 128 - code if -code in (signal.SIGINT, signal.SIGTERM) else code
 
     def _is_over(self) -> bool:
-        now = time.monotonic()
-        ended = [rank.ended for rank in self.ranks if rank.ended is not None and rank.code]
-        stopped = [rank.stopped_since for rank in self.ranks if rank.stopped_since is not None]
+        failed = [rank.ended for rank in self.ranks if rank.ended is not None and rank.code]
         return (
             self.ranks[0].ended is not None
-            or any(now - since > _GRACE_SECONDS for since in ended)
-            or any(now - since > _STOPPED_SECONDS for since in stopped)
+            or any(time.monotonic() - since > _GRACE_SECONDS for since in failed)
             or self.signals.count(signal.SIGINT) > 1
         )
 
     def _look_until(self, over: Callable[[], bool]) -> None:
         while True:
-            now = time.monotonic()
             for rank in self.ranks:
-                rank.look(now)
+                if rank.ended is None and rank.process.poll() is not None:
+                    rank.ended = time.monotonic()
             if over():
                 return
             self._pass_on()

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from mvlm_core.console import progress
 from mvlm_core.errors import Stopped, TrainingFailed, UserError
@@ -30,9 +31,9 @@ from mvlm_core.training.checkpoint_writer import CheckpointWriter, NamedTensors
 from mvlm_core.training.divergence import ROLLBACKS_AT_MOST
 from mvlm_core.training.gradient_sync import GradientSync
 from mvlm_core.training.history import HISTORY_NAME, append_records, read_history, truncate_history
-from mvlm_core.training.state import LoopState, Run, Spent, TrainingTask, identity_differences, run_length
+from mvlm_core.training.state import LoopState, Run, Spent, TrainingTask, check_identity, run_length
 from mvlm_core.training.tensorboard import TENSORBOARD_FOLDER, TensorBoardWriter
-from mvlm_core.training.time_budget import Pace, RunLength, TimeBudget
+from mvlm_core.training.time_budget import RunLength, TimeBudget, steps_within
 
 log = logging.getLogger("mvlm")
 
@@ -92,7 +93,6 @@ class TrainingLoop:
             self._train(stop)
         finally:
             self._finish_save(wait=True)
-            self._writer.release()
         return self.state
 
     def _train(self, stop: StopRequest) -> None:
@@ -126,20 +126,14 @@ class TrainingLoop:
         return int(self.ranks.sum_numbers(peak_memory(self.hardware.device))[0])
 
     def load_best(self) -> None:
-        """Put the best weights by validation, averaged where the run keeps an EMA, into the model.
-
-        The last weights stay in the newest checkpoint.
-        """
+        """Put the best weights by validation into the model; the last ones stay in the newest checkpoint."""
         step = self.state.best_step
         if step is not None and step != self.state.step:
-            name = "model" if self.task.ema is None else "average"
             try:
                 best = checkpoints.open_checkpoint(checkpoints.checkpoint_folder(self.checkpoint_root, step))
-                self.task.load_state_tensors({name: best.tensors(name)})
+                self.task.load_state_tensors({"model": best.tensors("model")})
             except checkpoints.DamagedCheckpoint as damage:
                 raise UserError(f"the best checkpoint is damaged: {damage}; run again with --fresh") from None
-        if self.task.ema is not None:
-            self.task.ema.copy_to_model()
 
     def _after_step(self, stopping: bool, bar: Any) -> None:
         """Do what is due after this step: read the figures, evaluate, write a checkpoint, or roll back."""
@@ -192,8 +186,6 @@ class TrainingLoop:
         optimizers.step(found_inf=skipped)
         optimizers.zero_grad()
         state.step += 1
-        if self.task.ema is not None:
-            self.task.ema.update(state.step)
         state.tokens += self.task.batches.tokens_per_batch
         state.bytes += int(all_bytes)
         self._pending.append(
@@ -371,7 +363,8 @@ class TrainingLoop:
         bar.set_postfix(shown, refresh=False)
         step, speed = record["step"], record["tokens_per_second"]
         total = self.length.total
-        left = "" if total is None else _clock((total - step) * self.task.batches.tokens_per_batch / speed) + " left"
+        seconds = None if total is None else (total - step) * self.task.batches.tokens_per_batch / speed
+        left = "" if seconds is None else f"{tqdm.format_interval(seconds)} left"
         log.debug(
             f"step {step}/{self.length}  epoch {record['epoch']:.2f}  loss {loss:.4f}  "
             f"grad norm {record.get('grad_norm', math.nan):.2f}  lr {learning_rate:.3g}  {speed:,.0f} tok/s  "
@@ -388,7 +381,7 @@ class TrainingLoop:
     def _evaluate(self) -> tuple[bool, str | None]:
         """Score the validation text: whether it is the best so far, and why the run must roll back, if it must."""
         with self._spending("evaluation"):
-            state, value = self.state, self.task.validation_bpb()
+            state, value = self.state, self.task.evaluate()
         if not math.isfinite(value):
             state.guard.trouble_since = state.guard.trouble_since or state.step
             return False, f"validation bits per byte of step {state.step} is non-finite ({value})"
@@ -452,7 +445,7 @@ class TrainingLoop:
         budget.count_step(self._wait_for_device)
         # The clocks of the ranks differ, and all must take the same step; only the main one saves.
         measured = budget.share_measured(self.state.step, self.length.limit), spent.checkpoints == 0
-        share, unsaved = self.ranks.share(measured)
+        share, unsaved = self.ranks.broadcast(measured)
         evaluated = spent.evaluations > 0
         return share >= 0.5 and not evaluated, share >= 0.5 and unsaved, share >= 1 and evaluated and not unsaved
 
@@ -460,23 +453,26 @@ class TrainingLoop:
         """Fix the number of steps by what steps, evaluations and checkpoints have taken so far."""
         state, settings, budget = self.state, self.settings, self._budget
         assert budget is not None
-        spent, step_seconds = state.spent, budget.step_seconds + self._later_seconds()
-        pace = Pace(
-            step_seconds,
-            spent.evaluation_seconds / max(1, spent.evaluations),
-            spent.checkpoint_seconds / max(1, spent.checkpoints),
-            settings.eval_interval,
-            settings.checkpoint_interval,
+        spent = state.spent
+        takes = {
+            "step": budget.step_seconds + self._later_seconds(),
+            "evaluation": spent.evaluation_seconds / max(1, spent.evaluations),
+            "checkpoint": spent.checkpoint_seconds / max(1, spent.checkpoints),
+        }
+        reachable = steps_within(
+            budget.seconds - budget.used,
+            state.step,
+            **takes,
+            evaluation_interval=settings.eval_interval,
+            checkpoint_interval=settings.checkpoint_interval,
         )
-        reachable = pace.steps_within(budget.seconds - budget.used, state.step)
-        state.fixed_at, state.fixed_steps, self._budget = state.step, self.ranks.share(reachable), None
+        state.fixed_at, state.fixed_steps, self._budget = state.step, self.ranks.broadcast(reachable), None
         total = self.length.total or 0
         bar.total = total * self.task.batches.tokens_per_batch
         bar.refresh()
         log.info(
-            f"measured {pace.step:.3g} s a step, {pace.evaluation:.3g} s an evaluation, {pace.checkpoint:.3g} s a "
-            f"checkpoint: {total:,} steps ({self.task.batches.epoch_at(total):.2f} epochs) end in "
-            f"--max_hours {settings.max_hours:g}; fixed from now on"
+            f"measured: {', '.join(f'{what} {seconds:.3g} s' for what, seconds in takes.items())}. {total:,} steps "
+            f"({self.task.batches.epoch_at(total):.2f} epochs) end in {settings.max_hours:g} hours; fixed from now on"
         )
 
     def _later_seconds(self) -> float:
@@ -564,25 +560,27 @@ class TrainingLoop:
         """Start from ``resume_from`` or the newest intact checkpoint; from the beginning where there is none."""
         found = None
         if self.ranks.is_main:
-            if self.settings.resume_from:
-                found = checkpoints.named_checkpoint(self.settings.resume_from)
-                self._check_identity(found)
-                checkpoints.set_aside_later(self.checkpoint_root, found.step)
+            if named := self.settings.resume_from:
+                found = checkpoints.named_checkpoint(named)
             else:
-                found = checkpoints.newest_checkpoint(self.checkpoint_root, may_use=self._check_identity)
+                found = checkpoints.newest_checkpoint(self.checkpoint_root)
             if found is None:
                 self.history_path.unlink(missing_ok=True)
+            else:
+                check_identity(f"{found.folder} is", found.state.get("identity"), self.task.identity)
+                if named:
+                    checkpoints.set_aside_later(self.checkpoint_root, found.step)
         if self._restore(found) and found is not None and self.state.step > 0:
             if not self.length.is_reached(self.state.step):
                 log.info("continuing from %s (step %s of %s)", found.folder, found.step, self.length)
 
     def _restore(self, found: checkpoints.Checkpoint | None) -> bool:
         """Load the main rank's checkpoint on every rank; False if it has none."""
-        state = self.ranks.share(found.state if found else None)
+        state = self.ranks.broadcast(found.state if found else None)
         if state is None:
             return False
         files = self.task.state_tensors()
-        tensors = {name: self.ranks.share_tensors(found.tensors(name) if found else {}) for name in files}
+        tensors = {name: self.ranks.broadcast_tensors(found.tensors(name) if found else {}) for name in files}
         try:
             self.state = LoopState.of(state)
             if self.state.step > 0 and not tensors["optimizer"]:
@@ -625,15 +623,6 @@ class TrainingLoop:
             f"(rollback {guard.rollbacks} of at most {ROLLBACKS_AT_MOST})"
         )
 
-    def _check_identity(self, found: checkpoints.Checkpoint) -> None:
-        identity = found.state.get("identity")
-        differences = identity_differences(identity if isinstance(identity, dict) else {}, self.task.identity)
-        if differences:
-            raise UserError(
-                [f"{found.folder} belongs to another run: {difference}" for difference in differences]
-                + ["restore those values, choose another --output_dir, or start over with --fresh"]
-            )
-
 
 def _read_figures(record: dict[str, Any]) -> dict[str, Any]:
     figures = record.pop("figures")
@@ -650,9 +639,3 @@ def _step_seed(seed: int, step: int, first_sequence: int) -> int:
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + first_sequence * 0x94D049BB133111EB) % 2**64
     mixed = (mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93 % 2**64
     return (mixed ^ (mixed >> 32)) % 2**63
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

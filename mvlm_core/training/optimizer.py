@@ -1,10 +1,9 @@
-"""How the weights move: parameter groups, AdamW, Muon, the learning rate schedule, and the EMA of the weights."""
+"""How the weights move: parameter groups, AdamW, Muon and the learning rate schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,19 +21,15 @@ _COSINE_FLOOR = 0.1
 def learning_rate_scale(step: int, total_steps: int, warmup_steps: int, schedule: str) -> float:
     """Share of the peak learning rate at optimizer step ``step`` (from 0): linear warm-up, then ``schedule``.
 
-    ``linear`` decays to zero, which beats a cosine to a tenth by about 0.8 % (arXiv 2502.15938); ``wsd`` is constant
-    and decays linearly to zero in the last third; ``cosine`` decays to a tenth, as in GPT-2's successors.
+    ``linear`` decays to zero, which beats a cosine to a tenth by about 0.8 % (arXiv 2502.15938); ``cosine`` decays to
+    a tenth, as in GPT-2's successors.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     share = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     if schedule == "linear":
         return 1 - share
-    if schedule == "cosine":
-        return _COSINE_FLOOR + (1 - _COSINE_FLOOR) * 0.5 * (1 + math.cos(math.pi * share))
-    if schedule == "wsd":
-        return min(1.0, (1 - share) * 3)
-    return 1.0
+    return _COSINE_FLOOR + (1 - _COSINE_FLOOR) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 @torch.no_grad()
@@ -135,7 +130,7 @@ class Muon(torch.optim.Optimizer):
         part = matrices[self.ranks.rank * each :][:each]
         if len(part):
             mine[: len(part)] = orthogonalize(part, dtype=self.dtype)
-        return self.ranks.gather(mine)[: len(matrices)]
+        return self.ranks.all_gather(mine)[: len(matrices)]
 
 
 # What each optimizer keeps for a parameter.
@@ -258,41 +253,6 @@ def build_optimizers(
 
 def _adamw(groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float]) -> torch.optim.AdamW:
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, betas=betas, fused=True)
-
-
-class EMA:
-    """Exponential moving average of a model's parameters, in their own precision.
-
-    While the learning rate is high the weights circle around where they would settle; their average is closer to it
-    (Polyak & Juditsky 1992). Once the learning rate has decayed to zero there is nothing left to average.
-    ``torch.optim.swa_utils.AveragedModel`` would move its step counter to the device in every step, which waits for it.
-
-    Args:
-        decay: per step, in (0, 1); smaller in the first steps, so that the initial weights are forgotten.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self._weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        self.averages = {name: weight.clone() for name, weight in self._weights.items()}
-
-    def update(self, step: int) -> None:
-        """Average in the weights after optimizer step ``step`` (from 1)."""
-        decay = min(self.decay, step / (10 + step))
-        torch._foreach_lerp_(list(self.averages.values()), list(self._weights.values()), 1 - decay)
-
-    def copy_to_model(self) -> None:
-        copy_named(self._weights, self.averages, "averaged weights")
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """The model holds the averaged weights inside the context and its own again afterwards."""
-        own = {name: weight.clone() for name, weight in self._weights.items()}
-        self.copy_to_model()
-        try:
-            yield
-        finally:
-            copy_named(self._weights, own, "weights")
 
 
 @torch.no_grad()

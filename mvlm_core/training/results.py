@@ -9,7 +9,6 @@ from typing import Any
 
 from mvlm_core.console import progress
 from mvlm_core.data.corpus import Corpus
-from mvlm_core.errors import UserError
 from mvlm_core.evaluation.bits_per_byte import Score, bits_per_byte_by_part, load_export, score_export, score_loaded
 from mvlm_core.evaluation.memorization import extractable_memorization
 from mvlm_core.export.folder import remove_export, software_versions
@@ -17,7 +16,7 @@ from mvlm_core.export.manifest import TEST_SCORES, training_config, verify_folde
 from mvlm_core.metrics import BY_NAME, METRICS, PRIMARY_TEST_BPB
 from mvlm_core.training.history import HISTORY_NAME
 from mvlm_core.training.preparation import PreparedText
-from mvlm_core.training.state import LoopState, Run, identity_differences
+from mvlm_core.training.state import LoopState, Run, check_identity
 from mvlm_core.training.tensorboard import TENSORBOARD_FOLDER
 
 log = logging.getLogger("mvlm")
@@ -32,13 +31,8 @@ def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None) -
     config = training_config(output_dir, "identity", "results")
     if not config:
         return False
-    differences = identity_differences(config.get("identity", {}), identity)
-    if differences:
-        raise UserError(
-            [f"{output_dir} holds a finished model of another run: {difference}" for difference in differences]
-            + ["choose another --output_dir, or retrain with --fresh"]
-        )
-    results = config.get("results", {})
+    check_identity(f"{output_dir} holds a finished model", config["identity"], identity)
+    results = config["results"]
     enough = results.get("stopped_early") or results.get("steps", 0) >= (steps or 0)
     return bool(enough) and not verify_folder(output_dir)
 
@@ -68,11 +62,6 @@ def score_old(export: Path, run: Run, text: PreparedText) -> float | None:
         return None
     documents = ((document.path, document.read()) for document in text.old.test)
     return score_loaded(*load_export(export, run.hardware.device), documents).bits_per_byte
-
-
-def before_and_after(state: LoopState, old_test_bpb: float | None) -> dict[str, Any]:
-    """The metrics of further training."""
-    return {f"{name}_before": value for name, value in vars(state.before).items()} | {"old_test_bpb": old_test_bpb}
 
 
 def measure(model: Any, tokenizer: Any, corpus: Corpus, state: LoopState, score: Score) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from mvlm_core.export.folder import finish_export, stage_model
 from mvlm_core.export.model_card import model_card
 from mvlm_core.export.scores import write_scores
 from mvlm_core.files import RunLock
-from mvlm_core.hardware import caution, choose_hardware, describe
+from mvlm_core.hardware import HARDWARE_FLAGS, caution, choose_hardware, describe
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.signals import StopRequest
 from mvlm_core.training import results
@@ -40,15 +40,7 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
         TrainingFailed: the run cannot continue.
     """
     settings.check()
-    hardware = choose_hardware(
-        device=settings.device,
-        precision=settings.precision,
-        attention_backend=settings.attention_backend,
-        no_mixed_precision=settings.no_mixed_precision,
-        no_compile=settings.no_compile,
-        loss_kernel=settings.loss_kernel,
-        deterministic=settings.deterministic,
-    )
+    hardware = choose_hardware(**{name: getattr(settings, name) for name in HARDWARE_FLAGS})
     hush_transformers()
     if settings.dry_run:
         print(plan_run(recipe, settings, hardware).text())
@@ -95,7 +87,8 @@ def _run(run: Run) -> Path:
     with RunLock(run.output_dir, str(run.output_dir)) if ranks.is_main else nullcontext():
         if ranks.is_main and settings.fresh:
             results.delete_run(run.output_dir, settings.teacher)
-        if ranks.share(ranks.is_main and not settings.fresh and results.is_finished(run.output_dir, identity, enough)):
+        finished = ranks.is_main and not settings.fresh and results.is_finished(run.output_dir, identity, enough)
+        if ranks.broadcast(finished):
             log.info("already finished: %s (use --fresh to train it again)", run.output_dir)
             return run.output_dir
         stop.raise_at_once()
@@ -136,7 +129,8 @@ def _export(
     score = results.score_test(staging, run, text.corpus)
     measured = results.measure(task.model, tokenizer, text.corpus, loop.state, score)
     if text.source is not None:
-        measured |= results.before_and_after(loop.state, results.score_old(staging, run, text))
+        measured |= {f"{name}_before": value for name, value in vars(loop.state.before).items()}
+        measured["old_test_bpb"] = results.score_old(staging, run, text)
     measured["peak_memory_bytes"] = peak_memory_bytes
     if text.teacher is not None:  # the time of the whole chain
         measured["seconds"] += text.teacher.seconds

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mvlm_core.data.batches import BatchSource
-from mvlm_core.data.corpus import Corpus, Document, validation_subset
+from mvlm_core.data.corpus import Document, validation_subset
 from mvlm_core.data.tokenizer import ByteLevelBPE
 from mvlm_core.errors import UserError
 from mvlm_core.evaluation.bits_per_byte import bits_per_byte, score_documents
@@ -24,11 +24,13 @@ from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.distributed import ALONE, Ranks
 from mvlm_core.training.divergence import GuardState
 from mvlm_core.training.init_from import Source
-from mvlm_core.training.optimizer import EMA, Optimizers, copy_named
+from mvlm_core.training.optimizer import Optimizers, copy_named
 from mvlm_core.training.preparation import PreparedText
 from mvlm_core.training.time_budget import WARMUP_STEPS, RunLength
 
 _WARMUP_SHARE = 0.02
+# What an identity means that does not name a setting: one that is gone, or one younger than the checkpoint.
+_UNNAMED = {"--ema_decay": 0.0, "--z_loss_weight": 1e-4, "--num_members": 1, "--validation_text": "primary"}
 
 
 @dataclass(frozen=True)
@@ -97,30 +99,20 @@ class TrainingTask(BuiltModel):
         evaluate: validation bits per byte of the model's current weights.
         score_before: what those weights are worth before the first step, where they come from an export.
         identity: settings, data and tokenizer, which must agree with those of a checkpoint to resume it.
-        ema: of the model's weights, where the run keeps one: then the averages are evaluated and exported.
     """
 
     batches: BatchSource
     evaluate: Callable[[], float]
     identity: dict[str, Any]
     score_before: Callable[[], Before]
-    ema: EMA | None = None
 
     def weights(self) -> dict[str, Tensor]:
         """All weights by ``<module>.<parameter>``; tied ones once."""
         return named_weights({f"{prefix}.": module for prefix, module in self.modules.items()})
 
-    def validation_bpb(self) -> float:
-        """Validation bits per byte of what would be exported now."""
-        if self.ema is None:
-            return self.evaluate()
-        with self.ema.applied():
-            return self.evaluate()
-
     def state_tensors(self) -> dict[str, dict[str, Tensor]]:
         """All tensors of a checkpoint, by file name."""
-        tensors = {"model": self.weights(), "optimizer": self.optimizers.state_tensors()}
-        return tensors if self.ema is None else tensors | {"average": self.ema.averages}
+        return {"model": self.weights(), "optimizer": self.optimizers.state_tensors()}
 
     def load_state_tensors(self, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Restore what ``state_tensors`` returned, or some of its files.
@@ -128,13 +120,9 @@ class TrainingTask(BuiltModel):
         Raises:
             ValueError: names or shapes of another model.
         """
-        for name, named in tensors.items():
-            if name == "optimizer":
-                self.optimizers.load_state_tensors(named)
-            elif name == "model":
-                copy_named(self.weights(), named, "weights")
-            elif self.ema is not None:
-                copy_named(self.ema.averages, named, "averaged weights")
+        copy_named(self.weights(), tensors["model"], "weights")
+        if "optimizer" in tensors:
+            self.optimizers.load_state_tensors(tensors["optimizer"])
 
 
 def named_weights(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
@@ -177,7 +165,8 @@ def build_task(run: Run, text: PreparedText) -> TrainingTask:
     built.optimizers.spread_over(ranks)
     for module in built.modules.values():
         module.to(run.hardware.device).train()
-    validation = validation_documents(settings, text.corpus, ranks)
+    subset = validation_subset(text.corpus, whole=settings.validation_text == "all")
+    validation = own_part([(document.path, part) for document, part in subset], ranks)
     encode = cache(text.tokenizer.encode)  # the same text at every evaluation
 
     def bpb(documents: list[tuple[str, str]], encode: Callable[[str], list[int]]) -> float:
@@ -204,21 +193,13 @@ def build_task(run: Run, text: PreparedText) -> TrainingTask:
             return Before()
         return Before(evaluate(), test_bpb(text.corpus.split("test")), test_bpb(text.old.test if text.old else []))
 
-    ema = EMA(built.model, settings.ema_decay) if settings.ema_decay else None
     return TrainingTask(
         **vars(built),
         batches=text.batches,
         evaluate=evaluate,
         identity=run_identity(settings, text),
         score_before=score_before,
-        ema=ema,
     )
-
-
-def validation_documents(settings: TrainingSettings, corpus: Corpus, ranks: Ranks = ALONE) -> list[tuple[str, str]]:
-    """This rank's part of what an evaluation scores, as (path, text)."""
-    whole = settings.validation_text == "all"
-    return own_part([(document.path, text) for document, text in validation_subset(corpus, whole=whole)], ranks)
 
 
 def own_part(documents: list[tuple[str, str]], ranks: Ranks) -> list[tuple[str, str]]:
@@ -239,10 +220,17 @@ def run_identity(settings: TrainingSettings, text: PreparedText) -> dict[str, An
     return {"--preset": settings.preset} | flags | fingerprints
 
 
-def identity_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """How two runs' identities differ, one sentence per value."""
-    names = sorted(then.keys() | now.keys())
-    return [f"{name} was {then.get(name)}, now {now.get(name)}" for name in names if then.get(name) != now.get(name)]
+def check_identity(what: str, then: Any, now: dict[str, Any]) -> None:
+    """Refuse ``what`` another run has left, whose recorded identity is ``then``.
+
+    Raises:
+        UserError: with every value that differs.
+    """
+    then, now = _UNNAMED | (then if isinstance(then, dict) else {}), _UNNAMED | now
+    differing = [name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
+    if differing:
+        problems = [f"{what} of another run: {name} was {then.get(name)}, now {now.get(name)}" for name in differing]
+        raise UserError([*problems, "restore those values, choose another --output_dir, or start over with --fresh"])
 
 
 @dataclass
@@ -310,8 +298,8 @@ class LoopState:
             ValueError: a value is missing or of the wrong type.
         """
         # Older checkpoints know the steps' time only, and nothing of what else took time.
-        older = {"step_seconds": saved.get("seconds"), "spent": asdict(Spent()), "timed_steps": 0, "timed_seconds": 0.0}
-        values = older | {"before": asdict(Before())} | saved
+        older = {"step_seconds": saved.get("seconds"), "timed_steps": 0, "timed_seconds": 0.0}
+        values = older | {"spent": asdict(Spent()), "before": asdict(Before())} | saved
         kinds = {"guard": GuardState, "spent": Spent, "before": Before}
         parts = {name: _typed(kind, values.get(name)) for name, kind in kinds.items()}
         return _typed(cls, values | parts)
@@ -338,24 +326,14 @@ def run_length(settings: TrainingSettings, batches: BatchSource) -> RunLength:
     Raises:
         UserError: a warm-up that is not shorter than the run.
     """
-    total = total_steps(settings, batches)
-    if settings.max_hours is None and total is not None:
-        return RunLength(total, warmup_steps(settings, total))
-    warmup = WARMUP_STEPS if settings.warmup_steps is None else settings.warmup_steps
-    return RunLength(total, warmup, by_time=True)
-
-
-def warmup_steps(settings: TrainingSettings, total_steps: int) -> int:
-    """Warm-up steps: as given, or a share of the run.
-
-    Raises:
-        UserError: not shorter than the run, so the learning rate would never reach its peak.
-    """
-    if settings.warmup_steps is None:
-        return max(1, round(_WARMUP_SHARE * total_steps))
-    if settings.warmup_steps >= total_steps:
-        raise UserError(f"--warmup_steps {settings.warmup_steps} is not shorter than the run of {total_steps} steps")
-    return settings.warmup_steps
+    total, warmup = total_steps(settings, batches), settings.warmup_steps
+    if settings.max_hours is not None or total is None:
+        return RunLength(total, WARMUP_STEPS if warmup is None else warmup, by_time=True)
+    if warmup is None:
+        warmup = max(1, round(_WARMUP_SHARE * total))
+    elif warmup >= total:  # the learning rate would never reach its peak
+        raise UserError(f"--warmup_steps {warmup} is not shorter than the run of {total} steps")
+    return RunLength(total, warmup)
 
 
 def total_steps(settings: TrainingSettings, batches: BatchSource) -> int | None:

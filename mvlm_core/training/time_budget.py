@@ -2,10 +2,8 @@
 
 Until then nothing that a step computes may depend on that number: the learning rate warms up over a fixed number of
 steps and stays at its peak, and the share of the run that is done counts as 0. From there to the end the schedule runs
-as in any other run. The number stands in the checkpoints, so a resumed run ends where the uninterrupted one does.
-What was measured stands there as well, so a run that is interrupted while it measures fixes its number as if it had
-not been: at the same step, and the same number by the same times. (It is a measurement: no two runs take quite the
-same times, interrupted or not. And a process that ends within its first steps has timed none.)
+as in any other run. The number stands in the checkpoints, and until it is fixed the measurements do, so a resumed run
+ends where the uninterrupted one does.
 """
 
 from __future__ import annotations
@@ -55,48 +53,43 @@ class RunLength:
 
     def share(self, step: int) -> float:
         """Which share of the schedule lies before ``step``."""
-        start = (self.fixed_at or 0) if self.by_time else 0
+        start = self.fixed_at or 0
         return 0.0 if self.total is None or step < start else (step - start) / (self.total - start)
 
     def learning_rate_scale(self, step: int, schedule: str) -> float:
         """The share of the peak learning rate for step ``step``, from 0."""
-        if not self.by_time:
-            assert self.total is not None, "a run without a time has a number of steps"
-            return learning_rate_scale(step, self.total, self.warmup, schedule)
         start = self.fixed_at or 0
         if self.total is None or step < start:
-            return learning_rate_scale(step, 1, self.warmup, "constant")
-        return learning_rate_scale(step - start, self.total - start, 0, schedule)
+            return min(1.0, (step + 1) / max(1, self.warmup))
+        return learning_rate_scale(step - start, self.total - start, 0 if self.by_time else self.warmup, schedule)
 
     def __str__(self) -> str:
         return "?" if self.total is None else str(self.total)
 
 
-@dataclass(frozen=True)
-class Pace:
-    """Seconds that a step, an evaluation and a checkpoint take, and the steps between them."""
+def steps_within(
+    seconds: float,
+    done: int,
+    *,
+    step: float,
+    evaluation: float,
+    checkpoint: float,
+    evaluation_interval: int,
+    checkpoint_interval: int,
+) -> int:
+    """The largest total of steps whose end is reached in ``seconds`` from ``done`` steps on; at least one more.
 
-    step: float
-    evaluation: float
-    checkpoint: float
-    evaluation_interval: int
-    checkpoint_interval: int
+    Args:
+        step, evaluation, checkpoint: seconds that each takes; every evaluation counts as one that is saved, the best so
+            far.
+    """
 
-    def seconds(self, done: int, total: int) -> float:
-        """From ``done`` steps to the end at ``total``; each evaluation counts as the best so far, which is saved."""
-        evaluations = total // self.evaluation_interval - done // self.evaluation_interval
-        checkpoints = total // self.checkpoint_interval - done // self.checkpoint_interval
-        evaluations += total % self.evaluation_interval > 0
-        return (
-            (total - done) * self.step
-            + evaluations * (self.evaluation + self.checkpoint)
-            + checkpoints * self.checkpoint
-        )
+    def needed(total: int) -> float:
+        evaluations = -(-total // evaluation_interval) - done // evaluation_interval
+        checkpoints = total // checkpoint_interval - done // checkpoint_interval
+        return (total - done) * step + evaluations * (evaluation + checkpoint) + checkpoints * checkpoint
 
-    def steps_within(self, seconds: float, done: int) -> int:
-        """The largest total whose end from ``done`` steps on is reached in ``seconds``; at least one more step."""
-        reachable = bisect_right(range(done + 1, _MOST_STEPS), seconds, key=lambda total: self.seconds(done, total))
-        return done + max(1, reachable)
+    return done + max(1, bisect_right(range(done + 1, _MOST_STEPS), seconds, key=needed))
 
 
 class TimeBudget:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from mvlm_core.errors import Stopped
 from mvlm_core.training.distributed import ALONE, Ranks, join
 from mvlm_core.training.loop import TrainingLoop
-from mvlm_core.training.optimizer import EMA
 from tests.helpers import StopAfter, make_loop, tiny_settings
 from tests.training.test_loop import everything_on
 
@@ -29,7 +27,6 @@ def run(corpus: Path, work: Path, model: str, steps: int, ranks: Ranks = ALONE, 
     loop = make_loop(model, tiny_settings(model, corpus, work, **changes), ranks)
     for module in loop.task.modules.values():
         module.double()
-    loop.task = replace(loop.task, ema=EMA(loop.task.model, 0.9))
     try:
         loop.run(StopAfter(steps))
     except Stopped:

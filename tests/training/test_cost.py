@@ -26,7 +26,7 @@ import torch
 from tests.helpers import recipe_of, tiny_settings
 from mvlm_core.training.cost import TokenizerShape, step_cost
 from mvlm_core.hardware import choose_hardware
-from mvlm_core.monitor import PeakMemory, memory_in_use
+from mvlm_core.monitor import memory_in_use, peak_memory, reset_peak_memory
 
 def measure(model, shape):
     settings = tiny_settings(model, Path("none"), Path("none"), **shape, vocab_size=4096)
@@ -35,14 +35,14 @@ def measure(model, shape):
     (torch.randn(64, 64, requires_grad=True) @ torch.randn(64, 64)).sum().backward()
     gc.collect()
     before = memory_in_use()
-    with PeakMemory("cpu") as peak:
-        built = recipe.build(settings, TokenizerShape(4096), hardware)
-        for _ in range(2):
-            ids = torch.randint(4096, (settings.batch_size, settings.max_length))
-            built.loss(ids, ids, torch.ones(ids.shape), 0.0).total.backward()
-            built.optimizers.step()
-            built.optimizers.zero_grad()
-    return estimate, peak.bytes - before
+    reset_peak_memory()
+    built = recipe.build(settings, TokenizerShape(4096), hardware)
+    for _ in range(2):
+        ids = torch.randint(4096, (settings.batch_size, settings.max_length))
+        built.loss(ids, ids, torch.ones(ids.shape), 0.0).total.backward()
+        built.optimizers.step()
+        built.optimizers.zero_grad()
+    return estimate, peak_memory() - before
 
 models, sizes = json.loads(sys.argv[1])
 measure(models[0], sizes["small"])  # what the first steps of a process allocate for good

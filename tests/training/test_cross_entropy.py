@@ -1,4 +1,4 @@
-"""The blockwise loss equals PyTorch's over full logits: value, gradients, weights, z-loss."""
+"""The blockwise loss equals PyTorch's over full logits: value, gradients, weights."""
 
 import pytest
 import torch
@@ -17,16 +17,15 @@ from mvlm_core.training.cross_entropy import linear_cross_entropy, rows_at_a_tim
 
 
 @pytest.mark.parametrize("rows", [1, 7, 1000])
-@pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_equals_full_logits(rows, z_loss, weighted):
+def test_equals_full_logits(rows, weighted):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(3, 11, 8, generator=generator, dtype=torch.float32, requires_grad=True)
     weight = torch.randn(50, 8, generator=generator, requires_grad=True)
     targets = torch.randint(50, (3, 11), generator=generator)
     token_weights = torch.rand(3, 11, generator=generator) if weighted else None
 
-    loss, nll = linear_cross_entropy(hidden, weight, targets, token_weights, z_loss, block_rows=rows)
+    loss, nll = linear_cross_entropy(hidden, weight, targets, token_weights, block_rows=rows)
     (loss * 3).backward()
     ours = hidden.grad.clone(), weight.grad.clone()
     hidden.grad = weight.grad = None
@@ -34,7 +33,7 @@ def test_equals_full_logits(rows, z_loss, weighted):
     logits = hidden @ weight.T
     expected_nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(3, 11)
     scale = torch.ones(3, 11) if token_weights is None else token_weights
-    expected = (scale * (expected_nll + z_loss * logits.logsumexp(-1).square())).mean()
+    expected = (scale * expected_nll).mean()
     (expected * 3).backward()
 
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
@@ -44,8 +43,7 @@ def test_equals_full_logits(rows, z_loss, weighted):
 
 
 @pytest.mark.parametrize("rows", [7, 1000])
-@pytest.mark.parametrize("z_loss", [0.0, 0.1])
-def test_a_mixture_with_another_source_equals_full_logits(rows, z_loss):
+def test_a_mixture_with_another_source_equals_full_logits(rows):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(3, 11, 8, generator=generator, requires_grad=True)
     weight = torch.randn(50, 8, generator=generator, requires_grad=True)
@@ -60,15 +58,14 @@ def test_a_mixture_with_another_source_equals_full_logits(rows, z_loss):
 
     share, log_other = F.logsigmoid(score), F.logsigmoid(-score) + F.logsigmoid(other)
     loss, nll = linear_cross_entropy(
-        hidden, weight, targets, token_weights, z_loss, block_rows=rows, mixture=(share, log_other)
+        hidden, weight, targets, token_weights, block_rows=rows, mixture=(share, log_other)
     )
     ours = gradients(loss)
     share, log_other = F.logsigmoid(score), F.logsigmoid(-score) + F.logsigmoid(other)
     logits = hidden @ weight.T
     own = logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1) + share
     mixed = torch.logaddexp(own, log_other)
-    part = (own - mixed).exp().detach()
-    expected = (token_weights * (z_loss * part * logits.logsumexp(-1).square() - mixed)).mean()
+    expected = -(token_weights * mixed).mean()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(nll, -mixed.detach(), rtol=1e-5, atol=1e-5)
     for mine, right in zip(ours, gradients(expected), strict=True):
@@ -111,7 +108,7 @@ def both_ways(kernel, dtype, *, vocab=90, dim=16, rows=16, shape=(3, 16)):
     weight = torch.randn(vocab, dim, generator=generator, requires_grad=True)
     targets = torch.randint(vocab, shape, generator=generator)
     token_weights = torch.rand(shape, generator=generator)
-    loss, nll = linear_cross_entropy(hidden, weight, targets, token_weights, 0.1, block_rows=rows, kernel=kernel)
+    loss, nll = linear_cross_entropy(hidden, weight, targets, token_weights, block_rows=rows, kernel=kernel)
     loss.backward()
     return loss.detach(), nll, hidden.grad, weight.grad
 
@@ -191,7 +188,7 @@ def bytes_of_the_schedule(rows, vocab, dim):
     block = torch.compile(cross_entropy._score_block, fullgraph=True, dynamic=False, backend=backend)
     with FakeTensorMode(), torch.no_grad():
         hidden, matrix = torch.empty(rows, dim), torch.empty(vocab, dim)
-        block(hidden.bfloat16(), matrix.bfloat16(), torch.empty(rows, dtype=torch.int64), vocab, 1e-4, True)
+        block(hidden.bfloat16(), matrix.bfloat16(), torch.empty(rows, dtype=torch.int64), vocab, True)
     return kernels
 
 
@@ -210,7 +207,7 @@ def bytes_of_the_loss(kernel, tokens, vocab, dim, monkeypatch):
     with FakeTensorMode(), CountBytes() as counter:
         hidden = torch.empty(tokens, dim, dtype=torch.bfloat16, requires_grad=True)
         weight, targets = torch.empty(vocab, dim, requires_grad=True), torch.empty(tokens, dtype=torch.int64)
-        linear_cross_entropy(hidden, weight, targets, z_loss=1e-4, block_rows=rows, kernel=kernel)
+        linear_cross_entropy(hidden, weight, targets, block_rows=rows, kernel=kernel)
     return counter.moved
 
 

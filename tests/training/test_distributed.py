@@ -59,7 +59,7 @@ def test_every_item_is_in_one_part():
         assert sorted(sum(shares, [])) == list(range(8)) and all(share == sorted(share) for share in shares)
         loads = [sum(sizes[index] for index in share) for share in shares]
         assert max(loads) == max(9, -(-32 // world)), "no rank has more than it must"
-    assert ALONE.is_main and ALONE.sum_numbers(1, 2.5) == [1, 2.5] and ALONE.share("x") == "x"
+    assert ALONE.is_main and ALONE.sum_numbers(1, 2.5) == [1, 2.5] and ALONE.broadcast("x") == "x"
 
 
 def in_ranks(world, work):
@@ -112,10 +112,12 @@ def test_sums_are_the_sums_and_the_same_bits_on_all_ranks(dtype, shared, monkeyp
         expected = [sum(parts) for parts in zip(*(mine(rank) for rank in range(3)), strict=True)]
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
-        assert torch.equal(ranks.share(found[0]), found[0])
-        assert torch.equal(ranks.share_tensors({"x": torch.arange(5)} if ranks.is_main else {})["x"], torch.arange(5))
+        assert torch.equal(ranks.broadcast(found[0]), found[0])
+        assert torch.equal(
+            ranks.broadcast_tensors({"x": torch.arange(5)} if ranks.is_main else {})["x"], torch.arange(5)
+        )
         assert ranks.sum_numbers(ranks.rank, 0.5) == [3.0, 1.5]
-        everyones = ranks.gather(mine(ranks.rank)[0])
+        everyones = ranks.all_gather(mine(ranks.rank)[0])
         assert torch.equal(everyones, torch.cat([mine(rank)[0] for rank in range(3)]))
 
     in_ranks(3, work)

@@ -73,12 +73,13 @@ def test_a_bad_stretch_is_undone_and_a_stop_in_between_changes_nothing(tiny_corp
     That checkpoint is still on its way to the disk then.
     """
     monkeypatch.setattr("mvlm_core.training.checkpoint_writer.Thread", DelayedThread)
+    monkeypatch.setattr("mvlm_core.training.time_budget.learning_rate_scale", lambda *_: 1.0)
 
     def run(work, *stops):
         def breaks(step, rate):
             return math.nan if step >= 8 and rate > 0.55 * full(step) else 1.0
 
-        changes = {"max_steps": 20, "lr_schedule": "constant", "warmup_steps": 1, "eval_interval": 20}
+        changes = {"max_steps": 20, "warmup_steps": 1, "eval_interval": 20}
         make = lambda: breaking_loop("mvlm_gpt2", tiny_corpus, work, breaks, **changes)  # noqa: E731
         for steps in stops:
             with pytest.raises(Stopped):

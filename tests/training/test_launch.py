@@ -67,7 +67,7 @@ START = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
 
 @pytest.fixture
 def quick(monkeypatch):
-    for name, seconds in (("_POLL_SECONDS", 0.02), ("_GRACE_SECONDS", 0.5), ("_STOPPED_SECONDS", 0.5)):
+    for name, seconds in (("_POLL_SECONDS", 0.02), ("_GRACE_SECONDS", 0.5)):
         monkeypatch.setattr(launch, name, seconds)
 
 
@@ -115,12 +115,6 @@ def test_a_killed_rank_is_named_with_its_last_lines(quick):
     for file in kept.parent.iterdir():
         file.unlink()
     kept.parent.rmdir()
-
-
-def test_a_stopped_rank_ends_the_run(quick, tmp_path):
-    log_file = str(tmp_path / "log")
-    with pytest.raises(TrainingFailed, match=r"process 2 of 3 was stopped \(SIGSTOP\)"):
-        supervised("if rank == 2: os.kill(os.getpid(), signal.SIGSTOP)\ntime.sleep(60)", 3, log_file).run()
 
 
 def test_a_rank_that_others_waited_for_in_vain_is_named_and_not_they(quick, tmp_path):
@@ -221,7 +215,7 @@ def test_a_stopped_rank_ends_a_real_run_within_two_minutes(tiny_corpus, tmp_path
     program, children = started(tiny_corpus, tmp_path, 100_000, wait_for=4)
     children[1].suspend()
     assert program.wait(120) == 1
-    assert "process 1 of 2 was stopped (SIGSTOP)" in program.stderr.read()
+    assert "process 1 of 2 does not answer" in program.stderr.read()
     assert not any(child.is_running() for child in children)
     assert newest_checkpoint(tmp_path / "out" / "checkpoints").step >= 0
 

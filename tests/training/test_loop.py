@@ -17,7 +17,7 @@ from mvlm_core.errors import Stopped, TrainingFailed, UserError
 from mvlm_core.training.checkpoint import checkpoint_folders, newest_checkpoint
 from mvlm_core.training.divergence import GuardState
 from mvlm_core.training.history import read_history
-from mvlm_core.training.state import LoopState, total_steps, warmup_steps
+from mvlm_core.training.state import LoopState, total_steps
 from tests.helpers import (
     EVERYTHING_ON,
     FIXTURES,
@@ -42,10 +42,7 @@ def final_state(loop):
     checkpoint = newest_checkpoint(loop.checkpoint_root)
     history = [{k: v for k, v in record.items() if k not in TIMES} for record in read_history(loop.history_path)]
     state = {k: v for k, v in checkpoint.state.items() if k not in TIMES}
-    kept = checkpoint.tensors("optimizer")
-    if (checkpoint.folder / "average.safetensors").exists():  # of the EMA
-        kept |= {f"average/{name}": tensor for name, tensor in checkpoint.tensors("average").items()}
-    return checkpoint.tensors("model"), kept, history, state
+    return checkpoint.tensors("model"), checkpoint.tensors("optimizer"), history, state
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -97,15 +94,15 @@ class FailAfter(StopAfter):
 
 
 def test_the_best_checkpoint_holds_weights_only(tiny_corpus, tmp_path):
-    changes = {"ema_decay": 0.9, "eval_interval": 1, "checkpoint_interval": 4, "max_steps": 11}
+    changes = {"eval_interval": 1, "checkpoint_interval": 4, "max_steps": 11}
     settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **changes)
     loop = make_loop("mvlm_gpt2", settings)
     values = iter([3.0, 2.9, 2.8, 2.7, 2.6, 2.5] + [3.0] * 9)
-    averages = {}
+    weights = {}
 
     def evaluate():
         if loop.state.step == 6:
-            averages.update({name: tensor.clone() for name, tensor in loop.task.ema.averages.items()})
+            weights.update({name: tensor.clone() for name, tensor in loop.task.weights().items()})
         return next(values)
 
     object.__setattr__(loop.task, "evaluate", evaluate)
@@ -114,7 +111,7 @@ def test_the_best_checkpoint_holds_weights_only(tiny_corpus, tmp_path):
     steps = lambda: [folder.name[-2:] for folder in checkpoint_folders(loop.checkpoint_root)]  # noqa: E731
     assert steps() == ["00", "04", "06", "07"]
     best = loop.checkpoint_root / "step-00000006"
-    assert not (best / "optimizer.safetensors").exists() and (best / "average.safetensors").exists()
+    assert not (best / "optimizer.safetensors").exists()
     shutil.rmtree(loop.checkpoint_root / "step-00000007")
     assert newest_checkpoint(loop.checkpoint_root).step == 4, "nothing resumes from weights alone"
     refused = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **changes, resume_from=str(best))
@@ -126,8 +123,20 @@ def test_the_best_checkpoint_holds_weights_only(tiny_corpus, tmp_path):
     assert again.run(StopAfter()).best_step == 6
     assert steps() == ["06", "08", "11"]
     again.load_best()
-    weights = dict(again.task.model.named_parameters())
-    assert averages and all(torch.equal(tensor, weights[name]) for name, tensor in averages.items())
+    assert weights and all(torch.equal(tensor, weights[name]) for name, tensor in again.task.weights().items())
+
+
+@pytest.mark.parametrize(("decay", "refused"), [(0.0, False), (0.9, True)])
+def test_a_setting_that_is_gone_ends_no_run_that_did_not_use_it(decay, refused, tiny_corpus, tmp_path):
+    old = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=4))
+    old.task.identity["--ema_decay"] = decay
+    old.run(StopAfter())
+    longer = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=6))
+    if refused:
+        with pytest.raises(UserError, match="--ema_decay was 0.9, now 0.0"):
+            longer.run(StopAfter())
+    else:
+        assert longer.run(StopAfter()).step == 6 and len(longer.history()) == 6
 
 
 def test_a_stop_at_the_best_step_leaves_what_can_be_resumed(tiny_corpus, tmp_path):
@@ -372,9 +381,12 @@ def test_the_first_limit_ends_the_run(tiny_corpus, tmp_path):
 
 
 def test_warm_up_is_a_share_of_the_run_and_never_longer(tiny_corpus, tmp_path):
-    assert warmup_steps(tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path), 1000) == 20
+    def loop(**changes):
+        return make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **changes))
+
+    assert loop(max_steps=1000).length.warmup == 20 and loop(warmup_steps=11).length.warmup == 11
     with pytest.raises(UserError, match="not shorter than the run of 12 steps"):
-        warmup_steps(tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, warmup_steps=12), 12)
+        loop(warmup_steps=12)
 
 
 @pytest.mark.parametrize("model", MODELS)

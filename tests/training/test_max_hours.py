@@ -9,7 +9,7 @@ from mvlm_core.training.checkpoint import newest_checkpoint
 from mvlm_core.training.history import read_history
 from mvlm_core.training.optimizer import learning_rate_scale
 from mvlm_core.training.state import LoopState
-from mvlm_core.training.time_budget import Pace, RunLength
+from mvlm_core.training.time_budget import RunLength, steps_within
 from tests.helpers import MODELS, ImmediateThread, StopAfter, make_loop, tiny_settings
 
 TIMES = ("seconds", "step_seconds", "spent", "timed_steps", "timed_seconds", "tokens_per_second", "memory_bytes")
@@ -119,7 +119,7 @@ def test_another_limit_may_come_first(clocked_loop, tmp_path):
 
 
 def test_steps_within_a_time_are_counted_with_their_evaluations_and_checkpoints():
-    pace = Pace(step=2, evaluation=7, checkpoint=5, evaluation_interval=4, checkpoint_interval=5)
+    pace = {"step": 2, "evaluation": 7, "checkpoint": 5, "evaluation_interval": 4, "checkpoint_interval": 5}
     for done in (0, 3, 4, 10):
         for seconds in (0, 14, 33, 34, 100, 777):
             # Step by step: what each takes, an evaluation at the end as well.
@@ -130,7 +130,7 @@ def test_steps_within_a_time_are_counted_with_their_evaluations_and_checkpoints(
                 if spent + 12 * (step % 4 > 0) > seconds:
                     break
                 total = step
-            assert pace.steps_within(seconds, done) == max(done + 1, total), (done, seconds)
+            assert steps_within(seconds, done, **pace) == max(done + 1, total), (done, seconds)
 
 
 def test_a_run_without_a_time_has_the_schedule_it_always_had():

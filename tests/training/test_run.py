@@ -34,9 +34,9 @@ MODELLING = {"enhanced_model.py", "rope_attention.py", "modern_layers.py"}
 
 @pytest.fixture(scope="module", params=MODELS)
 def trained(request, tmp_path_factory):
-    """A finished run that keeps an EMA: name, settings, folder; to be read, not written."""
+    """A finished run: name, settings, folder; to be read, not written."""
     work = tmp_path_factory.mktemp("runs")
-    settings = tiny_settings(request.param, build_tiny_corpus(work / "corpus"), work, max_steps=8, ema_decay=0.8)
+    settings = tiny_settings(request.param, build_tiny_corpus(work / "corpus"), work, max_steps=8)
     return request.param, settings, run_training(recipe_of(request.param), settings)
 
 
@@ -76,31 +76,23 @@ def test_a_finished_run_says_so_and_changes_nothing(trained, caplog, monkeypatch
 
 
 def test_what_is_evaluated_is_what_is_exported(trained):
-    """The averaged weights, not the model's own."""
     name, settings, folder = trained
     from safetensors.torch import load_file
 
     last = newest_checkpoint(folder / "checkpoints")
-    average, own, exported = last.tensors("average"), last.tensors("model"), load_file(folder / "model.safetensors")
+    own, exported = last.tensors("model"), load_file(folder / "model.safetensors")
     assert last.state["best_step"] == 8
-    for key, tensor in exported.items():
-        assert torch.equal(tensor, average[key])
-    assert any(not torch.allclose(average[key], own[f"model.{key}"], atol=1e-4) for key in average)
-
+    assert all(torch.equal(tensor, own[f"model.{key}"]) for key, tensor in exported.items())
     loop = make_loop(name, settings)
     loop._resume()
-    assert loop.task.validation_bpb() == pytest.approx(last.state["best_bpb"], rel=1e-6)
-    assert loop.task.evaluate() != pytest.approx(last.state["best_bpb"], rel=1e-4)
-    assert all(torch.equal(tensor, own[key]) for key, tensor in loop.task.weights().items()), "its own are back"
+    assert loop.task.evaluate() == pytest.approx(last.state["best_bpb"], rel=1e-6)
 
 
 def test_another_run_over_a_finished_model_is_refused_unless_fresh(trained, tmp_path):
     name, settings, finished = trained
     folder = shutil.copytree(finished, tmp_path / name)
     manifest = (folder / "manifest.json").read_bytes()
-    other = tiny_settings(
-        name, settings.data_dir, tmp_path, cache_dir=settings.cache_dir, max_steps=4, seed=5, ema_decay=0.8
-    )
+    other = tiny_settings(name, settings.data_dir, tmp_path, cache_dir=settings.cache_dir, max_steps=4, seed=5)
     with pytest.raises(UserError) as caught:
         run_training(recipe_of(name), other)
     assert "--seed was 0, now 5" in str(caught.value) and "--fresh" in str(caught.value)
