@@ -42,11 +42,17 @@ def rank_count(settings: TrainingSettings) -> int:
     """How many ranks this process has to start: 1 where it trains itself, alone or as a rank that was started.
 
     Raises:
-        UserError: more GPUs than there are, or ``--processes`` where a GPU or torchrun is used.
+        UserError: more GPUs than there are, ``--processes`` where a GPU or torchrun is used, or a chain of models on
+            several machines.
     """
     if "WORLD_SIZE" in os.environ:
         if settings.processes > 1 and FOLDER_VARIABLE not in os.environ:
             raise UserError(f"--processes {settings.processes} starts processes of its own: use it without torchrun")
+        if settings.num_models > 1 and os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+            raise UserError(
+                f"--num_models {settings.num_models}: a chain passes its models on in the folder of one machine. "
+                "On several, give --num_models 1, or copy each export to all of them and name it with --teacher"
+            )
         return 1
     gpus = 0 if settings.device == "cpu" else gpu_count()
     if settings.gpus and settings.gpus > gpus:

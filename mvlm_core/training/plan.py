@@ -36,6 +36,7 @@ GPU_MEMORY = (8e9, 16e9, 24e9, 80e9, 141e9)
 SMALL_CARD = 24e9
 SAMPLE_BYTES = 8_000_000  # a tokenizer of so much of the text needs 0.5 % more tokens than that of all 64 MB
 SCORED_BYTES = 2_000_000
+EARLIER = "earlier models of the chain"
 
 log = logging.getLogger("mvlm")
 
@@ -108,7 +109,8 @@ def plan_run(
         known = replace(text, has_tokenizer=True, has_tokens=True, test_bytes=0)
         bills = [_items(stage, one, known, rate, compiled, hardware.threads)[1] for stage in earlier]
         seconds = sum(item.seconds for items in bills for item in items)
-        items.insert(1, Item("earlier models of the chain", seconds, f"{len(earlier)}, each of a third of the length"))
+        items.insert(1, Item(EARLIER, seconds, f"{len(earlier)}, each of a third of the length"))
+    flops = rate * sum(item.seconds for item in items if item.name in ("training steps", EARLIER))
     assumptions = [
         f"{GPU_SHARE:.0%} of {GPU_PEAK / 1e12:.0f} TFLOP/s, half as much for evaluations in fp32, {PRICE}"
         if on_gpu
@@ -124,7 +126,7 @@ def plan_run(
     lines = [
         describe_gpus(settings),
         *_describe(settings, one, two, text, steps, hardware),
-        *_cards(settings, one, two, steps, on_gpu),
+        *_cards(settings, one, two, flops, on_gpu),
     ]
     return Plan(lines, items, assumptions, on_gpu, one.memory.weights)
 
@@ -271,8 +273,8 @@ def _describe(
     ]
 
 
-def _cards(settings: TrainingSettings, one: StepCost, two: StepCost, steps: int, on_gpu: bool) -> list[str]:
-    """What fits cards of several sizes, and what to choose for a small one."""
+def _cards(settings: TrainingSettings, one: StepCost, two: StepCost, flops: float, on_gpu: bool) -> list[str]:
+    """What fits cards of several sizes, and what to choose for a small one; ``flops``: of the whole run."""
     if not on_gpu:
         return []
     fits = {size: fitting_micro_batch(one.memory, two.memory, size, settings.batch_size) for size in GPU_MEMORY}
@@ -281,8 +283,7 @@ def _cards(settings: TrainingSettings, one: StepCost, two: StepCost, steps: int,
         for size, count in fits.items()
     ]
     if settings.preset == "h200":
-        step = one.flops_per_token * settings.sequences_per_step * settings.max_length + one.optimizer_flops
-        hours = steps * step / (100e12 * GPU_SHARE) / 3600
+        hours = flops / (100e12 * GPU_SHARE) / 3600
         lines.append(
             f"a card of 8 to {SMALL_CARD / 1e9:.0f} GB: {hours:.1f} hours of steps at a bf16 peak of 100 TFLOP/s, half "
             "at 200; the smaller choice is --preset cpu --device cuda, or --max_hours for less training"

@@ -51,6 +51,11 @@ def test_all_gpus_are_used_unless_fewer_are_asked_for(tmp_path, monkeypatch):
     assert count(device="cuda", batch_size=32) == 1, "a rank starts no ranks"
     with pytest.raises(UserError, match="without torchrun"):
         count(processes=2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="--num_models 2: a chain passes its models on in the folder of one machine"):
+        count(num_models=2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert count(num_models=2) == 1
     monkeypatch.setenv(FOLDER_VARIABLE, "/somewhere")
     assert count(processes=2) == 1
 
