@@ -78,8 +78,8 @@ class Hardware:
         """Whether anything in the run is compiled."""
         return self.compile or self.loss_kernel == "compiled"
 
-    def clear_after_out_of_memory(self) -> None:
-        """Give freed memory back to the device, and forget the graphs of the shapes that did not fit: beyond eight of a
+    def release(self) -> None:
+        """Give freed memory back to the device, and forget compiled graphs that are no longer needed: beyond eight of a
         function torch.compile gives up."""
         import torch
 

@@ -308,7 +308,7 @@ class TrainingLoop:
                 "out of memory with one sequence at a time: choose a smaller --max_length, --hidden_dim or --num_layers"
             )
         self.state.micro_batch = -(-self.state.micro_batch // 2)
-        self.hardware.clear_after_out_of_memory()
+        self.hardware.release()
         log.warning(
             f"out of memory: micro-batch halved to {self.state.micro_batch} sequences; "
             f"each step still has {self.task.batches.sequences}"

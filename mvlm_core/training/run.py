@@ -50,6 +50,7 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
         for number, stage in enumerate(stages, 1):
             log.info("model %s of %s: %s", number, len(stages), stage.output_dir)
             run_training(recipe, stage)
+            hardware.release()
         return Path(settings.output_dir or "")
     hardware.apply()
     if (wanted := rank_count(settings)) > 1:
