@@ -71,7 +71,7 @@ def test_batched_muon_equals_one_matrix_at_a_time():
 class Apart(Ranks):
     """A rank whose exchange is left out: what it would send stays as it is."""
 
-    def gather(self, part):
+    def all_gather(self, part):
         return part
 
 
