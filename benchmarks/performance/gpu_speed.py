@@ -134,7 +134,7 @@ def parts(o: Any, loop: TrainingLoop) -> dict[str, float]:
     data, state = timed(o, lambda: task.batches.batch(1, 0, count)), task.state_tensors()
     saved = once(lambda: save_checkpoint(o.folder / "timed", loop.state.step, state, {}))
     found = {"body": whole - loss, "loss": loss, "optimizer": optimizer, "data": data}
-    return found | {"evaluation": once(task.validation_bpb), "checkpoint": saved}
+    return found | {"evaluation": once(task.evaluate), "checkpoint": saved}
 
 
 def resume(o: Any) -> Iterator[Row]:
