@@ -115,7 +115,7 @@ def test_nothing_is_half_added(tiny_corpus, folder, monkeypatch):
     assert not any((tiny_corpus / "added").iterdir())
     monkeypatch.undo()
     assert add(folder, tiny_corpus) == 0
-    with pytest.raises(UserError, match="holds nothing to add"):  # all of it is there by now
+    with pytest.raises(UserError, match="contains nothing to add"):  # all of it is there by now
         add(folder, tiny_corpus)
 
 
