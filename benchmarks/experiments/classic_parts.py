@@ -16,7 +16,7 @@ from mvlm_core.data.tokenizer import ByteLevelBPE
 from mvlm_core.hardware import Hardware
 from mvlm_core.training.state import BuiltModel, Recipe
 from prioritary_mvlm.config import PrioritaryConfig
-from prioritary_mvlm.enhanced_trainer import add_training, build_model
+from prioritary_mvlm.enhanced_trainer import add_training, model_config
 from simone_transformer import EnhancedSIMONEModel
 
 
@@ -72,7 +72,7 @@ def with_classic_part(recipe: Recipe, part: str) -> Recipe:
     """Return model 2's recipe with one of ``CLASSIC_PARTS``."""
 
     def build(config: PrioritaryConfig, tokenizer: ByteLevelBPE, hardware: Hardware) -> BuiltModel:
-        model = build_model(config, tokenizer, hardware)
+        model = EnhancedSIMONEModel(model_config(config, tokenizer, hardware.attention_backend))
         CLASSIC_PARTS[part](model)
         return add_training(model, config, hardware)
 

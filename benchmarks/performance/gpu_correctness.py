@@ -112,7 +112,7 @@ def simone_reference(w: dict[str, Tensor], _: Any, s: Any, ids: Tensor, targets:
     mixed = share * logits.softmax(-1) + pointed @ F.one_hot(ids, output.shape[0]).to(dtype)
     nll = -mixed.gather(-1, targets[..., None]).squeeze(-1).log()
     loss = ((s.accuracy_weight + s.alignment_weight * alignment) * nll).mean()
-    ahead = (x + linear(x, "loss.0.ahead"))[:, :-1] @ output.T
+    ahead = (x + linear(x, "loss.ahead"))[:, :-1] @ output.T
     weight = s.coherence_weight * (1 - PROGRESS / s.coherence_until)
     return loss + weight * F.cross_entropy(ahead.flatten(0, 1), targets[:, 1:].flatten()), mixed.log()
 
