@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""The evaluation suite: calibration, cloze, extractable memorization, repetition and grammar on held-out text.
+"""Run the evaluation suite on held-out text: calibration, cloze, extractable memorization, repetition and grammar.
 
     python evaluate_models.py [MODEL ...] [--split test] [--json FILE]
 
-MODEL is an export folder, a .tar.gz, or a folder with the exports of several seeds (seed0, seed1, …). Prints one table
-with a column for each: for seeds their mean, ± its standard error between seeds; otherwise ± is the standard error over
-samples. The column "text" is the held-out text's own value. What the --json file already holds for the same weights,
-text and options is not measured again. Sources of the measures: the modules of mvlm_core/evaluation.
+MODEL is an export folder, a .tar.gz, or a folder with the exports of several seeds (seed0, seed1, …). Prints a table
+with one column per MODEL. ± is the standard error over samples; for several seeds the value is the mean and ± its
+standard error over seeds. The column "text" is the value of the held-out text itself. Results already in the --json
+file for the same weights, text and options are reused. The modules of mvlm_core/evaluation cite their sources.
 
 Exit codes: 0 done, 2 bad arguments or unusable models, 130/143 stopped by a signal.
 """
@@ -31,10 +31,10 @@ from mvlm_core.signals import end_on_sigterm
 from prioritary_mvlm.config import MODELLING_FILES
 
 SIZES = {
-    "verses": (300, "verses for each measure"),
-    "prompts": (100, "prompts to continue"),
-    "words": (64, "words of a continuation"),
-    "pairs": (200, "most minimal pairs of a rule"),
+    "verses": (300, "verses per metric"),
+    "prompts": (100, "number of prompts"),
+    "words": (64, "length of a continuation in words"),
+    "pairs": (200, "maximum number of minimal pairs per rule"),
 }
 
 
@@ -43,24 +43,24 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     default = [REPOSITORY_ROOT / "models" / name for name in ("mvlm_gpt2", "simone_enhanced")]
     add("models", nargs="*", type=Path, default=default, metavar="MODEL", help="[default: both of models/]")
-    add("--data_dir", default=str(DEFAULT_DATA_DIR), help="the corpus that the models were trained on")
-    add("--data_subset", help="use only this folder below --data_dir [default: as the first model did]")
-    add("--split", choices=("validation", "test"), default="validation", help="held-out text [default validation]")
-    for name, (number, what) in SIZES.items():
-        add(f"--{name}", type=int, default=number, help=f"{what} [default {number}]")
-    add("--no_bits_per_byte", action="store_true", help="leave out what training has already measured")
+    add("--data_dir", default=str(DEFAULT_DATA_DIR), help="the corpus the models were trained on")
+    add("--data_subset", help="use only this subfolder of --data_dir [default: the first model's]")
+    add("--split", choices=("validation", "test"), default="validation", help="held-out split [default validation]")
+    for name, (number, text) in SIZES.items():
+        add(f"--{name}", type=int, default=number, help=f"{text} [default {number}]")
+    add("--no_bits_per_byte", action="store_true", help="skip bits per byte, which training has already measured")
     add("--device", default="auto", choices=DEVICES, help="[default auto]")
-    add("--seed", type=int, default=0, help="random seed of the samples [default 0]")
+    add("--seed", type=int, default=0, help="random seed for sampling [default 0]")
     add("--json", type=Path, help="also write the results to this file")
     return parser.parse_args(arguments)
 
 
-def problems_of(options: argparse.Namespace) -> list[str]:
+def option_problems(options: argparse.Namespace) -> list[str]:
     problems = [f"--{name} {value}: at least 1" for name in SIZES if (value := getattr(options, name)) < 1]
     if not 0 <= options.seed < 2**63:
         problems.append(f"--seed {options.seed}: from 0 to 2**63 - 1")
     if options.json and (options.json.is_dir() or not os.access(options.json.parent, os.W_OK)):
-        problems.append(f"--json {options.json}: a file in a folder that exists and can be written to")
+        problems.append(f"--json {options.json}: must be a file in an existing, writable folder")
     return problems
 
 
@@ -68,8 +68,8 @@ def evaluate_columns(options: argparse.Namespace, columns: list[list[Path]], exp
     """Evaluate every export once and print the table.
 
     Args:
-        columns: what each MODEL stands for: itself, or its seeds.
-        exports: the checked folder of each.
+        columns: the exports behind each MODEL: itself, or one per seed.
+        exports: the checked folder of each export.
     """
     from bible_corpus.grammar import RULES
     from mvlm_core.data.corpus import load_corpus
@@ -83,24 +83,24 @@ def evaluate_columns(options: argparse.Namespace, columns: list[list[Path]], exp
     hardware.apply()
     text = draw(corpus, options.split, RULES, seed=options.seed, **{name: getattr(options, name) for name in SIZES})
     used = {key: value for key, value in vars(options).items() if key not in ("models", "json")}
-    same = {"options": used, "fingerprint": corpus.fingerprint}
-    before = read_json(options.json) if options.json else {}
-    known = before.get("results", {}) if all(before.get(key) == value for key, value in same.items()) else {}
+    identity = {"options": used, "fingerprint": corpus.fingerprint}
+    saved = read_json(options.json) if options.json else {}
+    reusable = saved.get("results", {}) if all(saved.get(key) == value for key, value in identity.items()) else {}
     weights = {str(export): sha256_file(folder / "model.safetensors") for export, folder in exports.items()}
-    results = {name: known[name] for name in weights if known.get(name, {}).get("weights") == weights[name]}
+    results = {name: reusable[name] for name in weights if reusable.get(name, {}).get("weights") == weights[name]}
     new = {export: folder for export, folder in exports.items() if str(export) not in results}
     for export, folder in new.items():
         if training_config(folder).get("data", {}).get("fingerprint") != corpus.fingerprint:
-            print(f"{export} was trained on another corpus: it may have read held-out text, or not the train text")
+            print(f"{export} was trained on another corpus: it may have seen held-out text, or not the train text")
     work = partial(evaluate, device=hardware.device, bits_per_byte=not options.no_bits_per_byte)
-    found = parallel_map(work, [(folder, text) for folder in new.values()], on_cpu=hardware.device == "cpu")
-    for export, result in zip(new, found, strict=True):
+    new_results = parallel_map(work, [(folder, text) for folder in new.values()], on_cpu=hardware.device == "cpu")
+    for export, result in zip(new, new_results, strict=True):
         results[str(export)] = result | {"weights": weights[str(export)]}
         print(f"{export}: done", file=sys.stderr, flush=True)
         if options.json:
-            write_json_atomic(options.json, same | {"results": results})
-    means = [over_seeds([results[str(export)] for export in found]) for found in columns]
-    table = [[options.split, "text", *(place.name for place in options.models)], ["---", *["---:"] * (len(means) + 1)]]
+            write_json_atomic(options.json, identity | {"results": results})
+    means = [over_seeds([results[str(export)] for export in seeds]) for seeds in columns]
+    table = [[options.split, "text", *(path.name for path in options.models)], ["---", *["---:"] * (len(means) + 1)]]
     print("\n".join("| " + " | ".join(cells) + " |" for cells in [*table, *rows(means)]))
     print("\n".join(["", *notes(means[0], text)]))
 
@@ -109,14 +109,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     set_process_environment()
     columns = [
-        sorted(path.parent for path in place.glob("seed*/model.safetensors")) or [place] for place in options.models
+        sorted(weights.parent for weights in path.glob("seed*/model.safetensors")) or [path] for path in options.models
     ]
-    places = list(dict.fromkeys(chain.from_iterable(columns)))
-    with checked_exports(places, MODELLING_FILES, problems_of(options)) as folders:
-        evaluate_columns(options, columns, dict(zip(places, folders, strict=True)))
+    exports = list(dict.fromkeys(chain.from_iterable(columns)))
+    with checked_exports(exports, MODELLING_FILES, option_problems(options)) as folders:
+        evaluate_columns(options, columns, dict(zip(exports, folders, strict=True)))
     return 0
 
 
 if __name__ == "__main__":
-    end_on_sigterm()  # an unpacked archive is removed first
+    end_on_sigterm()  # after removing unpacked archives
     run_main(main)

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Write a trained model in the formats of other programs, and check what was written.
+"""Export a trained model to ONNX or GGUF and verify the result.
 
     python export_formats.py models/mvlm_gpt2 --onnx --gguf --output gpt2_formats
     python export_formats.py simone_enhanced_model.tar.gz --onnx --output simone_formats
 
-MODEL is an export folder, an unpacked archive or the .tar.gz itself; its files are checked before anything is loaded.
---onnx, for ONNX Runtime: one graph with a key-value cache, kept only if its logits are the model's to 1e-4.
---gguf, for llama.cpp and Ollama: a GPT-2 alone; Enhanced SIM-ONE needs what they do not keep of the token before.
-The output folder holds a README.md with commands, and manifest.json with every file's SHA-256. The packages:
+MODEL is an export folder, an unpacked archive or a .tar.gz; its files are verified before loading.
+--onnx (ONNX Runtime): one graph with a KV cache, kept only if its logits match the model's to 1e-4.
+--gguf (llama.cpp, Ollama): GPT-2 only; these runtimes do not keep the previous token's state that SIM-ONE needs.
+The output folder also gets a README.md with commands and a manifest.json with SHA-256 checksums. Requires:
 pip install -r requirements-extras.txt
 
-Exit codes: 0 done, 1 the written model differs, 2 bad arguments or an unusable model, 130/143 stopped by a signal.
+Exit codes: 0 done, 1 the exported model differs, 2 bad arguments or an unusable model, 130/143 stopped by a signal.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from prioritary_mvlm.config import MODELLING_FILES
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line.
+    """Parse and check the command line.
 
     Raises:
-        UserError: every problem with it.
+        UserError: with all problems at once.
     """
     parser = command_line(__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, help="export folder, unpacked archive or .tar.gz")
     add("--onnx", action="store_true", help="write onnx/model.onnx, for ONNX Runtime")
     add("--gguf", action="store_true", help="write gguf/NAME.gguf and a Modelfile, for llama.cpp and Ollama (GPT-2)")
-    add("--output", metavar="DIR", type=Path, required=True, help="folder to make; nothing may be in it")
+    add("--output", metavar="DIR", type=Path, required=True, help="output folder: new or empty")
     options = parser.parse_args(arguments)
-    options.formats = [kind for kind in PACKAGES if getattr(options, kind)]
+    options.formats = [name for name in PACKAGES if getattr(options, name)]
     problems = [f"--{problem}" for problem in missing_packages(options.formats)]
     if not options.formats:
-        problems.append("no format: give --onnx, --gguf or both")
+        problems.append("no format: use --onnx, --gguf or both")
     problems += output_folder_problems(options.output, "--output") or (
         [f"--output {options.output}: not empty; name another folder"]
         if options.output.is_dir() and any(options.output.iterdir())
@@ -60,10 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
     set_process_environment()
     with checked_export(options.model, MODELLING_FILES) as folder:
         write_formats(folder, options.formats, options.output.absolute())
-    print(f"written and checked: {options.output} ({', '.join(options.formats)}); its README.md says how to run them")
+    print(f"exported and verified: {options.output} ({', '.join(options.formats)}); its README.md has usage examples")
     return 0
 
 
 if __name__ == "__main__":
-    end_on_sigterm()  # what is not finished is removed first
+    end_on_sigterm()  # after removing unfinished output
     run_main(main)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Generate text with a trained model; it is printed as it is generated.
+"""Generate text with a trained model, streamed to the terminal.
 
     python generate.py models/simone_enhanced "In the beginning"
     python generate.py simone_enhanced_model.tar.gz "The LORD is" --temperature 0.7 --samples 3
 
-MODEL is an export folder, an unpacked archive or the .tar.gz itself. Its files are checked before anything is loaded:
-hashes against its manifest, modelling code against this repository's. The same seed gives the same text.
+MODEL is an export folder, an unpacked archive or a .tar.gz. Before loading, its files are verified: checksums against
+its manifest, modelling code against this repository's. The same seed gives the same text.
 
 Exit codes: 0 done, 2 bad arguments or an unusable model, 130/143 stopped by a signal.
 """
@@ -30,27 +30,27 @@ if TYPE_CHECKING:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line.
+    """Parse and check the command line.
 
     Raises:
-        UserError: every problem with it.
+        UserError: with all problems at once.
     """
     parser = command_line(__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, help="export folder, unpacked archive or .tar.gz")
     add("prompt", nargs="?", default="", help="text to continue [default: the start of a document]")
-    add("--max_new_tokens", type=int, default=100, help="longest continuation in tokens [default 100]")
+    add("--max_new_tokens", type=int, default=100, help="maximum number of tokens to generate [default 100]")
     add(
         "--temperature",
         type=float,
         default=READABLE.temperature,
-        help="lower is safer, higher is wilder; 0: greedy [%(default)s]",
+        help="sampling temperature; 0: greedy decoding [%(default)s]",
     )
     add(
         "--top_p",
         type=float,
         default=READABLE.top_p,
-        help="sample from the likeliest tokens of this total probability [%(default)s]",
+        help="nucleus sampling: keep the most likely tokens up to this total probability [%(default)s]",
     )
     add("--top_k", type=int, default=0, help="sample from this many most likely tokens; 0: no such limit [0]")
     add("--samples", type=int, default=1, help="continuations, with seeds seed, seed + 1, … [default 1]")
@@ -59,8 +59,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--trace",
         action="store_true",
-        help="then print what model 2's governance heads did at each token, averaged over layers and heads: policy "
-        "gate, memory share, attention entropy in nats and attention distance in tokens; and how much of it was copied",
+        help="afterwards print model 2's governance traces per token, averaged over layers and heads: policy gate, "
+        "memory share, attention entropy in nats, attention distance in tokens, and the share that was copied",
     )
     options = parser.parse_args(arguments)
     problems = [
@@ -76,20 +76,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         )
         if not holds
     ]
-    if any("\ud800" <= character <= "\udfff" for character in options.prompt):  # how Python reads bytes that are not
-        problems.append("the prompt is not valid UTF-8 text")
+    if any("\ud800" <= character <= "\udfff" for character in options.prompt):  # surrogates: undecodable bytes
+        problems.append("the prompt is not valid UTF-8")
     if problems:
         raise UserError(problems)
     return options
 
 
 def show(text: str, end: str = "") -> None:
-    """Print text with control sequences, from a prompt or a model, made visible instead of sent to the terminal."""
+    """Print text with control sequences escaped, so that no prompt or model output can drive the terminal."""
     print(printable(text, "\n\t", limit=len(text)), end=end, flush=True)
 
 
 def generate(model: Any, tokenizer: Any, ids: Tensor, options: argparse.Namespace, seed: int) -> Tensor:
-    """One continuation of ``ids [1, seq]``, printed as it is generated; returns all tokens ``[1, seq]``."""
+    """Generate and stream one continuation of ``ids [1, seq]``; return all tokens ``[1, seq]``."""
     import torch
     from transformers import TextStreamer
 
@@ -115,10 +115,10 @@ def generate(model: Any, tokenizer: Any, ids: Tensor, options: argparse.Namespac
 
 
 def trace_table(model: Any, tokenizer: Any, ids: Tensor) -> str:
-    """The governance heads' traces at each token of ``ids [1, seq]``, averaged over layers and heads."""
-    found = model.token_traces(ids)
-    lines = [f"{'token':20}" + "".join(f"{name:>10}" for name in found)]
-    rows = zip(*(values for _, values in found.values()), strict=True)
+    """Format the governance traces of each token of ``ids [1, seq]``, averaged over layers and heads."""
+    traces = model.token_traces(ids)
+    lines = [f"{'token':20}" + "".join(f"{name:>10}" for name in traces)]
+    rows = zip(*(values for _, values in traces.values()), strict=True)
     for token, values in zip(ids[0].tolist(), rows, strict=True):
         lines.append(f"{repr(tokenizer.decode([token]))[1:-1]:20}" + "".join(f"{value:10.3f}" for value in values))
     return "\n".join(lines)
@@ -138,12 +138,12 @@ def main(arguments: list[str] | None = None) -> int:
         hardware.apply()
         model, tokenizer = load_export(folder, hardware.device)
         if options.trace and not getattr(model, "trace_fields", None):
-            raise UserError(f"--trace: {options.model} reports no traces (a GPT-2, or trained with --no_trace_head)")
+            raise UserError(f"--trace: {options.model} has no trace head (GPT-2, or trained with --no_trace_head)")
         ids, context = prompt_ids(tokenizer, options.prompt), context_of(model)
         if len(ids) >= context:
             raise UserError(
-                f"the prompt has {len(ids):,} tokens with the start token; the model reads {context:,} at once: use a "
-                "shorter one"
+                f"the prompt has {len(ids):,} tokens including the start token; the model's context is {context:,}: "
+                "use a shorter prompt"
             )
         for number in range(options.samples):
             if options.samples > 1:
@@ -156,5 +156,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end_on_sigterm()  # an unpacked archive is removed first
+    end_on_sigterm()  # after removing an unpacked archive
     run_main(main)

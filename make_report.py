@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Make models/report.html: a finished run on one page that opens from disk, without a network.
+"""Write models/report.html: a self-contained report of a finished run that opens from disk, offline.
 
-train_all_models.py makes it at its end; run this to make it again. Samples and governance traces come from the finished
-models, everything else from the run's records.
+train_all_models.py writes it at the end; run this to regenerate it. Samples and governance traces are computed from the
+trained models, everything else comes from the run's records.
 
-Exit codes: 0 done, 2 bad arguments or no run, 130/143 stopped by a signal.
+Exit codes: 0 done, 2 bad arguments or no finished run, 130/143 stopped by a signal.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line, checked.
+    """Parse and check the command line.
 
     Raises:
-        UserError: with every problem at once.
+        UserError: with all problems at once.
     """
     parser = command_line(__doc__)
-    parser.add_argument("--work_dir", type=Path, default=REPOSITORY_ROOT, help="where models/ is [this repository]")
-    parser.add_argument("--data_dir", default=str(DEFAULT_DATA_DIR), help="the corpus, for held-out verses")
+    parser.add_argument("--work_dir", type=Path, default=REPOSITORY_ROOT, help="parent of models/ [this repository]")
+    parser.add_argument("--data_dir", default=str(DEFAULT_DATA_DIR), help="corpus to draw held-out verses from")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda [default auto]")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the verses and the samples [default 0]")
+    parser.add_argument("--seed", type=int, default=0, help="random seed for verses and samples [default 0]")
     options = parser.parse_args(arguments)
     problems = output_folder_problems(options.work_dir / "models", "--work_dir:")
     if options.device not in DEVICES:

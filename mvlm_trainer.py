@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train model 1, MVLM-GPT2: a standard GPT-2, the proven baseline."""
+"""Train model 1, MVLM-GPT2: a standard GPT-2 as the baseline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mvlm_core.hardware import Hardware
 from mvlm_core.settings import REPOSITORY_ROOT
 from mvlm_core.training.init_from import inherit
 
-if TYPE_CHECKING:  # heavy imports wait until the arguments are known: --help answers at once
+if TYPE_CHECKING:  # heavy imports come after argument parsing, so that --help is fast
     from collections.abc import Callable
 
     from torch import Tensor
@@ -27,25 +27,25 @@ if TYPE_CHECKING:  # heavy imports wait until the arguments are known: --help an
 NAME = "mvlm_gpt2"
 OUTPUT_DIR = REPOSITORY_ROOT / "models" / NAME
 EXAMPLES = """examples:
-  python mvlm_trainer.py                     train with the preset that fits this machine
-  python mvlm_trainer.py --preset smoke      a minute, to see that everything works
+  python mvlm_trainer.py                     train with the preset for this machine
+  python mvlm_trainer.py --preset smoke      one-minute smoke test
   python mvlm_trainer.py --num_epochs 2 --learning_rate 6e-4
   python mvlm_trainer.py --init_from models/mvlm_gpt2 --data_dir my_texts --output_dir models/further \\
       --replay mvlm_training_dataset_complete=0.2
-                                             train a finished model further, on your own text
-Run it again after an interruption: it resumes from the newest checkpoint.
+                                             fine-tune a trained model on your own text
+If interrupted, run the same command again: training resumes from the newest checkpoint.
 """
 
 
 @dataclass
 class GPT2Settings(BibleSettings):
-    """Settings of model 1: GPT-2's shape and its classic recipe, AdamW with warm-up and cosine."""
+    """Settings of model 1: GPT-2's architecture, trained with AdamW, warm-up and cosine decay."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        # Model 2's vocabulary size, and so its number of parameters: with GPT-2's own 50,257 it had 14 % more.
+        # Uses model 2's vocabulary size to match its parameter count: GPT-2's own 50,257 entries would add 14 %.
         "h200": {"learning_rate": 3e-4, "weight_decay": 0.4, "dropout": 0.0},
-        # Layers and ff_dim: as many parameters as model 2 has with its second embedding matrix.
-        # Batches of 4: AdamW does better with twice the steps, which Muon does not (benchmarks/RESULTS.md).
+        # num_layers and ff_dim match the parameter count of model 2, which has a second embedding matrix.
+        # Batch size 4: AdamW gains from twice as many steps, Muon does not (benchmarks/LOG.md).
         "cpu": {
             "learning_rate": 3e-3,
             "batch_size": 4,
@@ -62,7 +62,7 @@ class GPT2Settings(BibleSettings):
 
 
 def tokenizer_class() -> type[ByteLevelBPE]:
-    """GPT-2's tokenizer: its splitting rule, and ``<|endoftext|>``, the last id, before each document."""
+    """Return the tokenizer class: GPT-2's pre-tokenizer, and ``<|endoftext|>`` (the last id) before each document."""
     from tokenizers import pre_tokenizers
 
     from mvlm_core.data.tokenizer import ByteLevelBPE
@@ -72,7 +72,7 @@ def tokenizer_class() -> type[ByteLevelBPE]:
             ("bos_token", "eos_token", "pad_token"), "<|endoftext|>"
         )
         SPECIAL_TOKENS_LAST: ClassVar[bool] = True
-        END_ROLE: ClassVar[str | None] = None  # the next document's <|endoftext|> ends this one
+        END_ROLE: ClassVar[str | None] = None  # a document ends at the next one's <|endoftext|>
 
         @classmethod
         def pre_tokenizer(cls) -> pre_tokenizers.PreTokenizer:
@@ -82,7 +82,7 @@ def tokenizer_class() -> type[ByteLevelBPE]:
 
 
 def run_layer(block: Any, x: Tensor, heads: int, rate: float) -> Tensor:
-    """The residual stream ``[batch, seq, hidden]`` after one of GPT-2's layers, with dropout ``rate``."""
+    """Return the residual stream ``[batch, seq, hidden]`` after one GPT-2 layer, with dropout ``rate``."""
     from torch.nn.functional import dropout, gelu, scaled_dot_product_attention
 
     qkv = block.attn.c_attn(block.ln_1(x))
@@ -90,20 +90,20 @@ def run_layer(block: Any, x: Tensor, heads: int, rate: float) -> Tensor:
     attended = scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
     attended = block.attn.c_proj(attended)
     x = x + (dropout(attended, rate, block.training) if rate else attended)
-    fed = block.mlp.c_proj(gelu(block.mlp.c_fc(block.ln_2(x)), approximate="tanh"))
-    return x + (dropout(fed, rate, block.training) if rate else fed)
+    mlp = block.mlp.c_proj(gelu(block.mlp.c_fc(block.ln_2(x)), approximate="tanh"))
+    return x + (dropout(mlp, rate, block.training) if rate else mlp)
 
 
 def hidden_states(
     model: GPT2LMHeadModel, input_ids: Tensor, layer: Callable[[Any, Tensor, int, float], Tensor] = run_layer
 ) -> Tensor:
-    """GPT-2's last hidden states ``[batch, seq, hidden]``, by the weights of a ``GPT2LMHeadModel``.
+    """Run a ``GPT2LMHeadModel`` for training; return the last hidden states ``[batch, seq, hidden]``.
 
-    The training forward: the library's numbers to 1e-5 (tested) without its overhead, so fused causal attention is
-    called without a mask, GELU is one kernel and disabled dropout costs nothing.
+    Matches transformers' forward to 1e-5 (tested) but is faster: causal attention is fused and needs no mask, GELU is
+    one kernel, and disabled dropout costs nothing.
 
     Args:
-        layer: ``run_layer`` or what it was compiled to, once for all layers.
+        layer: ``run_layer`` or its compiled version.
     """
     import torch
     from torch.nn.functional import dropout
@@ -119,7 +119,7 @@ def hidden_states(
 
 
 def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -> BuiltModel:
-    """A fresh GPT-2 with its optimizer and loss."""
+    """Build a new GPT-2 with its optimizer and loss."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -138,7 +138,7 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
         n_inner=settings.ff_dim,
         embd_pdrop=settings.dropout,
         resid_pdrop=settings.dropout,
-        attn_pdrop=0.0,  # dropout inside attention would cost the fused kernel its speed
+        attn_pdrop=0.0,  # attention dropout would slow down the fused kernel
         bos_token_id=end,
         eos_token_id=end,
         pad_token_id=end,
@@ -154,13 +154,13 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
     def loss(inputs: Tensor, targets: Tensor, _weights: Tensor, _share_done: float) -> StepLoss:
         hidden = hidden_states(model, inputs, layer)
         total, nll = linear_cross_entropy(hidden, model.lm_head.weight, targets, kernel=hardware.loss_kernel)
-        scored = StepLoss(total, nll.mean())
+        step_loss = StepLoss(total, nll.mean())
         if teacher is None:
-            return scored
+            return step_loss
         with torch.no_grad():
-            taught = hidden_states(teacher, inputs, layer)
+            target = hidden_states(teacher, inputs, layer)
         student = partial(log_probabilities, model, hidden)
-        return distilled(scored, inputs, config.vocab_size, student, partial(log_probabilities, teacher, taught))
+        return distilled(step_loss, inputs, config.vocab_size, student, partial(log_probabilities, teacher, target))
 
     optimizers = build_optimizers(
         ((f"model.{name}", parameter) for name, parameter in model.named_parameters()),
@@ -174,7 +174,7 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
 
 
 def recipe() -> Recipe:
-    """Model 1, for the training run that both models share."""
+    """Return model 1's recipe for the shared training run."""
     from mvlm_core.training.state import Recipe
 
     return Recipe(

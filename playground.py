@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""A local page to try trained models on: let them write, score a text of one's own, compare runs.
+"""Try trained models on a local web page: generate text, score your own text, compare runs.
 
     python playground.py
     python playground.py models/simone_enhanced mvlm_gpt2_model.tar.gz --port 7861
 
-MODEL is an export folder or a .tar.gz; its files are checked before anything is loaded. Default: the two of models/ or
-models_for_download/. Every token is shaded by how surprising it is to the model, in bits; model 2 also shows what its
-governance heads did, layer by layer. The page needs no network and asks for nothing outside this machine.
+MODEL is an export folder or a .tar.gz; its files are verified before loading. Default: both models of models/ or
+models_for_download/. Tokens are shaded by their surprisal in bits; model 2 also shows its governance heads' activity
+layer by layer. The page works offline and loads nothing from other hosts.
 
-Needs: pip install -r requirements-extras.txt
+Requires: pip install -r requirements-extras.txt
 Exit codes: 0 done, 2 bad arguments or an unusable model, 130/143 stopped by a signal.
 """
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 SYSTEM_FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
 EVENT: Any = {"api_visibility": "private", "show_progress": "minimal"}
-# For the browser: nothing from elsewhere, whatever the page's own code may ask for.
+# Keep the browser from loading anything from other hosts, whatever the page's code requests.
 POLICY = (
     "content-security-policy",
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -42,27 +42,27 @@ POLICY = (
 )
 
 
-def shown(steps: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:
-    """The steps, with bad input told to the user of the page."""
+def show_user_errors(handler: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:
+    """Wrap an event handler so that a ``UserError`` is shown on the page."""
     import gradio as gr
 
-    @wraps(steps)
-    def told(*values: Any) -> Iterator[str]:
+    @wraps(handler)
+    def wrapper(*values: Any) -> Iterator[str]:
         try:
-            yield from steps(*values)
+            yield from handler(*values)
         except UserError as error:
             raise gr.Error("; ".join(error.problems), print_exception=False) from None
 
-    return told
+    return wrapper
 
 
 def build_app(models: Models, corpus: Callable[[], Corpus], places: str, *, local: bool) -> FastAPI:
-    """The page as an application.
+    """Build the web app.
 
     Args:
-        corpus: whose train text the compressors read first.
-        places: exports and archives to compare, a path a line.
-        local: only this machine can ask, so the page may name any path on it.
+        corpus: its train text primes the compressors.
+        places: exports and archives to compare, one path per line.
+        local: only this machine can connect, so the page may accept any path on it.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr
@@ -80,12 +80,13 @@ def build_app(models: Models, corpus: Callable[[], Corpus], places: str, *, loca
                 upload = gr.UploadButton("Upload a .txt file", file_types=[".txt", ".md"])
                 go = gr.Button("Score", variant="primary")
             upload.upload(read_upload, upload, text, api_visibility="private")
-            go.click(shown(lambda value: scored(models, value, corpus)), text, gr.HTML(), **EVENT)
+            go.click(show_user_errors(lambda value: scored(models, value, corpus)), text, gr.HTML(), **EVENT)
         with gr.Tab("Compare runs"):
-            label = "Exports, archives or folders of them, a path a line"
+            label = "Exports, archives or folders of them, one path per line"
             paths = gr.Textbox(places, label=label, lines=4, interactive=local)
             go = gr.Button("Compare", variant="primary")
-            go.click(shown(lambda value: iter([compared(value if local else places)])), paths, gr.HTML(), **EVENT)
+            compare = show_user_errors(lambda value: iter([compared(value if local else places)]))
+            go.click(compare, paths, gr.HTML(), **EVENT)
     sans, mono = SYSTEM_FONTS
     return gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
@@ -100,7 +101,7 @@ def build_app(models: Models, corpus: Callable[[], Corpus], places: str, *, loca
 
 
 def write_tab(models: Models) -> None:
-    """Prompt and settings above both models' continuations."""
+    """Build the "Write" tab: prompt and sampling settings above the models' continuations."""
     import gradio as gr
 
     from mvlm_core.pipeline.playground import LONGEST, written
@@ -113,14 +114,15 @@ def write_tab(models: Models) -> None:
         length = gr.Slider(1, LONGEST, 80, step=1, label="Length in tokens")
     with gr.Row():
         go, stop = gr.Button("Write", variant="primary"), gr.Button("Stop")
-    gr.HTML("<p class=note>Surprise: 0 bits <span class=legend></span> 12 bits and more</p>")
-    steps = shown(lambda *values: written(models, *values))
-    run = gr.on([go.click, prompt.submit], steps, [prompt, seed, temperature, top_p, length], gr.HTML(), **EVENT)
+    gr.HTML("<p class=note>Surprise: 0 bits <span class=legend></span> 12 bits or more</p>")
+    write = show_user_errors(lambda *values: written(models, *values))
+    inputs = [prompt, seed, temperature, top_p, length]
+    run = gr.on([go.click, prompt.submit], write, inputs, gr.HTML(), **EVENT)
     stop.click(None, cancels=run)
 
 
 def read_upload(file: str) -> str:
-    """The text of an uploaded file."""
+    """Return the text of an uploaded file."""
     import gradio as gr
 
     from mvlm_core.data.corpus import decode
@@ -133,7 +135,7 @@ def read_upload(file: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = local_server.parser_of(__doc__, port=7860)
-    parser.add_argument("--data_dir", default=str(DEFAULT_DATA_DIR), help="the corpus that compressors read first")
+    parser.add_argument("--data_dir", default=str(DEFAULT_DATA_DIR), help="corpus that primes the compressors")
     options = parser.parse_args(arguments)
 
     def app_of(models: local_server.Models, first: Path) -> FastAPI:
@@ -148,5 +150,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end_on_sigterm()  # unpacked archives are removed first
+    end_on_sigterm()  # after removing unpacked archives
     run_main(main)

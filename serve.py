@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Serve trained models over HTTP, by the interface that most programs speak: OpenAI's completions.
+"""Serve trained models over HTTP with an OpenAI-compatible completions API.
 
     python serve.py
     python serve.py models/simone_enhanced mvlm_gpt2_model.tar.gz --port 8001
@@ -7,14 +7,14 @@
     curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
          -d '{"model": "simone_enhanced", "prompt": "In the beginning", "max_tokens": 40, "stream": true}'
 
-MODEL is an export folder or a .tar.gz; its files are checked before anything is loaded, and requests call it by its
-folder's name. Default: the two of models/ or models_for_download/.
+MODEL is an export folder or a .tar.gz; its files are verified before loading, and its folder name is the model name in
+requests. Default: both models of models/ or models_for_download/.
 
-There are GET /v1/models, GET /health and POST /v1/completions with model, prompt, max_tokens, temperature, top_p,
-frequency_penalty, seed, stop (the text ends with the token that completes it), suffix and stream. There is no chat: the
-models continue text. Requests are answered one at a time: the same seed gives the same text, whoever else asks.
+Endpoints: GET /v1/models, GET /health and POST /v1/completions with model, prompt, max_tokens, temperature, top_p,
+frequency_penalty, seed, stop (the text ends with the token that completes it), suffix and stream. There is no chat
+endpoint: these are base models. Requests are handled one at a time, so a seed gives the same text under any load.
 
-Needs: pip install -r requirements-extras.txt
+Requires: pip install -r requirements-extras.txt
 Exit codes: 0 done, 2 bad arguments or an unusable model, 130/143 stopped by a signal.
 """
 
@@ -46,5 +46,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end_on_sigterm()  # unpacked archives are removed first
+    end_on_sigterm()  # after removing unpacked archives
     run_main(main)

@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
 # Usage: bash setup_environment.sh [options]
 #
-# Makes .venv, installs the pinned packages and builds the corpus; then train_all_models.py and the tests can run.
-# Everything stays inside this folder. Needs Python 3.11 to 3.14 and no root.
-# Run again, it repairs what is missing and changes nothing else.
+# Creates .venv, installs the pinned packages and builds the corpus, as needed by train_all_models.py and the tests.
+# Writes only to this folder. Requires Python 3.11 to 3.14, no root.
+# Idempotent: a second run only repairs what is missing.
 #
 #   --python PATH       use this Python
-#   --torch_index URL   take torch from this wheel index, for example for an older NVIDIA driver:
+#   --torch_index URL   install torch from this wheel index, for example for an older NVIDIA driver:
 #                       https://download.pytorch.org/whl/cu126
 #   --no_corpus         do not build the corpus
-#   --help              this text
+#   --help              show this text
 
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)"
 VENV="$ROOT/.venv"
 VENV_PYTHON="$VENV/bin/python"
-STARTED="$VENV/.setup-started"      # exists while packages are being installed: reveals an interrupted set-up
-STAMP="$VENV/.setup-stamp"          # what the packages were installed from
-EXTRAS_TRIED="$VENV/.extras-tried"  # optional GPU packages are tried once
-PYTHONS="3.11 3.12 3.13 3.14"       # the versions that all pinned packages have wheels for
+STARTED="$VENV/.setup-started"      # exists during installation, to detect an interrupted set-up
+STAMP="$VENV/.setup-stamp"          # the requirements that were installed
+EXTRAS_TRIED="$VENV/.extras-tried"  # optional GPU packages are tried only once
+PYTHONS="3.11 3.12 3.13 3.14"       # versions for which all pinned packages have wheels
 AGAIN="bash setup_environment.sh --torch_index"
 TORCH="$(sed -n 's/^torch==//p' "$ROOT/requirements.txt")"
 WHEELS="https://download.pytorch.org/whl"
@@ -30,10 +30,10 @@ say() { printf '%s\n' "$@"; }
 die() { say "$@" >&2; exit 1; }
 misuse() { say "error: $1" >&2; exit 2; }
 limited() { if command -v timeout >/dev/null; then timeout "$@"; else shift; "$@"; fi; }  # macOS has no timeout
-python_of() {  # python_of PYTHON: its version, and the installation that it or its virtual environment belongs to
+python_of() {  # python_of PYTHON: its version and base installation
     limited 30 "$1" -c 'import os, sys; print("%d.%d" % sys.version_info[:2], os.path.realpath(sys._base_executable))'
 }
-in_venv() { (cd / && "$VENV_PYTHON" "$@"); }  # from another folder, so that only what is installed is found
+in_venv() { (cd / && "$VENV_PYTHON" "$@"); }  # from another folder, so that only installed packages are importable
 
 parse_arguments() {
     ASKED_PYTHON="" ASKED_INDEX="" WITH_CORPUS=1
@@ -50,16 +50,16 @@ parse_arguments() {
 }
 
 stay_in_this_folder() {
-    # The download cache lies in the checkout, not in the home folder, and is removed at the end: an interrupted set-up
-    # does not download gigabytes twice, and a finished one does not keep them.
+    # Keep the download cache in the checkout and remove it at the end, so that an interrupted set-up does not download
+    # gigabytes twice.
     export PIP_CACHE_DIR="$ROOT/.cache/pip" PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_USER=0
     if [ ! -t 1 ]; then export PIP_QUIET=1; fi
-    export RUSTUP_HOME="$PIP_CACHE_DIR/rustup"  # pip asks rustc for its version, and rustup would create ~/.rustup
-    unset PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX  # a module path of the user's would hide what is missing here
-    # Of two set-ups in one folder the second waits. The lock is on the folder itself, so nothing is left behind.
+    export RUSTUP_HOME="$PIP_CACHE_DIR/rustup"  # pip calls rustc --version, and rustup would create ~/.rustup
+    unset PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX  # the user's module path would hide missing packages
+    # Serialise set-ups in the same folder. The lock is on the folder itself, so no lock file is left behind.
     if command -v flock >/dev/null; then
         exec 9<"$ROOT"
-        flock -n 9 || { say "Another set-up is running in this folder: waiting for it."; flock 9; }
+        flock -n 9 || { say "Another set-up is running in this folder; waiting for it to finish."; flock 9; }
     fi
 }
 
@@ -74,13 +74,13 @@ find_gpu() {
     answer="${answer%%$'\n'*}"
     case "$answer" in
         [0-9]*) DRIVER="${answer%%,*}" GPU="${answer#*, }"; say "NVIDIA GPU: $GPU, driver $DRIVER" ;;
-        *) say "nvidia-smi finds no GPU (is the driver loaded?): setting up for the CPU. It said: ${answer#! }" ;;
+        *) say "nvidia-smi finds no GPU (is the driver loaded?): setting up for the CPU. Its output: ${answer#! }" ;;
     esac
 }
 
 choose_torch_source() {
-    # "default" is the package index as pip is configured, which serves the CUDA build on Linux; "cpu" is the small
-    # build, used where there is no GPU; else an index given by --torch_index, now or at an earlier set-up.
+    # "default": pip's configured index, which serves the CUDA build on Linux; "cpu": the smaller CPU build, used without
+    # a GPU; otherwise the index given by --torch_index in this or an earlier set-up.
     local fitting=default
     CPU_BUILD=""
     if [ "$(uname -s)" != Linux ]; then CPU_BUILD=1; elif [ -z "$GPU" ]; then fitting=cpu; fi
@@ -96,14 +96,14 @@ check_driver() {
     case "$TORCH_SOURCE" in
         default|*/cu13*) cuda=13 wanted=580 ;;
         */cu12*)         cuda=12 wanted=525 ;;
-        *) say "Cannot tell the CUDA version of $TORCH_SOURCE: the driver is checked after installation."; return ;;
+        *) say "Cannot tell the CUDA version of $TORCH_SOURCE: the driver will be checked after installation."; return ;;
     esac
     if [ "$major" -ge "$wanted" ]; then return; fi
     if [ "$major" -ge 525 ]; then other="with CUDA 12.6, which runs on driver 525 or newer: $AGAIN $WHEELS/cu126"; fi
     die "error: the NVIDIA driver is $DRIVER, but this torch $TORCH is built with CUDA $cuda:" \
         "  it needs driver $wanted or newer." \
         "  Update the driver, on Ubuntu for example:  sudo apt-get install nvidia-driver-580-server  (and reboot)" \
-        ${other:+"  or take torch $other"} "  or go on without the GPU: $AGAIN $WHEELS/cpu"
+        ${other:+"  or use torch $other"} "  or continue without the GPU: $AGAIN $WHEELS/cpu"
 }
 
 check_cuda() {
@@ -114,10 +114,10 @@ preset, why = resolve_preset("auto")
 if preset == "cpu":
     raise SystemExit(why)
 problem = compiler_problem()
-print("torch uses", why, *([f"\nNote: {problem}. Without it training runs uncompiled, and slower."] if problem else []))
+print("torch uses", why, *([f"\nNote: {problem}. Without it training runs uncompiled and slower."] if problem else []))
 ' 2>&1)" || die "error: torch cannot use the GPU: ${answer##*$'\n'}" \
-        "  Compare with nvidia-smi, and name the index of a build that fits the driver, for example:" \
-        "    $AGAIN $WHEELS/cu130" "  or go on without the GPU: $AGAIN $WHEELS/cpu"
+        "  Check the driver with nvidia-smi and use the index of a build that supports it, for example:" \
+        "    $AGAIN $WHEELS/cu130" "  or continue without the GPU: $AGAIN $WHEELS/cpu"
     say "$answer"
 }
 
@@ -125,22 +125,22 @@ try_extras() {
     if [ -f "$EXTRAS_TRIED" ]; then return; fi
     local package
     for package in $(sed '/^#/d' "$ROOT/requirements-gpu.txt"); do
-        # Wheels only: building flash-attn from source takes an hour or more, and nothing here needs it.
-        # The constraints keep a package from replacing torch.
+        # Wheels only: building flash-attn from source takes an hour or more, and it is optional.
+        # The constraints prevent packages from replacing torch.
         if limited 900 "$VENV_PYTHON" -m pip install --only-binary=:all: \
                 --constraint "$ROOT/constraints.txt" "$package" >/dev/null 2>&1 \
                 && in_venv -c "import ${package//-/_}" >/dev/null 2>&1; then
             say "Optional $package: installed."
         else
             "$VENV_PYTHON" -m pip uninstall --yes "$package" >/dev/null 2>&1 || true
-            say "Optional $package: no wheel that fits this torch; attention runs on PyTorch's own kernels."
+            say "Optional $package: no wheel for this torch; attention uses PyTorch's own kernels."
         fi
     done
     : > "$EXTRAS_TRIED"
 }
 
 find_python() {
-    # Every candidate is really run: version managers leave launchers on the PATH that only print an error.
+    # Run every candidate: version managers put shims on the PATH that only print an error.
     local candidate version refused=() candidates=("$ASKED_PYTHON")
     local advice="  On Ubuntu or Debian:  sudo apt-get install python3 python3-venv  (Ubuntu 22.04: python3.11-venv;"
     advice+=" older ones: from python.org, or  uv python install 3.12)"
@@ -150,29 +150,29 @@ find_python() {
         ) || true
     fi
     for candidate in ${candidates[@]+"${candidates[@]}"}; do
-        # In an activated .venv, "python3" is the very environment that may have to be rebuilt.
+        # In an activated .venv, "python3" is the environment that may need to be rebuilt.
         if [ -z "$ASKED_PYTHON" ] && [ "$(dirname "$candidate")" -ef "$VENV/bin" ]; then continue; fi
         version="$(python_of "$candidate" 2>/dev/null)" || { refused+=("  $candidate does not run"); continue; }
         version="${version%% *}"
         case " $PYTHONS " in *" $version "*) ;; *) refused+=("  $candidate is Python $version"); continue ;; esac
         if limited 30 "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then PYTHON="$candidate"; return; fi
-        refused+=("  $candidate is Python $version, but cannot make virtual environments")
+        refused+=("  $candidate is Python $version, but cannot create virtual environments")
         advice="  On Ubuntu or Debian:  sudo apt-get install python$version-venv"
     done
-    die "error: no Python 3.11 to 3.14 that can make a virtual environment." ${refused[@]+"${refused[@]}"} \
-        "$advice" "  or name another one:  bash setup_environment.sh --python /path/to/python3"
+    die "error: found no Python 3.11 to 3.14 that can create a virtual environment." ${refused[@]+"${refused[@]}"} \
+        "$advice" "  or choose one:  bash setup_environment.sh --python /path/to/python3"
 }
 
-facts() {  # the first line is what paths and compiled packages belong to: another one starts anew
+facts() {  # a change in the first line (paths, compiled packages) requires a rebuild
     say "root=$ROOT python=$(python_of "${ASKED_PYTHON:-$VENV_PYTHON}") torch_source=$TORCH_SOURCE"
     (cd "$ROOT" && cat requirements.txt requirements-dev.txt constraints.txt pyproject.toml)
 }
 
 environment_state() {  # ready | install: why | rebuild: why
-    if [ ! -e "$VENV" ]; then say "rebuild: there is none yet"; return; fi
+    if [ ! -e "$VENV" ]; then say "rebuild: it does not exist yet"; return; fi
     if [ -e "$STARTED" ]; then say "rebuild: an earlier set-up was interrupted"; return; fi
     if ! in_venv -c "import sys, pip; assert sys.version_info >= (3, 11)" 2>/dev/null; then
-        say "rebuild: its Python or pip does not run"; return
+        say "rebuild: its Python or pip does not work"; return
     fi
     if [ ! -f "$STAMP" ]; then say "install: not yet set up by this script"; return; fi
     local wanted found
@@ -183,7 +183,7 @@ environment_state() {  # ready | install: why | rebuild: why
         say "install: the requirements have changed"
     elif ! PIP_CONFIG_FILE=/dev/null in_venv -m pip --isolated install --dry-run --no-index --no-deps --no-cache-dir \
             -r "$ROOT/requirements-dev.txt" >/dev/null 2>&1; then
-        say "install: a package is missing or of another version"
+        say "install: a package is missing or has the wrong version"
     elif [ "$(in_venv -c 'import mvlm_core.settings as s; print(s.REPOSITORY_ROOT)' 2>/dev/null)" != "$ROOT" ]; then
         say "install: mvlm_core is not installed from this folder"
     else
@@ -196,7 +196,7 @@ prepare_environment() {  # prepare_environment "install: why" | "rebuild: why"
     if [ -L "$VENV" ] && [ "${state%%:*}" = rebuild ]; then
         die "error: .venv is a symbolic link and needs to be rebuilt (${state#*: }). Remove the link and run again."
     fi
-    # GB, with downloads: measured 1.3 installed for the CPU; the CUDA libraries add about 5, and 3 while they download.
+    # GB, including downloads: 1.3 measured for the CPU build; CUDA libraries add about 5, plus 3 while downloading.
     local needed=10 free
     if [ -n "$CPU_BUILD" ]; then needed=3; fi
     free="$(df -Pk "$ROOT" | awk 'NR == 2 { print int($4 / 1000000) }')"
@@ -207,8 +207,8 @@ prepare_environment() {  # prepare_environment "install: why" | "rebuild: why"
     if [ "${state%%:*}" = rebuild ]; then
         find_python
         say "Making .venv with $PYTHON"
-        if [ ! -d "$VENV" ]; then rm -f "$VENV"; fi  # a file of that name
-        "$PYTHON" -m venv --clear "$VENV" || die "error: $PYTHON could not make $VENV (its message is above)."
+        if [ ! -d "$VENV" ]; then rm -f "$VENV"; fi  # a file with that name
+        "$PYTHON" -m venv --clear "$VENV" || die "error: $PYTHON could not create $VENV (see its message above)."
     fi
     : > "$STARTED"
     rm -f "$STAMP" "$EXTRAS_TRIED"
@@ -216,23 +216,23 @@ prepare_environment() {  # prepare_environment "install: why" | "rebuild: why"
     facts > "$STAMP"
     rm -f "$STARTED"
     state="$(environment_state)"
-    if [ "$state" != ready ]; then die "error: after installation the environment is not whole: ${state#*: }"; fi
+    if [ "$state" != ready ]; then die "error: the environment is incomplete after installation: ${state#*: }"; fi
 }
 
 install_packages() {
     local index=()
-    say "Installing the packages of requirements-dev.txt; torch $TORCH comes from: $TORCH_SOURCE"
+    say "Installing the packages of requirements-dev.txt; torch $TORCH source: $TORCH_SOURCE"
     if [ "$TORCH_SOURCE" = cpu ]; then
-        # The package index serves the CUDA build on Linux, some 3 GB of it useless without a GPU.
-        # pip would retry for minutes where the other index cannot be reached.
+        # The default index serves the CUDA build on Linux, which needs 3 GB more. Check the CPU index first, because pip
+        # retries for minutes if it is unreachable.
         if "$VENV_PYTHON" -c "import sys, urllib.request as web; web.urlopen(sys.argv[1], timeout=10)" \
                 "$WHEELS/cpu/torch/" 2>/dev/null; then
             index=(--extra-index-url "$WHEELS/cpu")
         else
-            say "The index of CPU builds, $WHEELS/cpu, does not answer: torch comes from the package index."
+            say "The index of CPU builds, $WHEELS/cpu, is unreachable: installing torch from the default index."
         fi
     elif [ "$TORCH_SOURCE" != default ]; then
-        # Asked for by name: this build and no other. Its CUDA libraries may be on that index only.
+        # Install exactly the requested build. Its CUDA libraries may only be on that index.
         pip_install --no-deps --force-reinstall --index-url "$TORCH_SOURCE" "torch==$TORCH"
         index=(--extra-index-url "$TORCH_SOURCE")
     fi
@@ -241,8 +241,8 @@ install_packages() {
 
 pip_install() {
     "$VENV_PYTHON" -m pip install -c "$ROOT/constraints.txt" "$@" || die \
-        "error: pip could not install: $* (its message is above)." \
-        "  Is there a network connection? Run the same command again: what was downloaded is kept."
+        "error: pip could not install: $* (see its message above)." \
+        "  Check the network connection. Run the same command again: downloads are kept."
 }
 
 main() {
@@ -266,7 +266,7 @@ main() {
     rm -rf "$PIP_CACHE_DIR"
     say "" "Ready. Next:"
     if [ "$(pwd -P)" != "$ROOT" ]; then say "  cd $(printf '%q' "$ROOT")"; fi
-    say "  .venv/bin/python train_all_models.py     train, compare, check and pack both models" \
+    say "  .venv/bin/python train_all_models.py     train, compare, validate and package both models" \
         "  .venv/bin/python -m pytest               run the tests"
 }
 

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Train both models, compare them, pack them and check the results.
+"""Train, compare, package and validate both models.
 
     corpus -> model 1 -> model 2 -> test scores, evaluation suite and comparison -> archives -> validation
     -> report
 
-Run it again after an interruption and it continues where it stopped: finished stages are kept, a stopped
-training is resumed from its last checkpoint. Ctrl-C (or SIGTERM) lets the running trainer write a checkpoint
-first; Ctrl-C twice stops at once. A closed terminal stops nothing: the work continues, into the log files.
+If interrupted, run the same command again: finished stages are skipped and training resumes from its latest
+checkpoint. Ctrl-C (or SIGTERM) lets the running trainer save a checkpoint first; a second Ctrl-C stops at once.
+Closing the terminal does not stop the job; output continues in the log files.
 
-Exit codes: 0 done, 1 something failed (the other model still ran), 2 bad arguments or input, 130/143 stopped
-by a signal.
+Exit codes: 0 done, 1 something failed (the other model is still trained), 2 bad arguments or input, 130/143
+stopped by a signal.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mvlm_core.pipeline.stages import run_stages
 from mvlm_core.run_layout import Layout
 from mvlm_core.settings import DEFAULT_DATA_DIR, PRESET_NAMES, REPOSITORY_ROOT, TrainingSettings, add_options
 
-# In the order in which they run.
+# In execution order.
 TRAINERS = {
     "mvlm_gpt2": REPOSITORY_ROOT / "mvlm_trainer.py",
     "simone_enhanced": REPOSITORY_ROOT / "SIM-ONE Training" / "enhanced_train.py",
@@ -45,7 +45,7 @@ SCRIPTS = {
     "report": REPOSITORY_ROOT / "make_report.py",
 }
 PROMPT = "In the beginning God"  # for the download instructions
-# Settings of both trainers that this command passes on unchanged.
+# Trainer settings that this command passes on unchanged.
 PASSED_ON = (
     "batch_size max_length max_steps max_tokens max_bytes num_epochs num_models seed device processes gpus precision "
     "attention_backend validation_split eval_interval log_interval checkpoint_interval keep_checkpoints "
@@ -58,33 +58,33 @@ def make_parser() -> argparse.ArgumentParser:
     parser = command_line(__doc__)
     texts: dict[str, tuple[Any, str]] = {
         "preset": ("auto", f"one of {', '.join(PRESET_NAMES)}; auto: h200 with a CUDA device, else cpu [default auto]"),
-        "data_dir": (str(DEFAULT_DATA_DIR), "folder of .txt files; the default is built if it is missing or damaged"),
-        "work_dir": (str(REPOSITORY_ROOT), "where models/, logs/ and models_for_download/ go [this repository]"),
-        "formats": ((), f"also pack the models as {' or '.join(PACKAGES)}, or both: onnx,gguf; see export_formats.py"),
-        "models": ((*TRAINERS,), f"which models, separated by commas [default {','.join(TRAINERS)}]"),
+        "data_dir": (str(DEFAULT_DATA_DIR), "folder of .txt files; the default one is built if missing or damaged"),
+        "work_dir": (str(REPOSITORY_ROOT), "parent of models/, logs/ and models_for_download/ [this repository]"),
+        "formats": ((), f"also export to {' or '.join(PACKAGES)}, or both (onnx,gguf); see export_formats.py"),
+        "models": ((*TRAINERS,), f"models to train, comma-separated [default {','.join(TRAINERS)}]"),
     }
     for name, (default, text) in texts.items():
-        kind = listed if isinstance(default, tuple) else str
-        parser.add_argument(f"--{name}", default=default, type=kind, metavar="TEXT", help=text)
-    text = "train both models for so many hours together, half each: equal seconds; see the trainers' --help"
+        parse_value = comma_separated if isinstance(default, tuple) else str
+        parser.add_argument(f"--{name}", default=default, type=parse_value, metavar="TEXT", help=text)
+    text = "total training time of all models in hours, split equally between them; see the trainers' --help"
     parser.add_argument("--max_hours", type=float, metavar="X", help=text)
-    parser.add_argument("--fresh", action="store_true", help="delete what there is of these models and start again")
-    parser.add_argument("--dry_run", action="store_true", help="show what would run, and run nothing")
-    title = "passed on to both trainers (see their --help for defaults and presets)"
+    parser.add_argument("--fresh", action="store_true", help="delete existing results of these models and start over")
+    parser.add_argument("--dry_run", action="store_true", help="show what would run without running it")
+    title = "passed on to both trainers (their --help has defaults and presets)"
     add_options(parser, TrainingSettings, PASSED_ON, title=title)
     return parser
 
 
-def listed(text: str) -> tuple[str, ...]:
-    """The different names in a list with commas."""
+def comma_separated(text: str) -> tuple[str, ...]:
+    """Split a comma-separated list into unique names."""
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line, checked.
+    """Parse and check the command line.
 
     Raises:
-        UserError: with every problem at once.
+        UserError: with all problems at once.
     """
     options = make_parser().parse_args(arguments)
     options.settings = {name: value for name in PASSED_ON if (value := getattr(options, name)) is not None}
@@ -97,7 +97,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if name not in choices
     ]
     if not options.models:
-        problems.append(f"--models: names no model; choose from {', '.join(TRAINERS)}")
+        problems.append(f"--models: no model given; choose from {', '.join(TRAINERS)}")
     problems += [f"--formats {problem}" for problem in missing_packages(PACKAGES.keys() & {*options.formats})]
     if options.formats == ("gguf",) and "mvlm_gpt2" not in options.models:
         problems.append(f"--formats gguf: {NO_GGUF}")
@@ -139,12 +139,12 @@ def make_job(options: argparse.Namespace) -> Job:
 
 
 def build_corpus(quiet: bool) -> None:
-    """Build the default corpus where it is missing or damaged."""
+    """Build the default corpus if it is missing or damaged."""
     from bible_corpus import build
 
     if problems := build.corpus_problems(DEFAULT_DATA_DIR):
         log.info("corpus: %s%s", problems[0], f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
-        log.info("corpus: building it, once; this takes a few minutes")
+        log.info("corpus: building it; this takes a few minutes, the first time only")
         build.build_corpus(DEFAULT_DATA_DIR, quiet=quiet)
 
 
@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     with Signals() as signals:
         hardware = probe_hardware(job)
-        if not options.is_default_corpus:  # a folder of the user's own is checked before anything is written
+        if not options.is_default_corpus:  # check the user's own corpus before writing anything
             job.corpus()
             job.check_finished_models()
         layout = job.layout
@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
             log.info("train_all_models.py in %s, process %d", layout.root, os.getpid())
             try:
                 return run_stages(job, hardware, log_file, signals)
-            except BaseException as error:  # the console shows it as well, but may be closed by now
+            except BaseException as error:  # also shown on the console, but that may be closed by now
                 note(log_file, f"=== ended: {type(error).__name__}: {error}")
                 raise
 

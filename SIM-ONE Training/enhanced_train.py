@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train model 2, Enhanced SIM-ONE: rotary positions, SwiGLU, RMSNorm and governed attention."""
+"""Train model 2, Enhanced SIM-ONE: rotary position embeddings, SwiGLU, RMSNorm and governance heads."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from prioritary_mvlm.config import PrioritaryConfig
 
 OUTPUT_DIR = REPOSITORY_ROOT / "models" / "simone_enhanced"
 EXAMPLES = """examples:
-  python enhanced_train.py                       train with the preset that fits this machine
-  python enhanced_train.py --preset smoke        a minute, to see that everything works
+  python enhanced_train.py                       train with the preset for this machine
+  python enhanced_train.py --preset smoke        one-minute smoke test
   python enhanced_train.py --no_policy_head --coherence_weight 0.2
   python enhanced_train.py --init_from ../models/simone_enhanced --data_dir my_texts --output_dir ../models/further \\
       --replay ../mvlm_training_dataset_complete=0.2
-                                                 train a finished model further, on your own text
-Run it again after an interruption: it resumes from the newest checkpoint.
+                                                 fine-tune a trained model on your own text
+If interrupted, run the same command again: training resumes from the newest checkpoint.
 """
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train model 2, Enhanced SIM-ONE, with its defaults. enhanced_train.py has every setting."""
+"""Train model 2, Enhanced SIM-ONE, with default settings; enhanced_train.py takes flags."""
 
 import argparse
 import sys

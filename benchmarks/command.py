@@ -1,4 +1,4 @@
-"""What the commands of all benchmarks share: the parser, Markdown tables with their spreads, and ``--json``."""
+"""Helpers shared by all benchmark commands: argument parser, Markdown tables with spreads, and ``--json``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXIT_CODES = "Exit codes: 0 done, 1 something failed, 2 bad arguments, 130/143 s
 
 
 def new_parser(description: str | None, epilog: str = EXIT_CODES, *, json: bool = True) -> argparse.ArgumentParser:
-    """A parser whose help is the module's docstring, with ``--json`` where there are figures to keep."""
+    """Create a parser that shows the module docstring as help, with a ``--json`` option unless disabled."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=formatter)
     if json:
@@ -24,22 +24,22 @@ def new_parser(description: str | None, epilog: str = EXIT_CODES, *, json: bool 
 
 
 def whole_numbers(text: str) -> list[int]:
-    """The type of an option that takes whole numbers above 0, separated by commas."""
+    """Parse an option with comma-separated whole numbers above 0."""
     if not all(part.isdecimal() and int(part) > 0 for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text}: whole numbers above 0, separated by commas")
     return [int(part) for part in text.split(",")]
 
 
 def below_one(options: argparse.Namespace, *names: str) -> list[str]:
-    """A problem for each of these options that is below 1."""
+    """Return a problem for each of these options with a value below 1."""
     return [f"--{name} {vars(options)[name]}: at least 1" for name in names if vars(options)[name] < 1]
 
 
 def chosen(only: str | None, known: Iterable[str], default: Iterable[str] | None = None) -> list[str]:
-    """The names given to ``--only``, separated by commas; without any, ``default`` or all.
+    """Return the comma-separated names given to ``--only``; otherwise ``default``, otherwise all.
 
     Raises:
-        UserError: names that are unknown.
+        UserError: unknown names.
     """
     known = list(known)
     names = [name.strip() for name in only.split(",")] if only else list(known if default is None else default)
@@ -49,41 +49,41 @@ def chosen(only: str | None, known: Iterable[str], default: Iterable[str] | None
 
 
 def row(cells: Iterable[object]) -> str:
-    """A row of a Markdown table."""
+    """Format a row of a Markdown table."""
     return f"| {' | '.join(map(str, cells))} |"
 
 
 def head(columns: Sequence[str], left: int = 1) -> str:
-    """The first two lines of a Markdown table; all columns but the first ``left`` are aligned to the right."""
+    """Format the header of a Markdown table; all columns but the first ``left`` are right-aligned."""
     return row(columns) + "\n" + row("---" if number < left else "---:" for number in range(len(columns)))
 
 
 def table(columns: Sequence[str], rows: Iterable[Iterable[object]], left: int = 1) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     return "\n".join([head(columns, left), *map(row, rows)])
 
 
 def spread(
     values: Sequence[float], form: str = "{:.4f}", middle: Callable[[Sequence[float]], float] = statistics.mean
 ) -> str:
-    """``mean (least … most)``; the mean alone where all are shown alike."""
+    """Format ``mean (min … max)``, or only the mean if minimum and maximum look the same."""
     shown = [form.format(of(values)).replace("-", "−") for of in (middle, min, max)]
     return shown[0] if shown[1] == shown[2] else "{} ({} … {})".format(*shown)
 
 
 def deviation(values: Sequence[float]) -> str:
-    """``mean ± standard deviation``; the value alone where there is one."""
+    """Format ``mean ± standard deviation``, or a single value alone."""
     error = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.4f}{error}"
 
 
-def show(text: str, found: Any, options: argparse.Namespace) -> None:
-    """Print the tables, and write their figures to ``--json``."""
+def show(text: str, figures: Any, options: argparse.Namespace) -> None:
+    """Print the tables and write their figures to the ``--json`` file, if given."""
     print(text)
-    keep(found, options)
+    keep(figures, options)
 
 
-def keep(found: Any, options: argparse.Namespace) -> None:
-    """Write the figures to ``--json``, where that is given."""
+def keep(figures: Any, options: argparse.Namespace) -> None:
+    """Write the figures to the ``--json`` file, if given."""
     if options.json:
-        write_json_atomic(options.json, found)
+        write_json_atomic(options.json, figures)

@@ -1,4 +1,4 @@
-"""Ranks by ``fork``, where a process has imported everything already: for measurements and for the tests."""
+"""Start ranks with ``fork`` from a process that has already imported everything, for benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from mvlm_core.training.launch import MEMORY_VARIABLE, rank_environment, shared_
 
 
 def fork_ranks(world: int, folder: Path) -> int:
-    """Fork so that ``world`` processes go on, each ready to ``join`` as the rank that is returned.
+    """Fork into ``world`` processes and return each one's rank, ready to ``join`` the process group.
 
     Args:
-        folder: private to these ranks, and empty.
+        folder: an empty folder used only by these ranks.
     """
     import torch
 
@@ -25,5 +25,5 @@ def fork_ranks(world: int, folder: Path) -> int:
     if rank == 0:
         del os.environ[PARENT_VARIABLE]
     else:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads that a fork has not taken over
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads do not survive a fork
     return rank

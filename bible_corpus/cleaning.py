@@ -1,7 +1,7 @@
-"""From a package's marked-up Bible text to clean verses: substitutions for each translation, then for all.
+"""Clean the marked-up Bible text of a package: per-translation substitutions, then common ones.
 
-Every function here is pure. `build` calls `split_verses` (exact verse boundaries), then `clean_verses`. Repairs that
-need another translation to compare with are in `repairs`.
+All functions are pure. `build` calls `split_verses`, then `clean_verses`. Repairs that compare translations are in
+`repairs`.
 
 A verse id is book * 1,000,000 + chapter * 1,000 + verse, as in the packages.
 """
@@ -15,17 +15,17 @@ from collections.abc import Callable, Iterable, Mapping
 
 from bible_corpus.repairs import REPAIRS
 
-# Raised whenever a rule below changes what it writes: a corpus built by an older version is then built again.
+# Increment when a rule changes the output, so that older corpora are rebuilt.
 RULES_VERSION = 1
 
 ALLOWED_PUNCTUATION = frozenset(" .,;:!?'\"()-\u2013\u2014\u2018\u2019\u201c\u201d")
 
-# Windows-1252 characters that stand as C1 control characters (leeser), as what Windows meant by them;
-# no-break space and the soft hyphen are typesetting, not text.
+# Map C1 control characters (leeser) to the Windows-1252 characters they stand for, and remove typesetting characters
+# such as no-break spaces and soft hyphens.
 _CHARACTERS = {code: bytes([code]).decode("cp1252", errors="ignore") for code in range(0x80, 0xA0)}
 _CHARACTERS |= {0xA0: " ", 0xAD: "", 0x200B: "", 0x2060: "", 0xFEFF: "", 0x85: "...", 0x2026: "..."}
 
-# Names of the Hebrew letters that head the parts of an acrostic poem, in every spelling the packages use.
+# Hebrew letter names that head the stanzas of acrostic poems, in all spellings used by the packages.
 _LETTERS = (
     "ALEPH BETH BET BEIT GIMEL GHIMEL DALETH DALET DALED HE HEY HEH VAU VAV WAW ZAIN ZAYIN CHETH HETH CHET HET TETH "
     "TET JOD YOD YODH YUD CAPH KAPH KAF LAMED MEM NUN SAMECH SAMEKH AIN AYIN PE PEY PHE TSADDI TZADDI TZADE TZADI "
@@ -40,13 +40,12 @@ _LEADING_LETTER = re.compile(rf"^\W*(?:{_ANY_LETTER.title()})\.?\]?(?:\s+(?=[A-Z
 
 
 def split_verses(markup: str, verse_ids: Iterable[int]) -> tuple[dict[int, str], list[int]]:
-    """Cut the text at its `<sup>verse</sup>` marks; returns the verses by id, and ids after which text had no id.
+    """Split the text at its `<sup>verse</sup>` marks; return the verses by id, and the ids before each skipped text.
 
-    The packages' own index tables drift by a few characters a book in five translations (dr, gb, roth, wbs, bbe), so
-    that verses begin and end in mid-word; the marks stand in the right place in all of them. `verse_ids` are the keys
-    of the package's table in ascending order. A mark out of sequence repeats a number that has no id (once in tyn, six
-    times in wyc): its text is left out and named in the second result. Raises ValueError when the marks and the
-    ids do not fit together.
+    The packages' own index tables drift by a few characters per book in five translations (dr, gb, roth, wbs, bbe), so
+    that verses would start and end mid-word; the marks are correct in all of them. `verse_ids` are the keys of the
+    package's table. A mark out of sequence repeats a number that has no id (once in tyn, six times in wyc): its text is
+    skipped and reported in the second result. Raises ValueError if the marks do not match the ids.
     """
     ids = sorted(verse_ids)
     pieces = re.split(r"<sup>(\d+)</sup>", markup)
@@ -62,16 +61,15 @@ def split_verses(markup: str, verse_ids: Iterable[int]) -> tuple[dict[int, str],
     return verses, unnumbered
 
 
-# Translations whose text carries its own verse marks.
+# Translations whose text contains its own verse marks.
 RENUMBERED = frozenset({"wbs"})
 
 
 def renumber(verses: Mapping[int, str]) -> dict[int, str]:
-    r"""Follow the `\\chapter:verse\\` marks that wbs carries where its ids follow Hebrew chapters.
+    r"""Renumber verses by the `\\chapter:verse\\` marks of wbs, whose ids use Hebrew chapter numbering in places.
 
-    A mark at the head of a verse names the verse of the English Bible that the words belong to. Two pieces of one
-    verse (a psalm's title and its first verse) are joined in their order. A mark further in, and a stray backslash,
-    is only removed.
+    A mark at the start of a verse gives its English number. Parts of the same verse (a psalm's title and first verse)
+    are joined in order. Marks inside a verse and stray backslashes are removed.
     """
     renumbered: dict[int, str] = {}
     for verse_id, text in sorted(verses.items()):
@@ -84,7 +82,7 @@ def renumber(verses: Mapping[int, str]) -> dict[int, str]:
     return dict(sorted(renumbered.items()))
 
 
-# What any of the substitutions of `tidy` begins with; most verses have none of it.
+# Prefilter for the substitutions of `tidy`: most verses need none of them.
 _UNTIDY = re.compile(r"[,;:.!?][A-Za-z(,.;:\u201c\u2018-]|\w\(|\)[A-Za-z]|\s[,.;:!?)]|\([\s)]|^[.,;:!?)\u2014-]")
 _TIDY = (
     (r"([,;:!?])(?=[A-Za-z(])", r"\1 "),
@@ -107,14 +105,14 @@ Step = tuple[str, str] | Callable[[str], str]
 
 
 def _apply(steps: Iterable[Step], text: str) -> str:
-    """The substitutions (pattern, replacement) and functions of ``steps``, in their order."""
+    """Apply the substitutions (pattern, replacement) and functions of ``steps`` in order."""
     for step in steps:
         text = step(text) if callable(step) else re.sub(*step, text)
     return text
 
 
 def tidy(text: str) -> str:
-    """What every translation needs: known characters, single spaces, spaces where punctuation wants them, NFC."""
+    """Apply the cleaning that every translation needs: characters, whitespace, spacing of punctuation, NFC."""
     if not text.isascii():
         text = unicodedata.normalize("NFC", text.translate(_CHARACTERS))
     text = re.sub(r"\s+", " ", text).strip()
@@ -122,20 +120,20 @@ def tidy(text: str) -> str:
 
 
 def faults(text: str) -> list[str]:
-    """What the corpus contract forbids in a verse, found in `text`; empty for a clean verse."""
-    found = [f"character {c!r}" for c in sorted(set(text) - ALLOWED_PUNCTUATION) if not (c.isalpha() or c.isdigit())]
+    """List what makes `text` violate the corpus format; empty for a clean verse."""
+    problems = [f"character {c!r}" for c in sorted(set(text) - ALLOWED_PUNCTUATION) if not (c.isalpha() or c.isdigit())]
     if text != unicodedata.normalize("NFC", text):
-        found.append("not NFC")
+        problems.append("not NFC")
     if re.search(r"\s\s|^\s|\s$|\s[,.;:!?)]|\(\s", text):
-        found.append("stray space")
-    return found
+        problems.append("stray space")
+    return problems
 
 
 def space_quotes(text: str) -> str:
-    """Set the lost space beside a straight double quotation mark: before an opening one, after a closing one.
+    """Restore the missing space next to a straight double quote: before an opening one, after a closing one.
 
-    Marks with a space on one side are plain. One between punctuation and a letter closes if the last plain one before
-    it opened, opens if the last one closed; as the first of its verse it closes after `. ! ?` and opens after `, ; :`.
+    A quote with a space on one side is unambiguous. A quote between punctuation and a letter closes if the previous
+    quote opened and opens if it closed; the first one in a verse closes after `. ! ?` and opens after `, ; :`.
     """
     result: list[str] = []
     inside: bool | None = None
@@ -161,8 +159,8 @@ def space_quotes(text: str) -> str:
     return re.sub(r"(?<=[,:] \") (?=[A-Z])", "", text)
 
 
-# `[is]`: words the translators supplied, in italics in print. The words stay, the brackets go; so does the space in
-# `first- fruits` and `preparation -day`.
+# `[is]`: words supplied by the translators, italic in print. Keep the words, remove the brackets; also remove the space
+# in `first- fruits` and `preparation -day`.
 _BRACKETS = (
     (r"(?<=[a-z])\[(?!dess\]|can\])(?=[A-Za-z]{2,}\])", " "),
     (r"[\[\]]", ""),
@@ -294,10 +292,10 @@ CLEANERS: dict[str, tuple[Step, ...]] = {
 
 
 def clean_verse(translation: str, verse_id: int, text: str) -> str:
-    """One verse of `translation` by its rules; "" when nothing is left of it."""
+    """Clean one verse with the rules of `translation`; "" if nothing is left."""
     text = re.sub(r"\s\s+", "  ", text.replace("\n", " "))
-    wrong, right = REPAIRS.get((translation, verse_id), ("", ""))
-    text = _apply(CLEANERS[translation], text.replace(wrong, right) if wrong else text)
+    error, correction = REPAIRS.get((translation, verse_id), ("", ""))
+    text = _apply(CLEANERS[translation], text.replace(error, correction) if error else text)
     if verse_id // 10**6 in _ACROSTIC_BOOKS:
         text = _LEADING_LETTER.sub("", _UPPER_LETTER.sub(" ", text))
     text = tidy(text)
@@ -309,7 +307,7 @@ _FROM_VULGATE = frozenset({"dr", "wyc"})
 
 
 def _is_addition(verse_id: int) -> bool:
-    """The Greek parts of Esther and Daniel and the Prayer of Manasseh, by the numbers of the Latin Bible."""
+    """Whether this is a Greek addition to Esther or Daniel or the Prayer of Manasseh, by Vulgate numbering."""
     return (
         17_010_004 <= verse_id < 18_000_000
         or 27_003_024 <= verse_id <= 27_003_090
@@ -319,8 +317,8 @@ def _is_addition(verse_id: int) -> bool:
 
 
 def clean_verses(translation: str, verses: Mapping[int, str]) -> tuple[dict[int, str], Counter[str], int]:
-    """All verses of the 66 books by the rules of `translation`; how many were dropped for what reason; and how many
-    were repaired, that is, changed in their words and not only in marks and spaces."""
+    """Clean the verses of the 66 books; return them, drop counts by reason, and the number of repaired verses (those
+    whose words changed, not only punctuation and spaces)."""
     dropped: Counter[str] = Counter()
     repaired = 0
     cleaned: dict[int, str] = {}

@@ -1,7 +1,6 @@
 """Rules of King James grammar for minimal pairs: "thou hast", not "thou hath".
 
-Where the good form is also the more frequent one, word counts are enough to pass, so most wrong forms of one rule are
-the good forms of another.
+Most wrong forms of one rule are correct forms in another, so a model cannot pass by preferring the more frequent word.
 """
 
 from __future__ import annotations

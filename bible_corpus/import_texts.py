@@ -1,4 +1,4 @@
-"""Importing a user's texts into the corpus: read, cleaned, without duplicates and without held-out text."""
+"""Import a user's texts into the corpus: clean them and reject duplicates and copies of held-out text."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from mvlm_core.data.corpus import SPLITS, Corpus, Document, decode
 from mvlm_core.errors import UserError, printable
 from mvlm_core.files import output_folder_problems, read_regular
 
-FOLDER = "added"  # below the data folder; one folder per import
-KINDS = (".txt", ".md", ".markdown")
-SIZE_LIMIT = 1 << 30  # bytes of one file
-# A text that holds more of a held-out document is a copy of it, not a quotation: all train books of the corpus together
-# hold no more than 0.5 % of any held-out one (the audit in the corpus's README).
+FOLDER = "added"  # in the data folder; one subfolder per import
+SUFFIXES = (".txt", ".md", ".markdown")
+SIZE_LIMIT = 1 << 30  # bytes per file
+# A text containing more than this of a held-out document is a copy, not a quotation: all train books of the corpus
+# together contain at most 0.5 % of any held-out book (leak audit in the corpus's README).
 LEAK_LIMIT = 0.01
 
 
 @dataclass(frozen=True)
 class ImportedText:
-    """A text that can be added. ``shared``: how many of its n-grams are also in held-out text."""
+    """A text that can be added. ``shared``: number of its n-grams that also occur in held-out text."""
 
     path: str
     title: str
@@ -40,9 +40,9 @@ class ImportedText:
 
 @dataclass
 class Import:
-    """What a folder gives: texts to add, and for each other path why it is not added.
+    """Contents of a folder to import: texts to add, and rejected paths with the reason.
 
-    ``split`` is "train" where the corpus has held-out text already; None leaves it to the hash of the path.
+    ``split`` is "train" if the corpus already has held-out text; None assigns splits by the hash of the path.
     """
 
     source: Path
@@ -52,9 +52,9 @@ class Import:
 
 
 def plain_text(markdown: str) -> str:
-    """The words of a Markdown text: a line for each heading and list entry, paragraphs apart, no marks, code or HTML.
+    """Convert Markdown to plain text: one line per heading and list item, blank lines between paragraphs.
 
-    Front matter between two lines of ``---`` at the beginning is left out too.
+    Drops markup, code blocks, HTML, and front matter between ``---`` lines at the start.
     """
     from markdown_it import MarkdownIt
 
@@ -72,27 +72,27 @@ def plain_text(markdown: str) -> str:
 
 
 def cleaned(text: str) -> str:
-    """No control characters, no trailing spaces, at most one empty line in a row, one line break at the end."""
+    """Remove control characters and trailing spaces, collapse blank lines, and end with one line break."""
     text = re.sub(r"[^\S\n]+\n", "\n", text.replace("\t", " ") + "\n")
     text = "".join(c for c in text if c == "\n" or c.isprintable() or c.isspace())
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n") + "\n"
 
 
 def title_of(path: str, text: str, is_markdown: bool) -> str:
-    """The first heading of a Markdown text, else the file's name in words."""
+    """Return the first heading of a Markdown text, otherwise the file name as words."""
     heading = re.search(r"^#\s+(.+?)\s*#*$", text, re.M) if is_markdown else None
     return heading[1] if heading else re.sub(r"[-_]+", " ", Path(path).stem)
 
 
 def gather(source: Path, corpus: Corpus | None) -> Import:
-    """What of ``source`` can be added to ``corpus`` (None: there is none yet).
+    """Collect the texts in ``source`` that can be added to ``corpus`` (None if there is no corpus yet).
 
     Raises:
-        UserError: no such folder.
+        UserError: the folder does not exist.
     """
     if not source.is_dir():
         raise UserError(f"--add {source}: no such folder")
-    found = Import(source, "train" if corpus else None)
+    result = Import(source, "train" if corpus else None)
     known = {d.sha256: d.path for d in corpus.documents} if corpus else {}
     overlap = HeldOutOverlap(corpus)
     for file in sorted(source.rglob("*")):
@@ -100,16 +100,16 @@ def gather(source: Path, corpus: Corpus | None) -> Import:
         if file.is_dir() or any(part.startswith(".") for part in Path(path).parts):
             continue
         try:
-            found.texts.append(_read(file, path, known, overlap))
+            result.texts.append(_read(file, path, known, overlap))
         except (OSError, ValueError) as error:
-            found.refused[printable(path)] = getattr(error, "strerror", None) or str(error)
-    return found
+            result.refused[printable(path)] = getattr(error, "strerror", None) or str(error)
+    return result
 
 
 def _read(file: Path, path: str, known: dict[str, str], overlap: HeldOutOverlap) -> ImportedText:
-    """A text that can be added; its hash goes into ``known``. Raises OSError or ValueError with the reason if not."""
-    if file.suffix.lower() not in KINDS:
-        raise ValueError(f"only {' and '.join(KINDS[:2])} are read; save it as one of them")
+    """Read and check one text and add its hash to ``known``. Raises OSError or ValueError if it must be rejected."""
+    if file.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"only {' and '.join(SUFFIXES[:2])} files are read; convert it to one of them")
     path.encode()
     raw = decode(read_regular(file, SIZE_LIMIT))
     is_markdown = file.suffix.lower() != ".txt"
@@ -123,7 +123,7 @@ def _read(file: Path, path: str, known: dict[str, str], overlap: HeldOutOverlap)
 
 
 class HeldOutOverlap:
-    """Counts the n-grams that a text shares with the held-out documents of a corpus."""
+    """Count the n-grams that a text shares with the held-out documents of a corpus."""
 
     def __init__(self, corpus: Corpus | None) -> None:
         self._hasher = NgramHasher()
@@ -132,7 +132,7 @@ class HeldOutOverlap:
         self._all = np.unique(np.concatenate([np.zeros(0, np.uint64), *self._documents.values()]))
 
     def __call__(self, text: str) -> int:
-        """The n-grams of ``text``, repeats counted, that are in held-out text. Raises ValueError for a copy of it."""
+        """Count n-grams of ``text``, with repeats, that occur in held-out text. Raises ValueError if it is a copy."""
         ngrams = self._hasher([text])
         shared = int(np.isin(ngrams, self._all).sum())
         if shared:
@@ -140,39 +140,39 @@ class HeldOutOverlap:
             share, path = max((share, path) for path, share in shares.items())
             if share > LEAK_LIMIT:
                 raise ValueError(
-                    f"it holds {share:.1%} of {path}, which is kept for validation or test: trained on, it would make "
-                    "the scores worthless"
+                    f"contains {share:.1%} of {path}, which is held out for validation or test: training on it would "
+                    "invalidate the scores"
                 )
         return shared
 
 
-def add(found: Import, data_dir: Path) -> Path:
-    """Write the texts with their metadata below ``data_dir``; returns the folder. All of them, or none.
+def add(imported: Import, data_dir: Path) -> Path:
+    """Write the texts with their metadata atomically into a folder in ``data_dir`` and return it.
 
     Raises:
-        UserError: nothing to add, or the folder cannot be written or exists already.
+        UserError: nothing to add, or the folder already exists or cannot be written.
     """
-    target = data_dir / FOLDER / re.sub(r"[^\w.-]+", "-", found.source.resolve().name)
+    target = data_dir / FOLDER / re.sub(r"[^\w.-]+", "-", imported.source.resolve().name)
     problems = output_folder_problems(target, "--data_dir:")
     if target.exists():
-        problems.append(f"{target} exists already: remove it first, or rename the folder to add")
-    if not found.texts:
-        problems.append(f"--add {found.source}: holds nothing to add")
+        problems.append(f"{target} already exists: remove it, or rename the folder to add")
+    if not imported.texts:
+        problems.append(f"--add {imported.source}: contains nothing to add")
     if problems:
         raise UserError(problems)
     staging = target.with_name(f".{target.name}-{os.getpid()}")
     try:
-        for text in found.texts:
+        for text in imported.texts:
             data, file = text.text.encode(), (staging / text.path).with_suffix(".txt")
             file.parent.mkdir(parents=True, exist_ok=True)
-            if file.exists():  # a .txt and a .md of one name
+            if file.exists():  # a .txt and a .md with the same name
                 file = file.with_name(f"{Path(text.path).name}.txt")
             file.write_bytes(data)
             metadata: dict[str, Any] = {
                 "title": text.title,
-                "source": f"{found.source.name}/{text.path}",
+                "source": f"{imported.source.name}/{text.path}",
                 "category": "user data",
-                **({"split": found.split} if found.split else {}),
+                **({"split": imported.split} if imported.split else {}),
                 "word_count": len(text.text.split()),
                 "sha256": hashlib.sha256(data).hexdigest(),
             }
@@ -183,19 +183,19 @@ def add(found: Import, data_dir: Path) -> Path:
     return target
 
 
-def report(found: Import) -> list[str]:
-    """What would be added and what not, in lines."""
-    words = sum(len(text.text.split()) for text in found.texts)
-    size = sum(len(text.text.encode()) for text in found.texts)
-    lines = [f"{found.source}: {len(found.texts)} texts, {words:,} words, {size / 1e6:.2f} MB"]
-    for text in found.texts:
+def report(imported: Import) -> list[str]:
+    """Format the texts to add and the rejected files, one line each."""
+    words = sum(len(text.text.split()) for text in imported.texts)
+    size = sum(len(text.text.encode()) for text in imported.texts)
+    lines = [f"{imported.source}: {len(imported.texts)} texts, {words:,} words, {size / 1e6:.2f} MB"]
+    for text in imported.texts:
         shared = f"; {text.shared} n-grams of {LENGTH} words are also in held-out text" if text.shared else ""
         lines.append(f"  {text.path}: {text.title!r}, {len(text.text.split()):,} words{shared}")
-    return lines + [f"  not added: {path}: {reason}" for path, reason in found.refused.items()]
+    return lines + [f"  not added: {path}: {reason}" for path, reason in imported.refused.items()]
 
 
 def listing(corpus: Corpus) -> list[str]:
-    """The corpus as a table: by translation or folder its documents, words, splits, scores and loss weight."""
+    """Format the corpus as a table by translation or folder: documents, words, splits, scores and loss weight."""
     groups: dict[str, list[Document]] = {}
     for document in corpus.documents:
         groups.setdefault(document.translation or str(Path(document.path).parent), []).append(document)
@@ -217,7 +217,7 @@ def listing(corpus: Corpus) -> list[str]:
     name_width, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     lines = [row[0].ljust(name_width) + "".join(map("  {:>{}}".format, row[1:], widths)) for row in rows]
     lines.append(f"{len(corpus.documents):,} documents, {sum(d.size for d in corpus.documents) / 1e6:.1f} MB")
-    lines.append("weight: of the text in the content-alignment loss; the mean is 1")
+    lines.append("weight: weight of the text in the content-alignment loss, normalised to mean 1")
     return lines + [f"not used: {skipped.path}: {skipped.reason}" for skipped in corpus.skipped]
 
 

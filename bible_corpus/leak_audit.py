@@ -1,4 +1,4 @@
-"""How much of the held-out text is also in the train text: the audit that every build of the corpus prints."""
+"""Leak audit: how much held-out text also occurs in the train text. Every corpus build prints it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mvlm_core.console import progress
 
 
 def leak_audit(bibles: Mapping[str, Mapping[int, str]], quiet: bool = True) -> dict[str, dict[str, Any]]:
-    """How much of each held-out book is also in the train text, in n-grams of 13 words.
+    """Measure the overlap of each held-out book with the train text, in 13-grams of words.
 
-    For every held-out book: `share` of its n-grams, over all translations, that some train book of some translation
-    has; `share_kjv` the same for the primary translation's text alone (against the train text of all translations);
-    `train_books` that hold most of them, with the number each holds.
+    Returns by held-out book: `share`, the fraction of its n-grams (all translations) found in any train book of any
+    translation; `share_kjv`, the same for the primary translation's text only (against the train text of all
+    translations); `train_books`, the train books with the most matches and their counts.
     """
     hasher = NgramHasher()
     books: dict[tuple[int, str], list[str]] = defaultdict(list)
@@ -29,15 +29,15 @@ def leak_audit(bibles: Mapping[str, Mapping[int, str]], quiet: bool = True) -> d
     if not held:
         return {}
     held_ngrams = np.unique(np.concatenate(list(held.values())))
-    found: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(len(held_ngrams), bool))  # in a train book's n-grams?
+    matches: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(len(held_ngrams), bool))  # by train book
     train = {key: texts for key, texts in books.items() if key not in held}
     with progress(len(train), "leak audit", "book", quiet=quiet) as bar:
         for (number, _), texts in train.items():
             ngrams = hasher(texts)
             places = np.searchsorted(held_ngrams[:-1], ngrams)
-            found[number][places[held_ngrams[places] == ngrams]] = True
+            matches[number][places[held_ngrams[places] == ngrams]] = True
             bar.update()
-    seen = np.logical_or.reduce([np.zeros(len(held_ngrams), bool), *found.values()])
+    seen = np.logical_or.reduce([np.zeros(len(held_ngrams), bool), *matches.values()])
     audit = {}
     for number in sorted({number for number, _ in held}):
         by_translation = {
@@ -45,7 +45,7 @@ def leak_audit(bibles: Mapping[str, Mapping[int, str]], quiet: bool = True) -> d
         }
         every = np.concatenate(list(by_translation.values()))
         primary = by_translation.get(PRIMARY_TRANSLATION, every[:0])
-        counts = Counter({BOOKS[n - 1]: int(mask[np.unique(every)].sum()) for n, mask in found.items()})
+        counts = Counter({BOOKS[n - 1]: int(mask[np.unique(every)].sum()) for n, mask in matches.items()})
         audit[BOOKS[number - 1]] = {
             "split": HELD_OUT[BOOKS[number - 1]],
             "sequences": len(every),

@@ -1,4 +1,4 @@
-"""n-gram overlap: runs of words as 64-bit hashes, to find what two texts share. The leak audits count with it."""
+"""n-gram overlap: 64-bit hashes of word n-grams, used by the leak audits to find shared text."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Iterable
 
 import numpy as np
 
-LENGTH = 13  # words: long enough that only a quotation shares one (Brown et al. 2020, arXiv 2005.14165, appendix C)
+LENGTH = 13  # words: long enough that only quotations match (Brown et al. 2020, arXiv 2005.14165, appendix C)
 
 
 class NgramHasher:
-    """Texts to hashes of every ``LENGTH`` words in a row, in lower case and without punctuation.
+    """Hash every ``LENGTH``-gram of words, lower-cased and without punctuation.
 
-    Only hashes of the same hasher compare with each other.
+    Hashes are comparable only if they come from the same hasher.
     """
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
-        # Odd multipliers from a fixed seed: in 10**6 builds, two n-grams collide about once.
+        # Odd multipliers from a fixed seed: about one collision in 10**6 builds.
         random = np.random.default_rng(13)
         self._weights = random.integers(0, 2**63, LENGTH, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 
     def __call__(self, texts: Iterable[str]) -> np.ndarray:
-        """``[n-grams]`` uint64 of the concatenated texts."""
+        """Return the hashes of the concatenated texts, ``[n-grams]`` uint64."""
         numbers = self._numbers
         words = re.findall(r"[^\W_]+", re.sub(r"['\u2019]", "", " ".join(texts).lower()))
         ids = np.fromiter((numbers.setdefault(word, len(numbers)) for word in words), np.uint64, len(words))

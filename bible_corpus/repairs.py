@@ -1,6 +1,6 @@
-"""Errors of the packages' texts that no pattern finds in a single verse: slips, joined words, borrowed verses.
+"""Repairs that a pattern on a single verse cannot make: typos, joined words, verses copied from other translations.
 
-`REPAIRS` is applied to single verses by `cleaning`; `repair_across` to all translations at once, when they are clean.
+`cleaning` applies `REPAIRS` to single verses; `repair_across` runs on all cleaned translations together.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-# Single slips: (translation, verse id) -> (what the package has, what the verse says). Applied before the cleaning.
+# Typos: (translation, verse id) -> (text in the package, correction). Applied before cleaning.
 REPAIRS: dict[tuple[str, int], tuple[str, str]] = {
     ("akjv", 1033020): ("EleloheIsrael", "Elelohe-Israel"),
     ("akjv", 5032051): ("MeribahKadesh", "Meribah-Kadesh"),
@@ -65,8 +65,8 @@ def _joined(words: str) -> dict[str, str]:
     return {re.sub(r"[|-]", "", word): word for word in words.split()}
 
 
-# Joined words that the heuristics of `split_joined_words` miss, or that are too frequent for them, by translation: "|"
-# marks where something was lost, "-" a hyphen.
+# Joined words that the heuristics of `split_joined_words` miss or that are too frequent for them, by translation. "|"
+# marks a lost separator, "-" a lost hyphen.
 JOINED: dict[str, dict[str, str]] = {
     "dr": _joined("was|morning sending|for rest|in the|strength and|have to|them hath|loved in|all "),
     "etheridge": _joined("thirty|and men|in"),
@@ -85,7 +85,7 @@ JOINED: dict[str, dict[str, str]] = {
     "wmth": _joined("compassions|of"),
 }
 
-# Single words that the heuristics would split.
+# Words that the heuristics would split wrongly.
 NOT_JOINED = frozenset(
     (
         "saddlebags crossbreed damaged grapevine coastline irshemesh hakore alright fittest evilmerodach "
@@ -101,7 +101,7 @@ NOT_JOINED = frozenset(
     ).split()
 )
 
-# What was lost between two joined words: Rotherham's dash; in nheb and oeb the end of a line of poetry.
+# The lost separator, if not a space: Rotherham's dash. In nheb and oeb, line breaks of poetry were lost.
 JOINED_BY = {"roth": "\u2014"}
 POETRY_JOINED = frozenset({"nheb", "oeb", "roth"})
 VOCABULARY_SOURCES = ("kjv", "asv", "dar", "ylt", "web", "wbs", "leeser", "wmth")
@@ -124,12 +124,12 @@ _SUFFIXES = frozenset(
 
 
 def split_joined_words(text: str, translation: str, known: Mapping[str, int], own: Mapping[str, int]) -> str:
-    """Split joined words (`templemay`), with what was lost between them.
+    """Split joined words such as `templemay` and restore the separator.
 
-    `known` counts the lower-case words of other translations, `own` those of this one. Words in `JOINED` are always
-    split. In translations that lost line ends of poetry or dashes, a word is split where no other translation has it,
-    this one has it at most twice, and it consists of two frequent words of which neither could be an affix (or one is
-    a function word in a position where it cannot be an affix).
+    `known` counts the lower-case words of other translations, `own` the words of this one. Words in `JOINED` are always
+    split. In translations that lost line breaks or dashes, a word is split if no other translation has it, this one has
+    it at most twice, and it consists of two frequent words, neither of which could be an affix (or one of which is a
+    function word in a position where it cannot be an affix).
     """
     return re.sub(r"[A-Za-z]{4,}", lambda word: _split(word[0], translation, known, own), text)
 
@@ -161,7 +161,7 @@ def _are_two_words(first: str, second: str, weight: int, is_name: bool) -> bool:
 
 
 def count_words(texts: Iterable[str]) -> Counter[str]:
-    """How often each word (letters only, as written) stands in `texts`."""
+    """Count the words (letters only, case-sensitive) in `texts`."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(re.findall(r"[A-Za-z]+", text))
@@ -171,11 +171,11 @@ def count_words(texts: Iterable[str]) -> Counter[str]:
 def without_borrowed(
     verses: Mapping[int, str], donors: Iterable[Mapping[int, str]], known: Mapping[str, int]
 ) -> dict[int, str]:
-    """The verses that were not copied from another translation (gb).
+    """Drop verses that were copied from another translation (gb).
 
-    The package fills almost half of the Geneva Bible of 1599, whose spelling is its own, with verses of the King
-    James and Webster Bibles. A verse counts as copied if all its words are spelt as in those (`known`) and their
-    Jaccard similarity to the same verse in one of the `donors` is at least 0.7.
+    In the package, almost half of the Geneva Bible of 1599, which has its own spelling, consists of King James and
+    Webster verses. A verse counts as copied if all its words have a known spelling (`known`) and its word set has a
+    Jaccard similarity of at least 0.7 to the same verse in one of the `donors`.
     """
     donors = list(donors)
 
@@ -192,9 +192,9 @@ def without_borrowed(
 def repair_across(
     bibles: dict[str, dict[int, str]], dropped: dict[str, Counter[str]], repaired: dict[str, int]
 ) -> None:
-    """Apply the rules that compare translations, in place, and count what they do.
+    """Apply the rules that compare translations, in place, and count repairs and drops.
 
-    Translations of `VOCABULARY_SOURCES` and donors that are not among `bibles` are left out of the comparison.
+    Translations of `VOCABULARY_SOURCES` and donors that are missing from `bibles` are not used for comparison.
     """
     known = count_words(text.lower() for name in VOCABULARY_SOURCES for text in bibles.get(name, {}).values())
     for name in sorted((JOINED.keys() | POETRY_JOINED) & bibles.keys()):
@@ -210,12 +210,11 @@ def repair_across(
 
 
 def quality_scores(bibles: Mapping[str, Mapping[int, str]], repaired: Mapping[str, int]) -> dict[str, float]:
-    """The `quality_score` of every translation, 0 to 10: 6 points for words, 2 for completeness, 2 for soundness.
+    """Compute each translation's `quality_score`, 0 to 10: 6 points for words, 2 for completeness, 2 for soundness.
 
-    Words: the share of running words that at least one other translation in modern spelling has too (old spelling
-    and scanning errors lower it). Completeness: verses as a share of those that the King James Version has in
-    the same books. Soundness: the share of verses that needed no repair of their words (a verse that two rules
-    repaired counts twice). Without translations to compare with, the result is empty.
+    Words: share of word tokens that also occur in another translation with modern spelling (old spelling and OCR errors
+    lower it). Completeness: number of verses relative to the King James Version in the same books. Soundness: share of
+    verses without word repairs (a verse repaired by two rules counts twice). Empty if there is nothing to compare with.
     """
     vocabulary = {
         name: {word.lower() for word in count_words(bibles[name].values())}

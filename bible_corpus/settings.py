@@ -1,4 +1,4 @@
-"""What the presets read of this corpus."""
+"""Preset values specific to the Bible corpus."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mvlm_core.settings import CONTINUED, TrainingSettings
 
 @dataclass
 class BibleSettings(TrainingSettings):
-    """Training settings whose small presets weight or select the primary translation."""
+    """Training settings whose small presets upweight or select the primary translation."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        # Half of the text that is read is the primary translation, the other half all translations alike.
+        # Half of the training text is the primary translation, the other half all translations equally.
         "cpu": {"train_mix": f"bible/{PRIMARY_TRANSLATION}=16"},
         "smoke": {"data_subset": f"bible/{PRIMARY_TRANSLATION}"},
-        CONTINUED: {"train_mix": None, "data_subset": None},  # the text is the user's
+        CONTINUED: {"train_mix": None, "data_subset": None},  # fine-tuning uses the user's text
     }

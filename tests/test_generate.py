@@ -67,7 +67,7 @@ def test_the_trace_has_a_row_for_each_token(trained, capsys):
 
 
 def test_a_gpt2_has_no_trace(trained):
-    with pytest.raises(UserError, match="reports no traces"):
+    with pytest.raises(UserError, match="has no trace head"):
         generate.main([str(trained / "mvlm_gpt2"), PROMPT, "--trace", "--device", "cpu"])
 
 
@@ -93,7 +93,7 @@ def test_every_bad_argument_is_named_in_one_message(tmp_path):
 
 
 def test_a_prompt_that_fills_the_context_is_refused(trained):
-    with pytest.raises(UserError, match="reads 32 at once"):
+    with pytest.raises(UserError, match="context is 32"):
         generate.main([str(trained / "mvlm_gpt2"), "and it came to pass " * 40, "--device", "cpu"])
 
 

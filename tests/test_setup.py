@@ -250,7 +250,7 @@ def test_missing_package_is_installed(machine: Machine) -> None:
     assert "a package is missing" in answer.stdout
     assert not any("-m venv" in line for line in machine.logged())
     assert any("requirements-dev.txt" in line for line in machine.logged())
-    assert answer.returncode == 1 and "not whole" in answer.stderr  # the stand-in installs nothing
+    assert answer.returncode == 1 and "incomplete after installation" in answer.stderr  # the stand-in installs nothing
 
 
 def test_package_of_another_checkout_is_replaced(machine: Machine) -> None:

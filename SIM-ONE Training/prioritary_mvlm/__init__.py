@@ -1,6 +1,6 @@
-"""Model 2's training: settings, tokenizer, losses and trainer.
+"""Training code of model 2: settings, tokenizer, losses and trainer.
 
-Names are imported on first use, so that the settings alone answer ``--help`` without loading torch.
+Submodules are imported lazily, so that ``--help`` needs only the settings and does not load torch.
 """
 
 from importlib import import_module

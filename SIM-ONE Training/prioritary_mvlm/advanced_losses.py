@@ -1,7 +1,7 @@
-"""Model 2's training loss: accuracy, content alignment and coherence, each a proper score of real text.
+"""Training loss of model 2: accuracy, content alignment and coherence.
 
-Every part is a cross-entropy of tokens of the corpus, so none can fall without the model predicting text better: no
-constant output, saturated gate or repeated text satisfies any of them.
+Each part is a cross-entropy on corpus tokens, so it can only fall if the model predicts the text better: a constant
+output, a saturated gate or repeated text does not lower it.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from simone_transformer.rope_attention import Pointing
 
 
 class ComprehensiveTrainingLoss(nn.Module):
-    """The weighted sum of three parts.
+    """Weighted sum of three loss terms.
 
     - **accuracy**: next-token cross-entropy.
-    - **content alignment**: the same, each token weighted by its document's ``quality_score × biblical_alignment``
-      scaled to mean 1 over the train text.
-    - **coherence**: cross-entropy of the token after the next one, predicted from the same hidden states through an
-      adapter that is used in training only. Its weight falls linearly to 0 at ``coherence_until`` of the run,
-      because predicting further ahead holds small models back when it stays (Gloeckle et al., arXiv 2404.19737).
+    - **content alignment**: next-token cross-entropy with each token weighted by its document's
+      ``quality_score × biblical_alignment``, normalised to mean 1 over the train text.
+    - **coherence**: cross-entropy of the token after the next one, predicted from the same hidden states through a
+      training-only adapter. Its weight decays linearly to 0 at the fraction ``coherence_until`` of the run, because
+      multi-token prediction hurts small models if kept throughout (Gloeckle et al., arXiv 2404.19737).
 
     Args:
         hidden_dim: width of the hidden states.
-        accuracy_weight, alignment_weight, coherence_weight: non-negative; a part of weight 0 costs nothing.
-        loss_kernel: of ``linear_cross_entropy``.
+        accuracy_weight, alignment_weight, coherence_weight: non-negative; a term with weight 0 costs nothing.
+        loss_kernel: the ``kernel`` of ``linear_cross_entropy``.
     Raises:
-        ValueError: a negative weight, or neither accuracy nor alignment.
+        ValueError: a weight is negative, or accuracy and alignment are both 0.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ComprehensiveTrainingLoss(nn.Module):
             raise ValueError("loss weights must not be negative")
         if accuracy_weight + alignment_weight == 0:
             raise ValueError(
-                "accuracy_weight and alignment_weight must not both be 0: nothing would predict the next token"
+                "accuracy_weight and alignment_weight must not both be 0: the model would have no next-token loss"
             )
         self.accuracy_weight, self.alignment_weight = accuracy_weight, alignment_weight
         self.coherence_weight, self.coherence_until = coherence_weight, coherence_until
@@ -58,13 +58,13 @@ class ComprehensiveTrainingLoss(nn.Module):
             nn.init.zeros_(self.ahead.weight)
 
     def coherence_weight_at(self, progress: float) -> float:
-        """The coherence part's weight at this share of the run (0 … 1)."""
+        """Weight of the coherence term at this fraction of the run (0 … 1)."""
         if self.ahead is None or progress >= self.coherence_until:
             return 0.0
         return self.coherence_weight * (1 - progress / self.coherence_until)
 
     def idle_parameters(self, progress: float) -> list[nn.Parameter]:
-        """Those without a gradient at this share of the run: the coherence adapter's, once its weight is 0."""
+        """Parameters that get no gradient at this point: the coherence adapter's, once its weight is 0."""
         return [] if self.ahead is None or self.coherence_weight_at(progress) > 0 else list(self.ahead.parameters())
 
     def forward(
@@ -76,27 +76,27 @@ class ComprehensiveTrainingLoss(nn.Module):
         progress: float,
         pointing: Pointing | None = None,
     ) -> StepLoss:
-        """Score one micro-batch.
+        """Compute the loss of one micro-batch.
 
         Args:
-            hidden: ``[batch, seq, hidden_dim]``, the model's last hidden states.
+            hidden: ``[batch, seq, hidden_dim]``, the last hidden states.
             output_weight: ``[vocab, hidden_dim]``, the output embedding.
-            targets: ``[batch, seq]``, each position's next token.
+            targets: ``[batch, seq]``, next-token ids.
             document_weights: ``[batch, seq]``, mean 1 over the train text.
-            progress: share of the run that is done.
-            pointing: where the model's pointer head points, which the first two parts score as well.
+            progress: fraction of the run completed.
+            pointing: the pointer head's output, mixed into the prediction for the first two terms.
         """
         token_weights = None
         if self.alignment_weight > 0 or self.accuracy_weight != 1:
             token_weights = self.accuracy_weight + self.alignment_weight * document_weights
-        score = partial(linear_cross_entropy, kernel=self.loss_kernel)
-        mixture = None if pointing is None else (pointing.vocabulary, pointing.at(targets))
-        total, nll = score(hidden, output_weight, targets, token_weights, mixture=mixture)
+        cross_entropy = partial(linear_cross_entropy, kernel=self.loss_kernel)
+        mixture = None if pointing is None else (pointing.vocabulary, pointing.log_prob(targets))
+        total, nll = cross_entropy(hidden, output_weight, targets, token_weights, mixture=mixture)
         parts = {"accuracy_loss": nll.mean(), "alignment_loss": (nll * document_weights).mean()}
         weight = self.coherence_weight_at(progress)
         if self.ahead is not None and weight > 0:
             early = hidden[:, :-1]
-            ahead, _ = score(early + self.ahead(early), output_weight, targets[:, 1:])
-            total = total + weight * ahead
-            parts["coherence_loss"] = ahead.detach()
+            coherence, _ = cross_entropy(early + self.ahead(early), output_weight, targets[:, 1:])
+            total = total + weight * coherence
+            parts["coherence_loss"] = coherence.detach()
         return StepLoss(total, parts["accuracy_loss"], parts)

@@ -11,16 +11,16 @@ from mvlm_core.data.tokenizer import ByteLevelBPE
 
 DEFAULT_VOCABULARY = 32_000
 
-# A word takes the blank before it along; digits go by threes at most; punctuation stays together, with the line break
-# behind it: a verse's end is one token more often than two.
+# A word includes the preceding space; digits split into groups of at most three; a run of punctuation includes the
+# following line break, so that the end of a verse is usually one token instead of two.
 _PIECES = r" ?\p{L}+(?:['\u2019]\p{L}+)?| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 class AdvancedBPETokenizer(ByteLevelBPE):
-    """``train(texts, vocab_size)``, ``encode(str)``, ``decode(ids)``, ``save(dir)``, ``load(dir)``.
+    """Byte-level BPE with its own pre-tokenizer: ``train``, ``encode``, ``decode``, ``save`` and ``load``.
 
-    The corpus marks verses and chapters by line breaks, which are ordinary text, so there are no structural tokens
-    beside ``<bos>`` and ``<eos>`` around each document.
+    Verses and chapters are separated by line breaks, which are ordinary text, so the only structural tokens are
+    ``<bos>`` and ``<eos>`` around each document.
     """
 
     SPECIAL_TOKENS: ClassVar[dict[str, str]] = {

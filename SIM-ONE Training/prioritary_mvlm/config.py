@@ -11,11 +11,11 @@ from bible_corpus.settings import BibleSettings
 from mvlm_core.settings import CONTINUED, option
 from mvlm_core.training.init_from import inherit
 
-NAME = "simone_enhanced"  # of the export folder and the archive
-# The modelling files that ship in each export: the only code that an export may hold.
+NAME = "simone_enhanced"  # name of the export folder and the archive
+# The modelling files that ship in each export, and the only code an export may contain.
 MODELLING_FILES = Path(__file__).resolve().parent.parent / "simone_transformer"
 
-# Best for short runs on a CPU (measured: benchmarks/LOG.md).
+# Best settings for short CPU runs (measured: benchmarks/LOG.md).
 SMALL = {
     "optimizer": "muon",
     "learning_rate": 0.03,
@@ -30,10 +30,10 @@ _own = partial(option, identity=True)
 
 @dataclass
 class PrioritaryConfig(BibleSettings):
-    """Every setting of an Enhanced SIM-ONE run.
+    """Settings of an Enhanced SIM-ONE run.
 
-    ``PrioritaryConfig()`` is the preset that fits this machine; ``PrioritaryConfig(preset="smoke", max_steps=10)``
-    changes one value. See ``TrainingSettings`` for what both models share.
+    ``PrioritaryConfig()`` uses the preset for this machine; ``PrioritaryConfig(preset="smoke", max_steps=10)``
+    overrides one value. ``TrainingSettings`` has the settings that both models share.
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -47,36 +47,36 @@ class PrioritaryConfig(BibleSettings):
         },
         "cpu": SMALL,
         "smoke": SMALL,
-        CONTINUED: {"coherence_weight": 0.0},  # its adapter is not in the export
+        CONTINUED: {"coherence_weight": 0.0},  # the export does not contain the coherence adapter
     }
 
     adamw_learning_rate: float = _own(
-        3e-3, "peak learning rate of what muon leaves to adamw: embeddings, heads, vectors", "optimisation", above=0
+        3e-3, "peak learning rate of AdamW for what Muon skips: embeddings, heads, vectors", "optimisation", above=0
     )
     output_head: str = _own(
-        "tied", "the output matrix: tied to the input embedding, or its own", "model", choices=("tied", "own")
+        "tied", "output matrix: tied to the input embedding, or separate", "model", choices=("tied", "own")
     )
-    policy_head: bool = _own(True, "gates on what each attention head and the memory's pointer say", "governance")
-    memory_head: bool = _own(True, "shifted keys, a value residual, and a pointer that copies", "governance")
-    trace_head: bool = _own(True, "traces of the other heads and the attention", "governance")
-    accuracy_weight: float = _own(0.5, "weight of next-token cross-entropy", "loss", minimum=0)
-    alignment_weight: float = _own(0.5, "weight of the same, weighted by document quality", "loss", minimum=0)
-    coherence_weight: float = _own(0.3, "starting weight of predicting the token after the next", "loss", minimum=0)
-    coherence_until: float = _own(
-        0.5, "share of the run after which the coherence weight is 0", "loss", above=0, maximum=1
+    policy_head: bool = _own(True, "gates on each attention head's output and on the pointer", "governance")
+    memory_head: bool = _own(True, "shifted keys, a value residual and a copying pointer", "governance")
+    trace_head: bool = _own(True, "per-token traces of the other heads and of attention", "governance")
+    accuracy_weight: float = _own(0.5, "weight of the next-token cross-entropy", "loss", minimum=0)
+    alignment_weight: float = _own(
+        0.5, "weight of the next-token cross-entropy weighted by document quality", "loss", minimum=0
     )
+    coherence_weight: float = _own(0.3, "initial weight of predicting the token after the next", "loss", minimum=0)
+    coherence_until: float = _own(0.5, "fraction of the run where that weight reaches 0", "loss", above=0, maximum=1)
 
     def inherit(self) -> list[str]:
         return inherit(self, NAME)
 
     def problems(self) -> list[str]:
-        found = super().problems()
+        problems = super().problems()
         if isinstance(self.hidden_dim, int) and self.num_heads > 0 and self.hidden_dim % self.num_heads == 0:
             if (self.hidden_dim // self.num_heads) % 4:
-                found.append(
-                    f"--hidden_dim {self.hidden_dim} over --num_heads {self.num_heads} gives heads of a width of "
-                    f"{self.hidden_dim // self.num_heads}; rotary positions and the memory head need a multiple of 4"
+                problems.append(
+                    f"--hidden_dim {self.hidden_dim} over --num_heads {self.num_heads} gives a head dimension of "
+                    f"{self.hidden_dim // self.num_heads}; rotary embeddings and the memory head need a multiple of 4"
                 )
         if self.accuracy_weight == 0 and self.alignment_weight == 0:
-            found.append("--accuracy_weight and --alignment_weight are both 0: nothing would predict the next token")
-        return found
+            problems.append("--accuracy_weight and --alignment_weight are both 0: no next-token loss would be left")
+        return problems

@@ -1,4 +1,4 @@
-"""The trainer of model 2: its part of the training run that both models share."""
+"""Trainer of model 2: the model-specific part of the shared training run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from simone_transformer.rope_attention import Pointing, point
 def model_config(
     config: PrioritaryConfig, tokenizer: ByteLevelBPE, attention_backend: str = "sdpa"
 ) -> EnhancedSIMONEConfig:
-    """The model's shape from the run's settings: fields of the same name are copied, the others are listed here."""
+    """Return the model config for these settings: fields with the same name are copied, the rest are mapped here."""
     names = [entry.name for entry in fields(EnhancedSIMONEConfig) if hasattr(config, entry.name)]
     shape: dict[str, Any] = {name: getattr(config, name) for name in names}
     shape |= {
@@ -49,28 +49,28 @@ def model_config(
 
 
 def build(config: PrioritaryConfig, tokenizer: ByteLevelBPE, hardware: Hardware) -> BuiltModel:
-    """A fresh model with its loss and optimizers."""
+    """Build a new model with its loss and optimizers."""
     model = EnhancedSIMONEModel(model_config(config, tokenizer, hardware.attention_backend))
     return add_training(model, config, hardware)
 
 
 def add_training(model: EnhancedSIMONEModel, config: PrioritaryConfig, hardware: Hardware) -> BuiltModel:
-    """The model with its loss and optimizers."""
+    """Add the loss, the teacher if any, and the optimizers to a model."""
     weights = {name: getattr(config, name) for name in signature(ComprehensiveTrainingLoss).parameters}
-    score = ComprehensiveTrainingLoss(**weights | {"loss_kernel": hardware.loss_kernel})
-    modules: dict[str, nn.Module] = {"model": model, "loss": score}
+    criterion = ComprehensiveTrainingLoss(**weights | {"loss_kernel": hardware.loss_kernel})
+    modules: dict[str, nn.Module] = {"model": model, "loss": criterion}
     teacher = load_teacher(config, EnhancedSIMONEModel, hardware.device)
     layer, pointer = hardware.compiled(run_layer), hardware.compiled(point)
 
     def loss(inputs: Tensor, targets: Tensor, document_weights: Tensor, share_done: float) -> StepLoss:
         hidden, pointing = model.hidden_states(inputs, layer_function=layer, point_function=pointer)
-        scored = score(hidden, model.lm_head.weight, targets, document_weights, share_done, pointing)
+        step_loss = criterion(hidden, model.lm_head.weight, targets, document_weights, share_done, pointing)
         if teacher is None:
-            return scored
+            return step_loss
         with torch.no_grad():
-            taught = teacher.hidden_states(inputs, layer_function=layer, point_function=pointer)
+            target = teacher.hidden_states(inputs, layer_function=layer, point_function=pointer)
         student = partial(log_probabilities, model, hidden, pointing)
-        return distilled(scored, inputs, config.vocab_size, student, partial(log_probabilities, teacher, *taught))
+        return distilled(step_loss, inputs, config.vocab_size, student, partial(log_probabilities, teacher, *target))
 
     optimizers = build_optimizers(
         ((f"{prefix}.{name}", p) for prefix, module in modules.items() for name, p in module.named_parameters()),
@@ -81,15 +81,18 @@ def add_training(model: EnhancedSIMONEModel, config: PrioritaryConfig, hardware:
         embedding_names=("embed_tokens", "lm_head", "policy_head", "memory_head"),
         muon_dtype=hardware.muon_dtype,
     )
-    return BuiltModel(model, modules, loss, optimizers, idle=score.idle_parameters)
+    return BuiltModel(model, modules, loss, optimizers, idle=criterion.idle_parameters)
 
 
 def log_probabilities(
     model: EnhancedSIMONEModel, hidden: Tensor, pointing: Pointing | None, sequences: slice
 ) -> Tensor:
-    """``[sequences, seq, vocab]`` from what ``hidden_states`` returned, for these sequences, in float32 at least."""
-    there = None if pointing is None else Pointing(*(part[sequences] for part in pointing))
-    logits = model.predict(hidden[sequences], there)
+    """Return log probabilities ``[sequences, seq, vocab]`` of these sequences, in float32 or wider.
+
+    ``hidden`` and ``pointing`` are the results of ``hidden_states``.
+    """
+    selected = None if pointing is None else Pointing(*(part[sequences] for part in pointing))
+    logits = model.predict(hidden[sequences], selected)
     return logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -97,8 +100,8 @@ RECIPE = Recipe(
     name=NAME,
     title="Enhanced SIM-ONE",
     description=(
-        "A decoder with rotary positions, SwiGLU, RMSNorm and governed attention (policy, memory and trace heads), "
-        "trained from nothing on English Bible translations in the public domain."
+        "A decoder with rotary position embeddings, SwiGLU, RMSNorm and governance heads (policy, memory and trace), "
+        "trained from scratch on English Bible translations in the public domain."
     ),
     remote_code=True,
     tokenizer_class=AdvancedBPETokenizer,
@@ -107,21 +110,21 @@ RECIPE = Recipe(
 
 
 class EnhancedPrioritaryTrainer:
-    """``EnhancedPrioritaryTrainer(config, data_dir, output_dir).train()`` trains, exports and scores model 2.
+    """Train, export and evaluate model 2: ``EnhancedPrioritaryTrainer(config, data_dir, output_dir).train()``.
 
     Args:
-        config: the settings; its own ``data_dir`` and ``output_dir`` are replaced by the two that follow.
+        config: the settings; ``data_dir`` and ``output_dir`` override the ones in it.
     """
 
     def __init__(self, config: PrioritaryConfig, data_dir: Path | str, output_dir: Path | str) -> None:
         self.config = replace(config, data_dir=str(data_dir), output_dir=str(output_dir))
 
     def train(self) -> Path:
-        """Train to the end, resuming an interrupted run; returns the export folder.
+        """Train to the end, resuming an interrupted run, and return the export folder.
 
         Raises:
-            UserError: bad settings or input, every problem named.
-            Stopped: by SIGINT or SIGTERM, after a checkpoint.
+            UserError: invalid settings or input, with every problem.
+            Stopped: SIGINT or SIGTERM, after a checkpoint was saved.
             TrainingFailed: the run cannot continue.
         """
         return run_training(RECIPE, self.config)

@@ -1,4 +1,4 @@
-"""The Enhanced SIM-ONE model. It stands on torch and transformers alone, because it ships inside each export."""
+"""The Enhanced SIM-ONE model. It imports only torch and transformers, because it ships inside each export."""
 
 from .enhanced_model import EnhancedSIMONEConfig, EnhancedSIMONEModel, EnhancedSIMONEOutput
 from .modern_layers import RMSNorm, SwiGLU, swiglu_width

@@ -1,8 +1,8 @@
-"""Enhanced SIM-ONE: a decoder with rotary positions, SwiGLU, RMSNorm and governance heads, as a transformers model.
+"""Enhanced SIM-ONE as a transformers model: a decoder with rotary embeddings, SwiGLU, RMSNorm and governance heads.
 
-Training reads ``EnhancedSIMONEModel.hidden_states`` and ``EnhancedSIMONEBlock``.
+Training calls ``EnhancedSIMONEModel.hidden_states`` and ``EnhancedSIMONEBlock``; inference calls ``forward``.
 
-This file and the two beside it travel inside every exported model, so they import nothing else of this repository.
+This file and the two others in this folder ship inside each export, so they import nothing else from this repository.
 """
 
 from __future__ import annotations
@@ -32,19 +32,20 @@ from .rope_attention import (
     point,
 )
 
-# How far above every token of the context the pointer's sentinel starts: with almost all of the prediction.
+# Initial logit of the pointer's sentinel above the highest possible token score, so that training starts with almost
+# all probability mass on the vocabulary.
 POINTER_START = 4.0
-COPIED = "share of the token's probability that was copied from a like place earlier in the text"
+COPIED = "share of the token's probability that the pointer copied from the context"
 
 
 class EnhancedSIMONEConfig(PreTrainedConfig):
-    """Shape and switches of the model.
+    """Model shape and switches.
 
     Attributes:
-        intermediate_size: SwiGLU's own inner width (``swiglu_width`` gives it from a classic width); 0: of four widths.
-        policy_head, memory_head: the governance heads that change what is computed; off costs nothing.
-        trace_head: whether ``output_traces=True`` may be asked for.
-        hidden_dropout: on the embedding and on what each half layer adds, in training only.
+        intermediate_size: SwiGLU width; 0 means ``swiglu_width(4 * hidden_size)``.
+        policy_head, memory_head: enable the governance heads that change the output; a disabled head costs nothing.
+        trace_head: allow ``output_traces=True``.
+        hidden_dropout: dropout on the embedding and on each residual branch, in training only.
         attention_backend: "sdpa", "flash_attn", "xformers" or "eager".
     """
 
@@ -77,10 +78,10 @@ class EnhancedSIMONEConfig(PreTrainedConfig):
 
 
 class EnhancedSIMONEBlock(GradientCheckpointingLayer):
-    """One layer: governed attention, then SwiGLU, each on the normalised stream and added back to it.
+    """Pre-norm transformer layer: attention with governance heads, then SwiGLU, each with a residual connection.
 
-    With a memory head SwiGLU also reads the attention's value of the previous token, by a learned gain (after the
-    short convolutions of Canon layers, Allen-Zhu 2025, but of what the cache holds anyway).
+    With the memory head, SwiGLU also reads the previous token's attention value, scaled by a learned gain. This follows
+    the short convolutions of Canon layers (Allen-Zhu 2025), but uses only what the KV cache already holds.
     """
 
     def __init__(self, config: EnhancedSIMONEConfig, layer_index: int) -> None:
@@ -95,7 +96,7 @@ class EnhancedSIMONEBlock(GradientCheckpointingLayer):
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], value_residual: Tensor | None, context: ForwardContext
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream ``[batch, seq, hidden_size]`` after this layer, and the first layer's values."""
+        """Return the residual stream ``[batch, seq, hidden_size]`` after this layer, and the first layer's values."""
         attended, value_residual, previous = self.attention(self.attention_norm(x), rotary, value_residual, context)
         x = x + F.dropout(attended, self.dropout, self.training)
         normalised = self.feed_forward_norm(x)
@@ -111,21 +112,19 @@ def run_layer(
     value_residual: Tensor | None,
     context: ForwardContext,
 ) -> tuple[Tensor, Tensor]:
-    """``layer(...)`` as a function, which can be compiled once for all layers of a model."""
+    """Call ``layer``, as a function that can be compiled once for all layers of a model."""
     return layer(x, rotary, value_residual, context)
 
 
 @dataclass
 class EnhancedSIMONEOutput(CausalLMOutputWithPast):
-    """As any causal language model's output, and, with ``output_traces=True``, a tuple per layer of
+    """Causal LM output; ``output_traces=True`` also fills the fields below (tuples have one entry per layer).
 
-    - ``policy_logits``: ``[batch, seq, heads]``, or None where the head is off,
-    - ``memory_signals``: ``[batch, seq, heads]``, or None (always in the first layer),
-    - ``traces``: ``[batch, seq, heads, 4]``, fields as in ``rope_attention.TRACE_FIELDS``;
-
-    and of the memory head's pointer (None without that head)
-
-    - ``pointing``: log probabilities of what it points at, a ``rope_attention.Pointing``.
+    Attributes:
+        policy_logits: ``[batch, seq, heads]``, or None if the policy head is off.
+        memory_signals: ``[batch, seq, heads]``, or None if the memory head is off; always None in the first layer.
+        traces: ``[batch, seq, heads, 4]``, with the fields of ``rope_attention.TRACE_FIELDS``.
+        pointing: the pointer's log probabilities, or None if the memory head is off.
     """
 
     policy_logits: tuple[Tensor | None, ...] | None = None
@@ -135,7 +134,7 @@ class EnhancedSIMONEOutput(CausalLMOutputWithPast):
 
 
 class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
-    """The causal language model."""
+    """Enhanced SIM-ONE with a language-modelling head."""
 
     config_class = EnhancedSIMONEConfig
     base_model_prefix = ""
@@ -167,11 +166,10 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
         layer_function: Callable[..., tuple[Tensor, Tensor]] = run_layer,
         point_function: Callable[..., Pointing] = point,
     ) -> tuple[Tensor, Pointing | None]:
-        """The normalised last hidden states ``[batch, seq, hidden_size]`` and where the pointer head points, None
-        without one: what the training loss reads.
+        """Return the normalised last hidden states ``[batch, seq, hidden_size]`` and the pointer head's output, if any.
 
         Args:
-            layer_function, point_function: ``run_layer`` and ``point``, or what training has compiled them to.
+            layer_function, point_function: ``run_layer`` and ``point``, or their compiled versions.
         """
         context = context or ForwardContext()
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -187,16 +185,16 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
             x, _ = layer_function(self.layers[-1], x, rotary, value_residual, context)
             return self.final_norm(x), None
         query, key, sentinel = self.pointer(x)
-        key = context.remember(key, input_ids)
+        key = context.cache_pointer_keys(key, input_ids)
         x, _ = layer_function(self.layers[-1], x, rotary, value_residual, context)
-        key, ids, visible = context.recall(key, input_ids)
+        key, ids, visible = context.cached_pointer_keys(key, input_ids)
         pointing = None if ids is None else point_function(query, key, sentinel, ids, visible)
         return self.final_norm(x), pointing
 
     def predict(self, hidden: Tensor, pointing: Pointing | None) -> Tensor:
-        """Logits, or with a pointer log probabilities, ``[batch, seq, vocab]``, by what ``hidden_states`` returned."""
+        """Return logits, or log probabilities if the model has a pointer, ``[batch, seq, vocab]``."""
         logits = self.lm_head(hidden)
-        return logits if pointing is None else pointing.mixed_with(logits)
+        return logits if pointing is None else pointing.mix(logits)
 
     @can_return_tuple
     def forward(
@@ -212,24 +210,25 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> EnhancedSIMONEOutput:
-        """Next-token logits ``[batch, seq, vocab]`` (of the last ``logits_to_keep`` positions where given).
+        """Compute next-token logits ``[batch, seq, vocab]``, of the last ``logits_to_keep`` positions if not 0.
 
         Args:
-            labels: ``[batch, seq]`` as ``input_ids``, -100 ignored; shifted here, as in every transformers model.
-            output_traces: fill ``policy_logits``, ``memory_signals`` and ``traces``.
+            labels: ``[batch, seq]``, -100 is ignored; shifted internally, as in other transformers models.
+            output_traces: fill ``policy_logits``, ``memory_signals``, ``traces`` and ``pointing``.
         Raises:
-            ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``; traces asked of a model without them.
+            ValueError: not exactly one of ``input_ids`` and ``inputs_embeds`` was given, or ``output_traces=True`` on a
+                model without a trace head.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if output_traces and not self.config.trace_head:
-            raise ValueError("this model was made with trace_head=False: it reports no traces")
+            raise ValueError("output_traces=True needs a model with trace_head=True")
         embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         context = self._context(embeddings, attention_mask, position_ids, self._cache(past_key_values, use_cache))
         context.head_outputs = [] if output_traces else None
         hidden, pointing = self.hidden_states(input_ids, inputs_embeds=embeddings, context=context)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.predict(hidden[:, kept], None if pointing is None else pointing.last(kept))
+        logits = self.predict(hidden[:, kept], None if pointing is None else pointing.select(kept))
         output = EnhancedSIMONEOutput(logits=logits, past_key_values=context.cache)
         if labels is not None:
             output.loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -241,13 +240,13 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
     def _context(
         self, embeddings: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None
     ) -> ForwardContext:
-        """What ``forward`` was given beside the tokens, as the layers read it."""
+        """Build the layers' context from the arguments of ``forward``."""
         context = ForwardContext(position_ids, cache=cache)
-        places = torch.arange(embeddings.shape[1], device=embeddings.device)
+        positions = torch.arange(embeddings.shape[1], device=embeddings.device)
         if cache is not None:
-            places = context.cache_position = places + cache.get_seq_length()
+            positions = context.cache_position = positions + cache.get_seq_length()
         if position_ids is None:
-            context.position_ids = places[None]
+            context.position_ids = positions[None]
         if attention_mask is None and cache is None:
             return context
         mask: Any = create_causal_mask(
@@ -258,50 +257,50 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
             position_ids=context.position_ids,
         )
         if mask is not None:
-            context.mask = mask if mask.dtype == torch.bool else mask == 0  # a float mask is added to the scores
-            own = places.view(1, -1, 1).expand(mask.shape[0], -1, -1)
-            context.padding = ~context.mask[:, 0].gather(-1, own).squeeze(-1)  # padding may not see itself
+            context.mask = mask if mask.dtype == torch.bool else mask == 0  # float masks are additive
+            own = positions.view(1, -1, 1).expand(mask.shape[0], -1, -1)
+            context.padding = ~context.mask[:, 0].gather(-1, own).squeeze(-1)  # only padding cannot attend to itself
         return context
 
     @property
     def trace_fields(self) -> dict[str, str]:
-        """Name and meaning of each field of ``traces``, in their order; empty where the model reports none."""
+        """Name and description of each field of ``traces``, in order; empty without a trace head."""
         return dict(TRACE_FIELDS) if self.config.trace_head else {}
 
     @torch.inference_mode()
     def token_traces(self, input_ids: Tensor) -> dict[str, tuple[str, list[float]]]:
-        """Of a text ``[1, seq]``, by name: what a field says, and its value at each token.
+        """Return the description and the per-token values of each trace field, for one text ``[1, seq]``.
 
-        The fields of ``traces``, averaged over layers and heads, and with a pointer "copied".
+        Values are averaged over layers and heads. A model with a pointer adds the field "copied".
         """
         output = self(input_ids, output_traces=True, use_cache=False)
         means = torch.stack(output.traces).float().mean(dim=(0, 3))[0]
         columns = means.T.tolist()
-        found = {name: (says, values) for (name, says), values in zip(TRACE_FIELDS.items(), columns, strict=True)}
+        traces = {name: (text, values) for (name, text), values in zip(TRACE_FIELDS.items(), columns, strict=True)}
         if output.pointing is not None:
             targets = input_ids[:, 1:]
-            copied = output.pointing.last(slice(-1)).at(targets)
-            whole = output.logits[:, :-1].gather(-1, targets[..., None]).squeeze(-1)
-            found["copied"] = COPIED, [0.0, *(copied - whole).exp()[0].tolist()]
-        return found
+            copied = output.pointing.select(slice(-1)).log_prob(targets)
+            total = output.logits[:, :-1].gather(-1, targets[..., None]).squeeze(-1)
+            traces["copied"] = COPIED, [0.0, *(copied - total).exp()[0].tolist()]
+        return traces
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # matrices normal by initializer_range, biases 0, norms 1
+        super()._init_weights(module)  # matrices normal with std initializer_range, biases 0, norms 1
         if isinstance(module, EnhancedSIMONEBlock) and module.previous_gain is not None:
-            # Through torch.nn.init, which transformers patches while it loads weights: what came from a file stays.
+            # Use torch.nn.init: transformers patches it during loading so that loaded weights are not reset.
             nn.init.zeros_(module.previous_gain)
         if isinstance(module, PointerHead):
             nn.init.constant_(module.sentinel, POINTER_START)
             if module.policy_head is not None:
                 nn.init.zeros_(module.policy_head.weight)
 
-    def _cache(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
-        """The cache a forward pass fills: the one it is given, a new one where one is wanted, or None."""
+    def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+        """Return the KV cache to fill: the given one, a new one if ``use_cache``, or None."""
         if self.training and self.gradient_checkpointing:
-            return None  # the backward pass runs each layer again, which would fill the cache twice
-        wanted = self.config.use_cache if use_cache is None else use_cache
-        return DynamicCache(config=self.config) if given is None and wanted and not self.training else given
+            return None  # recomputation in the backward pass would fill the cache twice
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        return DynamicCache(config=self.config) if cache is None and use_cache and not self.training else cache
 
 
 EnhancedSIMONEConfig.register_for_auto_class()

@@ -1,4 +1,4 @@
-"""The layers that differ from GPT-2's: RMSNorm and SwiGLU."""
+"""The layers that replace GPT-2's: RMSNorm and SwiGLU."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 
 def _normalise(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``x`` at root mean square 1 in ``dtype``, and its scale ``[..., 1]`` in float32 at least."""
-    exact = torch.promote_types(x.dtype, torch.float32)
-    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact).square()
+    """Return ``x`` scaled to RMS 1 in ``dtype``, and the scale ``[..., 1]`` in float32 or wider."""
+    accumulate_dtype = torch.promote_types(x.dtype, torch.float32)
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=accumulate_dtype).square()
     scale = torch.rsqrt(square / x.shape[-1] + eps)
     return (x * scale).to(dtype), scale
 
 
 class _RMSNorm(torch.autograd.Function):
-    """The norm in the requested type, with a backward pass that reads memory few times.
+    """RMSNorm in the requested dtype, with a backward pass that makes few passes over memory.
 
-    ``F.rms_norm`` would return a float32 residual stream in float32, for autocast to cast once for each matrix that
-    reads it, and its backward pass takes up to four times as long on a CPU.
+    ``F.rms_norm`` returns float32 for a float32 residual stream, which autocast then casts once per matrix product, and
+    its backward pass takes up to four times as long on a CPU.
     """
 
     @staticmethod
@@ -36,22 +36,22 @@ class _RMSNorm(torch.autograd.Function):
         normalised, weight, scale = ctx.saved_tensors
         gain = weight.to(gradient.dtype)
         product = gradient * normalised
-        # Summed in float32 at least: a product with one column is a slow kernel and rounds to the gradient's type.
+        # Sum in float32 or wider: a matrix-vector product would be slow and would round to the gradient's dtype.
         along = (product * gain).sum(-1, keepdim=True, dtype=scale.dtype) / gain.shape[0]
         grad_x = (gradient * gain - normalised * along) * scale
         return grad_x.to(ctx.input_dtype), product.flatten(0, -2).sum(0, dtype=weight.dtype), None, None
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The type in which ``x`` is multiplied with a matrix: autocast's where that is on, else its own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    """Dtype of matrix products with ``x``: autocast's if enabled, otherwise that of ``x``."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class RMSNorm(nn.Module):
-    """Scale each vector to root mean square 1, then by a learned gain (Zhang & Sennrich, arXiv 1910.07467).
+    """Root mean square normalisation with a learned gain (Zhang & Sennrich, arXiv 1910.07467).
 
-    Shapes: ``[..., dim]`` to ``[..., dim]``, in ``dtype``, or in the type that ``product_dtype`` gives.
+    Shapes: ``[..., dim]`` to ``[..., dim]``, in ``dtype`` (default: ``product_dtype(x)``).
     """
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
@@ -63,14 +63,14 @@ class RMSNorm(nn.Module):
         dtype = dtype or product_dtype(x)
         if torch.is_grad_enabled():
             return _RMSNorm.apply(x, self.weight, self.eps, dtype)
-        return _normalise(x, self.eps, dtype)[0] * self.weight.to(dtype)  # the same bits, without the call's cost
+        return _normalise(x, self.eps, dtype)[0] * self.weight.to(dtype)  # bit-identical, without autograd overhead
 
 
 def swiglu_width(ff_dim: int) -> int:
-    """SwiGLU's inner width with the parameters of a classic feed-forward layer of width ``ff_dim``.
+    """Return the SwiGLU width that matches the parameter count of a two-matrix feed-forward layer of width ``ff_dim``.
 
-    Three matrices instead of two, so two thirds of the width (Shazeer, arXiv 2002.05202), rounded up to a multiple of
-    64 for the matrix kernels.
+    SwiGLU has three matrices, so two thirds of the width (Shazeer, arXiv 2002.05202), rounded up to a multiple of 64
+    for the matrix kernels.
     """
     return -(-2 * ff_dim // (3 * 64)) * 64
 

@@ -1,7 +1,7 @@
-"""Causal self-attention with rotary positions and three governance heads: policy, memory and trace.
+"""Causal self-attention with rotary embeddings and three governance heads: policy, memory and trace.
 
-Training reads ``EnhancedGovernanceAttention``, ``PointerHead`` and what stands above them. What a cache, padding,
-traces and other kernels need stands below, in ``ForwardContext`` and functions of their own.
+Read down to ``point`` for what training runs. The rest of the file, from ``ForwardContext`` on, handles the KV cache,
+padding, traces and alternative kernels.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
     from transformers.cache_utils import Cache
 
-# The last dimension of the traces, in order: what each field says.
+# Fields of the last dimension of the traces, in order, with their descriptions.
 TRACE_FIELDS = {
-    "policy": "how much of what attention read is let through (0 to 2)",
-    "memory": "share of the first layer's values in the later layers' (0 to 1)",
-    "entropy": "how widely attention is spread, in nats",
-    "distance": "how far back attention looks, in tokens",
+    "policy": "gate on each attention head's output (0 to 2)",
+    "memory": "weight of the first layer's values in later layers (0 to 1)",
+    "entropy": "attention entropy, in nats",
+    "distance": "mean attention distance, in tokens",
 }
 _TRACE_QUERY_ROWS = 128
-_POLICY_INPUTS = 12  # dimensions of a token's state that the gates read
+_POLICY_INPUTS = 12  # hidden dimensions that the gates read
 
 
 class RotaryEmbedding(nn.Module):
-    """Cosines and sines of the rotary embedding (Su et al., arXiv 2104.09864).
+    """Cosines and sines of rotary position embeddings (Su et al., arXiv 2104.09864).
 
-    Computed in each forward pass, never kept in a buffer: transformers 5 replaces non-persistent buffers with
-    uninitialised memory when it loads a model (transformers#48892). It costs one table per pass, not per layer.
+    Computed once per forward pass instead of kept in a buffer: transformers 5 replaces non-persistent buffers with
+    uninitialised memory when it loads a model (transformers#48892).
     """
 
     def __init__(self, head_dim: int, theta: float) -> None:
@@ -44,7 +44,7 @@ class RotaryEmbedding(nn.Module):
         self.head_dim, self.theta = head_dim, theta
 
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """``[batch or 1, seq]`` to two tensors ``[batch or 1, 1, seq, head_dim]``, computed in float32."""
+        """Map positions ``[batch or 1, seq]`` to two ``[batch or 1, 1, seq, head_dim]``, computed in float32."""
         exponents = torch.arange(0, self.head_dim, 2, device=position_ids.device, dtype=torch.float32) / self.head_dim
         angles = position_ids[:, None, :, None].float() * self.theta**-exponents
         angles = torch.cat((angles, angles), dim=-1)
@@ -52,16 +52,16 @@ class RotaryEmbedding(nn.Module):
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate ``[batch, heads, seq, head_dim]`` by its positions; pairs are ``(i, i + head_dim / 2)``."""
+    """Apply the rotation to ``x`` ``[batch, heads, seq, head_dim]``; pairs are ``(i, i + head_dim / 2)``."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def shift_tokens(values: Tensor, cache_position: Tensor | None = None) -> Tensor:
-    """``[batch, heads, seq, head_dim]``, each token's row replaced by the previous token's; the first one's is zero.
+    """Shift ``[batch, heads, seq, head_dim]`` right by one token; the first row becomes zero.
 
     Args:
-        cache_position: ``[tokens]``, return the rows of these positions alone; None means all.
+        cache_position: ``[tokens]``, return only these rows of the result; None means all.
     """
     if cache_position is None:
         return F.pad(values, (0, 0, 1, 0))[:, :, :-1]
@@ -70,9 +70,9 @@ def shift_tokens(values: Tensor, cache_position: Tensor | None = None) -> Tensor
 
 
 def shift_keys(key: Tensor) -> Tensor:
-    """Keys ``[batch, heads, seq, head_dim]`` with the odd dimensions shifted by one token.
+    """Shift the odd dimensions of the keys ``[batch, heads, seq, head_dim]`` right by one token.
 
-    Rotary pairs stay whole: the partners ``i`` and ``i + head_dim / 2`` are both even or both odd.
+    This does not split rotary pairs: ``i`` and ``i + head_dim / 2`` are both even or both odd.
     """
     odd = torch.arange(key.shape[-1], device=key.device) % 2 == 1
     return torch.where(odd, shift_tokens(key), key)
@@ -81,28 +81,27 @@ def shift_keys(key: Tensor) -> Tensor:
 class EnhancedGovernanceAttention(nn.Module):
     """Multi-head causal attention with governance heads.
 
-    - The **policy** head scales each head's output per token: a gate in (0, 2) (after gated attention, arXiv
-      2505.06708, by a narrow slice of the token's state) that starts near 1, so that training begins near plain
-      attention. It also decides how much of a prediction the model's ``PointerHead`` makes.
-    - The **memory** head is four things. Shifted keys: half of each key is the *previous* token's, so that a single
-      layer can look for what followed such a token earlier (induction, arXiv 2209.11895). The previous token's value is
-      returned for the feed-forward layer to read. And a value residual: per token and head, a learned share of the
-      first layer's values in place of this layer's own (arXiv 2410.17897); the first layer itself has none. The
-      fourth is the model's ``PointerHead``.
-    - The **trace** head has no weights. On request it reports per token what the other two and the attention did.
+    - The **policy** head gates each attention head's output per token. Gates lie in (0, 2), are computed from a narrow
+      slice of the hidden state, and start near 1, so training starts near plain attention (gated attention, arXiv
+      2505.06708). It also controls how much probability the model's ``PointerHead`` gets.
+    - The **memory** head has four parts. (1) Shifted keys: half of each key comes from the *previous* token, so that a
+      single layer can find what followed an earlier occurrence of a token (induction, arXiv 2209.11895). (2) The
+      previous token's value is passed on to the feed-forward layer. (3) A value residual: each token and head mixes in
+      a learned share of the first layer's values (arXiv 2410.17897), except in the first layer. (4) ``PointerHead``.
+    - The **trace** head has no weights; on request it reports per token what the other heads and attention did.
 
-    Queries and keys are normalised before the rotation (arXiv 2010.04245), which bounds the attention logits.
+    Queries and keys are normalised before the rotation (QK-norm, arXiv 2010.04245), which bounds the attention logits.
 
     Args:
         config: an ``EnhancedSIMONEConfig``.
-        layer_index: among the model's layers.
+        layer_index: index of this layer in the model.
     """
 
     def __init__(self, config: PreTrainedConfig, layer_index: int) -> None:
         super().__init__()
         width, heads = config.hidden_size, config.num_attention_heads
         if width % heads or (width // heads) % 4:
-            raise ValueError(f"hidden_size {width} must split into {heads} heads of a width divisible by 4")
+            raise ValueError(f"hidden_size {width} must split into {heads} heads with a dimension divisible by 4")
         if config.attention_backend not in ATTENTION_BACKENDS:
             raise ValueError(f"unknown attention backend {config.attention_backend!r}")
         self.layer_index, self.backend = layer_index, config.attention_backend
@@ -120,15 +119,15 @@ class EnhancedGovernanceAttention(nn.Module):
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], value_residual: Tensor | None, context: ForwardContext
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Attend.
+        """Compute attention.
 
         Args:
             x: ``[batch, seq, hidden_size]``, normalised.
             rotary: from ``RotaryEmbedding``.
-            value_residual: the first layer's values of these tokens, ``[batch, heads, seq, head_dim]``; None there.
+            value_residual: the first layer's values, ``[batch, heads, seq, head_dim]``; None in the first layer.
         Returns:
-            The output ``[batch, seq, hidden_size]``; the first layer's values; the previous tokens' values ``[batch,
-            seq, hidden_size]``, None without a memory head.
+            The output ``[batch, seq, hidden_size]``, the first layer's values, and the previous tokens' values
+            ``[batch, seq, hidden_size]`` (None without a memory head).
         """
         query = apply_rotary(self.q_norm(self._split(self.q_proj(x))), *rotary)
         key = apply_rotary(self.k_norm(self._split(self.k_proj(x))), *rotary)
@@ -158,14 +157,14 @@ class EnhancedGovernanceAttention(nn.Module):
 
 
 class PointerHead(nn.Module):
-    """The memory head's last part: predict the next token by pointing at one that the context holds.
+    """Pointer of the memory head: predicts the next token by copying one from the context.
 
-    A pointer sentinel mixture (Merity et al., arXiv 1609.07843): one softmax over the context's tokens and a sentinel;
-    what falls to the sentinel is the vocabulary's share of the prediction. As in shifted keys, a token's key is the
-    state *before* it, so that a query finds what followed a state like its own. The sentinel's score is the policy
-    head's, by the token's state; without that head it is the same everywhere.
+    A pointer sentinel mixture (Merity et al., arXiv 1609.07843): one softmax over the context tokens and a sentinel,
+    whose probability is the vocabulary's share of the prediction. A token's key is computed from the hidden state
+    *before* it, so that a query finds what followed a similar state. The policy head adds a score computed from the
+    hidden state to the sentinel's; without a policy head the sentinel's score is constant.
 
-    The states are those that enter the last layer, where a cache holds the keys as one more head.
+    Reads the input of the last layer. The KV cache of that layer stores the pointer's keys as an extra head.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -180,11 +179,11 @@ class PointerHead(nn.Module):
         self.policy_head = nn.Linear(width, 1, bias=False) if config.policy_head else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The states ``[batch, seq, hidden_size]`` that enter the last layer to queries, keys (not yet shifted; both
-        ``[batch, 1, seq, head_dim]``) and the sentinel's scores ``[batch, seq]``."""
+        """Map ``[batch, seq, hidden_size]`` to queries and unshifted keys, both ``[batch, 1, seq, head_dim]``, and to
+        sentinel scores ``[batch, seq]``."""
         x = self.norm(x)
         query, key = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x))
-        # Cosines times √head_dim are at most √head_dim: the sentinel starts above all of them.
+        # Token scores are cosines times √head_dim, hence at most √head_dim: the sentinel starts above all of them.
         sentinel = (self.sentinel + self.head_dim**0.5).expand(x.shape[:2])
         if self.policy_head is not None:
             sentinel = sentinel + self.policy_head(x).squeeze(-1)
@@ -192,68 +191,67 @@ class PointerHead(nn.Module):
 
 
 class Pointing(NamedTuple):
-    """Where a model points, in log probabilities.
+    """Log probabilities from the pointer's softmax.
 
     Attributes:
-        vocabulary: ``[batch, seq]``, of the vocabulary's share.
-        tokens: ``[batch, seq, keys]``, of each token of the context; the smallest number where it cannot be pointed at.
-        ids: ``[batch, keys]``, those tokens.
+        vocabulary: ``[batch, seq]``, of the sentinel: the vocabulary's share of the prediction.
+        tokens: ``[batch, seq, keys]``, of each context token; the dtype's minimum where masked.
+        ids: ``[batch, keys]``, ids of the context tokens.
     """
 
     vocabulary: Tensor
     tokens: Tensor
     ids: Tensor
 
-    def at(self, targets: Tensor) -> Tensor:
-        """Log of the probability that comes to ``targets [batch, seq]`` by pointing, ``[batch, seq]``."""
+    def log_prob(self, targets: Tensor) -> Tensor:
+        """Log probability of copying ``targets [batch, seq]`` from the context, ``[batch, seq]``."""
         same = self.ids[:, None] == targets[..., None]
         return self.tokens.masked_fill(~same, torch.finfo(self.tokens.dtype).min).logsumexp(-1)
 
-    def mixed_with(self, logits: Tensor) -> Tensor:
-        """Log probabilities of the whole prediction, from the vocabulary's ``logits``; both ``[batch, seq, vocab]``."""
+    def mix(self, logits: Tensor) -> Tensor:
+        """Return log probabilities of vocabulary and pointer combined; both ``[batch, seq, vocab]``."""
         own = logits.log_softmax(-1, dtype=self.tokens.dtype) + self.vocabulary[..., None]
         ids = self.ids[:, None].expand_as(self.tokens)
         copied = torch.zeros_like(own).scatter_add(2, ids, self.tokens.exp())
         return torch.logaddexp(own, copied.clamp(min=torch.finfo(own.dtype).tiny).log())
 
-    def last(self, kept: slice | Tensor) -> Pointing:
-        """That of these positions alone."""
-        return Pointing(self.vocabulary[:, kept], self.tokens[:, kept], self.ids)
+    def select(self, positions: slice | Tensor) -> Pointing:
+        """Restrict to these query positions."""
+        return Pointing(self.vocabulary[:, positions], self.tokens[:, positions], self.ids)
 
 
 def point(query: Tensor, key: Tensor, sentinel: Tensor, ids: Tensor, visible: Tensor | None = None) -> Pointing:
-    """The softmax of a ``PointerHead``.
+    """Compute the softmax of a ``PointerHead``.
 
     Args:
-        key: ``[batch, 1, keys, head_dim]``, not yet shifted.
+        key: ``[batch, 1, keys, head_dim]``, unshifted.
         ids: ``[batch, keys]``.
-        visible: ``[batch or 1, seq, keys]``, True where a query sees a token; None means causal over equal lengths.
+        visible: ``[batch or 1, seq, keys]``, True where a query may attend; None means causal with equal lengths.
     """
     scores = (query @ shift_tokens(key).transpose(-1, -2)).squeeze(1)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * key.shape[-1] ** -0.5
     if visible is None:
-        places = torch.arange(scores.shape[-1], device=scores.device)
-        visible = places[:, None] >= places
+        positions = torch.arange(scores.shape[-1], device=scores.device)
+        visible = positions[:, None] >= positions
     scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     sentinel = sentinel.to(scores.dtype)
-    whole = torch.logaddexp(scores.logsumexp(-1), sentinel)
-    return Pointing(sentinel - whole, scores - whole[..., None], ids)
+    log_total = torch.logaddexp(scores.logsumexp(-1), sentinel)
+    return Pointing(sentinel - log_total, scores - log_total[..., None], ids)
 
 
 @dataclass
 class ForwardContext:
-    """What a forward pass is given beside its tokens; training gives nothing.
+    """Per-call inputs other than the tokens; training uses the defaults.
 
     Attributes:
-        position_ids: ``[batch or 1, seq]``; None counts from 0.
-        mask: ``[batch, 1, seq, keys]``, True where a query sees a key; None means causal.
-        padding: ``[batch, seq]``, True where a token is padding; None means nowhere.
-        cache: any kind of transformers ``Cache``. It holds each token's own key, which is shifted when it is read, and
-            its value after the value residual.
-        cache_position: ``[seq]``, the tokens' places in the cache.
-        head_outputs: where each layer adds its policy logits, memory signals and trace; None asks for none.
-        remembered: the pointer head's keys and tokens, which the last layer's cache holds as one more head: those of
-            these tokens before that layer, those of all tokens after it.
+        position_ids: ``[batch or 1, seq]``; None means 0, 1, 2, ….
+        mask: ``[batch, 1, seq, keys]``, True where a query may attend; None means causal.
+        padding: ``[batch, seq]``, True for padding tokens; None means no padding.
+        cache: any transformers ``Cache``. It stores unshifted keys, and values after the value residual.
+        cache_position: ``[seq]``, positions of the tokens in the cache.
+        head_outputs: list to which each layer appends its policy logits, memory signals and trace; None to skip.
+        pointer_cache: the pointer's keys and token ids, stored as an extra head of the last layer's cache: those of the
+            new tokens before that layer runs, those of all tokens afterwards.
     """
 
     position_ids: Tensor | None = None
@@ -262,71 +260,71 @@ class ForwardContext:
     cache: Cache | None = None
     cache_position: Tensor | None = None
     head_outputs: list[tuple[Tensor | None, Tensor | None, Tensor]] | None = None
-    remembered: tuple[Tensor, Tensor] | None = None
+    pointer_cache: tuple[Tensor, Tensor] | None = None
 
     def extend(self, key: Tensor, value: Tensor, layer_index: int) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values with the cached ones before them; padding's are zero, so that the first real
-        token is shifted in nothing."""
+        """Append a layer's keys and values to the cache and return all of them. Padding is set to zero, so that the
+        shift brings nothing into the first real token."""
         if self.padding is not None:
             key, value = (x.masked_fill(self.padding[:, None, :, None], 0) for x in (key, value))
         if self.cache is None:
             return key, value
-        if self.remembered is None:
+        if self.pointer_cache is None:
             return self.cache.update(key, value, layer_index)
-        key, value = (torch.cat(both, dim=1) for both in zip((key, value), self.remembered, strict=True))
+        key, value = (torch.cat(pair, dim=1) for pair in zip((key, value), self.pointer_cache, strict=True))
         key, value = self.cache.update(key, value, layer_index)
-        self.remembered = key[:, -1:], value[:, -1:]
+        self.pointer_cache = key[:, -1:], value[:, -1:]
         return key[:, :-1], value[:, :-1]
 
-    def remember(self, key: Tensor, ids: Tensor | None) -> Tensor:
-        """The pointer head's keys of these tokens, padding's zero; where there is a cache, they and the tokens are
-        written into it by the last layer. Without ``ids`` (embeddings were given) the tokens are unknown."""
+    def cache_pointer_keys(self, key: Tensor, ids: Tensor | None) -> Tensor:
+        """Zero the pointer keys of padding, and queue keys and token ids for the last layer to cache, if there is a
+        cache. Without ``ids`` (the call used ``inputs_embeds``) the tokens are marked as unknown."""
         if self.padding is not None:
             key = key.masked_fill(self.padding[:, None, :, None], 0)
         if self.cache is not None:
-            self.remembered = key, token_digits(ids, key)
+            self.pointer_cache = key, pack_token_ids(ids, key)
         return key
 
-    def recall(self, key: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Keys ``[batch, 1, keys, head_dim]`` and tokens ``[batch, keys]`` to point at, None if unknown, and
-        ``visible`` as for ``point``; after the last layer."""
+    def cached_pointer_keys(self, key: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """After the last layer, return pointer keys ``[batch, 1, keys, head_dim]``, token ids ``[batch, keys]`` (None
+        if unknown) and the ``visible`` mask of ``point``."""
         visible = None if self.mask is None else self.mask[:, 0]
-        if self.remembered is None or self.cache_position is None:
+        if self.pointer_cache is None or self.cache_position is None:
             return key, ids, visible
-        key, digits = self.remembered
+        key, packed = self.pointer_cache
         if visible is None:
             visible = self.cache_position[:, None] >= torch.arange(key.shape[2], device=key.device)
-        known, ids = tokens_of_digits(digits)
+        known, ids = unpack_token_ids(packed)
         return key, ids, visible & known[:, None]
 
 
-def token_digits(ids: Tensor | None, like: Tensor) -> Tensor:
-    """Token numbers ``[batch, seq]`` as vectors shaped and typed ``like`` ``[batch, 1, seq, head_dim]``, for a cache: a
-    1 and three digits of base 256, which even bf16 holds exactly; zeros for unknown ones."""
+def pack_token_ids(ids: Tensor | None, like: Tensor) -> Tensor:
+    """Pack token ids ``[batch, seq]`` into vectors with the shape and dtype of ``like`` ``[batch, 1, seq, head_dim]``:
+    a 1 and three base-256 digits, which are exact even in bf16; zeros for unknown tokens."""
     if ids is None:
         return torch.zeros_like(like)
     digits = torch.stack((torch.ones_like(ids), ids % 256, ids // 256 % 256, ids // 65536), dim=-1)
     return F.pad(digits, (0, like.shape[-1] - 4)).unsqueeze(1).to(like.dtype)
 
 
-def tokens_of_digits(digits: Tensor) -> tuple[Tensor, Tensor]:
-    """Which tokens are known, and their numbers, both ``[batch, keys]``, by what ``token_digits`` returned."""
-    known, low, middle, high = digits[:, 0, :, :4].long().unbind(-1)
+def unpack_token_ids(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Invert ``pack_token_ids``: a mask of known tokens and their ids, both ``[batch, keys]``."""
+    known, low, middle, high = packed[:, 0, :, :4].long().unbind(-1)
     return known == 1, low + 256 * middle + 65536 * high
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, shifted: bool, backend: str) -> Tensor:
-    """Softmax attention by the kernel of ``backend``, all tensors ``[batch, heads, seq, head_dim]``.
+    """Softmax attention with the kernel of ``backend``; all tensors are ``[batch, heads, seq, head_dim]``.
 
-    Without a mask it is causal over equal lengths, or one new query over everything cached: the calls that fused
-    kernels serve without an S×S matrix. Only "sdpa" and "eager" take a mask (padding, a static cache, a prompt in
-    parts): with one, the other two leave the call to "sdpa".
+    Without a mask, attention is causal with equal lengths, or a single query attends to the whole cache; fused kernels
+    handle both without an S×S matrix. A mask (padding, static cache, chunked prefill) is supported by "sdpa" and
+    "eager" only; the other backends fall back to "sdpa".
 
     Args:
-        shifted: read the keys through ``shift_keys``.
+        shifted: apply ``shift_keys`` to the keys.
     """
     if shifted and backend == "sdpa" and mask is None and query.shape[2] == 1:
-        return attend_shifted_keys_once(query, key, value)
+        return attend_shifted_decode(query, key, value)
     key = shift_keys(key) if shifted else key
     if backend == "eager":
         positions = torch.arange(key.shape[2] - query.shape[2], key.shape[2], device=key.device)
@@ -337,11 +335,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, sh
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
 
 
-def attend_shifted_keys_once(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """One new query ``[batch, heads, 1, head_dim]`` over all cached keys, as over ``shift_keys(key)``.
+def attend_shifted_decode(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Decode step: attend from one query ``[batch, heads, 1, head_dim]`` to ``shift_keys(key)``, without copying keys.
 
-    Its even dimensions meet each key, its odd ones the key before: two narrow products and a shift of the scores in
-    place of a copy of all keys.
+    Even query dimensions are scored against each key and odd ones against the previous key, so two narrow products and
+    a shift of the scores give the same result.
     """
     halves = torch.eye(2, dtype=query.dtype, device=query.device).repeat(1, query.shape[-1] // 2)
     own, previous = (((query * halves) @ key.transpose(-1, -2)).float() * key.shape[-1] ** -0.5).split(1, dim=2)
@@ -349,7 +347,7 @@ def attend_shifted_keys_once(query: Tensor, key: Tensor, value: Tensor) -> Tenso
 
 
 def attention_probabilities(query: Tensor, key: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
-    """``[batch, heads, seq, keys]`` in float32; without a mask causal by the queries' ``positions`` ``[seq]``."""
+    """Return ``[batch, heads, seq, keys]`` in float32; without a mask, causal by the query ``positions`` ``[seq]``."""
     visible = positions[:, None] >= torch.arange(key.shape[2], device=key.device) if mask is None else mask
     scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
     return scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(dim=-1)
@@ -375,19 +373,19 @@ ATTENTION_BACKENDS = ("sdpa", "eager", *_FUSED_KERNELS)
 def trace_heads(
     query: Tensor, key: Tensor, policy_logits: Tensor | None, memory_signals: Tensor | None, context: ForwardContext
 ) -> Tensor:
-    """The trace ``[batch, seq, heads, 4]`` with the fields of ``TRACE_FIELDS``.
+    """Return the trace ``[batch, seq, heads, 4]`` with the fields of ``TRACE_FIELDS``.
 
-    The attention probabilities are formed for a few query rows at a time: here too there is no S×S matrix.
+    Computes attention probabilities for a block of query rows at a time, to avoid an S×S matrix.
     """
-    columns, spread = torch.arange(key.shape[2], device=key.device), []
-    places = columns if context.cache_position is None else context.cache_position
+    columns, blocks = torch.arange(key.shape[2], device=key.device), []
+    positions = columns if context.cache_position is None else context.cache_position
     for start in range(0, query.shape[2], _TRACE_QUERY_ROWS):
         rows = slice(start, start + _TRACE_QUERY_ROWS)
         mask = None if context.mask is None else context.mask[:, :, rows]
-        probabilities = attention_probabilities(query[:, :, rows], key, mask, places[rows])
-        distances = (places[rows, None] - columns).clamp(min=0)
-        spread.append((torch.special.entr(probabilities).sum(-1), (probabilities * distances).sum(-1)))
-    entropy, distance = (torch.cat(parts, dim=2).transpose(1, 2) for parts in zip(*spread, strict=True))
+        probabilities = attention_probabilities(query[:, :, rows], key, mask, positions[rows])
+        distances = (positions[rows, None] - columns).clamp(min=0)
+        blocks.append((torch.special.entr(probabilities).sum(-1), (probabilities * distances).sum(-1)))
+    entropy, distance = (torch.cat(parts, dim=2).transpose(1, 2) for parts in zip(*blocks, strict=True))
     policy = torch.ones_like(entropy) if policy_logits is None else 2 * policy_logits.float().sigmoid()
     memory = torch.zeros_like(entropy) if memory_signals is None else memory_signals.float()
     return torch.stack((policy, memory, entropy, distance), dim=-1)

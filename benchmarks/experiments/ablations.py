@@ -1,9 +1,9 @@
-"""What each mechanism is worth: trainings with one thing changed, compared seed by seed with the unchanged model.
+"""Ablations: train with one part changed and compare with the unchanged model, paired by seed.
 
     python -m benchmarks.experiments.ablations --seeds 3 --max_bytes 1400000
-    python -m benchmarks.experiments.ablations --only no_memory,gelu           their references are added
+    python -m benchmarks.experiments.ablations --only no_memory,gelu           also runs their references
 
-Only the validation books are read.
+Uses the validation books only.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from benchmarks.experiments.runner import Figures, Found, Line, Run
 from mvlm_core.errors import run_main
 
 REFERENCES = {"mvlm_gpt2": "baseline", "simone_enhanced": "full"}
-NOISE = 0.005  # bits per byte: single-run differences below this say nothing (benchmarks/LOG.md)
-OTHER_SIZE = 0.02  # share of the parameters from which a row says that the model has another size
+NOISE = 0.005  # bits per byte: smaller single-run differences are noise (benchmarks/LOG.md)
+OTHER_SIZE = 0.02  # relative difference in parameters from which a row is marked as having another size
 
-# Shapes that follow the preset's: model 2 with a tied output and more layers in place of the matrix; the baseline with
-# model 2's layers and width; the baseline with model 2's layers, wider to make up for the others.
+# Shapes derived from the preset's: model 2 with a tied output matrix and more layers; the baseline with model 2's
+# layers and width; the baseline with model 2's layers, widened to keep its parameter count.
 DEEPER = {"cpu": {"num_layers": 6, "ff_dim": 640}, "smoke": {"num_layers": 3}}
 SHALLOW = {"cpu": {"num_layers": 4, "ff_dim": 512}, "smoke": {"num_layers": 2, "ff_dim": 256}}
 WIDER = {"cpu": {"num_layers": 4, "ff_dim": 1054}, "smoke": {"num_layers": 2, "ff_dim": 520}}
@@ -30,34 +30,34 @@ MUON = {"optimizer": "muon", "learning_rate": 0.03}
 
 
 def lines(preset: str) -> dict[str, Line]:
-    """Every variant by its name.
+    """Return all variants by name.
 
-    An optimizer is tried at two learning rates of its own: AdamW around the baseline's best, Muon around model 2's.
+    Each optimizer is tried at two learning rates: AdamW near the baseline's best, Muon near model 2's.
     """
     full, base = partial(Line, "simone_enhanced"), partial(Line, "mvlm_gpt2")
     return {
-        "full": full("model 2 as the preset has it"),
+        "full": full("model 2, preset"),
         "no_policy": full("without the policy head", {"policy_head": False}),
         "no_memory": full("without the memory head", {"memory_head": False}),
         "no_pointer": full("without the memory head's pointer", classic_part="no_pointer"),
-        "no_coherence": full("without the coherence part of the loss", {"coherence_weight": 0.0}),
+        "no_coherence": full("without the coherence loss", {"coherence_weight": 0.0}),
         "no_alignment": full(
-            "accuracy in place of content alignment", {"accuracy_weight": 1.0, "alignment_weight": 0.0}
+            "accuracy loss instead of content alignment", {"accuracy_weight": 1.0, "alignment_weight": 0.0}
         ),
-        "learned_positions": full("learned positions for rotary ones", classic_part="learned_positions"),
-        "plain_queries": full("queries and keys not normalised", classic_part="plain_queries"),
-        "layer_norm": full("LayerNorm for RMSNorm", classic_part="layer_norm"),
-        "gelu": full("GPT-2's feed-forward layer for SwiGLU", classic_part="gelu"),
-        "tied_head": full("output tied to the embedding", {"output_head": "tied"}),
-        "tied_head_layers": full("output tied, more layers in its place", {"output_head": "tied"} | DEEPER[preset]),
-        "adamw_2e-3": full("AdamW at 0.002 for Muon", {"optimizer": "adamw", "learning_rate": 2e-3}),
-        "adamw_4e-3": full("AdamW at 0.004 for Muon", {"optimizer": "adamw", "learning_rate": 4e-3}),
-        "cosine": full("cosine to a tenth for linear to zero", {"lr_schedule": "cosine"}),
-        "no_train_mix": full("each text read once a pass", {"train_mix": ""}),
-        "baseline": base("model 1 as the preset has it"),
+        "learned_positions": full("learned position embeddings instead of rotary", classic_part="learned_positions"),
+        "plain_queries": full("without QK-norm", classic_part="plain_queries"),
+        "layer_norm": full("LayerNorm instead of RMSNorm", classic_part="layer_norm"),
+        "gelu": full("GPT-2's feed-forward layer instead of SwiGLU", classic_part="gelu"),
+        "tied_head": full("tied output matrix", {"output_head": "tied"}),
+        "tied_head_layers": full("tied output matrix, more layers", {"output_head": "tied"} | DEEPER[preset]),
+        "adamw_2e-3": full("AdamW at 0.002 instead of Muon", {"optimizer": "adamw", "learning_rate": 2e-3}),
+        "adamw_4e-3": full("AdamW at 0.004 instead of Muon", {"optimizer": "adamw", "learning_rate": 4e-3}),
+        "cosine": full("cosine decay to a tenth instead of linear to zero", {"lr_schedule": "cosine"}),
+        "no_train_mix": full("each text once per epoch", {"train_mix": ""}),
+        "baseline": base("model 1, preset"),
         "base_muon": base("Muon, all learning rates 0.03", MUON),
         "base_muon_1e-2": base("Muon, all learning rates 0.01", MUON | {"learning_rate": 0.01}),
-        "base_linear": base("linear to zero for cosine", {"lr_schedule": "linear"}),
+        "base_linear": base("linear decay to zero instead of cosine", {"lr_schedule": "linear"}),
         "base_muon_linear": base("Muon at 0.03 and linear", MUON | {"lr_schedule": "linear"}),
         "base_shallow": base("layers and width of model 2", SHALLOW[preset]),
         "base_shallow_wide": base("layers of model 2, wider for the others", WIDER[preset]),
@@ -66,16 +66,16 @@ def lines(preset: str) -> dict[str, Line]:
 
 
 def plan(options: argparse.Namespace) -> list[Run]:
-    """The runs of the chosen variants and of the references that they are compared with."""
+    """Return the runs of the chosen variants and of their references."""
     known = lines(options.preset)
     names = set(command.chosen(options.only, known))
     names |= {REFERENCES[known[name].model] for name in names}
-    wanted = {name: line for name, line in known.items() if name in names}
-    return runner.plan(wanted, options, runner.shared_values(options))
+    selected = {name: line for name, line in known.items() if name in names}
+    return runner.plan(selected, options, runner.shared_values(options))
 
 
 def verdict(differences: list[float]) -> str:
-    """What paired differences in bits per byte say: "helps" (lower), "hurts", "noise" or "one seed"."""
+    """Classify paired differences in bits per byte as "helps" (lower), "hurts", "noise" or "one seed"."""
     if len(differences) < 2:
         return "one seed" if differences else "no pair"
     mean, error = statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
@@ -85,7 +85,7 @@ def verdict(differences: list[float]) -> str:
 
 
 def row(name: str, line: Line, own: dict[int, Figures], reference: dict[int, Figures]) -> list[str]:
-    """A variant's figures by seed beside those of the unchanged model."""
+    """Compare a variant with the unchanged model, paired by seed."""
     parameters = f"{next(iter(own.values()))['parameters']:,}"
     bits = command.deviation([figures["validation_bpb"] for figures in own.values()])
     cells = [f"`{name}` {line.what}", parameters, f"{bits} ({len(own)})"]
@@ -103,7 +103,7 @@ def row(name: str, line: Line, own: dict[int, Figures], reference: dict[int, Fig
 
 
 def table(found: Found, preset: str = "cpu") -> str:
-    columns = ("variant", "parameters", "validation (n)", "difference, mean (least … most)", "tokens/s, ratio")
+    columns = ("variant", "parameters", "validation (n)", "difference, mean (min … max)", "tokens/s, ratio")
     rows = [
         row(name, line, found[name], found.get(REFERENCES[line.model], {}))
         for name, line in lines(preset).items()

@@ -1,4 +1,4 @@
-"""Model 2 with a classic part in place of a modern one, at about as many parameters: ablations of single parts.
+"""Ablation parts: model 2 with one modern part replaced by its classic counterpart, at a similar parameter count.
 
 Each function replaces modules of a built model. What is then exported holds weights that the exported modelling files
 do not fit: such a folder is for its figures alone, with ``no_test_score``.
@@ -21,14 +21,14 @@ from simone_transformer import EnhancedSIMONEModel
 
 
 class _LayerNorm(nn.LayerNorm):
-    """As an RMSNorm is called."""
+    """LayerNorm with the call signature of ``RMSNorm``."""
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return super().forward(x)
 
 
 def layer_norm(model: EnhancedSIMONEModel) -> None:
-    """LayerNorm with gain and bias for RMSNorm, except for queries and keys."""
+    """Replace RMSNorm by LayerNorm with gain and bias, except on queries and keys."""
     for module in [model, *model.layers]:
         for name in ("embed_norm", "attention_norm", "feed_forward_norm", "final_norm"):
             if hasattr(module, name):
@@ -36,7 +36,7 @@ def layer_norm(model: EnhancedSIMONEModel) -> None:
 
 
 def gelu(model: EnhancedSIMONEModel) -> None:
-    """GPT-2's feed-forward layer for SwiGLU, half again as wide."""
+    """Replace SwiGLU by GPT-2's feed-forward layer, 1.5 times as wide."""
     width, inner = model.config.hidden_size, model.config.intermediate_size * 3 // 2
     for layer in model.layers:
         up, down = nn.Linear(width, inner, bias=False), nn.Linear(inner, width, bias=False)
@@ -44,18 +44,18 @@ def gelu(model: EnhancedSIMONEModel) -> None:
 
 
 def no_pointer(model: EnhancedSIMONEModel) -> None:
-    """Every token from the vocabulary's softmax; the rest of the memory head stays."""
+    """Remove the pointer but keep the rest of the memory head."""
     model.pointer = None
 
 
 def plain_queries(model: EnhancedSIMONEModel) -> None:
-    """Queries and keys as they are projected, not normalised."""
+    """Remove the normalisation of queries and keys."""
     for layer in model.layers:
         layer.attention.q_norm = layer.attention.k_norm = nn.Identity()
 
 
 def learned_positions(model: EnhancedSIMONEModel) -> None:
-    """A learned embedding of each position, added to the token's; nothing is rotated. Not for cached decoding."""
+    """Replace rotary by learned position embeddings. Does not support cached decoding."""
     config, embed = model.config, model.embed_tokens
     positions = torch.empty(config.max_position_embeddings, config.hidden_size).normal_(std=config.initializer_range)
     embed.positions = nn.Parameter(positions)
@@ -69,7 +69,7 @@ CLASSIC_PARTS: dict[str, Callable[[EnhancedSIMONEModel], None]] = {
 
 
 def with_classic_part(recipe: Recipe, part: str) -> Recipe:
-    """Model 2's recipe with one of ``CLASSIC_PARTS`` in the model."""
+    """Return model 2's recipe with one of ``CLASSIC_PARTS``."""
 
     def build(config: PrioritaryConfig, tokenizer: ByteLevelBPE, hardware: Hardware) -> BuiltModel:
         model = EnhancedSIMONEModel(model_config(config, tokenizer, hardware.attention_backend))

@@ -1,10 +1,10 @@
-"""How should text be drawn from a trained model? Temperatures and nuclei beside the books' own text.
+"""Choose sampling settings: compare temperatures and top-p values with the statistics of the books' own text.
 
     python -m benchmarks.experiments.decoding models/mvlm_gpt2 models/simone_enhanced
 
-Each setting continues the same validation verses by 64 words. Of the continuations, and of what the books have there:
-repeated word 4-grams, distinct word bigrams, and bits per byte by a judge that is no neural network, PPMd primed with
-the train text. What lies nearest to the books' own values, each difference relative to it, is marked.
+Each setting continues the same validation verses by 64 words. Measures repeated word 4-grams, distinct word bigrams,
+and bits per byte under PPMd primed with the train text (a scorer that is not a neural network), for the continuations
+and for the books' own text. The setting closest to the books is marked.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def settings() -> dict[str, Sampling | None]:
 
 
 def measured(texts: list[str], train: bytes) -> dict[str, float]:
-    """PPMd learns as it reads: it must have read ``train`` alone before these texts."""
+    """Measure texts. PPMd adapts while reading, so it is primed anew with only ``train`` for each call."""
     from mvlm_core.evaluation.generation import diversity
 
     words = [text.split()[:WORDS] for text in texts]
@@ -39,14 +39,14 @@ def measured(texts: list[str], train: bytes) -> dict[str, float]:
 
 
 def distance(found: dict[str, float], books: dict[str, float]) -> float:
-    """Of distinct bigrams and predictability from the books' own, relative, and of the repeated 4-grams, absolute: the
-    books have next to none."""
+    """Sum the relative differences to the books in distinct bigrams and bits per byte and the absolute difference in
+    repeated 4-grams, which the books hardly have."""
     relative = sum(abs(found[name] / books[name] - 1) for name in ("distinct_2", "bits_per_byte"))
     return relative + abs(found["rep_4"] - books["rep_4"])
 
 
 def measure(export: Path, corpus: Corpus, train: bytes, count: int, seed: int) -> dict[str, dict[str, float]]:
-    """By setting, and of the books' own text, what is in ``measured``."""
+    """Return the results of ``measured`` for each setting and for the books' own text."""
     from mvlm_core.evaluation.bits_per_byte import context_of, encode, load_export
     from mvlm_core.evaluation.generation import continuations, prompt_ids
 
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = command.new_parser(__doc__)
     parser.add_argument("models", metavar="MODEL", nargs="+", type=Path, help="export folders")
     parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR)
-    parser.add_argument("--verses", type=int, default=64, help="to continue [default 64]")
+    parser.add_argument("--verses", type=int, default=64, help="number of verses to continue [default 64]")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     problems = command.below_one(options, "verses")
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     set_process_environment()
     corpus = load_corpus(options.data_dir)
     if not (train := compared_texts(corpus)[0]):
-        raise UserError(f"--data_dir {options.data_dir}: no train and test text that PPMd can be primed with")
+        raise UserError(f"--data_dir {options.data_dir}: no train and test text to prime PPMd with")
     found = {str(folder): measure(folder, corpus, train, options.verses, options.seed) for folder in options.models}
     command.show("\n\n".join(table(values, folder) for folder, values in found.items()), found, options)
     return 0

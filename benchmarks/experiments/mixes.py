@@ -1,10 +1,9 @@
-"""Which mix of translations serves best: model 2 on the same budget of text, drawn in different shares.
+"""Compare data mixes: train model 2 on the same budget of text with different shares of each translation.
 
     python -m benchmarks.experiments.mixes --seeds 3 --max_bytes 1400000
 
-The translations are near-duplicates of each other: how much of the budget should go to the one that is scored? Each
-mix is judged twice on the validation books: by the primary translation, and by all translations, each weighted by the
-bytes of its text.
+The translations are near-duplicates: how much of the budget should go to the primary one? Each mix is scored on the
+validation books of the primary translation, and of all translations, weighted by bytes.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ LINES = {name: Line("simone_enhanced", changes=changes) for name, changes in MIX
 
 
 def score(run: Run, data_dir: Path) -> Figures:
-    """Bits per byte on the validation books of all translations, kept beside the run."""
+    """Compute bits per byte on the validation books of all translations, cached next to the run."""
     from mvlm_core.evaluation.bits_per_byte import bits_per_byte_by_part, score_export
 
     kept = run.folder.with_suffix(".scores.json")

@@ -1,6 +1,6 @@
-"""The experiment runner: trainings in processes of their own, kept when finished, resumed when interrupted.
+"""Experiment runner: each training run is a separate process; finished runs are kept, interrupted ones resumed.
 
-An experiment is a set of lines, what each of them changes, and a table; this module does the rest.
+An experiment defines its lines, the settings each one changes, and its table; this module does the rest.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ if TYPE_CHECKING:
     from mvlm_core.training.state import Recipe
 
 SETTINGS = {"mvlm_gpt2": mvlm_trainer.GPT2Settings, "simone_enhanced": PrioritaryConfig}
-EPILOG = f"""Each run trains as the trainers do, in a process of its own, and keeps its finished model below --work_dir.
-Run the command again to resume: finished runs are kept, an interrupted one continues from its checkpoint.
+EPILOG = f"""Each run trains in a separate process, like the trainers, and saves its finished model in --work_dir.
+Run the command again to resume: finished runs are skipped, an interrupted one continues from its checkpoint.
 {command.EXIT_CODES}"""
-PLACES = {"output_dir", "cache_dir", "teacher"}  # settings that say where, not what
-TOLD = ("validation_bpb", "tokens_per_second", "seconds")  # of each finished run
+PLACES = {"output_dir", "cache_dir", "teacher"}  # paths, which do not identify a run
+LOGGED = ("validation_bpb", "tokens_per_second", "seconds")  # metrics logged for each finished run
 Figures = dict[str, Any]
 Found = dict[str, dict[int, Figures]]  # label → seed → figures of a finished run
 
 
 def recipe_of(model: str, classic_part: str | None = None) -> Recipe:
-    """How a model of this name is built and trained, model 2 with a part of ``classic_parts.py``; loads torch."""
+    """Return the training recipe of a model, for model 2 optionally with a classic part. Imports torch."""
     if model == "mvlm_gpt2":
         return mvlm_trainer.recipe()
     from prioritary_mvlm.enhanced_trainer import RECIPE
@@ -60,10 +60,10 @@ def recipe_of(model: str, classic_part: str | None = None) -> Recipe:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of an experiment's table: a model with ``changes`` in place of the preset's settings.
+    """One line of an experiment's table: a model, and the ``changes`` to the preset's settings.
 
     Attributes:
-        classic_part: the one of ``classic_parts.py`` to train with.
+        classic_part: name of the part from ``classic_parts.py`` to use.
     """
 
     model: str
@@ -74,10 +74,10 @@ class Line:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One training of the line ``label``, in a folder of its own.
+    """One training run of the line ``label``, in its own folder.
 
     Attributes:
-        values: the settings that are given, seed and output_dir among them; the rest is the preset's.
+        values: explicit settings, including seed and output_dir; the rest comes from the preset.
     """
 
     label: str
@@ -101,23 +101,23 @@ class Run:
         return SETTINGS[self.model](**self.values)
 
     def result(self) -> Figures | None:
-        """The results and the origin of this run, or None while it is not finished (or had other settings)."""
+        """Return the results and origin of this run, or None if it is unfinished or had other settings."""
         config = training_config(self.folder)
-        made, wanted = config.get("settings"), chain(self.settings())[-1].as_dict()
-        # A setting that is newer than the run had its default value.
-        if not made or any(made.get(name, wanted[name]) != wanted[name] for name in wanted.keys() - PLACES):
+        actual, expected = config.get("settings"), chain(self.settings())[-1].as_dict()
+        # A setting that was added after the run had its default value.
+        if not actual or any(actual.get(name, expected[name]) != expected[name] for name in expected.keys() - PLACES):
             return None
         hardware = {key: value for key, value in config["hardware"].items() if key != "device"}
         return config["results"] | {"origin": {"corpus": config["data"]["fingerprint"], **hardware}}
 
     def history(self) -> list[dict[str, Any]]:
-        """The records of a finished run, one per logged step."""
+        """Return the training history of a finished run, one record per logged step."""
         return json.loads((self.folder / "training_history.json").read_text(encoding="utf-8"))
 
 
 def plan(lines: Mapping[str, Line], options: argparse.Namespace, shared: dict[str, Any]) -> list[Run]:
-    """A run for each line and seed, seed by seed: an early end still leaves whole seeds, and a machine that grows
-    slower does so for all lines."""
+    """Create a run for each line and seed, ordered by seed, so that an early stop leaves complete seeds and a machine
+    that slows down affects all lines equally."""
     return [
         Run(label, line.model, shared | line.changes | {"seed": seed, "output_dir": str(folder)}, line.classic_part)
         for seed in range(options.seeds)
@@ -127,7 +127,7 @@ def plan(lines: Mapping[str, Line], options: argparse.Namespace, shared: dict[st
 
 
 def run_one() -> int:
-    """The run that the command line gives as JSON, in this process or, where it asks for several, in children."""
+    """Execute the run given as JSON on the command line, in this process or, with several ranks, in children."""
     run = Run(**json.loads(sys.argv[1]))
     settings = run.settings().check()
     set_process_environment()
@@ -143,9 +143,9 @@ def run_one() -> int:
 
 
 def execute(run: Run, signals: Signals, log_file: Path) -> int:
-    """Run in a child process that appends to ``log_file``; returns its exit code."""
+    """Execute ``run`` in a child process that appends to ``log_file``; return its exit code."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {PARENT_VARIABLE: str(os.getpid())}  # no run outlives this process
+    environment = os.environ | {PARENT_VARIABLE: str(os.getpid())}  # the run ends with this process
     child = [sys.executable, "-m", "benchmarks.experiments.runner", json.dumps(asdict(run))]
     with open(log_file, "ab") as file:
         signals.start(child, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY_ROOT)
@@ -153,11 +153,11 @@ def execute(run: Run, signals: Signals, log_file: Path) -> int:
 
 
 def make(runs: list[Run], folder: Path) -> list[Run]:
-    """Run what is not finished, holding the lock of ``folder`` and surviving a closed terminal; returns what failed.
+    """Execute the unfinished runs and return the failed ones. Locks ``folder`` and survives a closed terminal.
 
     Raises:
-        UserError: another process works in ``folder``, or settings that are not valid.
-        Stopped: by a signal, after the running child has written its checkpoint.
+        UserError: another process is using ``folder``, or settings are invalid.
+        Stopped: on a signal, after the running child has saved a checkpoint.
     """
     if problems := sorted({problem for run in runs for problem in run.settings().problems()}):
         raise UserError(problems)
@@ -166,7 +166,7 @@ def make(runs: list[Run], folder: Path) -> list[Run]:
     failed, seconds = [], []
     with RunLock(folder, str(folder)), Signals() as signals:
         left = [run for run in runs if run.result() is None]
-        log.info("%s runs, %s of them finished already", len(runs), len(runs) - len(left))
+        log.info("%s runs, %s already finished", len(runs), len(runs) - len(left))
         for number, run in enumerate(left, 1):
             started, log_file = time.monotonic(), run.folder.with_suffix(".log")
             code = execute(run, signals, log_file)
@@ -174,15 +174,15 @@ def make(runs: list[Run], folder: Path) -> list[Run]:
             result = run.result() if code == 0 else None
             if result is None:
                 failed.append(run)
-                problem = f"exit code {code}" if code else f"{run.folder} holds a run with other settings: remove it"
+                problem = f"exit code {code}" if code else f"{run.folder} contains a run with other settings: remove it"
                 tail = "\n".join(log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-                log.error("%s failed: %s; %s ends:\n%s", run.name, problem, log_file, printable(tail, LINE_BREAK))
+                log.error("%s failed: %s; end of %s:\n%s", run.name, problem, log_file, printable(tail, LINE_BREAK))
                 continue
-            shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # 80 MB a run; the finished model stays
+            shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # 80 MB per run; keep the finished model
             seconds.append(time.monotonic() - started)
             minutes = statistics.mean(seconds) * (len(left) - number) / 60
-            told = ", ".join(f"{METRICS[name].text(result[name])} {METRICS[name].unit}" for name in TOLD)
-            log.info("%s of %s  %s: %s; about %.0f min left", number, len(left), run.name, told, minutes)
+            metrics = ", ".join(f"{METRICS[name].text(result[name])} {METRICS[name].unit}" for name in LOGGED)
+            log.info("%s of %s  %s: %s; about %.0f min left", number, len(left), run.name, metrics, minutes)
     return failed
 
 
@@ -192,7 +192,7 @@ def conduct(
     table: Callable[[Found], str],
     figures: Callable[[Run], Figures | None] = Run.result,
 ) -> int:
-    """Run what is missing (nothing with ``--table``) and show the table of what is finished; returns the exit code."""
+    """Execute missing runs (none with ``--table``), show the table of finished ones and return the exit code."""
     failed = [] if options.table else make(runs, options.root)
     finished = {run: result["origin"] for run in runs if (result := run.result()) is not None}
     found: Found = {}
@@ -202,38 +202,38 @@ def conduct(
         command.show(table(found), found, options)
     print(f"\nPreset {options.preset}; {len(finished)} of {len(runs)} runs finished.")
     origins = {json.dumps(origin) for origin in finished.values()}
-    if len(origins) > 1:  # other machines, precisions or texts
-        print("Runs of several kinds, which are not to be compared:", *sorted(origins), sep="\n  ")
+    if len(origins) > 1:  # different machines, precisions or texts
+        print("Runs with different origins, not to be compared:", *sorted(origins), sep="\n  ")
     return 1 if failed else 0
 
 
 def command_line(description: str | None, name: str, lines: Iterable[str] = ()) -> argparse.ArgumentParser:
-    """A parser with the options of every experiment.
+    """Create a parser with the options common to all experiments.
 
     Args:
-        name: of the experiment's folder below .cache.
-        lines: what ``--only`` chooses from; without any there is no such option.
+        name: the experiment's folder in .cache.
+        lines: choices of ``--only``; without any, the option is left out.
     """
     parser = command.new_parser(description, EPILOG)
     parser.add_argument("--preset", choices=("cpu", "smoke"), default="cpu", help="[default cpu]")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1 [default 3]")
-    parser.add_argument("--max_bytes", type=int, help="bytes of training text a run [default: the preset's]")
+    parser.add_argument("--max_bytes", type=int, help="bytes of training text per run [default: the preset's]")
     parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR)
     parser.add_argument("--work_dir", type=Path, default=CACHE_DIR / name, help=f"[default .cache/{name}]")
-    parser.add_argument("--table", action="store_true", help="run nothing: only print what is finished")
+    parser.add_argument("--table", action="store_true", help="run nothing, only print finished runs")
     if names := ", ".join(lines):
-        parser.add_argument("--only", metavar="LINES", help=f"these lines, separated by commas, of: {names}")
+        parser.add_argument("--only", metavar="LINES", help=f"comma-separated lines to run, from: {names}")
     return parser
 
 
 def settled(options: argparse.Namespace, *counts: str) -> argparse.Namespace:
-    """The parsed command line with absolute folders, and ``root``: a folder for each preset and length.
+    """Check the parsed command line, make folders absolute and add ``root``, a folder per preset and length.
 
     Args:
         counts: options besides ``--seeds`` that must be at least 1.
 
     Raises:
-        UserError: every problem with it.
+        UserError: with all problems at once.
     """
     options.data_dir, options.work_dir = options.data_dir.absolute(), options.work_dir.absolute()
     options.root = options.work_dir / "-".join(str(part) for part in (options.preset, options.max_bytes) if part)
@@ -244,7 +244,7 @@ def settled(options: argparse.Namespace, *counts: str) -> argparse.Namespace:
 
 
 def shared_values(options: argparse.Namespace, *, test_score: bool = False) -> dict[str, Any]:
-    """The settings that all runs of an experiment share."""
+    """Return the settings shared by all runs of an experiment."""
     values = {"preset": options.preset, "quiet": True, "no_test_score": not test_score}
     values |= {"data_dir": str(options.data_dir), "cache_dir": str(CACHE_DIR)}
     return values | ({"max_bytes": options.max_bytes} if options.max_bytes else {})

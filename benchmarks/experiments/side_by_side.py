@@ -1,9 +1,9 @@
-"""Both models with one preset on several seeds: the final table, and the figure of the README.
+"""Compare both models with one preset on several seeds: the final table and the README's figure.
 
     python -m benchmarks.experiments.side_by_side --seeds 3 --plot docs/side_by_side.png
 
-The two models of a seed run one after the other, so that a machine that grows slower does so for both. Test scores are
-those that the trainers compute once, from the exported files.
+The two models of a seed run back to back, so that a machine that slows down affects both. Test scores are those that
+the trainers compute once, from the exported models.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def plan(options: argparse.Namespace) -> list[Run]:
 
 
 def figures(run: Run) -> Figures:
-    """A finished run's results and its evaluations."""
+    """Return a finished run's results and its evaluations."""
     return run.result() | {"evaluations": [record for record in run.history() if "validation_bpb" in record]}
 
 
 def reached(first: Figures, second: Figures) -> dict[str, float] | None:
-    """Shares of the first model's text and seconds after which the second's validation is at most the first's last.
+    """Return the shares of the first model's text and seconds that the second needs to reach its final validation.
 
-    Interpolated between evaluations, but not before the first one; None where it never is.
+    Interpolates between evaluations, but not before the first one; None if the second model never reaches it.
     """
     goal, before = first["validation_bpb"], None
     for record in second["evaluations"]:
@@ -51,7 +51,7 @@ def reached(first: Figures, second: Figures) -> dict[str, float] | None:
 
 
 def pairs(found: Found) -> list[tuple[Figures, Figures]]:
-    """Both models' figures, of the seeds that both have finished."""
+    """Return both models' figures for the seeds that both have finished."""
     first, second = (found.get(name, {}) for name in NAMES)
     return [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
 
@@ -70,12 +70,12 @@ def table(found: Found) -> str:
     for key, words in (("bytes", "text"), ("seconds", "seconds")):
         if shares and len(shares) == len(seeds):
             value = command.spread([share[key] for share in shares], "{:.3f}")
-            rows.append((f"share of {NAMES[0]}'s {words} until its final validation is reached", "", value, ""))
-    return command.table((f"{len(seeds)} seeds: mean (least … most)", *NAMES, "ratio, seed by seed"), rows)
+            rows.append((f"share of {NAMES[0]}'s {words} to reach its final validation", "", value, ""))
+    return command.table((f"{len(seeds)} seeds: mean (min … max)", *NAMES, "ratio, paired by seed"), rows)
 
 
 def plot(found: Found, path: Path) -> None:
-    """Validation against text and against seconds: the mean of the seeds as a line, least to most as a band."""
+    """Plot validation against text and time: mean over seeds as a line, range as a band."""
     import numpy as np
     from matplotlib.figure import Figure
 
@@ -96,7 +96,7 @@ def plot(found: Found, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.axes[0].set_ylabel("validation, bits per byte")
-    title = f"validation books of the primary translation; line: mean of {len(seeds)} seeds, band: least to most"
+    title = f"validation books of the primary translation; line: mean of {len(seeds)} seeds, band: range"
     figure.suptitle(title, fontsize=10)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
@@ -105,7 +105,7 @@ def plot(found: Found, path: Path) -> None:
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = runner.command_line(__doc__, "side_by_side")
-    parser.add_argument("--plot", type=Path, help="draw the figure here")
+    parser.add_argument("--plot", type=Path, help="save the figure to this file")
     return runner.settled(parser.parse_args(arguments))
 
 

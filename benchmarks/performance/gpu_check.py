@@ -1,9 +1,9 @@
-"""Is this GPU right, and how fast is it here? One command that ends in time, with one table and one JSON.
+"""Check a GPU's numerical correctness and speed within a time limit; print one table and write one JSON file.
 
     python -m benchmarks.performance.gpu_check --minutes 10 --json gpu_check.json
 
-The checks come in order of worth: what is right (``gpu_correctness``), then what is fast (``gpu_speed``). What the time
-does not reach is named. On a CPU, what needs a GPU says so.
+Checks run in order of priority: correctness (``gpu_correctness``), then speed (``gpu_speed``). Checks that do not fit
+in the time limit are listed. On a CPU, checks that need a GPU are reported as such.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from mvlm_core.files import write_json_atomic
 from mvlm_core.hardware import PRECISIONS, set_process_environment
 from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR, PRESET_NAMES
 
-EXIT_CODES = "Exit codes: 0 nothing wrong was found, 1 wrong numbers, 2 bad arguments."
+EXIT_CODES = "Exit codes: 0 no errors found, 1 wrong numbers, 2 bad arguments."
 JUDGING = ("loss_and_gradients", "cached_decoding", "attention_backends")
 TIMING = ("products_and_clock", "real_steps", "resume", "all_reduce", "compiled_or_not", "micro_batches")
 MARKS = {None: "", True: "right", False: "WRONG"}
 
 
 class OutOfTime(BaseException):
-    """The time is over; no ``except Exception`` on the way may hold it up."""
+    """The time limit was reached. A BaseException, so that no ``except Exception`` catches it."""
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line, and what the checks share: judged cases, measured ceilings, finished runs, the table so far."""
+    """Parse the command line and add the checks' shared state: cases, measured peaks, finished runs, table rows."""
     parser = command.new_parser(__doc__, EXIT_CODES)
     add = parser.add_argument
     add("--device", choices=("cuda", "cpu"), default="cuda", help="[default cuda]")
-    add("--minutes", type=float, default=10.0, help="after which it ends [default 10]")
-    add("--only", help=f"these checks, separated by commas, of: {', '.join(JUDGING + TIMING)}")
-    add("--presets", help="of real_steps; all else has the first one's text and width [default h200, on a CPU smoke]")
-    add("--precision", choices=PRECISIONS[1:], help="judged beside fp32, emulated if need be [default: a run's]")
-    add("--deterministic", action="store_true", help="as a run with that flag: what it costs, and what it holds")
-    add("--layers", type=int, help="of what is judged [default: the preset's, at most 4]")
-    add("--tokens", type=int, help="of its context [default: the preset's]")
-    add("--steps", type=int, default=200, help="of real_steps, for each model [default 200]")
-    add("--seconds", type=float, default=3.0, help="of each timing [default 3]")
+    add("--minutes", type=float, default=10.0, help="time limit [default 10]")
+    add("--only", help=f"comma-separated checks to run, from: {', '.join(JUDGING + TIMING)}")
+    add("--presets", help="presets for real_steps; other checks use the first one's [default h200, on a CPU smoke]")
+    add("--precision", choices=PRECISIONS[1:], help="checked besides fp32, emulated if necessary [default: a run's]")
+    add("--deterministic", action="store_true", help="check runs with this training flag: cost and reproducibility")
+    add("--layers", type=int, help="layers in correctness checks [default: the preset's, at most 4]")
+    add("--tokens", type=int, help="context length in correctness checks [default: the preset's]")
+    add("--steps", type=int, default=200, help="steps of real_steps per model [default 200]")
+    add("--seconds", type=float, default=3.0, help="duration of each timing [default 3]")
     add("--data_dir", type=Path, default=DEFAULT_DATA_DIR)
-    add("--cache_dir", type=Path, default=CACHE_DIR, help="of tokenizers and tokens")
+    add("--cache_dir", type=Path, default=CACHE_DIR, help="cache of tokenizers and tokens")
     o = parser.parse_args(arguments)
     o.presets = (o.presets or {"cuda": "h200", "cpu": "smoke"}[o.device]).split(",")
     problems = [f"--presets {name}: unknown" for name in o.presets if name not in PRESET_NAMES[1:]]
@@ -63,7 +63,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def make(o: argparse.Namespace) -> None:
-    """Make the checks that are left, and keep and print their rows as they come."""
+    """Run the remaining checks; store and print each row as it is produced."""
     import torch
 
     from benchmarks.performance import gpu_correctness, gpu_speed
@@ -71,7 +71,7 @@ def make(o: argparse.Namespace) -> None:
     while o.left:
         name = o.left[0]
         o.hardware.apply()
-        if name in JUDGING:  # TF32 rounds to ten bits: what is judged as float32 is computed in it
+        if name in JUDGING:  # no TF32, which rounds to ten bits: compute fp32 in full precision
             torch.set_float32_matmul_precision("highest")
         try:
             for of, figures, right in getattr(gpu_correctness if name in JUDGING else gpu_speed, name)(o):
@@ -81,7 +81,7 @@ def make(o: argparse.Namespace) -> None:
                 print(command.row((name, of, ", ".join(cells), MARKS[right])), flush=True)
         except UserError:
             raise
-        except Exception as error:  # the checks after it are worth their time still
+        except Exception as error:  # continue with the remaining checks
             o.broken[name] = f"{type(error).__name__}: {error}"
         o.left.pop(0)
 
@@ -89,7 +89,7 @@ def make(o: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     o = parse_options(arguments)
     set_process_environment()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler says on stderr when it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silence the profiler's start and stop messages
     import torch
 
     from mvlm_core.console import hush_transformers
@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     o.hardware = choose_hardware(device=o.device, deterministic=o.deterministic)
     o.hardware.apply()
     hush_transformers()
-    products = f"products in fp32: {torch.get_float32_matmul_precision()}, where they are judged highest"
+    products = f"fp32 matmul precision: {torch.get_float32_matmul_precision()} (highest in correctness checks)"
     machine = [*describe(o.hardware), f"torch {torch.__version__}, {products}"]
     print("\n".join(machine) + "\n\n" + command.head(("check", "of", "found", ""), left=4), flush=True)
     before = signal.signal(signal.SIGALRM, end)
@@ -115,11 +115,11 @@ def main(arguments: list[str] | None = None) -> int:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
-    print(f"\nNot reached: {', '.join(o.left)}." if o.left else "\nAll checks made.")
-    print(*(f"{name} broke off: {error}" for name, error in o.broken.items()), sep="\n")
+    print(f"\nNot reached: {', '.join(o.left)}." if o.left else "\nAll checks completed.")
+    print(*(f"{name} failed with an exception: {error}" for name, error in o.broken.items()), sep="\n")
     if o.json:
         found = {"machine": machine, "rows": o.rows, "not_reached": o.left, "broke_off": o.broken}
-        write_json_atomic(o.json, json.loads(json.dumps(found), parse_constant=str))  # NaN as a word: it is no JSON
+        write_json_atomic(o.json, json.loads(json.dumps(found), parse_constant=str))  # NaN as a string: not valid JSON
     return 1 if any(row["right"] is False for row in o.rows) or o.broken.keys() & set(JUDGING) else 0
 
 

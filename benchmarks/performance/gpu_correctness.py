@@ -1,9 +1,9 @@
-"""Are loss, gradients and cached decoding right on a device? Both models beside plain references on the CPU.
+"""Check loss, gradients and cached decoding on a device against simple CPU references, for both models.
 
-Every weight is random and none is zero, so that no part of a model can be left out unseen; the text is real, heads are
-64 wide. The references share no code with what they judge: transformers' own GPT-2 with eager attention for model 1,
-``simone_reference`` for model 2. They run in float64, and twice more with the rounding of float32 and of bf16: how far
-that alone moves each figure, times ``FACTOR``, is what a device may differ by.
+All weights are random and non-zero, so that every part of a model affects the result; the text is real, and the head
+dimension is 64. The references share no code with the tested implementations: transformers' GPT-2 with eager attention
+for model 1, ``simone_reference`` for model 2. They run in float64, and again with float32 and bf16 rounding: the error
+of that rounding alone, times ``FACTOR``, is the tolerance for the device.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from benchmarks.experiments.runner import SETTINGS, recipe_of
 from mvlm_core.hardware import ATTENTION_BACKENDS, Hardware
 from mvlm_core.training.preparation import prepare_text
 
-# Beside the measured rounding: sums in another order, and the rounding of what stands between the products.
+# Allows for a different summation order and for rounding between the matrix products.
 FACTOR = 6.0
 HEAD_WIDTH, SEQUENCES = 64, 2
-PROGRESS = 0.2  # of the run: coherence still weighs something
-# Parts that a preset may leave out are judged too.
+PROGRESS = 0.2  # fraction of the run, where the coherence weight is not 0 yet
+# Also check parts that a preset may disable.
 EVERYTHING = {"policy_head": True, "memory_head": True, "alignment_weight": 0.5, "coherence_weight": 0.3}
-KERNELS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")  # of PyTorch's own attention
-FUSED = r"\w*(?:_scaled_dot_product|flash|fmha|sdpa)\w*"  # in names of kernels and of PyTorch's operations
+KERNELS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")  # PyTorch's attention kernels
+FUSED = r"\w*(?:_scaled_dot_product|flash|fmha|sdpa)\w*"  # matches names of kernels and of PyTorch operators
 NOT_HERE = "not on this machine"
 Losses = tuple[Tensor, Tensor]  # the loss, and logits [batch, seq, vocab]
-Row = tuple[str, dict[str, Any], bool | None]  # of what, its figures, and whether they are right where that is judged
+Row = tuple[str, dict[str, Any], bool | None]  # label, figures, and whether they are correct (None: not checked)
 
 
 class RoundedProducts(TorchDispatchMode):
-    """Matrix products as in bf16, of rounded factors and with a rounded result, by float32, which is quick."""
+    """Emulate bf16 matrix products in float32, which is faster on a CPU: round the factors and the result."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.overloadpacket not in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
@@ -51,14 +51,14 @@ class RoundedProducts(TorchDispatchMode):
 
 
 def gpt2_reference(w: dict[str, Tensor], model: Any, _s: Any, ids: Tensor, targets: Tensor, _: Tensor) -> Losses:
-    """transformers' own forward pass of the fresh ``model`` with these weights."""
+    """Run transformers' forward pass of ``model`` with these weights."""
     model.set_attn_implementation("eager")
     logits = functional_call(model, {name.removeprefix("model."): tensor for name, tensor in w.items()}, (ids,)).logits
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), logits
 
 
 def simone_reference(w: dict[str, Tensor], _: Any, s: Any, ids: Tensor, targets: Tensor, alignment: Tensor) -> Losses:
-    """Loss and logits of Enhanced SIM-ONE as its description has it: slow and plain. Shapes are [batch, seq, ...]."""
+    """Reference implementation of Enhanced SIM-ONE's loss and logits: simple and slow. Shapes are [batch, seq, ...]."""
     (batch, seq), half = ids.shape, HEAD_WIDTH // 2
     dtype = w["model.embed_tokens.weight"].dtype
     frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
@@ -78,7 +78,7 @@ def simone_reference(w: dict[str, Tensor], _: Any, s: Any, ids: Tensor, targets:
         return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
     def before(x: Tensor) -> Tensor:
-        """What stands at the token before; zero at the first."""
+        """Shift right by one token; the first becomes zero."""
         return torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), 1)
 
     x, first_value = norm(w["model.embed_tokens.weight"][ids], "model.embed_norm"), None
@@ -122,7 +122,7 @@ REFERENCES = {"mvlm_gpt2": gpt2_reference, "simone_enhanced": simone_reference}
 
 @dataclass(frozen=True)
 class Answer:
-    """A loss, logits ``[batch, seq, vocab]`` and gradients by parameter; or, of each, by how much they may be off."""
+    """Loss, logits ``[batch, seq, vocab]`` and gradients by parameter; or the tolerance of each."""
 
     loss: float
     logits: Any
@@ -130,12 +130,12 @@ class Answer:
 
 
 class Case:
-    """One model with random weights, two sequences of real text, and what is right for them.
+    """One model with random weights, two sequences of real text, and the reference results.
 
     Args:
-        preset: whose text, vocabulary and width are taken.
-        layers, tokens: of the model, and of each sequence.
-        places: the settings that say where text and cache are.
+        preset: preset that defines text, vocabulary and width.
+        layers, tokens: number of layers, and sequence length.
+        places: data_dir and cache_dir settings.
     """
 
     def __init__(self, name: str, preset: str, layers: int, tokens: int, places: dict[str, Any]) -> None:
@@ -156,16 +156,16 @@ class Case:
         self.limits["bf16"] = self._limits(rounded)
 
     def build(self, hardware: Hardware) -> tuple[Any, nn.ModuleDict]:
-        """The model as a run builds it, with this case's weights, and all its modules, on the device."""
-        torch._dynamo.reset()  # a few models of one class, and it would give up compiling
+        """Build the model like a run does, with this case's weights, and return it and its modules on the device."""
+        torch._dynamo.reset()  # dynamo stops compiling after several models of the same class
         built = self.recipe.build(self.settings, self.tokenizer, hardware)
         modules, generator = nn.ModuleDict(built.modules), torch.Generator().manual_seed(0)
         for weight in modules.parameters():
-            # Vectors vary around 1 or 0, where they start.
+            # Vectors are drawn around their initial value, 1 or 0.
             middle, spread = (0.0, weight.shape[1] ** -0.5) if weight.ndim > 1 else (weight.data.mean().round(), 0.3)
             weight.data = middle + spread * torch.randn(weight.shape, generator=generator)
         if self.name == "simone_enhanced":
-            built.model.pointer.sentinel.data.fill_(-(HEAD_WIDTH**0.5))  # it starts where hardly a token is copied
+            built.model.pointer.sentinel.data.fill_(-(HEAD_WIDTH**0.5))  # the initial value would copy hardly any token
         return built, modules.to(hardware.device).train()
 
     def _reference(self, dtype: torch.dtype) -> Answer:
@@ -177,10 +177,10 @@ class Case:
         return Answer(float(loss.detach()), logits.detach().double(), {name: g.double() for name, g in gradients})
 
     def _limits(self, rounded: Answer) -> Answer:
-        """``FACTOR`` times how far off the reference is when it rounds, relatively.
+        """Return ``FACTOR`` times the relative error of the rounded reference.
 
-        One number may be off by little by chance. So the loss may be off as its tokens are, the logits as those of the
-        worst token, and a gradient at least as the median of all.
+        A single error can be small by chance. So the loss tolerance uses the RMS error of the tokens, the logits the
+        worst token, and each gradient at least the median error of all gradients.
         """
         exact = self.right.gradients
         off = {name: float((g - exact[name]).norm() / exact[name].norm()) for name, g in rounded.gradients.items()}
@@ -191,7 +191,7 @@ class Case:
         return Answer(loss, FACTOR * worst_token(rounded.logits, self.right.logits), gradients)
 
     def judge_training(self, hardware: Hardware) -> Row:
-        """Loss, and every gradient by its direction (cosine similarity) and its length (ratio of norms)."""
+        """Check the loss, and each gradient by cosine similarity and norm ratio."""
         built, modules = self.build(hardware)
         with hardware.autocast():
             total = built.loss(*(part.to(hardware.device) for part in self.batch), PROGRESS).total
@@ -202,7 +202,7 @@ class Case:
             found = torch.zeros_like(exact) if weight.grad is None else weight.grad.double().cpu()
             cosine = float(F.cosine_similarity(found.flatten(), exact.flatten(), dim=0))
             ratio = float(found.norm() / exact.norm())
-            # What is off by a small share is turned by that angle at most: 1 − cosine is half the angle's square.
+            # A small relative error rotates a vector by at most that angle, and 1 − cosine is half the angle squared.
             off = max(max(0.0, 2 - 2 * cosine) ** 0.5, abs(ratio - 1)) / limits.gradients[name]
             off = off if math.isfinite(ratio) else math.inf
             tensors[name] = {"its share of limit": off, "1 − cosine": 1 - cosine, "norm ratio": ratio}
@@ -215,12 +215,12 @@ class Case:
 
     @torch.no_grad()
     def judge_decoding(self, hardware: Hardware) -> Row:
-        """Logits of a whole pass, and of one by a cache: a short prompt, single tokens, several at once."""
+        """Check the logits of a full pass and of cached decoding with a short prompt, single tokens and chunks."""
         model, ids = self.build(hardware)[0].model.eval(), self.batch[0].to(hardware.device)
         limit, right, cache, at = self.limits[hardware.precision].logits, self.right.logits, None, 0
         with hardware.autocast():
             errors = [worst_token(model(ids, use_cache=False).logits, right) / limit]
-            for count in (2, 1, 1, 1, 4, 1, ids.shape[1] - 12, 1, 1):  # early on, each token read weighs much
+            for count in (2, 1, 1, 1, 4, 1, ids.shape[1] - 12, 1, 1):  # early tokens have most influence
                 output = model(ids[:, at : at + count], past_key_values=cache, use_cache=True)
                 cache, at = output.past_key_values, at + count
                 errors.append(worst_token(output.logits, right[:, at - count : at]) / limit)
@@ -229,7 +229,7 @@ class Case:
 
 
 def worst_token(found: Tensor, right: Tensor) -> float:
-    """The length of the difference, in lengths of what is right, of the token where that is largest."""
+    """Return the largest relative error of any token's logits, by norm."""
     return float(((found.double().cpu() - right).norm(dim=-1) / right.norm(dim=-1)).max())
 
 
@@ -238,7 +238,7 @@ def words(hardware: Hardware) -> str:
 
 
 def cases(o: Any) -> list[Case]:
-    """One of each model, of the first preset's width; made when first asked for."""
+    """Return a case per model, with the first preset's width; created on first use."""
     for name in list(SETTINGS)[len(o.cases) :]:
         preset = SETTINGS[name](preset=o.presets[0])
         layers, tokens = o.layers or min(preset.num_layers, 4), o.tokens or preset.max_length
@@ -247,7 +247,7 @@ def cases(o: Any) -> list[Case]:
 
 
 def precisions(o: Any) -> list[Hardware]:
-    """In float32 and in what a run uses (or ``--precision``), not compiled."""
+    """Return uncompiled hardware settings for float32 and for a run's precision (or ``--precision``)."""
     kinds = dict.fromkeys(("fp32", o.precision or o.hardware.precision))
     return [replace(o.hardware, precision=kind, compile=False, loss_kernel="blocks") for kind in kinds]
 
@@ -266,7 +266,7 @@ def cached_decoding(o: Any) -> Iterator[Row]:
 
 
 def attention_backends(o: Any) -> Iterator[Row]:
-    """Each of them, and each kernel of PyTorch's own, with what really ran."""
+    """Check each backend and each of PyTorch's attention kernels, and report which kernel ran."""
     hardware = precisions(o)[-1]
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (hardware.device == "cuda")
     for case in cases(o):

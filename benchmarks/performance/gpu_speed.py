@@ -1,4 +1,4 @@
-"""How fast training is on a device: real steps, where their time goes, what compilation and micro-batches do to it."""
+"""Measure training speed on a device: real steps and their breakdown, effect of compilation and micro-batch size."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ from mvlm_core.training.loop import TrainingLoop
 from mvlm_core.training.preparation import prepare_text
 from mvlm_core.training.state import Run, build_task
 
-# Dense bf16 peak in FLOP/s by a part of the device's name, from the makers' data sheets.
+# Dense bf16 peak in FLOP/s by a substring of the device name, from the vendors' data sheets.
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
 MICRO_BATCHES = (8, 16, 32, 64, 128)
 
 
 class NeverStops(StopRequest):
     def defer(self) -> None:
-        """This process's signals stay as they are."""
+        """Leave this process's signal handlers unchanged."""
 
 
 def loop_of(o: Any, name: str, preset: str, hardware: Hardware | None = None, **changes: Any) -> TrainingLoop:
-    """The training loop of a run by the preset, not yet started, in a folder of its own."""
+    """Create the training loop of a preset in a new folder, without starting it."""
     values = {"preset": preset, "output_dir": tempfile.mkdtemp(dir=o.folder), "max_steps": o.steps, "quiet": True}
     values |= {"eval_interval": o.steps, "checkpoint_interval": o.steps // 2, "keep_checkpoints": 9}
     recipe, settings = recipe_of(name), SETTINGS[name](**values | o.places | changes).check()
-    torch._dynamo.reset()  # a few models of one class, and it would give up compiling
+    torch._dynamo.reset()  # dynamo stops compiling after several models of the same class
     text = prepare_text(settings, recipe.tokenizer_class)
     return TrainingLoop(run := Run(recipe, settings, hardware or o.hardware), build_task(run, text))
 
 
 def step_of(loop: TrainingLoop) -> Callable[[], None]:
-    """A whole step of a run."""
+    """Return a function that runs one training step."""
     stop = NeverStops()
     return lambda: (loop._step(stop), loop._pending.clear())
 
 
 def once(work: Callable[[], Any]) -> float:
-    """Seconds of one call, until the device has done it."""
+    """Time one call in seconds, synchronising the device."""
     started = time.perf_counter()
     work()
     if torch.cuda.is_initialized():
@@ -60,7 +60,7 @@ def once(work: Callable[[], Any]) -> float:
 
 
 def timed(o: Any, work: Callable[[], Any]) -> float:
-    """Seconds of a call, the median of ``--seconds`` of them after a first one."""
+    """Return the median time of a call, repeated for ``--seconds`` after a warm-up call."""
     found, until = [once(work)], time.perf_counter() + o.seconds
     while len(found) < 4 or time.perf_counter() < until:
         found.append(once(work))
@@ -68,7 +68,7 @@ def timed(o: Any, work: Callable[[], Any]) -> float:
 
 
 def shares(o: Any, flops: float, precision: str) -> dict[str, float]:
-    """FLOP/s, and their share of the data sheet's peak and of the measured matrix product where these are known."""
+    """Return FLOP/s and their share of the data-sheet peak and of the measured matmul speed, where known."""
     sheet = device_peak(o.hardware.name) if precision == "bf16" else None
     peaks = {"of data sheet": sheet, "of matrix product": o.ceiling.get(precision)}
     return {"TFLOP/s": flops / 1e12} | {name: flops / peak for name, peak in peaks.items() if peak}
@@ -79,7 +79,7 @@ def device_peak(name: str) -> float | None:
 
 
 def products_and_clock(o: Any) -> Iterator[Row]:
-    """What no step can beat, and the clock and the power that it ran at."""
+    """Measure the upper bound, matrix products, and the clock and power during them."""
     for precision, dtype, cpu_size in (("fp32", torch.float32, 1024), ("bf16", torch.bfloat16, 192)):
         size = cpu_size if o.hardware.device == "cpu" else 8192
         factor = torch.randn(size, size, device=o.hardware.device).to(dtype)
@@ -88,14 +88,14 @@ def products_and_clock(o: Any) -> Iterator[Row]:
         o.ceiling[precision] = flops
     figures: dict[str, Any] = {NOT_HERE: "no GPU"}
     if o.hardware.device == "cuda":
-        for _ in range(500):  # still at work while NVML is read
+        for _ in range(500):  # keep the GPU busy while reading NVML
             factor @ factor
         figures = {"MHz": torch.cuda.clock_rate(), "W": torch.cuda.power_draw() / 1000, "°C": torch.cuda.temperature()}
     yield f"clock and power, {o.hardware.name}", figures, None
 
 
 def real_steps(o: Any) -> Iterator[Row]:
-    """Steps of each model as a run makes them, and where the time of a step goes."""
+    """Train each model for some steps, and break down the time of a step."""
     for preset, name in ((preset, name) for preset in o.presets for name in SETTINGS):
         loop, of = loop_of(o, name, preset), f"{name}, {preset}, {o.hardware.precision}"
         seconds = once(lambda loop=loop: loop.run(NeverStops()))
@@ -113,7 +113,7 @@ def real_steps(o: Any) -> Iterator[Row]:
 
 
 def parts(o: Any, loop: TrainingLoop) -> dict[str, float]:
-    """Seconds of each part of a step, one after the other, of an evaluation and of a checkpoint."""
+    """Time each part of a step, an evaluation and a checkpoint, in seconds."""
     task, hardware, count = loop.task, loop.hardware, loop.state.micro_batch
     batch = task.batches.batch(0, 0, count)
     given = [torch.from_numpy(part).to(hardware.device) for part in (batch.inputs, batch.targets, batch.weights)]
@@ -138,7 +138,7 @@ def parts(o: Any, loop: TrainingLoop) -> dict[str, float]:
 
 
 def resume(o: Any) -> Iterator[Row]:
-    """The second half again, from the checkpoint in the middle: the same losses and weights, to the bit or not."""
+    """Resume from the middle checkpoint and check whether losses and weights are bit-identical."""
     for (preset, name), (checkpoints, history, weights) in o.finished.items():
         loop = loop_of(o, name, preset, resume_from=str(checkpoint_folder(checkpoints, o.steps // 2)))
         loop.run(NeverStops())
@@ -164,7 +164,7 @@ def compiled_or_not(o: Any) -> Iterator[Row]:
 
 
 def micro_batches(o: Any) -> Iterator[Row]:
-    """Speed and memory of each size, up to the first that does not fit."""
+    """Measure speed and memory of each micro-batch size, up to the first that does not fit."""
     for name in SETTINGS:
         for size in MICRO_BATCHES:
             loop = loop_of(o, name, o.presets[0], batch_size=size)
@@ -174,12 +174,12 @@ def micro_batches(o: Any) -> Iterator[Row]:
                 yield f"{name}, {size}", {"out of memory": ""}, None
                 break
             speed = loop.task.batches.tokens_per_batch / seconds
-            del loop  # before the next one is made
+            del loop  # free its memory before the next one
             yield f"{name}, {size}", {"tokens/s": speed, "GB": peak_memory(o.hardware.device) / 1e9}, None
 
 
 def all_reduce(o: Any, world: int | None = None, megabytes: int = 500) -> Iterator[Row]:
-    """The sum of so many megabytes over all GPUs (or ``world`` processes): right or not, and the speed of each link."""
+    """All-reduce this many megabytes over all GPUs (or ``world`` CPU processes); check the sum, measure bandwidth."""
     backend = "gloo" if world else "nccl"
     world = world or (torch.cuda.device_count() if o.hardware.device == "cuda" else 0)
     if world < 2:
@@ -192,7 +192,7 @@ def all_reduce(o: Any, world: int | None = None, megabytes: int = 500) -> Iterat
 
 
 def _reduce(rank: int, world: int, backend: str, megabytes: int, folder: str) -> None:
-    """One of the processes; the first keeps what was found."""
+    """Run one rank; rank 0 saves the result."""
     if backend == "nccl":
         torch.cuda.set_device(rank)
     dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world)

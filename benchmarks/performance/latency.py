@@ -1,10 +1,10 @@
-"""What a user waits for: help, the first step, generation with and without a cache, the score of the whole test text.
+"""Measure latency: --help, time to the first step, generation with and without KV cache, scoring of the test text.
 
     python -m benchmarks.performance.latency
 
-Generation (256 tokens after a first one, one sequence) and scoring use fresh weights: speed does not depend on what a
-model knows. Medians of --rounds, with least and most. With --checkpoint instead how long the training loop waits for a
-save at the shape of 124M parameters: written by the loop itself, and copied for the thread that writes it.
+Generation (256 tokens after the first one, batch size 1) and scoring use random weights, which does not affect speed.
+Reports median, minimum and maximum of --rounds. --checkpoint instead measures how long saving a 124M-parameter
+checkpoint blocks the training loop, synchronously and with the background writer.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def seconds(do: Callable[[], Any], rounds: int) -> list[float]:
 
 
 def first_step(script: str, data_dir: Path) -> None:
-    """From the command to the end of its first step, with tokenizer and tokens in the cache."""
+    """Run a trainer from launch to the end of its first step, with tokenizer and tokens cached."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--preset", "cpu", "--data_dir", data_dir, "--output_dir", f"{folder}/out", "--log_interval", "1"]
         child = [sys.executable, REPOSITORY_ROOT / script, *arguments]
@@ -57,7 +57,7 @@ def first_step(script: str, data_dir: Path) -> None:
 
 
 def build(model: str, shape: dict[str, int]) -> Any:
-    """A model with fresh weights at the cpu preset's shape, or at ``shape``, with its optimizers."""
+    """Build a randomly initialised model of the cpu preset's shape, or of ``shape``, with its optimizers."""
     import torch
 
     from mvlm_core.hardware import choose_hardware
@@ -74,12 +74,12 @@ def generate(model: Any, cached: bool) -> None:
 
     start = torch.tensor([[0]])
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
-    made = model.generate(start, attention_mask=torch.ones_like(start), use_cache=cached, **options)
-    assert made.shape[1] == NEW_TOKENS + 1
+    tokens = model.generate(start, attention_mask=torch.ones_like(start), use_cache=cached, **options)
+    assert tokens.shape[1] == NEW_TOKENS + 1
 
 
 def score(model: str, data_dir: Path) -> None:
-    """Score the whole test text with fresh weights at the cpu preset's shape."""
+    """Score the whole test text with random weights of the cpu preset's shape."""
     from mvlm_core.evaluation.bits_per_byte import score_documents
     from mvlm_core.training.preparation import prepare_text
 
@@ -91,7 +91,7 @@ def score(model: str, data_dir: Path) -> None:
 
 
 def state_tensors(model: str, shape: dict[str, int]) -> dict[str, dict[str, Any]]:
-    """The tensors of a checkpoint after a step with no gradient."""
+    """Return the tensors of a checkpoint, after one step with zero gradients."""
     import torch
 
     built = build(model, shape)
@@ -102,7 +102,7 @@ def state_tensors(model: str, shape: dict[str, int]) -> dict[str, dict[str, Any]
 
 
 def measure_saves(options: argparse.Namespace) -> Iterator[tuple[str, list[float]]]:
-    """How long a save holds the loop; each one that is written by a thread is waited for before the next."""
+    """Measure how long a save blocks the loop; waits for each background write before the next save."""
     from mvlm_core.training.checkpoint import rotate_checkpoints, save_checkpoint
     from mvlm_core.training.checkpoint_writer import CheckpointWriter
 
@@ -116,18 +116,18 @@ def measure_saves(options: argparse.Namespace) -> Iterator[tuple[str, list[float
                 save_checkpoint(root, next(steps), copied, {})
                 rotate_checkpoints(root, 2)
 
-            what = f"save of {size / 1e9:.2f} GB, {model}"
-            yield f"{what}: by the loop itself", seconds(partial(write, tensors), options.rounds)
-            held = []
+            label = f"save of {size / 1e9:.2f} GB, {model}"
+            yield f"{label}: synchronous", seconds(partial(write, tensors), options.rounds)
+            blocked = []
             for _ in range(options.rounds + 1):
-                held += seconds(partial(writer.start, tensors, write), 1)
+                blocked += seconds(partial(writer.start, tensors, write), 1)
                 writer.wait()
-            yield f"{what}: first copy, into new memory", held[:1]
-            yield f"{what}: later copies", held[1:]
+            yield f"{label}: asynchronous, first copy (allocates)", blocked[:1]
+            yield f"{label}: asynchronous, later copies", blocked[1:]
 
 
 def measure(options: argparse.Namespace) -> Iterator[tuple[str, list[float]]]:
-    """What was measured, in words, and its seconds, one after the other."""
+    """Yield the label and the seconds of each measurement."""
     from mvlm_core.hardware import choose_hardware
 
     for script in ENTRY_POINTS:
@@ -136,30 +136,30 @@ def measure(options: argparse.Namespace) -> Iterator[tuple[str, list[float]]]:
         yield f"--help of {script}", seconds(show_help, options.rounds)
     for model, script in TRAINERS.items():
         first_step(script, options.data_dir)  # fills the cache
-        yield f"command to first step, {model}", seconds(partial(first_step, script, options.data_dir), options.rounds)
+        yield f"launch to first step, {model}", seconds(partial(first_step, script, options.data_dir), options.rounds)
     choose_hardware(device="cpu").apply()
     for model in TRAINERS:
         for name, shape in SHAPES.items():
             built = build(model, shape).model.eval()
             for cached in (True, False):
-                words = f"{NEW_TOKENS} tokens {'with' if cached else 'without'} the cache, {model}, {name}"
+                words = f"{NEW_TOKENS} tokens {'with' if cached else 'without'} KV cache, {model}, {name}"
                 yield words, seconds(partial(generate, built, cached), options.rounds)
-        yield f"score of the whole test text, {model}", seconds(partial(score, model, options.data_dir), 1)
+        yield f"scoring the whole test text, {model}", seconds(partial(score, model, options.data_dir), 1)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command.new_parser(__doc__)
     parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR)
-    parser.add_argument("--rounds", type=int, default=5, help="of each but the score [default 5]")
-    parser.add_argument("--checkpoint", action="store_true", help="measure saves, and nothing else")
-    parser.add_argument("--folder", type=Path, help="where to save [default: the system's temporary folder]")
+    parser.add_argument("--rounds", type=int, default=5, help="repetitions, except for scoring [default 5]")
+    parser.add_argument("--checkpoint", action="store_true", help="measure checkpoint saves only")
+    parser.add_argument("--folder", type=Path, help="where to save checkpoints [default: system temporary folder]")
     options = parser.parse_args(arguments)
     if problems := command.below_one(options, "rounds"):
         raise UserError(problems)
     options.data_dir = options.data_dir.absolute()
     set_process_environment()
     found = {}
-    print(command.head(("what", "seconds (least … most)")), flush=True)
+    print(command.head(("measurement", "seconds (min … max)")), flush=True)
     for words, times in (measure_saves if options.checkpoint else measure)(options):
         print(command.row((words, command.spread(times, "{:.2f}", statistics.median))), flush=True)
         found[words] = times

@@ -1,11 +1,11 @@
-"""How fast other programs run an export, and whether they say the same: PyTorch, ONNX Runtime, llama.cpp.
+"""Compare speed and outputs of an export in PyTorch, ONNX Runtime and llama.cpp.
 
     python export_formats.py models/mvlm_gpt2 --onnx --gguf --output gpt2_formats
     python -m benchmarks.performance.other_engines models/mvlm_gpt2 gpt2_formats
 
-Each decodes greedily, one token at a time with its cache, from the same prompt; medians of --rounds, in turns, with
-least and most. Seconds of the processor, of all threads together, are told apart from those of the clock: other work on
-the machine does not change them. llama.cpp needs llama-cpp-python. Threads: OMP_NUM_THREADS, else all cores.
+Each runtime decodes greedily from the same prompt with its KV cache; rounds are interleaved, and the table gives the
+median, minimum and maximum of --rounds. CPU time (all threads) is reported besides wall time, because other load on the
+machine does not affect it. llama.cpp requires llama-cpp-python. Threads: OMP_NUM_THREADS, otherwise all cores.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from prioritary_mvlm.config import MODELLING_FILES
 
 PROMPT = "In the beginning God created the heaven and the earth. And the"
 Reader = Callable[[Sequence[int]], np.ndarray]
-"""Logits ``[tokens, vocab]`` of the tokens given, which follow those that were given before."""
+"""Appends tokens to the sequence read so far and returns their logits ``[tokens, vocab]``."""
 
 
 def torch_reader(model: Any) -> Reader:
@@ -46,13 +46,13 @@ def torch_reader(model: Any) -> Reader:
 
 
 def onnx_reader(graph: Any) -> Reader:
-    """Of a ``CachedGraph``, whose cache is emptied."""
+    """Return a reader of a ``CachedGraph``, with an empty cache."""
     graph.forget()
     return lambda ids: graph.read(np.array([list(ids)]))[0]
 
 
 def gguf_reader(llama: Any) -> Reader:
-    """Of a ``llama_cpp.Llama`` that keeps all logits, emptied."""
+    """Return a reader of a ``llama_cpp.Llama`` created with ``logits_all``, with an empty cache."""
     llama.reset()
 
     def read(ids: Sequence[int]) -> np.ndarray:
@@ -64,7 +64,7 @@ def gguf_reader(llama: Any) -> Reader:
 
 
 def greedy(read: Reader, prompt: Sequence[int], count: int) -> tuple[list[int], np.ndarray]:
-    """The ``count`` tokens after ``prompt``, and the logits ``[tokens, vocab]`` from which they were chosen."""
+    """Decode ``count`` tokens after ``prompt``; return them and their logits ``[tokens, vocab]``."""
     new, text, logits = list(prompt), [], []
     for _ in range(count):
         logits.append(read(new)[-1])
@@ -81,7 +81,7 @@ def open_llama(path: Path, context: int, threads: int) -> Any:
 
 
 def engines(export: Path, formats: Path) -> tuple[dict[str, Callable[[], Reader]], Any]:
-    """What makes a new reader of each engine that has something to run, and the tokenizer."""
+    """Return a reader factory for each available engine, and the tokenizer."""
     from mvlm_core.evaluation.bits_per_byte import context_of, load_export
     from mvlm_core.export.onnx_format import CachedGraph
 
@@ -98,8 +98,8 @@ def engines(export: Path, formats: Path) -> tuple[dict[str, Callable[[], Reader]
 def main(arguments: list[str] | None = None) -> int:
     parser = command.new_parser(__doc__)
     parser.add_argument("model", metavar="MODEL", type=Path, help="export folder")
-    parser.add_argument("formats", metavar="FORMATS", type=Path, help="what export_formats.py made of it")
-    parser.add_argument("--tokens", type=int, default=64, help="to write [default 64]")
+    parser.add_argument("formats", metavar="FORMATS", type=Path, help="output folder of export_formats.py for it")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens to generate [default 64]")
     parser.add_argument("--rounds", type=int, default=5, help="[default 5]")
     options = parser.parse_args(arguments)
     problems = command.below_one(options, "tokens", "rounds")
@@ -112,24 +112,24 @@ def main(arguments: list[str] | None = None) -> int:
 
     prompt = prompt_ids(tokenizer, PROMPT)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in makers}
-    written = {}
+    generated = {}
     for _ in range(options.rounds):
         for name, make in makers.items():
             read = make()
-            clock, processor = time.perf_counter(), time.process_time()
-            written[name] = greedy(read, prompt, options.tokens)
-            seconds[name].append((time.perf_counter() - clock, time.process_time() - processor))
-    text, logits = written["PyTorch"]
-    rows, found = [], {}
-    for name, (theirs, their_logits) in written.items():
-        same = next((n for n, pair in enumerate(zip(text, theirs, strict=True)) if len({*pair}) > 1), len(text))
-        difference = float(np.abs(their_logits - logits)[: same + 1].max())
+            wall, cpu = time.perf_counter(), time.process_time()
+            generated[name] = greedy(read, prompt, options.tokens)
+            seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    expected, logits = generated["PyTorch"]
+    rows, figures = [], {}
+    for name, (text, engine_logits) in generated.items():
+        same = next((n for n, pair in enumerate(zip(expected, text, strict=True)) if len({*pair}) > 1), len(text))
+        difference = float(np.abs(engine_logits - logits)[: same + 1].max())
         speeds = [[options.tokens / time for time in times] for times in zip(*seconds[name], strict=True)]
-        found[name] = {"tokens_per_second": speeds, "largest_difference": difference, "same_tokens": same}
+        figures[name] = {"tokens_per_second": speeds, "largest_difference": difference, "same_tokens": same}
         shown = (command.spread(values, "{:,.1f}", statistics.median) for values in speeds)
         rows.append((name, *shown, f"{difference:.1e}", same))
-    columns = ("engine", "tokens/s (least … most)", "of the processor's", "logits differ by", "same tokens")
-    command.show(command.table(columns, rows), found, options)
+    columns = ("engine", "tokens/s (min … max)", "tokens/s of CPU time", "largest logit difference", "same tokens")
+    command.show(command.table(columns, rows), figures, options)
     return 0
 
 

@@ -1,10 +1,9 @@
-"""Corpus to tokens: how long it takes and how much memory, as the corpus grows.
+"""Measure time and memory of data preparation, from corpus to tokens, as the corpus grows.
 
     python -m benchmarks.performance.preparation --copies 1,4,16
 
-The train text of the corpus is laid out so many times, its files under other names. Each size is prepared in a process
-of its own from an empty cache: the tokenizer is trained, all text is encoded and written. Memory is what all processes
-of a preparation hold alone (USS), sampled.
+The train text is copied under new file names to reach each size. Each size runs in a new process with an empty cache,
+which trains the tokenizer and encodes and writes all text. Memory is the sampled USS of all its processes.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ CONTEXT = multiprocessing.get_context("spawn")
 
 
 def lay_out(data_dir: Path, copies: int, folder: Path) -> int:
-    """``copies`` of the train text below ``folder``, a folder each, and the validation text; returns train bytes."""
+    """Write ``copies`` of the train text, and the validation text, to ``folder``; return the train bytes."""
     corpus, size = load_corpus(data_dir), 0
     for split, place in [("validation", "held-out")] + [("train", f"copy{copy:02}") for copy in range(copies)]:
         for document in corpus.split(split):
@@ -44,8 +43,8 @@ def lay_out(data_dir: Path, copies: int, folder: Path) -> int:
     return size
 
 
-def prepare(line: Connection, data_dir: Path, cache_dir: Path, vocab_size: int) -> None:
-    """In a process of its own: what a trainer does before its first step; sends seconds and tokens."""
+def prepare(sender: Connection, data_dir: Path, cache_dir: Path, vocab_size: int) -> None:
+    """Child process: prepare data like a trainer before its first step; send seconds and tokens."""
     set_process_environment()
     import mvlm_core.training.preparation as preparation
     from prioritary_mvlm.config import PrioritaryConfig
@@ -62,13 +61,13 @@ def prepare(line: Connection, data_dir: Path, cache_dir: Path, vocab_size: int) 
     preparation.build_token_store = timed
     tokens = len(preparation.prepare_text(settings, RECIPE.tokenizer_class).store.tokens)
     start, middle, end = *marks, time.perf_counter()
-    line.send({"tokenizer_seconds": middle - start, "token_seconds": end - middle, "tokens": tokens})
+    sender.send({"tokenizer_seconds": middle - start, "token_seconds": end - middle, "tokens": tokens})
 
 
 def run(data_dir: Path, cache_dir: Path, vocab_size: int) -> dict[str, Any]:
-    """One preparation: its own figures, the wall time of the whole process, and its peak memory."""
-    line, theirs = CONTEXT.Pipe()
-    process = CONTEXT.Process(target=prepare, args=(theirs, data_dir, cache_dir, vocab_size))
+    """Run one preparation; return its figures, the wall time of the whole process, and its peak memory."""
+    receiver, sender = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=prepare, args=(sender, data_dir, cache_dir, vocab_size))
     started, peak = time.perf_counter(), 0
     process.start()
     while process.is_alive():
@@ -76,11 +75,11 @@ def run(data_dir: Path, cache_dir: Path, vocab_size: int) -> dict[str, Any]:
         time.sleep(SAMPLE_SECONDS)
     if process.exitcode:
         raise TrainingFailed(f"a preparation ended with exit code {process.exitcode}")
-    return line.recv() | {"seconds": time.perf_counter() - started, "peak": peak}
+    return receiver.recv() | {"seconds": time.perf_counter() - started, "peak": peak}
 
 
 def held_alone(pid: int) -> int:
-    """Bytes that the process and its descendants hold and share with nobody."""
+    """Return the unshared memory (USS) of the process and its descendants, in bytes."""
     total = 0
     with suppress(psutil.Error):  # one of them has just ended
         process = psutil.Process(pid)
@@ -93,11 +92,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = command.new_parser(__doc__)
     parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR)
     add = parser.add_argument
-    add("--copies", type=command.whole_numbers, default=[1, 4, 16], help="times the text is laid out [default 1,4,16]")
+    add("--copies", type=command.whole_numbers, default=[1, 4, 16], help="copies of the text [default 1,4,16]")
     parser.add_argument("--vocab_size", type=int, default=32000, help="tokenizer entries [default 32000]")
     parser.add_argument("--scratch", type=Path, help="temporary folder for text and caches [default: the system's]")
     options = parser.parse_args(arguments)
-    columns = ("text, MB", "tokenizer, s", "tokens, s", "MB/s", "in all, s", "peak memory, MB")
+    columns = ("text, MB", "tokenizer, s", "tokens, s", "MB/s", "total, s", "peak memory, MB")
     print(command.head(columns, left=0), flush=True)
     found = []
     for copies in options.copies:

@@ -1,14 +1,14 @@
-"""How fast a training step is, beside peers that are trained in the same run on the same machine.
+"""Measure the speed of a training step, interleaved with other training codebases on the same machine.
 
     python -m benchmarks.performance.throughput                      both models, and transformers.Trainer with GPT-2
-    python -m benchmarks.performance.throughput --nanogpt FOLDER         and nanoGPT (FOLDER holds its model.py)
+    python -m benchmarks.performance.throughput --nanogpt FOLDER         and nanoGPT (FOLDER contains its model.py)
     python -m benchmarks.performance.throughput --litgpt FOLDER          and litgpt (pip install --target FOLDER litgpt)
     python -m benchmarks.performance.throughput --shape 124m             GPT-2's shape, vocabulary and context
 
-Every contender lives in a process of its own; they take turns, a few steps at a time, so that what the machine does
-meanwhile affects all of them. A step is the whole step: batch, forward, backward, clipping, optimizer. Printed are the
-medians over the rounds. FLOP/s count what is useful, the forward and backward pass, not the optimizer's; their share
-is of the matrix product's own speed, measured between the rounds. All peers are GPT-2 and count as model 1.
+Each contender runs in its own process. They take turns of a few steps, so that other load affects all of them. A step
+includes batch, forward, backward, clipping and optimizer. The table shows medians over rounds. FLOP/s count the forward
+and backward pass, not the optimizer; their share is relative to the speed of a matrix product, measured between rounds.
+All peers train a GPT-2, with model 1's FLOPs per token.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from mvlm_core.errors import UserError, run_main
 from mvlm_core.hardware import set_process_environment
 from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR, TrainingSettings
 
-WARM_UP = 2  # steps that allocate, not counted
+WARM_UP = 2  # untimed steps that allocate memory
 CONTEXT = multiprocessing.get_context("spawn")
-Contender = tuple[Callable[[], None], int]  # what makes one whole step, and the number of parameters
-_steps: list[Callable[[], None]] = []  # in a contender's process: its step
+Contender = tuple[Callable[[], None], int]  # a function that runs one step, and the number of parameters
+_steps: list[Callable[[], None]] = []  # in a contender's process: its step function
 
 
-# The settings of model 1 and of its peers, and what model 2 has in their place. "cpu" is the preset, its baseline with
-# GPT-2's own feed-forward width, which the peers cannot change.
+# Settings of model 1 and its peers, and model 2's changes to them. "cpu" is the preset, but its baseline uses GPT-2's
+# own feed-forward width, which the peers cannot change.
 SHAPES = {
     "cpu": (
         {"hidden_dim": 128, "num_layers": 7, "num_heads": 2, "ff_dim": 512, "vocab_size": 4096, "batch_size": 8},
@@ -55,7 +55,7 @@ SHAPES = {
     ),
 }
 CONTEXTS = {"cpu": 256, "124m": 1024}
-# Name → which of our models, and the coherence part of its loss.
+# Name → model and changed settings.
 OURS = {
     "mvlm_gpt2": ("mvlm_gpt2", {}),
     "simone_enhanced": ("simone_enhanced", {"coherence_weight": 0.0}),
@@ -64,7 +64,7 @@ OURS = {
 
 
 def settings_of(name: str, options: argparse.Namespace) -> TrainingSettings:
-    """Those of one of ``OURS``, of model 1 for a peer."""
+    """Return the settings of one of ``OURS``; a peer gets model 1's."""
     model, changes = OURS.get(name, OURS["mvlm_gpt2"])
     shape, of_model_2 = SHAPES[options.shape]
     values = {"preset": "cpu", "quiet": True, "max_steps": 10**6, "precision": options.precision}
@@ -79,7 +79,7 @@ def settings_of(name: str, options: argparse.Namespace) -> TrainingSettings:
 
 
 def ours(name: str, settings: TrainingSettings, options: argparse.Namespace) -> Contender:
-    """One of our two models, by what the command line gave."""
+    """Set up one of our models, on one or several processes."""
     from benchmarks.forked_ranks import fork_ranks
     from mvlm_core.hardware import choose_hardware
     from mvlm_core.signals import StopRequest
@@ -101,7 +101,7 @@ def ours(name: str, settings: TrainingSettings, options: argparse.Namespace) -> 
         loop._step(stop)
         loop._pending.clear()
 
-    if not ranks.is_main:  # it makes steps for as long as its parent does, and ends with it
+    if not ranks.is_main:  # other ranks run steps until their parent exits
         try:
             while True:
                 step()
@@ -111,7 +111,7 @@ def ours(name: str, settings: TrainingSettings, options: argparse.Namespace) -> 
 
 
 def nanogpt(s: TrainingSettings, options: argparse.Namespace) -> Contender:
-    """nanoGPT's model, optimizer and loss."""
+    """Set up nanoGPT's model, optimizer and loss."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", options.nanogpt / "model.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -123,10 +123,10 @@ def nanogpt(s: TrainingSettings, options: argparse.Namespace) -> Contender:
 
 
 def litgpt(s: TrainingSettings, options: argparse.Namespace) -> Contender:
-    """litgpt's GPT-NeoX at GPT-2's shape: rotary positions, an output matrix of its own, its own loss."""
+    """Set up litgpt's GPT-NeoX at GPT-2's shape: rotary embeddings, untied output matrix, litgpt's own loss."""
     import torch
 
-    sys.path.append(str(options.litgpt))  # the user's own folder, with what litgpt needs
+    sys.path.append(str(options.litgpt))  # a folder given by the user, with litgpt's dependencies
     from litgpt.config import Config
     from litgpt.model import GPT
     from litgpt.utils import chunked_cross_entropy
@@ -144,7 +144,7 @@ def litgpt(s: TrainingSettings, options: argparse.Namespace) -> Contender:
 
 
 def plain_loop(model: Any, optimizer: Any, loss: Callable[..., Any], s: TrainingSettings) -> Contender:
-    """A step as nanoGPT's train.py and litgpt's pretrain.py make it; batches ready beforehand."""
+    """Train like nanoGPT's train.py and litgpt's pretrain.py, with prepared batches."""
     import torch
 
     size = (16, s.batch_size, s.max_length + 1)
@@ -165,7 +165,7 @@ def plain_loop(model: Any, optimizer: Any, loss: Callable[..., Any], s: Training
 
 
 def huggingface(s: TrainingSettings, _options: argparse.Namespace) -> Contender:
-    """``transformers.Trainer`` with ``GPT2LMHeadModel``, its own optimizer and collator; dropout off as elsewhere."""
+    """Set up ``transformers.Trainer`` with ``GPT2LMHeadModel``, default optimizer and collator, and no dropout."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -197,16 +197,16 @@ def huggingface(s: TrainingSettings, _options: argparse.Namespace) -> Contender:
     return step, sum(p.numel() for p in model.parameters())
 
 
-# Peers, which run as they come; two of them need a folder: the option that names it, and a file that must be in it.
+# Peers run with their default settings; two of them need a folder: its option, and a file that must be in it.
 PEERS = {"transformers.Trainer": huggingface, "nanoGPT": nanogpt, "litgpt": litgpt}
 GIVEN_PEERS = {"nanoGPT": ("nanogpt", "model.py"), "litgpt": ("litgpt", "litgpt/model.py")}
 CONTENDERS = {name: partial(ours, name) for name in OURS} | PEERS
 
 
 def prepare(name: str, settings: TrainingSettings, options: argparse.Namespace) -> tuple[int, int]:
-    """In a contender's process: make it ready; returns its parameters and the peak memory before its first step."""
+    """Child process: set up a contender; return its parameter count and the peak memory before its first step."""
     set_process_environment()
-    os.dup2(2, 1)  # what libraries print is not part of the table
+    os.dup2(2, 1)  # keep the libraries' output out of the table
 
     import torch
 
@@ -214,7 +214,7 @@ def prepare(name: str, settings: TrainingSettings, options: argparse.Namespace) 
     from mvlm_core.monitor import peak_memory
 
     hardware = choose_hardware(precision=options.precision)
-    if name in PEERS:  # as they come, on as many threads
+    if name in PEERS:  # default settings, with the same number of threads
         torch.set_num_threads(hardware.threads)
     else:
         hardware.apply()
@@ -227,7 +227,7 @@ def prepare(name: str, settings: TrainingSettings, options: argparse.Namespace) 
 
 
 def turn(steps: int) -> tuple[float, int]:
-    """In a contender's process: make these steps; returns their median in seconds, and the peak memory so far."""
+    """Child process: run these steps; return their median time in seconds and the peak memory so far."""
     from mvlm_core.monitor import peak_memory
 
     seconds = []
@@ -244,7 +244,7 @@ def chosen(options: argparse.Namespace) -> list[str]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Rounds of turns; returns each contender's figures."""
+    """Run all rounds; return each contender's figures."""
     from mvlm_core.hardware import choose_hardware
     from mvlm_core.training.cost import step_cost
     from mvlm_core.training.plan import matrix_rate
@@ -287,15 +287,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     first, rows = next(iter(result["contenders"].values())), []
     for name, one in result["contenders"].items():
-        # Paired by round: what the machine did in a round affected both.
-        ratio = statistics.median(theirs / mine for mine, theirs in zip(one["rounds"], first["rounds"], strict=True))
+        # Paired by round, because machine load in a round affects both.
+        ratio = statistics.median(base / own for own, base in zip(one["rounds"], first["rounds"], strict=True))
         rates = [result["tokens_per_step"] / seconds for seconds in one["rounds"]]
         rate = command.spread(rates, "{:,.0f}", statistics.median)
         flops = (f"{one['flops_per_second'] / 1e9:.0f}", f"{one['share_of_peak']:.0%}")
         memory = f"{one['peak_memory'] / 1e6:,.0f} ({one['step_memory'] / 1e6:+,.0f} by steps)"
         rows.append((name, f"{one['parameters']:,}", rate, f"{ratio:.2f}", *flops, memory))
-    columns = ("contender", "parameters", "tokens/s (least … most)", "ratio", "GFLOP/s", "of the peak", "memory, MB")
-    end = f"{result['precision']}, {result['tokens_per_step']:,} tokens a step, shape {result['shape']}"
+    columns = ("contender", "parameters", "tokens/s (min … max)", "ratio", "GFLOP/s", "share of peak", "memory, MB")
+    end = f"{result['precision']}, {result['tokens_per_step']:,} tokens per step, shape {result['shape']}"
     end += f"; matrix product {result['matmul_peak'] / 1e9:.0f} GFLOP/s."
     return f"{command.table(columns, rows)}\n\n{end}"
 
@@ -304,21 +304,21 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = command.new_parser(__doc__)
     add = parser.add_argument
     add("--shape", choices=tuple(SHAPES), default="cpu", help="[default cpu]")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of all of them [default fp32]")
-    add("--rounds", type=int, default=7, help="turns of each contender [default 7]")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="for all contenders [default fp32]")
+    add("--rounds", type=int, default=7, help="turns per contender [default 7]")
     add("--steps", type=int, default=3, help="steps per turn [default 3]")
     add("--batch_size", type=int, help="sequences per step [default: the shape's]")
-    add("--only", type=lambda text: text.split(";"), help="these contenders, separated by semicolons")
-    add("--data_dir", type=Path, default=DEFAULT_DATA_DIR, help="text of our two")
-    workers = "CPU workers that share each batch of our two; memory is then the first one's alone [default 1]"
+    add("--only", type=lambda text: text.split(";"), help="contenders to run, separated by semicolons")
+    add("--data_dir", type=Path, default=DEFAULT_DATA_DIR, help="corpus for our two models")
+    workers = "data-parallel CPU workers of our two models; memory is then that of the first only [default 1]"
     add("--processes", type=int, default=1, help=workers)
-    add("--nanogpt", type=Path, help="folder of nanoGPT's model.py")
-    add("--litgpt", type=Path, help="folder of the package litgpt and its dependencies")
+    add("--nanogpt", type=Path, help="folder with nanoGPT's model.py")
+    add("--litgpt", type=Path, help="folder with the litgpt package and its dependencies")
     options = parser.parse_args(arguments)
     problems = command.below_one(options, "rounds", "steps", "processes")
     for option, file in GIVEN_PEERS.values():
         if (folder := vars(options)[option]) and not (folder / file).is_file():
-            problems.append(f"--{option} {folder}: has no {file}")
+            problems.append(f"--{option} {folder}: contains no {file}")
     if problems:
         raise UserError(problems)
     return options

@@ -1,12 +1,12 @@
-"""Kill a small real training run again and again; what comes out in the end must be what would have come out anyway.
+"""Fault injection: kill small real training runs repeatedly and check that resuming gives the same result.
 
-Each run trains, exports and packs a tiny model. It is killed with SIGKILL at random moments and before every
-operation on a file below its folder, stopped with SIGTERM, and its newest checkpoint is damaged; after each fault it
-is started again. The result is compared with that of an undisturbed run: weights and optimizer state bit for bit,
-every history record but its times, and the archive against the export.
+Each run trains, exports and packs a tiny model. It is killed with SIGKILL at random times and before every file
+operation in its folder, stopped with SIGTERM, and its newest checkpoint is corrupted; after each fault it is restarted.
+The result is compared with an uninterrupted run: weights and optimizer state bit by bit, all history records except
+times, and the archive against the export.
 
-Signals at random moments meet the thread that writes checkpoints as it runs; for a kill at a chosen file operation it
-does its work at the loop's next step boundary, so that the operations have the same order in every run.
+At random times, signals can hit the running checkpoint writer thread. For a kill at a specific file operation, the
+writer runs at the loop's next step boundary instead, so that the order of operations is deterministic.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ TIMES = ("seconds", "step_seconds", "spent", "tokens_per_second", "memory_bytes"
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 DAMAGES = ("flip a bit", "cut in half", "delete")
 PRELOAD = ["tests.helpers", "safetensors.torch", "transformers.models.gpt2", "matplotlib.pyplot"]
-# Started by a server that has the libraries loaded: a start costs 20 ms, not some seconds.
+# A fork server with the libraries preloaded: starting a process takes 20 ms instead of seconds.
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def before_file_operations(place: str, do: Callable[[], None]) -> None:
-    """From now on ``do`` is called before each of this process's operations on files below ``place``.
+    """Call ``do`` before each of this process's file operations below ``place``.
 
-    Python's audit hooks see each of them, so the code that runs is the code as it is, with nothing replaced.
+    Uses Python's audit hooks, so the tested code runs unmodified.
     """
 
     def hook(event: str, arguments: tuple) -> None:
@@ -55,7 +55,7 @@ def before_file_operations(place: str, do: Callable[[], None]) -> None:
 
 
 def train_and_pack(model: str, corpus: str, place: str, **changes: Any) -> None:
-    """Train, export and pack: what the pipeline does with a model."""
+    """Train, export and pack a model like the pipeline."""
     import torch
 
     from mvlm_core.errors import Stopped
@@ -76,7 +76,7 @@ def train_and_pack(model: str, corpus: str, place: str, **changes: Any) -> None:
 
 
 def write_at_the_next_step() -> None:
-    """From now on a checkpoint's thread does its work when the loop looks after it, at its next step boundary."""
+    """Make the checkpoint writer run synchronously, at the loop's next step boundary."""
     from mvlm_core.training import checkpoint_writer
     from tests.helpers import ThreadOfOneStep
 
@@ -84,7 +84,7 @@ def write_at_the_next_step() -> None:
 
 
 def job(model: str, corpus: str, place: str, kill_before: int | None, count: Any, threads: bool) -> None:
-    """``train_and_pack``, killed before file operation ``kill_before``; ``threads``: a thread writes checkpoints."""
+    """Run ``train_and_pack``, killed before file operation ``kill_before``; ``threads``: write in the background."""
 
     def count_or_kill() -> None:
         count.value += 1
@@ -99,7 +99,7 @@ def job(model: str, corpus: str, place: str, kill_before: int | None, count: Any
 
 @dataclass
 class Outcome:
-    """What one kind of fault did to the runs of one model."""
+    """Results of one kind of fault for one model."""
 
     model: str
     fault: str
@@ -115,7 +115,7 @@ class Outcome:
 
 
 class Bench:
-    """Runs of one model in folders below ``root``, compared with an undisturbed one."""
+    """Runs of one model in subfolders of ``root``, compared with an uninterrupted run."""
 
     def __init__(self, model: str, root: Path) -> None:
         from tests.helpers import build_tiny_corpus
@@ -128,10 +128,10 @@ class Bench:
         self.start(root / "again")
         self.seconds = time.perf_counter() - started
         if self.result(root / "again") != self.expected:
-            raise SystemExit("two undisturbed runs differ: nothing can be compared")
+            raise SystemExit("two uninterrupted runs differ: comparison is impossible")
 
     def start(self, place: Path, kill_before: int | None = None, after: float | None = None, number: int = 9):
-        """Run the job in a process of its own; returns its exit code and its count of file operations."""
+        """Run the job in a child process; return its exit code and its number of file operations."""
         place.mkdir(exist_ok=True)
         count = CONTEXT.Value("i", 0)
         arguments = (self.model, str(self.corpus), str(place), kill_before, count, after is not None)
@@ -148,7 +148,7 @@ class Bench:
         return process.exitcode, count.value
 
     def result(self, place: Path) -> dict[str, Any]:
-        """All of a finished run that must not depend on what happened on the way."""
+        """Return everything in a finished run that must not depend on interruptions."""
         from mvlm_core.export.archive import check_archive, matches_export
         from mvlm_core.files import sha256_file
         from mvlm_core.training.checkpoint import newest_checkpoint
@@ -170,14 +170,14 @@ class Bench:
         return [without_times(record) for record in read_history(place / self.model / "training_history.jsonl")]
 
     def resumable(self, place: Path) -> list[Path]:
-        """The checkpoints that hold the optimizer's state, oldest first."""
+        """Return the checkpoints with optimizer state, oldest first."""
         from mvlm_core.training.checkpoint import checkpoint_folders
 
         folders = checkpoint_folders(place / self.model / "checkpoints")
         return [folder for folder in folders if (folder / "optimizer.safetensors").exists()]
 
     def after_fault(self, place: Path, outcome: Outcome) -> None:
-        """Look at what a fault left: all checkpoints must be whole; count the steps done since the newest."""
+        """Inspect the state after a fault: all checkpoints must be intact; count the steps lost since the newest."""
         from mvlm_core.training.checkpoint import DamagedCheckpoint, checkpoint_folders, open_checkpoint
 
         outcome.tried += 1
@@ -194,7 +194,7 @@ class Bench:
             outcome.repeated.append(max(0, (records[-1]["step"] if records else 0) - max(steps)))
 
     def finish(self, place: Path, outcome: Any, after: str) -> None:
-        """Start once more, undisturbed, and compare; ``after``: what happened, in words."""
+        """Restart without faults and compare the result; ``after`` describes the fault."""
         code, _ = self.start(place)
         outcome.resumed += 1
         if code != 0 or self.result(place) != self.expected:
@@ -202,7 +202,7 @@ class Bench:
             print(f"  differs: {after}, {place}, exit code {code}", flush=True)
 
     def stop_at_random(self, number: signal.Signals, count: int, chance: random.Random) -> Outcome:
-        """Signal each run some times, at moments drawn evenly from its whole length."""
+        """Send each run several signals, at times drawn uniformly over its duration."""
         outcome = Outcome(self.model, f"{number.name} at a random moment")
         while outcome.tried < count:
             place = next(self.places)
@@ -214,7 +214,7 @@ class Bench:
         return outcome
 
     def kill_at_writes(self, every: int) -> Outcome:
-        """Kill before each ``every``-th operation on a file: checkpoints, export, archive, and all between."""
+        """Kill before every ``every``-th file operation, over checkpoints, export and archive."""
         outcome = Outcome(self.model, "SIGKILL before a file operation")
         for number in range(1, self.events + 1, every):
             place = next(self.places)
@@ -226,7 +226,7 @@ class Bench:
     def damage_newest(
         self, chance: random.Random, kinds: Iterable[tuple[str, str]] = tuple(itertools.product(FILES, DAMAGES))
     ) -> Outcome:
-        """Kill in the middle, damage one file of the newest checkpoint, resume; for each pair of file and damage."""
+        """For each file and kind of damage: kill mid-run, damage that file in the newest checkpoint, and resume."""
         outcome = Outcome(self.model, "newest checkpoint damaged")
         for name, damage in kinds:
             place = next(self.places)
@@ -250,7 +250,7 @@ def without_times(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def benches(models: Iterable[str]) -> Iterator[Bench]:
-    """A bench for each of these models, one after the other, in a temporary folder."""
+    """Yield a bench for each model, each in its own temporary folder."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     CONTEXT.set_forkserver_preload(PRELOAD)
     for model in models:
@@ -268,9 +268,9 @@ def faults(bench: Bench, kills: int, every: int, seed: int) -> Iterator[Outcome]
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command.new_parser(__doc__)
-    parser.add_argument("--kills", type=int, default=100, help="kills at random moments, a model [default 100]")
+    parser.add_argument("--kills", type=int, default=100, help="kills at random times per model [default 100]")
     parser.add_argument("--every", type=int, default=1, help="kill before every N-th file operation [default 1]")
-    parser.add_argument("--only", default=",".join(MODELS), help="these models, separated by commas [default both]")
+    parser.add_argument("--only", default=",".join(MODELS), help="comma-separated models [default both]")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if problems := command.below_one(options, "kills", "every"):

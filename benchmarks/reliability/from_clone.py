@@ -1,9 +1,9 @@
-"""A new user's first hour, timed: clone, set-up, the whole job at the smoke preset, then the archives somewhere else.
+"""Time the steps of a new user: clone, set-up, the whole job with the smoke preset, and using the archives elsewhere.
 
-    python -m benchmarks.reliability.from_clone      # about five minutes on two cores; packages come from the index
+    python -m benchmarks.reliability.from_clone      # about five minutes on two cores; downloads packages
 
-Somewhere else is a new virtual environment with torch and transformers only, in a folder of its own, where the blocks
-of DOWNLOAD_INSTRUCTIONS.md are run as they stand. Uncommitted changes of this repository do not take part.
+The archives are tested in a separate folder and a new virtual environment with only torch and transformers, by running
+the commands of DOWNLOAD_INSTRUCTIONS.md verbatim. Uncommitted changes of this repository are not included.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from benchmarks import command
 from mvlm_core.errors import run_main
 from mvlm_core.settings import REPOSITORY_ROOT
 
-USED = ("torch", "transformers")  # what DOWNLOAD_INSTRUCTIONS.md asks for
+USED = ("torch", "transformers")  # packages required by DOWNLOAD_INSTRUCTIONS.md
 
 
 class Failed(Exception):
-    """A step's command failed; its text is the end of the output."""
+    """A step's command failed; the message has the end of its output."""
 
 
 def run(command: list[str | Path], cwd: Path, **environment: str) -> str:
-    """A command's output.
+    """Run a command and return its output.
 
     Raises:
-        Failed: it did not end with 0.
+        Failed: its exit code is not 0.
     """
     done = subprocess.run(
         [str(word) for word in command], cwd=cwd, env=os.environ | environment, stdin=subprocess.DEVNULL,
@@ -45,12 +45,12 @@ def run(command: list[str | Path], cwd: Path, **environment: str) -> str:
 
 
 def shell_blocks(markdown: str) -> list[str]:
-    """The ```bash blocks of a page, in their order."""
+    """Return the ```bash blocks of a Markdown page, in order."""
     return re.findall(r"^```bash\n(.*?)^```$", markdown, re.S | re.M)
 
 
 def first_hour(place: Path) -> Iterator[tuple[str, str]]:
-    """Each step in words once it is done, and what is worth telling of it.
+    """Yield the name of each completed step and a summary of its result.
 
     Raises:
         Failed: a step's command failed.
@@ -66,26 +66,26 @@ def first_hour(place: Path) -> Iterator[tuple[str, str]]:
     shutil.copytree(clone / "models_for_download", downloads)
     yield "download", ", ".join(sorted(path.name for path in downloads.iterdir()))
     pins = (clone / "requirements.txt").read_text(encoding="utf-8")
-    wanted = [re.search(rf"^{name}==\S+", pins, re.M)[0] for name in USED]
+    packages = [re.search(rf"^{name}==\S+", pins, re.M)[0] for name in USED]
     run([sys.executable, "-m", "venv", elsewhere / "venv"], place)
-    run([tools / "pip", "install", "--quiet", *wanted], place)
-    yield "a new virtual environment", ", ".join(wanted)
-    told, environment = "", {"HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "home")}
+    run([tools / "pip", "install", "--quiet", *packages], place)
+    yield "new virtual environment", ", ".join(packages)
+    output, environment = "", {"HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "home")}
     for block in shell_blocks((downloads / "DOWNLOAD_INSTRUCTIONS.md").read_text(encoding="utf-8")):
-        told = run(["bash", "-ec", block], downloads, PATH=f"{tools}:{os.environ['PATH']}", **environment)
-    yield "verify, extract, run", told.strip().splitlines()[-1]
+        output = run(["bash", "-ec", block], downloads, PATH=f"{tools}:{os.environ['PATH']}", **environment)
+    yield "verify, extract, run", output.strip().splitlines()[-1]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command.new_parser(__doc__, json=False)
-    parser.add_argument("--scratch", type=Path, help="temporary folder for all of it [default: the system's]")
+    parser.add_argument("--scratch", type=Path, help="temporary folder to use [default: the system's]")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=options.scratch) as place:
         print(command.head(("step", "seconds", "")), flush=True)
         started = time.monotonic()
         try:
-            for words, told in first_hour(Path(place)):
-                print(command.row((words, f"{time.monotonic() - started:.0f}", told)), flush=True)
+            for step, summary in first_hour(Path(place)):
+                print(command.row((step, f"{time.monotonic() - started:.0f}", summary)), flush=True)
                 started = time.monotonic()
         except Failed as error:
             print(command.row(("the next step", f"{time.monotonic() - started:.0f}", "FAILED")), error, sep="\n\n")

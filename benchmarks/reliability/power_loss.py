@@ -1,15 +1,14 @@
-"""Cut the power after every file operation of small real runs: what is left is whole, or is known not to be.
+"""Simulate power loss after every file operation of small real runs, and check what survives on disk.
 
-Runs of a tiny model are recorded (from scratch, resumed after a kill, returned to an older checkpoint): every change
-of a folder's entries and of a file's content below the run's folder, and every fsync. Each prefix of the record is
-replayed three ways, as a disk may be found after a power failure: all that was not flushed is dropped; all names are
-there, but what was not flushed is cut in half or zero from there on; of each folder's and file's later changes some,
-drawn at random, have reached the disk. Then the readers look at it: the newest checkpoint is intact and none older
-than the last one whose save had returned, with its best one; the history is the undisturbed run's, up to that
-checkpoint at least; an export or archive that counts as good is the undisturbed run's. Some of the states, drawn at
-random, are resumed to the end and compared bit for bit.
+Records runs of a tiny model (from scratch, resumed after a kill, rolled back to an older checkpoint): every change to
+directory entries and file contents in the run's folder, and every fsync. Each prefix of the recording is replayed as
+three possible disk states: unflushed changes are lost; all names exist, but unflushed content is truncated or zeroed
+from the middle on; a random subset of the unflushed changes reached the disk. The readers are then run on each state:
+the newest checkpoint must be intact and at least as new as the last completed save, with its best checkpoint; the
+history must match the uninterrupted run's up to that checkpoint or further; an export or archive that validates must
+match the uninterrupted run's. A random sample of states is resumed to the end and compared bit by bit.
 
-Folders are strict, as POSIX allows: an entry counts as there only after its own folder was flushed.
+Directories use the strictest POSIX semantics: an entry exists only after its directory was fsynced.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ Tree = dict[str, bytes | None]  # path below the run's folder → content, None 
 
 @dataclass(frozen=True)
 class Promised:
-    """What a run may count on: the step of its newest checkpoint (-1: none), a finished export and archive."""
+    """Durability guarantees at some point: step of the newest checkpoint (-1: none), finished export and archive."""
 
     step: int = -1
     exported: bool = False
@@ -51,7 +50,7 @@ class Promised:
 
 
 class Operation(NamedTuple):
-    """One thing that happened: "write" (a new ``value``) or "sync" of a file or folder, or "promise" of ``value``."""
+    """A recorded event: "write" of a new ``value``, "sync" of a file or folder, or a new "promise" ``value``."""
 
     kind: str
     item: int = -1
@@ -59,9 +58,9 @@ class Operation(NamedTuple):
 
 
 class Recorder:
-    """Notes what changes below a folder, by looking at it before each of this process's file operations there.
+    """Record changes below a folder by inspecting it before each of this process's file operations there.
 
-    So it sees what a library writes by itself, too: whatever has changed since the operation before.
+    This also captures writes by native libraries, as changes since the previous operation.
     """
 
     def __init__(self, place: Path) -> None:
@@ -77,7 +76,7 @@ class Recorder:
         before_file_operations(str(place), self.look)
 
     def promise(self, **changes: Any) -> None:
-        """Note what the run may count on from now on."""
+        """Record a new durability guarantee."""
         self.look()
         self.promised = replace(self.promised, **changes)
         self.operations.append(Operation("promise", value=self.promised))
@@ -90,8 +89,8 @@ class Recorder:
             self.operations.append(Operation("sync", item))
 
     def look(self) -> None:
-        """Note all changes since the last look: files first, then names."""
-        if self._looking:  # it opens files itself
+        """Record all changes since the last inspection: file contents first, then names."""
+        if self._looking:  # ignore the file operations of the inspection itself
             return
         found: dict[int, Content] = {}
         self._looking = True
@@ -101,11 +100,11 @@ class Recorder:
             if content != self._contents.get(item):
                 self.operations.append(Operation("write", item, content))
         self._contents = found
-        # An inode that has gone may come back as another file.
+        # A freed inode may be reused by another file.
         self._items = {inode: item for inode, item in self._items.items() if item in found}
 
     def _visit(self, path: Path, found: dict[int, Content]) -> int:
-        """The item at ``path``; its content, and what is below it, come into ``found``."""
+        """Return the item at ``path``; add its content, and everything below it, to ``found``."""
         inode = path.stat(follow_symlinks=False).st_ino
         if inode not in self._items:
             self._items[inode], self._count = self._count, self._count + 1
@@ -118,7 +117,7 @@ class Recorder:
 
 
 def recorded_job(line: Any, model: str, corpus: str, place: str, changes: dict[str, Any]) -> None:
-    """``train_and_pack`` in a process of its own; sends what it did to the disk."""
+    """Child process: run ``train_and_pack`` and send the recorded disk operations."""
     from mvlm_core.export import archive
     from mvlm_core.training import checkpoint as checkpoints
 
@@ -150,7 +149,7 @@ def recorded_job(line: Any, model: str, corpus: str, place: str, changes: dict[s
 
 
 class Disk:
-    """A disk with a cache: of each file and folder the flushed content, then what may have reached the disk since."""
+    """Disk with a write cache: for each file and folder, the flushed content followed by unflushed versions."""
 
     def __init__(self) -> None:
         self.contents: dict[int, list[Any]] = {ROOT: [{}]}
@@ -163,7 +162,7 @@ class Disk:
             self.contents[item] = self.contents[item][-1:]
 
     def after_power_loss(self, way: str, chance: random.Random) -> Tree:
-        """The files and folders that are found."""
+        """Return the files and folders found after the power loss."""
         tree: Tree = {}
 
         def find(folder: int, path: str) -> None:
@@ -181,7 +180,7 @@ class Disk:
 
 
 def torn(contents: list[bytes], way: str, chance: random.Random) -> bytes:
-    """What is found of a file: the flushed content, or a later one of which only the beginning is there."""
+    """Return the content found after the power loss: the flushed one, or the start of a later one."""
     flushed, *later = contents
     if way == DROPPED or not later or (way == MIXED and chance.random() < 0.3):
         return flushed
@@ -203,7 +202,7 @@ def lay_out(tree: Tree, place: Path) -> Path:
 
 
 def problems(bench: Bench, place: Path, promised: Promised) -> list[str]:
-    """Open everything, as a resumed run and the checks of exports and archives do; what is broken or lost."""
+    """Open everything like a resumed run and the export and archive checks; return what is corrupt or lost."""
     from mvlm_core.export.archive import check_archive
     from mvlm_core.export.manifest import verify_folder
     from mvlm_core.files import sha256_file
@@ -232,14 +231,14 @@ def problems(bench: Bench, place: Path, promised: Promised) -> list[str]:
             found.append("finished archive lost")
     except DamagedCheckpoint as damage:
         found.append(f"the best checkpoint is lost: {damage}")
-    except Exception as error:  # whatever it is, a reader must not raise it
+    except Exception as error:  # readers must not raise any other exception
         found.append(f"traceback: {type(error).__name__}: {error}")
     return found
 
 
 @dataclass
 class Outcome:
-    """What power failures did to one recorded run.
+    """Results of the simulated power losses for one recorded run.
 
     Attributes:
         prefixes: of the record; each is replayed in three ways.
@@ -256,7 +255,7 @@ class Outcome:
 
 
 class Recording:
-    """The record of one run, and what is found after each of its prefixes."""
+    """Recording of one run, and the disk states after each of its prefixes."""
 
     def __init__(self, bench: Bench, name: str, place: Path, **changes: Any) -> None:
         self.bench, self.outcome = bench, Outcome(bench.model, name)
@@ -273,7 +272,7 @@ class Recording:
         process.join()
 
     def states(self, seed: int, every: int = 1) -> Iterator[tuple[int, str, Tree, Promised]]:
-        """Prefix by prefix, the three ways in which its disk may be found, and what the run could count on."""
+        """Yield for each prefix the three possible disk states and the durability guarantee at that point."""
         disk, promised = Disk(), Promised()
         for number, operation in enumerate(self.operations, 1):
             disk.apply(operation)
@@ -284,7 +283,7 @@ class Recording:
                     yield number, way, disk.after_power_loss(way, random.Random(f"{seed} {number} {way}")), promised
 
     def open_all(self, seed: int, every: int = 1) -> Outcome:
-        """Let the readers look at every state."""
+        """Run the readers on every state."""
         outcome, seen = self.outcome, dict[str, tuple[Tree, Promised]]()
         for number, way, tree, promised in self.states(seed, every):
             outcome.prefixes += way == DROPPED
@@ -299,7 +298,7 @@ class Recording:
         return outcome
 
     def resume_some(self, count: int, seed: int) -> Outcome:
-        """Start again from ``count`` of the states, drawn at random, and compare what comes out."""
+        """Resume from a random sample of ``count`` states and compare the results."""
         numbers = range(self.start, len(self.operations) + 1)
         drawn = random.Random(seed).sample([(number, way) for number in numbers for way in WAYS], count)
         for number, way, tree, _ in self.states(seed):
@@ -310,7 +309,7 @@ class Recording:
 
 
 def recordings(bench: Bench) -> Iterator[Recording]:
-    """A run from scratch, one that goes on after a kill, and one that returns to an older checkpoint."""
+    """Yield recordings of a run from scratch, one resumed after a kill, and one rolled back to an older checkpoint."""
     yield Recording(bench, "from scratch", bench.root / "scratch")
     for name, back in (("resumed after a kill", False), ("returned to an older checkpoint", True)):
         place = bench.root / name.replace(" ", "-")
@@ -321,9 +320,9 @@ def recordings(bench: Bench) -> Iterator[Recording]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command.new_parser(__doc__)
-    parser.add_argument("--only", default=",".join(MODELS), help="these models, separated by commas [default both]")
+    parser.add_argument("--only", default=",".join(MODELS), help="comma-separated models [default both]")
     parser.add_argument("--every", type=int, default=1, help="open every N-th prefix [default 1]")
-    parser.add_argument("--resumed", type=int, default=20, help="states resumed to the end, a model [default 20]")
+    parser.add_argument("--resumed", type=int, default=20, help="states resumed to the end per model [default 20]")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if bad := command.below_one(options, "every"):

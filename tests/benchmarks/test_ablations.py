@@ -61,10 +61,9 @@ def test_table_pairs_by_seed():
         "base_linear": {0: figures(1.7)},
     }
     assert ablations.table(results).splitlines()[2:6] == [
-        "| `full` model 2 as the preset has it | 1,900,000 | 1.4700 ± 0.0100 (3) |  |  | reference |",
-        "| `no_coherence` without the coherence part of the loss | 1,900,000 | 1.4867 ± 0.0058 (3) "
+        "| `full` model 2, preset | 1,900,000 | 1.4700 ± 0.0100 (3) |  |  | reference |",
+        "| `no_coherence` without the coherence loss | 1,900,000 | 1.4867 ± 0.0058 (3) "
         "| +0.0167 (+0.0100 … +0.0200) | 1.200 | hurts |",
-        "| `tied_head` output tied to the embedding | 1,380,000 (−27.4%) | 5.3000 ± 5.2326 (2) "
-        "| +0.1200 | 0.900 | one seed |",
-        "| `base_linear` linear to zero for cosine | 1,900,000 | 1.7000 (1) |  |  | no pair |",
+        "| `tied_head` tied output matrix | 1,380,000 (−27.4%) | 5.3000 ± 5.2326 (2) | +0.1200 | 0.900 | one seed |",
+        "| `base_linear` linear decay to zero instead of cosine | 1,900,000 | 1.7000 (1) |  |  | no pair |",
     ]

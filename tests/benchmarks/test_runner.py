@@ -73,7 +73,7 @@ def test_runs_are_made_once_and_a_failure_is_told(trained, finished, tmp_path, c
     assert (
         runner.conduct([good, bad, finished["mvlm_gpt2"]], options, lambda found: shown.append(found) or "TABLE") == 1
     )
-    assert "1 of them finished already" in caplog.text and f"{bad.name} failed: exit code 2" in caplog.text
+    assert "1 already finished" in caplog.text and f"{bad.name} failed: exit code 2" in caplog.text
     assert "no/such" in caplog.text, "the end of the run's log is shown"
     assert "TABLE" in (out := capsys.readouterr().out) and "2 of 3 runs finished" in out
     assert shown == [{"good": {0: good.result()}, "mvlm_gpt2": {0: finished["mvlm_gpt2"].result()}}]

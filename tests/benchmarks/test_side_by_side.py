@@ -33,12 +33,12 @@ def test_table_by_hand():
         SECOND: {1: figures([1.9, 1.5], test=1.8), 0: figures([1.7, 1.4], test=1.6)},
     }
     lines = side_by_side.table(found).splitlines()
-    assert lines[0].startswith("| 2 seeds: mean (least … most) |"), "seeds that both have finished"
+    assert lines[0].startswith("| 2 seeds: mean (min … max) |"), "seeds that both have finished"
     assert "| validation, bits per byte | 1.8000 | 1.4500 (1.4000 … 1.5000) | 0.806 (0.778 … 0.833) |" in lines
     assert (
         "| test, bits per byte | 2.1000 (2.0000 … 2.2000) | 1.7000 (1.6000 … 1.8000) | 0.809 (0.800 … 0.818) |" in lines
     )
-    assert f"| share of {FIRST}'s text until its final validation is reached |  | 0.562 (0.500 … 0.625) |  |" in lines
+    assert f"| share of {FIRST}'s text to reach its final validation |  | 0.562 (0.500 … 0.625) |  |" in lines
     untested = side_by_side.table({name: {0: figures([2.0])} for name in (FIRST, SECOND)})
     assert BY_NAME["validation_bpb"].title in untested and BY_NAME["test_bpb"].title not in untested
 

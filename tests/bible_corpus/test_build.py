@@ -112,7 +112,7 @@ def test_interrupted_build_is_not_taken_for_whole_and_own_files_stay(tmp_path, w
         patch.setattr(prepare, "write_json_atomic", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare.build_corpus(data, wheels, quiet=True)
-    assert prepare.corpus_problems(data) == [f"{data} holds no complete corpus (no readable {prepare.MANIFEST})"]
+    assert prepare.corpus_problems(data) == [f"{data} contains no complete corpus (no readable {prepare.MANIFEST})"]
     prepare.build_corpus(data, wheels, quiet=True)
     assert prepare.corpus_problems(data) == []
     assert (data / "mine.txt").read_text() == "my own words"

@@ -112,7 +112,7 @@ def test_any_training_summary(export, seed, value, deep, name):
     value = with_a_value_replaced({"models": {name: ENTRY}}, seed, value) if deep else value
     layout.summary.write_text(json.dumps(value))
     options = validate_models.parse(["--quick", "--work_dir", str(layout.root)])
-    folders, message = raises_only(UserError, lambda: validate_models.wanted_folders(options, layout))
+    folders, message = raises_only(UserError, lambda: validate_models.folders_to_check(options, layout))
     assert (
         folders is None
         and "training_summary.json" in message

@@ -147,5 +147,5 @@ def test_coherence_looks_one_token_further_and_fades(sequences):
 def test_weights_that_train_nothing_are_refused():
     with pytest.raises(ValueError, match="negative"):
         ComprehensiveTrainingLoss(8, coherence_weight=-1)
-    with pytest.raises(ValueError, match="next token"):
+    with pytest.raises(ValueError, match="next-token"):
         ComprehensiveTrainingLoss(8, accuracy_weight=0.0, alignment_weight=0.0)

@@ -19,10 +19,10 @@ from simone_transformer import (
 from simone_transformer.modern_layers import RMSNorm
 from simone_transformer.rope_attention import (
     attend,
-    attend_shifted_keys_once,
+    attend_shifted_decode,
+    pack_token_ids,
     shift_keys,
-    token_digits,
-    tokens_of_digits,
+    unpack_token_ids,
 )
 
 SWITCHES = list(itertools.product([True, False], repeat=2))
@@ -109,7 +109,9 @@ def test_the_pointer_and_the_vocabulary_share_one_probability():
             expected[ids[0, place]] += weights[place]
         torch.testing.assert_close(output.logits[0, at].exp(), expected, rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(output.pointing.vocabulary[0, at].exp(), weights[-1], rtol=1e-4, atol=1e-7)
-    assert output.pointing.at(ids[:, 1:2].expand_as(ids))[0, 0] < -1e30, "what is not in the context cannot be copied"
+    assert output.pointing.log_prob(ids[:, 1:2].expand_as(ids))[0, 0] < -1e30, (
+        "what is not in the context cannot be copied"
+    )
 
 
 @torch.no_grad()
@@ -156,7 +158,7 @@ def test_unknown_tokens_are_not_pointed_at():
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_tokens_survive_a_cache_of_any_type(kind):
     ids = torch.tensor([[0, 255, 256, 31_999, 65_535, 999_999]])
-    known, again = tokens_of_digits(token_digits(ids, torch.zeros(1, 1, 6, 8, dtype=kind)))
+    known, again = unpack_token_ids(pack_token_ids(ids, torch.zeros(1, 1, 6, 8, dtype=kind)))
     assert known.all() and torch.equal(again, ids)
 
 
@@ -170,7 +172,7 @@ def test_one_new_query_reads_cached_keys_as_if_shifted(keys):
     torch.manual_seed(0)
     query, key, value = torch.randn(2, 3, 1, 8), torch.randn(2, 3, keys, 8), torch.randn(2, 3, keys, 8)
     expected = attend(query, shift_keys(key), value, None, shifted=False, backend="sdpa")
-    torch.testing.assert_close(attend_shifted_keys_once(query, key, value), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(attend_shifted_decode(query, key, value), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -258,7 +260,7 @@ def test_every_backend_gives_the_same_and_decodes_by_its_own_kernel(backend, mon
     kernels, eager, once = FakeKernels(), [], []
     monkeypatch.setitem(sys.modules, "flash_attn", kernels)
     monkeypatch.setitem(sys.modules, "xformers.ops", kernels)
-    for calls, name in ((eager, "attention_probabilities"), (once, "attend_shifted_keys_once")):
+    for calls, name in ((eager, "attention_probabilities"), (once, "attend_shifted_decode")):
         own = getattr(rope_attention, name)
         spy = lambda query, *rest, calls=calls, own=own: calls.append(query.shape[2]) or own(query, *rest)  # noqa: E731
         monkeypatch.setattr(rope_attention, name, spy)
@@ -324,7 +326,7 @@ def test_traces_are_the_same_with_a_cache_and_refused_when_off():
     second = model(ids[:, 12:], past_key_values=first.past_key_values, output_traces=True).traces
     for a, b in zip(whole, second, strict=True):
         torch.testing.assert_close(a[:, 12:], b, rtol=0, atol=1e-4)
-    with pytest.raises(ValueError, match="no traces"):
+    with pytest.raises(ValueError, match="trace_head=True"):
         make_model(trace_head=False)(ids, output_traces=True)
 
 
