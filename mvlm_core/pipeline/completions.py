@@ -132,17 +132,11 @@ class CheckedCompletions(CompletionHandler):
         return known | {"max_tokens": min(request.max_tokens, context - length)}
 
 
-def completions_app(models: Mapping[str, tuple[Any, Any]], *, cors: bool = False) -> FastAPI:
-    """The application for models and tokenizers by name.
-
-    Args:
-        cors: whether pages of any origin may ask.
-    """
+def completions_app(models: Mapping[str, tuple[Any, Any]]) -> FastAPI:
+    """Build the application that serves ``models``: name to (model, tokenizer)."""
     manager, state = LoadedModels(models), OneThread()
-    others: Any = None  # chat, transcription, …: their paths are taken away
-    app = build_server(
-        manager, others, CheckedCompletions(manager, state), others, others, others, state, enable_cors=cors
-    )
+    unused: Any = None  # handlers of chat, transcription, …, whose routes are removed below
+    app = build_server(manager, unused, CheckedCompletions(manager, state), unused, unused, unused, state)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in PATHS]
 
     @app.exception_handler(AnyHTTPException)
