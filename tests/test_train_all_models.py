@@ -470,7 +470,7 @@ def test_dry_run_shows_the_estimates_and_writes_nothing(job, tmp_path, tiny_corp
     shown = capsys.readouterr().out
     assert shown.count("--max_steps 7 --quiet") + shown.count("--quiet --max_steps 7") == 2
     assert shown.count("starts from scratch (--fresh)") == shown.count("--fresh\n") == 2
-    assert shown.count("\n  an hour,\n  2 GB\n") == 2 and shown.startswith("preset:   smoke (asked for)\n")
+    assert shown.count("\n  an hour,\n  2 GB\n") == 2 and shown.startswith("preset:   smoke (requested)\n")
     monkeypatch.setenv("MODE_dry_run", "no such place")
     assert train_all_models.main(flags) == 0
     shown = capsys.readouterr().out

@@ -30,7 +30,7 @@ def make_job(folder, **changes):
         "trainers": {"one": script, "two": script},
         "names": ["one", "two"],
         "preset": "smoke",
-        "preset_reason": "asked for",
+        "preset_reason": "requested",
         "data_dir": str(folder / "data"),
         "settings": {"device": "cpu", "quiet": True, "max_steps": 5},
         "fresh": False,
@@ -140,7 +140,7 @@ def test_the_whole_jobs_bill_adds_up_both_models_and_the_stages_around_them(tmp_
     }
     assert minutes["one"] == minutes["two"] == 31.0
     assert {"packages", "evaluation suite", "archives", "validation", "comparison and report"} < minutes.keys()
-    together = minutes.pop("together")
+    together = minutes.pop("total")
     assert together == pytest.approx(sum(minutes.values()), abs=0.4) and together > 62
     jobs.show_plan(make_job(tmp_path), corpus_is_ready=False)
     assert "no estimate before the corpus is there" in capsys.readouterr().out
