@@ -132,7 +132,7 @@ def test_the_whole_jobs_bill_adds_up_both_models_and_the_stages_around_them(tmp_
     jobs.show_plan(make_job(tmp_path), corpus_is_ready=True)
     shown = capsys.readouterr().out
     assert shown.count("  a line of the log\n  how it is\n") == 2 and shown.count("a rate") == 1
-    lines = [line.split() for line in shown[shown.index("together:") :].splitlines()]
+    lines = [line.split() for line in shown[shown.index("total:") :].splitlines()]
     minutes = {
         " ".join(words[: words.index("min") - 1]): float(words[words.index("min") - 1])
         for words in lines
@@ -143,4 +143,4 @@ def test_the_whole_jobs_bill_adds_up_both_models_and_the_stages_around_them(tmp_
     together = minutes.pop("total")
     assert together == pytest.approx(sum(minutes.values()), abs=0.4) and together > 62
     jobs.show_plan(make_job(tmp_path), corpus_is_ready=False)
-    assert "no estimate before the corpus is there" in capsys.readouterr().out
+    assert "for an estimate, build the corpus first" in capsys.readouterr().out
