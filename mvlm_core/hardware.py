@@ -225,7 +225,7 @@ def caution(hardware: Hardware, preset: str) -> str | None:
         return None
     return (
         f"THIS RUN IS NOT COMPILED ({hardware.reasons['compile']}), so each step is slower on a GPU rented by the "
-        "hour; `python -m benchmarks.performance.gpu_check` measures by how much"
+        "hour. By how much is not measured; `python -m benchmarks.performance.gpu_check` measures it here"
     )
 
 
