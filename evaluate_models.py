@@ -3,10 +3,9 @@
 
     python evaluate_models.py [MODEL ...] [--split test] [--json FILE]
 
-MODEL is an export folder, a .tar.gz, or a folder with the exports of several seeds (seed0, seed1, …). Prints a table
-with one column per MODEL. ± is the standard error over samples; for several seeds the value is the mean and ± its
-standard error over seeds. The column "text" is the value of the held-out text itself. Results already in the --json
-file for the same weights, text and options are reused. The modules of mvlm_core/evaluation cite their sources.
+MODEL is an export folder or a .tar.gz. Prints one table with a column for each; ± is the standard error over samples.
+The column "text" is the held-out text's own value. Results that the --json file already holds for the same weights,
+text and options are reused. Sources of the metrics: the modules of mvlm_core/evaluation.
 
 Exit codes: 0 done, 2 bad arguments or unusable models, 130/143 stopped by a signal.
 """
@@ -17,7 +16,6 @@ import argparse
 import os
 import sys
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 from mvlm_core.console import command_line
@@ -64,16 +62,15 @@ def option_problems(options: argparse.Namespace) -> list[str]:
     return problems
 
 
-def evaluate_columns(options: argparse.Namespace, columns: list[list[Path]], exports: dict[Path, Path]) -> None:
+def evaluate_exports(options: argparse.Namespace, exports: dict[Path, Path]) -> None:
     """Evaluate every export once and print the table.
 
     Args:
-        columns: the exports behind each MODEL: itself, or one per seed.
-        exports: the checked folder of each export.
+        exports: MODEL to its checked folder.
     """
     from bible_corpus.grammar import RULES
     from mvlm_core.data.corpus import load_corpus
-    from mvlm_core.evaluation.results import over_seeds, rows
+    from mvlm_core.evaluation.results import rows
     from mvlm_core.evaluation.suite import draw, evaluate, notes
     from mvlm_core.export.manifest import corpus_choice, training_config
 
@@ -93,27 +90,24 @@ def evaluate_columns(options: argparse.Namespace, columns: list[list[Path]], exp
         if training_config(folder).get("data", {}).get("fingerprint") != corpus.fingerprint:
             print(f"{export} was trained on another corpus: it may have seen held-out text, or not the train text")
     work = partial(evaluate, device=hardware.device, bits_per_byte=not options.no_bits_per_byte)
-    new_results = parallel_map(work, [(folder, text) for folder in new.values()], on_cpu=hardware.device == "cpu")
-    for export, result in zip(new, new_results, strict=True):
+    measured = parallel_map(work, [(folder, text) for folder in new.values()], on_cpu=hardware.device == "cpu")
+    for export, result in zip(new, measured, strict=True):
         results[str(export)] = result | {"weights": weights[str(export)]}
         print(f"{export}: done", file=sys.stderr, flush=True)
         if options.json:
             write_json_atomic(options.json, identity | {"results": results})
-    means = [over_seeds([results[str(export)] for export in seeds]) for seeds in columns]
-    table = [[options.split, "text", *(path.name for path in options.models)], ["---", *["---:"] * (len(means) + 1)]]
-    print("\n".join("| " + " | ".join(cells) + " |" for cells in [*table, *rows(means)]))
-    print("\n".join(["", *notes(means[0], text)]))
+    columns = [results[str(export)] for export in exports]
+    table = [[options.split, "text", *(place.name for place in exports)], ["---", *["---:"] * (len(columns) + 1)]]
+    print("\n".join("| " + " | ".join(cells) + " |" for cells in [*table, *rows(columns)]))
+    print("\n".join(["", *notes(columns[0], text)]))
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     set_process_environment()
-    columns = [
-        sorted(weights.parent for weights in path.glob("seed*/model.safetensors")) or [path] for path in options.models
-    ]
-    exports = list(dict.fromkeys(chain.from_iterable(columns)))
-    with checked_exports(exports, MODELLING_FILES, option_problems(options)) as folders:
-        evaluate_columns(options, columns, dict(zip(exports, folders, strict=True)))
+    models = list(dict.fromkeys(options.models))
+    with checked_exports(models, MODELLING_FILES, option_problems(options)) as folders:
+        evaluate_exports(options, dict(zip(models, folders, strict=True)))
     return 0
 
 

@@ -2,7 +2,7 @@
 """Generate text with a trained model, streamed to the terminal.
 
     python generate.py models/simone_enhanced "In the beginning"
-    python generate.py simone_enhanced_model.tar.gz "The LORD is" --temperature 0.7 --samples 3
+    python generate.py simone_enhanced_model.tar.gz "The LORD is" --temperature 0.7
 
 MODEL is an export folder, an unpacked archive or a .tar.gz. Before loading, its files are verified: checksums against
 its manifest, modelling code against this repository's. The same seed gives the same text.
@@ -52,9 +52,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=READABLE.top_p,
         help="nucleus sampling: keep the most likely tokens up to this total probability [%(default)s]",
     )
-    add("--top_k", type=int, default=0, help="sample from this many most likely tokens; 0: no such limit [0]")
-    add("--samples", type=int, default=1, help="continuations, with seeds seed, seed + 1, … [default 1]")
-    add("--seed", type=int, default=0, help="random seed of the first sample [default 0]")
+    add("--seed", type=int, default=0, help="random seed [default 0]")
     add("--device", default="auto", help="auto, cpu or cuda [default auto]")
     add(
         "--trace",
@@ -69,9 +67,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             ("max_new_tokens", "at least 1", options.max_new_tokens >= 1),
             ("temperature", "0 or more", 0 <= options.temperature < math.inf),
             ("top_p", "above 0 and at most 1", 0 < options.top_p <= 1),
-            ("top_k", "0 or more", options.top_k >= 0),
-            ("samples", "at least 1", options.samples >= 1),
-            ("seed", "from 0 to 2**63 - 1 - samples", 0 <= options.seed < 2**63 - max(1, options.samples)),
+            ("seed", "from 0 to 2**63 - 1", 0 <= options.seed < 2**63),
             ("device", f"one of {', '.join(DEVICES)}", options.device in DEVICES),
         )
         if not holds
@@ -88,7 +84,7 @@ def show(text: str, end: str = "") -> None:
     print(printable(text, "\n\t", limit=len(text)), end=end, flush=True)
 
 
-def generate(model: Any, tokenizer: Any, ids: Tensor, options: argparse.Namespace, seed: int) -> Tensor:
+def generate(model: Any, tokenizer: Any, ids: Tensor, options: argparse.Namespace) -> Tensor:
     """Generate and stream one continuation of ``ids [1, seq]``; return all tokens ``[1, seq]``."""
     import torch
     from transformers import TextStreamer
@@ -101,8 +97,8 @@ def generate(model: Any, tokenizer: Any, ids: Tensor, options: argparse.Namespac
 
     decoding: dict[str, Any] = {"do_sample": options.temperature > 0}
     if options.temperature > 0:
-        decoding |= {name: getattr(options, name) for name in ("temperature", "top_p", "top_k")}
-    torch.manual_seed(seed)
+        decoding |= {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
+    torch.manual_seed(options.seed)
     show(options.prompt)
     return model.generate(
         ids,
@@ -145,13 +141,9 @@ def main(arguments: list[str] | None = None) -> int:
                 f"the prompt has {len(ids):,} tokens including the start token; the model's context is {context:,}: "
                 "use a shorter prompt"
             )
-        for number in range(options.samples):
-            if options.samples > 1:
-                print(f"--- sample {number + 1} of {options.samples}, seed {options.seed + number}")
-            prompt = torch.tensor([ids], device=model.device)
-            tokens = generate(model, tokenizer, prompt, options, options.seed + number)
-            if options.trace:
-                print(trace_table(model, tokenizer, tokens))
+        tokens = generate(model, tokenizer, torch.tensor([ids], device=model.device), options)
+        if options.trace:
+            print(trace_table(model, tokenizer, tokens))
     return 0
 
 

@@ -33,14 +33,12 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = local_server.parser_of(__doc__, port=8000)
-    parser.add_argument("--cors", action="store_true", help="let web pages of any origin ask, as one of yours may")
-    options = parser.parse_args(arguments)
+    options = local_server.parser_of(__doc__, port=8000).parse_args(arguments)
 
     def app_of(models: local_server.Models, _: Path) -> FastAPI:
         from mvlm_core.pipeline.completions import completions_app
 
-        return completions_app(models, cors=options.cors)
+        return completions_app(models)
 
     return local_server.serve(options, ("fastapi", "openai", "uvicorn"), MODELLING_FILES, app_of, "/v1")
 

@@ -1,4 +1,4 @@
-"""What the two models share: corpus, tokens, batches, training loop, checkpoints, evaluation, export."""
+"""Code shared by both models: corpus, tokens, batches, training loop, checkpoints, evaluation, export."""
 
 import importlib.util
 import sys
@@ -6,7 +6,7 @@ import sys
 if importlib.util.find_spec("torch") is None or importlib.util.find_spec("tqdm") is None:
     print(
         f"error: {sys.executable} lacks the packages of this project: run `bash setup_environment.sh` once, then "
-        "start with .venv/bin/python in place of python",
+        "use .venv/bin/python instead of python",
         file=sys.stderr,
     )
     raise SystemExit(2)

@@ -1,4 +1,4 @@
-"""What a run shows: log lines on the console and in a file, and a progress bar."""
+"""Console output of a run: logging to the console and a file, and progress bars."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger("mvlm")
 
 
 class UnbreakableStream:
-    """A stream that goes quiet when its reader is gone: a closed terminal must not end a night's training."""
+    """A stream that ignores write errors once its reader is gone: a closed terminal must not end a training run."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -69,7 +69,7 @@ def outlive_terminal() -> None:
 
 
 class _BarFriendlyHandler(logging.Handler):
-    """Prints above a progress bar instead of through it."""
+    """Prints log lines above the progress bar instead of over it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stdout)
@@ -77,10 +77,10 @@ class _BarFriendlyHandler(logging.Handler):
 
 
 def setup_logging(log_file: Path | str | None = None, *, quiet: bool = False) -> logging.Logger:
-    """Send the ``mvlm`` log to stdout and, where given, to a file as well (appended, plain lines).
+    """Send the ``mvlm`` log to stdout and optionally append it to a file.
 
-    Lines about single steps (level DEBUG) always go into the file, and to the console only where no progress bar shows
-    the same: not in a terminal, and not when ``quiet``.
+    Per-step lines (level DEBUG) always go to the file, but to the console only if stderr is not a terminal, where the
+    progress bar shows the same, and not with ``quiet``.
     """
     log.setLevel(logging.DEBUG)
     log.propagate = False
@@ -98,7 +98,7 @@ def setup_logging(log_file: Path | str | None = None, *, quiet: bool = False) ->
 
 
 def command_line(description: str | None) -> argparse.ArgumentParser:
-    """A parser whose help shows a script's docstring as it stands."""
+    """Argument parser whose help shows a script's docstring verbatim."""
     return argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -107,27 +107,27 @@ def command_line(description: str | None) -> argparse.ArgumentParser:
 def trainer_settings(
     cls: type[Settings], arguments: list[str] | None, *, description: str | None, epilog: str, output_dir: Path
 ) -> Settings:
-    """The settings of a trainer's command line, in a process that is ready to train: signals, environment, logging.
+    """Parse a trainer's command line and prepare the process for training: signals, environment, logging.
 
     Raises:
-        UserError: with every problem at once.
+        UserError: lists every problem.
     """
     settings = parse_settings(cls, arguments, description=description or "", epilog=epilog, output_dir=output_dir)
     outlive_terminal()
     set_process_environment()
-    writes = not settings.dry_run and os.environ.get("RANK", "0") == "0"  # of several processes the main one alone
+    writes = not settings.dry_run and os.environ.get("RANK", "0") == "0"  # only the main rank
     setup_logging(settings.log_file if writes else None, quiet=settings.quiet)
     return settings
 
 
 def progress(total: int | None, desc: str, unit: str, *, initial: int = 0, quiet: bool = False, **bar: Any) -> tqdm:
-    """A progress bar on stderr; none where stderr is not a terminal, since bars do not read well in files."""
+    """Progress bar on stderr, disabled with ``quiet`` or if stderr is not a terminal."""
     hidden = quiet or not sys.stderr.isatty()
     return tqdm(total=total, desc=desc, unit=unit, initial=initial, disable=hidden, dynamic_ncols=True, **bar)
 
 
 def hush_transformers() -> None:
-    """Switch off transformers' own bars and its warnings that do not apply: what matters is logged here."""
+    """Disable transformers' progress bars and warnings; this package logs what matters."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

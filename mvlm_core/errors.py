@@ -1,4 +1,4 @@
-"""How a program of this repository ends: the exit codes and the exceptions that lead to them."""
+"""Exit codes of this repository's programs and the exceptions that lead to them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
 
 def printable(text: str, keep: str = "", limit: int = 4000) -> str:
-    """``text`` made safe for a terminal, a log and a JSON file, at most ``limit`` characters and an ellipsis.
+    """Make ``text`` safe for a terminal, a log or a JSON file; truncate it to ``limit`` characters and an ellipsis.
 
-    Names and values from damaged files may hold control sequences, which a terminal obeys, and lone surrogates, which
-    UTF-8 cannot hold: both are written as escapes. So are line breaks, unless they are in ``keep``.
+    Names and values from damaged files may hold terminal control sequences and lone surrogates, which UTF-8 cannot
+    encode: both are escaped. So are line breaks, unless they are in ``keep``.
     """
     text = text if len(text) <= limit else text[:limit] + "…"
     return "".join(
@@ -26,10 +26,10 @@ def printable(text: str, keep: str = "", limit: int = 4000) -> str:
 
 
 class UserError(Exception):
-    """Bad arguments or bad input: reported in full, without a traceback, with exit code 2.
+    """Bad arguments or input: every problem is reported, without a traceback, with exit code 2.
 
     Args:
-        problems: one sentence, or one for each problem, so that all can be fixed before the next try.
+        problems: one sentence, or one for each problem, so that all can be fixed at once.
     """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
@@ -38,11 +38,11 @@ class UserError(Exception):
 
 
 class TrainingFailed(Exception):
-    """The run cannot continue, through no fault of its arguments: exit code 1, reported in one sentence."""
+    """The run cannot continue although its arguments are valid: exit code 1, reported in one sentence."""
 
 
 class Stopped(Exception):
-    """A signal ended the run after its checkpoint was written: exit code 128 + the signal's number."""
+    """A signal ended the run after a checkpoint was written: exit code 128 + signal number."""
 
     def __init__(self, signal_number: int) -> None:
         self.signal_number = signal_number
@@ -50,7 +50,7 @@ class Stopped(Exception):
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
-    """Run ``main`` and leave with the exit code that fits how it ended."""
+    """Run ``main`` and exit with the code for its result or exception."""
     try:
         sys.exit(main() or EXIT_DONE)
     except UserError as error:
@@ -65,6 +65,6 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(128 + stop.signal_number)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # whoever read the output has seen enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for output still buffered
         sys.exit(128 + signal.SIGPIPE)

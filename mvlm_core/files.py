@@ -1,4 +1,4 @@
-"""Atomic writes, hashes, safe reads, and the lock that keeps two runs out of one folder."""
+"""Atomic writes, checksums, safe reads, and the lock that keeps two runs out of one folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def sha256_file(path: Path | str) -> str:
 
 
 def read_regular(path: Path | str, limit: int | None = None) -> bytes:
-    """The bytes of a regular file. Unlike ``read_bytes`` it never blocks, such as on a named pipe.
+    """Read a regular file. Unlike ``read_bytes`` it never blocks, for example on a named pipe.
 
     Raises:
         OSError: missing, a folder, no permission.
@@ -39,12 +39,12 @@ def read_regular(path: Path | str, limit: int | None = None) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a regular file")
         if limit is not None and status.st_size > limit:
-            raise ValueError(f"{status.st_size:,} bytes, more than the {limit:,} that are read")
+            raise ValueError(f"{status.st_size:,} bytes, over the limit of {limit:,}")
         return file.read()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, {} where there is none or it is damaged."""
+    """Read the JSON object in a file; {} if the file is missing or damaged."""
     try:
         value = json.loads(read_regular(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -53,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def fsync_path(path: Path | str) -> None:
-    """Flush a file or a folder's entries to the disk: a rename is only durable after its folder is."""
+    """Flush a file or a folder's entries to disk; a rename is durable only once its folder is flushed."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -62,7 +62,7 @@ def fsync_path(path: Path | str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder, and those above it, so that a power failure does not take them back."""
+    """Create a folder and its parents durably, so that they survive a power failure."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -70,7 +70,7 @@ def make_folder(path: Path) -> None:
 
 
 def write_atomic(path: Path | str, data: bytes | str) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part of it."""
+    """Write a file atomically: a reader sees the old content or the new, never a part."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -85,12 +85,12 @@ def write_atomic(path: Path | str, data: bytes | str) -> None:
 
 
 def write_json_atomic(path: Path | str, value: Any) -> None:
-    """``write_atomic`` of indented JSON. NaN and infinity raise ValueError: they are not JSON."""
+    """Write indented JSON atomically. NaN and infinity, which are not JSON, raise ValueError."""
     write_atomic(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def template(path: Path) -> Any:
-    """The Jinja template in a file: what is asked of it and missing is an error, and an .html escapes its values."""
+    """Load a Jinja template. Undefined variables are errors; values are escaped in an .html template."""
     from jinja2 import Environment, StrictUndefined
 
     is_html = path.suffix == ".html"
@@ -101,25 +101,24 @@ def template(path: Path) -> Any:
 
 
 def output_folder_problems(folder: Path | str, flag: str = "--output_dir") -> list[str]:
-    """Why ``folder``, which need not exist yet, cannot be written to: a file in its place, no permission."""
+    """Check that ``folder``, which need not exist yet, can be written to; return the problems."""
     folder = Path(folder).absolute()
     if not str(folder).isprintable():
         return [f"{flag} {str(folder)!a}: choose a name of printable characters"]
     for part in [folder, *folder.parents]:
         if part.is_dir():
-            return [] if os.access(part, os.W_OK | os.X_OK) else [f"{flag} {folder}: {part} cannot be written to"]
+            return [] if os.access(part, os.W_OK | os.X_OK) else [f"{flag} {folder}: {part} is not writable"]
         if part.exists() or part.is_symlink():
-            where = "is a file" if part == folder else f"lies below {part}, which is not a folder"
-            return [f"{flag} {folder} {where}; name a folder"]
-    return [f"{flag} {folder}: no such place"]
+            where = "is a file" if part == folder else f"is below {part}, which is not a folder"
+            return [f"{flag} {folder} {where}; choose a folder"]
+    return [f"{flag} {folder}: no such path"]
 
 
 class RunLock:
-    """One run per folder, as a context manager.
+    """Context manager that allows one run per folder.
 
-    The file names the process that holds it: id, host and start time. The kernel's advisory lock on it decides between
-    two runs that start at the same moment and vanishes with its process; the text decides where that lock does not
-    reach, as on some network file systems.
+    The lock file records the process id, host and start time of its holder. A kernel advisory lock on it resolves races
+    and is released when the process ends; the recorded text covers file systems without such locks.
     """
 
     def __init__(self, folder: Path, what: str) -> None:

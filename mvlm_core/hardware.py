@@ -1,7 +1,7 @@
-"""Device, precision, attention kernel and compilation: what is chosen for this machine, and why.
+"""Choice of device, precision, attention kernel and compilation for this machine, with reasons.
 
-Every choice is logged with its reason, because a silent fallback is how a GPU run ends up on a CPU.
-Importing this module does not import torch: entry scripts use it before they parse their arguments.
+Every choice is logged with its reason, so that no GPU run silently falls back to the CPU. Importing this module does
+not import torch: entry scripts use it before they parse their arguments.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ ATTENTION_BACKENDS = ("auto", "sdpa", "flash_attn", "xformers", "eager")
 LOSS_KERNELS = ("auto", "blocks", "compiled")
 # Settings that are arguments of `choose_hardware`.
 HARDWARE_FLAGS = "device precision attention_backend loss_kernel no_mixed_precision no_compile deterministic".split()
-CUBLAS_WORKSPACE = ":4096:8"  # one of the two with which cuBLAS gives the same bits each time, by NVIDIA's manual
+CUBLAS_WORKSPACE = ":4096:8"  # one of the two values with which cuBLAS is deterministic, according to NVIDIA's manual
 ALLOCATOR_ADVICE = "max_split_size_mb:512"
-# Multiplication units for bf16. Without one of them a bf16 matrix product is emulated: on 2 cores of an AVX2
-# EPYC fp32 reached 170 GFLOP/s and bf16 0.3.
+# CPU flags for native bf16 multiplication. Without one of them bf16 matmuls are emulated: on 2 cores of an AVX2 EPYC
+# fp32 reached 170 GFLOP/s and bf16 0.3.
 BF16_CPU_FLAGS = frozenset({"amx_bf16", "avx512_bf16"})
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _NO_BLOCK_IS_LARGER = 2**31 - 1
@@ -43,21 +43,21 @@ log = logging.getLogger("mvlm")
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a run uses, with the reason for each choice."""
+    """Hardware and kernels that a run uses, with the reason for each choice."""
 
     device: str  # "cpu" | "cuda"
     name: str  # CPU or GPU name
-    memory_bytes: int  # GPU memory, or RAM that this process may use
+    memory_bytes: int  # GPU memory, or RAM available to this process
     precision: str  # "fp32" | "bf16"; weights stay fp32 either way
     attention_backend: str  # "sdpa" | "flash_attn" | "xformers" | "eager"
     compile: bool
     threads: int
     reasons: dict[str, str]
     loss_kernel: str = "blocks"  # "blocks" | "compiled": see training/cross_entropy.py
-    deterministic: bool = False  # on CUDA only kernels that give the same bits each time; a CPU's all do
+    deterministic: bool = False  # on CUDA use only deterministic kernels; CPU kernels always are
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Context for forward passes: bf16 autocast over fp32 weights, or nothing in fp32."""
+        """Context manager for forward passes: bf16 autocast over fp32 weights, or no-op in fp32."""
         if self.precision != "bf16":
             return contextlib.nullcontext()
         import torch
@@ -65,12 +65,12 @@ class Hardware:
         return torch.autocast(self.device, dtype=torch.bfloat16)
 
     def compiled(self, function: Callable[..., Result]) -> Callable[..., Result]:
-        """``function`` compiled as one graph of fixed shapes, or as it is in a run that is not compiled."""
+        """Compile ``function`` as one graph with static shapes; return it unchanged if compilation is off."""
         if not self.compile:
             return function
         import torch
 
-        torch._dynamo.config.optimize_ddp = False  # compiled layer by layer, gradients come in time for their buckets
+        torch._dynamo.config.optimize_ddp = False  # not needed: compiling per layer already overlaps DDP's buckets
         return torch.compile(function, fullgraph=True, dynamic=False)
 
     @property
@@ -79,8 +79,8 @@ class Hardware:
         return self.compile or self.loss_kernel == "compiled"
 
     def release(self) -> None:
-        """Give freed memory back to the device, and forget compiled graphs that are no longer needed: beyond eight of a
-        function torch.compile gives up."""
+        """Release cached memory and drop compiled graphs that are no longer needed: torch.compile gives up on a
+        function after eight recompilations."""
         import torch
 
         if self.device == "cuda":
@@ -96,7 +96,7 @@ class Hardware:
         return torch.bfloat16 if self.device == "cuda" or self.precision == "bf16" else torch.float32
 
     def apply(self) -> None:
-        """Set the process-wide switches of torch that follow from the choice."""
+        """Apply the choice to torch's process-wide settings."""
         import torch
 
         torch.set_num_threads(self.threads)
@@ -104,33 +104,34 @@ class Hardware:
             # TF32 for what autocast leaves in fp32; a no-op on GPUs older than Ampere.
             torch.set_float32_matmul_precision("high")
             if self.deterministic:
-                _be_deterministic()
+                _use_deterministic_kernels()
         else:
             _keep_freed_memory()
 
 
-def _be_deterministic() -> None:
-    """Have CUDA compute the same bits each time. Before the first matrix product, which fixes cuBLAS's workspace.
+def _use_deterministic_kernels() -> None:
+    """Make CUDA bitwise reproducible. Call before the first matmul, which fixes cuBLAS's workspace.
 
-    Under torch's switch the backward passes of flash and memory-efficient attention keep one order of addition, cuDNN's
-    attention is not chosen (ATen's attention_backward.cu and sdp_utils.cpp), and an operation that has no such kernel
-    raises an error. The embedding's backward pass, which is not compiled, sorts (Embedding.cu). The switch also keeps
-    the compiler from choosing between kernels by their speed at the moment, which differs from process to process.
+    With torch's switch, the backward passes of flash and memory-efficient attention add in a fixed order, cuDNN's
+    attention is not chosen (ATen's attention_backward.cu and sdp_utils.cpp), and an operation without a deterministic
+    kernel raises an error. The embedding's backward pass, which is not compiled, sorts (Embedding.cu). The switch also
+    disables the compiler's autotuning by timing, whose choices differ between processes.
     """
     import torch
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
     torch.use_deterministic_algorithms(True)
-    # Ours is always written before it is read.
+    # This code always writes memory before reading it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep the memory that a step frees for the next step, unless the user has set its options.
+    """Let glibc keep freed memory for the next step, unless the user has set malloc options.
 
-    By default it returns large blocks to the system at once and faults them in again page by page: 200,000 page faults
-    per step at GPT-2's size, 4 % of its time (measured), and 2 % in small models. No effect with another C library.
+    By default it returns large blocks to the system immediately and faults them in again page by page: 200,000 page
+    faults per step at GPT-2's size, 4 % of its time (measured), and 2 % in small models. No effect with other C
+    libraries.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
@@ -141,11 +142,11 @@ def _keep_freed_memory() -> None:
 
 
 def set_process_environment() -> None:
-    """Set options of torch's caching allocator and OpenMP that the user has not set. Call it before importing torch.
+    """Set defaults for torch's caching allocator and OpenMP unless set by the user. Call before importing torch.
 
-    Blocks above 512 MB are never split, so the large logits buffers of one step fit those of the next. Waiting threads
-    sleep instead of spinning: on an idle machine that costs nothing (measured on 2 cores: 3,770 against 3,560
-    tokens/s), and beside another busy process spinning made training some twenty times slower.
+    Blocks above 512 MB are never split, so that the next step can reuse the large logits buffers. Waiting threads sleep
+    instead of spinning: that costs nothing on an idle machine (measured on 2 cores: 3,770 against 3,560 tokens/s),
+    while spinning next to another busy process made training about twenty times slower.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same setting, which still works
@@ -162,23 +163,23 @@ def choose_hardware(
     loss_kernel: str = "auto",
     deterministic: bool = False,
 ) -> Hardware:
-    """Choose from what is asked for and what is there.
+    """Choose hardware and kernels from the request and what is available.
 
     Raises:
-        UserError: names everything that was asked for and is not there.
+        UserError: lists everything that was requested but is not available.
     """
     problems = [
-        f"unknown {what} {value!r}: choose one of {', '.join(known)}"
-        for what, value, known in (
+        f"unknown {label} {value!r}: choose one of {', '.join(choices)}"
+        for label, value, choices in (
             ("device", device, DEVICES),
             ("precision", precision, PRECISIONS),
             ("attention backend", attention_backend, ATTENTION_BACKENDS),
             ("loss kernel", loss_kernel, LOSS_KERNELS),
         )
-        if value not in known
+        if value not in choices
     ]
     if no_mixed_precision and precision == "bf16":
-        problems.append("--precision bf16 and --no_mixed_precision contradict each other: give one of them")
+        problems.append("--precision bf16 and --no_mixed_precision contradict each other: use only one")
     if problems:
         raise UserError(problems)
     if no_mixed_precision:
@@ -203,7 +204,7 @@ def choose_hardware(
 
 
 def describe(hardware: Hardware) -> list[str]:
-    """Lines for the log: each choice with its reason."""
+    """Format each choice with its reason, for the log."""
     reasons = hardware.reasons
     memory = f"{hardware.memory_bytes / 2**30:.1f} GiB"
     exact = hardware.device == "cpu" or hardware.deterministic
@@ -213,35 +214,35 @@ def describe(hardware: Hardware) -> list[str]:
         f"attention: {hardware.attention_backend} ({reasons['attention_backend']})",
         f"compile: {'yes' if hardware.compile else 'no'} ({reasons['compile']})",
         f"loss: {hardware.loss_kernel} ({reasons['loss_kernel']})",
-        f"the same bits each time: {'yes' if exact else 'no'} ({reasons['deterministic']})",
+        f"deterministic: {'yes' if exact else 'no'} ({reasons['deterministic']})",
         f"CPU threads: {hardware.threads} ({reasons['threads']})",
     ]
 
 
 def caution(hardware: Hardware, preset: str) -> str | None:
-    """What a run of this preset must hear about its hardware; None if nothing."""
+    """Warning about this run's hardware, or None."""
     if preset != "h200" or hardware.device != "cuda" or hardware.compile:
         return None
     return (
-        f"THIS RUN IS NOT COMPILED ({hardware.reasons['compile']}): each step takes longer, on a GPU that is paid by "
-        "the hour. By how much is not measured; `python -m benchmarks.performance.gpu_check` measures it here"
+        f"THIS RUN IS NOT COMPILED ({hardware.reasons['compile']}), so each step is slower on a GPU rented by the "
+        "hour. By how much is not measured; `python -m benchmarks.performance.gpu_check` measures it here"
     )
 
 
 def compiled_so_far() -> tuple[int, float]:
-    """How many graphs torch.compile has made in this process, and the seconds that took, backward graphs included."""
+    """Number of graphs compiled in this process so far and the seconds it took, including backward graphs."""
     from torch._dynamo.utils import calculate_time_spent, counters
 
     return counters["stats"]["unique_graphs"], calculate_time_spent()["total_wall_time"]
 
 
 def resolve_preset(preset: str) -> tuple[str, str]:
-    """Turn "auto" into the preset for this machine, with the reason; any other name passes through unchanged.
+    """Resolve "auto" to the preset for this machine and give the reason; return any other name unchanged.
 
-    Imports torch only where there may be a GPU, which keeps small commands quick.
+    Imports torch only if there may be a GPU, which keeps small commands fast.
     """
     if preset != "auto":
-        return preset, "asked for"
+        return preset, "requested"
     if not nvidia_may_be_there():
         return "cpu", "no NVIDIA GPU found"
     usable, why = _cuda_state()
@@ -249,24 +250,24 @@ def resolve_preset(preset: str) -> tuple[str, str]:
 
 
 def _cuda_state() -> tuple[bool, str]:
-    """Whether torch can use a CUDA device, with the reason in words."""
+    """Whether torch can use a CUDA device, with the reason."""
     import torch
 
     if torch.version.cuda is None:
         return False, (
-            f"torch {torch.__version__} is a build without CUDA; "
-            "for one with it: bash setup_environment.sh --torch_index https://download.pytorch.org/whl/cu130"
+            f"torch {torch.__version__} is a CPU-only build; to install one with CUDA: "
+            "bash setup_environment.sh --torch_index https://download.pytorch.org/whl/cu130"
         )
     if not torch.cuda.is_available():
         return False, (
             f"torch {torch.__version__} finds no usable CUDA device "
             "(no GPU, driver too old, or hidden by CUDA_VISIBLE_DEVICES: see nvidia-smi)"
         )
-    return True, f"CUDA {torch.version.cuda}"  # a GPU's name would take memory on it, also in a supervisor
+    return True, f"CUDA {torch.version.cuda}"  # not the GPU's name: querying it would allocate GPU memory
 
 
 def gpu_count() -> int:
-    """GPUs that torch can use. They are counted by the driver's library: this process takes no memory on any."""
+    """Number of GPUs that torch can use, counted through the driver without allocating GPU memory."""
     if not nvidia_may_be_there():
         return 0
     import torch
@@ -274,107 +275,107 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
-def _choose_device(asked: str, problems: list[str]) -> tuple[str, str]:
-    if asked == "cpu":
-        return "cpu", "asked for"
+def _choose_device(requested: str, problems: list[str]) -> tuple[str, str]:
+    if requested == "cpu":
+        return "cpu", "requested"
     usable, why = _cuda_state()
-    if asked == "cuda":
+    if requested == "cuda":
         if not usable:
             problems.append(f"--device cuda: {why}")
-        return "cuda", "asked for"
+        return "cuda", "requested"
     if not usable and not nvidia_may_be_there():
         why = "no NVIDIA GPU found"
     return ("cuda" if usable else "cpu"), why
 
 
-def _choose_precision(asked: str, device: str, problems: list[str]) -> tuple[str, str]:
-    if asked == "fp32":
-        return "fp32", "asked for"
+def _choose_precision(requested: str, device: str, problems: list[str]) -> tuple[str, str]:
+    if requested == "fp32":
+        return "fp32", "requested"
     has_bf16, why = cpu_has_bf16() if device == "cpu" else _cuda_has_bf16()
-    if asked == "bf16":
+    if requested == "bf16":
         if not has_bf16:
             problems.append(f"--precision bf16: {why}; use --precision fp32 or auto")
-        return "bf16", "asked for"
+        return "bf16", "requested"
     return ("bf16" if has_bf16 else "fp32"), why
 
 
 def _cuda_has_bf16() -> tuple[bool, str]:
     import torch
 
-    if not torch.cuda.is_available():  # asked for and missing: already named among the problems
-        return True, "no CUDA device to ask"
+    if not torch.cuda.is_available():  # requested but missing: already reported as a problem
+        return True, "no CUDA device to query"
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return True, "the GPU multiplies bf16 natively"
     return False, "the GPU has no native bf16 (needs Ampere or newer)"
 
 
 def cpu_has_bf16(file: Path | str = "/proc/cpuinfo") -> tuple[bool, str]:
-    """Whether the CPU multiplies bf16 in hardware, with the reason.
+    """Whether the CPU has native bf16 multiplication, with the reason.
 
     Args:
-        file: where the kernel lists the CPU's flags; a machine without that file counts as "no".
+        file: lists the CPU's flags; a missing file counts as "no".
     """
-    found = sorted(BF16_CPU_FLAGS & set(cpuinfo("flags", file).split()))
-    if found:
-        return True, f"the CPU has {', '.join(found)}"
-    return False, "the CPU has no AMX-BF16 or AVX512-BF16: bf16 would be emulated, some 500 times slower"
+    flags = sorted(BF16_CPU_FLAGS & set(cpuinfo("flags", file).split()))
+    if flags:
+        return True, f"the CPU has {', '.join(flags)}"
+    return False, "the CPU has no AMX-BF16 or AVX512-BF16: bf16 would be emulated, about 500 times slower"
 
 
-def _choose_attention(asked: str, device: str, precision: str, problems: list[str]) -> tuple[str, str]:
-    if asked == "auto":
+def _choose_attention(requested: str, device: str, precision: str, problems: list[str]) -> tuple[str, str]:
+    if requested == "auto":
         if device == "cuda":
-            return "sdpa", "PyTorch's own flash kernels run under it when is_causal=True and no mask is given"
+            return "sdpa", "uses PyTorch's flash kernels with is_causal=True and no mask"
         return "sdpa", "PyTorch's fused attention for the CPU"
-    if asked in OPTIONAL_BACKENDS:
-        package = OPTIONAL_BACKENDS[asked]
-        if importlib.util.find_spec(asked) is None:
+    if requested in OPTIONAL_BACKENDS:
+        package = OPTIONAL_BACKENDS[requested]
+        if importlib.util.find_spec(requested) is None:
             problems.append(
-                f"--attention_backend {asked}: not installed. Install it with: .venv/bin/pip install "
-                f"{'--no-build-isolation ' if asked == 'flash_attn' else ''}{package} "
+                f"--attention_backend {requested}: not installed. Install it with: .venv/bin/pip install "
+                f"{'--no-build-isolation ' if requested == 'flash_attn' else ''}{package} "
                 "(needs an NVIDIA GPU, see requirements-gpu.txt), or use --attention_backend sdpa"
             )
         elif device != "cuda":
-            problems.append(f"--attention_backend {asked}: runs on a CUDA device only; use sdpa")
-        elif asked == "flash_attn" and precision != "bf16":
-            problems.append("--attention_backend flash_attn: has no fp32 kernels; use --precision bf16")
-    return asked, "asked for"
+            problems.append(f"--attention_backend {requested}: needs a CUDA device; use sdpa")
+        elif requested == "flash_attn" and precision != "bf16":
+            problems.append("--attention_backend flash_attn: no fp32 kernels; use --precision bf16")
+    return requested, "requested"
 
 
 def _choose_compile(no_compile: bool, device: str) -> tuple[bool, str]:
     if no_compile:
         return False, "--no_compile"
     if device != "cuda":
-        return False, "measured on a CPU: no gain, and 44 s to compile"
+        return False, "on a CPU no speed-up was measured, and compilation takes 44 s"
     missing = compiler_problem()
     return (False, missing) if missing else (True, "CUDA device")
 
 
-def _choose_loss_kernel(asked: str, compiled: bool, no_compile: bool, problems: list[str]) -> tuple[str, str]:
-    if asked == "auto":
+def _choose_loss_kernel(requested: str, compiled: bool, no_compile: bool, problems: list[str]) -> tuple[str, str]:
+    if requested == "auto":
         if compiled:
-            return "compiled", "one kernel over the logits instead of five"
-        return "blocks", "PyTorch's own kernels, block by block, where nothing is compiled"
-    if asked == "compiled" and no_compile:
-        problems.append("--loss_kernel compiled and --no_compile contradict each other: give one of them")
-    elif asked == "compiled" and (missing := compiler_problem()):
+            return "compiled", "one fused kernel over the logits instead of five"
+        return "blocks", "PyTorch's own kernels, as nothing else is compiled"
+    if requested == "compiled" and no_compile:
+        problems.append("--loss_kernel compiled and --no_compile contradict each other: use only one")
+    elif requested == "compiled" and (missing := compiler_problem()):
         problems.append(f"--loss_kernel compiled: {missing}; or use --loss_kernel blocks")
-    return asked, "asked for"
+    return requested, "requested"
 
 
-def _why_deterministic(asked: bool, device: str, attention_backend: str, problems: list[str]) -> str:
+def _why_deterministic(requested: bool, device: str, attention_backend: str, problems: list[str]) -> str:
     if device == "cpu":
-        return "as always on a CPU" + (", with --deterministic or without" if asked else "")
-    if not asked:
-        return "CUDA adds in any order, so a resumed run is the same to rounding only; --deterministic makes it exact"
+        return "CPU training always is" + (", with or without --deterministic" if requested else "")
+    if not requested:
+        return "CUDA sums in varying order, so a resumed run is equal only to rounding; --deterministic makes it exact"
     if attention_backend in OPTIONAL_BACKENDS:
-        problems.append(f"--deterministic: not with --attention_backend {attention_backend}; use sdpa")
+        problems.append(f"--deterministic cannot be used with --attention_backend {attention_backend}; use sdpa")
     return f"--deterministic: torch's deterministic kernels, cuBLAS workspace {CUBLAS_WORKSPACE}; slower, not measured"
 
 
 def compiler_problem() -> str | None:
-    """What torch.compile lacks to build its kernels, or Triton under it its launchers; None if nothing."""
+    """Say which build tools torch.compile or Triton lacks, and how to install them; None if complete."""
     compilers = (os.environ.get("CC"), "gcc", "clang", "cc")
-    missing = {}  # what for → its package
+    missing = {}  # tool → Debian package
     if not any(name and shutil.which(name) for name in compilers):
         missing["a C compiler"] = "build-essential"
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():

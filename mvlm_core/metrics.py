@@ -1,24 +1,24 @@
-"""The results of a training run, once: name, label, unit and direction of each, for every record, table and plot."""
+"""Metrics of a training run, defined once for all records, tables and plots: name, label, unit and direction."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# The name is fixed by the file format. Which translation it is, the corpus manifest says.
+# The file format fixes this name; the corpus manifest names the translation.
 PRIMARY_TEST_BPB = "test_bpb_kjv"
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One result.
+    """One metric.
 
     Attributes:
-        name: its key in `training_config.json` and `training_summary.json`.
-        label: for people, without the unit.
-        unit: what the value is counted in, "" for a plain number.
-        form: how the value is written, as in `str.format`.
-        better: which direction is better; None where neither is.
+        name: key in `training_config.json` and `training_summary.json`.
+        label: display name without the unit.
+        unit: "" for a plain number.
+        form: format string for `str.format`.
+        better: which direction is better; None if neither.
     """
 
     name: str
@@ -29,11 +29,11 @@ class Metric:
 
     @property
     def title(self) -> str:
-        """Label and unit, as a table's row is headed."""
+        """Label and unit, as a row heading."""
         return f"{self.label}, {self.unit}" if self.unit else self.label
 
     def text(self, value: Any) -> str:
-        """The value as it is shown; a dash where there is none."""
+        """Format the value; a dash for None."""
         return "-" if value is None else self.form.format(value)
 
 
@@ -50,7 +50,7 @@ METRICS = (
     Metric("test_bpb", "test", _BPB, "{:.4f}", "lower"),
     Metric(PRIMARY_TEST_BPB, "test, primary translation", _BPB, "{:.4f}", "lower"),
 )
-# Of a model that was trained further: what it had before, and what of the old text it has forgotten since.
+# For further training: scores before it, and forgetting on the old corpus's test text.
 CONTINUED = (
     Metric("validation_bpb_before", "validation, before further training", _BPB, "{:.4f}", "lower"),
     Metric("test_bpb_before", "test, before further training", _BPB, "{:.4f}", "lower"),

@@ -1,4 +1,4 @@
-"""What this machine has and what a run uses of it: CPU cores, memory, and their load during a run.
+"""CPU cores, memory and GPUs of this machine, and their utilization during a run.
 
 Importing this module does not import torch: entry scripts use it before they parse their arguments.
 """
@@ -18,13 +18,13 @@ from typing import Any
 
 import psutil
 
-# Any of these paths means a loaded NVIDIA driver (the last one is WSL). None, and no nvidia-smi: no GPU.
+# Any of these paths means that an NVIDIA driver is loaded (the last one on WSL). With none and no nvidia-smi: no GPU.
 NVIDIA_TRACES = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg")
 log = logging.getLogger("mvlm")
 
 
 def nvidia_may_be_there() -> bool:
-    """False only where no NVIDIA GPU can be usable; torch need not be imported then."""
+    """False only if there is certainly no usable NVIDIA GPU, so that torch need not be imported."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1"):
         return False
     return any(os.path.exists(path) for path in NVIDIA_TRACES) or shutil.which("nvidia-smi") is not None
@@ -39,10 +39,10 @@ def available_threads(
     cgroup_root: Path | str = "/sys/fs/cgroup",
     cgroup_membership: Path | str = "/proc/self/cgroup",
 ) -> tuple[int, str]:
-    """Threads for the CPU's matrix products, with the reason.
+    """Number of threads for CPU matmuls, with the reason.
 
-    OMP_NUM_THREADS wins. Otherwise one for each physical core (two hyper-threads share one multiplication
-    unit) that affinity lets the process use, and not more than the container's CPU quota pays for.
+    OMP_NUM_THREADS wins. Otherwise one for each physical core (hyper-threads share its multiplication units) in the
+    process's affinity mask, up to the container's CPU quota.
     """
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if asked.isdecimal() and int(asked) > 0:
@@ -57,7 +57,7 @@ def available_threads(
 
 
 def _core_of(cpu: int, topology: Path) -> str:
-    """The hyper-threads of one core, such as "0,4"; a logical CPU without the file counts alone."""
+    """Hyper-threads of the CPU's core, such as "0,4"; without the file each logical CPU counts as a core."""
     try:
         return (topology / f"cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii").strip()
     except OSError:
@@ -65,8 +65,8 @@ def _core_of(cpu: int, topology: Path) -> str:
 
 
 def _cgroup_folders(root: Path, membership: Path, controller: str) -> list[Path]:
-    """Folders whose limits hold for this process: its own group and all above it, cgroup version 2 and version 1."""
-    # Inside a container the membership may name a path of the host; the limits then stand at the root.
+    """Folders whose limits apply to this process: its cgroup (v1 or v2) and all ancestors."""
+    # Inside a container the membership may name a path on the host; the limits are then at the root.
     folders = [root, root / controller]
     with contextlib.suppress(OSError):
         for line in membership.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -79,13 +79,13 @@ def _cgroup_folders(root: Path, membership: Path, controller: str) -> list[Path]
 
 
 def _cpu_quota(root: Path, membership: Path) -> float | None:
-    """CPUs' worth of time that the control groups allow, the smallest of all; None if unlimited."""
+    """Smallest CPU quota of the process's cgroups, in CPUs; None if unlimited."""
     quotas = []
     for folder in _cgroup_folders(root, membership, "cpu"):
-        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # "max" is no number: no limit
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # "max" means no limit
             quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
             quotas.append(int(quota) / int(period))
-        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # version 1; -1: no limit
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # cgroup v1; -1 means no limit
             quota, period = (
                 (folder / f"cpu.cfs_{name}_us").read_text(encoding="ascii") for name in ("quota", "period")
             )
@@ -96,7 +96,7 @@ def _cpu_quota(root: Path, membership: Path) -> float | None:
 def available_memory(
     *, cgroup_root: Path | str = "/sys/fs/cgroup", cgroup_membership: Path | str = "/proc/self/cgroup"
 ) -> int:
-    """RAM in bytes that this process may use: the machine's, or a smaller container limit."""
+    """RAM in bytes available to this process: the machine's, or a smaller container limit."""
     limits = [psutil.virtual_memory().total]
     for folder in _cgroup_folders(Path(cgroup_root), Path(cgroup_membership), "memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
@@ -106,7 +106,7 @@ def available_memory(
 
 
 def cpuinfo(field: str, file: Path | str = "/proc/cpuinfo") -> str:
-    """What the kernel says of the first CPU, such as its "flags"; "" where there is no such file."""
+    """Value of a field of the first CPU in /proc/cpuinfo, such as "flags"; "" if there is none."""
     with contextlib.suppress(OSError):
         for line in Path(file).read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith(field):
@@ -119,7 +119,7 @@ def cpu_name(file: Path | str = "/proc/cpuinfo") -> str:
 
 
 def memory_in_use(device: str = "cpu") -> int:
-    """Bytes in use now: CUDA memory held by tensors, or the process's resident memory."""
+    """Bytes in use: CUDA memory allocated to tensors, or the process's resident memory."""
     if device == "cuda":
         import torch
 
@@ -128,36 +128,36 @@ def memory_in_use(device: str = "cpu") -> int:
 
 
 def peak_memory(device: str = "cpu") -> int:
-    """Most bytes in use since the last reset, counted as `memory_in_use` counts."""
+    """Peak of ``memory_in_use`` since the last reset, in bytes."""
     if device == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated()
-    # VmHWM where the kernel tells it: ru_maxrss starts at the size of the process that forked this one.
+    # Prefer VmHWM: ru_maxrss starts at the size of the process that forked this one.
     _, found, rest = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").partition("VmHWM:")
     return 1024 * (int(rest.split(maxsplit=1)[0]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def gpu_load(device: str) -> int | None:
-    """GPU utilization in percent; None without a GPU or where it is not available."""
+    """GPU utilization in percent; None if not available."""
     if device != "cuda":
         return None
     import torch
 
     try:
         return torch.cuda.utilization()
-    except Exception:  # some containers have no NVML, some MIG slices no utilization: a run does not depend on it
+    except Exception:  # some containers lack NVML, some MIG slices lack utilization; it is optional
         return None
 
 
 def reset_peak_memory(device: str = "cpu") -> None:
-    """`peak_memory` counts anew from here."""
+    """Reset ``peak_memory``."""
     if device == "cuda":
         import torch
 
         torch.cuda.reset_peak_memory_stats()
     else:
-        # "5" resets VmHWM (man 5 proc). Where the kernel refuses, the peak stays the whole process's.
+        # "5" resets VmHWM (man 5 proc). If the kernel refuses, the peak remains that of the whole process.
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
@@ -167,10 +167,9 @@ def reset_peak_memory(device: str = "cpu") -> None:
 
 @contextlib.contextmanager
 def resource_lines(callback: Callable[[str], None], seconds: float = 30.0) -> Iterator[None]:
-    """Call ``callback(line)`` every ``seconds`` on a background thread while in the context.
+    """Call ``callback(line)`` every ``seconds`` on a background thread while the context is open.
 
-    The line comes from NVML or, where that gives nothing, from psutil: the CPU's load and the memory of this process
-    and its children.
+    The line comes from NVML or, without a GPU, from psutil: CPU load and the memory of this process and its children.
     """
     source, read = _open_source()
     stop = threading.Event()
@@ -179,8 +178,8 @@ def resource_lines(callback: Callable[[str], None], seconds: float = 30.0) -> It
         while not stop.wait(seconds):
             try:
                 callback(read())
-            except Exception as error:  # sampling must never end a training run; say why it went quiet
-                log.warning("resource sampling by %s ended: %s: %s", source, type(error).__name__, error)
+            except Exception as error:  # sampling must never end a training run
+                log.warning("resource sampling with %s stopped: %s: %s", source, type(error).__name__, error)
                 return
 
     thread = threading.Thread(target=run, name="resource lines", daemon=True)
@@ -197,7 +196,7 @@ def _open_source() -> tuple[str, Callable[[], str]]:
         try:
             _sample_nvml()
             return "NVML", _sample_nvml
-        except Exception as error:  # of NVML's own classes, or no such library; a run does not depend on it
+        except Exception as error:  # NVML's own exceptions or a missing library; GPU statistics are optional
             log.info("no GPU statistics from NVML: %s: %s", type(error).__name__, error)
     return "psutil", _sample_psutil
 
@@ -231,7 +230,7 @@ def _nvml_part(pynvml: Any, index: int, handle: Any) -> str:
 
 
 def _sample_psutil() -> str:
-    """CPU load of the machine, memory of this process with its children, memory that the machine has left."""
+    """CPU load of the machine, memory of this process and its children, and free memory."""
     process = psutil.Process()
     resident = 0
     for member in (process, *process.children(recursive=True)):

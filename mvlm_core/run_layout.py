@@ -1,4 +1,4 @@
-"""Where a run keeps its files, and how its records are read: what is damaged counts as not there."""
+"""Paths of a run's files, and reading its records; damaged records count as missing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mvlm_core.files import read_regular
 
 
 class Layout:
-    """Where a run keeps its files below ``root``, which `--work_dir` chooses."""
+    """Paths of a run's files below ``root``, set by ``--work_dir``."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -39,21 +39,21 @@ class Layout:
 
 
 def finite_number(value: Any) -> Any:
-    """A finite number of ordinary size, or None for whatever else a damaged record holds."""
+    """Return ``value`` if it is a finite number of plausible size, else None (a damaged record)."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value if is_number and abs(value) < 1e18 else None
 
 
 def training_history(export: Path) -> list[dict[str, Any]]:
-    """The records of `training_history.json` with what a plot needs; what is damaged is left out."""
+    """Read the records of ``training_history.json`` that have what a plot needs, skipping damaged ones."""
     try:
         records = json.loads(read_regular(export / "training_history.json"))
     except (OSError, ValueError, RecursionError):
         return []
-    whole = [record for record in records if isinstance(record, dict)] if isinstance(records, list) else []
+    objects = [record for record in records if isinstance(record, dict)] if isinstance(records, list) else []
     return [
         record
-        for record in whole
+        for record in objects
         if all(finite_number(record.get(key)) is not None for key in ("bytes", "seconds"))
         and finite_number(record.get("validation_bpb", 0.0)) is not None
     ]

@@ -1,6 +1,6 @@
-"""Every setting of a training run, once: its default, flag, help and range.
+"""Settings of a training run, each defined once: default, flag, help text and range.
 
-A settings class is a dataclass whose fields are made by ``option``. A flag overrides the preset, and the preset
+A settings class is a dataclass whose fields are created with ``option``. A flag overrides the preset, and the preset
 overrides the field's default.
 """
 
@@ -27,20 +27,20 @@ SCHEDULES = ("cosine", "linear")
 OPTIMIZERS = ("adamw", "muon")
 VALIDATION_TEXTS = ("primary", "all")
 LENGTHS = ("num_epochs", "max_steps", "max_tokens", "max_bytes", "max_hours")
-CONTINUED = "init_from"  # in PRESETS: what --init_from puts in the place of any preset's values
+CONTINUED = "init_from"  # key in PRESETS: values that --init_from applies on top of any preset
 CONTINUED_RATE = 0.3  # times the preset's peak learning rate
 Settings = TypeVar("Settings", bound="TrainingSettings")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How text is drawn from a model: nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751) at a temperature."""
+    """Sampling parameters: nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751) with a temperature."""
 
     temperature: float = 1.0
     top_p: float = 0.95
 
 
-# What exports, generate.py and the report write with: of those tried the nearest to the books' own repetition and
+# Default sampling of exports, generate.py and the report: of those tried, closest to the books' own repetition and
 # predictability (benchmarks/experiments/decoding.py).
 READABLE = Sampling(temperature=0.9, top_p=0.9)
 SMALLEST_VOCABULARY = 260  # 256 bytes and four special tokens
@@ -62,15 +62,15 @@ def option(
     aliases: tuple[str, ...] = (),
     **bounds: float,
 ) -> Any:
-    """A field of a settings class.
+    """Define a field of a settings class.
 
     Args:
-        identity: whether the value defines the run: a checkpoint made with another value is not resumed.
-        aliases: older spellings of the flag, which still parse but are not shown by ``--help``.
-        bounds: the range: ``minimum``, ``maximum`` (inclusive), ``above``, ``below`` (exclusive).
+        identity: whether the value defines the run; a checkpoint with another value is not resumed.
+        aliases: older spellings of the flag, which still parse but are hidden from ``--help``.
+        bounds: ``minimum``, ``maximum`` (inclusive), ``above``, ``below`` (exclusive).
     """
-    known = {"default": default, "help": help, "group": group, "choices": choices, "identity": identity}
-    return field(default=None, metadata={**known, "aliases": aliases, "bounds": bounds})
+    metadata = {"default": default, "help": help, "group": group, "choices": choices, "identity": identity}
+    return field(default=None, metadata={**metadata, "aliases": aliases, "bounds": bounds})
 
 
 _data = partial(option, group="data")
@@ -84,13 +84,13 @@ _distillation = partial(option, group="distillation")
 
 @dataclass
 class TrainingSettings:
-    """What both trainers share."""
+    """Settings shared by both trainers."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        # Passes and models are those of a small twin with as much text per parameter
-        # (benchmarks/experiments/data_constrained.py): one model is best after about three passes, the second of a
+        # Epochs and models come from a small twin with as much text per parameter
+        # (benchmarks/experiments/data_constrained.py): a single model is best after about three epochs, the second of a
         # chain still improves at nine. Learning rate, weight decay and dropout in the models' own presets follow the
-        # rules of benchmarks/experiments/scaling.py. None of it is measured at this size yet.
+        # rules of benchmarks/experiments/scaling.py. None of it has been measured at this size.
         "h200": {
             "num_epochs": 9.0,
             "num_models": 2,
@@ -99,7 +99,7 @@ class TrainingSettings:
             "validation_text": "all",
         },
         "cpu": {
-            # Small, with more text: at equal compute 1.4 M parameters beat 2.6 M (benchmarks/LOG.md).
+            # A small model on more text: at equal compute 1.4 M parameters beat 2.6 M (benchmarks/LOG.md).
             "batch_size": 8,
             "max_length": 256,
             "vocab_size": 4096,
@@ -129,121 +129,117 @@ class TrainingSettings:
         CONTINUED: {"num_epochs": 2.0, "num_models": 1},
     }
 
-    data_dir: str = _data(str(DEFAULT_DATA_DIR), "folder of .txt files (with optional .json beside them)")
+    data_dir: str = _data(str(DEFAULT_DATA_DIR), "folder of .txt files, each with an optional .json file")
     data_subset: str | None = _data(None, "use only this folder below --data_dir")
     train_mix: str | None = _data(
         None, "FOLDER=TIMES,...: how often one epoch reads the train text of these folders", identity=True
     )
-    output_dir: str | None = _data(None, "where the finished model and its checkpoints go")
-    cache_dir: str = _data(str(CACHE_DIR), "where tokenizers and tokens are kept between runs")
-    tokenizer_path: str | None = _data(None, "an existing tokenizer (folder or tokenizer.json) instead of training one")
+    output_dir: str | None = _data(None, "folder for the finished model and its checkpoints")
+    cache_dir: str = _data(str(CACHE_DIR), "folder that keeps tokenizers and tokens between runs")
+    tokenizer_path: str | None = _data(None, "use this tokenizer (folder or tokenizer.json) instead of training one")
     validation_split: float = _data(
-        0.05, "share of documents without a split of their own held out for validation; as much again for the test",
-        above=0, below=0.5, identity=True,
+        0.05, "fraction held out for validation, and the same again for test, of documents without a split in their "
+        ".json", above=0, below=0.5, identity=True,
     )  # fmt: skip
-    validation_dir: str | None = _data(None, "a folder whose files are the validation text")
+    validation_dir: str | None = _data(None, "folder of files to use as validation text")
     validation_text: str = _data(
-        "primary", "what chooses the best checkpoint: primary, the primary translation's validation documents (64 KB "
-        "where there is no such translation), or all", choices=VALIDATION_TEXTS, identity=True,
+        "primary", "text that selects the best checkpoint: primary (validation documents of the primary translation, "
+        "or 64 KB if there is none) or all", choices=VALIDATION_TEXTS, identity=True,
     )  # fmt: skip
 
     init_from: str | None = _further(
-        None, "train further: start from the weights, shape and tokenizer of this export (folder or .tar.gz); by "
-        f"default with its preset and length, but {CONTINUED_RATE} times the learning rate, and at most 2 passes",
+        None, "continue training from the weights, shape and tokenizer of this export (folder or .tar.gz); by default "
+        f"with its preset and length, but {CONTINUED_RATE} times the learning rate, and at most 2 epochs",
     )  # fmt: skip
     replay: str | None = _further(
-        None, "FOLDER=SHARE: against forgetting, this share of what is read comes from the train text of that corpus, "
-        "whose test text is scored before and after (without it the export's own, where it is on this machine)",
+        None, "FOLDER=SHARE: to reduce forgetting, draw this share of sequences from the training text of that corpus; "
+        "its test text is scored before and after (default: that of the export's own corpus, if available)",
     )  # fmt: skip
 
-    teacher: str | None = _distillation(
-        None, "learn also from what this export (folder or .tar.gz, with the same tokenizer) predicts"
-    )
+    teacher: str | None = _distillation(None, "distill from this export (folder or .tar.gz with the same tokenizer)")
     num_models: int = _distillation(
-        1, "train so many models one after the other, each the next one's teacher, and export the last: for text that "
-        "is read many times", minimum=1,
+        1, "train this many models in a chain, each the teacher of the next, and export the last; helps when text is "
+        "repeated for many epochs", minimum=1,
     )  # fmt: skip
 
-    vocab_size: int = _model(32000, "tokenizer entries", minimum=SMALLEST_VOCABULARY, maximum=1_000_000)
-    hidden_dim: int = _model(768, "width of the model", minimum=2)
+    vocab_size: int = _model(32000, "vocabulary size", minimum=SMALLEST_VOCABULARY, maximum=1_000_000)
+    hidden_dim: int = _model(768, "hidden size", minimum=2)
     num_heads: int = _model(12, "attention heads per layer", minimum=1)
-    ff_dim: int = _model(3072, "classic width of the feed-forward layer", minimum=1)
-    num_layers: int = _model(12, "layers", minimum=1)
+    ff_dim: int = _model(3072, "feed-forward size without gating; a gated layer uses 2/3 of it", minimum=1)
+    num_layers: int = _model(12, "number of layers", minimum=1)
     max_length: int = _model(1024, "training context in tokens", minimum=2)
     dropout: float = _model(0.1, "dropout", minimum=0, below=1)
 
     preset: str = option(
-        "auto", "sizes and budget to start from; auto: h200 with a CUDA device, else cpu", choices=PRESET_NAMES
+        "auto", "model size and training budget; auto: h200 with a CUDA device, else cpu", choices=PRESET_NAMES
     )
-    batch_size: int = _optimization(32, "sequences in a device's micro-batch", minimum=1, identity=False)
+    batch_size: int = _optimization(32, "sequences per micro-batch on each device", minimum=1, identity=False)
     gradient_accumulation_steps: int = _optimization(1, "micro-batches per optimizer step", minimum=1, identity=False)
     learning_rate: float = _optimization(1e-3, "peak learning rate", above=0)
-    lr_schedule: str = _optimization("cosine", "shape of the learning rate after warm-up", choices=SCHEDULES)
+    lr_schedule: str = _optimization("cosine", "learning rate schedule after warm-up", choices=SCHEDULES)
     warmup_steps: int | None = _optimization(
-        None, "steps of linear warm-up (default: 2 %% of the run; 50 under --max_hours)", minimum=0
+        None, "steps of linear warm-up (default: 2 %% of the run; 50 with --max_hours)", minimum=0
     )
     unigram_noise: float = _optimization(
-        0.0, "share of the input tokens replaced by tokens drawn from the text, against memorizing a repeated text",
+        0.0, "fraction of input tokens replaced by tokens drawn from the text, to reduce memorization of repeated text",
         minimum=0, below=1, aliases=("input_noise",),
     )  # fmt: skip
-    weight_decay: float = _optimization(0.1, "decoupled weight decay of the matrices", minimum=0)
-    max_grad_norm: float = _optimization(1.0, "gradients are clipped to this norm; 0 switches it off", minimum=0)
-    optimizer: str = _optimization(
-        "adamw", "adamw, or muon for the matrices and adamw for the rest", choices=OPTIMIZERS
-    )
+    weight_decay: float = _optimization(0.1, "decoupled weight decay for matrices", minimum=0)
+    max_grad_norm: float = _optimization(1.0, "clip gradients to this norm; 0 disables clipping", minimum=0)
+    optimizer: str = _optimization("adamw", "adamw, or muon for matrices with adamw for the rest", choices=OPTIMIZERS)
 
-    num_epochs: float | None = option(1.0, "passes over the training text", "length", above=0)
+    num_epochs: float | None = option(1.0, "epochs over the training text", "length", above=0)
     max_steps: int | None = _length(None, "stop after this many optimizer steps")
     max_tokens: int | None = _length(None, "stop after this many tokens")
     max_bytes: int | None = _length(None, "stop after this many bytes of training text")
     max_hours: float | None = option(
-        None, "train for so many hours, evaluations and checkpoints included: after a minute's measuring (a tenth of a "
-        "shorter time) the number of steps is fixed; set-up before and scoring after come on top", "length", above=0,
+        None, "train for at most this many hours, including evaluations and checkpoints: the number of steps is fixed "
+        "after timing the first minute (or tenth of the limit); setup and final scoring are extra", "length", above=0,
     )  # fmt: skip
     patience: int | None = _length(None, "stop after this many evaluations without improvement")
-    min_epochs: float = _length(1.0, "never stop early before this many passes", minimum=0)
+    min_epochs: float = _length(1.0, "never stop early before this many epochs", minimum=0)
 
-    seed: int = option(0, "seed of weights, data order and dropout", minimum=0, maximum=2**32 - 1, identity=True)
+    seed: int = option(0, "seed for weights, data order and dropout", minimum=0, maximum=2**32 - 1, identity=True)
     device: str = _hardware("auto", "auto, cpu or cuda", choices=DEVICES)
     precision: str = _hardware("auto", "auto, fp32 or bf16", choices=PRECISIONS)
     attention_backend: str = _hardware("auto", "attention kernel", choices=ATTENTION_BACKENDS)
     processes: int = _hardware(
         1,
-        "single-threaded processes that share each batch on a CPU, instead of one process with many threads",
+        "on a CPU, split each batch across this many single-threaded processes instead of using threads",
         minimum=1,
     )
-    gpus: int | None = _hardware(None, "GPUs of this machine that share each batch (default: all of them)", minimum=1)
-    no_mixed_precision: bool = _hardware(False, "train in fp32 wherever it runs")
+    gpus: int | None = _hardware(None, "GPUs to split each batch across (default: all on this machine)", minimum=1)
+    no_mixed_precision: bool = _hardware(False, "train in fp32 on every device")
     deterministic: bool = _hardware(
-        False, "on CUDA use only kernels that compute the same bits each time, slower; a CPU's always do"
+        False, "on CUDA, use only deterministic kernels, which are slower; CPU training is always deterministic"
     )
     no_compile: bool = _hardware(False, "do not use torch.compile")
     loss_kernel: str = _hardware(
-        "auto", "loss from the last hidden states: compiled where the model is, else blocks", choices=LOSS_KERNELS
+        "auto", "cross-entropy kernel; auto: compiled if the model is, else blocks", choices=LOSS_KERNELS
     )
 
     eval_interval: int = option(200, "steps between evaluations", minimum=1)
     log_interval: int = option(10, "steps between log lines", minimum=1)
     checkpoint_interval: int = option(200, "steps between checkpoints", minimum=1)
-    keep_checkpoints: int = option(2, "newest checkpoints kept, beside the best; never fewer than two", minimum=1)
+    keep_checkpoints: int = option(2, "newest checkpoints to keep in addition to the best; at least two", minimum=1)
     resume_from: str | None = option(None, "resume from this checkpoint folder (default: the newest valid one)")
-    dry_run: bool = option(False, "estimate the memory and time that the run would take, and run nothing")
-    prepare_only: bool = option(False, "make the tokenizer and the tokens, which --cache_dir keeps, and train nothing")
-    fresh: bool = option(False, "delete what --output_dir holds and start again")
-    no_test_score: bool = option(False, "leave the test books unread: for sweeps, whose choices must not see them")
-    log_file: str | None = option(None, "also write log lines here")
-    tensorboard: bool = option(False, "also write TensorBoard event files below the output folder")
+    dry_run: bool = option(False, "estimate memory and time without training")
+    prepare_only: bool = option(False, "only fill --cache_dir with the tokenizer and the tokens, without training")
+    fresh: bool = option(False, "delete the run in --output_dir and start over")
+    no_test_score: bool = option(False, "do not read the test split; for sweeps, whose choices must not depend on it")
+    log_file: str | None = option(None, "also append the log to this file")
+    tensorboard: bool = option(False, "also write TensorBoard event files to the output folder")
     quiet: bool = option(False, "no progress bar")
 
     def __post_init__(self) -> None:
-        self.misfits = self.inherit()
+        self._conflicts = self.inherit()
         if self.preset in (None, "auto"):
             self.preset = "cpu" if self.device == "cpu" else resolve_preset("auto")[0]
         chosen = self.preset_values(self.preset)
         if self.init_from is not None:
             chosen = self._continued(chosen)
-        # A length that is given replaces all of the preset's: --max_steps 5000 means 5,000 steps, not the preset's one
-        # epoch. Of several given, the first one reached ends the run.
+        # An explicit length replaces all of the preset's lengths: --max_steps 5000 means 5,000 steps, not the preset's
+        # one epoch. If several are given, the first one reached ends the run.
         lengths = [name for name in LENGTHS if getattr(self, name) is not None]
         preset_lengths = [name for name in LENGTHS if name in chosen]
         for entry in fields(self):
@@ -254,18 +250,18 @@ class TrainingSettings:
 
     @classmethod
     def preset_values(cls, preset: str) -> dict[str, Any]:
-        """What ``preset`` says for this class: the shared values, overridden by the class's own."""
+        """Values of ``preset`` for this class: the shared values, overridden by the class's own."""
         values: dict[str, Any] = {}
         for ancestor in reversed(cls.__mro__):
             values.update(vars(ancestor).get("PRESETS", {}).get(preset, {}))
         return values
 
     def inherit(self) -> list[str]:
-        """Take from the export of ``--init_from`` what must be as it was; returns what does not fit it."""
+        """Copy the values that must match the export of ``--init_from``; return conflicts with it."""
         return []
 
     def _continued(self, chosen: dict[str, Any]) -> dict[str, Any]:
-        """A preset's values for a run that starts from a trained model."""
+        """Adapt a preset's values to a run that starts from a trained model."""
         rates = {
             entry.name: CONTINUED_RATE * chosen.get(entry.name, entry.metadata["default"])
             for entry in fields(self)
@@ -274,32 +270,30 @@ class TrainingSettings:
         return chosen | rates | self.preset_values(CONTINUED)
 
     def problems(self) -> list[str]:
-        """Everything that is wrong with these values, one sentence each."""
-        found = list(self.misfits)
-        found += [sentence for entry in fields(self) if (sentence := _range_problem(entry, getattr(self, entry.name)))]
+        """Return every problem with these values, one sentence each."""
+        problems = list(self._conflicts)
+        problems += [text for entry in fields(self) if (text := _range_problem(entry, getattr(self, entry.name)))]
         if _is_number(self.hidden_dim) and _is_number(self.num_heads) and self.num_heads > 0:
             if self.hidden_dim % self.num_heads:
-                found.append(
-                    f"--hidden_dim {self.hidden_dim} does not split into --num_heads {self.num_heads} equal heads"
-                )
+                problems.append(f"--hidden_dim {self.hidden_dim} is not divisible by --num_heads {self.num_heads}")
         if self.output_dir is not None:
-            found += output_folder_problems(self.output_dir)
-        return found
+            problems += output_folder_problems(self.output_dir)
+        return problems
 
     def check(self) -> Self:
-        """These settings, or ``UserError`` with every problem."""
+        """Return these settings; raise ``UserError`` listing every problem if there is any."""
         if problems := self.problems():
             raise UserError(problems)
         return self
 
     @property
     def sequences_per_step(self) -> int:
-        """The global batch: what an optimizer step sees, whatever the micro-batch is."""
+        """The global batch size: sequences per optimizer step."""
         return self.batch_size * self.gradient_accumulation_steps
 
     def identity(self) -> dict[str, Any]:
-        """The values that define this run: a checkpoint is resumed only where they agree."""
-        # A renamed one keeps its first name here, or older checkpoints could not be resumed.
+        """Values that define this run; a checkpoint is resumed only if they are equal."""
+        # A renamed setting keeps its first name here, so that older checkpoints still resume.
         values = {
             (*entry.metadata["aliases"], entry.name)[0]: getattr(self, entry.name)
             for entry in fields(self)
@@ -316,7 +310,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _range_problem(entry: Field[Any], value: Any) -> str | None:
-    """One sentence when ``value`` is not one of the field's choices or outside its bounds."""
+    """Describe the problem if ``value`` is not one of the field's choices or outside its bounds."""
     choices, bounds = entry.metadata["choices"], entry.metadata["bounds"]
     if value is None:
         return None
@@ -324,10 +318,10 @@ def _range_problem(entry: Field[Any], value: Any) -> str | None:
         return f"--{entry.name} {value}: unknown; choose one of {', '.join(choices)}"
     if not bounds:
         return None
-    wanted = [(*_BOUNDS[name], bounds[name]) for name in _BOUNDS if name in bounds]
-    if _is_number(value) and abs(value) < math.inf and all(holds(value, bound) for _, holds, bound in wanted):
+    limits = [(*_BOUNDS[name], bounds[name]) for name in _BOUNDS if name in bounds]
+    if _is_number(value) and abs(value) < math.inf and all(holds(value, bound) for _, holds, bound in limits):
         return None
-    return f"--{entry.name} {value}: must be {' and '.join(f'{words} {bound}' for words, _, bound in wanted)}"
+    return f"--{entry.name} {value}: must be {' and '.join(f'{words} {bound}' for words, _, bound in limits)}"
 
 
 def add_options(
@@ -337,13 +331,13 @@ def add_options(
     *,
     title: str | None = None,
 ) -> None:
-    """One flag per field of ``cls``, in the fields' groups, with help that shows the default and the presets' values.
+    """Add one flag per field of ``cls`` to ``parser``; help shows the default and the presets' values.
 
-    A switch that is on by default has another flag, ``--no_`` and its name, for off.
+    A boolean that is on by default also gets a ``--no_…`` flag.
 
     Args:
         names: only these fields.
-        title: one group for all of them, with help that leaves defaults and presets out.
+        title: put all flags in one group of this title, without defaults and presets in their help.
     """
     hints = get_type_hints(cls)
     groups: dict[str, Any] = {}
@@ -353,27 +347,27 @@ def add_options(
         heading = title or entry.metadata["group"]
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
-        kind = next((part for part in get_args(hints[entry.name]) if part is not type(None)), hints[entry.name])
-        help = entry.metadata["help"] if title else _help(cls, entry, kind)
+        value_type = next((part for part in get_args(hints[entry.name]) if part is not type(None)), hints[entry.name])
+        help = entry.metadata["help"] if title else _help(cls, entry, value_type)
         add = partial(groups[heading].add_argument, dest=entry.name, default=None)
-        if kind is not bool:
-            add = partial(add, type=kind, metavar={int: "N", float: "X"}.get(kind, "TEXT"))
+        if value_type is not bool:
+            add = partial(add, type=value_type, metavar={int: "N", float: "X"}.get(value_type, "TEXT"))
         else:
             add = partial(add, action="store_true")
         for name in (entry.name, *entry.metadata["aliases"]):
             add(f"--{name}", help=help if name == entry.name else argparse.SUPPRESS)
-        if kind is bool and entry.metadata["default"]:
-            add(f"--no_{entry.name}", action="store_false", help="the same, off")
+        if value_type is bool and entry.metadata["default"]:
+            add(f"--no_{entry.name}", action="store_false", help=f"disable --{entry.name}")
 
 
-def _help(cls: type[TrainingSettings], entry: Field[Any], kind: type) -> str:
+def _help(cls: type[TrainingSettings], entry: Field[Any], value_type: type) -> str:
     meta = entry.metadata
     text, default = meta["help"], meta["default"]
-    if kind is bool:
+    if value_type is bool:
         return f"{text} [default on]" if default else text
     if meta["choices"] and not all(choice in text for choice in meta["choices"]):
         text += f" ({', '.join(meta['choices'])})"
-    is_path = kind is str and "/" in str(default)
+    is_path = value_type is str and "/" in str(default)
     notes = [] if default is None or is_path else [f"default {default}"]
     for preset in PRESET_NAMES:
         values = cls.preset_values(preset)
@@ -384,10 +378,10 @@ def _help(cls: type[TrainingSettings], entry: Field[Any], kind: type) -> str:
 def parse_settings(
     cls: type[Settings], arguments: list[str] | None, *, description: str, epilog: str, output_dir: Path
 ) -> Settings:
-    """Settings of class ``cls`` from a command line, checked.
+    """Parse a command line into checked settings of class ``cls``.
 
     Raises:
-        UserError: with every problem at once.
+        UserError: lists every problem.
     """
     parser = argparse.ArgumentParser(
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the step in progress is finished and a checkpoint written before the run ends."""
+"""SIGINT and SIGTERM: finish the step in progress and write a checkpoint before the run ends."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ log = logging.getLogger("mvlm")
 
 
 def parent_is_gone() -> bool:
-    """Whether the environment names the process that started this one and that process has ended."""
+    """Whether the parent process named in the environment has ended."""
     parent = int(os.environ.get(PARENT_VARIABLE) or 0)
     return bool(parent) and os.getppid() != parent
 
 
 def end_on_sigterm() -> None:
-    """SIGTERM ends a program without checkpoints with 143, after all ``with`` and ``finally`` blocks."""
+    """For programs without checkpoints: exit with 143 on SIGTERM, after all ``with`` and ``finally`` blocks."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 class StopRequest:
-    """A signal is recorded after ``defer`` and raises ``Stopped`` after ``raise_at_once``.
+    """Records signals after ``defer``; raises ``Stopped`` on a signal after ``raise_at_once``.
 
-    A second SIGINT exits immediately: checkpoints are written atomically, so nothing is lost. Where the environment
-    names a parent process, its end counts as SIGTERM, so that no trainer outlives its pipeline.
+    A second SIGINT exits immediately: checkpoints are written atomically, so nothing is lost. If the environment names
+    a parent process, its end counts as SIGTERM, so that no trainer outlives its pipeline.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class StopRequest:
             signal.signal(number, self._record)
 
     def raise_at_once(self) -> None:
-        """From now on a signal raises ``Stopped`` where it arrives; raises now for one already recorded."""
+        """From now on a signal raises ``Stopped`` immediately; raises now if one is already recorded."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._raise)
         if self.signal_number is not None:
@@ -50,10 +50,10 @@ class StopRequest:
 
     @property
     def number(self) -> int:
-        """The signal received here, or SIGTERM where another process of the run received it."""
+        """The signal received, or SIGTERM if another rank received it."""
         return self.signal_number or signal.SIGTERM
 
-    def wanted(self) -> bool:
+    def is_set(self) -> bool:
         if self.signal_number is None and parent_is_gone():
             log.warning("the process that started this run has ended: stopping after a checkpoint")
             self.signal_number = signal.SIGTERM
@@ -64,7 +64,7 @@ class StopRequest:
             os._exit(128 + number)
         self.signal_number = number
         with suppress(OSError):  # logging is not reentrant; a plain write is safe in a handler
-            os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then a checkpoint\n".encode())
+            os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then writing a checkpoint\n".encode())
 
     def _raise(self, number: int, _frame: Any) -> None:
         raise Stopped(number)

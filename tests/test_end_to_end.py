@@ -117,7 +117,7 @@ def test_interrupted_in_both_models_gives_the_same_bits(reference, tmp_path):
     done = run([*JOB, "--work_dir", tmp_path])
     assert done.returncode == 0, done.stdout
     for name in TRAINERS:
-        assert "continuing from" in layout.log_file(name).read_text()
+        assert "resuming from" in layout.log_file(name).read_text()
         steps = [record["step"] for record in json.loads((layout.export(name) / "training_history.json").read_text())]
         assert steps == list(range(1, len(steps) + 1))
     assert weights(layout) == weights(reference)
@@ -159,7 +159,7 @@ def test_killed_job_takes_its_trainer_along_and_can_be_started_at_once(tmp_path)
     job.wait()
     done = run(command)
     assert done.returncode == 0, done.stdout
-    assert "continuing from" in layout.log_file("mvlm_gpt2").read_text()
+    assert "resuming from" in layout.log_file("mvlm_gpt2").read_text()
 
 
 def test_failing_model_does_not_stop_the_other(tmp_path):

@@ -33,7 +33,7 @@ def test_output_folder_problems(tmp_path):
     (tmp_path / "file").write_text("")
     assert output_folder_problems(tmp_path / "new" / "deep") == []
     assert "is a file" in output_folder_problems(tmp_path / "file")[0]
-    assert "lies below" in output_folder_problems(tmp_path / "file" / "x" / "y")[0]
+    assert "is below" in output_folder_problems(tmp_path / "file" / "x" / "y")[0]
 
 
 def lock_text(tmp_path, **values):

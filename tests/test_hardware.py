@@ -75,7 +75,7 @@ def test_everything_missing_is_named_at_once() -> None:
 def test_installed_backend_still_needs_cuda(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / f"{backend}.py").write_text("", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match="CUDA device only"):
+    with pytest.raises(UserError, match="needs a CUDA device"):
         choose_hardware(device="cpu", attention_backend=backend)
 
 
@@ -108,11 +108,11 @@ def test_the_promise_of_the_same_bits_is_in_the_log(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(hardware, "_name_and_memory", lambda _: ("some device", 0))
         chosen = choose_hardware(device=device, deterministic=asked)
         assert not problems and chosen.deterministic is asked
-        return next(each for each in describe(chosen) if each.startswith("the same bits"))
+        return next(each for each in describe(chosen) if each.startswith("deterministic"))
 
-    assert "yes (as always on a CPU)" in line("cpu", False)
-    assert "yes (as always on a CPU, with --deterministic or without)" in line("cpu", True)
-    assert "no (CUDA adds in any order" in line("cuda", False)
+    assert "yes (CPU training always is)" in line("cpu", False)
+    assert "yes (CPU training always is, with or without --deterministic)" in line("cpu", True)
+    assert "no (CUDA sums in varying order" in line("cuda", False)
     assert "yes (--deterministic" in line("cuda", True) and ":4096:8" in line("cuda", True)
 
 
@@ -152,7 +152,7 @@ def test_the_loss_is_compiled_where_the_model_is(monkeypatch: pytest.MonkeyPatch
     assert choose_hardware(device="cpu", loss_kernel="blocks").loss_kernel == "blocks"
     monkeypatch.setattr(hardware, "compiler_problem", lambda: None)
     asked = choose_hardware(device="cpu", loss_kernel="compiled")
-    assert asked.loss_kernel == "compiled" and "loss: compiled (asked for)" in describe(asked)
+    assert asked.loss_kernel == "compiled" and "loss: compiled (requested)" in describe(asked)
     with pytest.raises(UserError, match="--no_compile contradict"):
         choose_hardware(device="cpu", loss_kernel="compiled", no_compile=True)
     monkeypatch.setattr(hardware, "compiler_problem", lambda: "no compiler here")

@@ -116,7 +116,7 @@ def test_onnx_runtime_gives_the_models_logits_however_the_text_is_cut(unpacked):
         expected = model(input_ids=ids, use_cache=False).logits.numpy()
     graph = graph_in(folder)
     for lengths in ([90], [1] * 90, [40, 50], [1, 2, 3, 84], [89, 1]):
-        graph.forget(batch=2)
+        graph.reset(batch=2)
         found = np.concatenate([graph.read(part.numpy()) for part in ids.split(lengths, dim=1)], axis=1)
         np.testing.assert_allclose(found, expected, rtol=0, atol=LOGITS_TOLERANCE)
 
@@ -138,7 +138,7 @@ def test_the_cache_of_the_token_before_matters_at_the_seam(unpacked):
     ids = np.array([prompt_ids(tokenizer, "And the LORD said unto Moses")])
     graph = graph_in(folder)
     whole = graph.read(ids)[:, -1]
-    graph.forget()
+    graph.reset()
     graph.read(ids[:, :-1])
     for cached in graph.past.values():
         cached[:, :, -1] = 0

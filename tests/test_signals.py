@@ -17,9 +17,9 @@ from tests.helpers import MODELS, REPOSITORY
 def test_a_signal_is_noted_and_raised_later(handlers, capfd):
     stop = StopRequest()
     stop.defer()
-    assert not stop.wanted()
+    assert not stop.is_set()
     os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.wanted() and stop.number == signal.SIGTERM
+    assert stop.is_set() and stop.number == signal.SIGTERM
     assert "SIGTERM: finishing this step" in capfd.readouterr().err
     with pytest.raises(Stopped) as caught:
         stop.raise_at_once()
@@ -31,10 +31,10 @@ def test_a_signal_is_noted_and_raised_later(handlers, capfd):
 
 def test_a_parent_that_is_gone_is_taken_for_sigterm(monkeypatch):
     monkeypatch.setenv(PARENT_VARIABLE, str(os.getppid()))
-    assert not StopRequest().wanted()
+    assert not StopRequest().is_set()
     monkeypatch.setenv(PARENT_VARIABLE, "999999")
     stop = StopRequest()
-    assert stop.wanted() and stop.number == signal.SIGTERM
+    assert stop.is_set() and stop.number == signal.SIGTERM
 
 
 def test_a_second_sigint_leaves_at_once_without_harm(tiny_corpus, tmp_path):

@@ -235,7 +235,7 @@ def test_whole_run_then_everything_is_kept(tmp_path, tiny_corpus):
 
     before = {path.name: (path.stat().st_mtime_ns, sha256_file(path)) for path in job.layout.downloads.glob("*.gz")}
     again = Job(tmp_path, tiny_corpus).run()
-    assert again.returncode == 0 and again.stdout.count("kept, it already holds this export") == 2
+    assert again.returncode == 0 and again.stdout.count("kept, already up to date") == 2
     assert {p.name: (p.stat().st_mtime_ns, sha256_file(p)) for p in job.layout.downloads.glob("*.gz")} == before
 
 
@@ -257,7 +257,7 @@ def test_failing_model_is_recorded_and_the_other_runs(job):
 def test_killed_trainer_incomplete_export_and_bad_input(job):
     done = job.run(MODE_mvlm_gpt2="killed", MODE_simone_enhanced="incomplete")
     assert done.returncode == 1 and "SIGKILL" in job.summary()["models"]["mvlm_gpt2"]["error"]
-    assert "its export is not complete" in job.summary()["models"]["simone_enhanced"]["error"]
+    assert "its export is incomplete" in job.summary()["models"]["simone_enhanced"]["error"]
     assert job.statuses() == {"failed"} and "no finished model to compare" in done.stdout
     assert job.run(MODE_mvlm_gpt2="bad", MODE_simone_enhanced="bad").returncode == 2
 
@@ -470,7 +470,7 @@ def test_dry_run_shows_the_estimates_and_writes_nothing(job, tmp_path, tiny_corp
     shown = capsys.readouterr().out
     assert shown.count("--max_steps 7 --quiet") + shown.count("--quiet --max_steps 7") == 2
     assert shown.count("starts from scratch (--fresh)") == shown.count("--fresh\n") == 2
-    assert shown.count("\n  an hour,\n  2 GB\n") == 2 and shown.startswith("preset:   smoke (asked for)\n")
+    assert shown.count("\n  an hour,\n  2 GB\n") == 2 and shown.startswith("preset:   smoke (requested)\n")
     monkeypatch.setenv("MODE_dry_run", "no such place")
     assert train_all_models.main(flags) == 0
     shown = capsys.readouterr().out

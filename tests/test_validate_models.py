@@ -139,7 +139,7 @@ def test_stored_scores_save_time_and_cannot_lie(export, trained, tiny_corpus, tm
     assert failed(capsys, *flags, "--seed", "7") == {}
     report = json.loads((tmp_path / "other/models/validation_report.json").read_text())
     (sample,) = [check for check in report["models"]["mvlm_gpt2"]["checks"] if check["name"] == "sample"]
-    assert sample["detail"] == "70 of 308 windows as recorded in training, drawn by seed 7"
+    assert sample["detail"] == "70 of 308 windows as recorded in training, drawn with seed 7"
     change_config(export, "results", test_bpb=3.0)
     assert set(failed(capsys, *flags)) == {"test_bpb"}, "the record must be the sum of the parts"
     store(lambda number, nats: nats * (0.5 if number % 4 == 1 else 1))

@@ -47,7 +47,7 @@ def torch_reader(model: Any) -> Reader:
 
 def onnx_reader(graph: Any) -> Reader:
     """Return a reader of a ``CachedGraph``, with an empty cache."""
-    graph.forget()
+    graph.reset()
     return lambda ids: graph.read(np.array([list(ids)]))[0]
 
 

@@ -1,8 +1,8 @@
-"""Which tokens make batch number N: a pure function of the seed and N, so the data order *is* the step counter.
+"""Stateless data loading: batch N is a pure function of the seed and N, so the step counter fixes the data order.
 
 Every epoch the documents are shuffled and concatenated, the result is cut into sequences from a random offset, and the
-sequences are visited in a random order. Nothing is kept between batches but a cache of the current epoch's order, so a
-resumed run reads exactly what an uninterrupted one would have read.
+sequences are visited in random order. The only state is a cache of the current epoch's order, so a resumed run reads
+exactly what an uninterrupted one would have read.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from mvlm_core.errors import UserError
 
 @dataclass(frozen=True)
 class Batch:
-    """Some sequences of training text.
+    """Sequences of training text.
 
     Attributes:
-        inputs, targets: ``[sequences, context]`` int64; targets are the inputs shifted by one (but for noise).
+        inputs, targets: ``[sequences, context]`` int64; targets are the inputs, before noise, shifted by one.
         weights: ``[sequences, context]`` float32, the content-alignment weight of each target's document.
-        text_bytes: UTF-8 bytes the targets stand for.
+        text_bytes: UTF-8 bytes of the targets.
     """
 
     inputs: np.ndarray
@@ -36,12 +36,12 @@ class BatchSource:
     """Batches of ``sequences`` sequences of ``context`` tokens.
 
     Args:
-        unigram_noise: share of the inputs that are replaced by tokens drawn from the text, targets staying as they are
-            (unigram noising, Xie et al., arXiv 1703.02573). A model cannot memorize what it never reads twice.
-        replay: batches of another text, from which ``replay_share`` of the sequences come, evenly spread; epochs are
-            still those of ``store``.
+        unigram_noise: share of inputs replaced by tokens drawn from the text; targets are unchanged (unigram noising,
+            Xie et al., arXiv 1703.02573). It reduces memorization, as no input is seen twice in the same form.
+        replay: another text from which ``replay_share`` of the sequences come, evenly spread; epochs still count
+            passes over ``store``.
     Raises:
-        UserError: less text than one sequence.
+        UserError: the text is shorter than one sequence.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class BatchSource:
         self.sequences_per_epoch = (self.tokens_per_epoch - 1) // context
         if self.sequences_per_epoch < 1:
             raise UserError(
-                f"the training text has {self.tokens_per_epoch} tokens, less than one --max_length of {context}: "
-                "add text or choose a shorter --max_length"
+                f"the training text has {self.tokens_per_epoch} tokens, fewer than one sequence of --max_length "
+                f"{context}: add text or reduce --max_length"
             )
         self._epoch = -1
 
@@ -72,21 +72,21 @@ class BatchSource:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes over tokens, in the mix that is read."""
+        """UTF-8 bytes per token, including replay."""
         if self.replay is None:
             return self.store.bytes_per_token
         share = float(self.replay_share)
         return (1 - share) * self.store.bytes_per_token + share * self.replay.store.bytes_per_token
 
     def epoch_at(self, step: int) -> float:
-        """Passes over the training text after ``step`` batches."""
+        """Epochs completed after ``step`` batches."""
         return float(step * self.sequences * (1 - self.replay_share) / self.sequences_per_epoch)
 
     def steps_for_epochs(self, epochs: float) -> int:
         return max(1, round(epochs * self.sequences_per_epoch / self.sequences / float(1 - self.replay_share)))
 
     def batch(self, number: int, first: int = 0, count: int | None = None) -> Batch:
-        """Sequences ``first … first + count`` of batch ``number`` (all of it by default)."""
+        """Return sequences ``first … first + count`` of batch ``number`` (by default all)."""
         count = self.sequences - first if count is None else count
         start = number * self.sequences + first
         rows = [self._row(start + offset) for offset in range(count)]
@@ -95,19 +95,19 @@ class BatchSource:
         return Batch(inputs, targets, weights, int(self.store.token_bytes[targets].sum()))
 
     def _row(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Inputs, targets and weights of a sequence, counted from the start of training."""
+        """Inputs, targets and weights of sequence ``number``, counted from the start of training."""
         if self.replay is None:
             return self._sequence(number)
-        replayed = number * self.replay_share // 1  # how many of those before it came from the other text
+        replayed = number * self.replay_share // 1  # replayed sequences before this one
         if (number + 1) * self.replay_share // 1 > replayed:
             return self.replay._sequence(replayed)
         return self._sequence(number - replayed)
 
     def _sequence(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The same of the ``number``-th sequence from this text."""
-        epoch, place = divmod(number, self.sequences_per_epoch)
-        self._enter(epoch)
-        begin = self._shift + int(self._order[place]) * self.context
+        """Inputs, targets and weights of the ``number``-th sequence drawn from this text."""
+        epoch, index = divmod(number, self.sequences_per_epoch)
+        self._shuffle(epoch)
+        begin = self._shift + int(self._order[index]) * self.context
         tokens, weights = self._read(np.arange(begin, begin + self.context + 1) % self.tokens_per_epoch)
         inputs = tokens[:-1]
         if self.unigram_noise:
@@ -117,19 +117,19 @@ class BatchSource:
         return inputs, tokens[1:], weights[1:]
 
     def _read(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and weights at positions of the current epoch's concatenated text."""
+        """Tokens and weights at positions in the current epoch's concatenated text."""
         documents = np.searchsorted(self._starts, positions, side="right") - 1
         source = positions - self._starts[documents] + self.store.starts[self._documents[documents]]
         return self.store.tokens[source], self.store.weights[self._documents[documents]]
 
-    def _enter(self, epoch: int) -> None:
+    def _shuffle(self, epoch: int) -> None:
         if epoch == self._epoch:
             return
         random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         lengths = np.diff(self.store.starts)
         self._documents = random.permutation(np.repeat(np.arange(len(lengths)), self.store.repeats))
         self._starts = np.concatenate(([0], np.cumsum(lengths[self._documents])))[:-1]
-        # The text wraps around: with a random offset no token is always left out and none is read twice in an epoch.
+        # The text wraps around, so that with a random offset no token is read twice in an epoch or never read at all.
         self._shift = int(random.integers(self.tokens_per_epoch))
         self._order = random.permutation(self.sequences_per_epoch)
         self._epoch = epoch

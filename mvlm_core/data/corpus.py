@@ -1,8 +1,8 @@
-"""Folders of `.txt` files, each with an optional `.json` beside it, become documents with a split and two scores.
+"""Read a folder of `.txt` files, each with an optional `.json`, as documents with a split and two scores.
 
-The built corpus and user data are read by the same rules. `.txt` files are found at any depth; hidden files and folders
-(`.name`) are not corpus text. A file that cannot be used is named with the reason in `Corpus.skipped`; so is an invalid
-value in a `.json`, in whose place the default is used.
+The built corpus and user data follow the same rules. `.txt` files are found at any depth; hidden files and folders
+(`.name`) are ignored. `Corpus.skipped` lists unusable files with the reason, and invalid values in a `.json`, which are
+replaced by defaults.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from mvlm_core.errors import UserError, printable
 from mvlm_core.files import read_json, read_regular
 
 SPLITS = ("train", "validation", "test")
-MANIFEST_NAME = "corpus_manifest.json"  # of a built corpus; a user's folder needs none
+MANIFEST_NAME = "corpus_manifest.json"  # in a built corpus; optional in a user's folder
 HIGHEST_SCORE = 10.0
 VALIDATION_SUBSET_BYTES = 65_536
-METADATA_LIMIT = 16 << 20  # bytes; the built corpus's largest has 60 kilobytes
-# NFC sorts combining marks in time quadratic in the length of their run (a minute for 0.3 MB). Text has a few in a
+METADATA_LIMIT = 16 << 20  # bytes; the largest in the built corpus has 60 kilobytes
+# NFC normalization of a run of combining marks takes quadratic time (a minute for 0.3 MB). Real text has a few in a
 # row; Unicode's stream-safe format allows 30 (UAX 15).
 MARKS_LIMIT = 256
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text file, identified by `path` (POSIX, below the data folder). `size` and `sha256` are of the UTF-8 bytes of
-    the text that `read` returns; the scores run from 0 to 10."""
+    """One text file, identified by `path` (POSIX, relative to the data folder). `size` and `sha256` refer to the UTF-8
+    bytes of the text that `read` returns; scores range from 0 to 10."""
 
     path: str
     file: Path
@@ -50,19 +50,19 @@ class Document:
     metadata: dict[str, Any]
 
     def read(self) -> str:
-        """The text: NFC, no byte-order mark, lines ending in "\\n". Raises UserError if it has changed."""
+        """Read the text: NFC, no byte-order mark, "\\n" line endings. Raises UserError if it has changed."""
         try:
             text = decode(read_regular(self.file))
         except (OSError, ValueError) as error:
             raise UserError(f"{self.file} can no longer be read: {_reason(error)}") from error
         if hashlib.sha256(text.encode()).hexdigest() != self.sha256:
-            raise UserError(f"{self.file} changed during the run; start the run again")
+            raise UserError(f"{self.file} changed during the run; restart the run")
         return text
 
 
 @dataclass(frozen=True)
 class SkippedFile:
-    """A file that is not used, or whose metadata are used only in part, and why."""
+    """A skipped file, or one whose metadata is used only in part, with the reason."""
 
     path: str
     reason: str
@@ -74,7 +74,7 @@ class Corpus:
 
     Attributes:
         fingerprint: changes when any byte, split or score changes.
-        primary_translation: the translation that is also scored by itself, from the corpus manifest; None without one.
+        primary_translation: the translation that is also scored separately, from the corpus manifest; None without one.
     """
 
     root: Path
@@ -88,7 +88,7 @@ class Corpus:
         return [document for document in self.documents if document.split == name]
 
     def primary_part(self, split: str) -> list[Document]:
-        """The primary translation's documents of one split; none where the corpus names no such translation."""
+        """The primary translation's documents of one split; empty if the corpus has no primary translation."""
         return [d for d in self.split(split) if d.translation is not None and d.translation == self.primary_translation]
 
 
@@ -101,28 +101,28 @@ def load_corpus(
 ) -> Corpus:
     """Read the documents below `data_dir`.
 
-    A document's split comes from its metadata; without one, a hash of its path assigns it to validation with the
-    probability `validation_split`, to test with the same, and otherwise to train: the same on every machine.
+    A document's split comes from its metadata. Without one, a hash of its path, which is the same on every machine,
+    assigns it to validation or test with probability `validation_split` each, and otherwise to train.
 
     Args:
-        validation_split: share of the documents without a split for validation, and as much again for test; 0 to 0.5.
-        validation_dir: a folder whose files make up the validation split (their paths begin with "validation_dir/");
-            what would have been validation in `data_dir` is then train.
-        only: use only this folder below `data_dir`.
+        validation_split: fraction of documents without a split for validation, and the same again for test; 0 to 0.5.
+        validation_dir: a folder whose files form the validation split (their paths begin with "validation_dir/");
+            validation documents of `data_dir` then become train documents.
+        only: use only this subfolder of `data_dir`.
 
     Raises:
-        UserError: no such folder, no readable text in it, or no text left to train on or to validate with.
+        UserError: no such folder, no readable text in it, or no training or validation text.
     """
     if not 0 <= validation_split <= 0.5:
         raise UserError(
-            f"--validation_split must lie between 0 and 0.5 (as much again is kept for test), not {validation_split}"
+            f"--validation_split must be between 0 and 0.5 (test gets the same fraction), not {validation_split}"
         )
     root = Path(data_dir).resolve()
     documents, skipped = _FolderReader(root, validation_split).read("data folder", only or "")
     if validation_dir is not None:
         own, more_skipped = _FolderReader(Path(validation_dir).resolve(), 0.0).read("validation folder")
-        theirs = {d.file.resolve() for d in own}  # a validation folder inside the data folder is not trained on
-        documents = [d for d in documents if d.file.resolve() not in theirs]
+        held_out = {d.file.resolve() for d in own}  # a validation folder inside the data folder is not trained on
+        documents = [d for d in documents if d.file.resolve() not in held_out]
         documents = [replace(d, split="train") if d.split == "validation" else d for d in documents]
         documents += [replace(d, path=f"validation_dir/{d.path}", split="validation") for d in own]
         skipped += [SkippedFile(f"validation_dir/{s.path}", s.reason) for s in more_skipped]
@@ -142,13 +142,13 @@ def load_corpus(
 
 
 def validation_subset(corpus: Corpus, *, whole: bool = False) -> list[tuple[Document, str]]:
-    """The fixed part scored during training, as (document, text).
+    """Validation text scored during training, as (document, text).
 
-    The primary translation's validation documents where there are any, otherwise the first 65,536 bytes of all
-    validation documents in path order, cut at the end of a line (or of a character, where a line alone is longer).
+    The primary translation's validation documents if there are any; otherwise the first 65,536 bytes of all validation
+    documents in path order, cut at the end of a line (or of a character if one line is longer).
 
     Args:
-        whole: all validation documents instead.
+        whole: return all validation documents instead.
     """
     if whole:
         return [(d, d.read()) for d in corpus.split("validation")]
@@ -171,14 +171,14 @@ def validation_subset(corpus: Corpus, *, whole: bool = False) -> list[tuple[Docu
 
 
 def decode(data: bytes) -> str:
-    """The text of a file's bytes: NFC, no byte-order mark, lines ending in "\\n". Raises ValueError with the reason.
+    """Decode a file to text: NFC, no byte-order mark, "\\n" line endings. Raises ValueError with the reason.
 
-    Only UTF-8 and, with a byte-order mark, UTF-16 and UTF-32 are read. Anything else could be any of a dozen one-byte
-    encodings, which differ in exactly the characters that matter, so it is not guessed.
+    Only UTF-8 and, with a byte-order mark, UTF-16 and UTF-32 are accepted. The encoding is not guessed: one-byte
+    encodings differ in exactly the characters that matter.
     """
     for mark, encoding in (
         (codecs.BOM_UTF8, "utf-8"),
-        (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
+        (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark is its prefix
         (codecs.BOM_UTF32_BE, "utf-32"),
         (codecs.BOM_UTF16_LE, "utf-16"),
         (codecs.BOM_UTF16_BE, "utf-16"),
@@ -196,15 +196,15 @@ def decode(data: bytes) -> str:
         raise ValueError("not text (a binary file)")
     if text.isascii():
         return text
-    if (place := _long_run_of_marks(text)) is not None:
-        raise ValueError(f"not text ({MARKS_LIMIT} combining marks in a row at character {place})")
+    if (index := _long_run_of_marks(text)) is not None:
+        raise ValueError(f"not text ({MARKS_LIMIT} combining marks in a row at character {index})")
     return text if unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
 
 
 def _long_run_of_marks(text: str) -> int | None:
-    """Where ``MARKS_LIMIT`` combining marks in a row begin; None for nowhere."""
-    for place in range(0, len(text), MARKS_LIMIT):  # a run that long covers one of these places
-        first = last = place
+    """Index of the first run of ``MARKS_LIMIT`` combining marks; None if there is none."""
+    for index in range(0, len(text), MARKS_LIMIT):  # a run this long covers one of these positions
+        first = last = index
         while first >= 0 and last - first <= MARKS_LIMIT and unicodedata.combining(text[first]):
             first -= 1
         while last < len(text) and last - first <= MARKS_LIMIT and unicodedata.combining(text[last]):
@@ -230,7 +230,7 @@ def _decode_as(data: bytes, encoding: str) -> str:
 
 
 class _FolderReader:
-    """Reads the documents below ``root``; ``skipped`` collects what is not used."""
+    """Reads the documents below ``root`` and collects ``skipped`` files."""
 
     def __init__(self, root: Path, validation_split: float) -> None:
         self.root = root
@@ -238,14 +238,18 @@ class _FolderReader:
         self.skipped: list[SkippedFile] = []
 
     def read(self, what: str, only: str = "") -> tuple[list[Document], list[SkippedFile]]:
-        """The documents below the folder ``only``, and what was skipped. Raises UserError if there are none."""
+        """Return the documents below the subfolder ``only`` and the skipped files. Raises UserError if there are none.
+
+        Args:
+            what: "data folder" or "validation folder", for error messages.
+        """
         root, start = self.root, self.root / only
-        if printable(str(root)) != str(root):  # the name goes into logs and the export's record
+        if printable(str(root)) != str(root):  # the name goes into logs and the export's training_config.json
             raise UserError(f"{what} {root}: a folder name with control characters or not in UTF-8; rename it")
         build_it = "build the corpus with `python prepare_dataset.py`"
         if not root.is_dir():
             missing = "is not a folder" if root.exists() else "does not exist"
-            raise UserError(f"{what} {root} {missing}; {build_it} or name another")
+            raise UserError(f"{what} {root} {missing}; {build_it} or choose another folder")
         if not start.is_dir() or not start.resolve().is_relative_to(root):
             raise UserError(f"{what} {root} has no folder {only}; {build_it}")
         documents = [document for file in self._text_files(start) if (document := self._read_document(file))]
@@ -264,8 +268,8 @@ class _FolderReader:
         return file.relative_to(self.root).as_posix()
 
     def _text_files(self, start: Path) -> Iterator[Path]:
-        """Every `.txt` file below `start` once; symbolic links are followed only to places inside `root`."""
-        seen: set[tuple[int, int]] = set()  # a link to a folder or file that was already taken adds nothing
+        """Yield every `.txt` file below `start` once; symbolic links are followed only within `root`."""
+        seen: set[tuple[int, int]] = set()  # folders and files visited, so that links add no duplicates
 
         def is_new(status: os.stat_result) -> bool:
             count = len(seen)
@@ -292,16 +296,16 @@ class _FolderReader:
                     if entry.is_dir():
                         (links if entry.is_symlink() else folders).append(path)
                         if is_text:
-                            raise ValueError("a folder with the name of a text file")
+                            raise ValueError("a folder named like a text file")
                     elif is_text:
                         if not entry.is_file():
                             raise ValueError("not a regular file")
                         if not is_new(entry.stat()) and entry.is_symlink():
                             raise ValueError("a symbolic link to a file already read")
                         yield path
-                except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links, until 3.13
+                except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a symlink loop, before 3.13
                     self._skip(path, _reason(error))
-            # Links last, so that a file is known by its own path and not by that of a link to its folder.
+            # Links last, so that a file gets its own path rather than that of a link to its folder.
             stack = links + stack + folders[::-1]
 
     def _read_document(self, file: Path) -> Document | None:
@@ -309,7 +313,7 @@ class _FolderReader:
         try:
             if path.encode(errors="replace") != os.fsencode(path):
                 raise ValueError("a file name that is not UTF-8")
-            text = decode(read_regular(file, psutil.virtual_memory().total // 4))  # several copies are needed
+            text = decode(read_regular(file, psutil.virtual_memory().total // 4))  # decoding needs several copies
             if not text.strip():
                 raise ValueError("empty")
         except (OSError, ValueError) as error:
@@ -318,19 +322,19 @@ class _FolderReader:
         metadata = self._read_metadata(file.with_suffix(".json"))
         problems: list[str] = []
 
-        def value(key: str, is_good: Callable[[Any], bool], expected: str, default: Any = None) -> Any:
-            found = metadata.get(key)
-            if found is None or is_good(found):
-                return default if found is None else found
-            problems.append(f"{key} {reprlib.repr(found)} is not {expected}")
+        def value(key: str, is_valid: Callable[[Any], bool], expected: str, default: Any = None) -> Any:
+            given = metadata.get(key)
+            if given is None or is_valid(given):
+                return default if given is None else given
+            problems.append(f"{key} {reprlib.repr(given)} is not {expected}")
             return default
 
-        split = value("split", lambda found: found in SPLITS, f"one of {', '.join(SPLITS)}")
+        split = value("split", lambda given: given in SPLITS, f"one of {', '.join(SPLITS)}")
         quality = value("quality_score", _is_score, "a number from 0 to 10", HIGHEST_SCORE)
         alignment = value("biblical_alignment", _is_score, "a number from 0 to 10", HIGHEST_SCORE)
         translation, book = (value(key, _is_text, "text") for key in ("translation", "book"))
         if problems:
-            self._skip(file.with_suffix(".json"), "; ".join(problems) + "; the text is used with the default")
+            self._skip(file.with_suffix(".json"), "; ".join(problems) + "; the text is used with defaults")
         data = text.encode()
         split = split or _split_by_hash(path, self.validation_split)
         sha256 = hashlib.sha256(data).hexdigest()
@@ -348,12 +352,12 @@ class _FolderReader:
             if not isinstance(metadata, dict):
                 raise ValueError("not a JSON object")
             if "\\u" in text:
-                json.dumps(metadata, ensure_ascii=False).encode()  # an escape may name half a character
+                json.dumps(metadata, ensure_ascii=False).encode()  # an escape may be a lone surrogate
         except UnicodeEncodeError:
-            self._skip(file, "metadata not used: a lone surrogate in a string; the text is used")
+            self._skip(file, "metadata ignored: a lone surrogate in a string; the text is used")
             return {}
-        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: too deep, or a loop of links
-            self._skip(file, f"metadata not used: {_reason(error)}; the text is used")
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: nested too deeply, or a symlink loop
+            self._skip(file, f"metadata ignored: {_reason(error)}; the text is used")
             return {}
         return metadata
 
@@ -364,11 +368,11 @@ def _is_text(value: Any) -> bool:
 
 def _is_score(value: Any) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 <= value <= HIGHEST_SCORE  # NaN is in no range
+    return is_number and 0 <= value <= HIGHEST_SCORE  # False for NaN
 
 
 def _hash_share(path: str) -> float:
-    """A number from 0 to 1 that depends on the path alone."""
+    """Hash a path to a number from 0 to 1."""
     return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8]) / 2**64
 
 
@@ -380,18 +384,18 @@ def _split_by_hash(path: str, validation_split: float) -> str:
 
 
 def _with_every_needed_split(documents: list[Document], root: Path) -> list[Document]:
-    """Move one document where a folder is so small that the hash left train or validation empty."""
+    """Move one document if a folder is so small that the hash left train or validation empty."""
     missing = {"train", "validation"} - {d.split for d in documents}
     free = sorted((d for d in documents if d.metadata.get("split") not in SPLITS), key=lambda d: _hash_share(d.path))
     free = [d for d in free if not d.path.startswith("validation_dir/")]
     for split in sorted(missing):
-        # Train first gets the document least likely to be held out, validation the most likely one.
+        # Train gets the document least likely to be held out, validation the most likely one.
         candidates = free if split == "validation" else free[::-1]
         needed = "train" if split == "validation" else "validation"
         spare = [d for d in candidates if d.split != needed or sum(e.split == needed for e in documents) > 1]
         if not spare:
             raise UserError(
-                f"{root} leaves no text for {split}: add a second .txt file, name a --validation_dir, "
+                f"{root} leaves no text for {split}: add a second .txt file, use --validation_dir, "
                 f'or set "split": "{split}" in the .json of a file'
             )
         moved = replace(spare[0], split=split)

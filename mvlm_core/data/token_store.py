@@ -1,4 +1,4 @@
-"""Documents to tokens, once: memory-mapped token files, kept between runs under the hash of what made them."""
+"""Tokenized training text: memory-mapped token files, cached under a hash of corpus and tokenizer."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from mvlm_core.errors import UserError
 from mvlm_core.files import fsync_path, read_regular, sha256_file, write_json_atomic
 
 FORMAT = 3
-_ENCODE_BYTES = 4 << 20  # text handed to the tokenizer at a time: enough to keep all cores busy, little memory
+_ENCODE_BYTES = 4 << 20  # text per tokenizer call: enough to keep all cores busy at little memory
 log = logging.getLogger("mvlm")
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """The training text as one run of token numbers, document after document.
+    """The training text as one array of token ids, document after document.
 
     Attributes:
-        tokens: ``[total]``, memory-mapped; each document is ``start, its tokens, end`` (end where there is one).
-        starts: ``[documents + 1]``, where each document begins; the last entry is the total.
-        repeats: ``[documents]``, how many times one pass over the text reads each document.
-        weights: ``[documents]`` float64, content-alignment weights whose mean over the tokens of a pass is 1.
-        token_bytes: ``[vocab]``, UTF-8 bytes each token stands for (0 for special ones).
+        tokens: ``[total]``, memory-mapped; each document is ``start, its tokens, end`` (end if the tokenizer has one).
+        starts: ``[documents + 1]``, offset of each document; the last entry is the total.
+        repeats: ``[documents]``, how often one epoch reads each document.
+        weights: ``[documents]`` float64, content-alignment weights with mean 1 over the tokens of an epoch.
+        token_bytes: ``[vocab]``, UTF-8 bytes of each token (0 for special tokens).
         text_bytes: UTF-8 bytes of all documents, each counted once.
-        bytes_per_token: UTF-8 bytes over tokens, in the mix that a pass reads.
+        bytes_per_token: UTF-8 bytes per token over an epoch.
     """
 
     tokens: np.ndarray
@@ -51,7 +51,7 @@ class TokenStore:
 
 
 def parse_mix(mix: str | None) -> dict[str, int]:
-    """``"folder=8,another/folder=2"`` as folder → repeats.
+    """Parse ``"folder=8,another/folder=2"`` into folder → repeats.
 
     Raises:
         UserError: not of that form, or a negative number.
@@ -66,27 +66,27 @@ def parse_mix(mix: str | None) -> dict[str, int]:
 
 
 def document_repeats(documents: list[Document], mix: str | None) -> np.ndarray:
-    """How many times a pass reads each document: as ``mix`` says for its folder (the deepest one named), else once.
+    """How often an epoch reads each document: the count in ``mix`` for its deepest matching folder, or else once.
 
     Raises:
-        UserError: a folder that holds no train document, or nothing left to train on.
+        UserError: a folder without training documents, or no text left to train on.
     """
-    wanted = parse_mix(mix)
+    counts = parse_mix(mix)
     repeats = np.ones(len(documents), dtype=np.int64)
-    for folder in sorted(wanted, key=len):
+    for folder in sorted(counts, key=len):
         inside = np.array([document.path.startswith(f"{folder}/") for document in documents], dtype=bool)
         if not inside.any():
-            raise UserError(f"--train_mix {folder}={wanted[folder]}: no train document below {folder}")
-        repeats[inside] = wanted[folder]
+            raise UserError(f"--train_mix {folder}={counts[folder]}: no training document below {folder}")
+        repeats[inside] = counts[folder]
     if not repeats.any():
-        raise UserError(f"--train_mix {mix}: leaves no text to train on")
+        raise UserError(f"--train_mix {mix} leaves no text to train on")
     return repeats
 
 
 def alignment_weights(documents: list[Document], lengths: np.ndarray) -> np.ndarray:
-    """Each document's weight: ``quality_score × biblical_alignment``, scaled to a mean of 1 over all tokens.
+    """Weight of each document: ``quality_score × biblical_alignment``, scaled to mean 1 over all tokens.
 
-    Where every document has the score 0, all weigh the same.
+    If every product is 0, all documents get weight 1.
     """
     raw = np.array([document.quality_score * document.biblical_alignment for document in documents], dtype=np.float64)
     mean = float((raw * lengths).sum() / max(1, lengths.sum()))
@@ -94,7 +94,7 @@ def alignment_weights(documents: list[Document], lengths: np.ndarray) -> np.ndar
 
 
 def texts(documents: Iterable[Document], batch_bytes: int = _ENCODE_BYTES) -> Iterator[list[str]]:
-    """The documents' texts in groups of about ``batch_bytes``: memory stays flat however large the corpus."""
+    """Yield the documents' texts in groups of about ``batch_bytes``, so that memory does not grow with the corpus."""
     group, size = [], 0
     for document in documents:
         group.append(document.read())
@@ -107,7 +107,7 @@ def texts(documents: Iterable[Document], batch_bytes: int = _ENCODE_BYTES) -> It
 
 
 def token_folder(corpus: Corpus, tokenizer: ByteLevelBPE, cache_dir: Path | str) -> Path:
-    """Where ``build_token_store`` keeps the tokens of this text."""
+    """Cache folder of ``build_token_store`` for this corpus and tokenizer."""
     key = hashlib.sha256(f"{FORMAT}:{corpus.fingerprint}:{tokenizer.sha256}".encode()).hexdigest()[:32]
     return Path(cache_dir) / "tokens" / key
 
@@ -115,18 +115,18 @@ def token_folder(corpus: Corpus, tokenizer: ByteLevelBPE, cache_dir: Path | str)
 def build_token_store(
     corpus: Corpus, tokenizer: ByteLevelBPE, cache_dir: Path | str, *, mix: str | None = None, quiet: bool = False
 ) -> TokenStore:
-    """Tokens of the corpus's train split, from the cache where corpus and tokenizer are the same to the byte.
+    """Tokenize the corpus's training split, or load it from the cache if corpus and tokenizer are unchanged.
 
     Args:
-        mix: how often a pass reads each folder; see ``document_repeats``.
+        mix: how often an epoch reads each folder; see ``document_repeats``.
     """
     documents = corpus.split("train")
     folder = token_folder(corpus, tokenizer, cache_dir)
-    index = _whole_index(folder, len(documents))
+    index = _intact_index(folder, len(documents))
     if index is None:
         _write(documents, tokenizer, folder, quiet)
-        if (index := _whole_index(folder, len(documents))) is None:
-            raise UserError(f"{folder} changed while it was read; start the run again")
+        if (index := _intact_index(folder, len(documents))) is None:
+            raise UserError(f"{folder} changed while it was read; restart the run")
     repeats = document_repeats(documents, mix)
     lengths = np.array(index["lengths"], dtype=np.int64)
     sizes = np.array([document.size for document in documents], dtype=np.int64)
@@ -169,11 +169,11 @@ def _write(documents: list[Document], tokenizer: ByteLevelBPE, folder: Path, qui
 
 
 def _move_into_place(temporary: Path, folder: Path, documents: int) -> None:
-    """Rename ``temporary`` to ``folder``, unless an intact one is there: another run may be reading it already."""
+    """Rename ``temporary`` to ``folder``, unless that is already intact, as another run may be reading it."""
     try:
         os.rename(temporary, folder)
     except OSError:
-        if _whole_index(folder, documents) is not None:
+        if _intact_index(folder, documents) is not None:
             return
         damaged = temporary.with_name(f"{temporary.name}.damaged")
         os.rename(folder, damaged)
@@ -182,21 +182,21 @@ def _move_into_place(temporary: Path, folder: Path, documents: int) -> None:
     fsync_path(folder.parent)
 
 
-def _whole_index(folder: Path, documents: int) -> dict[str, Any] | None:
-    """The index that ``_write`` left in ``folder``; None where there is none, or the tokens are damaged."""
+def _intact_index(folder: Path, documents: int) -> dict[str, Any] | None:
+    """Read the index in ``folder``; None if it is missing or the tokens are damaged."""
     file = folder / "index.json"
     if not file.exists():
         return None
     try:
         index = json.loads(read_regular(file))
         if not isinstance(index, dict) or index.get("dtype") not in ("uint16", "uint32"):
-            raise ValueError(f"{file.name} is no index of tokens")
+            raise ValueError(f"{file.name} is not a token index")
         lengths = index.get("lengths")
         if not isinstance(lengths, list) or len(lengths) != documents or not all(type(n) is int for n in lengths):
             raise ValueError(f"{file.name} does not give the lengths of {documents} documents")
         if index.get("sha256") != sha256_file(folder / "tokens.bin"):
-            raise ValueError("tokens.bin is not as it was written (its SHA-256 differs)")
+            raise ValueError("tokens.bin has changed since it was written (its SHA-256 differs)")
     except (OSError, ValueError, RecursionError) as error:
-        log.warning("tokens in %s are damaged and made again: %s", folder, error)
+        log.warning("tokens in %s are damaged and will be rebuilt: %s", folder, error)
         return None
     return index

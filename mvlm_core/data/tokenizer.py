@@ -1,4 +1,4 @@
-"""Byte-level BPE: any text goes in and comes back to the byte. Both models' tokenizers are kinds of it."""
+"""Lossless byte-level BPE, the base class of both models' tokenizers."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from mvlm_core.errors import Stopped, UserError
 from mvlm_core.files import read_regular, write_atomic
 
-_LONGEST_WORD = 1000  # characters; learning from a word takes time quadratic in its length
+_LONGEST_WORD = 1000  # characters; BPE training is quadratic in the length of a word
 _TOO_LONG = re.compile(rf"\S{{{_LONGEST_WORD}}}")
-# Byte-level BPE writes each byte as one visible character (Radford et al. 2019): 256 of them, and the length of a
-# token in characters is the number of bytes it stands for.
+# Byte-level BPE maps each byte to one of 256 visible characters (Radford et al. 2019), so a token's length in
+# characters is the number of bytes it encodes.
 _ROUND_TRIP_SAMPLE = "In the beginning  God\tcreated\n\n\u2018heaven\u2019 \u00e9\U0001f54a <eos> <|endoftext|>\r\n"
 log = logging.getLogger("mvlm")
 
 
 class ByteLevelBPE:
-    """A byte-level BPE tokenizer with the special tokens and the splitting rule of its subclass.
+    """Byte-level BPE tokenizer; a subclass sets its special tokens and pre-tokenizer.
 
-    The text of a special token inside a document is ordinary text: special tokens come from ids, never from words.
+    The text of a special token in a document is encoded as ordinary text; special tokens are only added by id.
     """
 
     SPECIAL_TOKENS: ClassVar[dict[str, str]] = {}
-    """Role (as transformers names it: ``bos_token``, …) to text, in the order of their ids."""
+    """Role (transformers' name: ``bos_token``, …) to text, in id order."""
     SPECIAL_TOKENS_LAST: ClassVar[bool] = False
-    """Whether their ids follow the ordinary ones (as GPT-2 has it) or come first."""
+    """Whether special ids come after the ordinary ones, as in GPT-2, or first."""
     END_ROLE: ClassVar[str | None] = "eos_token"
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -45,11 +45,11 @@ class ByteLevelBPE:
 
     @classmethod
     def pre_tokenizer(cls) -> pre_tokenizers.PreTokenizer:
-        """How text is cut into pieces that no token crosses."""
+        """Pre-tokenizer: splits text into pieces that no token crosses."""
         raise NotImplementedError
 
     @classmethod
-    def _around(cls, model: models.BPE) -> Tokenizer:
+    def _with_model(cls, model: models.BPE) -> Tokenizer:
         tokenizer = Tokenizer(model)
         tokenizer.pre_tokenizer = cls.pre_tokenizer()
         tokenizer.decoder = decoders.ByteLevel()
@@ -57,22 +57,21 @@ class ByteLevelBPE:
 
     @classmethod
     def rules(cls) -> str:
-        """All that decides what ``train`` makes of a text, as one string: a cached tokenizer of others is stale."""
-        return json.dumps(
-            [tokenizers.__version__, cls._around(models.BPE()).to_str(), cls.SPECIAL_TOKENS, cls.SPECIAL_TOKENS_LAST]
-        )
+        """Cache key of everything besides text and size that determines the result of ``train``."""
+        empty = cls._with_model(models.BPE()).to_str()
+        return json.dumps([tokenizers.__version__, empty, cls.SPECIAL_TOKENS, cls.SPECIAL_TOKENS_LAST])
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, *, show_progress: bool = False) -> Self:
-        """Learn a vocabulary of ``vocab_size`` entries, special tokens included (fewer where the text has no more).
+        """Train a vocabulary of ``vocab_size`` entries including special tokens (fewer if the text is too small).
 
         Raises:
-            UserError: a size too small for the 256 bytes and the special tokens.
+            UserError: ``vocab_size`` is too small for the 256 bytes and the special tokens.
         """
-        specials = list(dict.fromkeys(cls.SPECIAL_TOKENS.values()))  # one text may have several roles
+        specials = list(dict.fromkeys(cls.SPECIAL_TOKENS.values()))  # one token may have several roles
         if vocab_size < 256 + len(specials):
             raise UserError(f"a vocabulary of {vocab_size} is too small: 256 bytes and {len(specials)} special tokens")
-        tokenizer = cls._around(models.BPE())
+        tokenizer = cls._with_model(models.BPE())
         added = [AddedToken(text, special=True, normalized=False) for text in specials]
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - len(specials) if cls.SPECIAL_TOKENS_LAST else vocab_size,
@@ -80,37 +79,37 @@ class ByteLevelBPE:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=show_progress,
         )
-        tokenizer.train_from_iterator(_in_learnable_pieces(texts), trainer)
+        tokenizer.train_from_iterator(_split_long_words(texts), trainer)
         if cls.SPECIAL_TOKENS_LAST:
             tokenizer.add_special_tokens(added)
         return cls(tokenizer)
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
-        """A tokenizer from ``tokenizer.json``, its folder, or a folder with GPT-2's ``vocab.json`` and ``merges.txt``.
+        """Load ``tokenizer.json``, a folder with it, or a folder with GPT-2's ``vocab.json`` and ``merges.txt``.
 
         Raises:
-            UserError: no such file, a file that is no tokenizer, or one that does not give back what it got.
+            UserError: no such file, not a tokenizer, or not lossless.
         """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         vocabulary, merges = path / "vocab.json", path / "merges.txt"
         try:
             if not file.is_file() and vocabulary.is_file() and merges.is_file():
-                tokenizer = cls._around(models.BPE.from_file(str(vocabulary), str(merges)))
+                tokenizer = cls._with_model(models.BPE.from_file(str(vocabulary), str(merges)))
                 tokenizer.add_special_tokens(
                     [AddedToken(text, special=True) for text in dict.fromkeys(cls.SPECIAL_TOKENS.values())]
                 )
             elif file.is_file():
-                tokenizer = Tokenizer.from_str(_readable(file))
-                tokenizer.no_truncation()  # settings of whoever made the file: text must come through whole
+                tokenizer = Tokenizer.from_str(_checked_json(file))
+                tokenizer.no_truncation()  # the file may enable truncation or padding
                 tokenizer.no_padding()
             else:
                 raise UserError(f"no tokenizer at {path}: expected tokenizer.json, or vocab.json and merges.txt")
         except (UserError, Stopped, KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # bare Exception for a malformed file; a panic in the library is not even that
-            raise UserError(f"{file} is no tokenizer that can be read: {error}") from None
+        except BaseException as error:  # a panic in the Rust library is a BaseException
+            raise UserError(f"{file} is not a readable tokenizer: {error}") from None
         loaded = cls(tokenizer)
         loaded._check(path)
         return loaded
@@ -121,27 +120,27 @@ class ByteLevelBPE:
             raise UserError(f"the tokenizer {path} lacks the special tokens {' '.join(missing)}")
         numbers = self.tokenizer.get_vocab(with_added_tokens=True).values()
         if set(numbers) != set(range(self.vocab_size)):
-            raise UserError(f"the tokenizer {path} does not number its {self.vocab_size} entries from 0 without gaps")
+            raise UserError(f"the tokenizer {path} has {self.vocab_size} entries with ids not contiguous from 0")
         if self.decode(self.encode(_ROUND_TRIP_SAMPLE)) != _ROUND_TRIP_SAMPLE:
-            raise UserError(f"the tokenizer {path} does not give back the text it got: a byte-level BPE is needed")
+            raise UserError(f"the tokenizer {path} is not lossless: a byte-level BPE is needed")
 
     def save(self, folder: Path | str) -> Path:
-        """Write ``tokenizer.json`` into ``folder`` (made if missing); returns its path."""
+        """Write ``tokenizer.json`` to ``folder``, created if missing; return its path."""
         file = Path(folder) / "tokenizer.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, self._json)
         return file
 
     def encode(self, text: str) -> list[int]:
-        """Token numbers of ``text``, nothing added."""
+        """Encode ``text`` to token ids, without special tokens."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """``encode`` of several texts on all cores."""
+        """Encode several texts in parallel."""
         return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token numbers; special tokens give none."""
+        """Decode token ids to text, skipping special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     @cached_property
@@ -151,7 +150,7 @@ class ByteLevelBPE:
     @property
     def start_id(self) -> int:
         start_id = self.token_id("bos_token")
-        assert start_id is not None, "checked when it was loaded"
+        assert start_id is not None, "checked on load"
         return start_id
 
     @property
@@ -159,7 +158,7 @@ class ByteLevelBPE:
         return self.token_id(self.END_ROLE)
 
     def token_id(self, role: str | None) -> int | None:
-        """The id of the special token with this role (``pad_token``, …), or None where there is none."""
+        """Id of the special token with this role (``pad_token``, …), or None."""
         text = self.SPECIAL_TOKENS.get(role or "")
         return None if text is None else self.tokenizer.token_to_id(text)
 
@@ -172,7 +171,7 @@ class ByteLevelBPE:
         return hashlib.sha256(self._json.encode()).hexdigest()
 
     def token_bytes(self) -> np.ndarray:
-        """``[vocab]`` int64: the UTF-8 bytes each token stands for, 0 for special tokens."""
+        """UTF-8 bytes of each token, 0 for special tokens: ``[vocab]`` int64."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         special = set(self.SPECIAL_TOKENS.values())
         for text, number in self.tokenizer.get_vocab(with_added_tokens=True).items():
@@ -180,7 +179,7 @@ class ByteLevelBPE:
         return lengths
 
     def for_transformers(self, context: int) -> Any:
-        """The same tokenizer as transformers' ``PreTrainedTokenizerFast``."""
+        """Convert to transformers' ``PreTrainedTokenizerFast``."""
         from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast(
@@ -193,9 +192,8 @@ class ByteLevelBPE:
         )
 
 
-def _readable(file: Path) -> str:
-    """The text of a ``tokenizer.json``; ValueError for a model that is no plain BPE, at some of which the library
-    panics."""
+def _checked_json(file: Path) -> str:
+    """Read a ``tokenizer.json``; ValueError if its model is not a plain BPE, as the library panics on some others."""
     text = read_regular(file).decode()
     value = json.loads(text)
     model = value.get("model") if isinstance(value, dict) else None
@@ -207,8 +205,8 @@ def _readable(file: Path) -> str:
     return text
 
 
-def _in_learnable_pieces(texts: Iterable[str]) -> Iterator[str]:
-    """The texts, cut inside words that no language has; any other text comes through as it is."""
+def _split_long_words(texts: Iterable[str]) -> Iterator[str]:
+    """Split texts inside words of ``_LONGEST_WORD`` characters, which occur in no language; yield others unchanged."""
     for text in texts:
         start = 0
         if max(map(len, text.split("\n"))) >= _LONGEST_WORD:
@@ -218,14 +216,14 @@ def _in_learnable_pieces(texts: Iterable[str]) -> Iterator[str]:
         yield text[start:]
 
 
-def tokenizer_folder(kind: type[ByteLevelBPE], fingerprint: str, vocab_size: int, cache_dir: Path | str) -> Path:
-    """Where ``cached_tokenizer`` keeps the tokenizer of this text and size."""
-    name = hashlib.sha256(f"{kind.rules()}:{fingerprint}:{vocab_size}".encode()).hexdigest()[:32]
+def tokenizer_folder(cls: type[ByteLevelBPE], fingerprint: str, vocab_size: int, cache_dir: Path | str) -> Path:
+    """Cache folder of ``cached_tokenizer`` for this text and size."""
+    name = hashlib.sha256(f"{cls.rules()}:{fingerprint}:{vocab_size}".encode()).hexdigest()[:32]
     return Path(cache_dir) / "tokenizers" / name
 
 
 def cached_tokenizer(
-    kind: type[ByteLevelBPE],
+    cls: type[ByteLevelBPE],
     texts: Iterator[str],
     fingerprint: str,
     vocab_size: int,
@@ -233,15 +231,15 @@ def cached_tokenizer(
     *,
     quiet: bool,
 ) -> ByteLevelBPE:
-    """The tokenizer for this train text, from the cache where the text is the same to the byte, else trained now."""
-    folder = tokenizer_folder(kind, fingerprint, vocab_size, cache_dir)
+    """Train the tokenizer for this training text, or load it from the cache if the text is unchanged."""
+    folder = tokenizer_folder(cls, fingerprint, vocab_size, cache_dir)
     if (folder / "tokenizer.json").exists():
-        return kind.load(folder)
-    log.info("training a byte-level BPE of %s entries on the train text", f"{vocab_size:,}")
-    tokenizer = kind.train(texts, vocab_size, show_progress=not quiet and sys.stderr.isatty())
+        return cls.load(folder)
+    log.info("training a byte-level BPE of %s entries on the training text", f"{vocab_size:,}")
+    tokenizer = cls.train(texts, vocab_size, show_progress=not quiet and sys.stderr.isatty())
     if tokenizer.vocab_size < vocab_size:
         log.info(
-            "the text gives %s entries, fewer than --vocab_size %s", f"{tokenizer.vocab_size:,}", f"{vocab_size:,}"
+            "the text yields %s entries, fewer than --vocab_size %s", f"{tokenizer.vocab_size:,}", f"{vocab_size:,}"
         )
     tokenizer.save(folder)
     return tokenizer

@@ -1,4 +1,4 @@
-"""Verses: the non-empty lines of documents, with the text around them, and random samples of them."""
+"""Verses (non-empty lines of documents) with their context, and random samples of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WORD = re.compile(r"\S+")
 
 @dataclass(frozen=True, slots=True)
 class Verse:
-    """A line of a document, from ``begin`` to ``end`` of its text. ``place`` is the same in every translation."""
+    """A line of a document, ``begin`` to ``end`` in its text. ``place`` is the same in every translation."""
 
     document: str
     begin: int
@@ -31,12 +31,12 @@ class Verse:
 
     @property
     def before(self) -> str:
-        """All of the document before the verse, line break included."""
+        """The document's text before the verse, including the line break."""
         return self.document[: self.begin]
 
 
 def verses_of(documents: Iterable[Document], least_words: int = 1) -> Iterator[Verse]:
-    """All lines of at least ``least_words``. Without a verse list in the metadata, a place is path and line number."""
+    """Yield all lines of at least ``least_words``; without verse names in the metadata, a place is path:line."""
     for document in documents:
         text, names = document.read(), document.metadata.get("verses")
         lines = list(LINE.finditer(text))
@@ -49,7 +49,7 @@ def verses_of(documents: Iterable[Document], least_words: int = 1) -> Iterator[V
 
 
 def sample_verses(verses: Iterable[Verse], count: int, seed: int) -> list[Verse]:
-    """At most ``count``, drawn at random, one per place: translations of the same verse are not independent."""
+    """Draw up to ``count`` verses, one per place, as translations of the same verse are not independent."""
     pool = list(verses)
     chosen: dict[str, Verse] = {}
     random.Random(seed).shuffle(pool)
@@ -59,24 +59,24 @@ def sample_verses(verses: Iterable[Verse], count: int, seed: int) -> list[Verse]
 
 
 def matched_verses(verses: Iterable[Verse], pool: Iterable[Verse], seed: int) -> list[Verse]:
-    """For each verse one from the pool, of the same translation and the nearest number of words.
+    """For each verse, draw one from the pool with the same translation and the closest number of words.
 
-    Verses whose translation the pool lacks are left out; a verse of the pool may be drawn more than once.
+    Verses whose translation is not in the pool are skipped; draws are with replacement.
     """
     by_length: dict[str | None, dict[int, list[Verse]]] = defaultdict(lambda: defaultdict(list))
     for verse in pool:
         by_length[verse.translation][len(verse.text.split())].append(verse)
-    rng, found = random.Random(seed), []
+    rng, matches = random.Random(seed), []
     for verse in verses:
         if lengths := by_length.get(verse.translation):
             words = len(verse.text.split())
             nearest = min(lengths, key=lambda length: (abs(length - words), length))
-            found.append(rng.choice(lengths[nearest]))
-    return found
+            matches.append(rng.choice(lengths[nearest]))
+    return matches
 
 
 def followed_by(verse: Verse, words: int) -> str | None:
-    """The document's next ``words`` words, from the verse on; None if there are fewer, or no text before the verse."""
-    found = list(islice(WORD.finditer(verse.document, verse.begin), words))
-    enough = len(found) == words and verse.begin > 0
-    return verse.document[verse.begin : found[-1].end()] if enough else None
+    """The ``words`` words from the start of the verse; None if there are fewer, or no text before the verse."""
+    matches = list(islice(WORD.finditer(verse.document, verse.begin), words))
+    enough = len(matches) == words and verse.begin > 0
+    return verse.document[verse.begin : matches[-1].end()] if enough else None

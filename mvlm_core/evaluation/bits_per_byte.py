@@ -1,4 +1,4 @@
-"""Bits per byte: the one measure of quality that compares models with different tokenizers. Lower is better."""
+"""Bits per byte, which is comparable between models with different tokenizers. Lower is better."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mvlm_core.data.corpus import Corpus, Document
 
 
 def bits_per_byte(nats: float, size: float) -> float:
-    """Total nats over (ln 2 × bytes of text). NaN for no text."""
+    """Convert total nats to bits per byte of text; NaN without text."""
     return nats / (math.log(2) * size) if size else math.nan
 
 
@@ -29,9 +29,9 @@ class DocumentScore:
     """Negative log-likelihood of a document.
 
     Attributes:
-        bytes: of its text in UTF-8.
-        tokens: of its text.
-        windows: nats of the targets that are new in a window, by the window's number; see ``windows``.
+        bytes: UTF-8 bytes of its text.
+        tokens: number of tokens.
+        windows: window number to nats of the targets first scored in it; see ``windows``.
     """
 
     bytes: int
@@ -62,13 +62,13 @@ class Score:
         return bits_per_byte(self.nats, self.bytes)
 
     def part(self, keep: Callable[[str], bool]) -> Score:
-        """The score of the documents whose key ``keep`` accepts."""
+        """Restrict the score to documents whose key ``keep`` accepts."""
         return Score({key: value for key, value in self.documents.items() if keep(key)})
 
 
 @dataclass(frozen=True)
 class BitsPerByte:
-    """Bits per byte of all documents, and by book and translation of those that have one."""
+    """Bits per byte of all documents, by book and by translation."""
 
     all: float
     books: dict[str, float]
@@ -76,7 +76,7 @@ class BitsPerByte:
 
 
 def bits_per_byte_by_part(score: Score, documents: Sequence[Document]) -> BitsPerByte:
-    """A score of ``documents``, keyed by path, in parts."""
+    """Break down a score of ``documents``, keyed by path."""
 
     def by(attribute: str) -> dict[str, float]:
         groups: dict[str, set[str]] = defaultdict(set)
@@ -90,7 +90,7 @@ def bits_per_byte_by_part(score: Score, documents: Sequence[Document]) -> BitsPe
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a document: input tokens, their targets, and the index of the first target not yet scored."""
+    """A window of a document: input tokens, their targets, and the index of the first target not yet scored."""
 
     key: str
     number: int
@@ -100,10 +100,10 @@ class Window:
 
 
 def windows(key: str, ids: list[int], start_id: int, context: int) -> Iterator[Window]:
-    """Cut a document into windows, numbered from 0, so that each token is a new target exactly once.
+    """Split a document into overlapping windows, numbered from 0, that score each token exactly once.
 
-    The first window scores all its targets. Each later one starts half a context further on and scores only what the
-    previous one did not reach, so every target has at least half a context before it.
+    The first window scores all its targets. Each later one starts half a context further and scores only targets that
+    the previous one did not reach, so each has at least half a context before it.
     """
     sequence = np.array([start_id, *ids], dtype=np.int64)
     scored = 0
@@ -115,7 +115,7 @@ def windows(key: str, ids: list[int], start_id: int, context: int) -> Iterator[W
 
 
 def window_count(tokens: int, context: int) -> int:
-    """How many windows a document of so many tokens is cut into."""
+    """Number of windows for a document of ``tokens`` tokens."""
     return 0 if tokens == 0 else 1 + math.ceil(max(0, tokens - context) / max(1, context // 2))
 
 
@@ -134,37 +134,37 @@ def score_documents(
 ) -> Score:
     """Score ``(key, text)`` pairs with a transformers causal language model, in the precision of its weights.
 
-    Every token is scored once, the first one after ``start_id``; see ``windows``.
+    Every token is scored once; the first one is conditioned on ``start_id``. See ``windows``.
 
     Args:
-        progress: called with the bytes of each document when it is cut into windows.
-        sample: for each window of all documents in order whether it is scored; None: every one is.
+        progress: called with the bytes of each document once it is split into windows.
+        sample: for each window, in order over all documents, whether to score it; None scores all.
     """
     was_training = model.training
     model.eval()
-    found: dict[str, DocumentScore] = {}
+    scores: dict[str, DocumentScore] = {}
 
-    def chosen() -> Iterator[Window]:
+    def selected() -> Iterator[Window]:
         for key, text in documents:
             ids = encode(text)
-            found[key] = DocumentScore(len(text.encode()), len(ids), {})
-            cut = windows(key, ids, start_id, context)
-            yield from cut if sample is None else compress(cut, sample)
+            scores[key] = DocumentScore(len(text.encode()), len(ids), {})
+            every = windows(key, ids, start_id, context)
+            yield from every if sample is None else compress(every, sample)
             if progress is not None:
-                progress(found[key].bytes)
+                progress(scores[key].bytes)
 
-    for batch in _batches(chosen(), context, batch_size):
+    for batch in _batches(selected(), context, batch_size):
         logits, targets, new = window_logits(model, batch, device)
         nll = token_nll(logits, targets).double().cpu() * new
         for window, nats in zip(batch, nll.sum(dim=1).tolist(), strict=True):
-            found[window.key].windows[window.number] = nats
+            scores[window.key].windows[window.number] = nats
     model.train(was_training)
-    return Score(found)
+    return Score(scores)
 
 
 def _batches(windows: Iterable[Window], context: int, batch_size: int) -> Iterator[list[Window]]:
-    """Windows as they come, in two kinds of batches: full ones of which only the second half is new are all alike and
-    save half of the logits; the first and last ones of documents have any length."""
+    """Batch full-length windows that score only their second half, which need half of the logits, separately from all
+    other windows."""
     batches: dict[bool, list[Window]] = {True: [], False: []}
     for window in windows:
         batch = batches[len(window.inputs) == context and window.first_new == context - max(1, context // 2)]
@@ -176,10 +176,14 @@ def _batches(windows: Iterable[Window], context: int, batch_size: int) -> Iterat
 
 
 def window_logits(model: Any, batch: list[Window], device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits ``[window, position, vocab]`` and targets ``[window, position]`` on the device, and which of these are a
-    window's new ones (``[window, position]``, on the CPU), for the last positions, from the first new one on."""
+    """Run the model on a batch of windows.
+
+    Returns:
+        Logits ``[window, position, vocab]`` and targets ``[window, position]`` on the device, and a mask of the new
+        targets ``[window, position]`` on the CPU, all for the positions from the batch's first new target on.
+    """
     length = max(len(window.inputs) for window in batch)
-    inputs = np.zeros((len(batch), length), dtype=np.int64)  # padded on the right, which causal models never see
+    inputs = np.zeros((len(batch), length), dtype=np.int64)  # right padding, which causal attention ignores
     targets = np.zeros_like(inputs)
     new = np.zeros(inputs.shape, dtype=bool)
     for row, window in enumerate(batch):
@@ -196,22 +200,22 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def load_export(model_dir: Path | str, device: str = "cpu") -> tuple[Any, Any]:
-    """Model and tokenizer of an export folder, from local files only.
+    """Load model and tokenizer of an export folder, from local files only.
 
-    Runs the modelling code in that folder: ``export.file_checks`` checks folders of unknown origin.
+    This runs the folder's modelling code; check folders of unknown origin with ``export.file_checks`` first.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     hush_transformers()
     model: Any = AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=True, local_files_only=True)
-    # The tokenizer needs no code of its own, but transformers reads the model's configuration to find it and would
-    # stop to ask about the code named there.
+    # The tokenizer needs no custom code, but transformers reads the model's config to find it and would prompt about
+    # the code named there.
     tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=True, local_files_only=True)
     return model.to(device).eval(), tokenizer
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of ``text`` by an export's tokenizer, without special tokens."""
+    """Encode ``text`` with an export's tokenizer, without special tokens."""
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
@@ -229,7 +233,7 @@ def score_loaded(
     progress: Callable[[int], None] | None = None,
     sample: Iterator[bool] | None = None,
 ) -> Score:
-    """``score_documents`` with what ``load_export`` returned."""
+    """``score_documents`` for a model and tokenizer from ``load_export``."""
     return score_documents(
         model,
         lambda text: encode(tokenizer, text),
@@ -252,6 +256,6 @@ def score_export(
     progress: Callable[[int], None] | None = None,
     sample: Iterator[bool] | None = None,
 ) -> Score:
-    """Score a split of the corpus with an export folder's weights; keys are the documents' paths."""
+    """Score a split of the corpus with an export's weights; keys are the documents' paths."""
     documents = ((document.path, document.read()) for document in corpus.split(split))
     return score_loaded(*load_export(model_dir, device), documents, progress=progress, sample=sample)

@@ -17,12 +17,12 @@ from mvlm_core.evaluation.generation import prompt_ids
 
 @dataclass(frozen=True)
 class Calibration:
-    """How well confidence matches accuracy, over ``tokens`` predictions.
+    """Calibration over ``tokens`` predictions.
 
     Attributes:
         error: expected calibration error, 0 to 1.
         confidence: mean probability of the most likely token.
-        accuracy: share of tokens that were the most likely one.
+        accuracy: top-1 accuracy.
     """
 
     error: float
@@ -50,16 +50,16 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 1
 def calibration(
     model: Any, tokenizer: Any, verses: Iterable[Verse], *, bins: int = 15, batch_size: int = 16
 ) -> Calibration:
-    """Calibration on the tokens of the verses, each predicted from all the text before it."""
+    """Calibration on the tokens of the verses, each predicted from all the text that precedes it."""
     context, items, confidence, correct = context_of(model), [], [np.empty(0)], [np.empty(0)]
     for verse in verses:
-        new = encode(tokenizer, verse.text + "\n")
-        ids = np.array((prompt_ids(tokenizer, verse.before, context + 1) + new)[-context - 1 :])
-        items.append(Window(verse.place, 0, ids[:-1], ids[1:], max(0, len(ids) - 1 - len(new))))
-    items.sort(key=lambda item: (len(item.inputs), item.first_new))  # little padding, few logits that nobody asks for
+        verse_ids = encode(tokenizer, verse.text + "\n")
+        ids = np.array((prompt_ids(tokenizer, verse.before, context + 1) + verse_ids)[-context - 1 :])
+        items.append(Window(verse.place, 0, ids[:-1], ids[1:], max(0, len(ids) - 1 - len(verse_ids))))
+    items.sort(key=lambda item: (len(item.inputs), item.first_new))  # to minimize padding and unused logits
     for start in range(0, len(items), batch_size):
-        logits, targets, asked = window_logits(model, items[start : start + batch_size], str(model.device))
+        logits, targets, new = window_logits(model, items[start : start + batch_size], str(model.device))
         top, predicted = logits.float().softmax(dim=-1).max(dim=-1)
-        confidence.append(top.cpu()[asked].numpy())
-        correct.append((predicted == targets).cpu()[asked].numpy())
+        confidence.append(top.cpu()[new].numpy())
+        correct.append((predicted == targets).cpu()[new].numpy())
     return calibration_error(np.concatenate(confidence), np.concatenate(correct), bins)

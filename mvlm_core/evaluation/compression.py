@@ -1,4 +1,4 @@
-"""Compression baselines: bits per byte of the test text for general-purpose compressors primed with the train text."""
+"""Compression baselines: bits per byte of the test text for general-purpose compressors primed with training text."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mvlm_core.data.corpus import Corpus
 from mvlm_core.files import read_json, write_json_atomic
 from mvlm_core.run_layout import finite_number
 
-TEXT_LIMIT = 64 << 20  # bytes; above that it would take minutes and gigabytes
-VERSION = 1  # part of the cache's key: raise it when the measurement changes
+TEXT_LIMIT = 64 << 20  # bytes; beyond that it would take minutes and gigabytes
+VERSION = 1  # part of the cache key; increase it when the measurement changes
 
 
 def _xz(data: bytes) -> int:
@@ -25,8 +25,8 @@ def _xz(data: bytes) -> int:
 def _ppmd_encoder(order: int, size: int) -> Any:
     import pyppmd
 
-    # 256 MB hold every context of 4 MB of text at order 16 (measured; more changes nothing). Once that is full, PPMd
-    # forgets.
+    # 256 MB hold every context of 4 MB of text at order 16 (measured; more makes no difference). Once the memory is
+    # full, PPMd restarts its model.
     return pyppmd.Ppmd7Encoder(order, min(max(256 << 20, 64 * size), 2 << 30))
 
 
@@ -44,36 +44,36 @@ LABELS = {name: label for name, (label, _) in METHODS.items()}
 
 
 def compression_baselines(corpus: Corpus, cache_dir: Path) -> dict[str, Any]:
-    """Bits per byte by method, on the test text of the primary translation, or on all of it where there is none.
+    """Bits per byte by method, on the test text of the primary translation, or on all test text if there is none.
 
-    Each code length is size(train + test) - size(train), in bits over the bytes of the test text. Cached in
-    ``cache_dir`` by the hash of the text, because 4 MB take about ten seconds.
+    Each code length is size(train + test) - size(train), in bits per byte of test text. Cached in ``cache_dir`` by the
+    hash of the text, because 4 MB take about ten seconds.
 
     Returns:
         A value for each of ``METHODS``, ``train_bytes``, ``test_bytes``, and ``translation`` (None for all text); {}
-        where either split is empty or the text is longer than ``TEXT_LIMIT``.
+        if either split is empty or the text is longer than ``TEXT_LIMIT``.
     """
     train, test = compared_texts(corpus)
     if not test:
         return {}
     key = hashlib.sha256(b"%d %d " % (VERSION, len(train)) + train + test).hexdigest()
     cache = Path(cache_dir) / "compressors" / f"{key[:32]}.json"
-    found = {name: value for name in METHODS if (value := finite_number(read_json(cache).get(name))) is not None}
-    if len(found) < len(METHODS):  # not measured before, or the record is damaged
-        with ThreadPoolExecutor(2) as pool:  # both libraries release the interpreter's lock while they work
+    values = {name: value for name in METHODS if (value := finite_number(read_json(cache).get(name))) is not None}
+    if len(values) < len(METHODS):  # not cached, or the cache file is damaged
+        with ThreadPoolExecutor(2) as pool:  # both libraries release the GIL
             jobs = {
                 name: [pool.submit(size, data) for data in (train + test, train)] for name, (_, size) in METHODS.items()
             }
-            found = {name: (both.result() - alone.result()) * 8 / len(test) for name, (both, alone) in jobs.items()}
+            values = {name: (both.result() - alone.result()) * 8 / len(test) for name, (both, alone) in jobs.items()}
         cache.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(cache, found)
-    known = {"translation": corpus.primary_translation if corpus.primary_part("test") else None}
-    return known | {"train_bytes": len(train), "test_bytes": len(test)} | found
+        write_json_atomic(cache, values)
+    translation = corpus.primary_translation if corpus.primary_part("test") else None
+    return {"translation": translation, "train_bytes": len(train), "test_bytes": len(test)} | values
 
 
 def compared_texts(corpus: Corpus) -> tuple[bytes, bytes]:
-    """Train and test text of the primary translation, or all of it where there is none; nothing where either is empty
-    or both are too long."""
+    """Training and test text of the primary translation, or of all translations if there is none; both empty if either
+    is empty or together they exceed ``TEXT_LIMIT``."""
     primary = bool(corpus.primary_part("test"))
     splits = [corpus.primary_part(name) if primary else corpus.split(name) for name in ("train", "test")]
     if not all(splits) or sum(document.size for split in splits for document in split) > TEXT_LIMIT:
@@ -83,17 +83,17 @@ def compared_texts(corpus: Corpus) -> tuple[bytes, bytes]:
 
 
 def ppmd_bits(train: bytes, parts: Sequence[bytes], order: int) -> list[float]:
-    """Code length in bits of each of a text's parts, one after the other, by PPMd that has read ``train``."""
+    """Code length in bits of consecutive parts of a text with PPMd primed with ``train``."""
     encoder = _ppmd_encoder(order, len(train) + sum(map(len, parts)))
     encoder.encode(train)
     return [8.0 * len(encoder.encode(part)) for part in parts]
 
 
 def bits_by_part(corpus: Corpus, parts: Sequence[bytes]) -> dict[str, tuple[list[float], float]]:
-    """Code length in bits of each of a text's parts, and of them together, by method; primed as above.
+    """Code lengths in bits of consecutive parts of a text and their total, by method; primed with training text.
 
-    PPMd writes a byte as soon as it is certain, so a part's length is right to about a byte. xz writes nothing until
-    its end: no parts. {} where there is no train text to prime with.
+    PPMd emits a byte as soon as it is determined, so a part's length is accurate to about a byte. xz buffers its output
+    until the end, so it has no lengths of parts. Returns {} without training text to prime with.
     """
     if not (train := compared_texts(corpus)[0]):
         return {}

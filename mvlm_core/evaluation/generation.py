@@ -1,4 +1,4 @@
-"""Text generated for evaluation: prompts that fit the context, batched continuations, and how repetitive they are."""
+"""Text generation for evaluation: prompts that fit the context, batched continuations, and their repetitiveness."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mvlm_core.evaluation.bits_per_byte import context_of, encode
 from mvlm_core.evaluation.results import Mean, mean
 from mvlm_core.settings import Sampling
 
-_CHARACTERS = 16  # more than an average token has: text further back would be encoded only to be cut off
+_CHARACTERS = 16  # per token, well above average: text further back would be encoded only to be truncated
 
 
 def prompt_ids(tokenizer: Any, text: str, room: int | None = None) -> list[int]:
-    """The start token and the tokens of ``text``; only the last ``room`` of them where that is given."""
+    """Start token and tokens of ``text``, truncated on the left to ``room`` if given."""
     if room is None:
         return [tokenizer.bos_token_id, *encode(tokenizer, text)]
     start = max(0, len(text) - _CHARACTERS * room)
@@ -37,10 +37,10 @@ def continuations(
     seed: int = 0,
     batch_size: int = 32,
 ) -> list[str]:
-    """The text of ``lengths[i]`` tokens after ``prompts[i]``; special tokens are suppressed, so none ends early.
+    """Continue ``prompts[i]`` by ``lengths[i]`` tokens; special tokens are suppressed, so that none ends early.
 
     Args:
-        sample: how to draw; None decodes greedily. The same seed gives the same text, whatever shares a batch with it.
+        sample: sampling parameters; None decodes greedily. The same seed gives the same text for any batching.
 
     Raises:
         ValueError: a prompt and its continuation do not fit into the model's context.
@@ -48,34 +48,34 @@ def continuations(
     context, texts = context_of(model), [""] * len(prompts)
     if any(len(prompt) + length > context for prompt, length in zip(prompts, lengths, strict=True)):
         raise ValueError(f"a prompt and its continuation are longer than the context of {context} tokens")
-    chances = torch.rand(len(prompts), max(lengths, default=0), generator=torch.Generator().manual_seed(seed))
+    uniform = torch.rand(len(prompts), max(lengths, default=0), generator=torch.Generator().manual_seed(seed))
     order = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: (lengths[i], len(prompts[i])))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        generated = _continue(model, tokenizer, [prompts[i] for i in batch], lengths[batch[-1]], chances[batch], sample)
+        generated = _continue(model, tokenizer, [prompts[i] for i in batch], lengths[batch[-1]], uniform[batch], sample)
         for i, new in zip(batch, generated, strict=True):
             texts[i] = tokenizer.decode(new[: lengths[i]], skip_special_tokens=True)
     return texts
 
 
 def _continue(
-    model: Any, tokenizer: Any, prompts: list[list[int]], length: int, chances: Tensor, sample: Sampling | None
+    model: Any, tokenizer: Any, prompts: list[list[int]], length: int, uniform: Tensor, sample: Sampling | None
 ) -> list[list[int]]:
-    """``length`` new tokens after each prompt.
+    """Generate ``length`` new tokens after each prompt.
 
-    Not by ``generate``, which has no place for rows that reach the end of the context while others go on: prompts of
-    different lengths that fill the context would each be a batch of their own.
+    ``generate`` cannot be used: it does not support rows that reach the end of the context while others continue, so
+    prompts of different lengths that fill the context could not share a batch.
     """
     device, longest = next(model.parameters()).device, max(map(len, prompts))
     ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
     mask = torch.ones(len(prompts), longest + length, dtype=torch.long)
-    for row, prompt in enumerate(prompts):  # padded on the left, so that new tokens directly follow each prompt
+    for row, prompt in enumerate(prompts):  # left padding, so that new tokens directly follow each prompt
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, : longest - len(prompt)] = 0
     positions = (mask[:, :longest].cumsum(dim=1) - 1).clamp(min=0).to(device)
-    ids, mask, chances = ids.to(device), mask.to(device), chances.to(device)
+    ids, mask, uniform = ids.to(device), mask.to(device), uniform.to(device)
     suppressed = torch.tensor(sorted(set(tokenizer.all_special_ids)), device=device)
-    cache, found = None, []
+    cache, generated = None, []
     for step in range(length):
         output = model(
             input_ids=ids,
@@ -89,33 +89,37 @@ def _continue(
         if sample is None:
             ids = logits.argmax(dim=1, keepdim=True)
         else:
-            ids = nucleus(logits / sample.temperature, chances[:, step], sample.top_p)
-        found.append(ids)
-        # What a row writes beyond the context is not read, but it must have a position that the model knows.
+            ids = nucleus(logits / sample.temperature, uniform[:, step], sample.top_p)
+        generated.append(ids)
+        # Tokens that a row generates beyond the context are discarded, but need a valid position id.
         positions = (positions[:, -1:] + 1).clamp(max=context_of(model) - 1)
-    return torch.cat(found, dim=1).tolist()
+    return torch.cat(generated, dim=1).tolist()
 
 
-def nucleus(logits: Tensor, chances: Tensor, p: float = 0.95) -> Tensor:
-    """A token ``[batch, 1]`` of each row of ``logits [batch, vocab]``, drawn by a number from 0 to 1 (``[batch]``) from
-    the fewest most likely tokens that together have the probability ``p``."""
+def nucleus(logits: Tensor, uniform: Tensor, p: float = 0.95) -> Tensor:
+    """Top-p sampling: draw a token ``[batch, 1]`` for each row of ``logits [batch, vocab]`` by inverse transform.
+
+    Args:
+        uniform: a random number from 0 to 1 for each row, ``[batch]``.
+        p: total probability of the most likely tokens to draw from.
+    """
     probabilities, tokens = logits.softmax(dim=1).sort(dim=1, descending=True)
     cumulative = probabilities.cumsum(dim=1)
     last = (cumulative < p).sum(dim=1, keepdim=True).clamp(max=logits.shape[1] - 1)
-    place = torch.searchsorted(cumulative, chances[:, None] * cumulative.gather(1, last), right=True)
-    return tokens.gather(1, torch.minimum(place, last))
+    index = torch.searchsorted(cumulative, uniform[:, None] * cumulative.gather(1, last), right=True)
+    return tokens.gather(1, torch.minimum(index, last))
 
 
 @dataclass(frozen=True)
 class Diversity:
-    """How repetitive some texts are.
+    """Repetitiveness of a set of texts.
 
     Attributes:
-        rep_4: mean share of a text's word 4-grams that occurred in it before (Welleck et al. 2020, arXiv:1908.04319,
+        rep_4: mean share of a text's word 4-grams that are repeats within it (Welleck et al. 2020, arXiv:1908.04319,
             seq-rep-4).
-        distinct_2: distinct word bigrams over all bigrams, of all texts together (Li et al. 2016, arXiv:1510.03055);
-            it falls with the number of words.
-        words: mean words of a text.
+        distinct_2: distinct word bigrams over all bigrams, pooled over texts (Li et al. 2016, arXiv:1510.03055); it
+            falls with the number of words.
+        words: mean words per text.
     """
 
     rep_4: Mean
@@ -128,13 +132,13 @@ def repetition(
 ) -> dict[str, Diversity]:
     """Diversity of "greedy" and "sampled" continuations of the text before each verse, and of the true "reference".
 
-    They are ``words`` words long, or as long as half the context. Verses without text before them, or with less than
-    that after them, are left out.
+    Each is ``words`` words, or at most half the context, long. Verses without preceding text, or with too little text
+    after them, are skipped.
     """
     context, prompts, lengths, references = context_of(model), [], [], []
     for verse in verses:
         if (text := followed_by(verse, words)) is not None:
-            # A quarter more tokens than the true text has: the model's words may be longer.
+            # A quarter more tokens than the reference, as the model's words may need more tokens.
             length = min(len(encode(tokenizer, text)) * 5 // 4 + 8, context // 2)
             prompts.append(prompt_ids(tokenizer, verse.before, context - length))
             lengths.append(length)
@@ -143,12 +147,12 @@ def repetition(
         continuations(model, tokenizer, prompts, lengths, sample=sample, seed=seed, batch_size=batch_size)
         for sample in (None, Sampling())
     )
-    found = {"greedy": greedy, "sampled": sampled, "reference": references}
-    return {name: diversity([text.split()[:words] for text in texts]) for name, texts in found.items()}
+    by_name = {"greedy": greedy, "sampled": sampled, "reference": references}
+    return {name: diversity([text.split()[:words] for text in texts]) for name, texts in by_name.items()}
 
 
 def diversity(texts: Sequence[list[str]]) -> Diversity:
-    """Diversity of texts given as words. A text of fewer than four words repeats nothing."""
+    """Diversity of texts given as lists of words. A text of fewer than four words has no repeats."""
     bigrams = [pair for words in texts for pair in _ngrams(words, 2)]
     repeated = [1 - len(set(ngrams)) / len(ngrams) if (ngrams := _ngrams(words, 4)) else 0.0 for words in texts]
     distinct = len(set(bigrams)) / len(bigrams) if bigrams else math.nan

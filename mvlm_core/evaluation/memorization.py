@@ -1,5 +1,4 @@
-"""Words that a model completes exactly: the last word of a verse (cloze), and second halves of verses (extractable
-memorization)."""
+"""Exact completions: the last word of a verse (cloze), and second halves of verses (extractable memorization)."""
 
 from __future__ import annotations
 
@@ -14,16 +13,16 @@ from mvlm_core.evaluation.bits_per_byte import context_of, encode
 from mvlm_core.evaluation.generation import continuations, prompt_ids
 from mvlm_core.evaluation.results import Mean, as_json, mean
 
-LEAST_WORDS = 8  # of a verse that is used: its second half has four at least
+LEAST_WORDS = 8  # per verse, so that its second half has at least four
 _LETTERS = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
 
 
 def cloze(model: Any, tokenizer: Any, verses: Iterable[Verse], *, batch_size: int = 32) -> dict[str, Mean]:
-    """Share of verses whose last word is predicted, after LAMBADA (Paperno et al. 2016, arXiv:1606.06031): from all the
-    text before it ("full"), and from the verse alone ("alone").
+    """Accuracy of predicting the last word of a verse, as in LAMBADA (Paperno et al. 2016, arXiv:1606.06031), given all
+    the text before it ("full") or the verse alone ("alone").
 
-    Greedy decoding must give the word exactly (letters, case and apostrophes) and no longer one. Verses of one word
-    are left out, and so are those whose last word with its punctuation takes more than half the context.
+    Greedy decoding must yield exactly this word (letters, case and apostrophes), not a longer one. Verses of one word
+    are skipped, as are those whose last word with punctuation takes more than half the context.
     """
     context, items = context_of(model), []
     for verse in verses:
@@ -50,14 +49,14 @@ def _is_word(text: str, word: str) -> bool:
 
 
 def extraction(model: Any, tokenizer: Any, verses: Iterable[Verse], *, batch_size: int = 32) -> dict[str, Mean]:
-    """Extractable memorization (Carlini et al. 2023, arXiv:2202.07646): the prompt is the first half of a verse's
-    words; the greedy continuation, of as many tokens as the second half has, is compared with that half.
+    """Extractable memorization (Carlini et al. 2023, arXiv:2202.07646): given the first half of a verse's words, the
+    greedy continuation, with as many tokens as the second half, is compared with that half.
 
-    Verses of fewer than two words, or longer than the context, are left out.
+    Verses of fewer than two words, or longer than the context, are skipped.
 
     Returns:
-        "exact": share of verses whose second half is reproduced word for word; and, over the words of that half,
-        "prefix": correct words from the first one on, "longest": the longest run of words in both.
+        "exact": share of verses whose second half is reproduced word for word; "prefix" and "longest": the common
+        prefix and the longest common run of words, as shares of that half.
     """
     prompts, lengths, references = [], [], []
     for verse in verses:
@@ -88,13 +87,13 @@ def overlap(words: Sequence[str], reference: Sequence[str]) -> tuple[float, floa
 def extractable_memorization(
     model: Any, tokenizer: Any, corpus: Corpus, *, verses: int = 100, seed: int = 0
 ) -> dict[str, Any]:
-    """``extraction`` as JSON of "train" verses and, as a control, of "held_out" validation verses of the same lengths.
+    """``extraction``, as JSON, for "train" verses and, as a control, "held_out" validation verses of the same lengths.
 
-    Only the primary translation's where it has validation text: it is read most often, so it is memorized first.
+    Limited to the primary translation if it has validation text: it is read most often and so memorized first.
     """
     split = corpus.primary_part if corpus.primary_part("validation") else corpus.split
     control = sample_verses(verses_of(split("validation"), LEAST_WORDS), verses, seed)
     train = matched_verses(control, verses_of(split("train")), seed)
     return {
-        name: as_json(extraction(model, tokenizer, some)) for name, some in (("train", train), ("held_out", control))
+        name: as_json(extraction(model, tokenizer, drawn)) for name, drawn in (("train", train), ("held_out", control))
     }

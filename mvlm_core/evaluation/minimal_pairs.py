@@ -1,7 +1,7 @@
-"""Grammar by minimal pairs: a verse must be more likely than the same verse with one form made wrong.
+"""Grammar test with minimal pairs: a verse should be more likely than the same verse with one word form made wrong.
 
-The method is that of BLiMP (Warstadt et al. 2020, arXiv:1912.00582), with pairs made from the corpus's own text by
-rules that the caller provides. Chance is one half.
+The method follows BLiMP (Warstadt et al. 2020, arXiv:1912.00582), with pairs generated from the corpus by rules that
+the caller provides. Chance level is one half.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mvlm_core.evaluation.results import Mean, mean
 
 @dataclass(frozen=True)
 class Rule:
-    """Where a correct form is found (the group ``form`` of ``pattern``) and the wrong form that replaces it."""
+    """Finds a correct form (the group ``form`` of ``pattern``) and maps it to the ``wrong`` form."""
 
     name: str
     pattern: str
@@ -31,7 +31,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Pair:
-    """A verse, and the same verse with the form of one rule made wrong."""
+    """A verse, and the same verse with one form made wrong by a rule."""
 
     rule: str
     good: str
@@ -39,22 +39,22 @@ class Pair:
 
 
 def minimal_pairs(verses: Iterable[Verse], rules: Iterable[Rule], *, per_rule: int = 200, seed: int = 0) -> list[Pair]:
-    """At most ``per_rule`` pairs of each rule, drawn at random from the distinct verses that have its form.
+    """Draw up to ``per_rule`` pairs for each rule at random from the distinct verses that match it.
 
-    Where a verse has the form more than once, the first one is made wrong.
+    Only the first match in a verse is changed.
     """
     texts = sorted({verse.text for verse in verses})
     random.Random(seed).shuffle(texts)
     pairs = []
     for rule in rules:
-        for found in islice(filter(None, map(re.compile(rule.pattern).search, texts)), per_rule):
-            text, (begin, end) = found.string, found.span("form")
-            pairs.append(Pair(rule.name, text, text[:begin] + rule.wrong[found["form"]] + text[end:]))
+        for match in islice(filter(None, map(re.compile(rule.pattern).search, texts)), per_rule):
+            text, (begin, end) = match.string, match.span("form")
+            pairs.append(Pair(rule.name, text, text[:begin] + rule.wrong[match["form"]] + text[end:]))
     return pairs
 
 
 def pair_point(good_nats: float, bad_nats: float) -> float:
-    """1 if the good verse is more likely, 0 if the bad one is, one half for a tie (equal within rounding, 1e-6)."""
+    """1 if the good verse is more likely, 0 if the bad one is, 0.5 for a tie (relative difference up to 1e-6)."""
     if math.isclose(good_nats, bad_nats, rel_tol=1e-6):
         return 0.5
     return float(good_nats < bad_nats)
@@ -65,11 +65,11 @@ def pair_accuracy(
 ) -> dict[str, Mean]:
     """Rule → mean of ``pair_point``, for rules with at least ``least`` pairs.
 
-    The whole verse with its line break is scored like a document of its own.
+    The whole verse with its line break is scored as a separate document.
     """
     texts = sorted({text for pair in pairs for text in (pair.good, pair.bad)}, key=lambda text: (len(text), text))
     score = score_loaded(model, tokenizer, ((text, text + "\n") for text in texts), batch_size=batch_size)
     points: dict[str, list[float]] = defaultdict(list)
     for pair in pairs:
         points[pair.rule].append(pair_point(score.documents[pair.good].nats, score.documents[pair.bad].nats))
-    return {rule: mean(found) for rule, found in points.items() if len(found) >= least}
+    return {rule: mean(values) for rule, values in points.items() if len(values) >= least}

@@ -1,9 +1,8 @@
-"""Results of the evaluations: a mean with its standard error, as JSON, over seeds, and as a table."""
+"""Evaluation results: a mean with its standard error, conversion to JSON, and the table."""
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import reduce
@@ -15,14 +14,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean of ``count`` values and its standard error (NaN for fewer than two), as if they were independent."""
+    """Mean of ``count`` values with its standard error (NaN for fewer than two), treating them as independent."""
 
     value: float
     error: float
     count: int
 
     def __sub__(self, other: Mean) -> Mean:
-        """The difference of two means of independent samples; ``count`` is the smaller one."""
+        """Difference between the means of two independent samples; ``count`` is the smaller of the two."""
         return Mean(self.value - other.value, math.hypot(self.error, other.error), min(self.count, other.count))
 
 
@@ -33,7 +32,7 @@ def mean(values: Sequence[float]) -> Mean:
 
 
 def as_json(value: Any) -> Any:
-    """Dataclasses as dictionaries and non-finite numbers as None: a ``Mean`` is ``{"value", "error", "count"}``."""
+    """Convert dataclasses to dictionaries and non-finite numbers to None; a ``Mean`` has "value", "error", "count"."""
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, dict):
@@ -41,28 +40,8 @@ def as_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def over_seeds(results: list[Any]) -> Any:
-    """Results, as JSON, of models that differ only in their seed, averaged into one.
-
-    The error of a ``Mean`` becomes the standard error between seeds, since all were evaluated on the same set. Equal
-    values stay as they are; a value that one seed lacks is None.
-    """
-    first = results[0]
-    if all(result == first for result in results):
-        return first
-    if None in results:
-        return None
-    if isinstance(first, dict) and first.keys() == {"value", "error", "count"}:
-        values = [result["value"] for result in results]
-        error = None if None in values else statistics.stdev(values) / len(values) ** 0.5
-        return first | {"value": over_seeds(values), "error": error}
-    if isinstance(first, dict):
-        return {key: over_seeds([result[key] for result in results]) for key in first}
-    return statistics.mean(results) if isinstance(first, float) else first
-
-
 def share(mean: dict[str, Any], sign: str = "") -> str:
-    """A mean as a percentage with its standard error."""
+    """Format a mean as a percentage with its standard error."""
     if mean["value"] is None:
         return "–"
     error = "" if mean["error"] is None else f" ± {mean['error']:.1%}"
@@ -70,7 +49,7 @@ def share(mean: dict[str, Any], sign: str = "") -> str:
 
 
 def rows(results: list[dict[str, Any]]) -> list[list[str]]:
-    """The table of ``suite.evaluate``'s results: what is measured, the held-out text's own value, each model's."""
+    """Table rows for the results of ``suite.evaluate``: metric, the held-out text's own value, one value per model."""
     table: list[list[str]] = []
     if not results:
         return table
@@ -94,14 +73,14 @@ def rows(results: list[dict[str, Any]]) -> list[list[str]]:
     row("· accuracy, next token", "calibration", "accuracy", form=".2%")
     row("last word, all text before it", "cloze", "full")
     row("last word, the verse alone", "cloze", "alone")
-    for key, words in (("exact", "second half exact"), ("prefix", "common prefix"), ("longest", "longest match")):
-        row(f"{words}, train", "memorization", "train", key)
-        row(f"{words}, held out", "memorization", "held_out", key)
+    for key, label in (("exact", "second half exact"), ("prefix", "common prefix"), ("longest", "longest match")):
+        row(f"{label}, train", "memorization", "train", key)
+        row(f"{label}, held out", "memorization", "held_out", key)
         row("· memorized (difference)", "memorization", "difference", key, form="+")
     text = first["repetition"]["reference"]
     for decoding in ("greedy", "sampled"):
         for label, key, form in (("rep-4", "rep_4", ""), ("distinct-2", "distinct_2", ".1%")):
             row(f"{label}, {decoding}", "repetition", decoding, key, form=form, text=cell(text[key], form))
-    for rule, found in first["pairs"].items():
-        row(f"{rule} ({found['count']} pairs)", "pairs", rule)
+    for rule, accuracy in first["pairs"].items():
+        row(f"{rule} ({accuracy['count']} pairs)", "pairs", rule)
     return table

@@ -1,6 +1,6 @@
-"""The evaluation suite: what models can do beyond bits per byte, all measured on the same evaluation set.
+"""Evaluation suite: metrics besides bits per byte, all on the same evaluation set.
 
-Results are plain dictionaries, as JSON holds them: a ``Mean`` is ``{"value", "error", "count"}``.
+Results are JSON-compatible dictionaries: a ``Mean`` is ``{"value", "error", "count"}``.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from mvlm_core.evaluation.results import as_json
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """The same text for every model.
+    """Evaluation text, the same for every model.
 
     Attributes:
-        held_out: documents, from which verses, prompts and pairs are drawn.
-        train_verses: of the same translations and lengths as ``verses``.
-        prompts: verses before which the text is continued, by ``words`` words.
-        seed: of the samples, and of sampled continuations.
+        held_out: documents from which verses, prompts and pairs are drawn.
+        train_verses: training verses with the translations and lengths of ``verses``.
+        prompts: verses; the text before each is continued by ``words`` words.
+        seed: for drawing samples and for sampled continuations.
     """
 
     held_out: list[Document]
@@ -51,10 +51,10 @@ def draw(
     pairs: int = 200,
     seed: int = 0,
 ) -> EvaluationSet:
-    """An evaluation set from ``split`` ("validation" or "test").
+    """Draw an evaluation set from ``split`` ("validation" or "test").
 
     Args:
-        pairs: at most so many minimal pairs of each of the ``rules``.
+        pairs: maximum number of minimal pairs for each of the ``rules``.
     """
     held_out = corpus.split(split)
     every = list(verses_of(held_out))
@@ -71,36 +71,36 @@ def draw(
 
 
 def evaluate(model_dir: Path | str, text: EvaluationSet, *, device: str, bits_per_byte: bool = True) -> dict[str, Any]:
-    """All results for one export folder.
+    """Run the suite on one export folder.
 
     Args:
-        bits_per_byte: also score the held-out documents, which takes longest; training has already done so.
+        bits_per_byte: also score the held-out documents, the slowest part; training has already done so.
     """
     model, tokenizer = load_export(model_dir, device)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     if bits_per_byte:
         score = score_loaded(model, tokenizer, ((d.path, d.read()) for d in text.held_out))
-        found["bits_per_byte"] = bits_per_byte_by_part(score, text.held_out)
+        results["bits_per_byte"] = bits_per_byte_by_part(score, text.held_out)
     train, held_out = (extraction(model, tokenizer, verses) for verses in (text.train_verses, text.verses))
-    difference = {name: train[name] - held_out[name] for name in train}  # memorized, not predicted from the language
-    found |= {
+    difference = {name: train[name] - held_out[name] for name in train}  # memorization beyond language modelling
+    results |= {
         "calibration": calibration(model, tokenizer, text.verses),
         "cloze": cloze(model, tokenizer, text.verses),
         "memorization": {"train": train, "held_out": held_out, "difference": difference},
         "repetition": repetition(model, tokenizer, text.prompts, words=text.words, seed=text.seed),
         "pairs": pair_accuracy(model, tokenizer, text.pairs),
     }
-    return as_json(found)
+    return as_json(results)
 
 
 def notes(result: dict[str, Any], text: EvaluationSet) -> list[str]:
-    """Sample sizes, and how to read the errors."""
+    """Notes for the table: sample sizes and how to read the errors."""
     train, held_out = (result["memorization"][name]["exact"]["count"] for name in ("train", "held_out"))
     return [
-        f"{len(text.verses)} held-out verses, each of another place ({result['cloze']['full']['count']} for the last "
-        f"word, {held_out} for memorization, beside {train} train verses of the same translations and lengths); "
+        f"{len(text.verses)} held-out verses from different places ({result['cloze']['full']['count']} for the last "
+        f"word, {held_out} for memorization, and {train} training verses of the same translations and lengths); "
         f"{result['repetition']['reference']['rep_4']['count']} prompts continued by {text.words} words; seed "
         f"{text.seed}.",
-        "Chance is 50 % for the pairs. They come from all translations, which share wording, so their true errors are "
-        "larger than ± says.",
+        "Chance level is 50 % for the pairs. They come from all translations, which share wording, so the true errors "
+        "are larger than ± indicates.",
     ]

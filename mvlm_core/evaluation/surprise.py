@@ -1,7 +1,7 @@
-"""How surprising each token of a text is to a model: of text that is given, and of text as the model writes it.
+"""Per-token surprisal of a given text, and of text that the model generates.
 
-Surprise is the negative log-likelihood in bits, by the model's own probabilities: at temperature 1, nothing cut off.
-Token ids are of the text alone; every function puts the start token before them.
+Surprisal is the negative log-likelihood in bits under the model's own distribution: temperature 1, no truncation. Token
+ids exclude the start token, which every function prepends.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from tokenizers.decoders import DecodeStream
 from mvlm_core.evaluation.bits_per_byte import context_of, encode, token_nll, window_logits, windows
 from mvlm_core.evaluation.generation import nucleus
 
-# A sentence ends with its closing quotes and line breaks; the blank after it is the next one's, as tokenizers have it.
+# A sentence includes its closing quotes and line breaks; the space after it belongs to the next, as in tokenizers.
 _END = re.compile(r"[.!?]+[\"')\u2019\u201d]*(?:\s*\n|(?=[ \t]))|\n+")
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token's id, the text it adds ("" before a character is complete), and its surprise in bits."""
+    """A token's id, the text it adds ("" if a character is not yet complete), and its surprisal in bits."""
 
     id: int
     text: str
@@ -33,7 +33,7 @@ class Token:
 
 
 def tokens_of(tokenizer: Any, scored: Iterable[tuple[int, float]]) -> Iterator[Token]:
-    """Tokens of ids and bits as they come; their texts joined are the text, without what special tokens stand for."""
+    """Stream tokens from (id, bits) pairs; their texts concatenate to the text, without special tokens."""
     stream = DecodeStream(skip_special_tokens=True)
     for number, bits in scored:
         yield Token(number, stream.step(tokenizer.backend_tokenizer, number) or "", bits)
@@ -41,21 +41,22 @@ def tokens_of(tokenizer: Any, scored: Iterable[tuple[int, float]]) -> Iterator[T
 
 @torch.inference_mode()
 def read(model: Any, tokenizer: Any, ids: Sequence[int], *, batch_size: int = 8) -> list[Token]:
-    """The tokens of a text of any length, each scored once and in the same windows as bits per byte."""
-    cut = list(windows("", list(ids), tokenizer.bos_token_id, context_of(model)))
+    """Score the tokens of a text of any length, each once and in the same windows as bits per byte."""
+    every = list(windows("", list(ids), tokenizer.bos_token_id, context_of(model)))
     bits: list[float] = []
-    for start in range(0, len(cut), batch_size):
-        logits, targets, new = window_logits(model, cut[start : start + batch_size], str(model.device))
+    for start in range(0, len(every), batch_size):
+        logits, targets, new = window_logits(model, every[start : start + batch_size], str(model.device))
         bits += (token_nll(logits, targets).double().cpu()[new] / math.log(2)).tolist()
     return list(tokens_of(tokenizer, zip(ids, bits, strict=True)))
 
 
 def fitting(model: Any, tokenizer: Any, prompt: str, length: int) -> tuple[list[int], int]:
-    """The prompt's ids and a length that fit the context together.
+    """Fit a prompt and a continuation into the context; return the prompt's ids and the continuation's length.
 
-    A continuation is cut to what the prompt leaves, but not below half the context: there the prompt loses its start.
+    The continuation is shortened to the space left by the prompt, but to no less than half the context; beyond that the
+    prompt is truncated on the left.
     """
-    room = context_of(model) - 1  # the start token's place
+    room = context_of(model) - 1  # one position for the start token
     ids = encode(tokenizer, prompt)
     length = min(length, max(room - len(ids), room // 2))
     return ids[max(0, len(ids) - (room - length)) :], length
@@ -65,20 +66,20 @@ def fitting(model: Any, tokenizer: Any, prompt: str, length: int) -> tuple[list[
 def write(
     model: Any, tokenizer: Any, ids: list[int], length: int, *, temperature: float, top_p: float, seed: int
 ) -> Iterator[Token]:
-    """At most ``length`` tokens that continue ``ids``, as they are drawn; the end token is the last where it comes.
+    """Stream up to ``length`` tokens that continue ``ids``; generation stops after the end token.
 
     Args:
         temperature: 0 decodes greedily.
-        top_p: draw from the most likely tokens of this total probability.
+        top_p: sample from the most likely tokens with this total probability.
     """
 
     def drawn() -> Iterator[tuple[int, float]]:
-        chances = torch.rand(length, 1, generator=torch.Generator().manual_seed(seed)).to(model.device)
+        uniform = torch.rand(length, 1, generator=torch.Generator().manual_seed(seed)).to(model.device)
         inputs, cache = torch.tensor([[tokenizer.bos_token_id, *ids]], device=model.device), None
-        for chance in chances:
+        for number in uniform:
             output = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache, logits = output.past_key_values, output.logits[:, -1].float()
-            inputs = nucleus(logits / temperature, chance, top_p) if temperature else logits.argmax(1, keepdim=True)
+            inputs = nucleus(logits / temperature, number, top_p) if temperature else logits.argmax(1, keepdim=True)
             yield int(inputs), float(token_nll(logits, inputs[0])) / math.log(2)
             if int(inputs) == tokenizer.eos_token_id:
                 return
@@ -90,42 +91,42 @@ def write(
 
 
 def sentences(text: str) -> list[str]:
-    """The text cut after ``.``, ``!``, ``?`` and line breaks; joined they are the text."""
-    cuts = sorted({0, *(end.end() for end in _END.finditer(text)), len(text)})
-    found: list[str] = []
+    """Split text after ``.``, ``!``, ``?`` and line breaks; the parts concatenate to the text."""
+    cuts = sorted({0, *(match.end() for match in _END.finditer(text)), len(text)})
+    parts: list[str] = []
     for begin, end in pairwise(cuts):
-        if found and not text[begin:end].strip():
-            found[-1] += text[begin:end]
+        if parts and not text[begin:end].strip():
+            parts[-1] += text[begin:end]
         else:
-            found.append(text[begin:end])
-    return found
+            parts.append(text[begin:end])
+    return parts
 
 
 def bits_by_part(tokens: Iterable[Token], parts: Sequence[str]) -> list[float]:
-    """The bits of each of the parts of a text; a token counts where it begins."""
+    """Sum the bits of each part of a text; a token counts for the part in which it begins."""
     ends, total = [], 0
     for part in parts:
         ends.append(total := total + len(part))
-    found, place, number = [0.0] * len(parts), 0, 0
+    sums, position, number = [0.0] * len(parts), 0, 0
     for token in tokens:
-        while place >= ends[number] and number + 1 < len(parts):
+        while position >= ends[number] and number + 1 < len(parts):
             number += 1
-        found[number] += token.bits
-        place += len(token.text)
-    return found
+        sums[number] += token.bits
+        position += len(token.text)
+    return sums
 
 
 def words(texts: Sequence[str]) -> list[list[int]]:
-    """Which of the tokens with these texts make up each word; blanks stand before the word that follows."""
-    found: list[list[int]] = []
+    """Group token indices into words, given the tokens' texts; whitespace belongs to the following word."""
+    groups: list[list[int]] = []
     word = ""
     for number, text in enumerate(texts):
-        if not found or (word.strip() and (text[:1].isspace() or word[-1:].isspace())):
-            found.append([])
+        if not groups or (word.strip() and (text[:1].isspace() or word[-1:].isspace())):
+            groups.append([])
             word = ""
-        found[-1].append(number)
+        groups[-1].append(number)
         word += text
-    return found
+    return groups
 
 
 # --- governance heads ---------------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ def words(texts: Sequence[str]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Heads:
-    """What a model's governance heads did: by field its meaning and ``[layer][word]`` values, means over the word's
+    """Traces of a model's governance heads: field → meaning and ``[layer][word]`` values, averaged over the word's
     tokens and the layer's heads."""
 
     words: list[str]
@@ -143,17 +144,17 @@ class Heads:
 
 @torch.inference_mode()
 def governance(model: Any, tokenizer: Any, tokens: Sequence[Token]) -> Heads | None:
-    """The traces over a text that fits the context; None where the model reports none."""
+    """Compute governance traces over a text that fits the context; None if the model has none."""
     if not tokens or not getattr(model, "trace_fields", None):
         return None
     ids = torch.tensor([[tokenizer.bos_token_id, *(token.id for token in tokens)]], device=model.device)
     traces = torch.stack(model(ids, output_traces=True, use_cache=False).traces).float().mean(dim=3)[:, 0, 1:]
-    grouped = words([token.text for token in tokens])
-    means = torch.stack([traces[:, places].mean(dim=1) for places in grouped], dim=1)  # layer, word, field
+    groups = words([token.text for token in tokens])
+    means = torch.stack([traces[:, indices].mean(dim=1) for indices in groups], dim=1)  # layer, word, field
     layers = [f"layer {number}" for number in range(1, len(means) + 1)]
     fields = enumerate(model.trace_fields.items())
     return Heads(
-        ["".join(tokens[place].text for place in places) for places in grouped],
+        ["".join(tokens[index].text for index in indices) for indices in groups],
         layers,
         {name: (meaning, means[:, :, number].tolist()) for number, (name, meaning) in fields},
     )

@@ -1,8 +1,8 @@
-"""Archives of exported models: reproducible to the byte, self-checking, safe to open.
+"""Archives of exported models: bitwise reproducible, self-checking, safe to open.
 
-An archive is a `.tar.gz` with one top folder (the model's name) that holds `manifest.json` and exactly the
-files this manifest lists with their SHA-256. It is read by `strict_tar`, never by `tarfile`; what is not
-accepted is named, with the reason, and hostile bytes never end in a traceback.
+An archive is a `.tar.gz` with one top folder (the model's name) that holds `manifest.json` and exactly the files listed
+there with their SHA-256. It is read with `strict_tar`, never with `tarfile`; every rejected entry is reported with the
+reason, and malicious input never causes a traceback.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from mvlm_core.export.manifest import (
 from mvlm_core.export.strict_tar import BoundedStream, Damaged, Entry, entries
 from mvlm_core.files import fsync_path, read_regular, sha256_file
 
-# Weights hardly compress (about 0.9), texts and tokenizers 5- to 10-fold; gzip's own limit is about
-# 1,030-fold. What unpacks to more than this is a bomb, and reading stops there.
+# Weights hardly compress (about 0.9), texts and tokenizers 5- to 10-fold; gzip's maximum is about 1,030-fold. What
+# expands beyond this limit is treated as a decompression bomb.
 SIZE_ALLOWANCE = 64 << 20
 EXPANSION_LIMIT = 50
 
@@ -42,13 +42,13 @@ EXPANSION_LIMIT = 50
 
 
 def write_archive(model_dir: Path, archive: Path) -> str:
-    """Pack the files of `model_dir`'s manifest; returns the archive's SHA-256.
+    """Pack the files of `model_dir`'s manifest; return the archive's SHA-256.
 
-    The same files give the same bytes (with the same zlib). Written under a temporary name, read back and renamed
-    when it is good, so a crash leaves the old archive or none.
+    Equal files give equal bytes (with the same zlib). The archive is written under a temporary name, verified and then
+    renamed, so a crash leaves the old archive or none.
 
     Raises:
-        ArchiveError: a file is not what the manifest says.
+        ArchiveError: a file does not match the manifest.
     """
     if problems := verify_folder(model_dir):
         raise ArchiveError(problems)
@@ -64,7 +64,7 @@ def write_archive(model_dir: Path, archive: Path) -> str:
             _add_files(tar, model_dir, manifest)
         partial.chmod(0o644)
         fsync_path(partial)
-        scan = _scan(partial)  # a file may have changed between its check and its packing
+        scan = _scan(partial)  # a file may have changed between verification and packing
         if scan.problems or scan.manifest != manifest:
             raise ArchiveError([f"{model_dir}: {p}" for p in scan.problems or ["changed while it was packed"]])
         digest = sha256_file(partial)
@@ -76,7 +76,7 @@ def write_archive(model_dir: Path, archive: Path) -> str:
 
 
 def _add_files(tar: tarfile.TarFile, model_dir: Path, manifest: dict[str, Any]) -> None:
-    """Folders, the manifest, then its files. Owner, group and times are 0 and empty: equal models give equal bytes."""
+    """Add folders, the manifest, then its files, with owner, group and times 0 or empty for reproducibility."""
     top = PurePosixPath(manifest["name"])
     folders = {parent for file in manifest["files"] for parent in (top / file).parents}
     for folder in sorted(map(str, folders - {PurePosixPath(".")})):
@@ -96,17 +96,17 @@ def _add_files(tar: tarfile.TarFile, model_dir: Path, manifest: dict[str, Any]) 
 
 @dataclass
 class _Scan:
-    """What one pass over an archive found."""
+    """Result of one pass over an archive."""
 
     problems: list[str] = field(default_factory=list)
-    digests: dict[str, str] = field(default_factory=dict)  # SHA-256 by name, which includes the top folder
+    digests: dict[str, str] = field(default_factory=dict)  # SHA-256 by name including the top folder
     folders: set[str] = field(default_factory=set)
     manifest_bytes: bytes | None = None
     manifest: dict[str, Any] = field(default_factory=dict)
 
 
 def _scan(archive: Path, destination: Path | None = None) -> _Scan:
-    """Read and judge an archive; with a ``destination`` its files are written there on the way."""
+    """Read and check an archive; with a ``destination`` also extract its files there."""
     scan = _Scan()
     try:
         if archive.is_symlink() or not archive.is_file():
@@ -117,7 +117,7 @@ def _scan(archive: Path, destination: Path | None = None) -> _Scan:
                 if entry.is_folder:
                     scan.folders.add(entry.name)
                 else:
-                    _take_file(scan, entry, content, destination)
+                    _read_file(scan, entry, content, destination)
         _compare_with_manifest(scan)
     except Damaged as error:
         scan.problems.append(str(error))
@@ -126,8 +126,8 @@ def _scan(archive: Path, destination: Path | None = None) -> _Scan:
     return scan
 
 
-def _take_file(scan: _Scan, entry: Entry, content: Iterator[bytes], destination: Path | None) -> None:
-    digest, kept = hashlib.sha256(), bytearray()
+def _read_file(scan: _Scan, entry: Entry, content: Iterator[bytes], destination: Path | None) -> None:
+    digest, manifest = hashlib.sha256(), bytearray()
     is_manifest = entry.name.count("/") == 1 and entry.name.endswith("/" + MANIFEST) and entry.size <= MANIFEST_LIMIT
     path = destination and destination / entry.name
     if path:
@@ -136,18 +136,18 @@ def _take_file(scan: _Scan, entry: Entry, content: Iterator[bytes], destination:
         for data in content:
             digest.update(data)
             if is_manifest:
-                kept += data
+                manifest += data
             if file:
                 file.write(data)
     if path:
         fsync_path(path)
     scan.digests[entry.name] = digest.hexdigest()
     if is_manifest and scan.manifest_bytes is None:
-        scan.manifest_bytes = bytes(kept)
+        scan.manifest_bytes = bytes(manifest)
 
 
 def _compare_with_manifest(scan: _Scan) -> None:
-    """Exactly the manifest's files, with its hashes, below one folder of its name."""
+    """Require exactly the manifest's files, with its checksums, below one folder of its name."""
     if scan.manifest_bytes is None:
         scan.problems.append(f"no {MANIFEST} (or a far too large one)")
         return
@@ -157,27 +157,27 @@ def _compare_with_manifest(scan: _Scan) -> None:
         scan.problems += error.problems
         return
     top = scan.manifest["name"]
-    wanted: dict[str, str | None] = {f"{top}/{file}": digest for file, digest in scan.manifest["files"].items()}
-    wanted[f"{top}/{MANIFEST}"] = None
-    for name in sorted(scan.digests.keys() - wanted.keys()):
+    expected: dict[str, str | None] = {f"{top}/{file}": digest for file, digest in scan.manifest["files"].items()}
+    expected[f"{top}/{MANIFEST}"] = None
+    for name in sorted(scan.digests.keys() - expected.keys()):
         scan.problems.append(f"{name}: not in the manifest of {top}")
-    for name in sorted(wanted.keys() - scan.digests.keys()):
+    for name in sorted(expected.keys() - scan.digests.keys()):
         scan.problems.append(f"{name}: in the manifest but not in the archive")
-    for name in sorted(wanted.keys() & scan.digests.keys()):
-        if wanted[name] not in (None, scan.digests[name]):
+    for name in sorted(expected.keys() & scan.digests.keys()):
+        if expected[name] not in (None, scan.digests[name]):
             scan.problems.append(f"{name}: SHA-256 differs from the manifest's")
-    useful = {str(parent) for name in wanted for parent in PurePosixPath(name).parents}
+    useful = {str(parent) for name in expected for parent in PurePosixPath(name).parents}
     for folder in sorted(scan.folders - useful):
         scan.problems.append(f"{folder}/: a folder without files of the manifest")
 
 
 def check_archive(archive: Path) -> list[str]:
-    """Everything that is wrong with an archive, each with the file's name and the reason; [] = good."""
+    """Return all problems with an archive, each with file name and reason; [] if it is valid."""
     return [f"{archive.name}: {problem}" for problem in _scan(archive).problems]
 
 
 def matches_export(archive: Path, model_dir: Path) -> bool:
-    """True when the archive is good and holds exactly the export in `model_dir`."""
+    """Whether the archive is valid and holds exactly the export in `model_dir`."""
     try:
         manifest = (model_dir / MANIFEST).read_bytes()
     except OSError:
@@ -187,7 +187,7 @@ def matches_export(archive: Path, model_dir: Path) -> bool:
 
 
 def read_checksums(path: Path) -> dict[str, str]:
-    """SHA-256 by archive name from a file in the format of `sha256sum`."""
+    """Read SHA-256 by archive name from a file in `sha256sum` format."""
     try:
         lines = read_regular(path).decode("utf-8").splitlines()
     except (OSError, ValueError):
@@ -197,20 +197,20 @@ def read_checksums(path: Path) -> dict[str, str]:
 
 
 def extract_archive(archive: Path, destination: Path) -> Path:
-    """Check an archive, then unpack it below `destination`; returns the top folder.
+    """Check an archive, then extract it below `destination`; return the top folder.
 
-    Nothing is written before the whole archive was found good; the second pass checks again while it writes
-    into a temporary folder, so an archive swapped in between is refused too.
+    Nothing is written before the whole archive has been checked. The second pass checks again while extracting to a
+    temporary folder, so that an archive swapped in between is rejected as well.
 
     Raises:
-        ArchiveError: the archive is not good, or the folder exists.
+        ArchiveError: the archive is invalid, or the folder exists.
     """
     first = _scan(archive)
     if first.problems:
         raise ArchiveError([f"{archive.name}: {problem}" for problem in first.problems])
     top = destination / first.manifest["name"]
     if top.exists() or top.is_symlink():
-        raise ArchiveError(f"{top}: already there; nothing was unpacked")
+        raise ArchiveError(f"{top}: already exists; nothing was unpacked")
     destination.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".extracting-", dir=destination))
     try:
@@ -226,12 +226,12 @@ def extract_archive(archive: Path, destination: Path) -> Path:
 
 @contextmanager
 def opened(place: Path) -> Iterator[Path]:
-    """The export folder at ``place``, or the top folder of a ``.tar.gz``, checked and unpacked, and gone afterwards.
+    """Open an export folder, or check a ``.tar.gz`` and extract it to a temporary folder while the context is open.
 
     Raises:
-        UserError: no such folder or archive, or an archive that is not good.
+        UserError: no such folder or archive, or an invalid archive.
     """
     if not place.exists():
-        raise UserError(f"{place}: no such folder or archive; train a model first, or name where one is")
+        raise UserError(f"{place}: no such folder or archive; train a model first, or give the path of one")
     with tempfile.TemporaryDirectory(prefix="mvlm-open-") as scratch:
         yield place if place.is_dir() else extract_archive(place, Path(scratch))

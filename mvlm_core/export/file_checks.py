@@ -1,7 +1,7 @@
-"""What lies in an export folder, judged before anything of it is loaded.
+"""Checks of an export folder's files before anything in it is loaded.
 
-A manifest that agrees with the files proves nothing about who made them. So code is accepted only where it equals the
-repository's own, to the byte, and every other file is opened by nothing that could run what is in it.
+A manifest that matches the files does not prove who made them. So code is accepted only if it is byte-identical to the
+repository's own, and other files are only opened by readers that cannot execute their content.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from mvlm_core.export.folder import STAGING_NAME
 from mvlm_core.export.manifest import EXPECTED_FILES, MANIFEST, TEST_SCORES, ArchiveError, read_manifest, verify_folder
 from mvlm_core.files import LOCK_NAME, read_json, read_regular
 
-# What may lie in an export folder beside the manifest's files; none of it goes into an archive.
+# Allowed in an export folder in addition to the manifest's files; never packed into an archive.
 BESIDE = {MANIFEST, STAGING_NAME, LOCK_NAME, TEST_SCORES, "checkpoints", "training_history.jsonl", "tensorboard"}
 PICKLE_SUFFIXES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
 PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch's zip, pickle 2 to 5
-JSON_LIMIT = 256 << 20  # bytes; tokenizers have a few million, a long run's history some tens
+JSON_LIMIT = 256 << 20  # bytes; a tokenizer has a few MB, the history of a long run some tens of MB
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Check:
 
 
 class Checks(list[Check]):
-    """The checks of one model, in the order in which they were made."""
+    """Checks of one model, in order."""
 
     def add(self, group: str, name: str, passed: bool, detail: str = "") -> bool:
         self.append(Check(group, name, bool(passed), printable(detail, LINE_BREAK)))
@@ -47,13 +47,13 @@ class Checks(list[Check]):
 
 
 def check_export(folder: Path, sources: Path, place: Path | None = None) -> None:
-    """Judge an export folder's files.
+    """Check an export folder's files.
 
     Args:
-        sources: the folder with the repository's own modelling files: no other code is run.
-        place: what the user calls it, where that is not the folder.
+        sources: the folder with the repository's own modelling files; no other code is run.
+        place: path given by the user, if that is not the folder.
     Raises:
-        UserError: it is no finished export, or not what its manifest says, every problem named.
+        UserError: not a finished export, or it does not match its manifest; lists every problem.
     """
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder}: holds no finished export (no {MANIFEST})")
@@ -65,10 +65,10 @@ def check_export(folder: Path, sources: Path, place: Path | None = None) -> None
 
 @contextmanager
 def checked_export(place: Path, sources: Path) -> Iterator[Path]:
-    """The export folder at ``place``, which may be a ``.tar.gz``; what that held is gone afterwards.
+    """Open and check an export folder or ``.tar.gz``; an archive is unpacked only while the context is open.
 
     Raises:
-        UserError: as ``opened`` and ``check_export``.
+        UserError: see ``opened`` and ``check_export``.
     """
     with checked_exports([place], sources) as (folder,):
         yield folder
@@ -76,12 +76,14 @@ def checked_export(place: Path, sources: Path) -> Iterator[Path]:
 
 @contextmanager
 def checked_exports(places: Sequence[Path], sources: Path, problems: Sequence[str] = ()) -> Iterator[list[Path]]:
-    """``checked_export`` for each of the places.
+    """``checked_export`` for several paths.
 
+    Args:
+        problems: already known problems, to be reported first.
     Raises:
-        UserError: every problem with any of them, after the ``problems`` that are known already.
+        UserError: lists every problem with any of them.
     """
-    folders, found = [], list(problems)
+    folders, all_problems = [], list(problems)
     with ExitStack() as stack:
         for place in places:
             try:
@@ -89,14 +91,14 @@ def checked_exports(places: Sequence[Path], sources: Path, problems: Sequence[st
                 check_export(folder, sources, place)
                 folders.append(folder)
             except UserError as error:
-                found += error.problems
-        if found:
-            raise UserError(found)
+                all_problems += error.problems
+        if all_problems:
+            raise UserError(all_problems)
         yield folders
 
 
 def check_files(folder: Path, checks: Checks, sources: Path) -> list[str]:
-    """Manifest, expected files, nothing else, no code but our own; returns the manifest's files.
+    """Check the manifest, that exactly the expected files are there, and their code; return the manifest's files.
 
     Args:
         sources: the folder with the repository's own modelling files.
@@ -111,7 +113,7 @@ def check_files(folder: Path, checks: Checks, sources: Path) -> list[str]:
     code = modelling_files(sources, read_json(folder / "config.json"))
     expected = [*EXPECTED_FILES, *sorted(code)]
     missing = [f"{name} is missing" for name in expected if name not in files]
-    checks.add_problems("files", "expected files", missing, "all there")
+    checks.add_problems("files", "expected files", missing, "all present")
     known = BESIDE | {file.split("/")[0] for file in files}
     extra = sorted(set(files) - set(expected)) + sorted({path.name for path in folder.iterdir()} - known)
     checks.add_problems("files", "no extra files", [f"{name} does not belong there" for name in extra], "none")
@@ -125,26 +127,26 @@ def check_files(folder: Path, checks: Checks, sources: Path) -> list[str]:
 
 
 def modelling_files(sources: Path, config: dict[str, Any]) -> set[str]:
-    """The Python files that `auto_map` names, and those that our own sources of these names import beside them."""
-    waiting = [target.split(".")[0] for _, target in _strings(config.get("auto_map"))]
+    """Python files named in `auto_map`, and those that the repository's files of these names import relatively."""
+    queue = [target.split(".")[0] for _, target in _strings(config.get("auto_map"))]
     own = {path.name for path in sources.glob("*.py")}
-    found: set[str] = set()
-    while waiting:
-        file = f"{waiting.pop()}.py"
-        if file in found:
+    files: set[str] = set()
+    while queue:
+        file = f"{queue.pop()}.py"
+        if file in files:
             continue
-        found.add(file)
+        files.add(file)
         tree = ast.parse((sources / file).read_bytes()) if file in own else ast.Module([], [])
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.level:
-                waiting += [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
-    return found
+                queue += [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+    return files
 
 
 def foreign_code(folder: Path, code: set[str], sources: Path) -> list[str]:
-    """Modelling files that are not the repository's own: to load the model would be to run them."""
+    """Report modelling files that are not the repository's own; loading the model would run them."""
     problems = []
-    own = {path.name for path in sources.glob("*.py")}  # never a path that the export chose
+    own = {path.name for path in sources.glob("*.py")}  # never a path chosen by the export
     for name in sorted(code):
         if name not in own:
             problems.append(f"{name}: the repository has no modelling file of this name; it is not run")
@@ -158,7 +160,7 @@ def foreign_code(folder: Path, code: set[str], sources: Path) -> list[str]:
 
 
 def remote_code(folder: Path) -> list[str]:
-    """What transformers reads as the place of some code, at any depth, and leads out of the folder."""
+    """Report config entries, at any depth, that make transformers load code from outside the folder."""
     return [
         f"{file}: {'.'.join(keys)} leads to {target}"
         for file in ("config.json", "tokenizer_config.json", "generation_config.json")
@@ -169,7 +171,7 @@ def remote_code(folder: Path) -> list[str]:
 
 
 def _strings(value: object, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Every string in a JSON value, with the keys that lead to it."""
+    """Yield every string in a JSON value with its path of keys."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _strings(inner, (*keys, key))
@@ -181,38 +183,36 @@ def _strings(value: object, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[
 
 
 def pickles(folder: Path, files: list[str]) -> list[str]:
-    """Files that torch or pickle would unpack, by name or by their first bytes, under whatever name."""
-    found = []
+    """Report pickle files, by suffix or by magic bytes."""
+    problems = []
     for name in (*files, *(path.name for path in folder.iterdir() if path.is_file())):
         path = folder / name
         if path.suffix.lower() in PICKLE_SUFFIXES:
-            found.append(f"{name}: a pickle by its name")
+            problems.append(f"{name}: a pickle by its name")
         elif path.is_file():
             try:
                 with path.open("rb") as file:
                     start = file.read(9)
             except OSError as error:
-                found.append(f"{name}: cannot be read ({error.strerror})")
+                problems.append(f"{name}: cannot be read ({error.strerror})")
                 continue
-            # A safetensors file starts with the length of its header, which may look like a pickle; then
-            # comes the "{".
+            # A safetensors file starts with the length of its header, which may look like a pickle, and then "{".
             if start.startswith(PICKLE_MAGIC) and not (path.suffix == ".safetensors" and start[8:] == b"{"):
-                found.append(f"{name}: a pickle by its first bytes")
-    return sorted(set(found))
+                problems.append(f"{name}: a pickle by its first bytes")
+    return sorted(set(problems))
 
 
 def unreadable(folder: Path) -> list[str]:
-    """Expected files that are not what their name says: JSON of the right kind, safetensors. Missing ones are left
-    to other checks."""
+    """Report expected files that are not valid JSON of the right type or valid safetensors; ignore missing ones."""
     from safetensors import SafetensorError, safe_open
 
     problems = []
     for path in [folder / name for name in EXPECTED_FILES if (folder / name).exists()]:
         try:
             if path.suffix == ".json":
-                kind, what = (list, "list") if path.name == "training_history.json" else (dict, "object")
-                if not isinstance(json.loads(read_regular(path, JSON_LIMIT).decode("utf-8")), kind):
-                    raise ValueError(f"not a JSON {what}")
+                expected, name = (list, "list") if path.name == "training_history.json" else (dict, "object")
+                if not isinstance(json.loads(read_regular(path, JSON_LIMIT).decode("utf-8")), expected):
+                    raise ValueError(f"not a JSON {name}")
             elif path.suffix == ".safetensors":
                 if not path.is_file():
                     raise ValueError("not a regular file")

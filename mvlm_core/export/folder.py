@@ -1,4 +1,4 @@
-"""The export folder: a finished model as transformers loads it, with its history, plots, card and manifest."""
+"""The export folder: a finished model in transformers' format, with history, plots, model card and manifest."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ STAGING_NAME = ".export"
 
 
 def software_versions() -> dict[str, str]:
-    """The versions that a result depends on."""
+    """Versions of Python and the packages that results depend on."""
     packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def stage_model(model: Any, tokenizer: Any, history: list[dict[str, Any]], title: str, output_dir: Path) -> Path:
-    """Write weights, tokenizer, history and plots into a staging folder and return it."""
+    """Write weights, tokenizer, history and plots to a staging folder and return it."""
     staging = output_dir / STAGING_NAME
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -40,16 +40,16 @@ def stage_model(model: Any, tokenizer: Any, history: list[dict[str, Any]], title
 
 
 def _name_tokenizer_class(path: Path) -> None:
-    """Name the class that both transformers 4 and 5 know."""
+    """Set a tokenizer class that both transformers 4 and 5 support."""
     config = json.loads(path.read_text())
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     write_json_atomic(path, config)
 
 
 def finish_export(staging: Path, config: dict[str, Any], card: str, output_dir: Path) -> None:
-    """Add training configuration and model card, then put the export in place, its manifest last.
+    """Add training configuration and model card, then move the export into place, with the manifest last.
 
-    Without a manifest there is no export: an interruption leaves either the old one, or none.
+    A folder without a manifest is not an export, so an interruption leaves the old export or none.
     """
     write_json_atomic(staging / TRAINING_CONFIG, config)
     (staging / "README.md").write_text(card, encoding="utf-8")
@@ -64,9 +64,9 @@ def finish_export(staging: Path, config: dict[str, Any], card: str, output_dir: 
 
 
 def remove_export(output_dir: Path) -> None:
-    """Delete an earlier export's files, manifest first; nothing that the manifest does not name."""
+    """Delete the manifest of an earlier export and then only the files it lists."""
     names: list[str] = []
-    with suppress(ArchiveError):  # a damaged manifest names nothing that could be trusted
+    with suppress(ArchiveError):  # a damaged manifest cannot be trusted
         names = [name for name in read_manifest(output_dir)["files"] if name != LOCK_NAME and "/" not in name]
     (output_dir / MANIFEST).unlink(missing_ok=True)
     for name in names:

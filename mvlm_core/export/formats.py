@@ -1,4 +1,4 @@
-"""An export in the formats of other programs: a folder with a manifest, made whole or not at all.
+"""Convert an export to other formats: a folder with a manifest, written atomically.
 
 onnx/       model.onnx, tokenizer.json, tokenizer_config.json
 gguf/       NAME.gguf, Modelfile                 (of a GPT-2)
@@ -23,34 +23,35 @@ PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "gguf": ("gguf",)}
 RECORD = "formats.json"
 LOGITS_TOLERANCE = 1e-4  # between the logits of torch and of ONNX Runtime, both in float32
 NO_GGUF = (
-    "only a GPT-2 can be written as GGUF: Enhanced SIM-ONE reads half of each key, and a value, from the token before, "
-    "which llama.cpp and vLLM do not keep; write it as ONNX"
+    "only a GPT-2 can be written as GGUF: Enhanced SIM-ONE uses half of the previous token's key and its value, which "
+    "llama.cpp and vLLM do not keep; write it as ONNX"
 )
 _README = Path(__file__).with_name("formats_readme.md")
 
 
 def missing_packages(formats: Iterable[str]) -> list[str]:
-    """A problem for each of the formats that cannot be written, for want of a package."""
+    """Describe the missing packages of each format."""
     command = f"{sys.executable} -m pip install -r requirements-extras.txt"
     missing = {
-        kind: [name for name in PACKAGES[kind] if importlib.util.find_spec(name) is None] for kind in sorted(formats)
+        format: [name for name in PACKAGES[format] if importlib.util.find_spec(name) is None]
+        for format in sorted(formats)
     }
-    return [f"{kind} needs {', '.join(names)}: {command}" for kind, names in missing.items() if names]
+    return [f"{format} needs {', '.join(names)}: {command}" for format, names in missing.items() if names]
 
 
 def supported(export: Path, formats: Iterable[str]) -> list[str]:
-    """Those of the formats that the model in the folder ``export`` can be written in."""
+    """Return those of ``formats`` that support the model in the folder ``export``."""
     is_gpt2 = read_json(export / "config.json").get("model_type") == "gpt2"
-    return sorted(kind for kind in formats if kind != "gguf" or is_gpt2)
+    return sorted(format for format in formats if format != "gguf" or is_gpt2)
 
 
 def source_of(export: Path) -> str:
-    """What tells an export from any other: the SHA-256 of its manifest."""
+    """Identify an export by the SHA-256 of its manifest."""
     return sha256_file(export / MANIFEST)
 
 
 def formats_of(folder: Path, export: Path) -> list[str]:
-    """The formats that ``folder`` holds of this export; none where a file is damaged or it was made of another one."""
+    """Formats of this export in ``folder``; none if a file is damaged or they were made from another export."""
     if verify_folder(folder):
         return []
     record = read_json(folder / RECORD)
@@ -58,14 +59,14 @@ def formats_of(folder: Path, export: Path) -> list[str]:
 
 
 def write_formats(export: Path, formats: Iterable[str], output: Path) -> None:
-    """Write an export, whose files were checked, in other formats, and compare what can be compared.
+    """Convert an export, whose files have been checked, to other formats and verify the ONNX logits.
 
     Args:
-        output: the folder to make; it may be there if it is empty.
+        output: the folder to create; it may exist if it is empty.
 
     Raises:
-        UserError: a format that this model cannot be written in.
-        TrainingFailed: ONNX Runtime does not give the model's logits; nothing was written.
+        UserError: a format does not support this model.
+        TrainingFailed: ONNX Runtime's logits differ from the model's; nothing was written.
     """
     formats = sorted(formats)
     if supported(export, formats) != formats:
@@ -93,7 +94,7 @@ def write_formats(export: Path, formats: Iterable[str], output: Path) -> None:
 
 
 def _add_onnx(export: Path, folder: Path) -> float:
-    """Returns the largest difference to the model's logits."""
+    """Write the ONNX graph; return the largest difference from the model's logits."""
     from mvlm_core.evaluation.bits_per_byte import load_export
     from mvlm_core.export.onnx_format import largest_difference, write_onnx
 

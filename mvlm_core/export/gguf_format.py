@@ -1,4 +1,4 @@
-"""GGUF of a standard GPT-2, for llama.cpp and what is built on it, and a Modelfile for Ollama."""
+"""Write a standard GPT-2 as GGUF, for llama.cpp and programs built on it, with a Modelfile for Ollama."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from mvlm_core.files import read_json
 from mvlm_core.settings import READABLE
 
-# Matrices that GPT-2 keeps as ``[in, out]``; everyone else, GGUF too, has ``[out, in]``.
+# Matrices that GPT-2 stores as ``[in, out]``; GGUF, like most others, uses ``[out, in]``.
 _TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
 def write_gguf(export: Path, path: Path, name: str) -> None:
-    """Write the GPT-2 in the folder ``export`` to ``path``, its weights in float32.
+    """Write the GPT-2 in the folder ``export`` to ``path`` with float32 weights.
 
-    The output matrix is left out: it is the embedding, as llama.cpp assumes where there is none.
+    The output matrix is omitted: llama.cpp then uses the embedding, to which it is tied.
     """
     from safetensors.torch import load_file
 
@@ -34,12 +34,12 @@ def write_gguf(export: Path, path: Path, name: str) -> None:
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     _add_tokenizer(gguf, writer, json.loads((export / "tokenizer.json").read_text(encoding="utf-8")), config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config["n_layer"])
-    for own, tensor in load_file(export / "model.safetensors").items():
-        tensor = tensor.float().T if own.endswith(_TRANSPOSED) else tensor.float()
-        theirs = names.get_name(own, try_suffixes=(".weight", ".bias"))
-        if theirs is None:
-            raise ValueError(f"{own}: a GPT-2 has no such tensor")
-        writer.add_tensor(theirs, tensor.contiguous().numpy())
+    for name, tensor in load_file(export / "model.safetensors").items():
+        tensor = tensor.float().T if name.endswith(_TRANSPOSED) else tensor.float()
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if gguf_name is None:
+            raise ValueError(f"{name}: a GPT-2 has no such tensor")
+        writer.add_tensor(gguf_name, tensor.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -47,16 +47,16 @@ def write_gguf(export: Path, path: Path, name: str) -> None:
 
 
 def _add_tokenizer(gguf: Any, writer: Any, tokenizer: dict[str, Any], config: dict[str, Any]) -> None:
-    """Our vocabulary and merges under GPT-2's splitting rule; a text begins with the start token, as in training."""
+    """Add our vocabulary and merges with GPT-2's pre-tokenizer; text starts with the start token, as in training."""
     special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-    numbers = tokenizer["model"]["vocab"] | special
-    tokens = sorted(numbers, key=numbers.__getitem__)
+    ids = tokenizer["model"]["vocab"] | special
+    tokens = sorted(ids, key=ids.__getitem__)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["model"]["merges"]]
-    kinds = gguf.TokenType
+    types = gguf.TokenType
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
-    writer.add_token_types([kinds.CONTROL if token in special else kinds.NORMAL for token in tokens])
+    writer.add_token_types([types.CONTROL if token in special else types.NORMAL for token in tokens])
     writer.add_token_merges(merges)
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
@@ -64,7 +64,7 @@ def _add_tokenizer(gguf: Any, writer: Any, tokenizer: dict[str, Any], config: di
 
 
 def modelfile(gguf_name: str, context: int) -> str:
-    """How Ollama runs it: it continues a text, without a chat's template."""
+    """Ollama Modelfile for plain text completion, without a chat template."""
     return (
         f"FROM ./{gguf_name}\nTEMPLATE {{{{ .Prompt }}}}\nPARAMETER num_ctx {context}\n"
         f"PARAMETER temperature {READABLE.temperature}\nPARAMETER top_p {READABLE.top_p}\n"

@@ -1,6 +1,6 @@
-"""The manifest of an export: its files with their SHA-256, written last, so that without it there is no export.
+"""The manifest of an export: its files with their SHA-256. It is written last; a folder without it is not an export.
 
-Also the list of the files that every export has, and the record of the run among them, `training_config.json`.
+Also the list of files that every export has, and reading `training_config.json`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 MANIFEST_LIMIT = 1 << 20  # bytes; a real one has a few kilobytes
 TRAINING_CONFIG = "training_config.json"
-TEST_SCORES = "test_scores.json"  # beside the export, and of its weights alone: see `scores`
+TEST_SCORES = "test_scores.json"  # in the export folder but not part of the export: see `scores`
 EXPECTED_FILES = (
     "config.json",
     "generation_config.json",
@@ -32,7 +32,7 @@ EXPECTED_FILES = (
     "training_plots.png",
 )
 SECTIONS = ("settings", "identity", "data", "tokenizer", "hardware", "results")  # objects in training_config.json
-RECORDED: tuple[tuple[str, str, Any, Any], ...] = (  # in them: of what type, and what it is where it is missing
+RECORDED: tuple[tuple[str, str, Any, Any], ...] = (  # section, key, type, default
     ("data", "only", str | None, None),
     ("results", "steps", int, 0),
     ("settings", "validation_split", float | int, 0.05),
@@ -42,7 +42,7 @@ log = logging.getLogger("mvlm")
 
 
 class ArchiveError(UserError):
-    """An archive or an export folder that must not be used; `.problems` says why."""
+    """An archive or export folder that must not be used; `.problems` lists the reasons."""
 
 
 def write_manifest(folder: Path, name: str, files: dict[str, str]) -> None:
@@ -61,10 +61,10 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_manifest(data: bytes) -> dict[str, Any]:
-    """The manifest in ``data``.
+    """Parse a manifest.
 
     Raises:
-        ArchiveError: it is no manifest, every problem named.
+        ArchiveError: not a valid manifest; lists every problem.
     """
     if len(data) > MANIFEST_LIMIT:
         raise ArchiveError(f"{MANIFEST}: larger than {MANIFEST_LIMIT:,} bytes")
@@ -96,17 +96,17 @@ def _file_problems(files: dict[str, Any]) -> list[str]:
         elif folded.setdefault(file.lower(), file) != file:
             problems.append(f"{MANIFEST}: {file} and {folded[file.lower()]} differ only in case")
         elif any(str(parent) in files for parent in PurePosixPath(file).parents):
-            problems.append(f"{MANIFEST}: {file} lies below a file")
+            problems.append(f"{MANIFEST}: {file} is below a file")
         if len(problems) >= PROBLEM_LIMIT:
             break
     return problems
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an export folder.
+    """Read the manifest of an export folder.
 
     Raises:
-        ArchiveError: there is none, or it is damaged.
+        ArchiveError: missing or damaged.
     """
     path = folder / MANIFEST
     try:
@@ -121,7 +121,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify_folder(folder: Path) -> list[str]:
-    """What differs between an export folder and its manifest; [] = every listed file has its hash."""
+    """Compare an export folder with its manifest; return the problems, [] if every listed file has its checksum."""
     try:
         files = read_manifest(folder)["files"]
     except ArchiveError as error:
@@ -142,9 +142,9 @@ def verify_folder(folder: Path) -> list[str]:
 
 
 def training_config(folder: Path, *required: str) -> dict[str, Any]:
-    """`training_config.json` of a finished export, {} where there is none; a damaged one is {} with a line in the log.
+    """Read `training_config.json` of a finished export; {} if it is missing or, with a warning, damaged.
 
-    The sections that it has are objects, and those that are ``required`` are there.
+    All sections in the result are objects, and those in ``required`` are present.
     """
     if not (folder / MANIFEST).exists():
         return {}
@@ -156,9 +156,9 @@ def training_config(folder: Path, *required: str) -> dict[str, Any]:
         for section in SECTIONS:
             if not isinstance(config.get(section, None if section in required else {}), dict):
                 raise ValueError(f"no section '{section}'")
-        for section, key, kind, default in RECORDED:
+        for section, key, expected, default in RECORDED:
             value = config.get(section, {}).get(key, default)
-            if not isinstance(value, kind) or isinstance(value, str) and "\0" in value:
+            if not isinstance(value, expected) or isinstance(value, str) and "\0" in value:
                 raise ValueError(f"{section}.{key} cannot be {printable(repr(value), limit=80)}")
     except (ArchiveError, OSError, ValueError, RecursionError) as error:
         log.warning("%s/%s is damaged, so the export does not count as finished: %s", folder, TRAINING_CONFIG, error)
@@ -167,10 +167,10 @@ def training_config(folder: Path, *required: str) -> dict[str, Any]:
 
 
 def corpus_choice(folder: Path) -> dict[str, Any]:
-    """Which part of the corpus an export was trained on, as `load_corpus` takes it.
+    """Arguments with which `load_corpus` loads the part of the corpus that an export was trained on.
 
     Raises:
-        UserError: the export is not finished, or its record says something impossible.
+        UserError: the export is not finished, or its record is invalid.
     """
     if not (config := training_config(folder)):
         raise UserError(f"{folder / TRAINING_CONFIG}: not the record of a finished export")

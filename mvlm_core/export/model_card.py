@@ -1,4 +1,4 @@
-"""The export's README.md: a model card with Hugging Face metadata, and no figure that was not measured."""
+"""The export's README.md: a model card with Hugging Face metadata and only measured figures."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from mvlm_core.metrics import CONTINUED, METRICS
 
 
 def model_card(config: dict[str, Any], *, title: str, description: str, sources: str, remote_code: bool) -> str:
-    """The text of the card.
+    """Render the model card.
 
     Args:
-        config: as in `training_config.json`.
-        sources: a sentence on the training text.
-        remote_code: the export brings its modelling files along.
+        config: content of `training_config.json`.
+        sources: description of the training text.
+        remote_code: whether the export includes its modelling files.
     """
     results, settings = config["results"], config["settings"]
     figures = [
@@ -25,13 +25,13 @@ def model_card(config: dict[str, Any], *, title: str, description: str, sources:
     figures += [
         ("vocabulary", f"{config['tokenizer']['vocab_size']:,}"),
         ("training context, tokens", f"{settings['max_length']:,}"),
-        ("training steps", f"{results['steps']:,}; the exported weights are of step {results['best_step']:,}"),
+        ("training steps", f"{results['steps']:,}; exported weights are from step {results['best_step']:,}"),
         ("trained on", config["hardware"]["name"]),
     ]
-    for part, words in (("train", "verses trained on"), ("held_out", "held-out verses as a control")):
+    for part, verses in (("train", "training verses"), ("held_out", "held-out verses as a control")):
         exact = results["memorization"][part]["exact"]
-        what = f"memorization: second half of a verse from its first, word for word, {words}"
-        figures.append((what, f"{share(exact)} of {exact['count']}"))
+        label = f"memorization: second half of a verse reproduced exactly from its first half, {verses}"
+        figures.append((label, f"{share(exact)} of {exact['count']}"))
     subject = ["bible"] if results.get("test_bpb_by_translation") else []
     return template(Path(__file__).with_suffix(".md")).render(
         tags=[*subject, "small-language-model", config["model"].replace("_", "-")],

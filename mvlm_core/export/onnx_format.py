@@ -1,9 +1,9 @@
-"""ONNX of an export: one graph that reads the prompt and every token after it, with its key-value cache.
+"""Export to ONNX: one graph for both prefill and decoding, with a KV cache.
 
-Inputs: ``input_ids [batch, tokens]``, and for each layer the cached ``past_key_values.N.key`` and ``….value``
-``[batch, heads, past, head_dim]``, which hold nothing (past = 0) at first. Outputs: ``logits [batch, tokens, vocab]``,
-and as ``present.N.key`` and ``….value`` the cache to give back in with the next tokens. The rows of a batch are of
-equal length: there is no mask for padding.
+Inputs: ``input_ids [batch, tokens]`` and for each layer ``past_key_values.N.key`` and ``….value``
+``[batch, heads, past, head_dim]``, initially empty (past = 0). Outputs: ``logits [batch, tokens, vocab]`` and the
+updated cache, ``present.N.key`` and ``….value``, to pass back in with the next tokens. All rows of a batch have the
+same length: there is no padding mask.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from mvlm_core.errors import run_main
 from mvlm_core.evaluation.bits_per_byte import context_of, load_export
 from mvlm_core.files import read_json, write_json_atomic
 
-_ONE_FILE = 1 << 30  # bytes of weights; protobuf holds 2 GiB, and larger ones go into a file beside the graph
+_ONE_FILE = 1 << 30  # bytes of weights; larger ones go into an external data file, as protobuf is limited to 2 GiB
 _PROBE_TOKENS = 48
 
 
 class CachedForward(nn.Module):
-    """A causal language model's public forward, its cache a flat list of tensors: a layer's keys, then its values."""
+    """Wraps a causal language model's forward with the cache as a flat list: each layer's keys, then its values."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -47,14 +47,14 @@ def _flat(cache: Cache) -> list[Tensor]:
 
 
 def write_onnx(model: Any, path: Path) -> None:
-    """Write the graph of ``model``, and its weights, to ``path``."""
-    ids = torch.zeros(2, 3, dtype=torch.long)  # no length of 1: torch would take it for a constant
+    """Write the graph and weights of ``model`` to ``path``."""
+    ids = torch.zeros(2, 3, dtype=torch.long)  # no dimension of 1: torch would specialize on it
     with torch.inference_mode():
         past = _flat(model(input_ids=ids, use_cache=True).past_key_values)
     names = [f"{layer}.{kind}" for layer in range(len(past) // 2) for kind in ("key", "value")]
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of operators that no text model has
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about operators that text models lack
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch about itself, and that equal lengths share a name
+        warnings.simplefilter("ignore")  # torch's own deprecations, and dynamic dimensions that share a name
         program: Any = torch.onnx.export(
             CachedForward(model).eval(),
             (ids, past),
@@ -65,16 +65,16 @@ def write_onnx(model: Any, path: Path) -> None:
             dynamic_shapes=({0: "batch", 1: "tokens"}, [{0: "batch", 2: "past"} for _ in past]),
         )
     for node in program.model.graph.all_nodes():
-        node.metadata_props.clear()  # each one's traceback, with this machine's paths
+        node.metadata_props.clear()  # tracebacks with this machine's paths
     size = sum(parameter.nbytes for parameter in model.parameters())
     program.save(path, external_data=size > _ONE_FILE)
 
 
 class CachedGraph:
-    """A written graph in ONNX Runtime on the CPU, and its cache.
+    """An ONNX graph in ONNX Runtime on the CPU, with its cache.
 
     Args:
-        threads: 0: one for each core.
+        threads: 0 means one per core.
     """
 
     def __init__(self, path: Path, *, threads: int = 0) -> None:
@@ -82,40 +82,40 @@ class CachedGraph:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self.forget()
+        self.reset()
 
-    def forget(self, batch: int = 1) -> None:
-        """Empty the cache, for ``batch`` new texts."""
+    def reset(self, batch: int = 1) -> None:
+        """Clear the cache for a new batch of ``batch`` texts."""
         _, *cached = self.session.get_inputs()
         self.past = {
             tensor.name: np.zeros((batch, tensor.shape[1], 0, tensor.shape[3]), np.float32) for tensor in cached
         }
 
     def read(self, ids: np.ndarray) -> np.ndarray:
-        """Logits ``[batch, tokens, vocab]`` of the tokens ``ids [batch, tokens]``, which follow those read before."""
+        """Append tokens ``ids [batch, tokens]`` to those already read; return logits ``[batch, tokens, vocab]``."""
         logits, *present = self.session.run(None, {"input_ids": ids} | self.past)
         self.past = dict(zip(self.past, present, strict=True))
         return logits
 
 
 def largest_difference(model: Any, path: Path) -> float:
-    """Between the logits of ``model`` and those of the graph, which reads in three parts, the second a single token."""
+    """Largest difference between the logits of ``model`` and of the graph, run in three chunks (one a single token)."""
     length = min(context_of(model), _PROBE_TOKENS)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = model(input_ids=ids, use_cache=False).logits.numpy()
     graph = CachedGraph(path)
-    graph.forget(batch=2)
+    graph.reset(batch=2)
     parts = [graph.read(part.numpy()) for part in ids.split([length // 2, 1, length - length // 2 - 1], dim=1)]
     return float(np.abs(np.concatenate(parts, axis=1) - expected).max())
 
 
 def main(request: str, answer: str) -> None:
     """``python -m mvlm_core.export.onnx_format REQUEST.json ANSWER.json``, run by ``validation``."""
-    asked = read_json(Path(request))
-    model, _ = load_export(asked["folder"])
-    write_json_atomic(answer, {"largest_difference": largest_difference(model.float(), Path(asked["graph"]))})
+    arguments = read_json(Path(request))
+    model, _ = load_export(arguments["folder"])
+    write_json_atomic(answer, {"largest_difference": largest_difference(model.float(), Path(arguments["graph"]))})
 
 
 if __name__ == "__main__":

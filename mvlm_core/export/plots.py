@@ -1,4 +1,4 @@
-"""Curves of training histories, and `training_plots.png`, the picture of a training run in its export."""
+"""Curves of training histories, and `training_plots.png` in the export."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from mvlm_core.metrics import BY_NAME
 
-# Okabe and Ito's palette: distinct for every kind of colour vision, and light and dark in greyscale.
+# Okabe and Ito's palette: distinguishable with any type of colour vision, and in greyscale.
 STYLES = (
     {"color": "#0072B2", "linestyle": "-", "marker": "o", "hatch": ""},
     {"color": "#E69F00", "linestyle": "--", "marker": "s", "hatch": "//"},
 )
 PART_STYLES = (("#0072B2", "-"), ("#E69F00", "--"), ("#009E73", ":"), ("#CC79A7", "-."))  # for curves of one model
-POINTS = 400  # of a curve: more than a page has pixels for
+POINTS = 400  # per curve, enough for the width of a page
 BY_TEXT, BY_TIME = ("bytes", 1e6, "training text read, MB"), ("seconds", 1.0, "seconds of training")
 PANELS = (  # field of the history's records, label
     ("train_loss", "training loss (nats per token)"),
@@ -27,17 +27,17 @@ Histories = dict[str, list[dict[str, Any]]]
 
 
 def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most about ``POINTS`` of them, always with the last one."""
+    """Downsample to at most about ``POINTS`` points, always keeping the last one."""
     step = -(-len(points) // POINTS)
     return points[::-1][::step][::-1] if step > 1 else points
 
 
 def curves(histories: Histories, keys: Iterable[str], x: Axis, ylabel: str) -> Callable[[Any], None] | None:
-    """What draws values of the history against text or time onto axes, or None where no record has any.
+    """Return a function that plots history values against text or time onto axes, or None if there are none.
 
     Args:
-        keys: one for a curve for each model, several for a curve for each key.
-        x: the record's key, what it is divided by, and the axis's label.
+        keys: one key for a curve per model, several for a curve per key.
+        x: the record's key, its divisor, and the axis label.
     """
     (x_key, unit, xlabel), keys, lines = x, list(keys), []
     for style, (name, history) in zip(STYLES, histories.items(), strict=False):
@@ -61,12 +61,12 @@ def curves(histories: Histories, keys: Iterable[str], x: Axis, ylabel: str) -> C
 
 
 def plot_history(history: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Loss, validation, learning rate and gradient norm against the text read, as one picture."""
+    """Plot loss, validation, learning rate and gradient norm against training text in one figure."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6.5), layout="constrained")
-    FigureCanvasAgg(figure)  # no pyplot: it would ask for a display and leave global state behind
+    FigureCanvasAgg(figure)  # not pyplot, which has global state and may need a display
     for axes, (key, label) in zip(figure.subplots(2, 2, sharex=True).flat, PANELS, strict=True):
         if draw := curves({title: history}, [key], BY_TEXT, label):
             draw(axes)

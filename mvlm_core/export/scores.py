@@ -1,12 +1,12 @@
-"""`test_scores.json` beside an export: of every window of the test text the nats, whose sums the test scores are.
+"""`test_scores.json` in an export folder: nats of every window of the test text, which sum to the test scores.
 
-With it a score can be checked without scoring the whole text again: that the sums are right costs nothing, and that
-the parts are right is seen from some windows, drawn at random and scored again from the exported files. It is a record
-of the run, like its checkpoints: it goes into no archive, and where it is missing the whole text is scored.
+It allows a score to be verified without scoring the whole text again: the sums are cheap to check, and the parts are
+checked by rescoring a random sample of windows with the exported files. Like the checkpoints it is a record of the run
+and never packed into an archive; without it the whole text is scored.
 
     python -m mvlm_core.export.scores REQUEST.json ANSWER.json
 
-computes the scores again, run by `validation` in a process of its own.
+recomputes the scores; `validation` runs it in a separate process.
 """
 
 from __future__ import annotations
@@ -35,19 +35,18 @@ from mvlm_core.files import read_json, sha256_file, write_json_atomic
 from mvlm_core.hardware import choose_hardware
 from mvlm_core.metrics import PRIMARY_TEST_BPB
 
-# Relative tolerances of a score: on another device or in another precision, sums are ordered otherwise.
+# Relative tolerances of a score: another device or precision sums in a different order.
 SAME_MACHINE, OTHER_MACHINE = 1e-4, 1e-3
-# Where a share q of n windows has wrong nats, a sample of the share s sees none of them with probability
-# (1 - s) ** (q * n): 2e-4 for one in fifty of 3,200. What is wrong everywhere, if only by little, the sums show.
-# Short texts are scored as a whole.
+# If a fraction q of n windows has wrong nats, a sampling rate s misses all of them with probability (1 - s) ** (q * n):
+# 2e-4 for one in fifty of 3,200. Small errors in all windows show in the sums. Short texts are scored completely.
 _LEAST_WINDOWS = 64
-# A window has few tokens, whose rounding does not cancel as that of a whole text does.
+# A window has few tokens, whose rounding errors do not cancel as in a whole text.
 _WINDOW_TOLERANCE = 10
-_SMALL_WINDOW = 10.0  # nats: smaller ones may be off by as much as one of this size
+_SMALL_WINDOW = 10.0  # nats: smaller windows get the absolute tolerance of one of this size
 
 
 def write_scores(folder: Path, score: Score) -> None:
-    """Write a whole score, by document, beside the export whose weights it is of."""
+    """Write a complete score, by document, to the folder of the export it belongs to."""
 
     def in_order(windows: dict[int, float]) -> list[float]:
         return [windows[number] for number in sorted(windows)]
@@ -60,12 +59,12 @@ def write_scores(folder: Path, score: Score) -> None:
 
 
 def read_scores(folder: Path) -> Score | None:
-    """The score that lies beside an export; None where there is none, it is damaged, or of other weights."""
-    found = read_json(folder / TEST_SCORES)
+    """Read the score in an export folder; None if it is missing, damaged, or belongs to other weights."""
+    stored = read_json(folder / TEST_SCORES)
     try:
-        if found["weights"] != _weights(folder):
+        if stored["weights"] != _weights(folder):
             return None
-        return Score({key: _document(value) for key, value in found["documents"].items()})
+        return Score({key: _document(value) for key, value in stored["documents"].items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -77,55 +76,56 @@ def _weights(folder: Path) -> str:
 def _document(value: dict[str, Any]) -> DocumentScore:
     size, tokens, nats = value["bytes"], value["tokens"], value["nats"]
     if not all(isinstance(number, int) and 0 <= number < 2**53 for number in (size, tokens)):
-        raise ValueError("bytes or tokens are no numbers")
+        raise ValueError("bytes or tokens are not valid numbers")
     if not all(isinstance(number, float) and 0 <= number < math.inf for number in nats):
-        raise ValueError("nats are no numbers")
+        raise ValueError("nats are not valid numbers")
     return DocumentScore(size, tokens, dict(enumerate(nats)))
 
 
 def drawn_windows(stored: Score, seed: int) -> Iterator[bool]:
-    """For each window of all documents in order whether it is in the sample of this seed."""
+    """Yield for each window, in order over all documents, whether it is in the sample drawn with this seed."""
     count = sum(len(document.windows) for document in stored.documents.values())
     share = max(RESCORED_SHARE, _LEAST_WINDOWS / max(1, count))
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     while True:
-        yield chance.random() < share
+        yield rng.random() < share
 
 
-def differences(stored: Score, found: Score, context: int, tolerance: float) -> list[str]:
-    """Where a score differs from one of all the same documents but of some windows only, each in a sentence.
+def differences(stored: Score, sample: Score, context: int, tolerance: float) -> list[str]:
+    """Compare a stored score with a sample of rescored windows of the same documents; return the problems.
 
     Args:
         context: of the model, in tokens.
-        tolerance: of the sum over the windows, relative.
+        tolerance: relative tolerance of the sum over the sampled windows.
     """
-    problems = [f"{key}: scored, but not in the corpus" for key in stored.documents.keys() - found.documents.keys()]
+    problems = [f"{key}: scored, but not in the corpus" for key in stored.documents.keys() - sample.documents.keys()]
     sums = [0.0, 0.0]
-    for key, document in found.documents.items():
-        known = stored.documents.get(key)
-        whole = (document.bytes, document.tokens, window_count(document.tokens, context))
-        if known is None or (known.bytes, known.tokens, len(known.windows)) != whole:
-            problems.append(f"{key}: not {whole[0]} bytes in {whole[1]} tokens and {whole[2]} windows, as the text is")
+    for key, document in sample.documents.items():
+        recorded = stored.documents.get(key)
+        size = (document.bytes, document.tokens, window_count(document.tokens, context))
+        if recorded is None or (recorded.bytes, recorded.tokens, len(recorded.windows)) != size:
+            problems.append(f"{key}: not {size[0]} bytes, {size[1]} tokens and {size[2]} windows, as the text has")
             continue
         for number, nats in document.windows.items():
-            sums = [sums[0] + known.windows[number], sums[1] + nats]
-            if not _alike(known.windows[number], nats, _WINDOW_TOLERANCE * tolerance):
-                problems.append(f"{key}, window {number}: {nats} nats, recorded in training: {known.windows[number]}")
-    if not _alike(sums[0], sums[1], tolerance):
+            before = recorded.windows[number]
+            sums = [sums[0] + before, sums[1] + nats]
+            if not _is_close(before, nats, _WINDOW_TOLERANCE * tolerance):
+                problems.append(f"{key}, window {number}: {nats} nats, recorded in training: {before}")
+    if not _is_close(sums[0], sums[1], tolerance):
         problems.append(f"all windows of the sample: {sums[1]} nats, recorded in training: {sums[0]}")
     return sorted(problems)
 
 
-def _alike(recorded: float, found: float, tolerance: float) -> bool:
-    return math.isclose(recorded, found, rel_tol=tolerance, abs_tol=tolerance * _SMALL_WINDOW)
+def _is_close(recorded: float, rescored: float, tolerance: float) -> bool:
+    return math.isclose(recorded, rescored, rel_tol=tolerance, abs_tol=tolerance * _SMALL_WINDOW)
 
 
 def rescore(folder: Path, *, data_dir: str, device: str, seed: int, whole: bool) -> dict[str, Any]:
-    """The scores of the whole test text and of its primary part; None where there is no such text.
+    """Recompute the scores of the whole test split and of its primary part; None without such text.
 
-    Where the nats of every window lie beside the export, these scores are sums of them, and ``sample`` says how many
-    windows were scored again and what differs; otherwise (None), or if ``whole``, everything is scored again, in one
-    pass. No scores, and another fingerprint, where the corpus is not the one that the model was trained on.
+    With a stored score the results are its sums, and ``sample`` holds the number of rescored windows and the problems;
+    without one, or with ``whole``, everything is rescored in one pass and ``sample`` is None. If the corpus is not the
+    one that the model was trained on, there are no scores and the fingerprint differs.
     """
     config, corpus = training_config(folder), load_corpus(data_dir, **corpus_choice(folder))
     hardware = choose_hardware(device=device)
@@ -146,7 +146,7 @@ def rescore(folder: Path, *, data_dir: str, device: str, seed: int, whole: bool)
     )
     if stored:
         problems = differences(stored, score, context_of(model), result["tolerance"])
-        windows = [sum(len(document.windows) for document in some.documents.values()) for some in (score, stored)]
+        windows = [sum(len(document.windows) for document in each.documents.values()) for each in (score, stored)]
         result["sample"] = {"windows": windows[0], "of": windows[1], "problems": problems}
         score = stored
     primary = {document.path for document in corpus.primary_part("test")}
@@ -156,8 +156,8 @@ def rescore(folder: Path, *, data_dir: str, device: str, seed: int, whole: bool)
 
 
 def main(request: str, answer: str) -> None:
-    asked = json.loads(Path(request).read_text(encoding="utf-8"))
-    write_json_atomic(answer, rescore(Path(asked.pop("folder")), **asked))
+    arguments = json.loads(Path(request).read_text(encoding="utf-8"))
+    write_json_atomic(answer, rescore(Path(arguments.pop("folder")), **arguments))
 
 
 if __name__ == "__main__":

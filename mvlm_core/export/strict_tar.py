@@ -1,8 +1,8 @@
-"""A tar reader that knows regular files and folders and nothing else.
+"""A strict tar reader that supports only regular files and folders.
 
-Links, devices, sparse files and extended headers have no code path here, so what the standard library's
-reader stumbled over (CVE-2024-6232, CVE-2025-4517, CVE-2025-8194) cannot be reached. Where tar programs
-disagree on what a header means, the entry is refused.
+There is no code for links, devices, sparse files and extended headers, so it is not exposed to vulnerabilities such as
+those of the standard library's reader (CVE-2024-6232, CVE-2025-4517, CVE-2025-8194). Headers that tar programs
+interpret differently are rejected.
 """
 
 import re
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from io import BufferedIOBase
 
 ENTRY_LIMIT = 10_000
-PROBLEM_LIMIT = 50  # a hostile archive may hold millions of bad entries: naming some is enough
+PROBLEM_LIMIT = 50  # a malicious archive may hold millions of bad entries
 BLOCK = 512
 CHUNK = 1 << 20
 
@@ -43,23 +43,23 @@ class Damaged(Exception):
 
 
 class BoundedStream:
-    """The unpacked bytes of an archive, never more than ``limit`` of them."""
+    """Decompressed bytes of an archive, up to ``limit``."""
 
     def __init__(self, file: BufferedIOBase, limit: int) -> None:
         self._file, self._limit, self._seen = file, limit, 0
 
     def read(self, size: int) -> bytes:
-        """Exactly ``size`` bytes, fewer only at the end. Raises ``Damaged``."""
+        """Read exactly ``size`` bytes, fewer only at the end. Raises ``Damaged``."""
         data = b""
         while len(data) < size:
             try:
-                more = self._file.read(size - len(data))
+                chunk = self._file.read(size - len(data))
             except (EOFError, OSError, zlib.error, ValueError) as error:
                 raise Damaged(f"damaged or cut off ({error})") from None
-            if not more:
+            if not chunk:
                 break
-            data += more
-            self._seen += len(more)
+            data += chunk
+            self._seen += len(chunk)
             if self._seen > self._limit:
                 raise Damaged(f"unpacks to more than {self._limit:,} bytes: refused as a bomb")
         return data
@@ -67,7 +67,7 @@ class BoundedStream:
 
 @dataclass
 class Entry:
-    """One header: the name without a folder's closing slash, the size of the content in bytes."""
+    """One header: name without a trailing slash, size of the content in bytes."""
 
     name: str
     kind: bytes
@@ -80,7 +80,7 @@ class Entry:
 
 
 def name_problem(name: str) -> str | None:
-    """Why ``name`` cannot be a path inside an archive, on any system; None when it can."""
+    """Explain why ``name`` is not a safe path in an archive on every system; None if it is."""
     shown = ascii(name if len(name) <= 80 else name[:80] + "...")
     if not name or name.startswith("/"):
         return f"{shown}: empty or absolute name"
@@ -88,17 +88,17 @@ def name_problem(name: str) -> str | None:
         return f"{shown}: backslash or drive name"
     parts = name.split("/")
     if ".." in parts:
-        return f"{shown}: name leads out of the archive ('..')"
+        return f"{shown}: path traversal ('..')"
     for part in parts:
         if not SAFE_PART.fullmatch(part) or part.split(".")[0].lower() in WINDOWS_DEVICES:
-            return f"{shown}: name holds something else than plain letters, digits and . _ + -"
+            return f"{shown}: name contains characters other than plain letters, digits and . _ + -"
     return None
 
 
 def entries(stream: BoundedStream, problems: list[str]) -> Iterator[tuple[Entry, Iterator[bytes]]]:
-    """Every acceptable entry with its content; what is not acceptable goes into ``problems``.
+    """Yield every acceptable entry with its content; append the others to ``problems``.
 
-    Content that the caller leaves unread is skipped. Raises ``Damaged`` where reading cannot go on.
+    Content that the caller does not read is skipped. Raises ``Damaged`` if reading cannot continue.
     """
     seen: dict[str, str] = {}
     for count in range(ENTRY_LIMIT + 1):
@@ -124,7 +124,7 @@ def entries(stream: BoundedStream, problems: list[str]) -> Iterator[tuple[Entry,
 
 
 def _number(raw: bytes) -> int:
-    """A number of a header: octal text, or GNU's binary form for large sizes."""
+    """Parse a number in a header: octal text, or GNU's binary form for large sizes."""
     if raw[0] == 0x80:
         return int.from_bytes(raw[1:], "big")
     text = raw.strip(b" \0")

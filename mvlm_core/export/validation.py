@@ -1,7 +1,7 @@
-"""The checks of an exported model and its archive: what `validate_models.py` runs and reports.
+"""Checks of an exported model and its archive, run and reported by `validate_models.py`.
 
-What is looked at is not trusted: its files are judged before anything is loaded (`file_checks`), and loading and
-scoring happen in processes of their own (`load_probe`, `scores`, `onnx_format`).
+Exports are untrusted: their files are checked before anything is loaded (`file_checks`), and loading and scoring run in
+separate processes (`load_probe`, `scores`, `onnx_format`).
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ ODD_TEXTS = (
     "a" * 300,
     "1 + 1 = 2",
 )
-ORDINARY_WORDS = ("<eos>", "<bos>", "<|endoftext|>")  # that must not become special tokens
-_SUM_TOLERANCE = 1e-9  # relative, of a score that is the sum of stored numbers
-LOADING_SECONDS = 900  # a real model takes a few; a hostile configuration may ask for endless layers
+ORDINARY_WORDS = ("<eos>", "<bos>", "<|endoftext|>")  # must not be encoded as special tokens
+_SUM_TOLERANCE = 1e-9  # relative, for a score that is the sum of stored numbers
+LOADING_SECONDS = 900  # a real model takes a few; a malicious config may request endless layers
 LOADING = "loads elsewhere, offline, by itself"
 PROBE = Path(__file__).with_name("load_probe.py")
 OFFLINE = {
@@ -63,10 +63,10 @@ OFFLINE = {
 
 
 def run_python(arguments: list[str], cwd: Path, *, seconds: float = math.inf, **extra: str) -> tuple[int, str]:
-    """A fresh Python, Hugging Face's libraries offline; returns its exit code and last lines of output.
+    """Run a new Python process with Hugging Face libraries offline; return its exit code and last lines of output.
 
     Args:
-        seconds: after so many it is killed.
+        seconds: timeout after which it is killed.
     """
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", PARENT_VARIABLE)}
     with subprocess.Popen(
@@ -80,15 +80,15 @@ def run_python(arguments: list[str], cwd: Path, *, seconds: float = math.inf, **
         errors="replace",
     ) as process:
         try:
-            output = _output_in_time(process, seconds)
+            output = _wait_for_output(process, seconds)
         except BaseException:
             process.kill()
             raise
     return process.returncode, "\n".join(output.strip().splitlines()[-8:])
 
 
-def _output_in_time(process: subprocess.Popen[str], seconds: float) -> str:
-    """The child's output; raises Stopped when the pipeline that started this process is gone."""
+def _wait_for_output(process: subprocess.Popen[str], seconds: float) -> str:
+    """Wait for the child's output; raises Stopped if the pipeline that started this process is gone."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -104,21 +104,21 @@ def _output_in_time(process: subprocess.Popen[str], seconds: float) -> str:
 def answer_of(
     arguments: list[str], request: dict[str, Any], cwd: Path = REPOSITORY_ROOT, *, seconds: float = math.inf
 ) -> tuple[dict[str, Any], str]:
-    """What such a process answers to a request, both in JSON files; or {} and why it gave no answer."""
+    """Run such a process on a request; return its answer, or {} and the reason. Both are passed as JSON files."""
     with tempfile.TemporaryDirectory(prefix="mvlm-validate-") as scratch:
-        place = Path(scratch)
-        asked, answer = place / "request.json", place / "answer.json"
-        asked.write_text(json.dumps(request), encoding="utf-8")
-        caches = {"HF_MODULES_CACHE": str(place / "modules"), "HF_HOME": str(place / "home")}
-        code, output = run_python([*arguments, str(asked), str(answer)], cwd, seconds=seconds, **caches)
-        return read_json(answer) if code == 0 else {}, f"exit code {code}: {output}"
+        folder = Path(scratch)
+        request_file, answer_file = folder / "request.json", folder / "answer.json"
+        request_file.write_text(json.dumps(request), encoding="utf-8")
+        caches = {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HOME": str(folder / "home")}
+        code, output = run_python([*arguments, str(request_file), str(answer_file)], cwd, seconds=seconds, **caches)
+        return read_json(answer_file) if code == 0 else {}, f"exit code {code}: {output}"
 
 
 # --- loading ------------------------------------------------------------------------------------------------
 
 
 def copy_export(folder: Path, files: list[str], target: Path) -> None:
-    """Only the given files, as hard links where the file system allows it."""
+    """Copy only the given files, as hard links if the file system supports it."""
     for name in files:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -130,12 +130,12 @@ def copy_export(folder: Path, files: list[str], target: Path) -> None:
 def check_loading(
     folder: Path, files: list[str], checks: Checks, *, prompts: tuple[str, ...], texts: list[str]
 ) -> list[dict[str, Any]]:
-    """What a stranger's process finds in a copy of the export; returns the generated texts.
+    """Run ``load_probe`` on a copy of the export and add its checks; return the generated texts.
 
     Args:
-        files: that the manifest lists.
+        files: the manifest's files.
         prompts: to continue.
-        texts: for the tokenizer's round trip, beside ``ODD_TEXTS``.
+        texts: for the tokenizer's round trip, in addition to ``ODD_TEXTS``.
     """
     with tempfile.TemporaryDirectory(prefix="mvlm-validate-") as scratch:
         elsewhere = Path(scratch)
@@ -145,49 +145,49 @@ def check_loading(
         config = training_config(folder)
         request["parameters"] = config.get("results", {}).get("parameters")
         request["vocabulary"] = config.get("tokenizer", {}).get("vocab_size")
-        found, why = answer_of(["-I", str(PROBE)], request, elsewhere, seconds=LOADING_SECONDS)
-    if not checks.add("loading", LOADING, bool(found), f"as {found['class']}" if found else why):
+        answer, reason = answer_of(["-I", str(PROBE)], request, elsewhere, seconds=LOADING_SECONDS)
+    if not checks.add("loading", LOADING, bool(answer), f"as {answer['class']}" if answer else reason):
         return []
-    for group, name, problems, good in found["checks"]:
+    for group, name, problems, good in answer["checks"]:
         checks.add_problems(group, name, problems, good)
-    return found["samples"]
+    return answer["samples"]
 
 
 # --- scores -------------------------------------------------------------------------------------------------
 
 
-def same_score(recorded: object, found: object, tolerance: float) -> bool:
-    """Whether two values are scores and alike. An integer is none, and may be too large for the comparison."""
-    return isinstance(recorded, float) and isinstance(found, float) and math.isclose(recorded, found, rel_tol=tolerance)
+def same_score(recorded: object, now: object, tolerance: float) -> bool:
+    """Whether two values are floats and close. Integers are invalid, and may be too large to compare."""
+    return isinstance(recorded, float) and isinstance(now, float) and math.isclose(recorded, now, rel_tol=tolerance)
 
 
 def check_scores(folder: Path, checks: Checks, *, data_dir: str, device: str, seed: int, whole: bool) -> None:
-    """Compute the test scores again and compare them with those that training recorded.
+    """Recompute the test scores and compare them with those recorded in training.
 
     Args:
-        seed: of the sample of windows that is scored again where the nats of all of them lie beside the export.
-        whole: score all of them again nevertheless.
+        seed: for the sample of windows to rescore if the export folder has a stored score.
+        whole: rescore all windows instead.
     """
     config = training_config(folder)
-    asked = {"folder": str(folder), "data_dir": data_dir, "device": device, "seed": seed, "whole": whole}
-    found, why = answer_of(["-m", "mvlm_core.export.scores"], asked)
-    if not checks.add("scores", "recomputed", bool(found), f"on {found['device']}" if found else why):
+    request = {"folder": str(folder), "data_dir": data_dir, "device": device, "seed": seed, "whole": whole}
+    answer, reason = answer_of(["-m", "mvlm_core.export.scores"], request)
+    if not checks.add("scores", "recomputed", bool(answer), f"on {answer['device']}" if answer else reason):
         return
-    same_text = found["fingerprint"] == config.get("data", {}).get("fingerprint")
+    same_text = answer["fingerprint"] == config.get("data", {}).get("fingerprint")
     detail = "the corpus is the one it was trained and scored on"
     if not same_text:
         detail = f"the text in {data_dir} is not the one it was trained and scored on: no score can be compared"
     if not checks.add("scores", "same text", same_text, detail):
         return
-    if sample := found["sample"]:
-        detail = f"{sample['windows']:,} of {sample['of']:,} windows as recorded in training, drawn by seed {seed}"
+    if sample := answer["sample"]:
+        detail = f"{sample['windows']:,} of {sample['of']:,} windows as recorded in training, drawn with seed {seed}"
         checks.add_problems("scores", "sample", sample["problems"], detail)
-    where, tolerance = ("the files", found["tolerance"]) if sample is None else (TEST_SCORES, _SUM_TOLERANCE)
+    where, tolerance = ("the files", answer["tolerance"]) if sample is None else (TEST_SCORES, _SUM_TOLERANCE)
     unscored = config.get("settings", {}).get("no_test_score") is True
     for key in ("test_bpb", PRIMARY_TEST_BPB):
-        recorded, now = config.get("results", {}).get(key), found[key]
+        recorded, now = config.get("results", {}).get(key), answer[key]
         if recorded is None and (now is None or unscored):
-            checks.add("scores", key, True, "no such text" if now is None else "left unread by --no_test_score")
+            checks.add("scores", key, True, "no such text" if now is None else "not scored (--no_test_score)")
         else:
             detail = f"{now} from {where}, recorded in training: {recorded}"
             checks.add("scores", key, same_score(recorded, now, tolerance), detail)
@@ -197,7 +197,7 @@ def check_scores(folder: Path, checks: Checks, *, data_dir: str, device: str, se
 
 
 def check_packed(group: str, archive: Path, folder: Path, layout: Layout, checks: Checks) -> None:
-    """Judge the archive of a folder: whole, as in SHA256SUMS, and equal to the folder."""
+    """Check the archive of a folder: valid, listed in SHA256SUMS, and equal to the folder."""
     if not archive.is_file():
         checks.add(group, "there", False, f"{archive} is missing")
         return
@@ -205,24 +205,24 @@ def check_packed(group: str, archive: Path, folder: Path, layout: Layout, checks
     good = checks.add_problems(group, "opens and holds what its manifest says", check_archive(archive), "good")
     listed = read_checksums(layout.checksums).get(archive.name)
     try:
-        found = sha256_file(archive)
+        actual = sha256_file(archive)
     except OSError as error:
-        found = f"nothing ({error.strerror})"
-    detail = f"{archive.name}: {layout.checksums.name} says {listed or 'nothing'}, the file gives {found}"
-    checks.add(group, "SHA256SUMS", listed == found, "equal" if listed == found else detail)
+        actual = f"nothing ({error.strerror})"
+    detail = f"{archive.name}: {layout.checksums.name} lists {listed or 'nothing'}, the file has {actual}"
+    checks.add(group, "SHA256SUMS", listed == actual, "equal" if listed == actual else detail)
     if good:
         equal = matches_export(archive, folder)
-        detail = "the same files" if equal else f"{archive.name} does not hold what is in {folder}"
+        detail = "the same files" if equal else f"{archive.name} differs from {folder}"
         checks.add(group, "equals the export" if group == "archive" else "equals its folder", equal, detail)
 
 
 def check_formats(name: str, folder: Path, layout: Layout, checks: Checks) -> None:
-    """Judge what other programs read, where there is any: its files, its archive, and the logits of ONNX Runtime."""
+    """Check other formats of the model, if any: files, archive, and ONNX Runtime's logits."""
     made = layout.formats(name)
     if not made.is_dir() and not layout.formats_archive(name).is_file():
         return
     formats = formats_of(made, folder)
-    detail = ", ".join(formats) or f"{made}: a file differs from its manifest, or it was made of another export"
+    detail = ", ".join(formats) or f"{made}: a file differs from its manifest, or it was made from another export"
     if not checks.add("formats", "made of this export", bool(formats), detail):
         return
     check_packed("formats", layout.formats_archive(name), made, layout, checks)
@@ -234,7 +234,7 @@ def _check_logits(folder: Path, graph: Path, checks: Checks) -> None:
     if importlib.util.find_spec("onnxruntime") is None:
         checks.add("formats", "ONNX logits left out", True, "onnxruntime is not installed: requirements-extras.txt")
         return
-    found, why = answer_of(["-m", "mvlm_core.export.onnx_format"], {"folder": str(folder), "graph": str(graph)})
-    difference = found.get("largest_difference", math.inf)
-    detail = f"largest difference {difference:.2g}" if found else why
+    answer, reason = answer_of(["-m", "mvlm_core.export.onnx_format"], {"folder": str(folder), "graph": str(graph)})
+    difference = answer.get("largest_difference", math.inf)
+    detail = f"largest difference {difference:.2g}" if answer else reason
     checks.add("formats", "ONNX logits", difference <= LOGITS_TOLERANCE, detail)

@@ -1,4 +1,4 @@
-"""Running a program as a child: its output on our console, signals passed on once, its last lines kept."""
+"""Run a child process: relay its output to the console, forward signals once, keep its last lines."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = logging.getLogger("mvlm")
 
 
 class Signals:
-    """SIGINT and SIGTERM, as a context manager: passed on once to the running child; without one the job stops.
+    """Context manager that forwards SIGINT and SIGTERM once to the running child; without a child the job stops.
 
     A second SIGINT kills the child's whole process group and stops the job.
     """
@@ -35,15 +35,15 @@ class Signals:
         self.number: int | None = None
         self._child: subprocess.Popen[bytes] | None = None
         self._starting = False
-        self._before: dict[int, Any] = {}
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._handle)
+            self._handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, _frame: Any) -> None:
@@ -56,20 +56,20 @@ class Signals:
                 raise Stopped(number)
         elif number == signal.SIGINT:
             if self._child is not None:
-                # Not `child.kill()`: this may interrupt `child.wait()`, whose lock must not be waited for.
+                # Not `child.kill()`: this handler may interrupt `child.wait()`, which holds the lock that it needs.
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self._child.pid, signal.SIGKILL)
             raise Stopped(number)
 
     def check(self, code: int = 0) -> None:
-        """Raise Stopped when a signal has come, or ended a child with exit code ``code``."""
+        """Raise Stopped if a signal has arrived or a child's exit ``code`` says that one ended it."""
         if self.number is not None:
             raise Stopped(self.number)
         if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
             raise Stopped(code - 128)
 
     def start(self, command: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        """Start a child in a session of its own: a terminal's Ctrl-C reaches it from here only, and once."""
+        """Start a child in its own session, so that Ctrl-C reaches it only once, forwarded from here."""
         self.check()
         self._starting = True
         try:
@@ -81,27 +81,27 @@ class Signals:
         return self._child
 
     def wait(self) -> int:
-        """Wait for the child; returns its exit code, 128 + n for signal n."""
-        assert self._child is not None, "start comes first"
-        told = False
+        """Wait for the child; return its exit code, 128 + n for signal n."""
+        assert self._child is not None, "call start first"
+        logged = False
         while True:
             try:
                 code = self._child.wait(timeout=0.5)
                 break
             except subprocess.TimeoutExpired:
-                if self.number is not None and not told:
-                    told = True
+                if self.number is not None and not logged:
+                    logged = True
                     name = signal.Signals(self.number).name
-                    log.info("%s: passed on; waiting for the checkpoint (Ctrl-C again stops at once)", name)
+                    log.info("%s: forwarded; waiting for the checkpoint (Ctrl-C again stops immediately)", name)
         self._child = None
         return 128 - code if code < 0 else code
 
 
 class Relay:
-    """Copies a child's output to the console as it comes and keeps its last lines.
+    """Relays a child's output to the console and keeps its last lines.
 
-    On a terminal the child gets a terminal too, so that it draws progress bars; otherwise a pipe. The output is read
-    even when our own console is gone, so the child never blocks or fails on it.
+    If the console is a terminal, the child gets a pseudo-terminal, so that it draws progress bars; otherwise a pipe.
+    Output is read even after the console is gone, so that the child never blocks or fails.
     """
 
     def __init__(self) -> None:
@@ -111,7 +111,7 @@ class Relay:
         if os.isatty(2):
             self._reader, self.child_end = pty.openpty()
             settings = termios.tcgetattr(self.child_end)
-            settings[1] &= ~termios.OPOST  # the real terminal does the line ends
+            settings[1] &= ~termios.OPOST  # the real terminal translates line endings
             termios.tcsetattr(self.child_end, termios.TCSANOW, settings)
             try:
                 size = fcntl.ioctl(2, termios.TIOCGWINSZ, bytes(8))
@@ -128,7 +128,7 @@ class Relay:
         self._thread.start()
 
     def finish(self) -> list[str]:
-        """The last lines. A grandchild may hold the pipe open for ever, hence the limit."""
+        """Return the last lines. A grandchild may keep the pipe open forever, hence the timeout."""
         self._thread.join(timeout=5)
         if self._rest:
             self._keep(self._rest + b"\n")
@@ -164,7 +164,7 @@ class Relay:
 
 
 def run_child(command: list[str], signals: Signals) -> tuple[int, list[str]]:
-    """Run a command to its end with its output on the console; returns its exit code and last lines."""
+    """Run a command to completion with its output on the console; return its exit code and last lines."""
     environment = os.environ | {PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
     relay = Relay()
     try:
@@ -176,6 +176,6 @@ def run_child(command: list[str], signals: Signals) -> tuple[int, list[str]]:
 
 
 def note(log_file: Path, line: str) -> None:
-    """A line for the run's log file only."""
+    """Append a line to the run's log file only."""
     with log_file.open("a", encoding="utf-8") as file:
         file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")

@@ -1,7 +1,7 @@
-"""Two models compared on the same held-out text, with general-purpose compressors as baselines.
+"""Compare two models on the same held-out text, with general-purpose compressors as baselines.
 
-Bits per byte is the one number that compares models with different tokenizers, and compressors with models.
-The sentences claim no more than one run with one seed supports.
+Bits per byte is comparable across tokenizers, and between models and compressors. The generated sentences claim no more
+than one run with one seed supports.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from mvlm_core.evaluation.results import rows as suite_rows
 from mvlm_core.metrics import BY_NAME, METRICS, PRIMARY_TEST_BPB
 from mvlm_core.run_layout import finite_number
 
-NOISE_NATS = 0.005  # nats per token; in this field smaller differences between single runs mean nothing
-# What must be equal for a fair comparison: metric, what the sentence calls it, and within which share.
+NOISE_NATS = 0.005  # nats per token; smaller differences between single runs are noise
+# Must be equal for a fair comparison: metric, label for the sentence, and relative tolerance.
 FAIRNESS = (("parameters", "parameters", 0.02), ("bytes", "bytes of training text", 0.01))
 PARTS = ("book", "translation")
 
 
 def scores_by_part(config: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Test bits per byte by book and by translation, from a trainer's record; damaged values are left out."""
+    """Test bits per byte by book and by translation from a training_config.json, skipping damaged values."""
     parts = {part: config.get("results", {}).get(f"test_bpb_by_{part}") for part in PARTS}
     return {
         part: {str(name): value for name, value in values.items() if finite_number(value) is not None}
@@ -37,13 +37,13 @@ def compare(
     suite: dict[str, dict[str, Any]] | None = None,
     parts: dict[str, dict[str, dict[str, float]]] | None = None,
 ) -> dict[str, Any]:
-    """The `comparison` part of training_summary.json: by metric, each model's value and their ratio.
+    """Build the `comparison` section of training_summary.json: for each metric, the models' values and their ratio.
 
     Args:
         models: the summary's entries by name.
-        names: which of them finished, in the order of training; `ratio` is the second's value over the first's.
-        baselines: of `compression_baselines`.
-        suite: the evaluation suite's results by name.
+        names: finished models in training order; `ratio` is the second's value over the first's.
+        baselines: from `compression_baselines`.
+        suite: evaluation suite results by name.
         parts: `scores_by_part` by name.
     """
     result: dict[str, Any] = {}
@@ -72,24 +72,24 @@ def _ratio(values: list[Any]) -> float | None:
 
 
 def _sentences(result: dict[str, Any], names: list[str]) -> list[str]:
-    found = []
+    sentences = []
     if len(names) == 2:
-        found += _verdict(result, names)
-        for key, words, tolerance in FAIRNESS:
+        sentences += _verdict(result, names)
+        for key, label, tolerance in FAIRNESS:
             ratio = result[key]["ratio"]
             if ratio is not None:
                 fair = abs(ratio - 1) <= tolerance
                 verdict = "equal for this purpose" if fair else "NOT equal, so the scores do not compare like with like"
-                found.append(f"{names[1]} has {ratio:.3f} times the {words} of {names[0]}: {verdict}.")
-        found.append(
-            "One seed each: this is how these two runs ended, not how such runs end on average; differences under "
+                sentences.append(f"{names[1]} has {ratio:.3f} times the {label} of {names[0]}: {verdict}.")
+        sentences.append(
+            "One seed each: this is the outcome of two runs, not an average; differences under "
             f"{NOISE_NATS} nats per token are noise."
         )
-    return found + _against_baselines(result, names)
+    return sentences + _against_baselines(result, names)
 
 
 def _verdict(result: dict[str, Any], names: list[str]) -> list[str]:
-    """Which of two models scores better on the test text, and by how much."""
+    """State which of two models scores better on the test text, and by how much."""
     scores = result["test_bpb"]
     if None in (scores[name] for name in names):
         return []
@@ -133,7 +133,7 @@ def _baseline_text(baselines: dict[str, Any]) -> str:
 
 
 def text_table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of aligned columns, the first one to the left and the others to the right, under a header with a rule."""
+    """Format rows as aligned text, first column left and others right, under a header with a rule."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     first, *others = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in (header, *rows)
@@ -142,7 +142,7 @@ def text_table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def table(comparison: dict[str, Any], names: list[str]) -> list[str]:
-    """The whole comparison as lines of plain text."""
+    """Format the whole comparison as lines of plain text."""
     lines = text_table(["", *names, "ratio"], metric_rows(comparison, names))
     if rows := evaluation_rows(comparison, names):
         lines += ["", *text_table(["evaluation suite, test split", "the text", *names], rows), ""]
@@ -150,15 +150,15 @@ def table(comparison: dict[str, Any], names: list[str]) -> list[str]:
 
 
 def metric_rows(comparison: dict[str, Any], names: list[str]) -> list[list[str]]:
-    """Rows of text: the metric, each model's value, the ratio.
+    """Table rows: metric, each model's value, ratio.
 
-    Then the test scores by book and, of more than two translations, those the last model finds easiest and hardest.
+    Then test scores by book and, with more than two translations, those the last model finds easiest and hardest.
     """
 
     def row(title: str, values: dict[str, Any], key: str) -> list[str]:
-        found = [values.get(name) for name in names]
-        ratio = _ratio(found)
-        return [title, *map(BY_NAME[key].text, found), "" if ratio is None else f"{ratio:.3f}"]
+        cells = [values.get(name) for name in names]
+        ratio = _ratio(cells)
+        return [title, *map(BY_NAME[key].text, cells), "" if ratio is None else f"{ratio:.3f}"]
 
     def part_row(title: str, scores: dict[str, dict[str, float]], part: str) -> list[str]:
         return row(title, {name: scores.get(name, {}).get(part) for name in names}, "test_bpb")
@@ -166,23 +166,23 @@ def metric_rows(comparison: dict[str, Any], names: list[str]) -> list[list[str]]
     rows = [row(metric.title, comparison[metric.name], metric.name) for metric in METRICS]
     books, translations = (comparison[f"test_bpb_by_{part}"] for part in PARTS)
     rows += [part_row(f"· {book}", books, book) for book in (books.get(names[-1], {}) if names else ())]
-    if len(known := translations.get(names[-1], {}) if names else {}) > 2:
-        for words, choose in (("easiest", min), ("hardest", max)):
-            translation = choose(known, key=known.__getitem__)
-            rows.append(part_row(f"· {words} translation ({translation})", translations, translation))
+    if len(scores := translations.get(names[-1], {}) if names else {}) > 2:
+        for label, choose in (("easiest", min), ("hardest", max)):
+            translation = choose(scores, key=scores.__getitem__)
+            rows.append(part_row(f"· {label} translation ({translation})", translations, translation))
     return rows
 
 
 def evaluation_rows(comparison: dict[str, Any], names: list[str]) -> list[list[str]]:
-    """Rows of text: the question, the text's own value, each model's; none where a model has no results."""
+    """Table rows: metric, the text's own value, each model's; empty if a model has no results."""
     suite = comparison.get("evaluation_suite", {})
     return suite_rows([suite[name] for name in names]) if all(name in suite for name in names) else []
 
 
 def baseline_lines(comparison: dict[str, Any]) -> list[str]:
-    """The compression baselines in one line; none where they were not measured."""
+    """Format the compression baselines as one line; empty if they were not measured."""
     if not (baselines := comparison.get("compression_baselines")):
         return []
     values = ", ".join(f"{label} {baselines[name]:.3f}" for name, label in LABELS.items())
     text = f"{_baseline_text(baselines)} ({baselines['test_bytes']:,} bytes)"
-    return [f"Compressors primed with the train text, bits per byte of {text}: {values}"]
+    return [f"Compressors primed with the training text, bits per byte of {text}: {values}"]

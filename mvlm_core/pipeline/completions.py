@@ -1,13 +1,13 @@
-"""Completions of loaded models over HTTP, by the server of ``transformers serve``.
+"""Completions over HTTP with the server of ``transformers serve``.
 
-That server's public classes are used as they are, and a few of their public methods replaced:
+Its public classes are reused, with a few public methods overridden:
 
-- It loads a model when a request names it, by path or hub name, and looks its class up in the transformers module,
-  where model 2's is not. Here models are loaded before it starts, and a request chooses among them.
-- What it would answer with a server error, or not do as asked, is refused before it gets that far.
-- It has a thread for each model and seeds torch when a request comes in. Here all models share one thread, and a
-  request's seed is set when its turn has come. (Its paged batches would be quicker for many clients at once, but they
-  take the first request's temperature for all, and model 2's attention cannot read a paged cache.)
+- It loads a model when a request names it, by path or hub name, and looks up its class in the transformers module,
+  which lacks model 2's. Here models are loaded before it starts, and a request chooses among them.
+- Requests that it would answer with a server error, or not honour, are rejected first.
+- It uses one thread per model and seeds torch when a request arrives. Here all models share one thread, and the seed is
+  set when the request is processed. (Its paged batching would be faster for many concurrent clients, but it uses the
+  first request's temperature for all, and model 2's attention does not support a paged cache.)
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=100)]
 
 
 class CompletionRequest(BaseModel):
-    """What a request may hold; what is null counts as not there. The last ones have but the value that changes
-    nothing, which some clients send."""
+    """Schema of a request; null means absent. The last fields accept only their default, which some clients send."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -60,13 +59,13 @@ class CompletionRequest(BaseModel):
 
 
 class LoadedModels(ModelManager):
-    """Models by the name under which requests ask for them."""
+    """Loaded models by the name used in requests."""
 
     def __init__(self, models: Mapping[str, tuple[Any, Any]]) -> None:
         super().__init__(model_timeout=-1)
         self.models, self.started = models, int(time.time())
         for model, tokenizer in models.values():
-            # transformers' default is greedy decoding among the 50 likeliest tokens, whatever the temperature.
+            # By default transformers decodes greedily and limits sampling to the 50 most likely tokens.
             model.generation_config.update(do_sample=True, top_k=0)
             start = tokenizer.bos_token
             tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -85,7 +84,7 @@ class LoadedModels(ModelManager):
 
 
 class OneThread(GenerationState):
-    """One generation thread for all models: torch has one random generator for all."""
+    """One generation thread for all models, as they share torch's global random generator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,53 +95,47 @@ class OneThread(GenerationState):
 
 
 class CheckedCompletions(CompletionHandler):
-    """Completions of requests that are known to be good, one at a time."""
+    """Validates requests and completes them one at a time."""
 
     def __init__(self, models: LoadedModels, state: OneThread) -> None:
         super().__init__(models, state)
         self.models, self.thread, self.turn = models.models, state.thread, asyncio.Lock()
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        """The answer, as JSON or as a stream.
+        """Return the answer as JSON or as a stream.
 
         Raises:
-            HTTPException: 400, every problem with the request named; 404 for a model that is not here.
+            HTTPException: 400 listing every problem with the request; 404 for an unknown model.
         """
         request = self.checked({name: value for name, value in body.items() if value is not None})
         async with self.turn:
-            await self.thread.async_submit(lambda: None)  # done when the stream before it is written
+            await self.thread.async_submit(lambda: None)  # waits for the previous stream to finish
             return await super().handle_request(request, request_id)
 
     def checked(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The fields that the handler reads, ``max_tokens`` cut to what the context leaves."""
+        """Validate a request; return the fields that the handler reads, with ``max_tokens`` capped to the context."""
         try:
             request = CompletionRequest.model_validate(body)
         except ValidationError as error:
             problems = [f"{'.'.join(map(str, item['loc'][:1]))}: {item['msg']}" for item in error.errors()]
             raise HTTPException(400, "; ".join(dict.fromkeys(problems))) from None
         if request.model not in self.models:
-            raise HTTPException(404, f"no model {request.model[:100]!a}; there are: {', '.join(self.models)}")
+            raise HTTPException(404, f"no model {request.model[:100]!a}; available: {', '.join(self.models)}")
         model, tokenizer = self.models[request.model]
         length, context = len(prompt_ids(tokenizer, request.prompt)), context_of(model)
         if length >= context:
             raise HTTPException(
-                400, f"prompt: {length:,} tokens with the start token; the model reads {context:,} at once"
+                400, f"prompt: {length:,} tokens with the start token; the model's context is {context:,}"
             )
-        known = request.model_dump(exclude={"user", "n", "best_of", "echo", "presence_penalty"}, exclude_none=True)
-        return known | {"max_tokens": min(request.max_tokens, context - length)}
+        fields = request.model_dump(exclude={"user", "n", "best_of", "echo", "presence_penalty"}, exclude_none=True)
+        return fields | {"max_tokens": min(request.max_tokens, context - length)}
 
 
-def completions_app(models: Mapping[str, tuple[Any, Any]], *, cors: bool = False) -> FastAPI:
-    """The application for models and tokenizers by name.
-
-    Args:
-        cors: whether pages of any origin may ask.
-    """
+def completions_app(models: Mapping[str, tuple[Any, Any]]) -> FastAPI:
+    """Build the application that serves ``models``: name to (model, tokenizer)."""
     manager, state = LoadedModels(models), OneThread()
-    others: Any = None  # chat, transcription, …: their paths are taken away
-    app = build_server(
-        manager, others, CheckedCompletions(manager, state), others, others, others, state, enable_cors=cors
-    )
+    unused: Any = None  # handlers of chat, transcription, …, whose routes are removed below
+    app = build_server(manager, unused, CheckedCompletions(manager, state), unused, unused, unused, state)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in PATHS]
 
     @app.exception_handler(AnyHTTPException)

@@ -1,4 +1,4 @@
-"""What the programs that listen on a port share: which models, on which address, and how they end."""
+"""Shared by the programs that listen on a port: command line, model loading, address, shutdown."""
 
 from __future__ import annotations
 
@@ -17,28 +17,26 @@ from mvlm_core.hardware import DEVICES, choose_hardware, set_process_environment
 from mvlm_core.run_layout import Layout
 from mvlm_core.settings import REPOSITORY_ROOT
 
-Models = dict[str, tuple[Any, Any]]  # model and tokenizer by name
-GRACE = 2  # seconds that open requests have to end after a signal
+Models = dict[str, tuple[Any, Any]]  # name → (model, tokenizer)
+GRACE = 2  # seconds for open requests to finish after a signal
 
 
 def parser_of(description: str | None, port: int) -> argparse.ArgumentParser:
-    """A command line with MODEL …, ``--host``, ``--port`` and ``--device``."""
+    """Argument parser with MODEL …, ``--host``, ``--port`` and ``--device``."""
     parser = command_line(description)
     add = parser.add_argument
-    add(
-        "models", nargs="*", type=Path, metavar="MODEL", help="export folders or .tar.gz [default: both that were made]"
-    )
-    add("--port", type=int, default=port, help=f"port to listen on; 0: any that is free [default {port}]")
-    add("--host", default="127.0.0.1", help="address to listen on; other than 127.0.0.1 others may ask [127.0.0.1]")
+    add("models", nargs="*", type=Path, metavar="MODEL", help="export folders or .tar.gz [default: all trained models]")
+    add("--port", type=int, default=port, help=f"port to listen on; 0: any free port [default {port}]")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: reachable from the network [127.0.0.1]")
     add("--device", default="auto", choices=DEVICES, help="[default auto]")
     return parser
 
 
 def check(options: argparse.Namespace, packages: tuple[str, ...]) -> None:
-    """Take the models that were made where none is named, and see that the ``packages`` are there.
+    """Default to all trained models, and check the arguments and that ``packages`` are installed.
 
     Raises:
-        UserError: every problem with the command line and the installation.
+        UserError: lists every problem with the command line and the installation.
     """
     layout = Layout(REPOSITORY_ROOT)
     problems = [] if 0 <= options.port < 65536 else [f"--port {options.port}: from 0 to 65535"]
@@ -49,13 +47,13 @@ def check(options: argparse.Namespace, packages: tuple[str, ...]) -> None:
         exports, archives = sorted(layout.models.glob(f"*/{MANIFEST}")), sorted(layout.downloads.glob("*.tar.gz"))
         options.models = [manifest.parent for manifest in exports] or archives
         if not options.models:
-            problems.append(f"no model in {layout.models} or {layout.downloads}: train one first, or name where one is")
+            problems.append(f"no model in {layout.models} or {layout.downloads}: train one first, or give a path")
     if problems:
         raise UserError(problems)
 
 
 def by_name(folders: list[Path]) -> dict[str, Path]:
-    """Export folders by their own names; a name that is there twice gets a number."""
+    """Export folders by folder name; duplicate names get a number."""
     named: dict[str, Path] = {}
     for folder in folders:
         name = base = folder.resolve().name
@@ -66,19 +64,19 @@ def by_name(folders: list[Path]) -> dict[str, Path]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there.
+    """Open a listening socket.
 
     Raises:
-        UserError: it cannot, with the reason.
+        UserError: cannot listen there, with the reason.
     """
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise UserError(f"--host {host} --port {port}: {error.strerror}; --port 0 takes any that is free") from None
+        raise UserError(f"--host {host} --port {port}: {error.strerror}; --port 0 takes any free port") from None
 
 
 def address(listener: socket.socket) -> str:
-    """The URL of a listener; of one on all addresses, that on this machine."""
+    """URL of a listener; for one on all addresses, the URL on this machine."""
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -92,14 +90,14 @@ def serve(
     path: str = "",
     headers: Sequence[tuple[str, str]] = (),
 ) -> int:
-    """Check the command line, load the models and serve an ASGI app until a signal; the handler before is then called.
+    """Check the command line, load the models and serve an ASGI app until a signal, which then gets its usual handler.
 
     Args:
-        packages: that the app needs.
+        packages: required by the app.
         sources: the folder with the repository's own modelling files.
-        app_of: makes the app from the models and the folder of the first one.
-        path: below the address, that is shown.
-        headers: of every answer.
+        app_of: creates the app from the models and the folder of the first one.
+        path: appended to the printed address.
+        headers: added to every response.
     """
     check(options, packages)
     set_process_environment()
@@ -113,7 +111,7 @@ def serve(
         models = {name: load_export(folder, hardware.device) for name, folder in by_name(folders).items()}
         with listen(options.host, options.port) as listener:
             app = app_of(models, folders[0])
-            print(f"{' and '.join(models)} at {address(listener)}{path}; Ctrl-C ends it", flush=True)
+            print(f"{' and '.join(models)} at {address(listener)}{path}; Ctrl-C stops it", flush=True)
             config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE, headers=[*headers])
             uvicorn.Server(config).run(sockets=[listener])
     return 0

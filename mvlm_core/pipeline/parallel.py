@@ -1,6 +1,6 @@
-"""The same work on several models at once, each in a process of its own, which share the threads of the CPU.
+"""Process several models in parallel, each in its own process with a share of the CPU threads.
 
-Small models keep two processes of one thread each busier than one process of two.
+For small models two single-threaded processes use two cores better than one process with two threads.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ T = TypeVar("T")
 
 
 def parallel_map(work: Callable[..., T], each: Sequence[tuple[Any, ...]], *, on_cpu: bool) -> Iterator[T]:
-    """``work(*arguments)`` for each of some arguments, in their order.
+    """Yield ``work(*arguments)`` for each element of ``each``, in order.
 
     Args:
-        work: a function of a module; it, its arguments and its results go from process to process.
-        on_cpu: otherwise, and where there is one thread only, one comes after the other in this process.
+        work: a module-level function; it, its arguments and its results are sent between processes.
+        on_cpu: if False, or with one thread only, run sequentially in this process.
 
     Raises:
-        Exception: what ``work`` raised; BrokenProcessPool where its process died.
+        Exception: raised by ``work``; BrokenProcessPool if its process died.
     """
     threads, _ = available_threads()
     count = min(len(each), threads) if on_cpu else 1
@@ -46,17 +46,17 @@ def parallel_map(work: Callable[..., T], each: Sequence[tuple[Any, ...]], *, on_
 
 
 def _start(threads: int) -> None:
-    """In a new process, before torch is imported."""
+    """Initialize a worker process, before torch is imported."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    os.environ.pop(PARENT_VARIABLE, None)  # it names the parent's parent
-    end_on_sigterm()  # what it started in turn ends with it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C comes to the parent as well, which decides
+    os.environ.pop(PARENT_VARIABLE, None)  # it names the grandparent
+    end_on_sigterm()  # so that its own children are cleaned up
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
     if parent := multiprocessing.parent_process():
         parent.join()
-    while True:  # the first signal ends the work, which the pool's own loop outlives; another one ends that
+    while True:  # the first signal ends the work, but not the pool's own loop; a second one does
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)

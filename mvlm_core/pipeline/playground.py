@@ -1,4 +1,4 @@
-"""What the playground shows, as HTML from loaded models and records of runs; knows nothing of the page around it."""
+"""Renders the playground's content as HTML from loaded models and training records, independent of the page itself."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from mvlm_core.metrics import METRICS
 from mvlm_core.pipeline.report import SHAPE
 from mvlm_core.run_layout import finite_number
 
-Models = Mapping[str, tuple[Any, Any]]  # model and tokenizer by name
+Models = Mapping[str, tuple[Any, Any]]  # name → (model, tokenizer)
 UPDATE_SECONDS = 0.15
-TEXT_LIMIT = 64 << 10  # bytes of a text to score: some minutes for a large model on a CPU
-LONGEST = 512  # tokens to write
+TEXT_LIMIT = 64 << 10  # bytes of text to score: some minutes for a large model on a CPU
+LONGEST = 512  # tokens to generate
 STYLE = Path(__file__).with_name("playground.css")
 HTML = template(STYLE.with_suffix(".html")).module
 
@@ -33,10 +33,10 @@ HTML = template(STYLE.with_suffix(".html")).module
 
 
 def written(models: Models, prompt: str, seed: float, temperature: float, top_p: float, length: float) -> Iterator[str]:
-    """The models' continuations side by side, again and again while they grow, at last with their governance heads.
+    """Stream the models' continuations side by side; the last update adds the governance heads.
 
     Raises:
-        UserError: every problem with the arguments.
+        UserError: lists every problem with the arguments.
     """
     ranges = {
         "seed": (seed, 0, 2**53),
@@ -47,7 +47,7 @@ def written(models: Models, prompt: str, seed: float, temperature: float, top_p:
     if problems := [
         f"{name} {value}: from {low} to {high}"
         for name, (value, low, high) in ranges.items()
-        if finite_number(value) is None or not low <= value <= high  # None where a field was emptied
+        if finite_number(value) is None or not low <= value <= high  # None if a field is empty
     ]:
         raise UserError(problems)
     prompt, panels, streams = clean(prompt), [], []
@@ -66,15 +66,15 @@ def written(models: Models, prompt: str, seed: float, temperature: float, top_p:
         if time.monotonic() - shown > UPDATE_SECONDS:
             shown = time.monotonic()
             yield page()
-    found = {name: governance(*models[name], [*known, *new]) for name, known, new in panels}
-    yield page() + "".join(HTML.heat_map(name, heads) for name, heads in found.items() if heads)
+    by_name = {name: governance(*models[name], [*known, *new]) for name, known, new in panels}
+    yield page() + "".join(HTML.heat_map(name, heads) for name, heads in by_name.items() if heads)
 
 
 def clean(text: str) -> str:
-    """A text as the corpus would hold it: NFC, lines that end in a line feed.
+    """Normalize text as in the corpus: NFC, "\\n" line endings.
 
     Raises:
-        UserError: it is none.
+        UserError: not text.
     """
     try:
         return decode(text.encode())
@@ -83,7 +83,7 @@ def clean(text: str) -> str:
 
 
 def costs(known: list[Token], new: list[Token]) -> str:
-    """What a prompt and its continuation cost the model, in a line."""
+    """Summarize the surprisal of a prompt and its continuation in one line."""
     facts = []
     if known:
         size = max(1, sum(len(token.text.encode()) for token in known))
@@ -99,10 +99,10 @@ def costs(known: list[Token], new: list[Token]) -> str:
 
 
 def scored(models: Models, text: str, corpus: Callable[[], Corpus]) -> Iterator[str]:
-    """Bits per byte of each sentence and of the whole text: of the models first, then of the compressors as well.
+    """Yield bits per byte of each sentence and of the whole text, first for the models, then also for compressors.
 
     Args:
-        corpus: whose train text the compressors are primed with; asked for once the models are done.
+        corpus: loads the corpus whose training text primes the compressors; called after the models are done.
     Raises:
         UserError: no text, or too much.
     """
@@ -127,18 +127,18 @@ def scored(models: Models, text: str, corpus: Callable[[], Corpus]) -> Iterator[
         rows.append(["the whole text", *(f"{total / sum(sizes):.3f}" for _, total in columns.values())])
         return str(HTML.scores(columns, rows, panels, note))
 
-    yield page("Bits per byte. The compressors now read the training text, which takes some seconds …")
+    yield page("Bits per byte. Priming the compressors with the training text takes some seconds …")
     try:
-        found = compressed(corpus(), [part.encode() for part in parts])
+        lengths = compressed(corpus(), [part.encode() for part in parts])
     except UserError as error:
         yield page(f"No compressors: {error}")
         return
-    columns |= {LABELS[name]: found[name] for name in LABELS if name in found}
+    columns |= {LABELS[name]: lengths[name] for name in LABELS if name in lengths}
     yield page(
-        "Bits per byte; lower is better. The compressors have read the training text first. PPMd counts whole bytes, "
-        "so a short sentence's value is rough; xz gives nothing out before its end."
-        if found
-        else "No compressors: there is no training text for them to read first, or too much."
+        "Bits per byte; lower is better. The compressors are primed with the training text. PPMd's output is counted "
+        "in whole bytes, so values of short sentences are rough; xz outputs nothing before the end of the text."
+        if lengths
+        else "No compressors: there is no training text to prime them with, or too much."
     )
 
 
@@ -146,21 +146,21 @@ def scored(models: Models, text: str, corpus: Callable[[], Corpus]) -> Iterator[
 
 
 def compared(lines: str) -> str:
-    """The results of exports and archives side by side.
+    """Tabulate the results of exports and archives side by side.
 
     Args:
-        lines: a path a line; a folder of exports or archives stands for all in it.
+        lines: one path per line; a folder of exports or archives stands for all of them.
     Raises:
-        UserError: every place without results that can be trusted.
+        UserError: lists every path without valid results.
     """
-    places = [place for line in lines.splitlines() if line.strip() for place in exports_at(Path(line.strip()))]
-    records, problems = {}, [] if places else ["name at least one export or archive"]
-    for place in places:
-        name = place.name if [other.name for other in places].count(place.name) == 1 else str(place)
+    paths = [path for line in lines.splitlines() if line.strip() for path in exports_at(Path(line.strip()))]
+    records, problems = {}, [] if paths else ["give at least one export or archive"]
+    for path in paths:
+        name = path.name if [other.name for other in paths].count(path.name) == 1 else str(path)
         try:
-            records[name] = record_of(place)
+            records[name] = record_of(path)
         except (UserError, OSError, ValueError) as error:
-            problems += getattr(error, "problems", [f"{place}: {error}"])
+            problems += getattr(error, "problems", [f"{path}: {error}"])
     if problems:
         raise UserError(problems)
     rows = [[key, *(str(record.get(key)) for record in records.values())] for key in ("model", "preset")]
@@ -174,23 +174,23 @@ def compared(lines: str) -> str:
 
 
 def exports_at(place: Path) -> list[Path]:
-    """The place, or the exports and archives in it where it is a folder of such."""
+    """Return ``place`` itself, or the exports and archives in it if it is a folder of them."""
     if (place / MANIFEST).is_file() or not place.is_dir():
         return [place]
     return sorted([*(manifest.parent for manifest in place.glob(f"*/{MANIFEST}")), *place.glob("*.tar.gz")]) or [place]
 
 
 def record_of(place: Path) -> dict[str, Any]:
-    """An export's or archive's own record of its training.
+    """Read the ``training_config.json`` of an export or archive.
 
     Raises:
-        UserError: it is none, or not what its manifest says.
+        UserError: not an export, or it does not match its manifest.
     """
     with opened(place) as folder:
         if problems := verify_folder(folder):
             raise UserError(problems)
         if not (config := training_config(folder)):
-            raise UserError(f"{place}: its record of the training is damaged")
+            raise UserError(f"{place}: training_config.json is damaged")
         files = [MANIFEST, *read_manifest(folder)["files"]]
         config.setdefault("results", {})["size_bytes"] = sum((folder / name).stat().st_size for name in files)
         return config

@@ -1,4 +1,4 @@
-"""Plots of a run: validation and training curves, test scores; for `comparison.png` and for the report."""
+"""Plots for `comparison.png` and the report: validation and training curves, test scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mvlm_core.metrics import BY_NAME, PRIMARY_TEST_BPB
 
 
 def _bars(axes: Any, values: dict[str, list[float]], labels: list[str], orientation: str = "vertical") -> None:
-    """Groups of bars with these labels, in each a bar for each model, its value behind it."""
+    """Draw labelled groups of bars, one bar per model, annotated with its value."""
     colors = [str(style["color"]) for style in STYLES[: len(values)]]
     form: dict[str, Any] = {"tick_labels": labels, "orientation": orientation, "group_spacing": 0.5}
     drawn = axes.grouped_bar(values, colors=colors, edgecolor="black", **form)
@@ -26,7 +26,7 @@ def _bars(axes: Any, values: dict[str, list[float]], labels: list[str], orientat
 
 
 def book_bars(by_book: dict[str, dict[str, float]]) -> Callable[[Any], None] | None:
-    """What draws the test score of each book, a bar for each model; None where there are no scores."""
+    """Return a function that draws the test score of each book, one bar per model; None without scores."""
     books = list(next(iter(by_book.values()), {}))
 
     def draw(axes: Any) -> None:
@@ -42,17 +42,17 @@ def book_bars(by_book: dict[str, dict[str, float]]) -> Callable[[Any], None] | N
 
 
 def plot_comparison(comparison: dict[str, Any], histories: Histories, path: Path) -> None:
-    """`comparison.png`: validation curves by text and by time, test scores with the compression baselines as lines."""
+    """Write `comparison.png`: validation curves by text and by time, and test scores with compression baselines."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)  # no pyplot: it would ask for a display and leave global state behind
-    *axes, scores = figure.subplots(1, 3)
-    for place, x, title in zip(axes, (BY_TEXT, BY_TIME), ("Validation, by text", "Validation, by time"), strict=True):
+    FigureCanvasAgg(figure)  # not pyplot, which has global state and may need a display
+    *panels, scores = figure.subplots(1, 3)
+    for axes, x, title in zip(panels, (BY_TEXT, BY_TIME), ("Validation, by text", "Validation, by time"), strict=True):
         if draw := curves(histories, ["validation_bpb"], x, "bits per byte"):
-            draw(place)
-        place.set(title=title)
+            draw(axes)
+        axes.set(title=title)
     _score_bars(scores, comparison, list(histories))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
@@ -70,7 +70,7 @@ def _score_bars(axes: Any, comparison: dict[str, Any], names: list[str]) -> None
     axes.set(ylabel="bits per byte", title="Test scores (lower is better)")
     baselines = comparison["compression_baselines"]
     if baselines and scores:
-        last = len(scores) - 1  # they are measured on the primary translation, or on all of a corpus without one
+        last = len(scores) - 1  # baselines are for the primary translation, or for all text if there is none
         halo = [withStroke(linewidth=3, foreground="white")]
         for key in ("xz", "ppmd_order_16"):
             value = baselines[key]
@@ -81,7 +81,7 @@ def _score_bars(axes: Any, comparison: dict[str, Any], names: list[str]) -> None
 
 
 def svg_url(draw: Callable[[Any], None]) -> str:
-    """A scalable figure as a data URL; ``draw`` gets the axes."""
+    """Render a figure as an SVG data URL; ``draw`` is called with the axes."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -90,14 +90,14 @@ def svg_url(draw: Callable[[Any], None]) -> str:
     FigureCanvasSVG(figure)
     draw(figure.subplots())
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "report"}):  # the same run gives the same bytes
+    with matplotlib.rc_context({"svg.hashsalt": "report"}):  # for reproducible output
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def figures(histories: Histories, by_book: dict[str, dict[str, float]]) -> list[dict[str, str]]:
-    """Title and data URL of each figure of the report for which there are values."""
-    wanted = [
+    """Title and data URL of each figure of the report that has values."""
+    plots = [
         ("Validation by text", curves(histories, ["validation_bpb"], BY_TEXT, "bits per byte")),
         ("Validation by time", curves(histories, ["validation_bpb"], BY_TIME, "bits per byte")),
         ("Test scores by book", book_bars(by_book)),
@@ -107,5 +107,5 @@ def figures(histories: Histories, by_book: dict[str, dict[str, float]]) -> list[
     ]
     for name, history in histories.items():
         parts = sorted({key for record in history for key in record if "_loss" in key} - {"train_loss"})
-        wanted.append((f"Loss components, {name}", curves({name: history}, parts, BY_TEXT, "nats per token")))
-    return [{"title": title, "url": svg_url(draw)} for title, draw in wanted if draw]
+        plots.append((f"Loss components, {name}", curves({name: history}, parts, BY_TEXT, "nats per token")))
+    return [{"title": title, "url": svg_url(draw)} for title, draw in plots if draw]

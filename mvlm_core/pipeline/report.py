@@ -1,6 +1,6 @@
-"""``models/report.html``: a run on one page that needs no network, from one template (``report_template.html``).
+"""``models/report.html``: a self-contained page about a run, rendered from ``report_template.html``.
 
-Figures and scores come from the run's own records; samples and traces come from the exported models, one at a time.
+Figures and scores come from the run's records; samples and traces are generated with the exported models one by one.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ SHAPE = {
 }
 
 
-# --- asked of the models ------------------------------------------------------------------------------------
+# --- samples and traces -------------------------------------------------------------------------------------
 
 
 def draw_prompts(corpus: Corpus, seed: int) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:
-    """Prompts (text, source, original continuation): the first words of the train text and the first halves of two
-    held-out verses; and two more held-out verses to trace (text, source)."""
+    """Draw prompts (text, source, original continuation), namely the first words of the training text and the first
+    halves of two held-out verses, and two more held-out verses to trace (text, source)."""
     held_out, train = (corpus.primary_part(split) or corpus.split(split) for split in ("test", "train"))
     verses = sample_verses((v for v in verses_of(held_out) if 12 <= len(v.text.split()) <= 30), 4, seed)
     prompts = [(" ".join(train[0].read().split(maxsplit=3)[:3]), "the first words of the training text", "")]
@@ -48,11 +48,13 @@ def draw_prompts(corpus: Corpus, seed: int) -> tuple[list[tuple[str, str, str]],
     return prompts, [(verse.text, f"{verse.place}, held out") for verse in verses[2:]]
 
 
-def ask(exports: dict[str, Path], corpus: Corpus, *, device: str, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """What the models say.
+def samples_and_traces(
+    exports: dict[str, Path], corpus: Corpus, *, device: str, seed: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Generate samples and governance traces with the models.
 
-    ``samples``: each prompt, where it is from, how the text itself continues (or ""), and each model's continuation.
-    ``traces``: what a model's heads did while it read a text: by field, its meaning and a value for each token.
+    ``samples``: each prompt, its source, its original continuation (or ""), and each model's continuation.
+    ``traces``: for each text, field → meaning and a value per token.
     """
     import torch
 
@@ -75,37 +77,37 @@ def ask(exports: dict[str, Path], corpus: Corpus, *, device: str, seed: int) -> 
             sample["written"][name] = text
         for text, source in traced if getattr(model, "trace_fields", None) else ():
             tokens = prompt_ids(tokenizer, text, room)
-            found = model.token_traces(torch.tensor([tokens], device=model.device))
-            fields = {field: (meaning, values[1:]) for field, (meaning, values) in found.items()}
-            shown = [tokenizer.decode([token]) for token in tokens[1:]]  # without the start token
-            traces.append({"model": name, "source": source, "tokens": shown, "fields": fields})
+            by_field = model.token_traces(torch.tensor([tokens], device=model.device))
+            fields = {field: (meaning, values[1:]) for field, (meaning, values) in by_field.items()}
+            texts = [tokenizer.decode([token]) for token in tokens[1:]]  # without the start token
+            traces.append({"model": name, "source": source, "tokens": texts, "fields": fields})
     return {"samples": samples, "traces": traces}
 
 
-# --- put together -------------------------------------------------------------------------------------------
+# --- the page -----------------------------------------------------------------------------------------------
 
 
 def facts(summary: dict[str, Any], configs: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
-    """What was trained on what: each line's title and text."""
-    found = [(key, str(summary.get(key))) for key in ("preset", "device", "started", "finished") if summary.get(key)]
+    """Facts about the run, as (title, text): preset, device, model shapes, training text."""
+    lines = [(key, str(summary.get(key))) for key in ("preset", "device", "started", "finished") if summary.get(key)]
     texts: dict[str, list[str]] = {}
     for name, config in configs.items():
         data, settings = config.get("data", {}), config.get("settings", {})
         shape = [form.format(settings[key]) for key, form in SHAPE.items() if settings.get(key) is not None]
-        found.append((name, ", ".join(shape)))
+        lines.append((name, ", ".join(shape)))
         if "train_bytes" in data:
             text = f"{data['train_bytes'] / 1e6:.1f} MB in {data.get('train_documents')} documents"
             texts.setdefault(f"{text}, {data.get('only') or 'the whole corpus'}", []).append(name)
     for text, names in texts.items():
-        found.append((f"training text of {' and '.join(names)}" if len(texts) > 1 else "training text", text))
-    return found
+        lines.append((f"training text of {' and '.join(names)}" if len(texts) > 1 else "training text", text))
+    return lines
 
 
 def make_report(layout: Layout, data_dir: str, sources: Path, *, device: str, seed: int) -> Path:
-    """Write the page of the run in ``layout``; returns its path.
+    """Write the report of the run in ``layout``; return its path.
 
     Args:
-        sources: the folder of the modelling files, the only code that an export may hold.
+        sources: the folder with the repository's own modelling files, the only code that is run.
     """
     summary, validation = read_json(layout.summary), read_json(layout.report)
     models: dict[str, dict[str, Any]] = summary.get("models", {})
@@ -118,12 +120,12 @@ def make_report(layout: Layout, data_dir: str, sources: Path, *, device: str, se
             exports[name] = layout.export(name)
         except UserError as error:
             failures += error.problems
-    said: dict[str, Any] = {"samples": [], "traces": []}
+    generated: dict[str, Any] = {"samples": [], "traces": []}
     if exports:
         hardware = choose_hardware(device=device)
         hardware.apply()
         corpus = load_corpus(data_dir, **corpus_choice(next(iter(exports.values()))))
-        said = ask(exports, corpus, device=hardware.device, seed=seed)
+        generated = samples_and_traces(exports, corpus, device=hardware.device, seed=seed)
     comparison = summary.get("comparison") or {}
     names = [name for name in comparison.get("test_bpb", {}) if name in models]
     configs = {name: training_config(layout.export(name)) for name in models}
@@ -139,7 +141,7 @@ def make_report(layout: Layout, data_dir: str, sources: Path, *, device: str, se
         figures=figures(histories, comparison.get("test_bpb_by_book", {})),
         failures=failures,
         checked=sum(len(model.get("checks", [])) for model in validation.get("models", {}).values()),
-        **said,
+        **generated,
     )
     write_atomic(layout.page, page)
     return layout.page

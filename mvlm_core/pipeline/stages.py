@@ -1,7 +1,7 @@
-"""The stages of the main job: training, comparison, archives, validation, report.
+"""Stages of the main job: training, comparison, archives, validation, report.
 
-Knows no model and no text: names, scripts and corpus come with the `Job`. Every file it writes is complete or absent,
-so the job can be stopped or killed anywhere and started again.
+Independent of particular models and text: names, scripts and corpus come from the `Job`. Every file is written
+atomically, so the job can be stopped or killed at any point and restarted.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from mvlm_core.settings import CACHE_DIR
 from mvlm_core.signals import PARENT_VARIABLE
 
 INSTRUCTIONS = Path(__file__).with_name("download_instructions.md")
-# What the evaluation suite is asked at `smoke`: enough to see that it works.
+# Sizes of the evaluation suite for the `smoke` preset, just enough to exercise it.
 SMOKE_SUITE = ("--verses", "40", "--prompts", "8", "--words", "24", "--pairs", "20")
 log = logging.getLogger("mvlm")
 
 
 def run_stages(job: Job, hardware: dict[str, Any], log_file: Path, signals: Signals) -> int:
-    """Every stage in order; returns the exit code.
+    """Run every stage in order; return the exit code.
 
     Raises:
-        UserError: the corpus, or what is there already, does not fit this run.
-        Stopped: by a signal.
+        UserError: the corpus or existing models do not fit this run.
+        Stopped: a signal arrived.
     """
     log.info("preset %s (%s)", job.preset, job.preset_reason)
     for line in hardware["lines"]:
@@ -81,9 +81,9 @@ def prepare_corpus(job: Job, signals: Signals) -> None:
 
 
 def train_models(job: Job, summary: Summary, log_file: Path, signals: Signals) -> list[int]:
-    """Train one model after the other, a failure does not stop the next one; returns their exit codes."""
+    """Train the models one after another, continuing after a failure; return their exit codes."""
     codes = []
-    with resource_lines(lambda line: note(log_file, line)):  # on the console it would break the progress bar
+    with resource_lines(lambda line: note(log_file, line)):  # not on the console, where they would break progress bars
         for number, name in enumerate(job.names, 1):
             log.info("=== training %d of %d: %s (log: %s)", number, len(job.names), name, job.layout.log_file(name))
             codes.append(train_model(job, name, summary, signals))
@@ -92,7 +92,7 @@ def train_models(job: Job, summary: Summary, log_file: Path, signals: Signals) -
 
 
 def train_model(job: Job, name: str, summary: Summary, signals: Signals) -> int:
-    """Run one trainer and record how it ended; returns its exit code. Raises Stopped after a signal."""
+    """Run one trainer and record the outcome; return its exit code. Raises Stopped after a signal."""
     summary.update(name, status="running")
     start = time.monotonic()
     try:
@@ -109,11 +109,11 @@ def train_model(job: Job, name: str, summary: Summary, signals: Signals) -> int:
             log.info("%s: finished after %.0f s", name, time.monotonic() - start)
             return 0
         except (ArchiveError, OSError) as error:
-            code, tail = 1, [f"the trainer reported success, but its export is not complete: {error}"]
+            code, tail = 1, [f"the trainer reported success, but its export is incomplete: {error}"]
     if code > 128:
-        tail.append(f"ended by {next((s.name for s in signal.Signals if s == code - 128), 'an unknown signal')}")
+        tail.append(f"killed by {next((s.name for s in signal.Signals if s == code - 128), 'an unknown signal')}")
         if code == 128 + signal.SIGKILL:
-            tail.append("(the system kills a process this way when memory runs out: try a smaller --batch_size)")
+            tail.append("(often the kernel's out-of-memory killer: try a smaller --batch_size)")
     append_tail(job.layout.log_file(name), code, tail)
     summary.update(name, status="failed", error="\n".join(tail[-TAIL_LINES:]))
     log.error("%s: FAILED with exit code %d; the end of its output:", name, code)
@@ -123,15 +123,15 @@ def train_model(job: Job, name: str, summary: Summary, signals: Signals) -> int:
 
 
 def wait_for_orphans(export: Path) -> None:
-    """A trainer whose pipeline was killed ends by itself after a checkpoint: wait, or its lock is in the way."""
+    """Wait for trainers of a killed pipeline, which hold the run's lock until they exit after a checkpoint."""
     orphans = [process for process in psutil.process_iter() if _is_orphan(process, export)]
     for process in orphans:
-        log.info("waiting for process %d, left over from a killed run, to end after a checkpoint", process.pid)
+        log.info("waiting for process %d of a killed run to exit after its checkpoint", process.pid)
     psutil.wait_procs(orphans)
 
 
 def _is_orphan(process: psutil.Process, export: Path) -> bool:
-    """Whether a pipeline that is gone started this process to write into `export`."""
+    """Whether this process writes to `export` and was started by a pipeline that has since ended."""
     try:
         if str(export) not in process.cmdline():
             return False
@@ -142,9 +142,9 @@ def _is_orphan(process: psutil.Process, export: Path) -> bool:
 
 
 def append_tail(log_file: Path, code: int, tail: list[str]) -> None:
-    """Into the model's log what only reached the console: a traceback, a library's last message."""
-    known = log_file.read_text(encoding="utf-8", errors="replace") if log_file.is_file() else ""
-    missing = [line for line in tail if line not in known]
+    """Append output that only reached the console, such as a traceback, to the model's log."""
+    logged = log_file.read_text(encoding="utf-8", errors="replace") if log_file.is_file() else ""
+    missing = [line for line in tail if line not in logged]
     with log_file.open("a", encoding="utf-8") as file:
         file.writelines(f"{line}\n" for line in [f"--- ended with exit code {code}", *missing])
 
@@ -153,7 +153,7 @@ def append_tail(log_file: Path, code: int, tail: list[str]) -> None:
 
 
 def compare_models(job: Job, summary: Summary, signals: Signals) -> list[str]:
-    """Comparison and plot of the finished models of this preset and text; returns the table's lines."""
+    """Compare and plot the finished models of this preset and text; return the table's lines."""
     log.info("=== comparison")
     finished = summary.with_status("finished")
     configs = {name: training_config(job.layout.export(name)) for name in job.trainers if name in finished}
@@ -175,7 +175,7 @@ def compare_models(job: Job, summary: Summary, signals: Signals) -> list[str]:
 
 
 def evaluate_suite(job: Job, names: list[str], signals: Signals) -> dict[str, dict[str, Any]]:
-    """The evaluation suite's results by model name; {} where it failed."""
+    """Run the evaluation suite; return results by model name, {} if it failed."""
     exports = {name: str(job.layout.export(name)) for name in names}
     flags = ["--split", "test", "--no_bits_per_byte", "--json", job.layout.evaluation_suite]
     flags += SMOKE_SUITE if job.preset == "smoke" else ()
@@ -186,12 +186,12 @@ def evaluate_suite(job: Job, names: list[str], signals: Signals) -> dict[str, di
     return {name: results[export] for name, export in exports.items() if export in results}
 
 
-def _run_optional(what: str, command: list[str], signals: Signals) -> bool:
-    """Whether a script succeeded whose results no model needs to ship: a failure is logged and ends nothing."""
+def _run_optional(label: str, command: list[str], signals: Signals) -> bool:
+    """Run an optional script; log a failure and continue. Returns whether it succeeded."""
     code, tail = run_child(command, signals)
     signals.check()
     if code:
-        log.error("%s failed with exit code %d: %s", what, code, tail[-1] if tail else "no output")
+        log.error("%s failed with exit code %d: %s", label, code, tail[-1] if tail else "no output")
     return code == 0
 
 
@@ -199,7 +199,7 @@ def _run_optional(what: str, command: list[str], signals: Signals) -> bool:
 
 
 def pack_models(job: Job, summary: Summary, signals: Signals) -> None:
-    """An archive of every finished model; one that already holds exactly its export is kept."""
+    """Pack every finished model; keep an archive that already holds exactly its export."""
     log.info("=== archives")
     layout = job.layout
     layout.downloads.mkdir(parents=True, exist_ok=True)
@@ -219,33 +219,33 @@ def pack_models(job: Job, summary: Summary, signals: Signals) -> None:
 
 def pack(folder: Path, archive: Path) -> None:
     if matches_export(archive, folder):
-        log.info("%s: kept, it already holds this export", archive.name)
+        log.info("%s: kept, already up to date", archive.name)
     else:
         write_archive(folder, archive)
         log.info("%s: written, %.1f MB", archive.name, archive.stat().st_size / 1e6)
 
 
 def pack_formats(job: Job, summary: Summary, signals: Signals) -> bool:
-    """An archive of every finished model in the other programs' formats that are asked for and that it has.
+    """Convert every finished model to the requested formats that it supports, and pack them.
 
-    What an earlier run made of the same export is kept. Returns whether all are there; a model is good without them.
+    Keeps files made from the same export by an earlier run. Returns whether all succeeded; a failure fails no model.
     """
     layout, good = job.layout, True
     if job.formats:
         log.info("=== other formats: %s", ", ".join(job.formats))
     for name in summary.with_status("finished"):
         export, folder, archive = layout.export(name), layout.formats(name), layout.formats_archive(name)
-        wanted = supported(export, job.formats)
-        if wanted != sorted(job.formats):
+        formats = supported(export, job.formats)
+        if formats != sorted(job.formats):
             log.info("%s: not as gguf: %s", name, NO_GGUF)
-        made = formats_of(folder, export)
-        if not made or not set(wanted) <= set(made):
+        existing = formats_of(folder, export)
+        if not existing or not set(formats) <= set(existing):
             shutil.rmtree(folder, ignore_errors=True)
             archive.unlink(missing_ok=True)
-            if not wanted:
+            if not formats:
                 continue
             command = [sys.executable, str(job.scripts["formats"]), str(export), "--output", str(folder)]
-            if not _run_optional(f"{name} as {', '.join(wanted)}", [*command, *(f"--{k}" for k in wanted)], signals):
+            if not _run_optional(f"{name} as {', '.join(formats)}", [*command, *(f"--{f}" for f in formats)], signals):
                 good = False
                 continue
         pack(folder, archive)
@@ -254,9 +254,9 @@ def pack_formats(job: Job, summary: Summary, signals: Signals) -> bool:
 
 
 def write_download_notes(job: Job, summary: Summary) -> None:
-    """SHA256SUMS, the summary and the instructions beside the archives that are there."""
+    """Write SHA256SUMS, the summary and the download instructions next to the archives."""
     layout, instructions = job.layout, job.layout.downloads / "DOWNLOAD_INSTRUCTIONS.md"
-    for name in summary.with_status("failed"):  # never offer the archive of an earlier run as this one's
+    for name in summary.with_status("failed"):  # do not offer an earlier run's archive as this one's
         layout.archive(name).unlink(missing_ok=True)
         layout.formats_archive(name).unlink(missing_ok=True)
     offered = [name for name in summary.with_status("finished") if layout.archive(name).is_file()]
@@ -272,21 +272,21 @@ def write_download_notes(job: Job, summary: Summary) -> None:
 
 
 def validate_models(job: Job, summary: Summary, signals: Signals) -> bool:
-    """Run the validator; a model that does not pass is withdrawn from the downloads."""
+    """Run the validator; withdraw models that fail from the downloads."""
     log.info("=== validation")
     layout = job.layout
     layout.report.unlink(missing_ok=True)
     code, tail = run_child(job.script_command("validate", "--work_dir", layout.root), signals)
     signals.check(code)
-    found = read_json(layout.report).get("models", {})
+    reports = read_json(layout.report).get("models", {})
     for name in summary.with_status("finished"):
-        if found.get(name, {}).get("passed") is True:
+        if reports.get(name, {}).get("passed") is True:
             continue
-        checks = found.get(name, {}).get("checks", [])
+        checks = reports.get(name, {}).get("checks", [])
         failed = "; ".join(f"{check['name']}: {check['detail']}" for check in checks if not check["passed"])
         error = "validation: " + (failed or "\n".join(tail) or "no report was written")
         summary.update(name, status="failed", archive=None, error=error)
-        log.error("%s: failed its validation and was withdrawn from %s", name, layout.downloads)
+        log.error("%s: failed validation and was withdrawn from %s", name, layout.downloads)
     write_download_notes(job, summary)
     return code == 0
 
@@ -295,13 +295,13 @@ def validate_models(job: Job, summary: Summary, signals: Signals) -> bool:
 
 
 def make_report(job: Job, signals: Signals) -> None:
-    """`models/report.html`."""
+    """Write `models/report.html`."""
     log.info("=== report")
     _run_optional("the report", job.script_command("report", "--work_dir", job.layout.root), signals)
 
 
 def log_results(layout: Layout, summary: Summary, compared: list[str], log_file: Path) -> None:
-    """The comparison, what failed, and where everything is."""
+    """Log the comparison, failures, and the paths of all results."""
     log.info("=== done")
     for line in compared:
         log.info("%s", line)
@@ -314,13 +314,13 @@ def log_results(layout: Layout, summary: Summary, compared: list[str], log_file:
     if layout.page.is_file():
         log.info("open in a browser: %s", layout.page)
     if any(entry["archive"] for entry in summary.models.values()):
-        place = f"{os.environ.get('USER', 'root')}@{os.uname().nodename}"
-        log.info("next, on your own machine:  scp -r %s:%s .", place, shlex.quote(str(layout.downloads)))
+        host = f"{os.environ.get('USER', 'root')}@{os.uname().nodename}"
+        log.info("next, on your own machine:  scp -r %s:%s .", host, shlex.quote(str(layout.downloads)))
         log.info("then follow %s", layout.downloads / "DOWNLOAD_INSTRUCTIONS.md")
 
 
 def download_instructions(names: list[str], layout: Layout, prompt: str) -> str:
-    """Commands that work as written in the folder that holds the archives."""
+    """Render the download instructions; their commands work as written in the folder with the archives."""
     return template(INSTRUCTIONS).render(
         folder=layout.downloads,
         archives=[layout.archive(name).name for name in names],

@@ -1,4 +1,4 @@
-"""`models/training_summary.json`, written after every change so that a crash leaves a true record."""
+"""`models/training_summary.json`, written after every change so that it is up to date after a crash."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ def now() -> str:
 
 
 def _entry(status: str, results: dict[str, Any], archive: object = None) -> dict[str, Any]:
-    """A model's record: the value of every metric, null where it is missing or damaged."""
+    """Entry of a model: status, archive and the value of every metric, None if missing or damaged."""
     numbers = {metric.name: finite_number(results.get(metric.name)) for metric in METRICS}
     return {"status": status} | numbers | {"archive": archive if isinstance(archive, str) else None}
 
 
 class Summary:
-    """The record of a run: `models` by name, each with its status, its results and its archive."""
+    """Summary of a run: `models` by name, each with status, results and archive."""
 
     def __init__(self, layout: Layout, names: list[str], *, preset: str, device: str) -> None:
-        before = read_json(layout.summary).get("models")
+        earlier = read_json(layout.summary).get("models")
         self.layout = layout
-        # A model of an earlier run that this one does not train stays in the record while its export is there.
+        # Keep entries of an earlier run's models that this run does not train, as long as their export exists.
         kept = {
             name: _entry("finished", entry, entry.get("archive"))
-            for name, entry in (before.items() if isinstance(before, dict) else ())
+            for name, entry in (earlier.items() if isinstance(earlier, dict) else ())
             if name not in names
             and not ("/" in name or name_problem(name))
             and isinstance(entry, dict)
@@ -48,10 +48,10 @@ class Summary:
         self.save()
 
     def take_results(self, name: str) -> None:
-        """Record what a finished trainer wrote about itself.
+        """Record the results of a finished trainer.
 
         Raises:
-            ArchiveError, OSError: its export is not complete.
+            ArchiveError, OSError: its export is incomplete.
         """
         export = self.layout.export(name)
         config = training_config(export)
@@ -70,7 +70,7 @@ class Summary:
         write_json_atomic(self.layout.downloads / self.layout.summary.name, self.value)
 
     def close(self) -> None:
-        """Note when the run ended, in the copy beside the archives as well."""
+        """Record the end of the run, also in the copy next to the archives."""
         self.value["finished"] = now()
         self.save()
         self.copy_to_downloads()

@@ -1,11 +1,11 @@
-"""Checkpoints that are complete or absent: a folder per step, its manifest of SHA-256 written last.
+"""Atomic checkpoints: one folder per step, with a manifest of SHA-256 checksums written last.
 
 ``checkpoints/step-00000500/`` holds ``model.safetensors``, ``optimizer.safetensors``, ``state.json`` and
-``manifest.json``. It is written under a temporary name and renamed, so a run that dies leaves earlier ones intact. No
-pickle: tensors are safetensors, everything else is JSON.
+``manifest.json``. It is written under a temporary name and then renamed, so a crash leaves earlier checkpoints intact.
+No pickle: tensors are safetensors, everything else is JSON.
 
-One whose state says ``weights_only`` has no optimizer state: it is kept as the best by validation, for the export, and
-no run resumes from it.
+A ``weights_only`` checkpoint has no optimizer state: it keeps the best weights by validation for the export, and no run
+resumes from it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ log = logging.getLogger("mvlm")
 
 
 class DamagedCheckpoint(Exception):
-    """A checkpoint folder that does not match its manifest; the message names file and reason."""
+    """A checkpoint folder does not match its manifest; the message names the file and the reason."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Checkpoint:
     state: dict[str, Any]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors saved under ``name`` ("model", "optimizer"), on the CPU.
+        """Load the tensors saved under ``name`` ("model", "optimizer") on the CPU.
 
         Raises:
-            DamagedCheckpoint: a file that safetensors cannot read.
+            DamagedCheckpoint: safetensors cannot read the file.
         """
         try:
             return load_file(self.folder / f"{name}.safetensors")
@@ -72,7 +72,7 @@ def save_checkpoint(root: Path, step: int, tensors: dict[str, dict[str, Tensor]]
         tensors: file name (without extension) to named tensors.
         state: JSON-serialisable.
     Raises:
-        OSError: such as a full disk; earlier checkpoints are untouched.
+        OSError: for example a full disk; earlier checkpoints are untouched.
     """
     final = checkpoint_folder(root, step)
     temporary = root / f"{_TEMPORARY_PREFIX}{final.name}"
@@ -104,12 +104,12 @@ def save_checkpoint(root: Path, step: int, tensors: dict[str, dict[str, Tensor]]
 def _check_space(root: Path, needed: int) -> None:
     free = shutil.disk_usage(root).free
     if free < needed:
-        message = f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free"
+        message = f"needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB free"
         raise OSError(errno.ENOSPC, message, str(root))
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in ``folder``, every file checked against the manifest.
+    """Open the checkpoint in ``folder`` and check every file against the manifest.
 
     Raises:
         DamagedCheckpoint: no checkpoint, or a damaged one.
@@ -150,14 +150,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
-    """The checkpoints below ``root``, oldest first, not yet checked."""
+    """List the checkpoint folders below ``root``, oldest first, without checking them."""
     if not root.is_dir():
         return []
     return sorted((path for path in root.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)), key=_step_of)
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` is, or would be."""
+    """Path of the checkpoint of ``step``."""
     return root / f"step-{step:08d}"
 
 
@@ -166,7 +166,7 @@ def _step_of(folder: Path) -> int:
 
 
 def newest_checkpoint(root: Path) -> Checkpoint | None:
-    """The newest intact checkpoint, or None; damaged ones are logged and renamed, half-written ones deleted."""
+    """Return the newest intact checkpoint, or None; rename damaged ones with a warning and delete partial ones."""
     for prefix in (_TEMPORARY_PREFIX, _DELETED_PREFIX):
         for leftover in root.glob(f"{prefix}*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -174,7 +174,7 @@ def newest_checkpoint(root: Path) -> Checkpoint | None:
 
 
 def newest_good_checkpoint(root: Path, before: int | None) -> Checkpoint | None:
-    """The newest intact checkpoint from before step ``before`` that an uninterrupted run would have written too."""
+    """Return the newest intact checkpoint before step ``before``, ignoring those written only because of a signal."""
     for checkpoint in _intact_checkpoints(root):
         if not checkpoint.state.get("for_signal_only") and (before is None or checkpoint.step < before):
             return checkpoint
@@ -182,7 +182,7 @@ def newest_good_checkpoint(root: Path, before: int | None) -> Checkpoint | None:
 
 
 def _intact_checkpoints(root: Path) -> Iterator[Checkpoint]:
-    """Those that a run can resume from, from the newest on; damaged ones are renamed."""
+    """Yield checkpoints that a run can resume from, newest first; rename damaged ones."""
     for folder in reversed(checkpoint_folders(root)):
         if read_json(folder / "state.json").get("weights_only"):
             continue
@@ -194,33 +194,33 @@ def _intact_checkpoints(root: Path) -> Iterator[Checkpoint]:
 
 
 def named_checkpoint(folder: Path | str) -> Checkpoint:
-    """The checkpoint a user named with ``--resume_from``.
+    """Open the checkpoint named with ``--resume_from``.
 
     Raises:
-        UserError: missing, damaged or without optimizer state; an explicitly named one is not silently replaced.
+        UserError: missing, damaged or without optimizer state; an explicitly named checkpoint is never replaced.
     """
     if not Path(folder).is_dir():
         raise UserError(f"--resume_from {folder}: no such checkpoint folder")
     try:
-        found = open_checkpoint(Path(folder))
+        checkpoint = open_checkpoint(Path(folder))
     except DamagedCheckpoint as damage:
         raise UserError(f"--resume_from {folder}: {damage}") from None
-    if found.state.get("weights_only"):
+    if checkpoint.state.get("weights_only"):
         raise UserError(
-            f"--resume_from {folder} holds the best weights by validation, without the optimizer's state: name a "
-            "checkpoint that has optimizer.safetensors"
+            f"--resume_from {folder} holds only the best weights by validation, no optimizer state: choose a "
+            "checkpoint with optimizer.safetensors"
         )
-    return found
+    return checkpoint
 
 
 def set_aside_later(root: Path, step: int) -> None:
-    """Rename the checkpoints after ``step``, to which the run returns, so that rotation does not count them."""
+    """Rename the checkpoints after ``step``, where the run resumes, so that rotation does not count them."""
     for folder in checkpoint_folders(root):
         if _step_of(folder) > step:
             _set_aside(folder, _LATER_SUFFIX)
             log.info("set aside %s: the run returns to step %s", folder, step)
     if root.is_dir():
-        fsync_path(root)  # before the history is cut: what it no longer tells must not come back
+        fsync_path(root)  # before the history is truncated, so that no checkpoint reappears past its end
 
 
 def _set_aside(folder: Path, suffix: str) -> None:
@@ -230,10 +230,10 @@ def _set_aside(folder: Path, suffix: str) -> None:
 
 
 def rotate_checkpoints(root: Path, keep: int) -> None:
-    """Delete all but the ``keep`` newest checkpoints (at least two) and the best ones they refer to (``best_step``).
+    """Keep the ``keep`` newest checkpoints (at least two) and the best ones they refer to (``best_step``).
 
-    Those written only because of a signal do not count and are deleted as soon as there is a newer one. Those with
-    weights only do not count either.
+    Checkpoints written only because of a signal do not count and are deleted once a newer one exists; nor do
+    weights-only checkpoints.
     """
     folders = checkpoint_folders(root)
     states = {folder: read_json(folder / "state.json") for folder in folders}
@@ -248,9 +248,9 @@ def rotate_checkpoints(root: Path, keep: int) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Delete a checkpoint: at every moment, also after a power failure, it is whole or has no checkpoint's name."""
-    nameless = folder.with_name(_DELETED_PREFIX + folder.name)
-    shutil.rmtree(nameless, ignore_errors=True)
-    folder.rename(nameless)
+    """Delete a checkpoint; rename it first, so that even after a power failure no partial checkpoint has its name."""
+    renamed = folder.with_name(_DELETED_PREFIX + folder.name)
+    shutil.rmtree(renamed, ignore_errors=True)
+    folder.rename(renamed)
     fsync_path(folder.parent)
-    shutil.rmtree(nameless)
+    shutil.rmtree(renamed)

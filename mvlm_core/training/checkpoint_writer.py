@@ -1,7 +1,7 @@
-"""Saving beside the training: the tensors are copied into memory, and a thread writes the copy.
+"""Asynchronous checkpoints: tensors are copied to host memory, and a thread writes the copy.
 
-The run waits for the copy alone, not for hashing and the disk. One save at a time: the next one waits for the end of
-the one before, and none is left out, so which checkpoints a run writes does not depend on the speed of its disk.
+Training waits only for the copy, not for hashing and disk. There is one save at a time; the next one waits for it and
+none is skipped, so which checkpoints exist does not depend on disk speed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ log = logging.getLogger("mvlm")
 
 
 class CheckpointWriter:
-    """Calls a function with a copy of tensors in a thread."""
+    """Passes a copy of tensors to a function that runs in a thread."""
 
     def __init__(self) -> None:
         self._thread: Thread | None = None
@@ -26,14 +26,14 @@ class CheckpointWriter:
 
     @property
     def ended(self) -> bool:
-        """Whether a save has ended whose outcome ``wait`` has yet to tell."""
+        """Whether a save has ended and its result has not yet been collected by ``wait``."""
         return self._thread is not None and not self._thread.is_alive()
 
     def start(self, tensors: NamedTensors, write: Callable[[NamedTensors], None]) -> None:
-        """Copy ``tensors`` as they are now and call ``write`` with the copy in a thread.
+        """Copy ``tensors`` and call ``write`` with the copy in a thread.
 
-        The copies of CUDA tensors are queued on the current stream: what is queued there later, such as the next
-        step, cannot change them, and only the thread waits for them.
+        CUDA copies are enqueued on the current stream, so work enqueued later, such as the next step, cannot change
+        them; only the thread waits for them to complete.
         """
         self.wait()
         copy = {file: {name: _copy(tensor) for name, tensor in named.items()} for file, named in tensors.items()}
@@ -47,14 +47,14 @@ class CheckpointWriter:
                 if copied is not None:
                     copied.synchronize()
                 write(copy)
-            except BaseException as error:  # raised by ``wait``, where the loop can answer it
+            except BaseException as error:  # re-raised by ``wait``, where the loop can handle it
                 self._error = error
 
         self._thread = Thread(target=work, name="checkpoint writer")
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait for the save in progress, if there is one, and raise what it raised."""
+        """Wait for the save in progress, if any, and re-raise its exception."""
         if self._thread is not None:
             self._thread.join()
         self._thread, error, self._error = None, self._error, None
@@ -63,10 +63,10 @@ class CheckpointWriter:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """A copy in host memory, pinned where that makes it faster; torch keeps pinned memory for the next save."""
+    """Copy a tensor to host memory, pinned for CUDA tensors; torch caches pinned memory for the next save."""
     try:
         memory = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     except RuntimeError as error:
-        log.warning("no pinned memory for a checkpoint (%s): copied more slowly", str(error).splitlines()[0])
+        log.warning("no pinned memory for a checkpoint (%s): the copy is slower", str(error).splitlines()[0])
         memory = torch.empty(tensor.shape, dtype=tensor.dtype)
     return memory.copy_(tensor.detach(), non_blocking=True)

@@ -1,7 +1,7 @@
-"""What a step will cost: memory by kind and floating-point operations.
+"""Cost of a step: memory by category and FLOPs.
 
-The real model and loss run once on fake tensors, which have shapes but no memory, and what autograd saves for the
-backward pass is added up. Compilation saves less of it on a GPU, so the activations are an upper bound there.
+The real model and loss run once on fake tensors, which have shapes but no storage, and the tensors that autograd saves
+for backward are added up. A compiled model saves fewer, so for it the activations are an upper bound.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ OVERHEAD = 2e9  # bytes: CUDA context, kernel workspaces, fragmentation
 
 @dataclass(frozen=True)
 class TokenizerShape:
-    """What a model needs to know about a tokenizer that is not trained yet."""
+    """Stands in for a tokenizer that is not trained yet when building a model."""
 
     vocab_size: int
     start_id: int = 0
@@ -30,7 +30,7 @@ class TokenizerShape:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes at the end of the forward pass, when most are held."""
+    """Bytes at the end of the forward pass, the peak of a step."""
 
     weights: int
     gradients: int
@@ -44,11 +44,11 @@ class StepMemory:
 
 @dataclass(frozen=True)
 class StepCost:
-    """One micro-batch: parameters, memory, and floating-point operations.
+    """Parameters, memory and FLOPs of one micro-batch.
 
     Attributes:
         flops_per_token: forward and backward.
-        optimizer_flops: of an optimizer step's matrix products, Muon's Newton-Schulz iteration.
+        optimizer_flops: matmuls of one optimizer step (Muon's Newton-Schulz iteration).
     """
 
     parameters: int
@@ -60,19 +60,19 @@ class StepCost:
 def step_cost(
     build: Callable[[Any, Any, Hardware], Any], settings: TrainingSettings, hardware: Hardware, sequences: int
 ) -> StepCost:
-    """The cost of one micro-batch of ``sequences``, from running it on fake tensors.
+    """Compute the cost of one micro-batch of ``sequences`` by running it on fake tensors.
 
     Args:
-        build: that of a recipe.
-        hardware: whose precision is used; the device itself is not touched.
+        build: ``Recipe.build``.
+        hardware: supplies the precision; the device itself is not used.
     """
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode  # "meta" tensors, the alternative, have no autocast
+    from torch._subclasses.fake_tensor import FakeTensorMode  # unlike "meta" tensors it supports autocast
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
     from mvlm_core.training.optimizer import Muon
 
-    # The fused attention of the CPU, which torch's counter does not know, by the same formulas as the others.
+    # torch's counter lacks the CPU's fused attention; its formulas are those of the other kernels.
     attention = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
@@ -117,10 +117,10 @@ def step_cost(
 
 
 def fitting_micro_batch(one: StepMemory, two: StepMemory, memory_bytes: float, most: int) -> int | None:
-    """The largest micro-batch, halved from ``most`` as the trainer does, whose step fits; None if none does.
+    """Largest micro-batch that fits, halving from ``most`` as the trainer does; None if not even one sequence fits.
 
     Args:
-        one, two: memory of micro-batches of one and of two sequences; each further sequence adds the difference.
+        one, two: memory of micro-batches of one and two sequences; each further sequence adds the difference.
     """
     each = two.activations - one.activations
     fixed = one.total - each + OVERHEAD

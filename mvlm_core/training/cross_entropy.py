@@ -1,8 +1,8 @@
-"""Next-token loss straight from hidden states: the logits of a whole batch never exist at once.
+"""Fused linear cross-entropy: the next-token loss from hidden states, without materializing a batch's logits.
 
-They are formed block by block, each by one of two kernels of the same numbers: "blocks" reuses its buffers and is the
-faster one on a CPU; "compiled" lets torch.compile make one pass of what follows the product, which on a GPU, where
-memory is the limit, moves less than half of the bytes (counted in tests/training/test_cross_entropy.py).
+Logits are computed in blocks by one of two kernels with the same result: "blocks" reuses its buffers and is faster on a
+CPU; "compiled" lets torch.compile fuse everything after the matmul into one pass, which on a memory-bound GPU moves
+less than half of the bytes (counted in tests/training/test_cross_entropy.py).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A block of logits that fits a CPU's last-level cache, or that is small next to a GPU's memory.
+# Logits per block: small enough for a CPU's last-level cache, or small compared with a GPU's memory.
 _BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
-_LEAST_ROWS = 128  # of a block, or half the width: the output matrix and its gradient are read once per block
-_ALIGNMENT = 64  # pad the output matrix to a multiple of so many rows: kernels are slow at GPT-2's 50,257
+_LEAST_ROWS = 128  # per block, or half the width: the output matrix and its gradient are read once per block
+_ALIGNMENT = 64  # pad the output matrix to a multiple of this many rows: kernels are slow at GPT-2's 50,257
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -38,29 +38,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         count = targets.numel()
         vocab = weight.shape[0]
-        padded = -(-vocab // _ALIGNMENT) * _ALIGNMENT  # in the products only: weights and gradients keep their rows
+        padded = -(-vocab // _ALIGNMENT) * _ALIGNMENT  # in matmuls only: weights and gradients keep their shape
         matrix = weight.to(hidden.dtype)
         matrix = matrix if padded == vocab else F.pad(matrix, (0, 0, 0, padded - vocab))
         exact = torch.promote_types(hidden.dtype, torch.float32)  # sums over the vocabulary need float32 at least
         token_weights = token_weights.to(exact)
         nll = torch.empty(count, dtype=exact, device=hidden.device)
-        wanted = any(ctx.needs_input_grad[:2])
-        grad_hidden = torch.empty_like(hidden) if wanted else None
-        grad_weight = weight.new_zeros(padded, weight.shape[1]) if wanted else None
+        needs_grad = any(ctx.needs_input_grad[:2])
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = weight.new_zeros(padded, weight.shape[1]) if needs_grad else None
         score = _compiled_block() if kernel == "compiled" else _BufferedBlocks(hidden, min(rows, count), padded)
         rows = _even_rows(count, rows) if kernel == "compiled" else rows
         responsibility = torch.ones_like(nll)
         for start in range(0, count, rows):
             part = slice(start, min(start + rows, count))
-            nll[part], gradient = score(hidden[part], matrix, targets[part], vocab, wanted)
+            nll[part], gradient = score(hidden[part], matrix, targets[part], vocab, needs_grad)
             if log_share is not None and log_other is not None:
                 own = log_share[part] - nll[part]
                 nll[part] = -torch.logaddexp(own, log_other[part])
                 responsibility[part] = (own + nll[part]).exp()
             if gradient is None or grad_hidden is None or grad_weight is None:
                 continue
-            # d/dlogits of w·nll is w·(p − onehot): factors that are constant along a row are applied to the narrow
-            # matrices, not to the logits.
+            # d/dlogits of w·nll is w·(p − onehot): per-row factors are applied to the narrow matrices instead of the
+            # logits.
             scale = (token_weights[part, None] / count * responsibility[part, None]).to(hidden.dtype)
             torch.mul(gradient @ matrix, scale, out=grad_hidden[part])
             scaled = hidden[part] * scale
@@ -86,54 +86,54 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _BufferedBlocks:
-    """Scores blocks with PyTorch's own kernels, in one pair of buffers for all of them: newly allocated memory of this
-    size is page-faulted in every time."""
+    """Scores blocks with PyTorch's own kernels, reusing one pair of buffers: a new allocation of this size would be
+    page-faulted in every time."""
 
     def __init__(self, hidden: Tensor, rows: int, padded: int) -> None:
         self.logits = hidden.new_empty(rows, padded)
         self.probabilities = torch.empty_like(self.logits, dtype=torch.promote_types(hidden.dtype, torch.float32))
 
     def __call__(
-        self, hidden: Tensor, matrix: Tensor, targets: Tensor, vocab: int, wanted: bool
+        self, hidden: Tensor, matrix: Tensor, targets: Tensor, vocab: int, needs_grad: bool
     ) -> tuple[Tensor, Tensor | None]:
         """As ``_score_block``; the gradient is valid until the next block."""
         target, exact = targets[:, None], self.probabilities.dtype
         logits = torch.mm(hidden, matrix.t(), out=self.logits[: len(target)])
         logits[:, vocab:] = -torch.inf
-        # softmax is the fastest pass over the logits; the likeliest token's probability is at least 1 / vocab, so its
-        # logarithm is always finite, which the target's may not be.
+        # softmax is the fastest pass over the logits. The log-partition comes from the likeliest token, whose
+        # probability is at least 1 / vocab, so its logarithm is finite; the target's may not be.
         probabilities = torch.softmax(logits, dim=-1, dtype=exact, out=self.probabilities[: len(target)])
         log_partition = logits.amax(dim=1).to(exact) - probabilities.amax(dim=1).log()
         nll = log_partition - logits.gather(1, target).squeeze(1)
-        if not wanted:
+        if not needs_grad:
             return nll, None
         minus_one = torch.full_like(target, -1, dtype=exact)
         return nll, probabilities.scatter_add_(1, target, minus_one).to(hidden.dtype)
 
 
 def _score_block(
-    hidden: Tensor, matrix: Tensor, targets: Tensor, vocab: int, wanted: bool
+    hidden: Tensor, matrix: Tensor, targets: Tensor, vocab: int, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Losses and gradient of a block of tokens, without side effects, to be compiled.
+    """Loss and gradient of a block of tokens; free of side effects, so that it can be compiled.
 
     Args:
         hidden: ``[rows, dim]``.
-        matrix: ``[padded, dim]``, of whose rows the first ``vocab`` are tokens.
-        wanted: whether the gradient is.
+        matrix: ``[padded, dim]``; only the first ``vocab`` rows are tokens.
+        needs_grad: whether to compute the gradient.
     Returns:
-        Negative log-likelihood ``[rows]``, in float32 at least, and the gradient for the logits ``[rows, padded]``, but
-        for a factor to each row.
+        Negative log-likelihood ``[rows]`` in at least float32, and the gradient of the logits ``[rows, padded]`` up to
+        a per-row factor.
     """
     logits = (hidden @ matrix.t()).to(torch.promote_types(hidden.dtype, torch.float32))
     columns = torch.arange(matrix.shape[0], device=hidden.device)
     if vocab < matrix.shape[0]:
         logits = torch.where(columns < vocab, logits, -torch.inf)
-    # In this form the compiler knows the maximum and the sum as a softmax's and finds both in one pass.
+    # In this form the compiler recognizes an online softmax and computes maximum and sum in one pass.
     largest = logits.amax(dim=1, keepdim=True)
     log_partition = (logits - largest).exp().sum(dim=1, keepdim=True).log() + largest
     target = targets[:, None]
     nll = (log_partition - logits.gather(1, target)).squeeze(1)
-    if not wanted:
+    if not needs_grad:
         return nll, None
     gradient = (logits - log_partition).exp() - (columns == target).to(logits.dtype)
     return nll, gradient.to(hidden.dtype)
@@ -145,13 +145,13 @@ def _compiled_block() -> Callable[..., tuple[Tensor, Tensor | None]]:
 
 
 def _even_rows(count: int, most: int) -> int:
-    """Rows of blocks of one size, where there is one near ``most``: each further size would be compiled anew."""
+    """Rows per block so that all blocks have one size near ``most``, if possible: each size is a recompilation."""
     fewest = -(-count // most)
     return next((count // blocks for blocks in range(fewest, 2 * fewest) if count % blocks == 0), most)
 
 
 def rows_at_a_time(vocab: int, dim: int, device: str) -> int:
-    """How many rows of logits ``linear_cross_entropy`` computes at a time on this kind of device."""
+    """Rows of logits that ``linear_cross_entropy`` computes at a time on this device type."""
     return max(_LEAST_ROWS, dim // 2, _BLOCK_BYTES.get(device, 64 << 20) // (4 * vocab))
 
 
@@ -167,20 +167,20 @@ def linear_cross_entropy(
     """Weighted mean cross-entropy of ``hidden @ weight.T`` against ``targets``.
 
     Args:
-        hidden: ``[..., dim]``; under autocast multiplied in its precision, as in any linear layer.
+        hidden: ``[..., dim]``; under autocast cast to its dtype, as in any linear layer.
         weight: ``[vocab, dim]``, the output embedding.
-        targets: ``[...]`` token numbers.
+        targets: ``[...]`` token ids.
         token_weights: ``[...]``, mean 1 over the training text; None means 1 everywhere.
-        block_rows: rows of logits computed at a time, at most; by default chosen for the device.
+        block_rows: maximum rows of logits computed at a time; by default chosen for the device.
         kernel: "blocks" or "compiled" (see above).
-        mixture: where the softmax is one of two sources of the prediction: logs of its share, and of the probability
-            that the other one gives to the target, both ``[...]``.
+        mixture: if the softmax is one component of a two-component mixture: the log weight of the softmax, and the
+            log of the other component's weighted target probability, both ``[...]``.
     Returns:
         The loss (nats per token, differentiable) and each token's negative log-likelihood in nats (detached, at least
         float32).
     """
     flat, device = hidden.reshape(-1, hidden.shape[-1]), hidden.device.type
-    if torch.is_autocast_enabled(device):  # a final norm in float32 must not make the largest product float32
+    if torch.is_autocast_enabled(device):  # a final norm in float32 must not make the largest matmul float32
         flat = flat.to(torch.get_autocast_dtype(device))
     flat_targets = targets.reshape(-1)
     if token_weights is None:

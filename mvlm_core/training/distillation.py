@@ -1,8 +1,8 @@
-"""Distillation: a model learns from the text and from what another one, its teacher, predicts at each token of it.
+"""Knowledge distillation: a student learns from the text and from its teacher's next-token distribution.
 
 ``--num_models K`` trains a chain: each model is the next one's teacher, and the last one is exported (born-again
-networks, Furlanello et al., arXiv 1805.04770). Where a text is read many times, a teacher's probabilities say what a
-text's own next token cannot: which other ones might have stood there. Measured in benchmarks/README.md.
+networks, Furlanello et al., arXiv 1805.04770). When a text is read many times, the teacher's soft targets add
+information that the one-hot next token lacks. Measured in benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mvlm_core.errors import UserError
 from mvlm_core.settings import TrainingSettings
 
-if TYPE_CHECKING:  # who only asks for a chain's settings does not wait for torch
+if TYPE_CHECKING:  # `chain` alone must not import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:  # who only asks for a chain's settings does not wait for torc
 
 TEACHERS = Path("checkpoints", "teachers")  # below the output folder: a chain's models before the last
 TEACHER_SHARE = 0.7  # of the loss
-STUDENT_COST = 4 / 3  # of a step, beside one without a teacher: a forward pass more
-TEACHER_LENGTH = 1 / 3  # of the last model's training: what overfits alone still learns from a teacher
+STUDENT_COST = 4 / 3  # of a step, relative to one without a teacher: one more forward pass
+TEACHER_LENGTH = 1 / 3  # of the student's training: at full length a model overfits by itself, but not with a teacher
 _BLOCK_BYTES = 512 << 20
 Model = TypeVar("Model", bound="PreTrainedModel")
 
 
 def chain(settings: TrainingSettings) -> list[TrainingSettings]:
-    """The settings of each model that ``--num_models`` asks for, the exported one last.
+    """Return the settings of each model of ``--num_models``, the exported one last.
 
-    Each has a seed of its own; those before the last are trained for ``TEACHER_LENGTH`` of its length. ``--max_hours``
-    is the time of all of them together, shared out by what their steps cost.
+    Each has its own seed; all but the last are trained for ``TEACHER_LENGTH`` of its length. ``--max_hours`` covers the
+    whole chain and is divided by the models' training cost.
     """
     root, last = Path(settings.output_dir or "") / TEACHERS, settings.num_models - 1
     costs = [
@@ -56,20 +56,20 @@ def chain(settings: TrainingSettings) -> list[TrainingSettings]:
     return stages
 
 
-def load_teacher(settings: TrainingSettings, kind: type[Model], device: str) -> Model | None:
-    """The teacher as a frozen model of this class, on its device; no code of the export is run.
+def load_teacher(settings: TrainingSettings, model_class: type[Model], device: str) -> Model | None:
+    """Load the teacher as a frozen ``model_class`` on its device; none of the export's code is run.
 
     Raises:
-        UserError: an export of another model.
+        UserError: the export holds another model.
     """
     from mvlm_core.training.preparation import teacher_of
 
     if (source := teacher_of(settings)) is None:
         return None
     try:
-        model: Any = kind.from_pretrained(source.folder, local_files_only=True, use_safetensors=True)
+        model: Any = model_class.from_pretrained(source.folder, local_files_only=True, use_safetensors=True)
     except (ValueError, OSError, RuntimeError) as error:
-        raise UserError(f"--teacher {settings.teacher}: not a model of this kind: {error}") from None
+        raise UserError(f"--teacher {settings.teacher}: not a {model_class.__name__}: {error}") from None
     return model.eval().requires_grad_(False).to(device)
 
 
@@ -80,11 +80,11 @@ def distilled(
     student: Callable[[slice], Tensor],
     teacher: Callable[[slice], Tensor],
 ) -> StepLoss:
-    """A loss of which ``TEACHER_SHARE`` is the cross-entropy against the teacher's predictions, in nats per token.
+    """Add distillation to a loss: ``TEACHER_SHARE`` of the total is cross-entropy with the teacher, in nats per token.
 
     Args:
         inputs: ``[sequences, seq]``.
-        student, teacher: some of the sequences to log probabilities ``[sequences, seq, vocab_size]``.
+        student, teacher: slice of sequences to log-probabilities ``[sequences, seq, vocab_size]``.
     """
     import torch
     from torch.utils.checkpoint import checkpoint
@@ -93,14 +93,14 @@ def distilled(
 
     def nats(part: slice) -> Tensor:
         with torch.no_grad():
-            wanted = teacher(part).exp()
-        return -(wanted * student(part)).sum()
+            soft_targets = teacher(part).exp()
+        return -(soft_targets * student(part)).sum()
 
     each = max(1, _BLOCK_BYTES // (4 * inputs.shape[1] * vocab_size))
     parts = [slice(first, first + each) for first in range(0, len(inputs), each)]
     if len(parts) == 1:
         soft = nats(parts[0])
-    else:  # whole batches of probabilities would be the largest tensors of the step: each part is computed twice
+    else:  # a whole batch of probabilities would be the step's largest tensor, so each part is recomputed
         soft = torch.stack([checkpoint(nats, part, use_reentrant=False) for part in parts]).sum()
     soft = soft / inputs.numel()
     total = torch.lerp(loss.total, soft, TEACHER_SHARE)

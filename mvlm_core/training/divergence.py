@@ -1,8 +1,7 @@
-"""The divergence guard: skip a non-finite step, then roll back to a good checkpoint, then give up.
+"""Divergence guard: skip a non-finite step, then roll back to a good checkpoint, then give up.
 
-Whether a step is skipped is decided on the device, inside the optimizers (``Optimizers.step``), so no step waits for
-the host. The guard judges the figures later, in step order, when the loop reads them anyway; so its decision depends
-on the steps alone and not on when they were read.
+The optimizers skip a step on the device (``Optimizers.step``), so no step waits for the host. The guard sees the
+metrics later, in step order, when the loop reads them anyway; so its decisions do not depend on when that is.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ from dataclasses import dataclass
 # Consecutive skipped steps, and consecutive steps far above the running mean, after which the run rolls back.
 _SKIPPED_IN_A_ROW = 5
 _HIGH_IN_A_ROW = 50
-# "Far above": by so many running mean deviations, and by at least so many nats per token. A bad batch of real text
-# stays below both; a diverged run is several nats above and stays there.
+# "Far above" means by this many mean absolute deviations and at least this many nats per token. A bad batch of real
+# text stays below both; a diverged run is several nats above and stays there.
 _DEVIATIONS, _LEAST_NATS = 8.0, 0.7
 _MEMORY = 0.98
 _STEPS_BEFORE_JUDGING = 50
@@ -24,16 +23,16 @@ LEARNING_RATE_AFTER_ROLLBACK = 0.5
 
 @dataclass
 class GuardState:
-    """The guard's memory; every checkpoint holds all of it.
+    """State of the guard, saved in full in every checkpoint.
 
     Attributes:
         skipped: steps skipped so far.
-        skipped_in_a_row, high_in_a_row: the current streaks.
-        trouble_since: first step of the current streak; a checkpoint from before it is good.
+        skipped_in_a_row, high_in_a_row: lengths of the current streaks.
+        trouble_since: first step of the current streak; checkpoints before it are good.
         judged: good steps so far.
-        mean, deviation: running, of the training loss of good steps, in nats per token.
-        rollbacks: so far.
-        rate_factor: what the learning rate is multiplied by since the last rollback.
+        mean, deviation: running mean and mean absolute deviation of the loss over good steps, in nats per token.
+        rollbacks: number so far.
+        rate_factor: current learning rate multiplier.
     """
 
     skipped: int = 0
@@ -47,7 +46,7 @@ class GuardState:
     rate_factor: float = 1.0
 
     def observe(self, step: int, train_loss: float, skipped: bool) -> str | None:
-        """Judge one step; steps come in order. Returns why the run must roll back, or None."""
+        """Update with one step, in step order; return the reason for a rollback, or None."""
         if skipped:
             self.skipped += 1
             self.skipped_in_a_row += 1
@@ -71,13 +70,13 @@ class GuardState:
 
     def _remember(self, train_loss: float) -> None:
         self.judged += 1
-        # A plain mean at first, then an exponential one, so that early figures do not count for long.
+        # A plain mean at first, then an exponential moving average, so that early losses are soon forgotten.
         weight = max(1 / self.judged, 1 - _MEMORY)
         self.deviation += weight * (abs(train_loss - self.mean) * (self.judged > 1) - self.deviation)
         self.mean += weight * (train_loss - self.mean)
 
     def after_rollback(self, restored: GuardState) -> GuardState:
-        """The guard to continue with, given ``restored`` from the checkpoint the run rolled back to."""
+        """Return the guard to continue with; ``restored`` comes from the checkpoint that the run rolled back to."""
         rollbacks = self.rollbacks + 1
         return GuardState(
             skipped=self.skipped,

@@ -1,4 +1,4 @@
-"""Gradients summed over the ranks, bucket by bucket while the backward pass still runs."""
+"""Gradient all-reduce in buckets, overlapped with the backward pass."""
 
 # No `from __future__ import annotations`: DDP reads a hook's annotations as types.
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ BUCKET_MB = 25
 
 
 class _WholeLoss(nn.Module):
-    """A loss and every module that it uses, as the one module whose forward pass gives what is minimised."""
+    """Wraps a loss and all modules it uses in one module, as DistributedDataParallel requires."""
 
     def __init__(self, modules: dict[str, nn.Module], loss: Callable[..., Any]) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class _WholeLoss(nn.Module):
 
 
 class _Buckets:
-    """Sums the buckets of one backward pass and counts them."""
+    """All-reduces the buckets of one backward pass and counts them."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks, self.done = ranks, 0
@@ -39,21 +39,21 @@ class _Buckets:
 
 
 class GradientSync:
-    """A loss, in ``DistributedDataParallel``, whose last backward pass in a step sums the gradients over the ranks.
+    """A loss in ``DistributedDataParallel``; the last backward pass of a step sums the gradients over the ranks.
 
-    They are sums and not means, because each micro-batch's loss is weighted by its share of the whole batch already: so
-    ranks may have parts of different lengths.
+    Gradients are summed, not averaged, because each micro-batch's loss is already weighted by its share of the global
+    batch; so ranks may have unequal parts.
 
     Args:
-        modules: every module with weights to train.
-        idle: parameters that get no gradient; DDP would wait for it for ever.
+        modules: every module with trainable weights.
+        idle: parameters that get no gradient, for which DDP would wait forever.
     """
 
     def __init__(
         self, modules: dict[str, nn.Module], loss: Callable[..., Any], ranks: Ranks, idle: frozenset[Tensor]
     ) -> None:
         self.idle, self.buckets = idle, _Buckets(ranks)
-        self.exchanging = False  # the micro-batch whose backward pass sums the gradients has begun and not ended
+        self.exchanging = False  # whether the micro-batch that sums the gradients is in progress
         whole = _WholeLoss(modules, loss)
         ignored = [name for name, parameter in whole.named_parameters() if parameter in idle]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(whole, ignored)
@@ -65,7 +65,7 @@ class GradientSync:
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """Around a micro-batch's ``loss`` and backward pass: after the ``last`` one the gradients are sums."""
+        """Wrap a micro-batch's ``loss`` and backward pass; only the ``last`` one sums the gradients."""
         self.buckets.done, self.exchanging = 0, last
         try:
             with nullcontext() if last else self._ddp.no_sync():
@@ -78,13 +78,13 @@ class GradientSync:
         return self._ddp(*inputs)
 
     def finish_exchange(self) -> None:
-        """After a micro-batch that failed half-way: exchange zeros for the rest, so that no other rank hangs.
+        """After a micro-batch failed midway, all-reduce zeros for the remaining buckets, so that no other rank hangs.
 
-        The sums are useless then, and this object as well: all ranks start the step again with a new one.
+        The gradients and this object are then unusable: all ranks repeat the step with a new one.
         """
         for bucket in self._ddp.reducer._get_zeros_like_grad_buckets()[self.buckets.done :]:
             self.buckets.sum(bucket).wait()
 
     def close(self) -> None:
-        """The parameters' gradients are no longer watched."""
+        """Remove the autograd hooks."""
         self._ddp.reducer._remove_autograd_hooks()

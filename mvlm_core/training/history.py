@@ -12,7 +12,7 @@ HISTORY_NAME = "training_history.jsonl"
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """The records, without a last line that was cut off when the run died."""
+    """Read all records, ignoring a truncated last line."""
     records = []
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -27,10 +27,10 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 def append_records(path: Path, records: list[dict[str, Any]]) -> None:
-    """Append all of the records or none.
+    """Append all records or none.
 
     Raises:
-        OSError: such as a full disk.
+        OSError: for example a full disk.
     """
     is_new = not path.exists()
     with open(path, "ab", buffering=0) as file:
@@ -43,10 +43,10 @@ def append_records(path: Path, records: list[dict[str, Any]]) -> None:
             file.truncate(size)
             raise
     if is_new:
-        fsync_path(path.parent)  # else a power failure takes the file away, whatever of its content is flushed
+        fsync_path(path.parent)  # else the file itself may be lost in a power failure, even if its content is flushed
 
 
 def truncate_history(path: Path, step: int) -> None:
-    """Drop the records after ``step``, where the run resumes and will write them again."""
+    """Drop the records after ``step``, where the run resumes and writes them again."""
     kept = [json.dumps(record) + "\n" for record in read_history(path) if record["step"] <= step]
     write_atomic(path, "".join(kept))

@@ -1,6 +1,6 @@
-"""Further training (``--init_from``): the export that a run starts from, and what of the run's settings must fit it.
+"""Further training (``--init_from``): open the export a run starts from and check the run's settings against it.
 
-Nothing of the export is run: its record and tokenizer are JSON, its weights safetensors, and the model is built by this
+None of the export's code is run: config and tokenizer are JSON, weights are safetensors, and the model is built by this
 repository's own code.
 """
 
@@ -28,13 +28,13 @@ atexit.register(_unpacked.close)
 
 @dataclass(frozen=True)
 class Source:
-    """A finished export, checked.
+    """A finished export that passed its checks.
 
     Attributes:
-        folder: where its files lie; of an archive, unpacked until this process ends.
-        name: of the model.
-        sha256: of its manifest, which lists the SHA-256 of every file.
-        config: its ``training_config.json``.
+        folder: its files; an archive is unpacked until this process ends.
+        name: model name.
+        sha256: of the manifest, which lists the SHA-256 of every file.
+        config: content of ``training_config.json``.
     """
 
     folder: Path
@@ -44,27 +44,27 @@ class Source:
 
     @property
     def seconds(self) -> float:
-        """That its training took, by its record."""
+        """Recorded training time; 0 if the record is unusable."""
         seconds = training_config(self.folder, "results").get("results", {}).get("seconds")
         return seconds if isinstance(seconds, int | float) and 0 <= seconds < math.inf else 0.0
 
 
 @dataclass(frozen=True)
 class Replay:
-    """``--replay``: a corpus, and the share of the sequences that come from its train text."""
+    """``--replay``: a corpus and the share of sequences drawn from its training split."""
 
     folder: Path
     share: Fraction
 
 
 def open_source(place: str, flag: str = "--init_from") -> Source:
-    """The export at ``place``, a folder or a ``.tar.gz``; checked and unpacked once in a process.
+    """Open and check the export at ``place``, a folder or a ``.tar.gz``; unpacked at most once per process.
 
     Args:
-        flag: that names it, for messages.
+        flag: flag name for error messages.
 
     Raises:
-        UserError: none, an unfinished or damaged one, an archive that fails its checks.
+        UserError: missing, unfinished or damaged export, or an archive that fails its checks.
     """
     path = Path(place).resolve()
     file = path / MANIFEST if path.is_dir() else path
@@ -88,12 +88,12 @@ def _open(path: Path, _written: int) -> Source:
 
 
 def source_of(settings: TrainingSettings) -> Source | None:
-    """The export that a run with these settings starts from; None where it starts from nothing."""
+    """Open the export that a run with these settings starts from; None if it trains from scratch."""
     return None if settings.init_from is None else open_source(settings.init_from)
 
 
 def replay_of(settings: TrainingSettings) -> Replay | None:
-    """What ``--replay`` says.
+    """Parse ``--replay``.
 
     Raises:
         UserError: not FOLDER=SHARE, a share outside (0, 1), or a folder without text.
@@ -102,7 +102,7 @@ def replay_of(settings: TrainingSettings) -> Replay | None:
         return None
     folder, _, number = settings.replay.rpartition("=")
     try:
-        share = Fraction(number)  # exact, so that every sequence of a long run is where it belongs
+        share = Fraction(number)  # exact, so that replayed sequences do not drift in a long run
     except (ValueError, ZeroDivisionError):
         share = Fraction(0)
     problems = [] if folder and 0 < share < 1 else ["expected FOLDER=SHARE with a share between 0 and 1, such as 0.2"]
@@ -116,31 +116,31 @@ def replay_of(settings: TrainingSettings) -> Replay | None:
 
 
 def inherit(settings: TrainingSettings, name: str) -> list[str]:
-    """Give settings whose defaults are not filled in yet the preset and the shape of the export of ``--init_from``.
+    """Copy preset and model shape from the export of ``--init_from`` into settings whose defaults are still unset.
 
     Args:
-        name: of the model that these settings are of.
+        name: of the model to train.
     Returns:
-        what does not fit, one sentence each.
+        Conflicts with the export, one sentence each.
     """
     problems: list[str] = []
     try:
         if replay_of(settings) and settings.init_from is None:
-            problems.append("--replay goes with --init_from: a model that starts from nothing has nothing to forget")
+            problems.append("--replay needs --init_from: a model trained from scratch has nothing to forget")
     except UserError as error:
         problems += error.problems
     if settings.init_from is None:
         return problems
     if settings.tokenizer_path is not None:
-        problems.append("--tokenizer_path does not go with --init_from: the tokenizer is the export's")
+        problems.append("--tokenizer_path cannot be used with --init_from, which uses the export's tokenizer")
     try:
         source = open_source(settings.init_from)
     except UserError as error:
         return [*problems, *error.problems]
     if settings.output_dir is not None and Path(settings.output_dir).resolve() == source.folder.resolve():
-        problems.append(f"--output_dir {settings.output_dir}: the export of --init_from itself; choose another folder")
+        problems.append(f"--output_dir {settings.output_dir} is the export of --init_from; choose another folder")
     if source.name != name:
-        return [*problems, f"--init_from {settings.init_from}: an export of {source.name}; this trains {name}"]
+        return [*problems, f"--init_from {settings.init_from} is an export of {source.name}, not of {name}"]
     if settings.preset in (None, "auto") and source.config.get("preset") in PRESET_NAMES:
         settings.preset = source.config["preset"]
     for entry in fields(settings):
@@ -150,18 +150,18 @@ def inherit(settings: TrainingSettings, name: str) -> list[str]:
 
 
 def _take(settings: TrainingSettings, entry: Field[Any], source: Source) -> list[str]:
-    """Take one value of the shape from the export, or say how the given one differs from it."""
+    """Take one shape setting from the export, or report how the given value conflicts with it."""
     recorded, default = source.config["settings"], entry.metadata["default"]
-    known = [recorded[name] for name in (entry.name, *entry.metadata["aliases"]) if name in recorded]
-    value = source.config["tokenizer"].get("vocab_size") if entry.name == "vocab_size" else (known or [default])[0]
+    values = [recorded[name] for name in (entry.name, *entry.metadata["aliases"]) if name in recorded]
+    value = source.config["tokenizer"].get("vocab_size") if entry.name == "vocab_size" else (values or [default])[0]
     if type(value) is not type(default):
         return [f"--init_from {settings.init_from}: {TRAINING_CONFIG} has no usable {entry.name}"]
     given = getattr(settings, entry.name)
     if given is None:
         setattr(settings, entry.name, value)
     elif entry.name == "max_length" and isinstance(given, int) and given <= value:
-        return []  # a shorter context needs no weights that are not there
+        return []  # a shorter context needs no additional weights
     elif given != value:
         more = "at most " if entry.name == "max_length" else ""
-        return [f"--{entry.name} {given}: the export of --init_from has {value}; leave it out, or give {more}that"]
+        return [f"--{entry.name} {given}: the export of --init_from has {value}; omit it or give {more}that value"]
     return []

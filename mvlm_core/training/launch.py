@@ -1,8 +1,8 @@
-"""Several processes for one run: a trainer that is started plainly becomes the supervisor of its ranks.
+"""Multi-process launch: a trainer started without ``torchrun`` becomes the supervisor of its ranks.
 
-The supervisor starts each rank with the trainer's own command line and never touches CUDA itself. The ranks meet
-through a file in a private folder, and what they exchange stays on the loopback interface, so nobody else can join or
-listen. ``torchrun`` remains the way for several machines.
+The supervisor starts each rank with the trainer's own command line and never initializes CUDA itself. Ranks rendezvous
+through a file in a private folder and communicate over the loopback interface, so no other user can join or listen.
+Use ``torchrun`` for several machines.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from mvlm_core.settings import TrainingSettings
 from mvlm_core.signals import PARENT_VARIABLE, parent_is_gone
 
 FOLDER_VARIABLE, MEMORY_VARIABLE = "MVLM_RANKS_FOLDER", "MVLM_RANKS_MEMORY"
-SHARED_BYTES = 16 << 20  # per CPU rank: longer sums go through it in chunks, which stay in the cache
+SHARED_BYTES = 16 << 20  # per CPU rank: larger all-reduces are chunked, which keeps the chunks in the CPU cache
 _POLL_SECONDS = 0.2
-_GRACE_SECONDS = 15.0  # for the others to end by themselves after one has
+_GRACE_SECONDS = 15.0  # for the other ranks to exit by themselves after one has
 _TAIL_LINES = 12
 _CODES_KEPT = (EXIT_DONE, EXIT_BAD_INPUT, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 log = logging.getLogger("mvlm")
 
 
 def rank_count(settings: TrainingSettings) -> int:
-    """How many ranks this process has to start: 1 where it trains itself, alone or as a rank that was started.
+    """Return how many ranks this process must start; 1 if it trains itself, alone or as an already started rank.
 
     Raises:
-        UserError: more GPUs than there are, ``--processes`` where a GPU or torchrun is used, or a chain of models on
+        UserError: more GPUs than available, ``--processes`` together with a GPU or torchrun, or a chain of models on
             several machines.
     """
     if "WORLD_SIZE" in os.environ:
         if settings.processes > 1 and FOLDER_VARIABLE not in os.environ:
-            raise UserError(f"--processes {settings.processes} starts processes of its own: use it without torchrun")
+            raise UserError(f"--processes {settings.processes} starts its own processes: use it without torchrun")
         if settings.num_models > 1 and os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
             raise UserError(
                 f"--num_models {settings.num_models}: a chain passes its models on in the folder of one machine. "
@@ -60,58 +60,58 @@ def rank_count(settings: TrainingSettings) -> int:
         raise UserError(f"--gpus {settings.gpus}: there are {gpus}{chosen}")
     if settings.processes > 1:
         if gpus:
-            raise UserError(f"--processes {settings.processes} is for the cores of a CPU: --gpus N chooses GPUs")
+            raise UserError(f"--processes {settings.processes} is for CPU training: use --gpus N to choose GPUs")
         return settings.processes
     return max(1, min(settings.gpus or gpus, settings.sequences_per_step))
 
 
 def describe_gpus(settings: TrainingSettings) -> str:
-    """A line for the plan: how many GPUs the run would use here."""
+    """Describe for the plan how many GPUs the run would use on this machine."""
     gpus = 0 if settings.device == "cpu" else gpu_count()
     if not gpus:
-        return "GPUs: none here; on a machine with several all of them share every batch, or --gpus N of them"
-    return f"GPUs: {rank_count(settings)} of the {gpus} of this machine share every batch"
+        return "GPUs: none here; with several, each batch is split across all of them, or across --gpus N"
+    return f"GPUs: each batch is split across {rank_count(settings)} of the {gpus} on this machine"
 
 
 def run_ranks(settings: TrainingSettings, arguments: Sequence[str]) -> int | None:
-    """Run the trainer as several processes where the settings ask for them, on a machine with several GPUs by default.
+    """Run the trainer as several processes if the settings ask for it; the default with several GPUs.
 
     Args:
-        arguments: of the Python interpreter, which make it this trainer with these settings.
+        arguments: of the Python interpreter, to start this trainer with these settings.
     Returns:
-        The exit code of the whole run; None where this process itself is to train.
+        The exit code of the whole run, or None if this process itself should train.
     Raises:
-        UserError: as ``rank_count``.
-        TrainingFailed: a rank died or does not answer.
+        UserError: see ``rank_count``.
+        TrainingFailed: a rank died or does not respond.
     """
     world = 1 if settings.dry_run else rank_count(settings)
     if world == 1:
         return None
     if settings.processes > 1:
-        log.info("%s processes share every batch", world)
+        log.info("each batch is split across %s processes", world)
     else:
-        log.info("%s of the %s GPUs of this machine share every batch (--gpus N for fewer)", world, gpu_count())
+        log.info("each batch is split across %s of the %s GPUs on this machine (--gpus N)", world, gpu_count())
     command = [sys.executable, *arguments]
     return Supervisor(command, world, settings.log_file, shares_memory=settings.processes > 1).run()
 
 
 def rank_environment(rank: int, world: int, folder: Path | str) -> dict[str, str]:
-    """What tells a process which rank of a run on this machine it is; ``folder`` is private to the run and empty."""
-    here = _loopback()
+    """Environment variables of one rank on this machine; ``folder`` is empty and private to the run."""
+    interface = _loopback()
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
-        "GLOO_SOCKET_IFNAME": here,
-        "NCCL_SOCKET_IFNAME": here,
+        "GLOO_SOCKET_IFNAME": interface,
+        "NCCL_SOCKET_IFNAME": interface,
         FOLDER_VARIABLE: str(folder),
         PARENT_VARIABLE: str(os.getpid()),
     }
 
 
 def shared_memory(world: int) -> int:
-    """A file descriptor of anonymous memory for the sums of CPU ranks, to be inherited."""
+    """Create anonymous shared memory for the all-reduce of CPU ranks; return its file descriptor, to be inherited."""
     memory = os.memfd_create("mvlm_sums", 0)
     os.truncate(memory, world * SHARED_BYTES)
     return memory
@@ -119,14 +119,14 @@ def shared_memory(world: int) -> int:
 
 def _loopback() -> str:
     for name, addresses in psutil.net_if_addrs().items():
-        if any(one.family == socket.AF_INET and one.address == "127.0.0.1" for one in addresses):
+        if any(address.family == socket.AF_INET and address.address == "127.0.0.1" for address in addresses):
             return name
     return "lo"
 
 
 @dataclass
 class _Rank:
-    """A rank's process; ``log``: where its output goes, None for the main one's, which is the supervisor's own."""
+    """A rank's process; its output goes to ``log``, or for the main rank (None) to the supervisor's own streams."""
 
     number: int
     process: subprocess.Popen[bytes]
@@ -138,12 +138,12 @@ class _Rank:
     def code(self) -> int | None:
         return self.process.returncode
 
-    def trouble(self) -> tuple[int, str] | None:
-        """How likely it is the cause (0 most), and in words; None if it ended well or only noticed another's end."""
+    def failure(self) -> tuple[int, str] | None:
+        """Severity (0 is the likeliest root cause) and description; None if it succeeded or only lost its peers."""
         if self.ended is None:
-            return 2, "does not answer"
+            return 2, "does not respond"
         if not self.code or (self.folder / f"lost.{self.number}").exists() or self.code == -signal.SIGABRT:
-            return None  # NCCL ends a rank by SIGABRT when another one does not answer
+            return None  # NCCL aborts a rank with SIGABRT when another one does not respond
         if self.code < 0:
             return 0, f"was killed by {signal.Signals(-self.code).name} (out of memory? see dmesg)"
         return 1, f"failed with exit code {self.code}"
@@ -160,28 +160,28 @@ class _Rank:
 
 
 class Supervisor:
-    """Starts the ranks of a run, passes signals on, and ends all of them when one is dead or hung.
+    """Starts the ranks of a run, forwards signals, and kills all ranks when one dies or hangs.
 
     Args:
         command: the trainer's own command line.
-        log_file: the output of the ranks beside the main one goes to ``<log_file>.rank<number>``, without it into the
-            private folder, which then stays if the run fails.
-        shares_memory: CPU ranks, whose sums go through shared memory.
+        log_file: ranks other than the main one write to ``<log_file>.rank<number>``; without it to the private folder,
+            which is kept if the run fails.
+        shares_memory: whether all-reduces go through shared memory (CPU ranks).
     """
 
     def __init__(self, command: list[str], world: int, log_file: str | None, *, shares_memory: bool) -> None:
         self.command, self.world, self.log_file, self.shares_memory = command, world, log_file, shares_memory
         self.signals: list[int] = []
         self.ranks: list[_Rank] = []
-        self._told = 0
+        self._forwarded = False
 
     def run(self) -> int:
-        """The main rank's exit code.
+        """Run all ranks and return the main rank's exit code.
 
         Raises:
-            TrainingFailed: a rank died or does not answer; its number and the end of its log.
+            TrainingFailed: a rank died or does not respond; the message has its number and the end of its log.
         """
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         folder = Path(tempfile.mkdtemp(prefix="mvlm_ranks_"))  # readable by its owner alone
         keep = False
         try:
@@ -194,10 +194,10 @@ class Supervisor:
             self._kill()
             if not keep:
                 shutil.rmtree(folder, ignore_errors=True)
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self.signals.append(number)
 
     def _start(self, folder: Path) -> None:
@@ -212,7 +212,7 @@ class Supervisor:
                 path = Path(f"{self.log_file}.rank{number}") if self.log_file else folder / f"rank{number}.log"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 options = {"stdout": path.open("wb"), "stderr": subprocess.STDOUT}
-            # A session of its own: a terminal's Ctrl-C reaches it from here only, and once.
+            # In its own session, so that Ctrl-C reaches a rank only once, forwarded from here.
             process = subprocess.Popen(
                 self.command,
                 env=environment | rank_environment(number, self.world, folder),
@@ -229,28 +229,28 @@ class Supervisor:
         log.debug("process ids of the ranks: %s", ", ".join(str(rank.process.pid) for rank in self.ranks))
 
     def _watch(self) -> int:
-        self._look_until(self._is_over)
+        self._poll_until(self._is_over)
         main = self.ranks[0]
         if self.signals.count(signal.SIGINT) > 1:
             return 128 + signal.SIGINT
         if self._main_code() not in _CODES_KEPT[1:]:
             deadline = time.monotonic() + _GRACE_SECONDS
-            self._look_until(lambda: all(rank.ended for rank in self.ranks) or time.monotonic() > deadline)
+            self._poll_until(lambda: all(rank.ended for rank in self.ranks) or time.monotonic() > deadline)
         code = self._main_code()
         if code in _CODES_KEPT:
             return code
-        found = [(rank.trouble(), rank.ended or 0.0, rank.number) for rank in self.ranks]
-        causes = sorted((trouble, ended, number) for trouble, ended, number in found if trouble)
+        outcomes = [(rank.failure(), rank.ended or 0.0, rank.number) for rank in self.ranks]
+        causes = sorted((failure, ended, number) for failure, ended, number in outcomes if failure)
         if not causes or (causes[0][2] == 0 and main.code == EXIT_FAILED):
-            return EXIT_FAILED  # it has said why
-        (_, words), _, number = causes[0]
+            return EXIT_FAILED  # the main rank has already printed the reason
+        (_, description), _, number = causes[0]
         raise TrainingFailed(
-            f"process {number} of {self.world} {words}: all are ended, and the same command resumes from the newest "
-            f"checkpoint{self.ranks[number].last_lines()}"
+            f"process {number} of {self.world} {description}: all processes were killed; the same command resumes from "
+            f"the newest checkpoint{self.ranks[number].last_lines()}"
         )
 
     def _main_code(self) -> int:
-        """The main rank's exit code, as a shell has it; ``EXIT_FAILED`` while it runs."""
+        """The main rank's exit code as a shell reports it; ``EXIT_FAILED`` while it is running."""
         code = self.ranks[0].code
         if code is None:
             return EXIT_FAILED
@@ -264,24 +264,24 @@ class Supervisor:
             or self.signals.count(signal.SIGINT) > 1
         )
 
-    def _look_until(self, over: Callable[[], bool]) -> None:
+    def _poll_until(self, over: Callable[[], bool]) -> None:
         while True:
             for rank in self.ranks:
                 if rank.ended is None and rank.process.poll() is not None:
                     rank.ended = time.monotonic()
             if over():
                 return
-            self._pass_on()
+            self._forward_signal()
             time.sleep(_POLL_SECONDS)
 
-    def _pass_on(self) -> None:
-        """Pass a signal on to the main rank, once; it agrees with the others on the step after which all stop."""
+    def _forward_signal(self) -> None:
+        """Forward the first signal to the main rank, which agrees with the others on the step at which to stop."""
         if not self.signals and parent_is_gone():
             self.signals.append(signal.SIGTERM)
-        if self.signals and not self._told:
-            self._told = self.signals[0]
+        if self.signals and not self._forwarded:
+            self._forwarded = True
             if self.ranks[0].ended is None:
-                self.ranks[0].process.send_signal(self._told)
+                self.ranks[0].process.send_signal(self.signals[0])
 
     def _kill(self) -> None:
         for rank in self.ranks:

@@ -1,8 +1,8 @@
 """The training loop of both models: step, evaluate, log, checkpoint, stop.
 
-A step is determined by its number alone: the batch (see ``batches``), the learning rate, and the random numbers of
-dropout, which are reseeded for each micro-batch. So a checkpoint needs weights, optimizer state and a few counters,
-and a resumed run equals an uninterrupted one to the bit; on CUDA with ``--deterministic``, else to rounding.
+The step number alone determines the batch (see ``batches``), the learning rate, and dropout, whose generator is
+reseeded for each micro-batch. So a checkpoint needs only weights, optimizer state and a few counters, and a resumed
+run is bitwise identical to an uninterrupted one (on CUDA with ``--deterministic``; otherwise equal to rounding).
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ log = logging.getLogger("mvlm")
 
 
 class TrainingLoop:
-    """One run: ``run()`` trains from the newest checkpoint to the end.
+    """One training run: ``run()`` trains from the newest checkpoint to the end.
 
-    ``checkpoints/`` and ``training_history.jsonl`` are kept in the run's output folder.
+    Writes ``checkpoints/`` and ``training_history.jsonl`` to the run's output folder.
     """
 
     def __init__(self, run: Run, task: TrainingTask) -> None:
@@ -55,23 +55,23 @@ class TrainingLoop:
         if run.settings.tensorboard and run.ranks.is_main:
             self.tensorboard = TensorBoardWriter(run.output_dir / TENSORBOARD_FOLDER)
         self.state = LoopState(micro_batch=run.settings.batch_size)
-        self._pending: list[dict[str, Any]] = []  # steps whose figures are still on the device
-        self._pending_since = 0.0  # wall time of the run at the start of the first of them
+        self._pending: list[dict[str, Any]] = []  # steps whose metrics are still on the device
+        self._pending_since = 0.0  # the run's wall time at the start of the first pending step
         self._pending_seconds = 0.0
-        self._records: list[dict[str, Any]] = []  # read, not yet in the history file
-        self._saved_step: int | None = None  # the newest checkpoint, which may still be on its way to the disk
+        self._records: list[dict[str, Any]] = []  # read from the device, not yet in the history file
+        self._saved_step: int | None = None  # step of the newest checkpoint, which may still be being written
         self._writer = CheckpointWriter()
-        self._clock_start = 0.0  # what the clock would have shown at the first step, had nothing interrupted the run
+        self._clock_start = 0.0  # clock reading at the first step, shifted so that interruptions do not count
         self._compiled = (0, 0.0)  # graphs and seconds so far
         self._unused: frozenset[Tensor] = frozenset()  # parameters that get no gradient
-        self._sync: GradientSync | None = None  # of several ranks
+        self._sync: GradientSync | None = None  # None with a single rank
 
     def run(self, stop: StopRequest) -> LoopState:
         """Train to the end.
 
         Raises:
-            Stopped: by a signal; the checkpoint is written.
-            TrainingFailed: training diverges again and again, or the smallest micro-batch does not fit.
+            Stopped: a signal arrived; a checkpoint has been written.
+            TrainingFailed: training keeps diverging, or a micro-batch of one sequence does not fit in memory.
         """
         self._resume()
         if self.state.step == 0:
@@ -83,8 +83,8 @@ class TrainingLoop:
         self._try_micro_batch()
         self._report_compilation()
         if self.state.step == 0:
-            self._save(beside=False)  # a full or read-only disk is found now, not after an hour
-            self.state.spent = Spent()  # it holds no optimizer state: no measure for the others
+            self._save(in_background=False)  # fail now, not after an hour, if the disk is full or read-only
+            self.state.spent = Spent()  # not timed: it has no optimizer state, so it is cheaper than later ones
         self._clock_start = self.clock() - self.state.seconds
         if self.settings.max_hours and self.state.fixed_steps is None:
             timed = self.state.timed_steps, self.state.timed_seconds
@@ -104,7 +104,7 @@ class TrainingLoop:
             while not self.state.finished:
                 stopping = self._step(stop)
                 if first_step:
-                    self.ranks.limit_waiting()
+                    self.ranks.shorten_timeout()
                     first_step = False
                 bar.update(tokens)
                 self._after_step(stopping, bar)
@@ -114,19 +114,19 @@ class TrainingLoop:
 
     @property
     def length(self) -> RunLength:
-        """How long this run is, as far as that is known by now."""
+        """Length of the run; its total is None until ``--max_hours`` has fixed the number of steps."""
         return replace(self._length, fixed_at=self.state.fixed_at, fixed_steps=self.state.fixed_steps)
 
     def history(self) -> list[dict[str, Any]]:
-        """The records of all steps."""
+        """Return the records of all steps."""
         return read_history(self.history_path)
 
     def peak_memory(self) -> int:
-        """Bytes, over all processes of the run."""
+        """Return the peak memory in bytes, summed over all ranks."""
         return int(self.ranks.sum_numbers(peak_memory(self.hardware.device))[0])
 
     def load_best(self) -> None:
-        """Put the best weights by validation into the model; the last ones stay in the newest checkpoint."""
+        """Load the best weights by validation into the model; the last weights stay in the newest checkpoint."""
         step = self.state.best_step
         if step is not None and step != self.state.step:
             try:
@@ -136,42 +136,42 @@ class TrainingLoop:
                 raise UserError(f"the best checkpoint is damaged: {damage}; run again with --fresh") from None
 
     def _after_step(self, stopping: bool, bar: Any) -> None:
-        """Do what is due after this step: read the figures, evaluate, write a checkpoint, or roll back."""
+        """Read metrics, evaluate, write a checkpoint or roll back, as due after this step."""
         self._finish_save(wait=False)
         step, settings = self.state.step, self.settings
         ending = self.length.is_reached(step)
-        rehearsing, unsaved, fixing = self._measure()
-        evaluating = ending or rehearsing or step % settings.eval_interval == 0
-        due = rehearsing or unsaved or fixing or step % settings.checkpoint_interval == 0
+        time_evaluation, time_checkpoint, fix_length = self._timing_due()
+        evaluating = ending or time_evaluation or step % settings.eval_interval == 0
+        due = time_evaluation or time_checkpoint or fix_length or step % settings.checkpoint_interval == 0
         if not (evaluating or stopping or due or step % settings.log_interval == 0):
             return
-        trouble = self._flush(bar)
+        reason = self._flush(bar)
         improved = False
-        if evaluating and not trouble:
-            improved, trouble = self._evaluate()
-        if trouble:
-            self._roll_back(trouble, bar)
+        if evaluating and not reason:
+            improved, reason = self._evaluate()
+        if reason:
+            self._roll_back(reason, bar)
             return
         self._write_history()
-        if fixing:
+        if fix_length:
             self._fix_length(bar)
         if evaluating:
             self.state.stopped_early = self._should_stop_early() and not ending
             self.state.finished = ending or self.state.stopped_early
-        # While training is in trouble, the checkpoints from before must not be rotated away.
+        # During a streak of bad steps, save nothing: rotation must not delete the checkpoints from before it.
         regular = self.state.finished or (due and self.state.guard.trouble_since is None)
         if regular or stopping:
-            self._save(for_signal_only=not regular, beside=not (self.state.finished or stopping))
+            self._save(for_signal_only=not regular, in_background=not (self.state.finished or stopping))
         elif improved:
             self._save(weights_only=True)
         else:
             return
-        self.ranks.wait_for_main(f"save {step}")  # however slow its disk is
+        self.ranks.wait_for_main(f"save {step}")  # without a timeout: its disk may be slow
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
     def _step(self, stop: StopRequest) -> bool:
-        """One optimizer step. Returns whether any rank wants to stop after it."""
+        """Take one optimizer step; return whether any rank has been asked to stop."""
         started = self.clock()
         state, optimizers = self.state, self.task.optimizers
         length = self.length
@@ -179,10 +179,10 @@ class TrainingLoop:
             self._pending_since = self._seconds()
         scale = length.learning_rate_scale(state.step, self.settings.lr_schedule)
         learning_rate = optimizers.set_scale(scale * state.guard.rate_factor)
-        figures, all_bytes, stopping = self._gradients(length.share(state.step), stop)
+        metrics, all_bytes, stopping = self._gradients(length.share(state.step), stop)
         parameters = [p for p in optimizers.parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf)
-        skipped = (~(norm.isfinite() & figures["train_loss"].isfinite())).float()
+        skipped = (~(norm.isfinite() & metrics["train_loss"].isfinite())).float()
         optimizers.step(found_inf=skipped)
         optimizers.zero_grad()
         state.step += 1
@@ -195,39 +195,39 @@ class TrainingLoop:
                 "tokens": state.tokens,
                 "bytes": state.bytes,
                 "learning_rate": learning_rate,
-                "figures": {**figures, "grad_norm": norm, "skipped": skipped},
+                "metrics": {**metrics, "grad_norm": norm, "skipped": skipped},
             }
         )
         self._pending_seconds += self.clock() - started
         return stopping
 
     def _gradients(self, share_done: float, stop: StopRequest) -> tuple[dict[str, Tensor], float, bool]:
-        """Gradients and figures of the whole batch, its text bytes, and whether any rank wants to stop.
+        """Accumulate gradients over the global batch; return its metrics, text bytes, and whether to stop.
 
-        A rank that runs out of memory halves its micro-batch and starts the step again. Where it has exchanged a part
-        of its gradients by then, the others must start again as well.
+        A rank that runs out of memory halves its micro-batch and repeats the step. If it has already all-reduced some
+        of its gradients, the other ranks must repeat the step as well.
         """
         while True:
             self._prepare_sync(share_done)
             try:
-                figures, text_bytes = self._accumulate(share_done)
+                metrics, text_bytes = self._accumulate(share_done)
                 failed = False
             except torch.OutOfMemoryError:
-                figures, text_bytes, failed = {}, 0, True
-            if failed:  # outside the except: the failed step's tensors are free now
+                metrics, text_bytes, failed = {}, 0, True
+            if failed:  # outside the except block, where the failed step's tensors have been freed
                 self._halve_micro_batch()
                 if self._sync is None or not self._sync.exchanging:
                     continue
                 self._sync.finish_exchange()
-            all_bytes, stopping, failures = self.ranks.sum_numbers(text_bytes, stop.wanted(), failed)
+            all_bytes, stopping, failures = self.ranks.sum_numbers(text_bytes, stop.is_set(), failed)
             if not failures:
-                self.ranks.sum_on_device(figures.values())
-                return figures, all_bytes, bool(stopping)
+                self.ranks.sum_on_device(metrics.values())
+                return metrics, all_bytes, bool(stopping)
             self.task.optimizers.zero_grad()
             self._close_sync()
 
     def _prepare_sync(self, share_done: float) -> None:
-        """Where there are several ranks: have gradients summed, of those parameters that get one now."""
+        """With several ranks, set up the gradient all-reduce for the parameters that currently get a gradient."""
         if self.ranks.world == 1:
             return
         idle = self._unused.union(self.task.idle(share_done))
@@ -242,15 +242,15 @@ class TrainingLoop:
             self._sync = None
 
     def _accumulate(self, share_done: float) -> tuple[dict[str, Tensor], int]:
-        """Gradients of this rank's part of the batch, micro-batch by micro-batch; returns figures and text bytes."""
+        """Accumulate gradients over this rank's micro-batches; return summed metrics and text bytes."""
         sums: dict[str, Tensor] = {}
         text_bytes = 0
-        mine = self.ranks.part(self.task.batches.sequences)
-        for first in range(mine.start, mine.stop, self.state.micro_batch):
-            count = min(self.state.micro_batch, mine.stop - first)
-            last = first + count == mine.stop
-            figures, size = self._micro_batch(first, count, share_done, last)
-            for name, value in figures.items():
+        part = self.ranks.part(self.task.batches.sequences)
+        for first in range(part.start, part.stop, self.state.micro_batch):
+            count = min(self.state.micro_batch, part.stop - first)
+            last = first + count == part.stop
+            metrics, size = self._micro_batch(first, count, share_done, last)
+            for name, value in metrics.items():
                 sums[name] = sums[name] + value if name in sums else value
             text_bytes += size
         return sums, text_bytes
@@ -258,10 +258,10 @@ class TrainingLoop:
     def _micro_batch(
         self, first: int, count: int, share_done: float, last: bool = False
     ) -> tuple[dict[str, Tensor], int]:
-        """Forward and backward of some sequences; the figures are weighted by their share of the batch.
+        """Run forward and backward on one micro-batch; metrics are weighted by its share of the global batch.
 
         Args:
-            last: this rank's last ones of the step, after which gradients are sums over all ranks.
+            last: whether this is the rank's last micro-batch of the step, whose backward pass all-reduces gradients.
         """
         batches, device = self.task.batches, self.hardware.device
         batch = batches.batch(self.state.step, first, count)
@@ -273,16 +273,16 @@ class TrainingLoop:
             with self.hardware.autocast():
                 loss = score(inputs, targets, weights, share_done)
             (loss.total * share).backward()
-        figures = {"train_loss": loss.train_loss, **loss.parts}
-        return {name: value.detach() * share for name, value in figures.items()}, batch.text_bytes
+        metrics = {"train_loss": loss.train_loss, **loss.parts}
+        return {name: value.detach() * share for name, value in metrics.items()}, batch.text_bytes
 
     # -- out of memory ----------------------------------------------------------------------------------------------
 
     def _try_micro_batch(self) -> None:
-        """Find a micro-batch that fits before the first step, by a trial that leaves no trace.
+        """Find a micro-batch that fits by a trial pass before the first step, which changes no state.
 
-        It reserves memory for the optimizer state where there is none yet, which would be missing later, and for the
-        gradients that several ranks exchange. It also shows which parameters get no gradient.
+        Memory is reserved for optimizer state that does not exist yet and, with several ranks, for the all-reduce
+        buckets. The trial also reveals which parameters get no gradient.
         """
         optimizers = self.task.optimizers
         empty = not optimizers.state_tensors()
@@ -305,43 +305,43 @@ class TrainingLoop:
         self.task.optimizers.zero_grad()
         if self.state.micro_batch == 1:
             raise TrainingFailed(
-                "out of memory with one sequence at a time: choose a smaller --max_length, --hidden_dim or --num_layers"
+                "out of memory with a micro-batch of one sequence: reduce --max_length, --hidden_dim or --num_layers"
             )
         self.state.micro_batch = -(-self.state.micro_batch // 2)
         self.hardware.release()
         log.warning(
             f"out of memory: micro-batch halved to {self.state.micro_batch} sequences; "
-            f"each step still has {self.task.batches.sequences}"
+            f"the global batch is still {self.task.batches.sequences}"
         )
 
-    # -- figures, evaluation and history ----------------------------------------------------------------------------
+    # -- metrics, evaluation and history ----------------------------------------------------------------------------
 
     def _seconds(self) -> float:
-        """Wall time since the first step, without the time between an interruption and the resumption."""
+        """Wall time since the first step, excluding time between an interruption and the resume."""
         return self.clock() - self._clock_start
 
     def _flush(self, bar: Any) -> str | None:
-        """Read the pending steps' figures off the device, the only wait for it, and make their records.
+        """Copy the pending steps' metrics from the device (the only synchronization) into history records.
 
-        Returns why the run must roll back, if the divergence guard says so.
+        Returns the reason for a rollback if the divergence guard demands one.
         """
         if not self._pending:
             return None
         self._report_compilation()
         started = self.clock()
-        records = [_read_figures(record) for record in self._pending]
+        records = [_read_metrics(record) for record in self._pending]
         self._pending_seconds += self.clock() - started
         state, count = self.state, len(records)
         speed = count * self.task.batches.tokens_per_batch / self._pending_seconds
         load = gpu_load(self.hardware.device)
         resources = {"memory_bytes": memory_in_use(self.hardware.device)} | ({} if load is None else {"gpu_load": load})
-        trouble = None
+        reason = None
         for number, record in enumerate(records, 1):
             record["seconds"] = self._pending_since + self._pending_seconds * number / count
             record["tokens_per_second"] = speed
             record |= resources
             skipped = bool(record.pop("skipped"))
-            trouble = trouble or state.guard.observe(record["step"], record["train_loss"], skipped)
+            reason = reason or state.guard.observe(record["step"], record["train_loss"], skipped)
             if skipped:
                 log.warning("step %s skipped: non-finite loss or gradient", record["step"])
                 records[number - 1] = {k: v for k, v in record.items() if math.isfinite(v)} | {"skipped": True}
@@ -349,10 +349,10 @@ class TrainingLoop:
         state.step_seconds += self._pending_seconds
         self._pending, self._pending_seconds = [], 0.0
         self._report(records[-1], bar)
-        return trouble
+        return reason
 
     def _report(self, record: dict[str, Any], bar: Any) -> None:
-        """Show the newest figures on the progress bar and in the log."""
+        """Show the newest metrics on the progress bar and in the log."""
         loss, learning_rate = record.get("train_loss", math.nan), record["learning_rate"]
         shown = {"loss": f"{loss:.3f}", "lr": f"{learning_rate:.2g}"}
         if self.state.best_bpb is not None:
@@ -372,15 +372,15 @@ class TrainingLoop:
         )
 
     def _report_compilation(self) -> None:
-        """Log the graphs compiled since the last time: after the first step there should be none."""
+        """Log newly compiled graphs; after the first step there should be none."""
         if self.hardware.compiles:
             before, self._compiled = self._compiled, compiled_so_far()
             if graphs := self._compiled[0] - before[0]:
                 log.info(f"step {self.state.step}: compiled {graphs} graphs in {self._compiled[1] - before[1]:.1f} s")
 
     def _evaluate(self) -> tuple[bool, str | None]:
-        """Score the validation text: whether it is the best so far, and why the run must roll back, if it must."""
-        with self._spending("evaluation"):
+        """Score the validation text; return whether it is the best so far, and the reason for a rollback, if any."""
+        with self._timed("evaluation"):
             state, value = self.state, self.task.evaluate()
         if not math.isfinite(value):
             state.guard.trouble_since = state.guard.trouble_since or state.step
@@ -402,7 +402,7 @@ class TrainingLoop:
         try:
             self._append_records()
         except OSError as error:
-            log.error("the history cannot be written (%s); training continues and tries again later", error)
+            log.error("cannot write the history (%s); training continues and will retry", error)
 
     def _append_records(self) -> None:
         append_records(self.history_path, self._records)
@@ -416,53 +416,54 @@ class TrainingLoop:
             return False
         if self.task.batches.epoch_at(state.step) < settings.min_epochs:
             return False
-        log.info("no better validation in %d evaluations: stopping early", state.evaluations_since_best)
+        log.info("no improvement in %d evaluations: stopping early", state.evaluations_since_best)
         return True
 
-    # -- a run that ends in its time ---------------------------------------------------------------------------------
+    # -- --max_hours -------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _spending(self, what: str) -> Iterator[None]:
-        """Note that the steps wait for an evaluation or a checkpoint, and for how long."""
+    def _timed(self, kind: str) -> Iterator[None]:
+        """Count an "evaluation" or a "checkpoint" and the seconds for which it blocks training."""
         started, spent = self.clock(), self.state.spent
         try:
             yield
         finally:
             seconds = self.clock() - started
-            setattr(spent, f"{what}s", getattr(spent, f"{what}s") + 1)
-            setattr(spent, f"{what}_seconds", getattr(spent, f"{what}_seconds") + seconds)
+            setattr(spent, f"{kind}s", getattr(spent, f"{kind}s") + 1)
+            setattr(spent, f"{kind}_seconds", getattr(spent, f"{kind}_seconds") + seconds)
             if self._budget is not None:
                 self._budget.leave_out(seconds)
 
-    def _measure(self) -> tuple[bool, bool, bool]:
-        """Whether an evaluation or a checkpoint is due to be measured, and whether the length is to be fixed now.
+    def _timing_due(self) -> tuple[bool, bool, bool]:
+        """Whether to time an evaluation, whether to time a checkpoint, and whether to fix the run's length now.
 
-        Both are due at once, but a checkpoint for a signal does not know its own seconds: then another one is due.
+        The first two normally fall together. A checkpoint written for a signal cannot record its own duration, so
+        another one is timed after the resume.
         """
         budget, spent = self._budget, self.state.spent
         if budget is None:
             return False, False, False
         budget.count_step(self._wait_for_device)
-        # The clocks of the ranks differ, and all must take the same step; only the main one saves.
-        measured = budget.share_measured(self.state.step, self.length.limit), spent.checkpoints == 0
-        share, unsaved = self.ranks.broadcast(measured)
+        # The main rank decides: the ranks' clocks differ, and only the main rank saves.
+        timing = budget.share_measured(self.state.step, self.length.limit), spent.checkpoints == 0
+        share, unsaved = self.ranks.broadcast(timing)
         evaluated = spent.evaluations > 0
         return share >= 0.5 and not evaluated, share >= 0.5 and unsaved, share >= 1 and evaluated and not unsaved
 
     def _fix_length(self, bar: Any) -> None:
-        """Fix the number of steps by what steps, evaluations and checkpoints have taken so far."""
+        """Fix the number of steps from the measured durations of steps, evaluations and checkpoints."""
         state, settings, budget = self.state, self.settings, self._budget
         assert budget is not None
         spent = state.spent
-        takes = {
-            "step": budget.step_seconds + self._later_seconds(),
+        durations = {
+            "step": budget.step_seconds + self._later_step_seconds(),
             "evaluation": spent.evaluation_seconds / max(1, spent.evaluations),
             "checkpoint": spent.checkpoint_seconds / max(1, spent.checkpoints),
         }
         reachable = steps_within(
             budget.seconds - budget.used,
             state.step,
-            **takes,
+            **durations,
             evaluation_interval=settings.eval_interval,
             checkpoint_interval=settings.checkpoint_interval,
         )
@@ -471,12 +472,12 @@ class TrainingLoop:
         bar.total = total * self.task.batches.tokens_per_batch
         bar.refresh()
         log.info(
-            f"measured: {', '.join(f'{what} {seconds:.3g} s' for what, seconds in takes.items())}. {total:,} steps "
-            f"({self.task.batches.epoch_at(total):.2f} epochs) end in {settings.max_hours:g} hours; fixed from now on"
+            f"measured: {', '.join(f'{kind} {seconds:.3g} s' for kind, seconds in durations.items())}. Length fixed at "
+            f"{total:,} steps ({self.task.batches.epoch_at(total):.2f} epochs), to end in {settings.max_hours:g} hours"
         )
 
-    def _later_seconds(self) -> float:
-        """What a later step takes more than one at the start (a loss part may fade), on average; leaves no trace."""
+    def _later_step_seconds(self) -> float:
+        """Average extra seconds of a later step over one now, as loss parts may switch on or off; changes no state."""
         count = len(self.ranks.part(self.task.batches.sequences))
         micro_batch = min(self.state.micro_batch, count)
 
@@ -498,39 +499,39 @@ class TrainingLoop:
 
     # -- checkpoints: save, resume, roll back -----------------------------------------------------------------------
 
-    def _save(self, *, for_signal_only: bool = False, weights_only: bool = False, beside: bool = True) -> None:
-        """Write a checkpoint, then delete those that rotation no longer keeps.
+    def _save(self, *, for_signal_only: bool = False, weights_only: bool = False, in_background: bool = True) -> None:
+        """Write a checkpoint, then rotate older ones.
 
         Args:
-            for_signal_only: an uninterrupted run would not have written it; a rollback passes over it, so that it
-                goes where an uninterrupted run would have gone.
-            weights_only: what ``load_best`` needs, and nothing to resume from.
-            beside: the training goes on meanwhile; otherwise the checkpoint is on the disk on return.
+            for_signal_only: an uninterrupted run would not have written this checkpoint, so a rollback ignores it and
+                returns to the same step as an uninterrupted run would.
+            weights_only: save only what ``load_best`` needs; the run cannot resume from it.
+            in_background: continue training while it is written; otherwise it is on the disk on return.
         """
         if self._saved_step == self.state.step or not self.ranks.is_main:
             return
         if self._budget is not None:
             self.state.timed_steps, self.state.timed_seconds = self._budget.timed
-        with self._spending("checkpoint"):
+        with self._timed("checkpoint"):
             self._finish_save(wait=True)
-            self._start_save(for_signal_only, weights_only, beside)
+            self._start_save(for_signal_only, weights_only, in_background)
 
-    def _start_save(self, for_signal_only: bool, weights_only: bool, beside: bool) -> None:
+    def _start_save(self, for_signal_only: bool, weights_only: bool, in_background: bool) -> None:
         self.state.seconds = self._seconds() if self.state.step else 0.0
-        marks = {"for_signal_only": for_signal_only, "weights_only": weights_only}
-        state = {**asdict(self.state), "identity": self.task.identity, **marks}
+        flags = {"for_signal_only": for_signal_only, "weights_only": weights_only}
+        state = {**asdict(self.state), "identity": self.task.identity, **flags}
         self._saved_step = self.state.step
         try:
             self._append_records()
             tensors = self.task.state_tensors()
             if weights_only:
                 del tensors["optimizer"]
-            if beside:
+            if in_background:
                 self._writer.start(tensors, partial(self._write_checkpoint, state))
             else:
                 self._write_checkpoint(state, tensors)
         except OSError as error:
-            self._answer_failed_save(error)
+            self._handle_failed_save(error)
 
     def _write_checkpoint(self, state: dict[str, Any], tensors: NamedTensors) -> None:
         fsync_path(self.history_path)  # the history up to a checkpoint must be on the disk before it
@@ -538,56 +539,56 @@ class TrainingLoop:
         try:
             checkpoints.rotate_checkpoints(self.checkpoint_root, self.settings.keep_checkpoints)
         except OSError as error:
-            log.error("earlier checkpoints cannot be deleted (%s); training continues", error)
+            log.error("cannot delete old checkpoints (%s); training continues", error)
 
     def _finish_save(self, *, wait: bool) -> None:
-        """Answer the outcome of the save in progress, if it has ended; ``wait`` for its end."""
+        """Handle the result of the save in progress if it has ended, or after waiting for it."""
         if wait or self._writer.ended:
             try:
                 self._writer.wait()
             except OSError as error:
-                self._answer_failed_save(error)
+                self._handle_failed_save(error)
 
-    def _answer_failed_save(self, error: OSError) -> None:
+    def _handle_failed_save(self, error: OSError) -> None:
         step, self._saved_step = self._saved_step, None
         if step == 0 or (self.state.finished and step == self.state.step):
             raise TrainingFailed(
-                f"no checkpoint can be written to {self.checkpoint_root} ({error}); free some space and run again"
+                f"cannot write a checkpoint to {self.checkpoint_root} ({error}); free some space and run again"
             ) from None
-        log.error("no checkpoint at step %s (%s); training continues and tries again later", step, error)
+        log.error("no checkpoint at step %s (%s); training continues and will retry", step, error)
 
     def _resume(self) -> None:
-        """Start from ``resume_from`` or the newest intact checkpoint; from the beginning where there is none."""
-        found = None
+        """Resume from ``resume_from`` or the newest intact checkpoint; start from scratch if there is none."""
+        checkpoint = None
         if self.ranks.is_main:
             if named := self.settings.resume_from:
-                found = checkpoints.named_checkpoint(named)
+                checkpoint = checkpoints.named_checkpoint(named)
             else:
-                found = checkpoints.newest_checkpoint(self.checkpoint_root)
-            if found is None:
+                checkpoint = checkpoints.newest_checkpoint(self.checkpoint_root)
+            if checkpoint is None:
                 self.history_path.unlink(missing_ok=True)
             else:
-                check_identity(f"{found.folder} is", found.state.get("identity"), self.task.identity)
+                check_identity(f"{checkpoint.folder} is", checkpoint.state.get("identity"), self.task.identity)
                 if named:
-                    checkpoints.set_aside_later(self.checkpoint_root, found.step)
-        if self._restore(found) and found is not None and self.state.step > 0:
+                    checkpoints.set_aside_later(self.checkpoint_root, checkpoint.step)
+        if self._restore(checkpoint) and checkpoint is not None and self.state.step > 0:
             if not self.length.is_reached(self.state.step):
-                log.info("continuing from %s (step %s of %s)", found.folder, found.step, self.length)
+                log.info("resuming from %s (step %s of %s)", checkpoint.folder, checkpoint.step, self.length)
 
-    def _restore(self, found: checkpoints.Checkpoint | None) -> bool:
-        """Load the main rank's checkpoint on every rank; False if it has none."""
-        state = self.ranks.broadcast(found.state if found else None)
+    def _restore(self, checkpoint: checkpoints.Checkpoint | None) -> bool:
+        """Load the main rank's checkpoint on every rank; return False if it has none."""
+        state = self.ranks.broadcast(checkpoint.state if checkpoint else None)
         if state is None:
             return False
         files = self.task.state_tensors()
-        tensors = {name: self.ranks.broadcast_tensors(found.tensors(name) if found else {}) for name in files}
+        tensors = {n: self.ranks.broadcast_tensors(checkpoint.tensors(n) if checkpoint else {}) for n in files}
         try:
             self.state = LoopState.of(state)
             if self.state.step > 0 and not tensors["optimizer"]:
                 raise ValueError("it holds no optimizer state")
             self.task.load_state_tensors(tensors)
         except (ValueError, RuntimeError) as error:
-            where = found.folder if found else "the checkpoint"
+            where = checkpoint.folder if checkpoint else "the checkpoint"
             raise UserError(f"{where} does not fit this model: {error}; start over with --fresh") from None
         self.state.micro_batch = min(self.state.micro_batch, self.settings.sequences_per_step)
         self._saved_step = self.state.step
@@ -595,38 +596,38 @@ class TrainingLoop:
             truncate_history(self.history_path, self.state.step)
         return True
 
-    def _roll_back(self, trouble: str, bar: Any) -> None:
-        """Return to the newest checkpoint from before the trouble, with a lower learning rate.
+    def _roll_back(self, reason: str, bar: Any) -> None:
+        """Return to the newest checkpoint from before the divergence, with a lower learning rate.
 
         Raises:
-            TrainingFailed: after too many rollbacks, or without such a checkpoint.
+            TrainingFailed: too many rollbacks, or no such checkpoint.
         """
-        broken = self.state
+        diverged = self.state
         advice = "start again with a lower --learning_rate, and look at the training text around the last steps"
-        if broken.guard.rollbacks >= ROLLBACKS_AT_MOST:
-            raise TrainingFailed(f"{trouble}, after {broken.guard.rollbacks} rollbacks: {advice}")
+        if diverged.guard.rollbacks >= ROLLBACKS_AT_MOST:
+            raise TrainingFailed(f"{reason}, after {diverged.guard.rollbacks} rollbacks: {advice}")
         self._finish_save(wait=True)
-        found = None
+        checkpoint = None
         if self.ranks.is_main:
-            found = checkpoints.newest_good_checkpoint(self.checkpoint_root, before=broken.guard.trouble_since)
-            if found is not None:
-                checkpoints.set_aside_later(self.checkpoint_root, found.step)
+            checkpoint = checkpoints.newest_good_checkpoint(self.checkpoint_root, diverged.guard.trouble_since)
+            if checkpoint is not None:
+                checkpoints.set_aside_later(self.checkpoint_root, checkpoint.step)
         self._pending, self._pending_seconds, self._records = [], 0.0, []
-        if not self._restore(found):
-            raise TrainingFailed(f"{trouble}, and no checkpoint from before is left: {advice}")
-        guard = self.state.guard = broken.guard.after_rollback(self.state.guard)
-        self.state.fixed_at, self.state.fixed_steps = broken.fixed_at, broken.fixed_steps
-        self.state.micro_batch = min(broken.micro_batch, self.state.micro_batch)
-        bar.update((self.state.step - broken.step) * self.task.batches.tokens_per_batch)
+        if not self._restore(checkpoint):
+            raise TrainingFailed(f"{reason}, and there is no earlier checkpoint: {advice}")
+        guard = self.state.guard = diverged.guard.after_rollback(self.state.guard)
+        self.state.fixed_at, self.state.fixed_steps = diverged.fixed_at, diverged.fixed_steps
+        self.state.micro_batch = min(diverged.micro_batch, self.state.micro_batch)
+        bar.update((self.state.step - diverged.step) * self.task.batches.tokens_per_batch)
         log.warning(
-            f"{trouble}: rolled back to step {self.state.step} with {guard.rate_factor} times the learning rate "
+            f"{reason}: rolled back to step {self.state.step}, learning rate scaled by {guard.rate_factor} "
             f"(rollback {guard.rollbacks} of at most {ROLLBACKS_AT_MOST})"
         )
 
 
-def _read_figures(record: dict[str, Any]) -> dict[str, Any]:
-    figures = record.pop("figures")
-    return {**record, **{name: float(value) for name, value in figures.items()}}
+def _read_metrics(record: dict[str, Any]) -> dict[str, Any]:
+    metrics = record.pop("metrics")
+    return {**record, **{name: float(value) for name, value in metrics.items()}}
 
 
 def _to_device(array: Any, device: str) -> Tensor:
@@ -635,7 +636,7 @@ def _to_device(array: Any, device: str) -> Tensor:
 
 
 def _step_seed(seed: int, step: int, first_sequence: int) -> int:
-    """A distinct seed for each micro-batch (splitmix64's mixing, so that neighbouring ones are unrelated)."""
+    """Distinct seed for each micro-batch (splitmix64's mixing, so that neighbouring seeds are unrelated)."""
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + first_sequence * 0x94D049BB133111EB) % 2**64
     mixed = (mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93 % 2**64
     return (mixed ^ (mixed >> 32)) % 2**63

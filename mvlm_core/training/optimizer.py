@@ -1,4 +1,4 @@
-"""How the weights move: parameter groups, AdamW, Muon and the learning rate schedule."""
+"""Parameter groups, AdamW, Muon and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mvlm_core.training.distributed import ALONE, Ranks
 # Newton–Schulz iteration of Muon (Jordan et al. 2024, github.com/KellerJordan/Muon): a quintic whose slope at zero is
 # large, so that five rounds bring every singular value near 1.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-_LONG = 1.5  # columns over rows from which the iteration costs less on the square Gram matrix
+_LONG = 1.5  # aspect ratio from which iterating on the square Gram matrix is cheaper
 _COSINE_FLOOR = 0.1
 
 
 def learning_rate_scale(step: int, total_steps: int, warmup_steps: int, schedule: str) -> float:
-    """Share of the peak learning rate at optimizer step ``step`` (from 0): linear warm-up, then ``schedule``.
+    """Fraction of the peak learning rate at step ``step`` (from 0): linear warm-up, then ``schedule``.
 
     ``linear`` decays to zero, which beats a cosine to a tenth by about 0.8 % (arXiv 2502.15938); ``cosine`` decays to
     a tenth, as in GPT-2's successors.
@@ -34,15 +34,15 @@ def learning_rate_scale(step: int, total_steps: int, warmup_steps: int, schedule
 
 @torch.no_grad()
 def orthogonalize(matrices: Tensor, rounds: int = 5, dtype: torch.dtype | None = None) -> Tensor:
-    """Approximately the nearest semi-orthogonal matrices of ``[count, rows, columns]``.
+    """Approximate the nearest semi-orthogonal matrices to ``matrices`` ``[count, rows, columns]``.
 
     A round multiplies ``x`` from the left by ``p = a + b·gram + c·gram²`` with ``gram = x·xᵀ``. All of these commute,
-    so wide matrices iterate on their small Gram matrix alone, ``p·gram·p``, and are multiplied by the product of all
+    so wide matrices iterate only on their small Gram matrix, ``p·gram·p``, and are multiplied by the product of all
     ``p`` at the end: the same result for a quarter less work. Squaring the spectrum needs float32 precision.
 
     Args:
-        dtype: of the iteration, the matrices' own by default. bfloat16 is enough; it is several times faster with
-            hardware support and some hundred times slower without.
+        dtype: of the iteration, by default that of the matrices. bfloat16 is precise enough; it is several times faster
+            with hardware support and about a hundred times slower without.
     """
     a, b, c = _NEWTON_SCHULZ
     x = matrices.to(dtype or matrices.dtype)
@@ -50,14 +50,14 @@ def orthogonalize(matrices: Tensor, rounds: int = 5, dtype: torch.dtype | None =
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     if x.dtype != torch.bfloat16 and x.shape[-1] >= _LONG * x.shape[-2]:
-        gram, together = x @ x.mT, None
+        gram, product = x @ x.mT, None
         for number in range(rounds):
             factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             factor.diagonal(dim1=-2, dim2=-1).add_(a)
-            together = factor if together is None else factor @ together
+            product = factor if product is None else factor @ product
             if number < rounds - 1:
                 gram = factor @ gram @ factor
-        x = together @ x
+        x = product @ x
     else:
         for _ in range(rounds):
             gram = x @ x.mT
@@ -66,10 +66,10 @@ def orthogonalize(matrices: Tensor, rounds: int = 5, dtype: torch.dtype | None =
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised momentum, for matrices; those of one shape are batched into one product.
+    """Muon: orthogonalised momentum for matrices; matrices of the same shape are batched.
 
     Follows Jordan et al. (2024): Nesterov momentum, step scaled by sqrt(max(1, rows / columns)), decoupled weight
-    decay. Pass Q, K and V as separate matrices: orthogonalised together they would share one spectrum.
+    decay. Pass Q, K and V as separate matrices: orthogonalised as one they would share one spectrum.
 
     Args:
         dtype: of the orthogonalisation, see ``orthogonalize``.
@@ -89,7 +89,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure is ever evaluated
-        """One step; a no-op where the attribute ``found_inf`` is 1, as in PyTorch's own fused optimizers."""
+        """Take one step; a no-op if the attribute ``found_inf`` is 1, as in PyTorch's own fused optimizers."""
         found_inf = getattr(self, "found_inf", None)
         for group in self.param_groups:
             shapes: dict[tuple[int, ...], list[Tensor]] = {}
@@ -97,9 +97,9 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     shapes.setdefault(tuple(parameter.shape), []).append(parameter)
             for parameters in shapes.values():
-                self._step_together(parameters, group, found_inf)
+                self._step_same_shape(parameters, group, found_inf)
 
-    def _step_together(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
+    def _step_same_shape(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -107,40 +107,40 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         decay = 1 - group["lr"] * group["weight_decay"]
         if found_inf is not None:
-            # Decided on the device, without a synchronization: the buffer in place of a gradient leaves the buffer
-            # unchanged, a decay of 1 and an update of 0 the weights. In a good step nothing differs from the plain one.
+            # Decided on the device, without synchronization: replacing the gradient by the buffer leaves the buffer
+            # unchanged; a decay of 1 and an update of 0 leave the weights unchanged. A good step is not affected.
             bad = found_inf.bool()
             gradients = [torch.where(bad, b, g) for b, g in zip(buffers, gradients, strict=True)]
             decay = torch.full_like(found_inf, decay, dtype=parameters[0].dtype).masked_fill_(bad, 1.0)
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         lookahead = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))
-        updates = self._orthogonalize_together(lookahead)
+        updates = self._orthogonalize_batch(lookahead)
         if found_inf is not None:
             updates.mul_((1 - found_inf).to(updates.dtype))
         rows, columns = parameters[0].shape
         torch._foreach_mul_(parameters, decay)
         torch._foreach_add_(parameters, list(updates.unbind()), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
 
-    def _orthogonalize_together(self, matrices: Tensor) -> Tensor:
-        """``orthogonalize`` of matrices that all ranks hold, each rank doing its share."""
+    def _orthogonalize_batch(self, matrices: Tensor) -> Tensor:
+        """Orthogonalize matrices that all ranks hold; each rank computes its share, followed by an all-gather."""
         if self.ranks.world == 1:
             return orthogonalize(matrices, dtype=self.dtype)
-        each = -(-len(matrices) // self.ranks.world)
-        mine = torch.zeros_like(matrices[:1]).repeat(each, 1, 1)  # the last ranks may have fewer, or none
-        part = matrices[self.ranks.rank * each :][:each]
+        per_rank = -(-len(matrices) // self.ranks.world)
+        padded = torch.zeros_like(matrices[:1]).repeat(per_rank, 1, 1)  # the last ranks may have fewer, or none
+        part = matrices[self.ranks.rank * per_rank :][:per_rank]
         if len(part):
-            mine[: len(part)] = orthogonalize(part, dtype=self.dtype)
-        return self.ranks.all_gather(mine)[: len(matrices)]
+            padded[: len(part)] = orthogonalize(part, dtype=self.dtype)
+        return self.ranks.all_gather(padded)[: len(matrices)]
 
 
-# What each optimizer keeps for a parameter.
+# Per-parameter state of each optimizer.
 _STATE = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
 
 
 class Optimizers:
-    """AdamW alone, or Muon for the matrices and AdamW for the rest, behind one interface.
+    """One interface to AdamW alone, or to Muon for matrices with AdamW for the rest.
 
-    Each parameter group keeps its own peak learning rate (``peak_lr``); ``set_scale`` scales all of them.
+    Each parameter group has its own peak learning rate (``peak_lr``); ``set_scale`` scales all of them.
     """
 
     def __init__(self, parts: list[torch.optim.Optimizer], names: dict[Tensor, str]) -> None:
@@ -149,7 +149,7 @@ class Optimizers:
             group["peak_lr"] = group["lr"]
 
     def spread_over(self, ranks: Ranks) -> None:
-        """Split the work of a step, which is the same in all processes of the run, among them."""
+        """Split the work of a step, otherwise identical on all ranks, across them."""
         for part in self.parts:
             if isinstance(part, Muon):
                 part.ranks = ranks
@@ -161,16 +161,16 @@ class Optimizers:
         return [parameter for group in self.groups() for parameter in group["params"]]
 
     def set_scale(self, scale: float) -> float:
-        """Set every group's learning rate to ``scale`` of its peak; returns the first group's, which is logged."""
+        """Set every group's learning rate to ``scale`` times its peak; return the first group's, for logging."""
         for group in self.groups():
             group["lr"] = group["peak_lr"] * scale
         return self.groups()[0]["lr"]
 
     def step(self, found_inf: Tensor | None = None) -> None:
-        """One step of every part.
+        """Take one step with every optimizer.
 
         Args:
-            found_inf: 0-dim float32 on the parameters' device; where it is 1, weights and state do not change.
+            found_inf: 0-dim float32 on the parameters' device; if it is 1, weights and state do not change.
         """
         for part in self.parts:
             part.found_inf = found_inf  # type: ignore[attr-defined]  # torch's own protocol, see GradScaler
@@ -181,7 +181,7 @@ class Optimizers:
             part.zero_grad(set_to_none=True)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The whole state as named tensors: ``<parameter>/<quantity>``."""
+        """Return the full state as tensors named ``<parameter>/<quantity>``."""
         return {
             f"{self._names[parameter]}/{quantity}": value
             for part in self.parts
@@ -193,19 +193,19 @@ class Optimizers:
         """Restore what ``state_tensors`` returned: nothing, or the state of every parameter.
 
         Raises:
-            ValueError: a tensor is missing, has another shape, or belongs to no parameter.
+            ValueError: a tensor is missing, has the wrong shape, or belongs to no parameter.
         """
-        wanted = {
+        expected = {
             f"{self._names[parameter]}/{quantity}": (part, parameter, quantity)
             for part in self.parts
             for group in part.param_groups
             for parameter in group["params"]
             for quantity in _STATE[type(part)]
         }
-        if tensors and (odd := sorted(tensors.keys() ^ wanted.keys())):
-            raise ValueError(f"optimizer state missing or unknown: {', '.join(odd[:3])}")
+        if tensors and (mismatched := sorted(tensors.keys() ^ expected.keys())):
+            raise ValueError(f"optimizer state missing or unknown: {', '.join(mismatched[:3])}")
         for name, value in tensors.items():
-            part, parameter, quantity = wanted[name]
+            part, parameter, quantity = expected[name]
             shape = torch.Size() if quantity == "step" else parameter.shape
             if value.shape != shape:
                 raise ValueError(f"optimizer state {name} has shape {list(value.shape)}, not {list(shape)}")
@@ -223,13 +223,13 @@ def build_optimizers(
     embedding_names: tuple[str, ...] = (),
     muon_dtype: torch.dtype | None = None,
 ) -> Optimizers:
-    """Optimizers for named parameters.
+    """Build the optimizers for named parameters.
 
     Args:
-        kind: "adamw": everything with AdamW at ``learning_rate``. "muon": matrices with Muon at ``learning_rate``;
-            embeddings, heads of a few rows and vectors with AdamW at ``adamw_learning_rate``.
-        weight_decay: on matrices, not on vectors; under Muon not on embeddings either.
-        embedding_names: substrings that mark an embedding or output matrix, which never goes to Muon.
+        kind: "adamw": AdamW for everything at ``learning_rate``. "muon": Muon for matrices at ``learning_rate``; AdamW
+            for embeddings, heads of a few rows and vectors at ``adamw_learning_rate``.
+        weight_decay: for matrices, not vectors; with "muon" not for embeddings either.
+        embedding_names: substrings of the names of embedding and output matrices, which never use Muon.
         muon_dtype: of Muon's orthogonalisation.
     """
     named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
@@ -262,8 +262,8 @@ def copy_named(target: dict[str, Tensor], source: dict[str, Tensor], what: str) 
     Raises:
         ValueError: names or shapes differ; nothing has been copied.
     """
-    if odd := sorted(target.keys() ^ source.keys()):
-        raise ValueError(f"{what} missing or of another model: {', '.join(odd[:3])}")
+    if mismatched := sorted(target.keys() ^ source.keys()):
+        raise ValueError(f"{what} missing or of another model: {', '.join(mismatched[:3])}")
     for name, tensor in source.items():
         if tensor.shape != target[name].shape:
             raise ValueError(f"{what}: {name} has shape {list(tensor.shape)}, not {list(target[name].shape)}")

@@ -1,4 +1,4 @@
-"""What a training run will take, by line, before it starts: the dry run; and beside it what it took, at the end."""
+"""Dry run: an itemized estimate of a run's time and memory; at the end of a run it is compared with actual times."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from mvlm_core.training.cost import OVERHEAD, StepCost, fitting_micro_batch, ste
 from mvlm_core.training.distillation import STUDENT_COST, chain
 from mvlm_core.training.init_from import replay_of, source_of
 from mvlm_core.training.launch import describe_gpus, rank_count
-from mvlm_core.training.preparation import mix_of, old_text, read_corpus, tokenizer_place
+from mvlm_core.training.preparation import mix_of, old_text, read_corpus, tokenizer_path
 from mvlm_core.training.state import LoopState, Recipe
 
-# Assumptions: those that a bill uses are printed with it.
+# Assumptions; those that an estimate uses are printed with it.
 GPU_PEAK = 989e12  # FLOP/s of an H200 or H100, bf16 without sparsity
 GPU_SHARE = 0.35  # plain GPT-2 training at this size reached 0.29 to 0.40 of the bf16 peak on A100 and H100
-CPU_SHARE = 0.45  # of the matrix product's rate, which is measured; small models reach 0.4 to 0.5 (benchmarks/LOG.md)
+CPU_SHARE = 0.45  # of the measured matmul rate; small models reach 0.4 to 0.5 (benchmarks/LOG.md)
 COMPILE_SECONDS = 90.0
-COPIED_PER_SECOND = 5e9  # bytes of a checkpoint into memory, for which training waits; a thread writes them
-LEARNED_PER_SECOND = 4e6  # bytes of text a core, while a tokenizer is trained (benchmarks/README.md)
-ENCODED_PER_SECOND = 2.5e6  # bytes of text a core
+COPIED_PER_SECOND = 5e9  # bytes of a checkpoint copied to host memory while training waits; a thread writes them
+LEARNED_PER_SECOND = 4e6  # bytes of text per core when training a tokenizer (benchmarks/README.md)
+ENCODED_PER_SECOND = 2.5e6  # bytes of text per core when tokenizing
 EXPORT_SECONDS = 20.0
 GPU_MEMORY = (8e9, 16e9, 24e9, 80e9, 141e9)
 SMALL_CARD = 24e9
-SAMPLE_BYTES = 8_000_000  # a tokenizer of so much of the text needs 0.5 % more tokens than that of all 64 MB
+SAMPLE_BYTES = 8_000_000  # a tokenizer trained on this much text needs 0.5 % more tokens than one trained on all 64 MB
 SCORED_BYTES = 2_000_000
 EARLIER = "earlier models of the chain"
 
@@ -43,12 +43,13 @@ log = logging.getLogger("mvlm")
 
 @dataclass(frozen=True)
 class TextPlan:
-    """What is known about a run's text before it is tokenized.
+    """Sizes of a run's text, estimated before it is tokenized.
 
     Attributes:
-        pass_bytes: of text in one pass; train_bytes: with each document once.
-        bytes_per_token: measured, and ``source`` says on what.
-        has_tokenizer, has_tokens: whether they are in the cache.
+        train_bytes: each training document counted once.
+        pass_bytes: bytes read in one epoch.
+        bytes_per_token: measured with the tokenizer that ``source`` describes.
+        has_tokenizer, has_tokens: whether they are cached.
     """
 
     train_bytes: int
@@ -63,7 +64,7 @@ class TextPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """``lines`` describe the run, ``items`` are its bill, ``assumptions`` what they rest on."""
+    """Description of the run (``lines``), its itemized estimate (``items``), and the ``assumptions`` behind it."""
 
     lines: list[str]
     items: list[Item]
@@ -72,7 +73,7 @@ class Plan:
     export_bytes: int
 
     def text(self) -> str:
-        """For the console; as JSON where the main job asks for it."""
+        """Format the plan for the console, or as JSON when ``train_all_models.py`` asks for it."""
         if os.environ.get(JSON_VARIABLE):
             return json.dumps(asdict(self))
         return "\n".join([*self.lines, *bill(self.items, paid=self.paid), "assumed: " + "; ".join(self.assumptions)])
@@ -81,14 +82,14 @@ class Plan:
 def plan_run(
     recipe: Recipe, settings: TrainingSettings, hardware: Hardware, ended: LoopState | None = None, world: int = 0
 ) -> Plan:
-    """The plan of a run with these settings. Writes nothing.
+    """Plan a run with these settings. Writes nothing.
 
     Args:
-        ended: the state of the run at its end, for a plan of the steps that it took.
-        world: ranks of the run; by default as many as it would have here.
+        ended: final state of a finished run, to plan exactly the steps it took.
+        world: world size; by default the one the run would have on this machine.
 
     Raises:
-        UserError: no corpus, or none that can be used.
+        UserError: the corpus is missing or unusable.
     """
     corpus, _ = read_corpus(settings)
     text = plan_text(settings, recipe.tokenizer_class, corpus)
@@ -102,25 +103,25 @@ def plan_run(
     compiled = on_gpu and not settings.no_compile
     if ended is not None:
         settings = replace(settings, max_steps=ended.step, max_hours=None)
-        text = replace(text, has_tokenizer=False, has_tokens=False)  # by now they are there
+        text = replace(text, has_tokenizer=False, has_tokens=False)  # cached by now, but not when the run started
     *earlier, last = chain(settings)
     steps, items = _items(last, one, text, rate, compiled, hardware.threads)
     if earlier:
-        known = replace(text, has_tokenizer=True, has_tokens=True, test_bytes=0)
-        bills = [_items(stage, one, known, rate, compiled, hardware.threads)[1] for stage in earlier]
-        seconds = sum(item.seconds for items in bills for item in items)
-        items.insert(1, Item(EARLIER, seconds, f"{len(earlier)}, each of a third of the length"))
+        cached = replace(text, has_tokenizer=True, has_tokens=True, test_bytes=0)
+        estimates = [_items(stage, one, cached, rate, compiled, hardware.threads)[1] for stage in earlier]
+        seconds = sum(item.seconds for items in estimates for item in items)
+        items.insert(1, Item(EARLIER, seconds, f"{len(earlier)}, each a third of the length"))
     flops = rate * sum(item.seconds for item in items if item.name in ("training steps", EARLIER))
     assumptions = [
-        f"{GPU_SHARE:.0%} of {GPU_PEAK / 1e12:.0f} TFLOP/s, half as much for evaluations in fp32, {PRICE}"
+        f"{GPU_SHARE:.0%} of {GPU_PEAK / 1e12:.0f} TFLOP/s, half of that for evaluations in fp32, {PRICE}"
         if on_gpu
-        else f"{CPU_SHARE:.0%} of the {matrix / 1e9:.0f} GFLOP/s that a matrix product reaches here now",
-        f"checkpoints copied at {COPIED_PER_SECOND / 1e9:.0f} GB/s, written beside the training",
-        f"each core learns a tokenizer from {LEARNED_PER_SECOND / 1e6:.0f} MB/s and encodes "
-        f"{ENCODED_PER_SECOND / 1e6:.1f} MB/s ({hardware.threads} cores)",
+        else f"{CPU_SHARE:.0%} of the {matrix / 1e9:.0f} GFLOP/s just measured for a matmul here",
+        f"checkpoints copied at {COPIED_PER_SECOND / 1e9:.0f} GB/s, written in the background",
+        f"tokenizer training at {LEARNED_PER_SECOND / 1e6:.0f} MB/s and tokenization at "
+        f"{ENCODED_PER_SECOND / 1e6:.1f} MB/s per core ({hardware.threads} cores)",
         f"{COMPILE_SECONDS:.0f} s to compile" if compiled else "not compiled",
         f"{EXPORT_SECONDS:.0f} s to export",
-        f"{OVERHEAD / 1e9:.0f} GB besides the tensors, activations as without compilation",
+        f"{OVERHEAD / 1e9:.0f} GB in addition to tensors, activations as without compilation",
         "no early stopping",
     ]
     lines = [
@@ -131,38 +132,35 @@ def plan_run(
     return Plan(lines, items, assumptions, on_gpu, one.memory.weights)
 
 
-def plan_text(settings: TrainingSettings, kind: type[ByteLevelBPE], corpus: Corpus) -> TextPlan:
-    """Sizes of the text, and its bytes per token: by the cached tokens, else by a tokenizer, the cached one or one
-    learned from a sample."""
+def plan_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE], corpus: Corpus) -> TextPlan:
+    """Measure the text and its bytes per token, with an existing tokenizer or one trained on a sample."""
     train, mix = corpus.split("train"), mix_of(settings)
     repeats = document_repeats(train, mix)
     sizes = [document.size for document in train]
-    folder = tokenizer_folder(kind, corpus.fingerprint, settings.vocab_size, settings.cache_dir)
-    place: Path | str | None = tokenizer_place(settings) or (folder if (folder / "tokenizer.json").exists() else None)
+    folder = tokenizer_folder(tokenizer_class, corpus.fingerprint, settings.vocab_size, settings.cache_dir)
+    path: Path | str | None = tokenizer_path(settings) or (folder if (folder / "tokenizer.json").exists() else None)
     step = -(-sum(sizes) // SAMPLE_BYTES)
-    if place:
-        tokenizer, source = kind.load(place), "by the tokenizer that is there"
+    if path:
+        tokenizer, source = tokenizer_class.load(path), "with the existing tokenizer"
     else:
-        tokenizer = kind.train((document.read() for document in train[::step]), settings.vocab_size)
-        source = f"by a tokenizer of {sum(sizes[::step]) / 1e6:.1f} MB of the text"
-    has_tokens = place is not None and (token_folder(corpus, tokenizer, settings.cache_dir) / "index.json").exists()
-    order = list(
-        range(step // 2, len(train), step)
-    )  # not what a sample's tokenizer has learned from, where there is more
+        tokenizer = tokenizer_class.train((document.read() for document in train[::step]), settings.vocab_size)
+        source = f"with a tokenizer trained on {sum(sizes[::step]) / 1e6:.1f} MB of the text"
+    has_tokens = path is not None and (token_folder(corpus, tokenizer, settings.cache_dir) / "index.json").exists()
+    order = list(range(step // 2, len(train), step))  # where possible, documents outside the tokenizer's sample
     scored = [
         index for index, total in zip(order, accumulate(sizes[i] for i in order), strict=True) if total <= SCORED_BYTES
     ]
     scored = [index for index in scored or order[:1] if repeats[index]] or order[:1]
     tokens = [len(ids) + 1 for ids in tokenizer.encode_batch([train[index].read() for index in scored])]
-    read = [int(repeats[index]) or 1 for index in scored]
-    per_token = sum(sizes[i] * n for i, n in zip(scored, read, strict=True)) / sum(
-        count * n for count, n in zip(tokens, read, strict=True)
+    times = [int(repeats[index]) or 1 for index in scored]
+    per_token = sum(sizes[i] * n for i, n in zip(scored, times, strict=True)) / sum(
+        count * n for count, n in zip(tokens, times, strict=True)
     )
     validation = validation_subset(corpus, whole=settings.validation_text == "all")
     test = [] if settings.no_test_score else corpus.split("test")
-    pass_bytes: float = sum(size * int(times) for size, times in zip(sizes, repeats, strict=True))
-    if (start := source_of(settings)) is not None:
-        old = old_text(settings, start, corpus)
+    pass_bytes: float = sum(size * int(count) for size, count in zip(sizes, repeats, strict=True))
+    if (parent := source_of(settings)) is not None:
+        old = old_text(settings, parent, corpus)
         test = 2 * [*test, *(old.test if old and not settings.no_test_score else [])]  # before and after
     if replay := replay_of(settings):
         pass_bytes /= 1 - float(replay.share)
@@ -173,13 +171,13 @@ def plan_text(settings: TrainingSettings, kind: type[ByteLevelBPE], corpus: Corp
         test_bytes=sum(document.size for document in test),
         bytes_per_token=per_token,
         source=source,
-        has_tokenizer=place is not None,
+        has_tokenizer=path is not None,
         has_tokens=has_tokens,
     )
 
 
 def planned_steps(settings: TrainingSettings, text: TextPlan) -> int | None:
-    """Up to the first limit that is set; None where that is ``--max_hours`` alone."""
+    """Number of steps until the first limit is reached; None if only ``--max_hours`` limits the run."""
     tokens = settings.sequences_per_step * settings.max_length
     per_step = {
         "num_epochs": tokens * text.bytes_per_token / text.pass_bytes,
@@ -194,10 +192,10 @@ def planned_steps(settings: TrainingSettings, text: TextPlan) -> int | None:
 def _items(
     settings: TrainingSettings, cost: StepCost, text: TextPlan, rate: float, compiled: bool, cores: int
 ) -> tuple[int, list[Item]]:
-    """The number of steps, and the bill.
+    """Return the number of steps and the itemized estimate.
 
     Args:
-        rate: FLOP/s of training.
+        rate: training FLOP/s.
     """
     tokens = settings.sequences_per_step * settings.max_length
     model, optimizer = cost.flops_per_token * tokens, cost.optimizer_flops
@@ -205,12 +203,12 @@ def _items(
     score_rate = rate / 2 if compiled else rate
 
     def scoring(size: int) -> tuple[float, float]:
-        """Tokens and FLOPs of scoring text: windows overlap by half, and a forward pass is a third of a step."""
+        """Tokens and FLOPs to score ``size`` bytes: windows overlap by half; a forward pass is a third of a step."""
         count = 2 * size / text.bytes_per_token
         return count, count * cost.flops_per_token / 3
 
     scored, score_flops = scoring(text.validation_bytes)
-    # Every evaluation counts as the best so far, whose weights are saved.
+    # Worst case: every evaluation is the best so far and saves its weights.
     best, regular = cost.memory.weights, cost.memory.weights + cost.memory.optimizer
     step_seconds = (model + optimizer) / rate
     saved_per_step = regular / settings.checkpoint_interval + best / settings.eval_interval
@@ -232,7 +230,7 @@ def _items(
         Item(
             "training steps",
             steps * step_seconds,
-            f"{steps:,} × ({model:.3g} FLOP of the model + {optimizer:.2g} of Muon's Newton-Schulz iteration)",
+            f"{steps:,} × ({model:.3g} FLOP for the model + {optimizer:.2g} for Muon's Newton-Schulz iteration)",
         ),
         Item(
             "evaluations",
@@ -263,36 +261,36 @@ def _describe(
     flops = one.flops_per_token
     return [
         f"{one.parameters:,} parameters; {flops / 1e6:,.0f} MFLOP per token (forward, backward, {hardware.precision})",
-        f"about {steps * step_tokens / 1e6:,.1f} M tokens ({step_tokens:,} a step), {steps} steps, "
+        f"about {steps * step_tokens / 1e6:,.1f} M tokens ({step_tokens:,} per step), {steps} steps, "
         f"{steps * step_tokens * text.bytes_per_token / text.pass_bytes:.2f} epochs, "
         f"{flops * steps * step_tokens:.2g} FLOP",
         f"{text.bytes_per_token:.3f} bytes per token, {text.source}",
-        f"memory of a step with micro-batches of {batch}: "
+        f"memory with a micro-batch of {batch}: "
         + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in vars(memory).items())
-        + f", together {memory.total / 1e9:.2f} GB",
+        + f", total {memory.total / 1e9:.2f} GB",
     ]
 
 
 def _cards(settings: TrainingSettings, one: StepCost, two: StepCost, flops: float, on_gpu: bool) -> list[str]:
-    """What fits cards of several sizes, and what to choose for a small one; ``flops``: of the whole run."""
+    """List the micro-batch that fits GPUs of several sizes, with advice for small ones; ``flops``: of the whole run."""
     if not on_gpu:
         return []
     fits = {size: fitting_micro_batch(one.memory, two.memory, size, settings.batch_size) for size in GPU_MEMORY}
     lines = [
-        f"{size / 1e9:.0f} GB: " + (f"micro-batches of {count} fit" if count else "not even one sequence fits")
+        f"{size / 1e9:.0f} GB: " + (f"a micro-batch of {count} fits" if count else "not even one sequence fits")
         for size, count in fits.items()
     ]
     if settings.preset == "h200":
         hours = flops / (100e12 * GPU_SHARE) / 3600
         lines.append(
-            f"a card of 8 to {SMALL_CARD / 1e9:.0f} GB: {hours:.1f} hours of steps at a bf16 peak of 100 TFLOP/s, half "
-            "at 200; the smaller choice is --preset cpu --device cuda, or --max_hours for less training"
+            f"a GPU with 8 to {SMALL_CARD / 1e9:.0f} GB: {hours:.1f} hours of steps at a bf16 peak of 100 TFLOP/s, "
+            "half that at 200; for less, use --preset cpu --device cuda, or --max_hours"
         )
     return lines
 
 
 def matrix_rate(precision: str = "fp32", size: int = 1024) -> float:
-    """FLOP/s of a square matrix product on this machine's processor, the best of a few; "fp32" or "bf16"."""
+    """Measure the FLOP/s of a square matmul ("fp32" or "bf16") on this CPU, the best of five."""
     import torch
 
     best, a = 0.0, torch.ones(size, size, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -304,10 +302,11 @@ def matrix_rate(precision: str = "fp32", size: int = 1024) -> float:
 
 
 def planned_and_actual(plan: Plan, state: LoopState, prepared: float, exported: float) -> dict[str, dict[str, float]]:
-    """Seconds by line, planned and taken.
+    """Planned and actual seconds for each item.
 
     Args:
-        prepared, exported: seconds that this process took for the tokens, and from the end of training to the scores.
+        prepared: seconds this process spent on tokenizer and tokens.
+        exported: seconds from the end of training to the test scores.
     """
     spent = state.spent
     actual = {
@@ -321,9 +320,9 @@ def planned_and_actual(plan: Plan, state: LoopState, prepared: float, exported: 
     return {name: {"planned": planned.get(name, 0.0), "actual": seconds} for name, seconds in actual.items()}
 
 
-def report_bill(found: dict[str, dict[str, float]]) -> None:
-    """Log what was planned beside what it took."""
-    width = max(map(len, found))
+def report_bill(times: dict[str, dict[str, float]]) -> None:
+    """Log planned and actual seconds side by side."""
+    width = max(map(len, times))
     log.info(f"{'seconds':<{width}}  {'planned':>9}  {'actual':>9}")
-    for name, seconds in found.items():
+    for name, seconds in times.items():
         log.info(f"{name:<{width}}  {seconds['planned']:9,.1f}  {seconds['actual']:9,.1f}")

@@ -1,4 +1,4 @@
-"""Corpus → tokenizer → tokens → batches: everything a run reads, from the cache where nothing has changed."""
+"""Corpus → tokenizer → tokens → batches: load a run's data, reusing cached tokenizers and tokens."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ log = logging.getLogger("mvlm")
 
 @dataclass(frozen=True)
 class OldText:
-    """The corpus of ``--replay``, else what the export was trained on.
+    """The corpus of ``--replay``, or else the one the export was trained on.
 
     Attributes:
-        mix: how often a pass reads each folder: as in the export's own training, where that read this corpus.
-        test: its test text, without what the new corpus holds.
+        mix: how often an epoch reads each folder; the export's own mix if it was trained on this corpus.
+        test: its test documents, except those that the new corpus contains.
     """
 
     corpus: Corpus
@@ -37,8 +37,13 @@ class OldText:
 
 @dataclass(frozen=True)
 class PreparedText:
-    """Corpus (the whole data folder, or its part ``only``), tokenizer and training batches of a run; where it trains a
-    model further, the export that it starts from and the text that it may forget; and its teacher, if it has one."""
+    """Data of a run: corpus, tokenizer and training batches.
+
+    Attributes:
+        only: the subfolder the corpus is limited to, if any.
+        source, old: in further training, the export it starts from and the text it may forget.
+        teacher: the export to distill from, if any.
+    """
 
     corpus: Corpus
     only: str | None
@@ -54,12 +59,12 @@ class PreparedText:
 
 
 def prepare_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE], ranks: Ranks = ALONE) -> PreparedText:
-    """Read the corpus, tokenize its train text and set up the batches.
+    """Read the corpus, tokenize the training split and set up the batches.
 
-    The first process of each machine fills the cache while the others wait, and then read it.
+    The first rank of each machine fills the cache; the others wait and then read it.
 
     Raises:
-        UserError: no corpus, no usable text, an unreadable tokenizer, or fewer sequences in a batch than processes.
+        UserError: no corpus, no usable text, or an unreadable tokenizer.
     """
     if ranks.local == 0:
         text = _prepare(settings, tokenizer_class)
@@ -73,17 +78,17 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
     corpus, only = read_corpus(settings)
     train = corpus.split("train")
     size = sum(document.size for document in train) / 1e6
-    log.info("corpus %s: %s documents, %.1f MB to train on", corpus.root, len(corpus.documents), size)
+    log.info("corpus %s: %s documents, %.1f MB of training text", corpus.root, len(corpus.documents), size)
     for skipped in corpus.skipped[:_SKIPPED_SHOWN]:
-        log.warning("left out %s: %s", skipped.path, skipped.reason)
+        log.warning("skipped %s: %s", skipped.path, skipped.reason)
     if len(corpus.skipped) > _SKIPPED_SHOWN:
-        log.warning("left out %s more files", len(corpus.skipped) - _SKIPPED_SHOWN)
+        log.warning("skipped %s more files", len(corpus.skipped) - _SKIPPED_SHOWN)
     old = None
     if (source := source_of(settings)) is not None:
         log.info("starting from the export %s", settings.init_from)
         old = old_text(settings, source, corpus)
-    if place := tokenizer_place(settings):
-        tokenizer = tokenizer_class.load(place)
+    if path := tokenizer_path(settings):
+        tokenizer = tokenizer_class.load(path)
     else:
         pieces = (text for group in texts(train) for text in group)
         tokenizer = cached_tokenizer(
@@ -92,7 +97,7 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
     if (teacher := teacher_of(settings)) is not None:
         _check_teacher(teacher, tokenizer, settings.max_length)
     store = build_token_store(corpus, tokenizer, settings.cache_dir, mix=mix_of(settings), quiet=settings.quiet)
-    log.info("%s tokens to train on, %.2f bytes each", f"{len(store.tokens):,}", store.bytes_per_token)
+    log.info("%s training tokens, %.2f bytes per token", f"{len(store.tokens):,}", store.bytes_per_token)
     batches = partial(
         BatchSource,
         context=settings.max_length,
@@ -105,25 +110,25 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
     try:
         replayed = batches(_replayed(settings, corpus, tokenizer, old))
     except UserError as error:
-        raise _about_replay(settings, error) from None
+        raise _replay_error(settings, error) from None
     mixed = batches(store, replay=replayed, replay_share=replay.share)
     return PreparedText(corpus, only, tokenizer, mixed, source, old, teacher)
 
 
 def _replayed(settings: TrainingSettings, new: Corpus, tokenizer: ByteLevelBPE, old: OldText) -> TokenStore:
-    """The old train text, without what the new corpus holds out."""
+    """Tokens of the old training text, except documents that the new corpus holds out."""
     store = build_token_store(old.corpus, tokenizer, settings.cache_dir, mix=old.mix, quiet=settings.quiet)
     held_out = {document.sha256 for document in new.documents if document.split != "train"}
     store.repeats[[document.sha256 in held_out for document in old.corpus.split("train")]] = 0
-    log.info("replayed: %s tokens of %s (--replay %s)", f"{len(store.tokens):,}", old.corpus.root, settings.replay)
+    log.info("replay: %s tokens of %s (--replay %s)", f"{len(store.tokens):,}", old.corpus.root, settings.replay)
     return store
 
 
 def teacher_of(settings: TrainingSettings) -> Source | None:
-    """The export of ``--teacher``, checked; None without one.
+    """Open and check the export named by ``--teacher``; None without one.
 
     Raises:
-        UserError: none, an unfinished or a damaged one.
+        UserError: missing, unfinished or damaged export.
     """
     return None if settings.teacher is None else open_source(settings.teacher, "--teacher")
 
@@ -131,26 +136,26 @@ def teacher_of(settings: TrainingSettings) -> Source | None:
 def _check_teacher(teacher: Source, tokenizer: ByteLevelBPE, context: int) -> None:
     problems = []
     if teacher.config["tokenizer"].get("sha256") != tokenizer.sha256:
-        problems.append(f"--teacher {teacher.folder}: another tokenizer; --tokenizer_path takes a teacher's")
+        problems.append(f"--teacher {teacher.folder}: different tokenizer; pass it with --tokenizer_path")
     if not isinstance(longest := teacher.config["settings"].get("max_length"), int) or longest < context:
         problems.append(f"--teacher {teacher.folder}: a context of {longest} tokens, shorter than {context}")
     if problems:
         raise UserError(problems)
 
 
-def _about_replay(settings: TrainingSettings, error: Exception) -> UserError:
+def _replay_error(settings: TrainingSettings, error: Exception) -> UserError:
     problems = error.problems if isinstance(error, UserError) else [str(error)]
     return UserError([f"--replay {settings.replay}: {problem}" for problem in problems])
 
 
-def tokenizer_place(settings: TrainingSettings) -> Path | str | None:
-    """Where the run's tokenizer is; None where one is trained."""
+def tokenizer_path(settings: TrainingSettings) -> Path | str | None:
+    """Path of the run's existing tokenizer; None if one is to be trained."""
     source = source_of(settings)
     return settings.tokenizer_path if source is None else source.folder
 
 
 def old_text(settings: TrainingSettings, source: Source, new: Corpus) -> OldText | None:
-    """The text that further training may make a model forget; None, with a line in the log, where there is none here.
+    """Load the text that further training may make a model forget; None, logged, if it is not on this machine.
 
     Raises:
         UserError: the corpus of ``--replay`` cannot be read.
@@ -159,44 +164,44 @@ def old_text(settings: TrainingSettings, source: Source, new: Corpus) -> OldText
     root = replay.folder if replay else Path(str(data.get("data_dir")))
     try:
         choice = corpus_choice(source.folder)
-        for name, place in (
+        for name, path in (
             ("only", root / (choice["only"] or "")),
             ("validation_dir", choice["validation_dir"] or ""),
         ):
-            if not Path(place).is_dir():
+            if not Path(path).is_dir():
                 choice[name] = None
         corpus = load_corpus(root, **choice)
-    except (UserError, OSError, ValueError) as error:  # the latter two: a record that names what can be no path
+    except (UserError, OSError, ValueError) as error:  # the latter two: the export recorded an invalid path
         if replay:
-            raise _about_replay(settings, error) from None
-        log.info("forgetting is not measured: the export's corpus is not here (%s)", error)
+            raise _replay_error(settings, error) from None
+        log.info("forgetting is not measured: the export's corpus is not available (%s)", error)
         return None
     is_own = corpus.fingerprint == data.get("fingerprint")
     if not (is_own or replay):
-        log.info("forgetting is not measured: %s is not as the export was trained on it", root)
+        log.info("forgetting is not measured: %s has changed since the export was trained on it", root)
         return None
     known = {document.sha256 for document in new.documents}
     test = [document for document in corpus.split("test") if document.sha256 not in known]
     mix = source.config["settings"].get("train_mix") if is_own else None
     if not isinstance(mix, str) or not all((root / folder).is_dir() for folder in parse_mix(mix)):
-        mix = None  # none, or a preset's that did not apply
+        mix = None  # no mix, or a preset's mix that did not apply to this corpus
     return OldText(corpus, mix, test)
 
 
 def read_corpus(settings: TrainingSettings) -> tuple[Corpus, str | None]:
-    """The corpus of a run, and the folder it is limited to, if any."""
+    """Read the corpus of a run; also return the subfolder it is limited to, if any."""
     only = _applicable(settings, "data_subset")
     split, folder = settings.validation_split, settings.validation_dir
     return load_corpus(settings.data_dir, validation_split=split, validation_dir=folder, only=only), only
 
 
 def mix_of(settings: TrainingSettings) -> str | None:
-    """How often a pass reads each folder of the run's text; None for once."""
+    """How often an epoch reads each folder of the training text; None means once."""
     return _applicable(settings, "train_mix")
 
 
 def _applicable(settings: TrainingSettings, name: str) -> str | None:
-    """``data_subset`` or ``train_mix``; a preset's own value is dropped where the data folder lacks what it names."""
+    """Value of ``data_subset`` or ``train_mix``; a preset's value is dropped if the data lacks the folders it names."""
     value = getattr(settings, name)
     if value is None or value != settings.preset_values(settings.preset).get(name):
         return value

@@ -1,4 +1,4 @@
-"""The outcome of a run: whether it is there already, its test scores, and the record that goes with the export."""
+"""Results of a run: whether it is already finished, its test scores, and the record stored with the export."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ log = logging.getLogger("mvlm")
 
 
 def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None) -> bool:
-    """Whether the folder already holds the complete export of this run, of ``steps`` steps or (None) of any number.
+    """Whether the folder already holds this run's complete export with at least ``steps`` steps (None: any number).
 
     Raises:
-        UserError: it holds that of another run.
+        UserError: it holds the export of another run.
     """
     config = training_config(output_dir, "identity", "results")
     if not config:
@@ -38,7 +38,7 @@ def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None) -
 
 
 def delete_run(output_dir: Path, teacher: str | None = None) -> None:
-    """Delete what an earlier run left in the folder, and nothing else; not the ``teacher`` of the new one."""
+    """Delete an earlier run's files from the folder, and nothing else; keep the new run's ``teacher``."""
     remove_export(output_dir)
     for folder in (*(output_dir / "checkpoints").glob("*"), output_dir / TENSORBOARD_FOLDER):
         if teacher is None or folder not in Path(teacher).parents:
@@ -48,7 +48,7 @@ def delete_run(output_dir: Path, teacher: str | None = None) -> None:
 
 
 def score_test(export: Path, run: Run, corpus: Corpus) -> Score:
-    """The score of the exported files on the test text; an empty one under ``--no_test_score``."""
+    """Score the exported files on the test split; returns an empty score with ``--no_test_score``."""
     if run.settings.no_test_score:
         return Score()
     total = sum(document.size for document in corpus.split("test"))
@@ -57,7 +57,7 @@ def score_test(export: Path, run: Run, corpus: Corpus) -> Score:
 
 
 def score_old(export: Path, run: Run, text: PreparedText) -> float | None:
-    """Bits per byte of the exported files on the old text's test documents; None where none are scored."""
+    """Bits per byte of the exported files on the old corpus's test documents; None if not scored."""
     if run.settings.no_test_score or text.old is None or not text.old.test:
         return None
     documents = ((document.path, document.read()) for document in text.old.test)
@@ -65,7 +65,7 @@ def score_old(export: Path, run: Run, text: PreparedText) -> float | None:
 
 
 def measure(model: Any, tokenizer: Any, corpus: Corpus, state: LoopState, score: Score) -> dict[str, Any]:
-    """The run's metrics (None where there is nothing to measure), then the details behind them."""
+    """Collect the run's metrics (None where nothing can be measured) and supporting details."""
     scored = [document for document in corpus.split("test") if document.path in score.documents]
     parts = bits_per_byte_by_part(score, scored)
     primary = score.part({document.path for document in corpus.primary_part("test")}.__contains__)
@@ -91,7 +91,7 @@ def measure(model: Any, tokenizer: Any, corpus: Corpus, state: LoopState, score:
 
 
 def record(run: Run, text: PreparedText, identity: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-    """``training_config.json``: settings, data, tokenizer, hardware, software and results of the run."""
+    """Content of ``training_config.json``: settings, data, tokenizer, hardware, software and results of the run."""
     hardware, source = run.hardware, text.source
     origin = {"init_from": {"manifest_sha256": source.sha256, "data": source.config["data"]}} if source else {}
     return {
@@ -114,19 +114,19 @@ def record(run: Run, text: PreparedText, identity: dict[str, Any], results: dict
 
 
 def describe_sources(corpus: Corpus) -> str:
-    """The train text in a sentence or three, for the model card."""
+    """Describe the training text for the model card."""
     train = corpus.split("train")
     translations = sorted({document.translation for document in train if document.translation})
     sentence = f"{len(train)} documents, {sum(document.size for document in train) / 1e6:.1f} MB of text."
     if not translations:
         return sentence
     licenses = sorted({str(d.metadata.get("license")) for d in train if d.metadata.get("license")})
-    listed = f" Licences as the corpus names them: {'; '.join(licenses)}." if licenses else ""
+    listed = f" Licences as recorded in the corpus: {'; '.join(licenses)}." if licenses else ""
     return f"{sentence} Translations: {', '.join(translations)}.{listed}"
 
 
 def describe_text(text: PreparedText) -> str:
-    """``describe_sources`` of all that the model has read, for the model card."""
+    """Describe all text that the model was trained on, for the model card."""
     if text.source is None:
         return describe_sources(text.corpus)
     data, old = text.source.config["data"], "" if text.old is None else describe_sources(text.old.corpus)
@@ -135,9 +135,9 @@ def describe_text(text: PreparedText) -> str:
         first = old
     share = float(text.batches.replay_share)
     return (
-        f"Trained first on: {first}\n\nThen further, from the export whose manifest has the SHA-256 "
+        f"First trained on: {first}\n\nThen trained further, from the export whose manifest has the SHA-256 "
         f"`{text.source.sha256}`, on: {describe_sources(text.corpus)}"
-    ) + (f"\n\nOf what was read then, the share {share:.3g} was from: {old}" if share else "")
+    ) + (f"\n\nReplay, a share of {share:.3g}, was from: {old}" if share else "")
 
 
 def report(results: dict[str, Any], score: Score, corpus: Corpus) -> None:
@@ -145,8 +145,8 @@ def report(results: dict[str, Any], score: Score, corpus: Corpus) -> None:
     log.info("validation %.4f bits per byte at step %s", results["validation_bpb"], results["best_step"])
     if score.bytes:
         primary = results[PRIMARY_TEST_BPB]
-        beside = "" if primary is None else f", {corpus.primary_translation} alone {primary:.4f}"
-        log.info("test %.4f bits per byte over %.2f MB%s", score.bits_per_byte, score.bytes / 1e6, beside)
+        part = "" if primary is None else f", {corpus.primary_translation} alone {primary:.4f}"
+        log.info("test %.4f bits per byte over %.2f MB%s", score.bits_per_byte, score.bytes / 1e6, part)
     for name in ("validation_bpb", "test_bpb", "old_test_bpb") if "old_test_bpb" in results else ():
         now, before = results[name], results[f"{name}_before"]
         change = "not measured" if None in (now, before) else f"{before:.4f} → {now:.4f} ({now / before - 1:+.1%})"

@@ -1,4 +1,4 @@
-"""A training run, the same for both models: corpus → tokenizer → tokens → training loop → export → test scores."""
+"""A training run of either model: corpus → tokenizer → tokens → training loop → export → test scores."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ log = logging.getLogger("mvlm")
 
 
 def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
-    """Train, export and score one model; returns the export folder. A dry run prints what that would cost instead.
+    """Train, export and score one model; return the export folder. A dry run only prints the estimated cost.
 
     Raises:
         UserError: bad settings or input; nothing has been written to the output folder.
-        Stopped: by a signal; the same call resumes from the checkpoint.
+        Stopped: a signal arrived; the same call resumes from the checkpoint.
         TrainingFailed: the run cannot continue.
     """
     settings.check()
@@ -53,15 +53,15 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
             hardware.release()
         return Path(settings.output_dir or "")
     hardware.apply()
-    if (wanted := rank_count(settings)) > 1:
+    if (world := rank_count(settings)) > 1:
         if settings.processes > 1 or settings.gpus:
-            raise UserError(f"{wanted} processes are started by the trainers' command lines, not by this function")
-        log.warning("this process uses one of several GPUs: the trainers' command lines use all of them")
+            raise UserError(f"{world} processes can only be started from a trainer's command line, not from Python")
+        log.warning("this process uses one of several GPUs; the trainers' command lines use all of them")
     return _run(Run(recipe, settings, hardware, join(hardware.device)))
 
 
 def _run(run: Run) -> Path:
-    """``run_training`` in one of the run's processes."""
+    """Run one rank."""
     settings, ranks = run.settings, run.ranks
     if not ranks.is_main and FOLDER_VARIABLE not in os.environ:  # torchrun has one console for all ranks
         log.setLevel(logging.ERROR)
@@ -70,7 +70,7 @@ def _run(run: Run) -> Path:
     if warning := caution(run.hardware, settings.preset):
         log.warning(warning)
     if ranks.world > 1 and FOLDER_VARIABLE not in os.environ:
-        log.info("%s processes share every batch", ranks.world)
+        log.info("each batch is split across %s processes", ranks.world)
     started = time.perf_counter()
     text = prepare_text(settings, run.recipe.tokenizer_class, ranks)
     prepared = time.perf_counter() - started
@@ -79,27 +79,27 @@ def _run(run: Run) -> Path:
         return run.output_dir
     if text.batches.sequences < ranks.world:
         raise UserError(
-            f"{ranks.world} processes cannot share a batch of {text.batches.sequences} sequences: start fewer, or "
-            "raise --batch_size or --gradient_accumulation_steps"
+            f"cannot split a batch of {text.batches.sequences} sequences across {ranks.world} processes: start fewer, "
+            "or raise --batch_size or --gradient_accumulation_steps"
         )
     identity, steps = run_identity(settings, text), total_steps(settings, text.batches)
-    enough = None if settings.max_hours else steps  # what --max_hours fixed is known to the checkpoints alone
+    min_steps = None if settings.max_hours else steps  # the length that --max_hours fixes is only in the checkpoints
     stop = StopRequest()
     with RunLock(run.output_dir, str(run.output_dir)) if ranks.is_main else nullcontext():
         if ranks.is_main and settings.fresh:
             results.delete_run(run.output_dir, settings.teacher)
-        finished = ranks.is_main and not settings.fresh and results.is_finished(run.output_dir, identity, enough)
+        finished = ranks.is_main and not settings.fresh and results.is_finished(run.output_dir, identity, min_steps)
         if ranks.broadcast(finished):
-            log.info("already finished: %s (use --fresh to train it again)", run.output_dir)
+            log.info("already finished: %s (use --fresh to train again)", run.output_dir)
             return run.output_dir
         stop.raise_at_once()
         task = build_task(run, text)
         loop = TrainingLoop(run, task)
-        length = "as many steps" if steps is None else f"{steps:,} steps ({text.batches.epoch_at(steps):.2f} epochs)"
-        in_time = "" if settings.max_hours is None else f", at most what fits into {settings.max_hours:g} hours"
+        length = "steps" if steps is None else f"{steps:,} steps ({text.batches.epoch_at(steps):.2f} epochs)"
+        limit = "" if settings.max_hours is None else f", as many as fit into {settings.max_hours:g} hours"
         log.info(
             f"{run.recipe.title}: {task.model.num_parameters():,} parameters, {length} of "
-            f"{settings.sequences_per_step} sequences of {settings.max_length} tokens{in_time}"
+            f"{settings.sequences_per_step} sequences of {settings.max_length} tokens{limit}"
         )
         loop.run(stop)
         peak_memory_bytes = loop.peak_memory()
@@ -110,7 +110,7 @@ def _run(run: Run) -> Path:
                 _export(run, text, task, loop, peak_memory_bytes, prepared)
             except (OSError, SafetensorError) as error:
                 raise TrainingFailed(
-                    f"the model is trained, but its export cannot be written: {error}; free some space and run again"
+                    f"training finished, but the export cannot be written: {error}; free some space and run again"
                 ) from None
     return run.output_dir
 
@@ -118,10 +118,10 @@ def _run(run: Run) -> Path:
 def _export(
     run: Run, text: PreparedText, task: TrainingTask, loop: TrainingLoop, peak_memory_bytes: int, prepared: float
 ) -> None:
-    """Export the best weights by validation and score the exported files on the test text.
+    """Export the best weights by validation and score the exported files on the test split.
 
     Args:
-        prepared: seconds that the text took.
+        prepared: seconds spent on preparing the text.
     """
     recipe, started = run.recipe, time.perf_counter()
     loop.load_best()
@@ -133,10 +133,10 @@ def _export(
         measured |= {f"{name}_before": value for name, value in vars(loop.state.before).items()}
         measured["old_test_bpb"] = results.score_old(staging, run, text)
     measured["peak_memory_bytes"] = peak_memory_bytes
-    if text.teacher is not None:  # the time of the whole chain
+    if text.teacher is not None:  # include the earlier models of the chain
         measured["seconds"] += text.teacher.seconds
     config = results.record(run, text, task.identity, measured)
-    if run.settings.preset != "smoke":  # there the plan would take as long as the training
+    if run.settings.preset != "smoke":  # whose plan would take as long as its training
         plan = plan_run(recipe, run.settings, run.hardware, loop.state, run.ranks.world)
         config["bill"] = planned_and_actual(plan, loop.state, prepared, time.perf_counter() - started)
         report_bill(config["bill"])

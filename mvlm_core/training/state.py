@@ -1,4 +1,4 @@
-"""What a training run is made of: its recipe, the task it trains, its progress, and its length."""
+"""Building blocks of a training run: the recipe, the training task, the loop's state, and the run's length."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mvlm_core.training.preparation import PreparedText
 from mvlm_core.training.time_budget import WARMUP_STEPS, RunLength
 
 _WARMUP_SHARE = 0.02
-# What an identity means that does not name a setting: one that is gone, or one younger than the checkpoint.
+# Defaults for settings missing from a recorded identity: removed since, or added after the checkpoint was written.
 _UNNAMED = {"--ema_decay": 0.0, "--z_loss_weight": 1e-4, "--num_members": 1, "--validation_text": "primary"}
 
 
@@ -47,10 +47,10 @@ class BuiltModel:
     """A model with everything that trains it.
 
     Attributes:
-        model: a transformers causal language model, the one that is exported.
-        modules: every module with weights to train, by name; holds the model as "model".
-        loss: (inputs, targets, document weights, share of the run done) → ``StepLoss`` or alike.
-        idle: share of the run done → the parameters that get no gradient from there on, where that changes in a run.
+        model: the transformers causal language model to export.
+        modules: every module with trainable weights, by name; includes the model as "model".
+        loss: (inputs, targets, document weights, share of the run done) → ``StepLoss`` or an object like it.
+        idle: share of the run done → parameters that get no gradient from then on, if that changes during a run.
     """
 
     model: Any
@@ -62,11 +62,11 @@ class BuiltModel:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What distinguishes one model's training from another's.
+    """The model-specific part of training.
 
     Attributes:
-        name: of the export folder and the archive.
-        build: (settings, tokenizer, hardware) → a fresh model on the CPU; random numbers are already seeded.
+        name: used for the export folder and the archive.
+        build: (settings, tokenizer, hardware) → newly initialized model on the CPU; the generator is already seeded.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Run:
-    """Which model is trained, with which settings, on which hardware, and which of the run's processes this is."""
+    """The model to train, its settings and hardware, and this process's rank."""
 
     recipe: Recipe
     settings: TrainingSettings
@@ -93,12 +93,12 @@ class Run:
 
 @dataclass(frozen=True)
 class TrainingTask(BuiltModel):
-    """What the training loop works on.
+    """Everything the training loop needs.
 
     Attributes:
-        evaluate: validation bits per byte of the model's current weights.
-        score_before: what those weights are worth before the first step, where they come from an export.
-        identity: settings, data and tokenizer, which must agree with those of a checkpoint to resume it.
+        evaluate: returns validation bits per byte of the current weights.
+        identity: settings, data and tokenizer; a checkpoint resumes only if its identity is equal.
+        score_before: returns scores of an export's weights before the first step of further training.
     """
 
     batches: BatchSource
@@ -107,7 +107,7 @@ class TrainingTask(BuiltModel):
     score_before: Callable[[], Before]
 
     def weights(self) -> dict[str, Tensor]:
-        """All weights by ``<module>.<parameter>``; tied ones once."""
+        """All weights by ``<module>.<parameter>``; tied weights appear once."""
         return named_weights({f"{prefix}.": module for prefix, module in self.modules.items()})
 
     def state_tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -118,7 +118,7 @@ class TrainingTask(BuiltModel):
         """Restore what ``state_tensors`` returned, or some of its files.
 
         Raises:
-            ValueError: names or shapes of another model.
+            ValueError: names or shapes do not match.
         """
         copy_named(self.weights(), tensors["model"], "weights")
         if "optimizer" in tensors:
@@ -126,7 +126,7 @@ class TrainingTask(BuiltModel):
 
 
 def named_weights(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """The weights of modules, by the modules' prefix and their own name; tied ones once, under the first name."""
+    """Weights of modules by ``<prefix><name>``; tied weights appear once, under their first name."""
     named: dict[str, Tensor] = {}
     seen = set()
     for prefix, module in modules.items():
@@ -141,22 +141,22 @@ def load_weights(model: nn.Module, source: Source, context: int) -> None:
     """Copy an export's weights into a model of the same shape, whose ``context`` may be shorter.
 
     Raises:
-        UserError: weights of another shape, or none that can be read.
+        UserError: shapes differ, or the weights cannot be read.
     """
     longer = source.config["settings"].get("max_length")
     try:
-        found = load_file(source.folder / "model.safetensors")
-        wanted = named_weights({"": model})
-        for name, tensor in found.items():
-            if name in wanted and tensor.ndim and len(tensor) == longer and len(wanted[name]) == context:
-                found[name] = tensor[:context]  # a table of positions, whose first rows are all that is needed
-        copy_named(wanted, found, "weights")
+        saved = load_file(source.folder / "model.safetensors")
+        target = named_weights({"": model})
+        for name, tensor in saved.items():
+            if name in target and tensor.ndim and len(tensor) == longer and len(target[name]) == context:
+                saved[name] = tensor[:context]  # position embeddings: only the first rows are needed
+        copy_named(target, saved, "weights")
     except (ValueError, SafetensorError, OSError) as error:
         raise UserError(f"--init_from: {source.folder / 'model.safetensors'} does not fit: {error}") from None
 
 
 def build_task(run: Run, text: PreparedText) -> TrainingTask:
-    """The model with fresh weights or an export's, on its device, and everything that trains it."""
+    """Build the training task; the model has newly initialized weights or an export's and is on its device."""
     settings, ranks = run.settings, run.ranks
     torch.manual_seed(settings.seed)
     built = run.recipe.build(settings, text.tokenizer, run.hardware)
@@ -203,12 +203,12 @@ def build_task(run: Run, text: PreparedText) -> TrainingTask:
 
 
 def own_part(documents: list[tuple[str, str]], ranks: Ranks) -> list[tuple[str, str]]:
-    """This rank's part of (path, text) pairs; the ranks' parts are about equally long."""
+    """This rank's share of (path, text) pairs, balanced by bytes."""
     return [documents[index] for index in ranks.part_by_size([len(text.encode()) for _, text in documents])]
 
 
 def run_identity(settings: TrainingSettings, text: PreparedText) -> dict[str, Any]:
-    """What defines this run; a checkpoint with another identity is refused, with the list of differences."""
+    """Settings and fingerprints that define a run; a checkpoint with a different identity is refused."""
     flags = {f"--{name}": value for name, value in settings.identity().items()}
     fingerprints = {"corpus": text.corpus.fingerprint, "tokenizer": text.tokenizer.sha256}
     if text.source is not None:
@@ -220,22 +220,22 @@ def run_identity(settings: TrainingSettings, text: PreparedText) -> dict[str, An
     return {"--preset": settings.preset} | flags | fingerprints
 
 
-def check_identity(what: str, then: Any, now: dict[str, Any]) -> None:
-    """Refuse ``what`` another run has left, whose recorded identity is ``then``.
+def check_identity(what: str, recorded: Any, current: dict[str, Any]) -> None:
+    """Check that the identity recorded in ``what`` (for the message) is the current run's.
 
     Raises:
-        UserError: with every value that differs.
+        UserError: lists every value that differs.
     """
-    then, now = _UNNAMED | (then if isinstance(then, dict) else {}), _UNNAMED | now
-    differing = [name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
+    old, new = _UNNAMED | (recorded if isinstance(recorded, dict) else {}), _UNNAMED | current
+    differing = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     if differing:
-        problems = [f"{what} of another run: {name} was {then.get(name)}, now {now.get(name)}" for name in differing]
+        problems = [f"{what} of another run: {name} was {old.get(name)}, now {new.get(name)}" for name in differing]
         raise UserError([*problems, "restore those values, choose another --output_dir, or start over with --fresh"])
 
 
 @dataclass
 class Spent:
-    """How many evaluations and checkpoints a run has made, and the seconds that its steps waited for them."""
+    """Number of evaluations and checkpoints so far, and the seconds for which they blocked training."""
 
     evaluations: int = 0
     evaluation_seconds: float = 0.0
@@ -245,8 +245,8 @@ class Spent:
 
 @dataclass
 class Before:
-    """Bits per byte of the export that a run starts from: on the validation text of every evaluation, on the test text,
-    and on that of the old text. None where there is no such text, no such export or no test score is wanted."""
+    """Bits per byte of the export that a run starts from, on validation text, test text and the old corpus's test text.
+    None where not measured."""
 
     validation_bpb: float | None = None
     test_bpb: float | None = None
@@ -255,19 +255,19 @@ class Before:
 
 @dataclass
 class LoopState:
-    """The progress of a run; every checkpoint holds all of it.
+    """Progress of a run, saved in full in every checkpoint.
 
     Attributes:
-        seconds: wall time since the first step, evaluations and checkpoints included, interruptions not.
-        step_seconds: spent in training steps; the measure of their speed.
-        best_step, best_bpb: of the evaluations so far.
+        seconds: wall time since the first step, including evaluations and checkpoints, excluding interruptions.
+        step_seconds: time in training steps only, for throughput.
+        best_step, best_bpb: best evaluation so far.
         evaluations_since_best: for early stopping.
-        micro_batch: sequences per forward pass that fit the device.
+        micro_batch: sequences per forward pass that fit in memory.
         finished: the run reached its end (or stopped early) at this step.
-        guard: the divergence guard's memory.
-        fixed_at, fixed_steps: the number of steps that ``--max_hours`` fixed, and after which step.
-        spent: on evaluations and checkpoints.
-        timed_steps, timed_seconds: what ``--max_hours`` has measured of the steps, before it fixed their number.
+        guard: state of the divergence guard.
+        fixed_at, fixed_steps: step at which ``--max_hours`` fixed the run's length, and that length in steps.
+        spent: time for evaluations and checkpoints.
+        timed_steps, timed_seconds: step timings of ``--max_hours`` before it fixed the length.
         before: scores of the export that the run starts from.
     """
 
@@ -292,27 +292,27 @@ class LoopState:
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> LoopState:
-        """The state a checkpoint holds.
+        """Read the state from a checkpoint.
 
         Raises:
-            ValueError: a value is missing or of the wrong type.
+            ValueError: a value is missing or has the wrong type.
         """
-        # Older checkpoints know the steps' time only, and nothing of what else took time.
+        # Defaults for fields that older checkpoints lack.
         older = {"step_seconds": saved.get("seconds"), "timed_steps": 0, "timed_seconds": 0.0}
         values = older | {"spent": asdict(Spent()), "before": asdict(Before())} | saved
-        kinds = {"guard": GuardState, "spent": Spent, "before": Before}
-        parts = {name: _typed(kind, values.get(name)) for name, kind in kinds.items()}
+        nested = {"guard": GuardState, "spent": Spent, "before": Before}
+        parts = {name: _typed(part, values.get(name)) for name, part in nested.items()}
         return _typed(cls, values | parts)
 
 
 def _typed(cls: type, saved: Any) -> Any:
-    """An instance of a dataclass from its fields in ``saved``, each checked against its declared type."""
+    """Construct dataclass ``cls`` from ``saved``, checking each field against its declared type."""
     values = {}
-    for name, kind in get_type_hints(cls).items():
+    for name, hint in get_type_hints(cls).items():
         value = saved.get(name) if isinstance(saved, dict) else None
-        if isinstance(value, int) and not isinstance(value, bool) and isinstance(0.0, kind):
+        if isinstance(value, int) and not isinstance(value, bool) and isinstance(0.0, hint):
             value = float(value)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
             raise ValueError(f"{name} is {value!r:.40}")
         if isinstance(value, int | float) and not 0 <= value < math.inf:
             raise ValueError(f"{name} is {value}")
@@ -321,10 +321,10 @@ def _typed(cls: type, saved: Any) -> Any:
 
 
 def run_length(settings: TrainingSettings, batches: BatchSource) -> RunLength:
-    """How long the run is, before ``--max_hours`` has fixed anything.
+    """Length of the run, before ``--max_hours`` has fixed it.
 
     Raises:
-        UserError: a warm-up that is not shorter than the run.
+        UserError: the warm-up is not shorter than the run.
     """
     total, warmup = total_steps(settings, batches), settings.warmup_steps
     if settings.max_hours is not None or total is None:
@@ -337,7 +337,7 @@ def run_length(settings: TrainingSettings, batches: BatchSource) -> RunLength:
 
 
 def total_steps(settings: TrainingSettings, batches: BatchSource) -> int | None:
-    """Optimizer steps of the run: up to the first limit that is set; None where that is ``--max_hours`` alone."""
+    """Optimizer steps until the first limit is reached; None if only ``--max_hours`` limits the run."""
     limits = []
     if settings.max_steps:
         limits.append(settings.max_steps)

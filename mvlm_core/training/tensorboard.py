@@ -1,4 +1,4 @@
-"""The training history as TensorBoard scalars. Trouble with TensorBoard never stops a run."""
+"""Training history as TensorBoard scalars. TensorBoard errors never stop a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger("mvlm")
 
 
 class TensorBoardWriter:
-    """Writes every number of a history record as a scalar of its step, below ``folder``."""
+    """Writes the values of history records as scalars, below ``folder``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -24,7 +24,7 @@ class TensorBoardWriter:
             log.warning("--tensorboard: not installed (pip install tensorboard); training continues without it")
 
     def add(self, records: list[dict[str, Any]]) -> None:
-        """Write records; those that repeat a step, after a resume or a rollback, replace the earlier ones."""
+        """Write records; after a resume or a rollback, repeated steps replace the earlier ones."""
         if self._broken or not records:
             return
         try:
@@ -33,8 +33,8 @@ class TensorBoardWriter:
                 for name in record.keys() - NOT_PLOTTED:
                     self._writer.add_scalar(name, record[name], record["step"])
             self._writer.flush()
-        except Exception as error:  # whatever it is, the run matters more
-            log.warning("TensorBoard files cannot be written, training continues without them: %s", error)
+        except Exception as error:  # must never stop a run
+            log.warning("cannot write TensorBoard files, training continues without them: %s", error)
             self._broken = True
 
     def _open_at(self, step: int) -> None:

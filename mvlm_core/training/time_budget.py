@@ -1,9 +1,8 @@
-"""``--max_hours``: a run measures itself, then fixes its number of steps once, so that it ends in its time.
+"""``--max_hours``: a run times its steps, then fixes its number of steps once, so that it ends within the limit.
 
-Until then nothing that a step computes may depend on that number: the learning rate warms up over a fixed number of
-steps and stays at its peak, and the share of the run that is done counts as 0. From there to the end the schedule runs
-as in any other run. The number stands in the checkpoints, and until it is fixed the measurements do, so a resumed run
-ends where the uninterrupted one does.
+Until then no step may depend on that number: the learning rate warms up over a fixed number of steps and stays at its
+peak, and the completed share of the run counts as 0. The schedule then runs as usual from there to the end. Checkpoints
+hold the number, or the timings so far, so that a resumed run ends at the same step as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -16,21 +15,21 @@ from mvlm_core.training.optimizer import learning_rate_scale
 
 MEASURED_SECONDS = 60.0  # or this share of a short budget
 _MEASURED_SHARE = 0.1
-_UNTIMED_STEPS = 3  # the first ones of a process: compilation, the memory pool, the page cache
-_MEASURED_STEPS = 7  # of the run, at least
-WARMUP_STEPS = 50  # about 2 % of a usual run; the length is not known yet
+_UNTIMED_STEPS = 3  # at the start of a process: compilation, memory allocation, a cold page cache
+_MEASURED_STEPS = 7  # minimum
+WARMUP_STEPS = 50  # about 2 % of a typical run; the length is not known yet
 _MOST_STEPS = 10**9
 
 
 @dataclass(frozen=True)
 class RunLength:
-    """How long a run is, and where in it a step stands.
+    """Length of a run in steps, and its learning rate schedule.
 
     Attributes:
-        limit: steps by all other settings; None where only the time limits the run.
+        limit: steps by all other settings; None if only time limits the run.
         warmup: steps.
         by_time: whether ``--max_hours`` is given.
-        fixed_at, fixed_steps: after how many steps the run fixed how many steps it takes by its time; None before.
+        fixed_at, fixed_steps: step at which ``--max_hours`` fixed the length, and that length; None before.
     """
 
     limit: int | None
@@ -41,7 +40,7 @@ class RunLength:
 
     @property
     def total(self) -> int | None:
-        """Steps of the run; None as long as that is open."""
+        """Total steps of the run; None until known."""
         if not self.by_time:
             return self.limit
         return None if self.fixed_steps is None else min(self.fixed_steps, self.limit or self.fixed_steps)
@@ -52,12 +51,12 @@ class RunLength:
         return end is not None and step >= end
 
     def share(self, step: int) -> float:
-        """Which share of the schedule lies before ``step``."""
+        """Completed share of the schedule before ``step``."""
         start = self.fixed_at or 0
         return 0.0 if self.total is None or step < start else (step - start) / (self.total - start)
 
     def learning_rate_scale(self, step: int, schedule: str) -> float:
-        """The share of the peak learning rate for step ``step``, from 0."""
+        """Fraction of the peak learning rate at step ``step``, from 0."""
         start = self.fixed_at or 0
         if self.total is None or step < start:
             return min(1.0, (step + 1) / max(1, self.warmup))
@@ -77,11 +76,10 @@ def steps_within(
     evaluation_interval: int,
     checkpoint_interval: int,
 ) -> int:
-    """The largest total of steps whose end is reached in ``seconds`` from ``done`` steps on; at least one more.
+    """Largest total number of steps that can be completed in ``seconds`` after ``done`` steps; at least one more.
 
     Args:
-        step, evaluation, checkpoint: seconds that each takes; every evaluation counts as one that is saved, the best so
-            far.
+        step, evaluation, checkpoint: seconds for each; every evaluation is assumed to be the best so far and saved.
     """
 
     def needed(total: int) -> float:
@@ -93,12 +91,12 @@ def steps_within(
 
 
 class TimeBudget:
-    """The time of a run, and what its steps take of it.
+    """Times the steps of a run with a time limit.
 
     Args:
-        used: seconds that earlier processes of this run have trained.
-        clock: seconds from any start.
-        timed: steps that earlier processes have timed, and their seconds.
+        used: seconds used by earlier processes of this run.
+        clock: returns seconds since an arbitrary start.
+        timed: number of steps timed by earlier processes, and their seconds.
     """
 
     def __init__(
@@ -113,12 +111,12 @@ class TimeBudget:
 
     @property
     def used(self) -> float:
-        """Seconds of the run so far."""
+        """Seconds used so far."""
         return self._used + self._clock() - self._opened
 
     @property
     def timed(self) -> tuple[int, float]:
-        """Steps that were timed, and their seconds, with those of earlier processes; the device has done them."""
+        """Number of timed steps and their seconds, including earlier processes; call after synchronizing the device."""
         steps, seconds = self._earlier
         if self._steps > _UNTIMED_STEPS:
             steps += self._steps - _UNTIMED_STEPS
@@ -127,23 +125,23 @@ class TimeBudget:
 
     @property
     def step_seconds(self) -> float:
-        """Of a step, the untimed ones left out."""
+        """Average seconds per timed step."""
         steps, seconds = self.timed
         return seconds / max(1, steps)
 
     def count_step(self, wait: Callable[[], None]) -> None:
-        """One more step was taken; ``wait`` for the device before the first timed one."""
+        """Count one step; ``wait`` synchronizes the device before the first timed one."""
         self._steps += 1
         if self._steps == _UNTIMED_STEPS:
             wait()
             self._timed_from, self._outside = self._clock(), 0.0
 
     def leave_out(self, seconds: float) -> None:
-        """``seconds`` since the last step went into something else."""
+        """Exclude ``seconds`` spent on something other than steps."""
         self._outside += seconds
 
     def share_measured(self, step: int, limit: int | None) -> float:
-        """How much of the measuring is done, by time or by steps; 1 and more is enough."""
+        """Completed share of the measurement, by time or by steps; it is complete at 1 or more."""
         if step < _MEASURED_STEPS or self.timed[0] == 0:
             return 0.0
         return max(self.used / self.measuring, step / (_MEASURED_SHARE * limit) if limit else 0.0)

@@ -118,5 +118,5 @@ def test_epochs_are_counted_in_sequences():
 
 
 def test_too_little_text_is_told():
-    with pytest.raises(UserError, match="less than one --max_length"):
+    with pytest.raises(UserError, match="fewer than one sequence of --max_length"):
         BatchSource(make_store((5, 4)), context=CONTEXT, sequences=1, seed=0)

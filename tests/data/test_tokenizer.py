@@ -92,7 +92,7 @@ def test_gpt2_original_files_are_accepted(real_text, tmp_path):
 
 def test_what_is_no_tokenizer_is_told(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
-    with pytest.raises(UserError, match="no tokenizer that can be read"):
+    with pytest.raises(UserError, match="not a readable tokenizer"):
         AdvancedBPETokenizer.load(tmp_path)
     with pytest.raises(UserError, match="no tokenizer at"):
         AdvancedBPETokenizer.load(tmp_path / "nothing")

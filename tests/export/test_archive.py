@@ -73,7 +73,7 @@ def test_archive_holds_exactly_the_manifest_below_one_folder(export, archive, tm
     assert verify_folder(top) == []
     assert {p.name: p.read_bytes() for p in top.iterdir() if p.name != "manifest.json"} == FILES
     assert [p.name for p in (tmp_path / "elsewhere").iterdir()] == ["mvlm_gpt2"]
-    with pytest.raises(ArchiveError, match="already there"):
+    with pytest.raises(ArchiveError, match="already exists"):
         extract_archive(archive, tmp_path / "elsewhere")
 
 

@@ -104,7 +104,7 @@ def test_model_2_as_gguf_is_refused_in_one_sentence(trained, tmp_path, more, mon
     with pytest.raises(UserError) as caught:
         export_formats.main([str(trained / "simone_enhanced"), "--gguf", *more, "--output", str(tmp_path / "out")])
     assert caught.value.problems == [formats.NO_GGUF]
-    assert "only a GPT-2" in formats.NO_GGUF and "token before" in formats.NO_GGUF
+    assert "only a GPT-2" in formats.NO_GGUF and "previous token" in formats.NO_GGUF
     assert not list(tmp_path.iterdir())
 
 

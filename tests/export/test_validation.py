@@ -14,7 +14,11 @@ def test_export_that_needs_this_repository_does_not_load(export):
     checks = Checks()
     validation.check_loading(export, list(read_manifest(export)["files"]), checks, prompts=(), texts=[])
     (found,) = checks
-    assert not found.passed and "needs a module of the repository" in found.detail and "config.json" in found.detail
+    assert (
+        not found.passed
+        and "imports a module of the training repository" in found.detail
+        and "config.json" in found.detail
+    )
 
 
 def test_archives_are_compared(export, monkeypatch):

@@ -68,7 +68,7 @@ def load(folder):
         assert all(value is None or value.encode() for value in (document.translation, document.book) if value != "")
         json.dumps(document.metadata, ensure_ascii=False).encode()
     for skipped in corpus.skipped:
-        line = f"left out {skipped.path}: {skipped.reason}"
+        line = f"skipped {skipped.path}: {skipped.reason}"
         assert skipped.path and skipped.reason and line.isprintable() and len(line) < 2000, line
     assert {"a.txt", "b.txt"} <= {document.path for document in corpus.documents}
     return corpus
@@ -157,7 +157,7 @@ def test_broken_metadata_is_named(folder, kind):
     """21 cases: what is no JSON object at all, or only for some readers."""
     (folder / "x.txt").write_text("some text")
     (folder / "x.json").write_bytes(BROKEN_JSON[kind])
-    assert "metadata not used" in reasons(load(folder))["x.json"]
+    assert "metadata ignored" in reasons(load(folder))["x.json"]
 
 
 def long_letters(count):
@@ -231,7 +231,7 @@ def test_odd_file_names_can_be_logged(folder, tmp_path, name, kind):
     assert kind == "text" or len(corpus.skipped) == 1
     handler = logging.FileHandler(tmp_path / "run.log", encoding="utf-8")
     for skipped in corpus.skipped:
-        line = f"left out {skipped.path}: {skipped.reason}"
+        line = f"skipped {skipped.path}: {skipped.reason}"
         handler.emit(logging.LogRecord("x", 20, "x", 1, line, None, None))
     handler.close()
     write_json_atomic(tmp_path / "seen.json", [skipped.path for skipped in corpus.skipped])
@@ -269,17 +269,17 @@ def test_a_tokenizer_learns_from_endless_words_in_time(tmp_path):
 
 def test_ordinary_text_reaches_the_tokenizer_uncut(real_text):
     """1 case: cutting endless words changes nothing about text that has none, however long its lines."""
-    from mvlm_core.data.tokenizer import _in_learnable_pieces
+    from mvlm_core.data.tokenizer import _split_long_words
 
     one_line = "".join(real_text).replace("\n", " ")
-    assert list(_in_learnable_pieces([*real_text, one_line])) == [*real_text, one_line]
-    assert "".join(_in_learnable_pieces([long_letters(5500)])) == long_letters(5500)
+    assert list(_split_long_words([*real_text, one_line])) == [*real_text, one_line]
+    assert "".join(_split_long_words([long_letters(5500)])) == long_letters(5500)
 
 
 def test_metadata_larger_than_any_is_not_read(folder):
     """1 case: 16 MB of metadata."""
     (folder / "a.json").write_bytes(b" " * METADATA_LIMIT + b'{"split": "train"}')
-    assert "more than the" in reasons(load(folder))["a.json"]
+    assert "over the limit" in reasons(load(folder))["a.json"]
 
 
 def test_very_deep_folders(folder):

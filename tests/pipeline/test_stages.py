@@ -30,7 +30,7 @@ def make_job(folder, **changes):
         "trainers": {"one": script, "two": script},
         "names": ["one", "two"],
         "preset": "smoke",
-        "preset_reason": "asked for",
+        "preset_reason": "requested",
         "data_dir": str(folder / "data"),
         "settings": {"device": "cpu", "quiet": True, "max_steps": 5},
         "fresh": False,
@@ -132,7 +132,7 @@ def test_the_whole_jobs_bill_adds_up_both_models_and_the_stages_around_them(tmp_
     jobs.show_plan(make_job(tmp_path), corpus_is_ready=True)
     shown = capsys.readouterr().out
     assert shown.count("  a line of the log\n  how it is\n") == 2 and shown.count("a rate") == 1
-    lines = [line.split() for line in shown[shown.index("together:") :].splitlines()]
+    lines = [line.split() for line in shown[shown.index("total:") :].splitlines()]
     minutes = {
         " ".join(words[: words.index("min") - 1]): float(words[words.index("min") - 1])
         for words in lines
@@ -140,7 +140,7 @@ def test_the_whole_jobs_bill_adds_up_both_models_and_the_stages_around_them(tmp_
     }
     assert minutes["one"] == minutes["two"] == 31.0
     assert {"packages", "evaluation suite", "archives", "validation", "comparison and report"} < minutes.keys()
-    together = minutes.pop("together")
+    together = minutes.pop("total")
     assert together == pytest.approx(sum(minutes.values()), abs=0.4) and together > 62
     jobs.show_plan(make_job(tmp_path), corpus_is_ready=False)
-    assert "no estimate before the corpus is there" in capsys.readouterr().out
+    assert "for an estimate, build the corpus first" in capsys.readouterr().out

@@ -54,7 +54,7 @@ def test_a_damaged_newest_one_is_set_aside_for_the_one_before(tmp_path, file, da
 def test_room_is_looked_for_before_anything_is_written(tmp_path):
     save(tmp_path, 1)
     petabyte = torch.zeros(1).expand(2**48)
-    with pytest.raises(OSError, match="MB are needed and .* MB are free"):
+    with pytest.raises(OSError, match="needs .* MB, .* MB free"):
         save_checkpoint(tmp_path, 2, {"model": {"w": petabyte}}, {})
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 

@@ -101,9 +101,9 @@ def test_a_dry_run_says_what_it_costs_and_writes_nothing(tiny_corpus, tmp_path):
     assert "MFLOP per token" in done.stdout
     # The whole bill on small cards too, and what to choose there.
     for size, count in ((8, 4), (16, 16), (24, 32), (80, 32), (141, 32)):
-        assert f"\n{size} GB: micro-batches of {count} fit" in done.stdout
-    assert "a card of 8 to 24 GB" in done.stdout and "--preset cpu --device cuda" in done.stdout
-    assert "of Muon's Newton-Schulz iteration" in done.stdout and done.stdout.count("assumed: ") == 1
+        assert f"\n{size} GB: a micro-batch of {count} fits" in done.stdout
+    assert "a GPU with 8 to 24 GB" in done.stdout and "--preset cpu --device cuda" in done.stdout
+    assert "for Muon's Newton-Schulz iteration" in done.stdout and done.stdout.count("assumed: ") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 
@@ -114,5 +114,5 @@ def test_a_dry_run_of_model_1_in_this_process(tiny_corpus, tmp_path, capsys):
     run_training(recipe_of("mvlm_gpt2"), settings)
     shown = capsys.readouterr().out
     assert "\n110," in shown
-    assert "MFLOP per token" in shown and "80 GB: micro-batches of 32 fit" in shown
+    assert "MFLOP per token" in shown and "80 GB: a micro-batch of 32 fits" in shown
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]

@@ -147,14 +147,14 @@ def test_a_teacher_that_does_not_fit_is_refused_with_every_reason(trained, corpu
         return error.value.problems
 
     two = problems(vocab_size=390, max_length=64)
-    assert len(two) == 2 and "another tokenizer" in two[0] and "32 tokens, shorter than 64" in two[1]
+    assert len(two) == 2 and "different tokenizer" in two[0] and "32 tokens, shorter than 64" in two[1]
     assert "no such folder or archive" in problems(teacher=str(tmp_path / "none"))[0]
     damaged = copy_export(trained / "mvlm_gpt2", tmp_path / "damaged")
     set_json(damaged / "training_config.json", "tokenizer", sha256="0")
     assert "SHA-256 differs" in problems(teacher=str(damaged))[0]
     seal(damaged)
-    assert "another tokenizer" in problems(teacher=str(damaged))[0]
-    assert "another tokenizer" in problems("simone_enhanced")[0]
+    assert "different tokenizer" in problems(teacher=str(damaged))[0]
+    assert "different tokenizer" in problems("simone_enhanced")[0]
 
 
 def test_another_teacher_is_another_run(trained, corpus, tmp_path):

@@ -125,7 +125,7 @@ def test_sums_are_the_sums_and_the_same_bits_on_all_ranks(dtype, shared, monkeyp
 
 def test_a_stopped_rank_is_not_waited_for_in_vain(tiny_corpus, tmp_path, monkeypatch):
     """After the first step the others give up; a slow first step or a slow save of the main rank is waited for."""
-    monkeypatch.setattr(distributed, "_ANSWER_WITHIN", timedelta(seconds=2))
+    monkeypatch.setattr(distributed, "_STEP_TIMEOUT", timedelta(seconds=2))
 
     def work(ranks):
         real_step, real_save = TrainingLoop._step, TrainingLoop._save

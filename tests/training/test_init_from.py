@@ -72,7 +72,7 @@ def test_gained_and_forgotten_are_what_the_two_exports_score(model, trained, cor
     for name in ("validation_bpb_before", "test_bpb_before", "old_test_bpb_before", "old_test_bpb"):
         assert f"| {results[name]:.4f} |" in card
     assert config["init_from"]["manifest_sha256"] == open_source(str(trained / model)).sha256
-    assert "Trained first on" in card and "Translations: kjv" in card and "Translations: plain" in card
+    assert "First trained on" in card and "Translations: kjv" in card and "Translations: plain" in card
     assert (folder / "tokenizer.json").read_bytes() == (trained / model / "tokenizer.json").read_bytes()
 
 
@@ -162,9 +162,9 @@ def test_without_the_old_corpus_forgetting_is_not_measured(trained, tmp_path, ca
     folder = run_training(
         recipe_of("mvlm_gpt2"), further("mvlm_gpt2", trained, tmp_path, init_from=str(source), replay=None, max_steps=2)
     )
-    assert "forgetting is not measured: the export's corpus is not here" in caplog.text
+    assert "forgetting is not measured: the export's corpus is not available" in caplog.text
     assert "further training, old text's test, bits per byte: not measured" in caplog.text
-    assert "Trained first on: 4 documents, " in (folder / "README.md").read_text()
+    assert "First trained on: 4 documents, " in (folder / "README.md").read_text()
     results = training_config(folder, "results")["results"]
     assert results["old_test_bpb_before"] is None is results["old_test_bpb"] and results["test_bpb_before"] > 0
     assert "old text's test, bits per byte | - |" in (folder / "README.md").read_text()
@@ -221,7 +221,7 @@ WRONG = {
     "another width": (["--hidden_dim", 64], "--hidden_dim 64: the export of --init_from has 32"),
     "another vocabulary": (["--vocab_size", 512], "--vocab_size 512: the export of --init_from has 400"),
     "more layers": (["--num_layers", 3], "--num_layers 3: the export of --init_from has 2"),
-    "a tokenizer": (["--tokenizer_path", "x"], "--tokenizer_path does not go with --init_from"),
+    "a tokenizer": (["--tokenizer_path", "x"], "--tokenizer_path cannot be used with --init_from"),
     "no such replay": (["--replay", "nowhere=0.2"], "--replay nowhere=0.2: no such folder"),
     "all of it": (["--replay", f"{FIXTURES}=1"], "expected FOLDER=SHARE with a share between 0 and 1"),
     "no share": (["--replay", f"{FIXTURES}"], "expected FOLDER=SHARE"),
@@ -247,8 +247,8 @@ def test_sources_that_cannot_be_are_told(trained, tmp_path):
         return problems[0]
 
     assert "no such folder or archive" in one(tmp_path / "missing")
-    assert "an export of simone_enhanced; this trains mvlm_gpt2" in one(trained / "simone_enhanced")
-    assert "the export of --init_from itself" in one(
+    assert "is an export of simone_enhanced, not of mvlm_gpt2" in one(trained / "simone_enhanced")
+    assert "is the export of --init_from" in one(
         trained / "mvlm_gpt2", "mvlm_gpt2", "--output_dir", trained / "mvlm_gpt2"
     )
     (tmp_path / "empty").mkdir()
@@ -266,7 +266,7 @@ def test_sources_that_cannot_be_are_told(trained, tmp_path):
 
 
 def test_replay_alone_is_told(corpus, tmp_path):
-    with pytest.raises(UserError, match="--replay goes with --init_from"):
+    with pytest.raises(UserError, match="--replay needs --init_from"):
         tiny_settings("mvlm_gpt2", corpus, tmp_path, replay=f"{corpus}=0.5").check()
 
 

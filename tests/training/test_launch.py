@@ -129,7 +129,7 @@ if rank == 1: time.sleep(60)
 open(os.environ["{FOLDER_VARIABLE}"] + f"/lost.{{rank}}", "w")
 sys.exit(1)
 """
-    with pytest.raises(TrainingFailed, match="process 1 of 3 does not answer"):
+    with pytest.raises(TrainingFailed, match="process 1 of 3 does not respond"):
         supervised(program, 3, str(tmp_path / "log")).run()
 
 
@@ -220,7 +220,7 @@ def test_a_stopped_rank_ends_a_real_run_within_two_minutes(tiny_corpus, tmp_path
     program, children = started(tiny_corpus, tmp_path, 100_000, wait_for=4)
     children[1].suspend()
     assert program.wait(120) == 1
-    assert "process 1 of 2 does not answer" in program.stderr.read()
+    assert "process 1 of 2 does not respond" in program.stderr.read()
     assert not any(child.is_running() for child in children)
     assert newest_checkpoint(tmp_path / "out" / "checkpoints").step >= 0
 

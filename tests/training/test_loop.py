@@ -87,8 +87,8 @@ def test_a_save_beside_the_training_holds_the_step_it_is_of(thread, tiny_corpus,
 
 
 class FailAfter(StopAfter):
-    def wanted(self):
-        if super().wanted():
+    def is_set(self):
+        if super().is_set():
             raise KeyError
         return False
 
@@ -115,7 +115,7 @@ def test_the_best_checkpoint_holds_weights_only(tiny_corpus, tmp_path):
     shutil.rmtree(loop.checkpoint_root / "step-00000007")
     assert newest_checkpoint(loop.checkpoint_root).step == 4, "nothing resumes from weights alone"
     refused = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **changes, resume_from=str(best))
-    with pytest.raises(UserError, match="without the optimizer's state"):
+    with pytest.raises(UserError, match="no optimizer state"):
         make_loop("mvlm_gpt2", refused).run(StopAfter())
     again = make_loop("mvlm_gpt2", settings)
     values = iter([2.6, 2.5] + [3.0] * 9)
@@ -418,7 +418,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tiny_corpus, tmp_path, 
     loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path / "b", max_steps=24))
 
     class FullForAWhile(StopAfter):
-        def wanted(self):
+        def is_set(self):
             self.asked += 1
             if self.asked == 3:
                 self.full = files_at_most(100)
@@ -429,14 +429,14 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tiny_corpus, tmp_path, 
             return False
 
     assert loop.run(FullForAWhile()).finished
-    assert "no checkpoint at step 5" in caplog.text and "the history cannot be written" in caplog.text
+    assert "no checkpoint at step 5" in caplog.text and "cannot write the history" in caplog.text
     assert final_state(loop)[2:] == final_state(whole)[2:]
     assert torch.equal(*(final_state(each)[0]["model.transformer.wpe.weight"] for each in (whole, loop)))
 
 
 def test_a_disk_without_room_is_found_before_the_first_step(tiny_corpus, tmp_path):
     loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path))
-    with files_at_most(100), pytest.raises(TrainingFailed, match="no checkpoint can be written.*free some space"):
+    with files_at_most(100), pytest.raises(TrainingFailed, match="cannot write a checkpoint.*free some space"):
         loop.run(StopAfter())
     assert loop.state.step == 0
 

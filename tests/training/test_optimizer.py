@@ -80,10 +80,10 @@ def test_ranks_share_the_orthogonalization():
     torch.manual_seed(0)
     for count, world in ((1, 2), (5, 2), (4, 4), (5, 4)):
         matrices, muon = torch.randn(count, 8, 12), Muon([torch.zeros(8, 12)])
-        whole, sent = muon._orthogonalize_together(matrices), []
+        whole, sent = muon._orthogonalize_batch(matrices), []
         for rank in range(world):
             muon.ranks = Apart(rank, world)
-            sent.append(muon._orthogonalize_together(matrices))
+            sent.append(muon._orthogonalize_batch(matrices))
         together = torch.cat(sent)
         assert count <= len(together) < count + world
         torch.testing.assert_close(together[:count], whole, rtol=0, atol=1e-6)
