@@ -169,7 +169,7 @@ class StopAfter(StopRequest):
     def defer(self) -> None:
         pass
 
-    def wanted(self) -> bool:
+    def is_set(self) -> bool:
         self.asked += 1  # the loop asks once a step
         if self.steps is not None and self.asked >= self.steps:
             self.signal_number = 15

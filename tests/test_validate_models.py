@@ -163,7 +163,7 @@ def test_what_was_tampered_with_is_not_loaded(export, tiny_corpus, tmp_path, cap
     seal(export)
     monkeypatch.setattr(validation, "run_python", lambda *_, **__: pytest.fail("it was run"))
     found = failed(capsys, str(export), "--work_dir", str(tmp_path / "other"), "--data_dir", str(tiny_corpus))
-    assert "no remote code" in found and "not tried" in found["loads elsewhere, offline, by itself"]
+    assert "no remote code" in found and "skipped" in found["loads elsewhere, offline, by itself"]
 
 
 @pytest.mark.parametrize("config", [[], {"results": 3, "data": [], "settings": None}, {"results": {"test_bpb": "low"}}])

@@ -77,7 +77,7 @@ def test_samples_stand_side_by_side_and_traces_have_a_span_a_token(run):
     assert page.count("; the original continues: “") == 2 and page.count(", held out") == 4
     traces = re.findall(r'<div class="heat">(.*?)</div>', page, re.S)
     assert len(traces) == 2 * 5, "two verses, five fields, of the one model that has traces"
-    assert page.count("how widely attention is spread, in nats") == 2
+    assert page.count("attention entropy, in nats") == 2
     counts = [trace.count("<span") for trace in traces]
     assert counts[0] > 10 and counts == [counts[0]] * 5 + [counts[5]] * 5
     first_distances = [float(re.search(r'title="([\d.]+)"', traces[number])[1]) for number in (3, 8)]

@@ -42,7 +42,7 @@ def test_all_gpus_are_used_unless_fewer_are_asked_for(tmp_path, monkeypatch):
     assert count(device="cuda", batch_size=32, gpus=3) == 3
     assert count(device="cuda", batch_size=4) == 4, "a batch of four sequences has no part for the others"
     assert count(device="cpu", batch_size=32) == 1
-    assert "GPUs: 8 of the 8" in describe_gpus(settings_with(tmp_path, device="cuda", batch_size=32))
+    assert "across 8 of the 8 on this machine" in describe_gpus(settings_with(tmp_path, device="cuda", batch_size=32))
     assert "none here" in describe_gpus(settings_with(tmp_path, device="cpu"))
     for wrong in ({"gpus": 9, "device": "auto"}, {"gpus": 1}, {"processes": 2, "device": "auto"}):
         with pytest.raises(UserError):
