@@ -32,8 +32,8 @@ Model = TypeVar("Model", bound="PreTrainedModel")
 def chain(settings: TrainingSettings) -> list[TrainingSettings]:
     """Return the settings of each model of ``--num_models``, the exported one last.
 
-    Each has its own seed; all but the last are trained for ``TEACHER_LENGTH`` of its length. ``--max_hours`` covers the
-    whole chain and is divided by the models' training cost.
+    Each has its own seed, the last that of ``--seed``. All but the last are trained for ``TEACHER_LENGTH`` of its
+    length. ``--max_hours`` covers the whole chain and is divided by the models' training cost.
     """
     root, last = Path(settings.output_dir or "") / TEACHERS, settings.num_models - 1
     costs = [
@@ -42,12 +42,13 @@ def chain(settings: TrainingSettings) -> list[TrainingSettings]:
     ]
     stages: list[TrainingSettings] = []
     for number, cost in enumerate(costs):
-        changes: dict[str, Any] = {"num_models": 1, "seed": settings.seed + number}
+        changes: dict[str, Any] = {"num_models": 1}
         changes["teacher"] = stages[-1].output_dir if stages else settings.teacher
         if settings.max_hours is not None:
             changes["max_hours"] = settings.max_hours * cost / sum(costs)
         if number < last:
-            changes |= {"output_dir": str(root / str(number)), "no_test_score": True}
+            seed = (settings.seed + number + 1) % 2**32
+            changes |= {"output_dir": str(root / str(number)), "seed": seed, "no_test_score": True}
             for name in ("num_epochs", "max_steps", "max_tokens", "max_bytes"):
                 if (length := getattr(settings, name)) is not None:
                     shorter = TEACHER_LENGTH * length

@@ -82,7 +82,7 @@ def test_the_models_of_a_chain_share_seeds_time_and_folders_out(tmp_path):
     first, second, last = chain(settings)
     root = tmp_path / "mvlm_gpt2"
     teachers = root / "checkpoints" / "teachers"
-    assert [stage.seed for stage in (first, second, last)] == [5, 6, 7]
+    assert [stage.seed for stage in (first, second, last)] == [6, 7, 5]
     assert [stage.num_models for stage in (first, second, last)] == [1, 1, 1]
     assert first.output_dir == second.teacher == str(teachers / "0") and first.teacher is None
     assert second.output_dir == last.teacher == str(teachers / "1") and last.output_dir == str(root)
@@ -107,6 +107,8 @@ def test_a_chain_interrupted_in_its_last_model_ends_with_the_same_bits(model, co
 
     teacher, student = (training_config(place, "identity", "results") for place in (whole / TEACHERS / "0", whole))
     assert teacher["results"]["test_bpb"] is None and student["results"]["test_bpb"] < 8
+    config = training_config(whole)
+    assert config["settings"]["seed"] == other.seed, "a rerun of the job compares it"
     assert student["results"]["parameters"] == teacher["results"]["parameters"], "the export is one plain model"
     assert not verify_folder(whole)
     history = json.loads((whole / "training_history.json").read_text())
