@@ -49,14 +49,9 @@ TWINS = {
     f"{model} {name}": Line(model, changes=TWIN | RATES[model] | recipe)
     for (name, recipe), model in itertools.product(RECIPES.items(), RATES)
 }
-HOUR = {
-    "data_subset": f"bible/{PRIMARY_TRANSLATION}",
-    "train_mix": "",
-    "hidden_dim": 192,
-    "num_heads": 3,
-    "ff_dim": 768,
-}
-HOUR |= {"num_layers": 6, "batch_size": 16, "dropout": 0.1, "weight_decay": 0.2, "num_models": 2, "num_epochs": 9.0}
+HOUR: dict[str, Any] = {"data_subset": f"bible/{PRIMARY_TRANSLATION}", "train_mix": "", "adamw_learning_rate": 0.006}
+HOUR |= {"hidden_dim": 192, "num_heads": 3, "ff_dim": 768, "num_layers": 6, "batch_size": 16, "dropout": 0.1}
+HOUR |= {"weight_decay": 0.2, "num_models": 2, "num_epochs": 9.0}
 LINES = TWINS | {"hour": Line("simone_enhanced", changes=RATES["simone_enhanced"] | HOUR)}
 
 
