@@ -128,11 +128,12 @@ def main(arguments: list[str] | None = None) -> int:
 
         from mvlm_core.evaluation.bits_per_byte import context_of, load_export
         from mvlm_core.evaluation.generation import prompt_ids
-        from mvlm_core.hardware import choose_hardware
+        from mvlm_core.hardware import choose_hardware, limit_decoding_threads
 
         hardware = choose_hardware(device=options.device)
         hardware.apply()
         model, tokenizer = load_export(folder, hardware.device)
+        limit_decoding_threads([model])
         if options.trace and not getattr(model, "trace_fields", None):
             raise UserError(f"--trace: {options.model} has no trace head (GPT-2, or trained with --no_trace_head)")
         ids, context = prompt_ids(tokenizer, options.prompt), context_of(model)

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
 ATTENTION_BACKENDS = ("auto", "sdpa", "flash_attn", "xformers", "eager")
 LOSS_KERNELS = ("auto", "blocks", "compiled")
+SMALL_MODEL = 20_000_000  # parameters
 # Settings that are arguments of `choose_hardware`.
 HARDWARE_FLAGS = "device precision attention_backend loss_kernel no_mixed_precision no_compile deterministic".split()
 CUBLAS_WORKSPACE = ":4096:8"  # one of the two values with which cuBLAS is deterministic, according to NVIDIA's manual
@@ -107,6 +108,15 @@ class Hardware:
                 _use_deterministic_kernels()
         else:
             _keep_freed_memory()
+
+
+def limit_decoding_threads(models: Iterable[Any]) -> None:
+    """Decode small models on one CPU thread: their kernels are too short to be shared (1.2 to 1.4 times the tokens/s at
+    1.9 million parameters, benchmarks/LOG.md)."""
+    import torch
+
+    if all(model.device.type == "cpu" and model.num_parameters() < SMALL_MODEL for model in models):
+        torch.set_num_threads(1)
 
 
 def _use_deterministic_kernels() -> None:

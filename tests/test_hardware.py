@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from mvlm_core import hardware, monitor
 from mvlm_core.errors import UserError
@@ -318,3 +319,18 @@ def test_compiler_problem_names_the_packages(empty_path: Path, monkeypatch: pyte
     assert hardware.compiler_problem().endswith(f"needs Python.h: sudo apt-get install {headers}")
     (empty_path / "Python.h").touch()
     assert hardware.compiler_problem() is None
+
+
+def test_only_small_models_are_decoded_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=16, n_embd=32, n_layer=1, n_head=2))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        monkeypatch.setattr(hardware, "SMALL_MODEL", model.num_parameters())
+        hardware.limit_decoding_threads([model])
+        assert torch.get_num_threads() == 2
+        monkeypatch.setattr(hardware, "SMALL_MODEL", model.num_parameters() + 1)
+        hardware.limit_decoding_threads([model])
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

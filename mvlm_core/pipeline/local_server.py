@@ -13,7 +13,7 @@ from mvlm_core.console import command_line
 from mvlm_core.errors import UserError
 from mvlm_core.export.file_checks import checked_exports
 from mvlm_core.export.manifest import MANIFEST
-from mvlm_core.hardware import DEVICES, choose_hardware, set_process_environment
+from mvlm_core.hardware import DEVICES, choose_hardware, limit_decoding_threads, set_process_environment
 from mvlm_core.run_layout import Layout
 from mvlm_core.settings import REPOSITORY_ROOT
 
@@ -109,6 +109,7 @@ def serve(
         hardware = choose_hardware(device=options.device)
         hardware.apply()
         models = {name: load_export(folder, hardware.device) for name, folder in by_name(folders).items()}
+        limit_decoding_threads(model for model, _ in models.values())
         with listen(options.host, options.port) as listener:
             app = app_of(models, folders[0])
             print(f"{' and '.join(models)} at {address(listener)}{path}; Ctrl-C stops it", flush=True)
