@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bible_corpus.settings import BibleSettings
@@ -147,10 +146,6 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
     teacher = load_teacher(settings, GPT2LMHeadModel, hardware.device)
     layer = hardware.compiled(run_layer)
 
-    def log_probabilities(model: GPT2LMHeadModel, hidden: Tensor, sequences: slice) -> Tensor:
-        logits = model.lm_head(hidden[sequences])
-        return logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-
     def loss(inputs: Tensor, targets: Tensor, _weights: Tensor, _share_done: float) -> StepLoss:
         hidden = hidden_states(model, inputs, layer)
         total, nll = linear_cross_entropy(hidden, model.lm_head.weight, targets, kernel=hardware.loss_kernel)
@@ -159,8 +154,13 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
             return step_loss
         with torch.no_grad():
             target = hidden_states(teacher, inputs, layer)
-        student = partial(log_probabilities, model, hidden)
-        return distilled(step_loss, inputs, config.vocab_size, student, partial(log_probabilities, teacher, target))
+        return distilled(
+            step_loss,
+            inputs,
+            config.vocab_size,
+            student=lambda part: model.lm_head(hidden[part]),
+            teacher=lambda part: teacher.lm_head(target[part]),
+        )
 
     optimizers = build_optimizers(
         ((f"model.{name}", parameter) for name, parameter in model.named_parameters()),

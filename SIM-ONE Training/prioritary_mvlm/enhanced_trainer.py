@@ -69,8 +69,8 @@ def add_training(model: EnhancedSIMONEModel, config: PrioritaryConfig, hardware:
             return step_loss
         with torch.no_grad():
             target = teacher.hidden_states(inputs, layer_function=layer, point_function=pointer)
-        student = partial(log_probabilities, model, hidden, pointing)
-        return distilled(step_loss, inputs, config.vocab_size, student, partial(log_probabilities, teacher, *target))
+        student, taught = partial(predict_part, model, hidden, pointing), partial(predict_part, teacher, *target)
+        return distilled(step_loss, inputs, config.vocab_size, student, taught)
 
     optimizers = build_optimizers(
         ((f"{prefix}.{name}", p) for prefix, module in modules.items() for name, p in module.named_parameters()),
@@ -84,16 +84,10 @@ def add_training(model: EnhancedSIMONEModel, config: PrioritaryConfig, hardware:
     return BuiltModel(model, modules, loss, optimizers, idle=criterion.idle_parameters)
 
 
-def log_probabilities(
-    model: EnhancedSIMONEModel, hidden: Tensor, pointing: Pointing | None, sequences: slice
-) -> Tensor:
-    """Return log probabilities ``[sequences, seq, vocab]`` of these sequences, in float32 or wider.
-
-    ``hidden`` and ``pointing`` are the results of ``hidden_states``.
-    """
+def predict_part(model: EnhancedSIMONEModel, hidden: Tensor, pointing: Pointing | None, sequences: slice) -> Tensor:
+    """``predict`` for some of the sequences of ``hidden`` and ``pointing``, the results of ``hidden_states``."""
     selected = None if pointing is None else Pointing(*(part[sequences] for part in pointing))
-    logits = model.predict(hidden[sequences], selected)
-    return logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return model.predict(hidden[sequences], selected)
 
 
 RECIPE = Recipe(

@@ -29,7 +29,7 @@ from bible_corpus.books import PRIMARY_TRANSLATION
 from mvlm_core.data.corpus import MANIFEST_NAME, load_corpus
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.metrics import PRIMARY_TEST_BPB
-from mvlm_core.training.distillation import STUDENT_COST, chain
+from mvlm_core.training.distillation import chain, relative_step_cost
 
 RATES: dict[str, dict[str, Any]] = {
     "mvlm_gpt2": {"learning_rate": 2e-3},
@@ -106,7 +106,7 @@ def plan(options: argparse.Namespace) -> list[Run]:
 def compute(run: Run) -> float:
     """Of a run, all models of its chain together, in multiples of one model's three passes."""
     stages = chain(run.settings())
-    return sum((stage.num_epochs or 0) / 3 * (STUDENT_COST if stage.teacher else 1) for stage in stages)
+    return sum((stage.num_epochs or 0) / 3 * relative_step_cost(stage) for stage in stages)
 
 
 def figures(run: Run) -> Figures:

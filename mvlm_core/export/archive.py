@@ -233,5 +233,8 @@ def opened(place: Path) -> Iterator[Path]:
     """
     if not place.exists():
         raise UserError(f"{place}: no such folder or archive; train a model first, or give the path of one")
+    if place.is_dir():
+        yield place
+        return
     with tempfile.TemporaryDirectory(prefix="mvlm-open-") as scratch:
-        yield place if place.is_dir() else extract_archive(place, Path(scratch))
+        yield extract_archive(place, Path(scratch))

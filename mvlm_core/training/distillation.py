@@ -23,7 +23,6 @@ if TYPE_CHECKING:  # `chain` alone must not import torch
 
 TEACHERS = Path("checkpoints", "teachers")  # below the output folder: a chain's models before the last
 TEACHER_SHARE = 0.7  # of the loss
-STUDENT_COST = 4 / 3  # of a step, relative to one without a teacher: one more forward pass
 TEACHER_LENGTH = 1 / 3  # of the student's training: at full length a model overfits by itself, but not with a teacher
 _BLOCK_BYTES = 512 << 20
 Model = TypeVar("Model", bound="PreTrainedModel")
@@ -36,16 +35,10 @@ def chain(settings: TrainingSettings) -> list[TrainingSettings]:
     length. ``--max_hours`` covers the whole chain and is divided by the models' training cost.
     """
     root, last = Path(settings.output_dir or "") / TEACHERS, settings.num_models - 1
-    costs = [
-        (1 if number == 0 and settings.teacher is None else STUDENT_COST) * (1 if number == last else TEACHER_LENGTH)
-        for number in range(settings.num_models)
-    ]
     stages: list[TrainingSettings] = []
-    for number, cost in enumerate(costs):
+    for number in range(settings.num_models):
         changes: dict[str, Any] = {"num_models": 1}
         changes["teacher"] = stages[-1].output_dir if stages else settings.teacher
-        if settings.max_hours is not None:
-            changes["max_hours"] = settings.max_hours * cost / sum(costs)
         if number < last:
             seed = (settings.seed + number + 1) % 2**32
             changes |= {"output_dir": str(root / str(number)), "seed": seed, "no_test_score": True}
@@ -54,7 +47,16 @@ def chain(settings: TrainingSettings) -> list[TrainingSettings]:
                     shorter = TEACHER_LENGTH * length
                     changes[name] = shorter if name == "num_epochs" else max(1, round(shorter))
         stages.append(replace(settings, **changes))
-    return stages
+    if settings.max_hours is None:
+        return stages
+    costs = [relative_step_cost(stage) * (1 if stage is stages[-1] else TEACHER_LENGTH) for stage in stages]
+    hours = [settings.max_hours * cost / sum(costs) for cost in costs]
+    return [replace(stage, max_hours=share) for stage, share in zip(stages, hours, strict=True)]
+
+
+def relative_step_cost(settings: TrainingSettings) -> float:
+    """Cost of a model's training step, relative to one without a teacher: a teacher adds a forward pass."""
+    return 1 if settings.teacher is None else 4 / 3
 
 
 def load_teacher(settings: TrainingSettings, model_class: type[Model], device: str) -> Model | None:
@@ -85,17 +87,20 @@ def distilled(
 
     Args:
         inputs: ``[sequences, seq]``.
-        student, teacher: slice of sequences to log-probabilities ``[sequences, seq, vocab_size]``.
+        student, teacher: slice of sequences to logits ``[sequences, seq, vocab_size]``.
     """
     import torch
     from torch.utils.checkpoint import checkpoint
 
     from mvlm_core.training.state import StepLoss
 
+    def log_probabilities(logits: Tensor) -> Tensor:
+        return logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
     def nats(part: slice) -> Tensor:
         with torch.no_grad():
-            soft_targets = teacher(part).exp()
-        return -(soft_targets * student(part)).sum()
+            soft_targets = log_probabilities(teacher(part)).exp()
+        return -(soft_targets * log_probabilities(student(part))).sum()
 
     each = max(1, _BLOCK_BYTES // (4 * inputs.shape[1] * vocab_size))
     parts = [slice(first, first + each) for first in range(0, len(inputs), each)]

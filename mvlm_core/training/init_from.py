@@ -45,7 +45,7 @@ class Source:
     @property
     def seconds(self) -> float:
         """Recorded training time; 0 if the record is unusable."""
-        seconds = training_config(self.folder, "results").get("results", {}).get("seconds")
+        seconds = self.config.get("results", {}).get("seconds")
         return seconds if isinstance(seconds, int | float) and 0 <= seconds < math.inf else 0.0
 
 

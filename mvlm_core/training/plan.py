@@ -17,7 +17,7 @@ from mvlm_core.data.tokenizer import ByteLevelBPE, tokenizer_folder
 from mvlm_core.hardware import Hardware
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.cost import OVERHEAD, StepCost, fitting_micro_batch, step_cost
-from mvlm_core.training.distillation import STUDENT_COST, chain
+from mvlm_core.training.distillation import chain, relative_step_cost
 from mvlm_core.training.init_from import replay_of, source_of
 from mvlm_core.training.launch import describe_gpus, rank_count
 from mvlm_core.training.preparation import mix_of, old_text, read_corpus, tokenizer_path
@@ -199,7 +199,7 @@ def _items(
     """
     tokens = settings.sequences_per_step * settings.max_length
     model, optimizer = cost.flops_per_token * tokens, cost.optimizer_flops
-    model *= 1 if settings.teacher is None else STUDENT_COST
+    model *= relative_step_cost(settings)
     score_rate = rate / 2 if compiled else rate
 
     def scoring(size: int) -> tuple[float, float]:
