@@ -1,20 +1,19 @@
-"""From small to large: how the best learning rate moves with size and batch, and what bits per byte to expect.
+"""Scaling: how the best learning rate depends on width, batch size and amount of text, and what loss to expect.
 
     python -m benchmarks.experiments.scaling --seeds 1 --max_bytes 1000000
 
-    learning_rates  each model at three sizes, the learning rate in steps of two from a start, until the lowest point
-                    has a worse one on both sides; a size's best learning rate is where the parabola through these
-                    three, in log learning rate, has its minimum.
-                    Rule: best learning rate = a · width ** b · (batch / 8) ** c · text ** d, by least squares, text in
-                    units of --max_bytes; c and d from the next two parts.
-    batches         the smallest size with half and with twice the batch, searched in the same way.
-    lengths         the smallest size on four times the text, searched in the same way.
-    test            a fourth size, larger than the others, at half of the rule's learning rate, at it, and at twice it.
-    amounts         small sizes on more text: bits per byte = floor + A · parameters ** -α + B · bytes ** -β, by least
-                    squares over these and the best of learning_rates. The fourth size was not used: it tests the law.
+    learning_rates  search for the best learning rate of each model at three sizes, in factors of two, until the best
+                    one has a worse neighbour on both sides; then take the minimum of the parabola through these three
+                    points (in log learning rate). Fits the rule, with text in units of --max_bytes:
+                    best learning rate = a · width ** b · (batch / 8) ** c · text ** d
+    batches         the same search at the smallest size with half and twice the batch size (for c)
+    lengths         the same search at the smallest size with four times the text (for d)
+    test            a held-out fourth size, larger than the others, at 0.5, 1 and 2 times the rule's learning rate
+    amounts         small sizes on more text. Fits bits per byte = floor + A · parameters ** -α + B · bytes ** -β to
+                    these runs and the best ones of learning_rates; the fourth size tests the prediction
 
-Shapes and text are those of the h200 preset, scaled down: heads of 64, feed-forward four times the width, output tied,
-every text read once a pass. Scores are of the validation books of the primary translation.
+Shapes and text are the h200 preset's, scaled down: head dimension 64, feed-forward width four times the hidden size,
+tied output matrix, each text once per epoch. Scores are on the validation books of the primary translation.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ from benchmarks.experiments.runner import SETTINGS, Line, Run
 from mvlm_core.console import log
 from mvlm_core.errors import run_main
 
-HEAD = 64
-FULL_WIDTH = 768  # of the h200 preset
-CONTEXT, BATCH = 256, 8  # of these runs
+HEAD_DIM = 64
+FULL_WIDTH = 768  # hidden size of the h200 preset
+CONTEXT, BATCH = 256, 8
 # name → (width, layers): about 2, 7, 19 and 27 million parameters with 4,096 tokens.
 SHAPES = {"small": (192, 3), "medium": (320, 5), "large": (448, 7), "test": (512, 8)}
 STARTS = {"mvlm_gpt2": 2e-3, "simone_enhanced": 0.02}
-MOST_RATES = 6  # of one search
-# Part → (size, batch, text in units of --max_bytes) of its searches or, for the last two, of its runs.
+MOST_RATES = 6  # learning rates tried by one search
+# Part → (size, batch, text in units of --max_bytes) of each search or, for the last two parts, of each run.
 POINTS = {
     "learning_rates": [("small", BATCH, 1), ("medium", BATCH, 1), ("large", BATCH, 1)],
     "batches": [("small", BATCH // 2, 1), ("small", BATCH * 2, 1)],
@@ -52,7 +51,7 @@ SEARCHES = ("learning_rates", "batches", "lengths")
 PARTS = tuple(POINTS)
 
 
-# --- the arithmetic ------------------------------------------------------------------------------------------
+# --- fitting ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,8 @@ class Law:
         return self.floor + self.a * parameters**-self.alpha + self.b * size**-self.beta
 
 
-def wanted(points: dict[float, float], start: float) -> list[float]:
-    """The learning rates that a search needs next; none once the lowest point lies between two others, or after many.
+def next_rates(points: dict[float, float], start: float) -> list[float]:
+    """Return the learning rates to try next; none once the best one lies between two others, or after ``MOST_RATES``.
 
     Args:
         points: learning rate → bits per byte.
@@ -101,9 +100,9 @@ def wanted(points: dict[float, float], start: float) -> list[float]:
 
 
 def best_rate(points: dict[float, float]) -> float:
-    """Where the parabola through the lowest point and its neighbours, in log learning rate, has its minimum.
+    """Return the minimum of the parabola through the best point and its neighbours, in log learning rate.
 
-    At an end of the grid, the end itself.
+    If the best point is at an end of the grid, return that point.
 
     Args:
         points: learning rate → bits per byte.
@@ -120,28 +119,28 @@ def best_rate(points: dict[float, float]) -> float:
 
 
 def power_law(points: dict[int, float]) -> tuple[float, float]:
-    """``a`` and ``b`` of ``y = a · x ** b``, by least squares in logarithms; ``points``: x → y."""
+    """Fit ``y = a · x ** b`` by least squares in log space; ``points`` maps x to y. Return ``a`` and ``b``."""
     x, y = [math.log(value) for value in points], [math.log(value) for value in points.values()]
     b, log_a = statistics.linear_regression(x, y)
     return math.exp(log_a), b
 
 
 def fit_rule(best: dict[int, float], by_batch: dict[int, float], by_amount: dict[int, float]) -> Rule:
-    """The power laws of least squares in logarithms.
+    """Fit the rule's three power laws.
 
     Args:
         best: width → learning rate, all at ``BATCH`` and one amount of text.
-        by_batch: batch → learning rate, all at one width; fewer than two: no change with the batch.
-        by_amount: amount of text → learning rate, likewise.
+        by_batch: batch → learning rate, all at one width; with fewer than two points, ``c`` is 0.
+        by_amount: amount of text → learning rate, likewise for ``d``.
     """
     c, d = (power_law(points)[1] if len(points) > 1 else 0.0 for points in (by_batch, by_amount))
     return Rule(*power_law(best), c, d)
 
 
 def fit_law(points: list[tuple[int, int, float]]) -> Law:
-    """The law of least squares; exponents from a grid, the rest solved, nothing below 0.
+    """Fit the law by non-negative least squares, with exponents from a grid.
 
-    Where larger models are no better at these amounts of text, ``a`` is 0: the points then say nothing about size.
+    If larger models are no better at these amounts of text, ``a`` is 0: the points then say nothing about size.
 
     Args:
         points: parameters, bytes of text, bits per byte.
@@ -153,7 +152,7 @@ def fit_law(points: list[tuple[int, int, float]]) -> Law:
     for alpha, beta in itertools.product(exponents, exponents):
         columns = np.stack((np.ones_like(y), parameters**-alpha, size**-beta), axis=1)
         scale = columns.max(axis=0)
-        # The least squares with no negative term are those of one of these choices of terms.
+        # Non-negative least squares: the solution uses one of these subsets of the terms.
         for terms in ([0, 1, 2], [1, 2], [0, 2], [0, 1], [0]):
             solved = np.zeros(3)
             solved[terms] = np.linalg.lstsq((columns / scale)[:, terms], y, rcond=None)[0]
@@ -163,12 +162,12 @@ def fit_law(points: list[tuple[int, int, float]]) -> Law:
     return min(found, key=lambda pair: pair[0])[1]
 
 
-# --- the runs ------------------------------------------------------------------------------------------------
+# --- runs ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Search:
-    """The best learning rate of one model at one size, batch and amount of text; ``options``: the command line's."""
+    """Search for the best learning rate of one model at one size, batch size and amount of text."""
 
     options: argparse.Namespace
     model: str
@@ -177,27 +176,27 @@ class Search:
     amount: int = 1
 
     def values(self, rate: float) -> dict[str, Any]:
-        """The settings of its runs."""
+        """Return the settings of a run at this learning rate."""
         width, layers = SHAPES[self.size]
-        values = {"hidden_dim": width, "num_layers": layers, "num_heads": width // HEAD, "ff_dim": 4 * width}
+        values = {"hidden_dim": width, "num_layers": layers, "num_heads": width // HEAD_DIM, "ff_dim": 4 * width}
         values |= {"max_length": CONTEXT, "train_mix": "", "eval_interval": 10**6, "learning_rate": rate}
         values |= {"batch_size": self.batch, "max_bytes": self.amount * self.options.max_bytes}
         if self.model == "simone_enhanced":
-            # AdamW's learning rate moves with Muon's: one to find, as in the small presets.
+            # AdamW's learning rate is tied to Muon's, as in the small presets, so that only one is searched.
             values |= {"output_head": "tied", "adamw_learning_rate": rate / 2, "coherence_weight": 0.0}
         return values
 
     def runs(self, rate: float) -> list[Run]:
-        """The runs at one learning rate, one per seed."""
+        """Return the runs at one learning rate, one per seed."""
         batch = f"-batch{self.batch}" if self.batch != BATCH else ""
         amount = f"-amount{self.amount}" if self.amount > 1 else ""
         line = {f"{self.model} {self.size}{batch}{amount} {rate:.2e}": Line(self.model, changes=self.values(rate))}
         return runner.plan(line, self.options, runner.shared_values(self.options))
 
     def points(self) -> dict[float, float]:
-        """Learning rate → mean bits per byte of what is finished, as far as the search has come."""
+        """Return learning rate → mean bits per byte over the finished runs."""
         found: dict[float, float] = {}
-        while new := wanted(found, STARTS[self.model]):
+        while new := next_rates(found, STARTS[self.model]):
             values = {rate: [bits for _, _, bits in figures(self.runs(rate))] for rate in new}
             found |= {rate: statistics.mean(bits) for rate, bits in values.items() if bits}
             if not all(values.values()):
@@ -205,17 +204,17 @@ class Search:
         return found
 
     def make(self) -> list[Run]:
-        """Run what is wanted until nothing is; returns what failed."""
-        while new := wanted(self.points(), STARTS[self.model]):
+        """Run the search to its end; return the failed runs."""
+        while new := next_rates(self.points(), STARTS[self.model]):
             runs = [run for rate in new for run in self.runs(rate)]
             if failed := runner.make(runs, self.options.root / self.model):
                 return failed
         return []
 
     def best(self) -> float | None:
-        """The best learning rate, or None while the search is not finished."""
+        """Return the best learning rate, or None if the search is unfinished."""
         points = self.points()
-        return None if wanted(points, STARTS[self.model]) else best_rate(points)
+        return None if next_rates(points, STARTS[self.model]) else best_rate(points)
 
 
 def searches(part: str, model: str, options: argparse.Namespace) -> list[Search]:
@@ -223,23 +222,23 @@ def searches(part: str, model: str, options: argparse.Namespace) -> list[Search]
 
 
 def ruled_runs(part: str, model: str, rule: Rule, options: argparse.Namespace) -> list[Run]:
-    """The runs of "test" and "amounts", whose learning rates are the rule's."""
+    """Return the runs of "test" and "amounts", with learning rates from the rule."""
     factors = (0.5, 1.0, 2.0) if part == "test" else (1.0,)
     pairs = itertools.product(searches(part, model, options), factors)
     return [run for search, factor in pairs for run in search.runs(factor * rule(SHAPES[search.size][0]))]
 
 
-# --- the tables ----------------------------------------------------------------------------------------------
+# --- tables ----------------------------------------------------------------------------------------------
 
 
 def figures(runs: Iterable[Run]) -> list[tuple[int, int, float]]:
-    """Parameters, bytes of text and bits per byte of each finished run."""
+    """Return parameters, bytes of text and bits per byte of each finished run."""
     results = [result for run in runs if (result := run.result())]
     return [(result["parameters"], result["bytes"], result["validation_bpb"]) for result in results]
 
 
 def rule_of(model: str, options: argparse.Namespace) -> Rule | None:
-    """From what is finished; None while a size is not."""
+    """Fit the rule to the finished searches; None if a size is unfinished."""
     rates = {SHAPES[search.size][0]: search.best() for search in searches("learning_rates", model, options)}
     if None in rates.values():
         return None
@@ -250,7 +249,7 @@ def rule_of(model: str, options: argparse.Namespace) -> Rule | None:
 
 
 def law_of(model: str, rule: Rule, options: argparse.Namespace) -> Law | None:
-    """From the lowest points of the three sizes and the runs on more text; None while one is missing."""
+    """Fit the law to the best runs of the three sizes and the runs on more text; None if one is missing."""
     more = ruled_runs("amounts", model, rule, options)
     if any(run.result() is None for run in more):
         return None
@@ -261,24 +260,24 @@ def law_of(model: str, rule: Rule, options: argparse.Namespace) -> Law | None:
 
 
 def search_table(options: argparse.Namespace) -> str:
-    """A row for each search that has begun."""
+    """Format a table with a row for each started search."""
     rows = []
     for model, part in itertools.product(SETTINGS, SEARCHES):
         for search in searches(part, model, options):
             if points := search.points():
                 size = f"{search.size}, {figures(search.runs(min(points)))[0][0]:,} parameters"
                 cells = ", ".join(f"{rate:g}: {value:.4f}" for rate, value in sorted(points.items()))
-                best = f"{found:.2g}" if (found := search.best()) else "not finished"
+                best = f"{found:.2g}" if (found := search.best()) else "unfinished"
                 rows.append((model, size, cells, search.batch, search.amount, best))
     columns = ("model", "size", "bits per byte by learning rate", "batch", "text", "best learning rate")
     return command.table(columns, rows, left=3)
 
 
 def rule_lines(model: str, rule: Rule, law: Law | None, options: argparse.Namespace) -> list[str]:
-    """What a model's rule and law say, beside what was measured."""
+    """Format a model's rule and law, and their predictions beside the measurements."""
     lines = [
         f"\n{model}: best learning rate = {rule.a:.3g} · width ** {rule.b:.2f} · (batch / {BATCH}) ** {rule.c:.2f} "
-        f"· text ** {rule.d:.2f}; {rule(FULL_WIDTH):.2g} at {FULL_WIDTH} wide, the rest alike"
+        f"· text ** {rule.d:.2f}; {rule(FULL_WIDTH):.2g} at width {FULL_WIDTH}, other factors equal"
     ]
     for run in (run for part in ("test", "amounts") for run in ruled_runs(part, model, rule, options)):
         for parameters, size, value in figures([run]):
@@ -293,7 +292,7 @@ def rule_lines(model: str, rule: Rule, law: Law | None, options: argparse.Namesp
 
 
 def report(options: argparse.Namespace) -> None:
-    """Show the tables of what is finished."""
+    """Show the tables of all finished runs."""
     text, found = [search_table(options)], {}
     for model in SETTINGS:
         if rule := rule_of(model, options):
@@ -304,13 +303,13 @@ def report(options: argparse.Namespace) -> None:
 
 
 def run_part(part: str, model: str, options: argparse.Namespace) -> list[Run]:
-    """Run what is missing of one part for one model; returns what failed."""
+    """Execute the unfinished runs of one part for one model; return the failed ones."""
     if part in SEARCHES:
         return [run for search in searches(part, model, options) for run in search.make()]
     if rule := rule_of(model, options):
         runs = ruled_runs(part, model, rule, options)
     else:
-        log.warning("%s: the rule of %s is unknown: --only learning_rates comes first", part, model)
+        log.warning("%s: skipped for %s: run --only learning_rates first", part, model)
         return []
     return runner.make(runs, options.root / model)
 
@@ -318,7 +317,7 @@ def run_part(part: str, model: str, options: argparse.Namespace) -> list[Run]:
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = runner.command_line(__doc__, "scaling", PARTS)
     parser.set_defaults(seeds=1, max_bytes=1_000_000)
-    parser.add_argument("--model", choices=tuple(SETTINGS), help="this model alone, for example one on each core")
+    parser.add_argument("--model", choices=tuple(SETTINGS), help="only this model, for example to run one on each core")
     return runner.settled(parser.parse_args(arguments), "max_bytes")
 
 

@@ -51,7 +51,7 @@ def test_where_size_does_not_help_the_law_says_so():
 def test_a_search_goes_on_until_the_lowest_lies_between_worse_ones():
     def searched(best, start=0.002):
         points = {}
-        while new := scaling.wanted(points, start):
+        while new := scaling.next_rates(points, start):
             points |= {rate: abs(math.log(rate / best)) for rate in new}
         return sorted(points)
 
