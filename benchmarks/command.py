@@ -30,7 +30,7 @@ def whole_numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def below_one(options: argparse.Namespace, *names: str) -> list[str]:
+def at_least_one(options: argparse.Namespace, *names: str) -> list[str]:
     """Return a problem for each of these options with a value below 1."""
     return [f"--{name} {vars(options)[name]}: at least 1" for name in names if vars(options)[name] < 1]
 

@@ -154,10 +154,13 @@ def _keep_freed_memory() -> None:
 def set_process_environment() -> None:
     """Set defaults for torch's caching allocator and OpenMP unless set by the user. Call before importing torch.
 
-    Blocks above 512 MB are never split, so that the next step can reuse the large logits buffers. Waiting threads sleep
-    instead of spinning: that costs nothing on an idle machine (measured on 2 cores: 3,770 against 3,560 tokens/s),
-    while spinning next to another busy process made training about twenty times slower.
+    Blocks above 512 MB are never split, so that the next step can reuse the large logits buffers. Waiting threads spin
+    for some microseconds, then sleep (the spin count is libgomp's, which PyTorch uses on Linux). A small model has
+    thousands of parallel regions per step: with threads that sleep at once a step takes 1.4 times as long on an idle
+    machine; with threads that never sleep it takes eight times as long beside one busy process (benchmarks/LOG.md).
     """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same setting, which still works
         os.environ.setdefault("PYTORCH_ALLOC_CONF", ALLOCATOR_ADVICE)

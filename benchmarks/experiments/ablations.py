@@ -2,6 +2,8 @@
 
     python -m benchmarks.experiments.ablations --seeds 3 --max_bytes 1400000
     python -m benchmarks.experiments.ablations --only no_memory,gelu           also runs their references
+    python -m benchmarks.experiments.ablations --preset h200 --jobs 2 --hours 0.4 --seeds 1
+                                                on a GPU: the learning rates of the preset first
 
 Uses the validation books only.
 """
@@ -27,16 +29,35 @@ DEEPER = {"cpu": {"num_layers": 6, "ff_dim": 640}, "smoke": {"num_layers": 3}}
 SHALLOW = {"cpu": {"num_layers": 4, "ff_dim": 512}, "smoke": {"num_layers": 2, "ff_dim": 256}}
 WIDER = {"cpu": {"num_layers": 4, "ff_dim": 1054}, "smoke": {"num_layers": 2, "ff_dim": 520}}
 MUON = {"optimizer": "muon", "learning_rate": 0.03}
+SMALL_ONLY = {"tied_head", "tied_head_layers", "no_train_mix", "base_shallow", "base_shallow_wide", "base_no_train_mix"}
+
+
+def rates(model: str, preset: str, factor: float) -> dict[str, float]:
+    """Return the preset's learning rates times ``factor``."""
+    values = runner.SETTINGS[model].PRESETS[preset]
+    return {name: factor * values[name] for name in ("learning_rate", "adamw_learning_rate") if name in values}
 
 
 def lines(preset: str) -> dict[str, Line]:
-    """Return all variants by name.
+    """Return all variants by name, the most important first.
 
     Each optimizer is tried at two learning rates: AdamW near the baseline's best, Muon near model 2's.
     """
+    known = all_lines(preset)
+    return {name: line for name, line in known.items() if preset in DEEPER or name not in SMALL_ONLY}
+
+
+def all_lines(preset: str) -> dict[str, Line]:
+    """Return all variants; the shapes of ``SMALL_ONLY`` exist for the small presets alone."""
     full, base = partial(Line, "simone_enhanced"), partial(Line, "mvlm_gpt2")
+    deeper, shallow, wider = (shapes.get(preset, {}) for shapes in (DEEPER, SHALLOW, WIDER))
     return {
         "full": full("model 2, preset"),
+        "baseline": base("model 1, preset"),
+        "half_rate": full("half the learning rates", rates("simone_enhanced", preset, 0.5)),
+        "double_rate": full("twice the learning rates", rates("simone_enhanced", preset, 2)),
+        "base_half_rate": base("half the learning rate", rates("mvlm_gpt2", preset, 0.5)),
+        "base_double_rate": base("twice the learning rate", rates("mvlm_gpt2", preset, 2)),
         "no_policy": full("without the policy head", {"policy_head": False}),
         "no_memory": full("without the memory head", {"memory_head": False}),
         "no_pointer": full("without the memory head's pointer", classic_part="no_pointer"),
@@ -49,18 +70,17 @@ def lines(preset: str) -> dict[str, Line]:
         "layer_norm": full("LayerNorm instead of RMSNorm", classic_part="layer_norm"),
         "gelu": full("GPT-2's feed-forward layer instead of SwiGLU", classic_part="gelu"),
         "tied_head": full("tied output matrix", {"output_head": "tied"}),
-        "tied_head_layers": full("tied output matrix, more layers", {"output_head": "tied"} | DEEPER[preset]),
+        "tied_head_layers": full("tied output matrix, more layers", {"output_head": "tied"} | deeper),
         "adamw_2e-3": full("AdamW at 0.002 instead of Muon", {"optimizer": "adamw", "learning_rate": 2e-3}),
         "adamw_4e-3": full("AdamW at 0.004 instead of Muon", {"optimizer": "adamw", "learning_rate": 4e-3}),
         "cosine": full("cosine decay to a tenth instead of linear to zero", {"lr_schedule": "cosine"}),
         "no_train_mix": full("each text once per epoch", {"train_mix": ""}),
-        "baseline": base("model 1, preset"),
         "base_muon": base("Muon, all learning rates 0.03", MUON),
         "base_muon_1e-2": base("Muon, all learning rates 0.01", MUON | {"learning_rate": 0.01}),
         "base_linear": base("linear decay to zero instead of cosine", {"lr_schedule": "linear"}),
         "base_muon_linear": base("Muon at 0.03 and linear", MUON | {"lr_schedule": "linear"}),
-        "base_shallow": base("layers and width of model 2", SHALLOW[preset]),
-        "base_shallow_wide": base("layers of model 2, wider for the others", WIDER[preset]),
+        "base_shallow": base("layers and width of model 2", shallow),
+        "base_shallow_wide": base("layers of model 2, wider for the others", wider),
         "base_no_train_mix": base("each text read once a pass", {"train_mix": ""}),
     }
 

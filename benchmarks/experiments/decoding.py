@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--verses", type=int, default=64, help="number of verses to continue [default 64]")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    problems = command.below_one(options, "verses")
+    problems = command.at_least_one(options, "verses")
     problems += [f"{folder}: no such folder" for folder in options.models if not folder.is_dir()]
     if problems:
         raise UserError(problems)

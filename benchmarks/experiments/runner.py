@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +29,7 @@ from mvlm_core.export.manifest import training_config
 from mvlm_core.files import RunLock, output_folder_problems
 from mvlm_core.hardware import set_process_environment
 from mvlm_core.metrics import BY_NAME as METRICS
+from mvlm_core.monitor import available_threads
 from mvlm_core.pipeline.child_process import Signals
 from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR, REPOSITORY_ROOT, TrainingSettings
 from mvlm_core.signals import PARENT_VARIABLE
@@ -97,6 +101,10 @@ class Run:
     def folder(self) -> Path:
         return Path(self.values["output_dir"])
 
+    @property
+    def log_file(self) -> Path:
+        return self.folder.with_suffix(".log")
+
     def settings(self) -> TrainingSettings:
         return SETTINGS[self.model](**self.values)
 
@@ -142,48 +150,71 @@ def run_one() -> int:
     return 0
 
 
-def execute(run: Run, signals: Signals, log_file: Path) -> int:
-    """Execute ``run`` in a child process that appends to ``log_file``; return its exit code."""
-    log_file.parent.mkdir(parents=True, exist_ok=True)
+def start(run: Run, signals: Signals, jobs: int) -> subprocess.Popen[bytes]:
+    """Start ``run`` in a child process with its share of the CPU threads; its output is appended to its log file."""
+    run.log_file.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {PARENT_VARIABLE: str(os.getpid())}  # the run ends with this process
+    if jobs > 1:
+        environment["OMP_NUM_THREADS"] = str(max(1, available_threads()[0] // jobs))
+        environment.setdefault("CUDA_VISIBLE_DEVICES", "0")  # side by side on one GPU, instead of each on all of them
     child = [sys.executable, "-m", "benchmarks.experiments.runner", json.dumps(asdict(run))]
-    with open(log_file, "ab") as file:
-        signals.start(child, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY_ROOT)
-        return signals.wait()
+    with open(run.log_file, "ab") as file:
+        return signals.start(child, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY_ROOT)
 
 
-def make(runs: list[Run], folder: Path) -> list[Run]:
-    """Execute the unfinished runs and return the failed ones. Locks ``folder`` and survives a closed terminal.
+def make(runs: list[Run], folder: Path, options: argparse.Namespace) -> list[Run]:
+    """Execute the unfinished runs, ``--jobs`` at a time and until ``--hours`` are over; return the failed ones.
+
+    Locks ``folder`` and survives a closed terminal.
 
     Raises:
         UserError: another process is using ``folder``, or settings are invalid.
-        Stopped: on a signal, after the running child has saved a checkpoint.
+        Stopped: on a signal, after the running children have saved a checkpoint.
     """
     if problems := sorted({problem for run in runs for problem in run.settings().problems()}):
         raise UserError(problems)
     outlive_terminal()
     setup_logging()
-    failed, seconds = [], []
+    failed, seconds, late = [], [], False
     with RunLock(folder, str(folder)), Signals() as signals:
-        left = [run for run in runs if run.result() is None]
+        left = deque(run for run in runs if run.result() is None)
         log.info("%s runs, %s already finished", len(runs), len(runs) - len(left))
-        for number, run in enumerate(left, 1):
-            started, log_file = time.monotonic(), run.folder.with_suffix(".log")
-            code = execute(run, signals, log_file)
-            signals.check()
-            result = run.result() if code == 0 else None
-            if result is None:
-                failed.append(run)
-                problem = f"exit code {code}" if code else f"{run.folder} contains a run with other settings: remove it"
-                tail = "\n".join(log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-                log.error("%s failed: %s; end of %s:\n%s", run.name, problem, log_file, printable(tail, LINE_BREAK))
-                continue
-            shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # 80 MB per run; keep the finished model
-            seconds.append(time.monotonic() - started)
-            minutes = statistics.mean(seconds) * (len(left) - number) / 60
-            metrics = ", ".join(f"{METRICS[name].text(result[name])} {METRICS[name].unit}" for name in LOGGED)
-            log.info("%s of %s  %s: %s; about %.0f min left", number, len(left), run.name, metrics, minutes)
+        running: dict[subprocess.Popen[bytes], tuple[Run, float]] = {}
+        while running or (left and not late and signals.number is None):
+            if not late and time.monotonic() >= options.deadline:
+                late = True
+                log.info("--hours are over, with %s runs left: the same command continues", len(left) + len(running))
+                signals.send(signal.SIGTERM)
+            while left and len(running) < options.jobs and not late and signals.number is None:
+                run = left.popleft()
+                running[start(run, signals, options.jobs)] = run, time.monotonic()
+            for child, (run, started) in list(running.items()):
+                if (code := signals.ended(child)) is None:
+                    continue
+                del running[child]
+                if signals.number is not None or (late and code == 128 + signal.SIGTERM):
+                    continue
+                if (result := outcome(run, code)) is None:
+                    failed.append(run)
+                    continue
+                seconds.append(time.monotonic() - started)
+                minutes = statistics.mean(seconds) * (len(left) + len(running)) / options.jobs / 60
+                metrics = ", ".join(f"{METRICS[name].text(result[name])} {METRICS[name].unit}" for name in LOGGED)
+                log.info("%s: %s; about %.0f min left", run.name, metrics, minutes)
+        signals.check()
     return failed
+
+
+def outcome(run: Run, code: int) -> Figures | None:
+    """Return the results of a run that has ended and remove its checkpoints; if it failed, log why and return None."""
+    result = run.result() if code == 0 else None
+    if result is None:
+        problem = f"exit code {code}" if code else f"{run.folder} contains a run with other settings: remove it"
+        tail = "\n".join(run.log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+        log.error("%s failed: %s; end of %s:\n%s", run.name, problem, run.log_file, printable(tail, LINE_BREAK))
+    else:
+        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # 80 MB per run; keep the finished model
+    return result
 
 
 def conduct(
@@ -193,7 +224,7 @@ def conduct(
     figures: Callable[[Run], Figures | None] = Run.result,
 ) -> int:
     """Execute missing runs (none with ``--table``), show the table of finished ones and return the exit code."""
-    failed = [] if options.table else make(runs, options.root)
+    failed = [] if options.table else make(runs, options.root, options)
     finished = {run: result["origin"] for run in runs if (result := run.result()) is not None}
     found: Found = {}
     for run in finished:
@@ -215,7 +246,9 @@ def command_line(description: str | None, name: str, lines: Iterable[str] = ()) 
         lines: choices of ``--only``; without any, the option is left out.
     """
     parser = command.new_parser(description, EPILOG)
-    parser.add_argument("--preset", choices=("cpu", "smoke"), default="cpu", help="[default cpu]")
+    parser.add_argument("--preset", choices=("cpu", "smoke", "h200"), default="cpu", help="[default cpu]")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side on this machine [default 1]")
+    parser.add_argument("--hours", type=float, help="stop after this time; the same command continues later")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1 [default 3]")
     parser.add_argument("--max_bytes", type=int, help="bytes of training text per run [default: the preset's]")
     parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR)
@@ -227,7 +260,8 @@ def command_line(description: str | None, name: str, lines: Iterable[str] = ()) 
 
 
 def settled(options: argparse.Namespace, *counts: str) -> argparse.Namespace:
-    """Check the parsed command line, make folders absolute and add ``root``, a folder per preset and length.
+    """Check the parsed command line, make folders absolute, and add ``root``, a folder per preset and length, and
+    ``deadline``.
 
     Args:
         counts: options besides ``--seeds`` that must be at least 1.
@@ -237,7 +271,11 @@ def settled(options: argparse.Namespace, *counts: str) -> argparse.Namespace:
     """
     options.data_dir, options.work_dir = options.data_dir.absolute(), options.work_dir.absolute()
     options.root = options.work_dir / "-".join(str(part) for part in (options.preset, options.max_bytes) if part)
-    problems = output_folder_problems(options.work_dir, "--work_dir") + command.below_one(options, "seeds", *counts)
+    problems = output_folder_problems(options.work_dir, "--work_dir")
+    problems += command.at_least_one(options, "seeds", "jobs", *counts)
+    if options.hours is not None and not 0 < options.hours < math.inf:
+        problems.append(f"--hours {options.hours:g}: must be above 0")
+    options.deadline = math.inf if options.hours is None else time.monotonic() + 3600 * options.hours
     if problems:
         raise UserError(problems)
     return options
@@ -247,6 +285,8 @@ def shared_values(options: argparse.Namespace, *, test_score: bool = False) -> d
     """Return the settings shared by all runs of an experiment."""
     values = {"preset": options.preset, "quiet": True, "no_test_score": not test_score}
     values |= {"data_dir": str(options.data_dir), "cache_dir": str(CACHE_DIR)}
+    if options.preset == "h200":  # only the first model of its chain: a fifth of the time
+        values |= {"num_models": 1, "num_epochs": None if options.max_bytes else 3.0}
     return values | ({"max_bytes": options.max_bytes} if options.max_bytes else {})
 
 

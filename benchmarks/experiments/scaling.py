@@ -207,7 +207,7 @@ class Search:
         """Run the search to its end; return the failed runs."""
         while new := next_rates(self.points(), STARTS[self.model]):
             runs = [run for rate in new for run in self.runs(rate)]
-            if failed := runner.make(runs, self.options.root / self.model):
+            if failed := runner.make(runs, self.options.root / self.model, self.options):
                 return failed
         return []
 
@@ -311,7 +311,7 @@ def run_part(part: str, model: str, options: argparse.Namespace) -> list[Run]:
     else:
         log.warning("%s: skipped for %s: run --only learning_rates first", part, model)
         return []
-    return runner.make(runs, options.root / model)
+    return runner.make(runs, options.root / model, options)
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:

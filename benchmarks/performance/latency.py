@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", action="store_true", help="measure checkpoint saves only")
     parser.add_argument("--folder", type=Path, help="where to save checkpoints [default: system temporary folder]")
     options = parser.parse_args(arguments)
-    if problems := command.below_one(options, "rounds"):
+    if problems := command.at_least_one(options, "rounds"):
         raise UserError(problems)
     options.data_dir = options.data_dir.absolute()
     set_process_environment()

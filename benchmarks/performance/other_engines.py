@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=64, help="tokens to generate [default 64]")
     parser.add_argument("--rounds", type=int, default=5, help="[default 5]")
     options = parser.parse_args(arguments)
-    problems = command.below_one(options, "tokens", "rounds")
+    problems = command.at_least_one(options, "tokens", "rounds")
     problems += [f"{place}: no such folder" for place in (options.model, options.formats) if not place.is_dir()]
     if problems:
         raise UserError(problems)

@@ -315,7 +315,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--nanogpt", type=Path, help="folder with nanoGPT's model.py")
     add("--litgpt", type=Path, help="folder with the litgpt package and its dependencies")
     options = parser.parse_args(arguments)
-    problems = command.below_one(options, "rounds", "steps", "processes")
+    problems = command.at_least_one(options, "rounds", "steps", "processes")
     for option, file in GIVEN_PEERS.values():
         if (folder := vars(options)[option]) and not (folder / file).is_file():
             problems.append(f"--{option} {folder}: contains no {file}")

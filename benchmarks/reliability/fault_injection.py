@@ -273,7 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(MODELS), help="comma-separated models [default both]")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    if problems := command.below_one(options, "kills", "every"):
+    if problems := command.at_least_one(options, "kills", "every"):
         raise UserError(problems)
     models = command.chosen(options.only, MODELS)
     columns = ("model", "fault", "tried", "runs finished", "differing", "lost checkpoints", "steps repeated, mean")

@@ -325,7 +325,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--resumed", type=int, default=20, help="states resumed to the end per model [default 20]")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    if bad := command.below_one(options, "every"):
+    if bad := command.at_least_one(options, "every"):
         raise UserError(bad)
     models = command.chosen(options.only, MODELS)
     columns = ("model", "run", "prefixes", "states opened", "broken", "resumed", "differing")

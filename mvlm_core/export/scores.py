@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mvlm_core.bill import RESCORED_SHARE
+from mvlm_core.cost_estimate import RESCORED_SHARE
 from mvlm_core.data.corpus import load_corpus
 from mvlm_core.errors import run_main
 from mvlm_core.evaluation.bits_per_byte import (

@@ -1,4 +1,4 @@
-"""Run a child process: relay its output to the console, forward signals once, keep its last lines."""
+"""Run child processes: relay their output to the console, forward signals once, keep the last lines."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ log = logging.getLogger("mvlm")
 
 
 class Signals:
-    """Context manager that forwards SIGINT and SIGTERM once to the running child; without a child the job stops.
+    """Context manager that forwards SIGINT and SIGTERM once to the running children; without any the job stops.
 
-    A second SIGINT kills the child's whole process group and stops the job.
+    A second SIGINT kills the children's whole process groups and stops the job.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self._child: subprocess.Popen[bytes] | None = None
-        self._starting = False
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._starting = self._logged = False
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -50,16 +50,20 @@ class Signals:
         # No logging here: a handler may interrupt a half-written log line.
         if self.number is None:
             self.number = number
-            if self._child is not None:
-                self._child.send_signal(number)
-            elif not self._starting:
+            self.send(number)
+            if not self._children and not self._starting:
                 raise Stopped(number)
         elif number == signal.SIGINT:
-            if self._child is not None:
+            for child in self._children:
                 # Not `child.kill()`: this handler may interrupt `child.wait()`, which holds the lock that it needs.
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self._child.pid, signal.SIGKILL)
+                    os.killpg(child.pid, signal.SIGKILL)
             raise Stopped(number)
+
+    def send(self, number: int) -> None:
+        """Send a signal to every running child."""
+        for child in self._children:
+            child.send_signal(number)
 
     def check(self, code: int = 0) -> None:
         """Raise Stopped if a signal has arrived or a child's exit ``code`` says that one ended it."""
@@ -73,28 +77,32 @@ class Signals:
         self.check()
         self._starting = True
         try:
-            self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, **options)
+            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, **options)
+            self._children.append(child)
         finally:
             self._starting = False
         if self.number is not None:
-            self._child.send_signal(self.number)
-        return self._child
+            child.send_signal(self.number)
+        return child
 
-    def wait(self) -> int:
-        """Wait for the child; return its exit code, 128 + n for signal n."""
-        assert self._child is not None, "call start first"
-        logged = False
-        while True:
-            try:
-                code = self._child.wait(timeout=0.5)
-                break
-            except subprocess.TimeoutExpired:
-                if self.number is not None and not logged:
-                    logged = True
-                    name = signal.Signals(self.number).name
-                    log.info("%s: forwarded; waiting for the checkpoint (Ctrl-C again stops immediately)", name)
-        self._child = None
+    def ended(self, child: subprocess.Popen[bytes]) -> int | None:
+        """Wait half a second for the child; return its exit code, 128 + n for signal n, or None if it still runs."""
+        try:
+            code = child.wait(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            if self.number is not None and not self._logged:
+                self._logged = True
+                name = signal.Signals(self.number).name
+                log.info("%s: forwarded; waiting for the checkpoint (Ctrl-C again stops immediately)", name)
+            return None
+        self._children.remove(child)
         return 128 - code if code < 0 else code
+
+    def wait(self, child: subprocess.Popen[bytes]) -> int:
+        """Wait for the child; return its exit code, 128 + n for signal n."""
+        while (code := self.ended(child)) is None:
+            pass
+        return code
 
 
 class Relay:
@@ -168,11 +176,10 @@ def run_child(command: list[str], signals: Signals) -> tuple[int, list[str]]:
     environment = os.environ | {PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
     relay = Relay()
     try:
-        signals.start(command, env=environment, stdout=relay.child_end, stderr=relay.child_end)
+        child = signals.start(command, env=environment, stdout=relay.child_end, stderr=relay.child_end)
     finally:
         relay.start()
-    code = signals.wait()
-    return code, relay.finish()
+    return signals.wait(child), relay.finish()
 
 
 def note(log_file: Path, line: str) -> None:

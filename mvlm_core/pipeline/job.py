@@ -16,7 +16,7 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from mvlm_core.bill import (
+from mvlm_core.cost_estimate import (
     CORPUS_SECONDS,
     JSON_VARIABLE,
     PACKAGES_SECONDS,
@@ -26,7 +26,7 @@ from mvlm_core.bill import (
     RESCORED_SHARE,
     SUITE_SECONDS,
     Item,
-    bill,
+    format_costs,
 )
 from mvlm_core.data.corpus import Corpus, load_corpus
 from mvlm_core.errors import UserError
@@ -147,12 +147,12 @@ def show_plan(job: Job, *, corpus_is_ready: bool) -> None:
         print(f"  log:     {job.layout.log_file(name)}\n  command: {shlex.join(command)}", flush=True)
         if corpus_is_ready:
             plans[name] = plan = _trainer_plan(command)
-            lines = [*plan["lines"], *(bill(plan["items"], paid=plan["paid"]) if plan["items"] else ())]
+            lines = [*plan["lines"], *(format_costs(plan["items"], paid=plan["paid"]) if plan["items"] else ())]
             print("".join(f"  {line}\n" for line in lines), end="", flush=True)
     if not corpus_is_ready:
         print(f"\nfor an estimate, build the corpus first (about {CORPUS_SECONDS:.0f} s): prepare_dataset.py")
     if unfinished := {name: plan for name, plan in plans.items() if plan["items"] and not _finished(job, name)}:
-        _show_bill(unfinished)
+        _show_costs(unfinished)
     print(f"\nthen:     comparison -> {job.layout.plot}\n          archives   -> {job.layout.downloads}")
     if job.formats:
         print(f"          {', '.join(job.formats)} -> {job.layout.downloads}")
@@ -170,7 +170,7 @@ def _trainer_plan(command: list[str]) -> dict[str, Any]:
     return plan | {"lines": [*log_lines, *plan["lines"]], "items": [Item(**item) for item in plan["items"]]}
 
 
-def _show_bill(plans: dict[str, dict[str, Any]]) -> None:
+def _show_costs(plans: dict[str, dict[str, Any]]) -> None:
     """Print the total for the models to be trained and the other stages."""
     paid = any(plan["paid"] for plan in plans.values())
     size, count = sum(plan["export_bytes"] for plan in plans.values()), len(plans)
@@ -184,7 +184,7 @@ def _show_bill(plans: dict[str, dict[str, Any]]) -> None:
         Item("comparison and report", REPORT_SECONDS),
     ]
     print("\ntotal:")
-    print("".join(f"  {line}\n" for line in bill(items, paid=paid)), end="")
+    print("".join(f"  {line}\n" for line in format_costs(items, paid=paid)), end="")
     assumptions = dict.fromkeys(text for plan in plans.values() for text in plan["assumptions"])
     own = (
         f"{PACKAGES_SECONDS:.0f} s for packages, {SUITE_SECONDS:.0f} s per model for the suite, archives written at "

@@ -166,7 +166,7 @@ def compare_models(job: Job, summary: Summary, signals: Signals) -> list[str]:
     baselines = compression_baselines(job.corpus(only=first.get("only")), CACHE_DIR)
     suite = evaluate_suite(job, names, signals)
     result = compare(summary.models, names, baselines, suite, {name: scores_by_part(configs[name]) for name in names})
-    result["bill"] = {name: configs[name]["bill"] for name in names if "bill" in configs[name]}
+    result["costs"] = {name: configs[name]["costs"] for name in names if "costs" in configs[name]}
     summary.value["comparison"] = result
     summary.save()
     histories = {name: training_history(job.layout.export(name)) for name in names}

@@ -31,7 +31,7 @@ from mvlm_core.training.checkpoint_writer import CheckpointWriter, NamedTensors
 from mvlm_core.training.divergence import ROLLBACKS_AT_MOST
 from mvlm_core.training.gradient_sync import GradientSync
 from mvlm_core.training.history import HISTORY_NAME, append_records, read_history, truncate_history
-from mvlm_core.training.state import LoopState, Run, Spent, TrainingTask, check_identity, run_length
+from mvlm_core.training.state import LoopState, Overhead, Run, TrainingTask, check_identity, run_length
 from mvlm_core.training.tensorboard import TENSORBOARD_FOLDER, TensorBoardWriter
 from mvlm_core.training.time_budget import RunLength, TimeBudget, steps_within
 
@@ -84,7 +84,7 @@ class TrainingLoop:
         self._report_compilation()
         if self.state.step == 0:
             self._save(in_background=False)  # fail now, not after an hour, if the disk is full or read-only
-            self.state.spent = Spent()  # not timed: it has no optimizer state, so it is cheaper than later ones
+            self.state.spent = Overhead()  # not timed: it has no optimizer state, so it is cheaper than later ones
         self._clock_start = self.clock() - self.state.seconds
         if self.settings.max_hours and self.state.fixed_steps is None:
             timed = self.state.timed_steps, self.state.timed_seconds

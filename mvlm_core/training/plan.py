@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
-from mvlm_core.bill import JSON_VARIABLE, PRICE, Item, bill
+from mvlm_core.cost_estimate import JSON_VARIABLE, PRICE, Item, format_costs
 from mvlm_core.data.corpus import Corpus, validation_subset
 from mvlm_core.data.token_store import document_repeats, token_folder
 from mvlm_core.data.tokenizer import ByteLevelBPE, tokenizer_folder
@@ -76,7 +76,9 @@ class Plan:
         """Format the plan for the console, or as JSON when ``train_all_models.py`` asks for it."""
         if os.environ.get(JSON_VARIABLE):
             return json.dumps(asdict(self))
-        return "\n".join([*self.lines, *bill(self.items, paid=self.paid), "assumed: " + "; ".join(self.assumptions)])
+        return "\n".join(
+            [*self.lines, *format_costs(self.items, paid=self.paid), "assumed: " + "; ".join(self.assumptions)]
+        )
 
 
 def plan_run(
@@ -320,7 +322,7 @@ def planned_and_actual(plan: Plan, state: LoopState, prepared: float, exported: 
     return {name: {"planned": planned.get(name, 0.0), "actual": seconds} for name, seconds in actual.items()}
 
 
-def report_bill(times: dict[str, dict[str, float]]) -> None:
+def log_costs(times: dict[str, dict[str, float]]) -> None:
     """Log planned and actual seconds side by side."""
     width = max(map(len, times))
     log.info(f"{'seconds':<{width}}  {'planned':>9}  {'actual':>9}")

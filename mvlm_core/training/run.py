@@ -24,7 +24,7 @@ from mvlm_core.training.distillation import chain
 from mvlm_core.training.distributed import join
 from mvlm_core.training.launch import FOLDER_VARIABLE, rank_count
 from mvlm_core.training.loop import TrainingLoop
-from mvlm_core.training.plan import plan_run, planned_and_actual, report_bill
+from mvlm_core.training.plan import log_costs, plan_run, planned_and_actual
 from mvlm_core.training.preparation import PreparedText, prepare_text
 from mvlm_core.training.state import Recipe, Run, TrainingTask, build_task, run_identity, total_steps
 
@@ -138,8 +138,8 @@ def _export(
     config = results.record(run, text, task.identity, measured)
     if run.settings.preset != "smoke":  # whose plan would take as long as its training
         plan = plan_run(recipe, run.settings, run.hardware, loop.state, run.ranks.world)
-        config["bill"] = planned_and_actual(plan, loop.state, prepared, time.perf_counter() - started)
-        report_bill(config["bill"])
+        config["costs"] = planned_and_actual(plan, loop.state, prepared, time.perf_counter() - started)
+        log_costs(config["costs"])
     sources = results.describe_text(text)
     card = model_card(
         config, title=recipe.title, description=recipe.description, sources=sources, remote_code=recipe.remote_code

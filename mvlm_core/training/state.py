@@ -104,7 +104,7 @@ class TrainingTask(BuiltModel):
     batches: BatchSource
     evaluate: Callable[[], float]
     identity: dict[str, Any]
-    score_before: Callable[[], Before]
+    score_before: Callable[[], ScoresBefore]
 
     def weights(self) -> dict[str, Tensor]:
         """All weights by ``<module>.<parameter>``; tied weights appear once."""
@@ -188,10 +188,12 @@ def build_task(run: Run, text: PreparedText) -> TrainingTask:
             return None
         return bpb(own_part([(d.path, d.read()) for d in documents], ranks), text.tokenizer.encode)
 
-    def score_before() -> Before:
+    def score_before() -> ScoresBefore:
         if text.source is None:
-            return Before()
-        return Before(evaluate(), test_bpb(text.corpus.split("test")), test_bpb(text.old.test if text.old else []))
+            return ScoresBefore()
+        return ScoresBefore(
+            evaluate(), test_bpb(text.corpus.split("test")), test_bpb(text.old.test if text.old else [])
+        )
 
     return TrainingTask(
         **vars(built),
@@ -234,7 +236,7 @@ def check_identity(what: str, recorded: Any, current: dict[str, Any]) -> None:
 
 
 @dataclass
-class Spent:
+class Overhead:
     """Number of evaluations and checkpoints so far, and the seconds for which they blocked training."""
 
     evaluations: int = 0
@@ -244,7 +246,7 @@ class Spent:
 
 
 @dataclass
-class Before:
+class ScoresBefore:
     """Bits per byte of the export that a run starts from, on validation text, test text and the old corpus's test text.
     None where not measured."""
 
@@ -285,10 +287,10 @@ class LoopState:
     guard: GuardState = field(default_factory=GuardState)
     fixed_at: int | None = None
     fixed_steps: int | None = None
-    spent: Spent = field(default_factory=Spent)
+    spent: Overhead = field(default_factory=Overhead)
     timed_steps: int = 0
     timed_seconds: float = 0.0
-    before: Before = field(default_factory=Before)
+    before: ScoresBefore = field(default_factory=ScoresBefore)
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> LoopState:
@@ -299,8 +301,8 @@ class LoopState:
         """
         # Defaults for fields that older checkpoints lack.
         older = {"step_seconds": saved.get("seconds"), "timed_steps": 0, "timed_seconds": 0.0}
-        values = older | {"spent": asdict(Spent()), "before": asdict(Before())} | saved
-        nested = {"guard": GuardState, "spent": Spent, "before": Before}
+        values = older | {"spent": asdict(Overhead()), "before": asdict(ScoresBefore())} | saved
+        nested = {"guard": GuardState, "spent": Overhead, "before": ScoresBefore}
         parts = {name: _typed(part, values.get(name)) for name, part in nested.items()}
         return _typed(cls, values | parts)
 

@@ -10,7 +10,7 @@ def options_of(tmp_path, *arguments):
     return ablations.parse_options(["--work_dir", str(tmp_path), *arguments])
 
 
-@pytest.mark.parametrize("preset", ["cpu", "smoke"])
+@pytest.mark.parametrize("preset", ["cpu", "smoke", "h200"])
 def test_every_variant_is_one_valid_change(tmp_path, preset):
     runs = ablations.plan(options_of(tmp_path, "--preset", preset, "--seeds", "1", "--max_bytes", "1000"))
     lines = ablations.lines(preset)
@@ -22,7 +22,9 @@ def test_every_variant_is_one_valid_change(tmp_path, preset):
         differing = {name for name, value in mine.identity().items() if value != reference.identity()[name]}
         assert differing == set(lines[run.label].changes)
         assert bool(differing) or bool(run.classic_part) == (mine is not reference)
-    assert settings["tied_head"].output_head == "tied" and settings["no_coherence"].coherence_weight == 0.0
+    assert settings["no_coherence"].coherence_weight == 0.0
+    assert settings["base_half_rate"].learning_rate == settings["baseline"].learning_rate / 2
+    assert ("tied_head" in settings) == (preset != "h200")
 
 
 def test_a_name_brings_its_reference_and_an_unknown_one_is_refused(tmp_path):

@@ -43,7 +43,7 @@ def test_other_prose_is_scored_beside_compressors(trained, corpus, tmp_path, cap
     assert prose["bytes"] == len(PROSE.encode())
     for export in exports:
         assert prose[export] == score_loaded(*load_export(export), [("", PROSE)]).bits_per_byte
-        assert prose[export] > books[export] + 0.5
+        assert prose[export] > books[export] + 0.4
     assert prose["PPMd order 16"] < 2 < min(prose[export] for export in exports)  # eight copies of one paragraph
     assert f"| {books[exports[0]]:.3f} |" in capsys.readouterr().out
 

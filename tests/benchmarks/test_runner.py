@@ -40,7 +40,7 @@ def test_bad_arguments_are_refused(tmp_path):
         options_of(tmp_path, "--seeds", "0")
     bad = Run("bad", "mvlm_gpt2", TINY | {"learning_rate": -1.0, "output_dir": str(tmp_path / "bad")})
     with pytest.raises(UserError, match="--learning_rate -1.0: must be above 0"):
-        runner.make([bad], tmp_path / "work")
+        runner.make([bad], tmp_path / "work", options_of(tmp_path))
     assert not (tmp_path / "work").exists(), "nothing is written before the settings are known to be good"
 
 
@@ -102,3 +102,35 @@ def test_table_alone_runs_nothing_and_origins_that_differ_are_told(finished, tmp
     monkeypatch.setattr(Run, "result", lambda run: result | {"origin": {"precision": run.seed}})
     runner.conduct([here, replace(here, values=here.values | {"seed": 7})], options, str)
     assert 'not to be compared:\n  {"precision": 0}\n  {"precision": 7}' in capsys.readouterr().out
+
+
+def test_runs_side_by_side_stop_when_the_time_is_over_and_continue(finished, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(runner, "setup_logging", lambda *_, **__: None)
+    monkeypatch.setattr(runner, "outlive_terminal", lambda: None)
+    monkeypatch.setattr(runner.log, "propagate", True)
+    caplog.set_level(logging.INFO, "mvlm")
+    options = options_of(tmp_path, "--seeds", "2", "--jobs", "2", "--hours", "1")
+    values = finished["mvlm_gpt2"].values | {"no_test_score": True, "max_steps": 100_000}
+    endless = runner.plan({"endless": Line("mvlm_gpt2")}, options, values)
+
+    def both_are_training():
+        return all(" validation " in run.log_file.read_text() for run in endless if run.log_file.exists())
+
+    class Deadline(float):  # passed as soon as both runs have made a step
+        def __le__(self, _now):
+            return all(run.log_file.exists() for run in endless) and both_are_training()
+
+    options.deadline = Deadline()
+    assert runner.make(endless, tmp_path, options) == []
+    assert "--hours are over, with 2 runs left" in caplog.text
+    assert all(list((run.folder / "checkpoints").glob("step-*")) for run in endless), "both saved a checkpoint"
+
+    short = runner.plan({"short": Line("mvlm_gpt2")}, options, values | {"max_steps": 2})
+    options.deadline = float("inf")
+    assert runner.make(short, tmp_path, options) == [] and all(run.result() for run in short)
+
+
+@pytest.mark.parametrize("arguments", (["--jobs", "0"], ["--hours", "0"], ["--hours", "nan"]))
+def test_no_time_and_no_jobs_are_refused(tmp_path, arguments):
+    with pytest.raises(UserError, match=arguments[0]):
+        options_of(tmp_path, *arguments)

@@ -95,7 +95,7 @@ def test_finished_runs_make_rules_laws_and_tables(tmp_path, tiny_corpus, monkeyp
         return {"parameters": parameters, "bytes": size, "validation_bpb": loss, "origin": {}}
 
     monkeypatch.setattr(scaling.Run, "result", result)
-    monkeypatch.setattr(scaling.runner, "make", lambda runs, folder: [])
+    monkeypatch.setattr(scaling.runner, "make", lambda runs, folder, options: [])
     options = options_of(tmp_path, tiny_corpus, "--json", str(tmp_path / "found.json"))
     assert not [run for part in scaling.PARTS for run in scaling.run_part(part, "mvlm_gpt2", options)]
     found = scaling.rule_of("mvlm_gpt2", options)

@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 
-from mvlm_core.bill import RESCORED_SHARE
+from mvlm_core.cost_estimate import RESCORED_SHARE
 from mvlm_core.data.corpus import load_corpus
 from mvlm_core.evaluation.bits_per_byte import DocumentScore, Score, score_export
 from mvlm_core.export.manifest import TEST_SCORES, training_config

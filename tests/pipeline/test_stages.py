@@ -127,7 +127,7 @@ print(json.dumps(plan))
 """
 
 
-def test_the_whole_jobs_bill_adds_up_both_models_and_the_stages_around_them(tmp_path, capsys):
+def test_the_whole_jobs_costs_add_up_both_models_and_the_stages_around_them(tmp_path, capsys):
     (tmp_path / "script.py").write_text(PLANNER)
     jobs.show_plan(make_job(tmp_path), corpus_is_ready=True)
     shown = capsys.readouterr().out

@@ -99,7 +99,7 @@ def test_a_dry_run_says_what_it_costs_and_writes_nothing(tiny_corpus, tmp_path):
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "MFLOP per token" in done.stdout
-    # The whole bill on small cards too, and what to choose there.
+    # The whole estimate on small cards too, and what to choose there.
     for size, count in ((8, 4), (16, 16), (24, 32), (80, 32), (141, 32)):
         assert f"\n{size} GB: a micro-batch of {count} fits" in done.stdout
     assert "a GPU with 8 to 24 GB" in done.stdout and "--preset cpu --device cuda" in done.stdout

@@ -1,4 +1,4 @@
-"""The plan against what the run then does, and the bill's arithmetic."""
+"""The plan against what the run then does, and the sum of its costs."""
 
 import json
 import logging
@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from mvlm_core.bill import PRICE_PER_HOUR, Item, bill
+from mvlm_core.cost_estimate import PRICE_PER_HOUR, Item, format_costs
 from mvlm_core.data.corpus import load_corpus
 from mvlm_core.hardware import choose_hardware
 from mvlm_core.training.cost import step_cost
@@ -59,11 +59,11 @@ def test_newton_schulz_is_counted(tiny_corpus, tmp_path):
     )
 
 
-def test_the_bill_adds_up():
-    lines = bill([Item("one", 90, "x"), Item("two", 3600)], paid=True)
+def test_the_costs_add_up():
+    lines = format_costs([Item("one", 90, "x"), Item("two", 3600)], paid=True)
     assert lines[0].startswith("one") and "1.5 min" in lines[0] and lines[0].endswith("x")
     assert "61.5 min" in lines[-1] and f"{3690 / 3600 * PRICE_PER_HOUR:.2f} dollars" in lines[-1]
-    assert not any("dollars" in line for line in bill([Item("one", 90)], paid=False))
+    assert not any("dollars" in line for line in format_costs([Item("one", 90)], paid=False))
 
 
 def test_a_time_is_planned_to_be_used(tiny_corpus, tmp_path):
@@ -86,7 +86,7 @@ def test_a_run_ends_with_what_was_planned_beside_what_it_took(tiny_corpus, tmp_p
     settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, preset="cpu", data_subset=None, no_test_score=True)
     with caplog.at_level(logging.INFO, logger="mvlm"):
         export = run_training(recipe_of("mvlm_gpt2"), settings)
-    found = json.loads((export / "training_config.json").read_text())["bill"]
+    found = json.loads((export / "training_config.json").read_text())["costs"]
     assert all(seconds["planned"] >= 0 and seconds["actual"] >= 0 for seconds in found.values())
     for name in ("training steps", "evaluations", "checkpoints", "export and test scores"):
         assert found[name]["actual"] > 0 and any(name in message for message in caplog.messages)

@@ -27,7 +27,7 @@ class Item:
     detail: str = ""
 
 
-def bill(items: list[Item], *, paid: bool) -> list[str]:
+def format_costs(items: list[Item], *, paid: bool) -> list[str]:
     """Format the items and their total as lines of text.
 
     Args:
