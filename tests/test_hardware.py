@@ -284,6 +284,24 @@ def test_module_and_preset_do_not_import_torch(tmp_path: Path) -> None:
     assert answer.stdout.strip() == "False", answer.stderr
 
 
+@pytest.mark.parametrize(
+    ("theirs", "expected"),
+    [
+        ({}, ("PASSIVE", "1000")),
+        ({"GOMP_SPINCOUNT": "7"}, ("PASSIVE", "7")),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ("ACTIVE", None)),
+    ],
+)
+def test_waiting_threads_spin_briefly_unless_the_user_says_otherwise(monkeypatch, theirs, expected):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that what the call sets is undone
+        monkeypatch.delenv(name)
+    for name, value in theirs.items():
+        monkeypatch.setenv(name, value)
+    set_process_environment()
+    assert (os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT")) == expected
+
+
 def test_allocator_advice_gives_way_to_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
     monkeypatch.delenv(old, raising=False)
