@@ -29,7 +29,6 @@ DEEPER = {"cpu": {"num_layers": 6, "ff_dim": 640}, "smoke": {"num_layers": 3}}
 SHALLOW = {"cpu": {"num_layers": 4, "ff_dim": 512}, "smoke": {"num_layers": 2, "ff_dim": 256}}
 WIDER = {"cpu": {"num_layers": 4, "ff_dim": 1054}, "smoke": {"num_layers": 2, "ff_dim": 520}}
 MUON = {"optimizer": "muon", "learning_rate": 0.03}
-SMALL_ONLY = {"tied_head", "tied_head_layers", "no_train_mix", "base_shallow", "base_shallow_wide", "base_no_train_mix"}
 
 
 def rates(model: str, preset: str, factor: float) -> dict[str, float]:
@@ -43,15 +42,8 @@ def lines(preset: str) -> dict[str, Line]:
 
     Each optimizer is tried at two learning rates: AdamW near the baseline's best, Muon near model 2's.
     """
-    known = all_lines(preset)
-    return {name: line for name, line in known.items() if preset in DEEPER or name not in SMALL_ONLY}
-
-
-def all_lines(preset: str) -> dict[str, Line]:
-    """Return all variants; the shapes of ``SMALL_ONLY`` exist for the small presets alone."""
     full, base = partial(Line, "simone_enhanced"), partial(Line, "mvlm_gpt2")
-    deeper, shallow, wider = (shapes.get(preset, {}) for shapes in (DEEPER, SHALLOW, WIDER))
-    return {
+    variants = {
         "full": full("model 2, preset"),
         "baseline": base("model 1, preset"),
         "half_rate": full("half the learning rates", rates("simone_enhanced", preset, 0.5)),
@@ -69,20 +61,30 @@ def all_lines(preset: str) -> dict[str, Line]:
         "plain_queries": full("without QK-norm", classic_part="plain_queries"),
         "layer_norm": full("LayerNorm instead of RMSNorm", classic_part="layer_norm"),
         "gelu": full("GPT-2's feed-forward layer instead of SwiGLU", classic_part="gelu"),
-        "tied_head": full("tied output matrix", {"output_head": "tied"}),
-        "tied_head_layers": full("tied output matrix, more layers", {"output_head": "tied"} | deeper),
         "adamw_2e-3": full("AdamW at 0.002 instead of Muon", {"optimizer": "adamw", "learning_rate": 2e-3}),
         "adamw_4e-3": full("AdamW at 0.004 instead of Muon", {"optimizer": "adamw", "learning_rate": 4e-3}),
         "cosine": full("cosine decay to a tenth instead of linear to zero", {"lr_schedule": "cosine"}),
-        "no_train_mix": full("each text once per epoch", {"train_mix": ""}),
+    }
+    small = preset in DEEPER  # the h200 preset has a tied output matrix and no mix already
+    if small:
+        variants |= {
+            "tied_head": full("tied output matrix", {"output_head": "tied"}),
+            "tied_head_layers": full("tied output matrix, more layers", {"output_head": "tied"} | DEEPER[preset]),
+            "no_train_mix": full("each text once per epoch", {"train_mix": ""}),
+        }
+    variants |= {
         "base_muon": base("Muon, all learning rates 0.03", MUON),
         "base_muon_1e-2": base("Muon, all learning rates 0.01", MUON | {"learning_rate": 0.01}),
         "base_linear": base("linear decay to zero instead of cosine", {"lr_schedule": "linear"}),
         "base_muon_linear": base("Muon at 0.03 and linear", MUON | {"lr_schedule": "linear"}),
-        "base_shallow": base("layers and width of model 2", shallow),
-        "base_shallow_wide": base("layers of model 2, wider for the others", wider),
-        "base_no_train_mix": base("each text read once a pass", {"train_mix": ""}),
     }
+    if small:
+        variants |= {
+            "base_shallow": base("layers and width of model 2", SHALLOW[preset]),
+            "base_shallow_wide": base("layers of model 2, wider for the others", WIDER[preset]),
+            "base_no_train_mix": base("each text read once a pass", {"train_mix": ""}),
+        }
+    return variants
 
 
 def plan(options: argparse.Namespace) -> list[Run]:

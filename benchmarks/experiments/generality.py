@@ -15,7 +15,7 @@ import argparse
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from bible_corpus.import_texts import SUFFIXES, gather
 from mvlm_core.data.corpus import Corpus, load_corpus
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.evaluation.compression import LABELS, bits_by_part
-from mvlm_core.evaluation.results import Mean, as_json, mean
+from mvlm_core.evaluation.results import Mean, as_json, choice_point, mean, share
 from mvlm_core.export.file_checks import checked_exports
 from mvlm_core.hardware import set_process_environment
 from mvlm_core.settings import DEFAULT_DATA_DIR
@@ -39,13 +39,6 @@ def unigram(texts: Iterable[str]) -> Score:
     counts = Counter(word for text in texts for word in WORD.findall(text.lower()))
     total = math.log(counts.total() + len(counts) + 1)
     return lambda _, continuation: sum(math.log(counts[w] + 1) - total for w in WORD.findall(continuation.lower()))
-
-
-def point(scores: Sequence[float], answer: int) -> float:
-    """Credit for one question: 1 if the answer has the highest score, shared among equal scores, otherwise 0."""
-    best = max(scores)
-    winners = [number for number, score in enumerate(scores) if math.isclose(score, best, rel_tol=1e-6)]
-    return (answer in winners) / len(winners)
 
 
 def answer_questions(model: Any, tokenizer: Any, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
@@ -88,7 +81,9 @@ def answer_questions(model: Any, tokenizer: Any, options: argparse.Namespace) ->
 
 def accuracy(questions: list[dict[str, Any]], score: Score | None = None) -> Mean:
     """Accuracy on ``questions`` with their own scores, or with those of ``score``."""
-    return mean([point([score(*c) for c in q["choices"]] if score else q["scores"], q["answer"]) for q in questions])
+    return mean(
+        [choice_point([score(*c) for c in q["choices"]] if score else q["scores"], q["answer"]) for q in questions]
+    )
 
 
 def task_rows(models: dict[str, tuple[Any, Any]], corpus: Corpus, options: argparse.Namespace) -> dict[str, Any]:
@@ -136,8 +131,7 @@ def tables(found: dict[str, Any]) -> str:
             command.table(
                 ("accuracy", "questions", "chance", *columns),
                 (
-                    [task, row["questions"], f"{row['chance']:.1%}"]
-                    + [f"{row[key].value:.1%} ± {100 * row[key].error:.1f}" for key in columns]
+                    [task, row["questions"], f"{row['chance']:.1%}"] + [share(as_json(row[key])) for key in columns]
                     for task, row in rows.items()
                 ),
             )

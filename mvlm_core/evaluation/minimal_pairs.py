@@ -6,7 +6,6 @@ the caller provides. Chance level is one half.
 
 from __future__ import annotations
 
-import math
 import random
 import re
 from collections import defaultdict
@@ -17,7 +16,7 @@ from typing import Any
 
 from mvlm_core.data.verses import Verse
 from mvlm_core.evaluation.bits_per_byte import score_loaded
-from mvlm_core.evaluation.results import Mean, mean
+from mvlm_core.evaluation.results import Mean, choice_point, mean
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,7 @@ def minimal_pairs(verses: Iterable[Verse], rules: Iterable[Rule], *, per_rule: i
 
 def pair_point(good_nats: float, bad_nats: float) -> float:
     """1 if the good verse is more likely, 0 if the bad one is, 0.5 for a tie (relative difference up to 1e-6)."""
-    if math.isclose(good_nats, bad_nats, rel_tol=1e-6):
-        return 0.5
-    return float(good_nats < bad_nats)
+    return choice_point((-good_nats, -bad_nats), 0)
 
 
 def pair_accuracy(

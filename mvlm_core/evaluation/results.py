@@ -31,6 +31,14 @@ def mean(values: Sequence[float]) -> Mean:
     return Mean(float(array.mean()) if len(array) else math.nan, error, len(array))
 
 
+def choice_point(scores: Sequence[float], answer: int) -> float:
+    """Credit for a choice: 1 if ``answer`` has the highest score, shared among equal ones (relative difference up to
+    1e-6), otherwise 0."""
+    best = max(scores)
+    winners = [number for number, score in enumerate(scores) if math.isclose(score, best, rel_tol=1e-6)]
+    return (answer in winners) / len(winners)
+
+
 def as_json(value: Any) -> Any:
     """Convert dataclasses to dictionaries and non-finite numbers to None; a ``Mean`` has "value", "error", "count"."""
     if is_dataclass(value) and not isinstance(value, type):

@@ -29,7 +29,7 @@ def test_the_unigram_model_knows_frequencies_and_nothing_else():
     ("scores", "answer", "credit"), [((-1, -2), 0, 1), ((-1, -2), 1, 0), ((-1, -1, -5), 1, 0.5), ((-1, -1, -5), 2, 0)]
 )
 def test_equal_answers_share_the_point(scores, answer, credit):
-    assert generality.point(scores, answer) == credit
+    assert generality.choice_point(scores, answer) == credit
 
 
 def test_other_prose_is_scored_beside_compressors(trained, corpus, tmp_path, capsys):
