@@ -112,26 +112,29 @@ def row(name: str, line: Line, own: dict[int, Figures], reference: dict[int, Fig
     bits = command.deviation([figures["validation_bpb"] for figures in own.values()])
     cells = [f"`{name}` {line.what}", parameters, f"{bits} ({len(own)})"]
     if name == REFERENCES[line.model]:
-        return [*cells, "", "", "reference"]
+        return [*cells, "", "", "", "reference"]
     pairs = [(own[seed], reference[seed]) for seed in sorted(own.keys() & reference.keys())]
     differences = [mine["validation_bpb"] - theirs["validation_bpb"] for mine, theirs in pairs]
     if not pairs:
-        return [*cells, "", "", verdict([])]
+        return [*cells, "", "", "", verdict([])]
     size = pairs[0][0]["parameters"] / pairs[0][1]["parameters"] - 1
     if abs(size) > OTHER_SIZE:
         cells[1] += f" ({size:+.1%})".replace("-", "−")
-    speed = statistics.mean(mine["tokens_per_second"] / theirs["tokens_per_second"] for mine, theirs in pairs)
-    return [*cells, command.spread(differences, "{:+.4f}"), f"{speed:.3f}", verdict(differences)]
+    ratios = [
+        f"{statistics.mean(mine[name] / theirs[name] for mine, theirs in pairs):.3f}"
+        for name in ("tokens_per_second", "peak_memory_bytes")
+    ]
+    return [*cells, command.spread(differences, "{:+.4f}"), *ratios, verdict(differences)]
 
 
 def table(found: Found, preset: str = "cpu") -> str:
-    columns = ("variant", "parameters", "validation (n)", "difference, mean (min … max)", "tokens/s, ratio")
+    compared = ("difference, mean (min … max)", "tokens/s, ratio", "peak memory, ratio")
     rows = [
         row(name, line, found[name], found.get(REFERENCES[line.model], {}))
         for name, line in lines(preset).items()
         if name in found
     ]
-    return command.table((*columns, "verdict"), rows) + (
+    return command.table(("variant", "parameters", "validation (n)", *compared, "verdict"), rows) + (
         "\n\nValidation in bits per byte. Difference: from the reference above, seed by seed; below 0 is better.\n"
         f"Verdict: the effect of the row's change; noise below {NOISE} or below twice the mean's standard error.\n"
         f"Parameters say by how much a size differs from the reference's, where by more than {OTHER_SIZE:.0%}."

@@ -51,21 +51,31 @@ def test_verdict(differences, expected):
     assert ablations.verdict(differences) == expected
 
 
-def figures(bits, speed=1000.0, parameters=1_900_000):
-    return {"validation_bpb": bits, "tokens_per_second": speed, "parameters": parameters}
+def figures(bits, speed=1000.0, parameters=1_900_000, memory=8e8):
+    return {
+        "validation_bpb": bits,
+        "tokens_per_second": speed,
+        "parameters": parameters,
+        "peak_memory_bytes": memory,
+    }
 
 
 def test_table_pairs_by_seed():
     results = {
         "full": {0: figures(1.46), 1: figures(1.48), 2: figures(1.47)},
-        "no_coherence": {0: figures(1.48, 1100.0), 1: figures(1.49, 1300.0), 2: figures(1.49, 1200.0)},
+        "no_coherence": {
+            0: figures(1.48, 1100.0, memory=6e8),
+            1: figures(1.49, 1300.0, memory=6e8),
+            2: figures(1.49, 1200.0, memory=6e8),
+        },
         "tied_head": {1: figures(1.60, 900.0, 1_380_000), 5: figures(9.0)},
         "base_linear": {0: figures(1.7)},
     }
     assert ablations.table(results).splitlines()[2:6] == [
-        "| `full` model 2, preset | 1,900,000 | 1.4700 ± 0.0100 (3) |  |  | reference |",
+        "| `full` model 2, preset | 1,900,000 | 1.4700 ± 0.0100 (3) |  |  |  | reference |",
         "| `no_coherence` without the coherence loss | 1,900,000 | 1.4867 ± 0.0058 (3) "
-        "| +0.0167 (+0.0100 … +0.0200) | 1.200 | hurts |",
-        "| `tied_head` tied output matrix | 1,380,000 (−27.4%) | 5.3000 ± 5.2326 (2) | +0.1200 | 0.900 | one seed |",
-        "| `base_linear` linear decay to zero instead of cosine | 1,900,000 | 1.7000 (1) |  |  | no pair |",
+        "| +0.0167 (+0.0100 … +0.0200) | 1.200 | 0.750 | hurts |",
+        "| `tied_head` tied output matrix | 1,380,000 (−27.4%) | 5.3000 ± 5.2326 (2) "
+        "| +0.1200 | 0.900 | 1.000 | one seed |",
+        "| `base_linear` linear decay to zero instead of cosine | 1,900,000 | 1.7000 (1) |  |  |  | no pair |",
     ]
