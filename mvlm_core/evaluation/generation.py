@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
 
 from mvlm_core.data.verses import Verse, followed_by
 from mvlm_core.evaluation.bits_per_byte import context_of, encode
@@ -24,6 +25,28 @@ def prompt_ids(tokenizer: Any, text: str, room: int | None = None) -> list[int]:
         return [tokenizer.bos_token_id, *encode(tokenizer, text)]
     start = max(0, len(text) - _CHARACTERS * room)
     return prompt_ids(tokenizer, text[text.rfind("\n", 0, start) + 1 :] if start else text)[-room:]
+
+
+class PreallocatedLayer(DynamicLayer):
+    """KV cache layer that writes into buffers of ``room`` tokens, instead of copying all tokens at each step."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self._buffers = [x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in (key_states, value_states)]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        begin = self.get_seq_length()
+        end = begin + key_states.shape[2]
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, begin:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
+        return self.keys, self.values
 
 
 @torch.inference_mode()
@@ -75,7 +98,8 @@ def _continue(
     positions = (mask[:, :longest].cumsum(dim=1) - 1).clamp(min=0).to(device)
     ids, mask, uniform = ids.to(device), mask.to(device), uniform.to(device)
     suppressed = torch.tensor(sorted(set(tokenizer.all_special_ids)), device=device)
-    cache, generated = None, []
+    generated = []
+    cache = Cache([PreallocatedLayer(longest + length) for _ in range(model.config.num_hidden_layers)])
     for step in range(length):
         output = model(
             input_ids=ids,
@@ -85,7 +109,7 @@ def _continue(
             use_cache=True,
             logits_to_keep=1,
         )
-        cache, logits = output.past_key_values, output.logits[:, -1].float().index_fill(1, suppressed, -math.inf)
+        logits = output.logits[:, -1].float().index_fill(1, suppressed, -math.inf)
         if sample is None:
             ids = logits.argmax(dim=1, keepdim=True)
         else:
@@ -96,18 +120,24 @@ def _continue(
     return torch.cat(generated, dim=1).tolist()
 
 
-def nucleus(logits: Tensor, uniform: Tensor, p: float = 0.95) -> Tensor:
+def nucleus(logits: Tensor, uniform: Tensor, p: float = 0.95, likely: int = 256) -> Tensor:
     """Top-p sampling: draw a token ``[batch, 1]`` for each row of ``logits [batch, vocab]`` by inverse transform.
 
     Args:
         uniform: a random number from 0 to 1 for each row, ``[batch]``.
         p: total probability of the most likely tokens to draw from.
+        likely: tokens to sort at first, as sorting the vocabulary takes longer than the rest of a small model's step.
     """
-    probabilities, tokens = logits.softmax(dim=1).sort(dim=1, descending=True)
+    count = min(likely, logits.shape[1])
+    probabilities, tokens = logits.softmax(dim=1).topk(count, dim=1)
     cumulative = probabilities.cumsum(dim=1)
-    last = (cumulative < p).sum(dim=1, keepdim=True).clamp(max=logits.shape[1] - 1)
+    last = (cumulative < p).sum(dim=1, keepdim=True).clamp(max=count - 1)
     index = torch.searchsorted(cumulative, uniform[:, None] * cumulative.gather(1, last), right=True)
-    return tokens.gather(1, torch.minimum(index, last))
+    drawn = tokens.gather(1, torch.minimum(index, last))
+    wide = cumulative[:, -1] < p
+    if count < logits.shape[1] and wide.any():
+        drawn[wide] = nucleus(logits[wide], uniform[wide], p, 4 * likely)
+    return drawn
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,13 @@ def test_tokens_are_drawn_from_the_nucleus_by_their_probability():
     assert nucleus(torch.zeros(1, 7), torch.tensor([0.999])).item() < 7, "all alike"
 
 
+def test_the_nucleus_does_not_depend_on_how_many_tokens_are_sorted_at_first():
+    torch.manual_seed(0)
+    logits, chances = torch.randn(64, 50) * torch.linspace(0.1, 8, 64)[:, None], torch.rand(64)
+    whole = nucleus(logits, chances, 0.9, likely=50)
+    assert all(torch.equal(whole, nucleus(logits, chances, 0.9, likely=count)) for count in (1, 3, 20, 80))
+
+
 def test_repetition_by_hand_and_of_real_text(real_text):
     found = diversity(["a b c d a b c d".split(), "e f".split()])
     assert found.rep_4.value == pytest.approx((1 / 5 + 0) / 2)
