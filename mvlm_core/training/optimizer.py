@@ -14,6 +14,9 @@ from mvlm_core.training.distributed import ALONE, Ranks
 # Newton–Schulz iteration of Muon (Jordan et al. 2024, github.com/KellerJordan/Muon): a quintic whose slope at zero is
 # large, so that five rounds bring every singular value near 1.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+# AdamW's betas, for all parameters and for those that Muon skips: in runs of a few hundred to a few thousand steps,
+# less momentum and a longer second moment beat the usual 0.9 and 0.95 (benchmarks/LOG.md, 2026-11-29).
+_BETAS, _BETAS_BESIDE_MUON = (0.8, 0.99), (0.5, 0.98)
 _LONG = 1.5  # aspect ratio from which iterating on the square Gram matrix is cheaper
 _COSINE_FLOOR = 0.1
 
@@ -219,7 +222,6 @@ def build_optimizers(
     learning_rate: float,
     weight_decay: float,
     adamw_learning_rate: float | None = None,
-    betas: tuple[float, float] = (0.9, 0.95),
     embedding_names: tuple[str, ...] = (),
     muon_dtype: torch.dtype | None = None,
 ) -> Optimizers:
@@ -239,7 +241,7 @@ def build_optimizers(
     if kind == "adamw":
         decayed = [p for _, p in matrices]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        return Optimizers([_adamw(groups, learning_rate, betas)], names)
+        return Optimizers([_adamw(groups, learning_rate, _BETAS)], names)
 
     def is_inner(name: str, p: Tensor) -> bool:
         return p.ndim == 2 and min(p.shape) >= 32 and not any(part in name for part in embedding_names)
@@ -248,7 +250,7 @@ def build_optimizers(
     outer = [p for name, p in matrices if not is_inner(name, p)]
     groups = [{"params": outer, "weight_decay": 0.0}, {"params": vectors, "weight_decay": 0.0}]
     muon = Muon(inner, lr=learning_rate, weight_decay=weight_decay, dtype=muon_dtype)
-    return Optimizers([muon, _adamw(groups, adamw_learning_rate or learning_rate, betas)], names)
+    return Optimizers([muon, _adamw(groups, adamw_learning_rate or learning_rate, _BETAS_BESIDE_MUON)], names)
 
 
 def _adamw(groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float]) -> torch.optim.AdamW:
