@@ -225,7 +225,7 @@ install_packages() {
     if [ "$TORCH_SOURCE" = cpu ]; then
         # The default index serves the CUDA build on Linux, which needs 3 GB more. Check the CPU index first, because pip
         # retries for minutes if it is unreachable.
-        if "$VENV_PYTHON" -c "import sys, urllib.request as web; web.urlopen(sys.argv[1], timeout=10)" \
+        if "$VENV_PYTHON" -c "import sys, urllib.request as web; web.urlopen(sys.argv[1], timeout=5)" \
                 "$WHEELS/cpu/torch/" 2>/dev/null; then
             index=(--extra-index-url "$WHEELS/cpu")
         else
@@ -239,8 +239,8 @@ install_packages() {
     pip_install ${index[@]+"${index[@]}"} -r "$ROOT/requirements-dev.txt" -e "$ROOT"
 }
 
-pip_install() {
-    "$VENV_PYTHON" -m pip install -c "$ROOT/constraints.txt" "$@" || die \
+pip_install() {  # modules are compiled when first imported: most never are
+    "$VENV_PYTHON" -m pip install --no-compile -c "$ROOT/constraints.txt" "$@" || die \
         "error: pip could not install: $* (see its message above)." \
         "  Check the network connection. Run the same command again: downloads are kept."
 }
