@@ -125,6 +125,18 @@ def test_a_sustained_spike_counts_and_a_single_one_does_not():
     assert calm.trouble_since == 500 and "stayed above" in verdicts[49]
 
 
+@pytest.mark.parametrize(("loss", "skipped"), [(9.0, False), (math.nan, True)])
+def test_trouble_began_at_the_first_step_of_a_streak(loss, skipped):
+    guard = GuardState()
+    for step in range(1, 201):
+        guard.observe(step, 3.0, False)
+    for step in (201, 202, 203):
+        guard.observe(step, loss, skipped)
+    assert guard.trouble_since == 201, "a checkpoint of step 201 or later is no place to return to"
+    guard.observe(204, 3.0, False)
+    assert guard.trouble_since is None
+
+
 def test_a_falling_loss_is_no_trouble():
     guard = GuardState()
     assert not any(guard.observe(step, 8 * 0.99**step + 1, False) for step in range(1, 600))
