@@ -14,11 +14,11 @@ from mvlm_core.training.distributed import ALONE, Ranks
 # Newton–Schulz iteration of Muon (Jordan et al. 2024, github.com/KellerJordan/Muon): a quintic whose slope at zero is
 # large, so that five rounds bring every singular value near 1.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_LONG = 1.5  # aspect ratio from which iterating on the square Gram matrix is cheaper
+_COSINE_FLOOR = 0.1
 # AdamW's betas, for all parameters and for those that Muon skips: in runs of a few hundred to a few thousand steps,
 # less momentum and a longer second moment beat the usual 0.9 and 0.95 (benchmarks/LOG.md, 2026-11-29).
 _BETAS, _BETAS_BESIDE_MUON = (0.8, 0.99), (0.5, 0.98)
-_LONG = 1.5  # aspect ratio from which iterating on the square Gram matrix is cheaper
-_COSINE_FLOOR = 0.1
 
 
 def learning_rate_scale(step: int, total_steps: int, warmup_steps: int, schedule: str) -> float:
