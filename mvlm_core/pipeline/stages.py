@@ -37,8 +37,11 @@ from mvlm_core.settings import CACHE_DIR
 from mvlm_core.signals import PARENT_VARIABLE
 
 INSTRUCTIONS = Path(__file__).with_name("download_instructions.md")
-# Sizes of the evaluation suite for the `smoke` preset, just enough to exercise it.
-SMOKE_SUITE = ("--verses", "40", "--prompts", "8", "--words", "24", "--pairs", "20")
+# Sizes of the evaluation suite by preset, so that it takes a fraction of the training; others use the script's defaults.
+SUITE_SIZES = {
+    "cpu": ("--verses", "200", "--prompts", "50", "--pairs", "100"),
+    "smoke": ("--verses", "40", "--prompts", "8", "--words", "24", "--pairs", "20"),
+}
 log = logging.getLogger("mvlm")
 
 
@@ -178,7 +181,7 @@ def evaluate_suite(job: Job, names: list[str], signals: Signals) -> dict[str, di
     """Run the evaluation suite; return results by model name, {} if it failed."""
     exports = {name: str(job.layout.export(name)) for name in names}
     flags = ["--split", "test", "--no_bits_per_byte", "--json", job.layout.evaluation_suite]
-    flags += SMOKE_SUITE if job.preset == "smoke" else ()
+    flags += SUITE_SIZES.get(job.preset, ())
     command = job.script_command("evaluate", *exports.values(), *flags)
     if not _run_optional("the evaluation suite", command, signals):
         return {}
