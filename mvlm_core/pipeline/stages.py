@@ -37,7 +37,7 @@ from mvlm_core.settings import CACHE_DIR
 from mvlm_core.signals import PARENT_VARIABLE
 
 INSTRUCTIONS = Path(__file__).with_name("download_instructions.md")
-# Sizes of the evaluation suite by preset, so that it takes a fraction of the training; others use the script's defaults.
+# Sizes of the evaluation suite by preset, in proportion to the training; other presets use the script's defaults.
 SUITE_SIZES = {
     "cpu": ("--verses", "200", "--prompts", "50", "--pairs", "100"),
     "smoke": ("--verses", "40", "--prompts", "8", "--words", "24", "--pairs", "20"),
