@@ -55,8 +55,10 @@ def build_corpus(data_dir: Path | str, wheel_dir: Path | str | None = None, quie
     building = data_dir / f".bible-building-{os.getpid()}"
     building.mkdir(parents=True)
     try:
-        files = write_bibles(building / "bible", sources, bibles)
-        audit = leak_audit(bibles, quiet)
+        with _processes(1) as pool:
+            audit = pool.submit(leak_audit, bibles, quiet)  # meanwhile, write the files and score the translations
+            files = write_bibles(building / "bible", sources, bibles)
+            quality = repairs.quality_scores(bibles, repaired)
         manifest = {
             "format": LAYOUT_VERSION,
             "primary_translation": PRIMARY_TRANSLATION,
@@ -64,10 +66,10 @@ def build_corpus(data_dir: Path | str, wheel_dir: Path | str | None = None, quie
             "sources_sha256": sha256_file(SOURCES),
             "files": files,
             "verses": {name: len(verses) for name, verses in bibles.items()},
-            "quality_by_rule": repairs.quality_scores(bibles, repaired),
+            "quality_by_rule": quality,
             "repaired": repaired,
             "dropped": {name: dict(sorted(reasons.items())) for name, reasons in dropped.items() if reasons},
-            "leak_audit": audit,
+            "leak_audit": audit.result(),
         }
         put_in_place(building / "bible", data_dir, manifest)
     finally:
@@ -75,6 +77,10 @@ def build_corpus(data_dir: Path | str, wheel_dir: Path | str | None = None, quie
     if not quiet:
         print_report(data_dir, sources, manifest)
     return manifest
+
+
+def _processes(count: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))  # "spawn" is safe with threads
 
 
 def corpus_problems(data_dir: Path | str) -> list[str]:
@@ -188,9 +194,11 @@ def clean_translations(
     bibles: dict[str, Verses] = {}
     dropped: dict[str, Counter[str]] = {}
     repaired: dict[str, int] = {}
-    # Two processes: twice as fast, and parsing a package takes up to 0.3 GB each. "spawn" is safe with threads.
-    pool = ProcessPoolExecutor(min(2, os.cpu_count() or 1), multiprocessing.get_context("spawn"))
-    with pool, progress(len(wheels), "cleaning", "translation", quiet=quiet) as bar:
+    # Two processes: twice as fast, and parsing a package takes up to 0.3 GB each.
+    with (
+        _processes(min(2, os.cpu_count() or 1)) as pool,
+        progress(len(wheels), "cleaning", "translation", quiet=quiet) as bar,
+    ):
         for name, verses, reasons, count in pool.map(_read_and_clean, wheels.items()):
             bibles[name], dropped[name], repaired[name] = verses, reasons, count
             bar.update()
