@@ -253,7 +253,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     hardware.apply()
     facts, pools, peaks, found = {}, {}, [], {}
     with ExitStack() as stack:
-        options.folder = stack.enter_context(tempfile.TemporaryDirectory())
+        # Other ranks may still write their file store while it is removed.
+        options.folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         for name in chosen(options):
             settings = settings_of(name, options)
             recipe = recipe_of(OURS.get(name, OURS["mvlm_gpt2"])[0])
