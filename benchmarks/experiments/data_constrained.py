@@ -41,10 +41,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "3 passes": {"num_epochs": 3.0},
     "9 passes": {"num_epochs": 9.0},
     "9 passes with decay 1.6": {"num_epochs": 9.0, "weight_decay": 1.6},
-    "3 passes by a chain of 2": {"num_epochs": 3.0, "num_models": 2},
-    "9 passes by a chain of 2": {"num_epochs": 9.0, "num_models": 2},
-    "9 passes by a chain of 3": {"num_epochs": 9.0, "num_models": 3},
 }
+CHAINS = ((3, 2), (9, 2), (18, 2), (9, 3), (14, 3), (9, 5))  # passes of the last model, and models
+RECIPES |= {
+    f"{passes} passes by a chain of {models}": {"num_epochs": float(passes), "num_models": models}
+    for passes, models in CHAINS
+}
+RECIPES["18 passes by a chain of 2 with dropout 0.2"] = RECIPES["18 passes by a chain of 2"] | {"dropout": 0.2}
 TWINS = {
     f"{model} {name}": Line(model, changes=TWIN | RATES[model] | recipe)
     for (name, recipe), model in itertools.product(RECIPES.items(), RATES)
