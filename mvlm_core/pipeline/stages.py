@@ -39,7 +39,7 @@ from mvlm_core.signals import PARENT_VARIABLE
 INSTRUCTIONS = Path(__file__).with_name("download_instructions.md")
 # Sizes of the evaluation suite by preset, in proportion to the training; other presets use the script's defaults.
 SUITE_SIZES = {
-    "cpu": ("--verses", "200", "--prompts", "50", "--pairs", "100"),
+    "cpu": ("--verses", "100", "--prompts", "40", "--pairs", "60"),
     "smoke": ("--verses", "40", "--prompts", "8", "--words", "24", "--pairs", "20"),
 }
 log = logging.getLogger("mvlm")
