@@ -59,8 +59,8 @@ def test_commands_hold_what_was_given(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("preset, short", [("smoke", True), ("cpu", False)])
-def test_the_evaluation_suites_results_by_model(tmp_path, preset, short):
+@pytest.mark.parametrize("preset, verses", [("smoke", "40"), ("cpu", "100"), ("h200", None)])
+def test_the_evaluation_suites_results_by_model(tmp_path, preset, verses):
     (tmp_path / "script.py").write_text(EVALUATOR)
     job = make_job(tmp_path, preset=preset)
     with Signals() as signals:
@@ -68,7 +68,8 @@ def test_the_evaluation_suites_results_by_model(tmp_path, preset, short):
     assert list(found) == ["two"]
     flags = found["two"]["flags"]
     assert flags[0] == str(job.layout.export("two")) and ["--split", "test", "--no_bits_per_byte"] == flags[1:4]
-    assert ("--verses" in flags) is short and flags[-2:] == ["--device", "cpu"]
+    sizes = dict(zip(flags[4:-2:2], flags[5:-2:2], strict=True))
+    assert sizes.get("--verses") == verses and flags[-2:] == ["--device", "cpu"]
 
 
 def probe_dies(_):
