@@ -123,10 +123,10 @@ def test_onnx_runtime_gives_the_models_logits_however_the_text_is_cut(unpacked):
 
 def test_onnx_runtime_writes_the_same_64_tokens_with_its_cache(unpacked):
     _, model, tokenizer, folder = unpacked
-    prompt = prompt_ids(tokenizer, "And the LORD said")
+    prompt = prompt_ids(tokenizer, "And it came to pass")
     text, logits = greedy(torch_reader(model), prompt, NEW_TOKENS)
     found, their_logits = greedy(onnx_reader(graph_in(folder)), prompt, NEW_TOKENS)
-    assert found == text and len(set(text)) > 2
+    assert found == text and len(set(text)) > 4
     np.testing.assert_allclose(their_logits, logits, rtol=0, atol=LOGITS_TOLERANCE)
 
 
