@@ -123,7 +123,8 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from mvlm_core.training.cross_entropy import linear_cross_entropy
-    from mvlm_core.training.distillation import distilled, load_teacher
+    from mvlm_core.training.distillation import TEACHER_SHARE, load_teacher
+    from mvlm_core.training.distillation_loss import Prediction, distillation_loss
     from mvlm_core.training.optimizer import build_optimizers
     from mvlm_core.training.state import BuiltModel, StepLoss
 
@@ -147,20 +148,16 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
     layer = hardware.compiled(run_layer)
 
     def loss(inputs: Tensor, targets: Tensor, _weights: Tensor, _share_done: float) -> StepLoss:
-        hidden = hidden_states(model, inputs, layer)
-        total, nll = linear_cross_entropy(hidden, model.lm_head.weight, targets, kernel=hardware.loss_kernel)
-        step_loss = StepLoss(total, nll.mean())
+        hidden, weight = hidden_states(model, inputs, layer), model.lm_head.weight
         if teacher is None:
-            return step_loss
+            total, nll = linear_cross_entropy(hidden, weight, targets, kernel=hardware.loss_kernel)
+            return StepLoss(total, nll.mean())
         with torch.no_grad():
-            target = hidden_states(teacher, inputs, layer)
-        return distilled(
-            step_loss,
-            inputs,
-            config.vocab_size,
-            student=lambda part: model.lm_head(hidden[part]),
-            teacher=lambda part: teacher.lm_head(target[part]),
+            taught = Prediction(hidden_states(teacher, inputs, layer), teacher.lm_head.weight)
+        total, nll, soft = distillation_loss(
+            Prediction(hidden, weight), taught, targets, TEACHER_SHARE, kernel=hardware.loss_kernel
         )
+        return StepLoss(total, nll.mean(), {"distillation_loss": soft})
 
     optimizers = build_optimizers(
         ((f"model.{name}", parameter) for name, parameter in model.named_parameters()),

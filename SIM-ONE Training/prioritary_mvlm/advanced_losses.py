@@ -11,6 +11,8 @@ from functools import partial
 from torch import Tensor, nn
 
 from mvlm_core.training.cross_entropy import linear_cross_entropy
+from mvlm_core.training.distillation import TEACHER_SHARE
+from mvlm_core.training.distillation_loss import Prediction, distillation_loss
 from mvlm_core.training.state import StepLoss
 from simone_transformer.rope_attention import Pointing
 
@@ -75,6 +77,7 @@ class ComprehensiveTrainingLoss(nn.Module):
         document_weights: Tensor,
         progress: float,
         pointing: Pointing | None = None,
+        teacher: Prediction | None = None,
     ) -> StepLoss:
         """Compute the loss of one micro-batch.
 
@@ -85,15 +88,22 @@ class ComprehensiveTrainingLoss(nn.Module):
             document_weights: ``[batch, seq]``, mean 1 over the train text.
             progress: fraction of the run completed.
             pointing: the pointer head's output, mixed into the prediction for the first two terms.
+            teacher: a teacher's prediction. Its cross-entropy gets ``TEACHER_SHARE`` of the loss, the terms the rest.
         """
         token_weights = None
         if self.alignment_weight > 0 or self.accuracy_weight != 1:
             token_weights = self.accuracy_weight + self.alignment_weight * document_weights
         cross_entropy = partial(linear_cross_entropy, kernel=self.loss_kernel)
-        mixture = None if pointing is None else (pointing.vocabulary, pointing.log_prob(targets))
-        total, nll = cross_entropy(hidden, output_weight, targets, token_weights, mixture=mixture)
-        parts = {"accuracy_loss": nll.mean(), "alignment_loss": (nll * document_weights).mean()}
-        weight = self.coherence_weight_at(progress)
+        weight, parts = self.coherence_weight_at(progress), {}
+        if teacher is None:
+            mixture = None if pointing is None else (pointing.vocabulary, pointing.log_prob(targets))
+            total, nll = cross_entropy(hidden, output_weight, targets, token_weights, mixture=mixture)
+        else:
+            student, weight = Prediction(hidden, output_weight, pointing), (1 - TEACHER_SHARE) * weight
+            total, nll, parts["distillation_loss"] = distillation_loss(
+                student, teacher, targets, TEACHER_SHARE, token_weights, self.loss_kernel
+            )
+        parts |= {"accuracy_loss": nll.mean(), "alignment_loss": (nll * document_weights).mean()}
         if self.ahead is not None and weight > 0:
             early = hidden[:, :-1]
             coherence, _ = cross_entropy(early + self.ahead(early), output_weight, targets[:, 1:])

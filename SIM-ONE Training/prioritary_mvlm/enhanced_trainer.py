@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 
 from mvlm_core.data.tokenizer import ByteLevelBPE
 from mvlm_core.hardware import Hardware
-from mvlm_core.training.distillation import distilled, load_teacher
+from mvlm_core.training.distillation import load_teacher
+from mvlm_core.training.distillation_loss import Prediction
 from mvlm_core.training.optimizer import build_optimizers
 from mvlm_core.training.run import run_training
 from mvlm_core.training.state import BuiltModel, Recipe, StepLoss
@@ -63,14 +63,16 @@ def add_training(model: EnhancedSIMONEModel, config: PrioritaryConfig, hardware:
     layer, pointer = hardware.compiled(run_layer), hardware.compiled(point)
 
     def loss(inputs: Tensor, targets: Tensor, document_weights: Tensor, share_done: float) -> StepLoss:
-        hidden, pointing = model.hidden_states(inputs, layer_function=layer, point_function=pointer)
-        step_loss = criterion(hidden, model.lm_head.weight, targets, document_weights, share_done, pointing)
-        if teacher is None:
-            return step_loss
-        with torch.no_grad():
-            target = teacher.hidden_states(inputs, layer_function=layer, point_function=pointer)
-        student, taught = partial(predict_part, model, hidden, pointing), partial(predict_part, teacher, *target)
-        return distilled(step_loss, inputs, config.vocab_size, student, taught)
+        def states(of: EnhancedSIMONEModel) -> tuple[Tensor, Pointing | None]:
+            return of.hidden_states(inputs, layer_function=layer, point_function=pointer)
+
+        hidden, pointing = states(model)
+        taught = None
+        if teacher is not None:
+            with torch.no_grad():
+                target = states(teacher)
+            taught = Prediction(target[0], teacher.lm_head.weight, target[1])
+        return criterion(hidden, model.lm_head.weight, targets, document_weights, share_done, pointing, taught)
 
     optimizers = build_optimizers(
         ((f"{prefix}.{name}", p) for prefix, module in modules.items() for name, p in module.named_parameters()),
@@ -82,12 +84,6 @@ def add_training(model: EnhancedSIMONEModel, config: PrioritaryConfig, hardware:
         muon_dtype=hardware.muon_dtype,
     )
     return BuiltModel(model, modules, loss, optimizers, idle=criterion.idle_parameters)
-
-
-def predict_part(model: EnhancedSIMONEModel, hidden: Tensor, pointing: Pointing | None, sequences: slice) -> Tensor:
-    """``predict`` for some of the sequences of ``hidden`` and ``pointing``, the results of ``hidden_states``."""
-    selected = None if pointing is None else Pointing(*(part[sequences] for part in pointing))
-    return model.predict(hidden[sequences], selected)
 
 
 RECIPE = Recipe(

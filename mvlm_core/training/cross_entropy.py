@@ -18,7 +18,7 @@ from torch import Tensor
 # Logits per block: small enough for a CPU's last-level cache, or small compared with a GPU's memory.
 _BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
 _LEAST_ROWS = 128  # per block, or half the width: the output matrix and its gradient are read once per block
-_ALIGNMENT = 64  # pad the output matrix to a multiple of this many rows: kernels are slow at GPT-2's 50,257
+ALIGNMENT = 64  # pad the output matrix to a multiple of this many rows: kernels are slow at GPT-2's 50,257
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -38,7 +38,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         count = targets.numel()
         vocab = weight.shape[0]
-        padded = -(-vocab // _ALIGNMENT) * _ALIGNMENT  # in matmuls only: weights and gradients keep their shape
+        padded = -(-vocab // ALIGNMENT) * ALIGNMENT  # in matmuls only: weights and gradients keep their shape
         matrix = weight.to(hidden.dtype)
         matrix = matrix if padded == vocab else F.pad(matrix, (0, 0, 0, padded - vocab))
         exact = torch.promote_types(hidden.dtype, torch.float32)  # sums over the vocabulary need float32 at least
@@ -47,8 +47,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_grad = any(ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = weight.new_zeros(padded, weight.shape[1]) if needs_grad else None
-        score = _compiled_block() if kernel == "compiled" else _BufferedBlocks(hidden, min(rows, count), padded)
-        rows = _even_rows(count, rows) if kernel == "compiled" else rows
+        score = (
+            compiled_block(_score_block) if kernel == "compiled" else _BufferedBlocks(hidden, min(rows, count), padded)
+        )
+        rows = even_rows(count, rows) if kernel == "compiled" else rows
         responsibility = torch.ones_like(nll)
         for start in range(0, count, rows):
             part = slice(start, min(start + rows, count))
@@ -140,11 +142,12 @@ def _score_block(
 
 
 @cache
-def _compiled_block() -> Callable[..., tuple[Tensor, Tensor | None]]:
-    return torch.compile(_score_block, fullgraph=True, dynamic=False)
+def compiled_block(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function of one block of tokens, once per process."""
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def _even_rows(count: int, most: int) -> int:
+def even_rows(count: int, most: int) -> int:
     """Rows per block so that all blocks have one size near ``most``, if possible: each size is a recompilation."""
     fewest = -(-count // most)
     return next((count // blocks for blocks in range(fewest, 2 * fewest) if count % blocks == 0), most)

@@ -7,7 +7,6 @@ information that the one-hot next token lacks. Measured in benchmarks/README.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,15 +15,11 @@ from mvlm_core.errors import UserError
 from mvlm_core.settings import TrainingSettings
 
 if TYPE_CHECKING:  # `chain` alone must not import torch
-    from torch import Tensor
     from transformers import PreTrainedModel
-
-    from mvlm_core.training.state import StepLoss
 
 TEACHERS = Path("checkpoints", "teachers")  # below the output folder: a chain's models before the last
 TEACHER_SHARE = 0.7  # of the loss
 TEACHER_LENGTH = 1 / 3  # of the student's training: at full length a model overfits by itself, but not with a teacher
-_BLOCK_BYTES = 512 << 20
 Model = TypeVar("Model", bound="PreTrainedModel")
 
 
@@ -74,40 +69,3 @@ def load_teacher(settings: TrainingSettings, model_class: type[Model], device: s
     except (ValueError, OSError, RuntimeError) as error:
         raise UserError(f"--teacher {settings.teacher}: not a {model_class.__name__}: {error}") from None
     return model.eval().requires_grad_(False).to(device)
-
-
-def distilled(
-    loss: StepLoss,
-    inputs: Tensor,
-    vocab_size: int,
-    student: Callable[[slice], Tensor],
-    teacher: Callable[[slice], Tensor],
-) -> StepLoss:
-    """Add distillation to a loss: ``TEACHER_SHARE`` of the total is cross-entropy with the teacher, in nats per token.
-
-    Args:
-        inputs: ``[sequences, seq]``.
-        student, teacher: slice of sequences to logits ``[sequences, seq, vocab_size]``.
-    """
-    import torch
-    from torch.utils.checkpoint import checkpoint
-
-    from mvlm_core.training.state import StepLoss
-
-    def log_probabilities(logits: Tensor) -> Tensor:
-        return logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-
-    def nats(part: slice) -> Tensor:
-        with torch.no_grad():
-            soft_targets = log_probabilities(teacher(part)).exp()
-        return -(soft_targets * log_probabilities(student(part))).sum()
-
-    each = max(1, _BLOCK_BYTES // (4 * inputs.shape[1] * vocab_size))
-    parts = [slice(first, first + each) for first in range(0, len(inputs), each)]
-    if len(parts) == 1:
-        soft = nats(parts[0])
-    else:  # a whole batch of probabilities would be the step's largest tensor, so each part is recomputed
-        soft = torch.stack([checkpoint(nats, part, use_reentrant=False) for part in parts]).sum()
-    soft = soft / inputs.numel()
-    total = torch.lerp(loss.total, soft, TEACHER_SHARE)
-    return StepLoss(total, loss.train_loss, loss.parts | {"distillation_loss": soft.detach()})

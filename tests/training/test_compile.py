@@ -27,9 +27,9 @@ def graphs(monkeypatch):
     found, real = Graphs(), torch.compile
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=found, **options))
-    cross_entropy._compiled_block.cache_clear()
+    cross_entropy.compiled_block.cache_clear()
     yield found
-    cross_entropy._compiled_block.cache_clear()
+    cross_entropy.compiled_block.cache_clear()
     torch.compiler.reset()
 
 

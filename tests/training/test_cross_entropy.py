@@ -126,7 +126,7 @@ def assert_equal_to_rounding(found, expected, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", [{"vocab": 64}, {"vocab": 90}, {"rows": 7}, {"rows": 1000}, {"shape": (2, 13)}])
 def test_the_function_that_is_compiled_is_the_same_loss(case, dtype, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "_compiled_block", lambda: cross_entropy._score_block)
+    monkeypatch.setattr(cross_entropy, "compiled_block", lambda function: function)
     assert_equal_to_rounding(both_ways("compiled", dtype, **case), both_ways("blocks", dtype, **case), dtype)
 
 
@@ -138,10 +138,10 @@ def test_compiled_it_still_is():
 
 
 def test_blocks_have_one_size_where_one_fits():
-    assert cross_entropy._even_rows(32 * 1024, 4194) == 4096
-    assert cross_entropy._even_rows(32 * 1023, 4194) == 4092
-    assert cross_entropy._even_rows(100, 4194) == 100
-    assert cross_entropy._even_rows(101, 50) == 50, "a prime number of tokens: the last block is another one"
+    assert cross_entropy.even_rows(32 * 1024, 4194) == 4096
+    assert cross_entropy.even_rows(32 * 1023, 4194) == 4092
+    assert cross_entropy.even_rows(100, 4194) == 100
+    assert cross_entropy.even_rows(101, 50) == 50, "a prime number of tokens: the last block is another one"
 
 
 # --- bytes moved ------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def bytes_of_the_schedule(rows, vocab, dim):
 def bytes_of_the_loss(kernel, tokens, vocab, dim, monkeypatch):
     """Bytes that the loss of ``tokens`` and both gradients move in bfloat16, with the blocks of a CUDA device."""
     rows = rows_at_a_time(vocab, dim, "cuda")
-    of_a_block = sum(bytes_of_the_schedule(cross_entropy._even_rows(tokens, rows), vocab, dim))
+    of_a_block = sum(bytes_of_the_schedule(cross_entropy.even_rows(tokens, rows), vocab, dim))
 
     def compiled(*arguments):
         counter.counting = False
@@ -203,7 +203,7 @@ def bytes_of_the_loss(kernel, tokens, vocab, dim, monkeypatch):
         counter.counting, counter.moved = True, counter.moved + of_a_block
         return result
 
-    monkeypatch.setattr(cross_entropy, "_compiled_block", lambda: compiled)
+    monkeypatch.setattr(cross_entropy, "compiled_block", lambda _function: compiled)
     with FakeTensorMode(), CountBytes() as counter:
         hidden = torch.empty(tokens, dim, dtype=torch.bfloat16, requires_grad=True)
         weight, targets = torch.empty(vocab, dim, requires_grad=True), torch.empty(tokens, dtype=torch.int64)

@@ -6,14 +6,12 @@ import shutil
 import pytest
 import torch
 
-import mvlm_core.training.distillation as distillation
 from mvlm_core.errors import Stopped, UserError
 from mvlm_core.evaluation.bits_per_byte import load_export
 from mvlm_core.export.manifest import training_config, verify_folder
 from mvlm_core.training.checkpoint import newest_checkpoint
-from mvlm_core.training.distillation import TEACHER_SHARE, TEACHERS, chain, distilled
+from mvlm_core.training.distillation import TEACHER_SHARE, TEACHERS, chain
 from mvlm_core.training.run import run_training
-from mvlm_core.training.state import StepLoss
 from tests.export.exports import copy_export, seal, set_json
 from tests.helpers import MODELS, StopAfter, make_loop, recipe_of, tiny_settings
 
@@ -51,29 +49,6 @@ def test_the_loss_is_the_share_of_what_teacher_and_student_say_by_their_logits(m
     _, same = first_loss(loop)
     entropy = torch.special.entr(wanted).sum(-1).mean()
     torch.testing.assert_close(same.parts["distillation_loss"], entropy, rtol=1e-5, atol=1e-6)
-
-
-def test_parts_that_are_computed_twice_give_the_same_gradient(monkeypatch):
-    torch.manual_seed(0)
-    weight = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
-    hidden, wanted = torch.randn(5, 4, 6, dtype=torch.float64), torch.randn(5, 4, 11, dtype=torch.float64)
-    loss = StepLoss(torch.zeros((), dtype=torch.float64), torch.zeros(()))
-    found = []
-    for block in (1 << 20, 2 * 4 * 4 * 11, 1):  # all at once, in twos, one by one
-        monkeypatch.setattr(distillation, "_BLOCK_BYTES", block)
-        total = distilled(
-            loss,
-            torch.zeros(5, 4),
-            11,
-            lambda part: (hidden[part] @ weight.t()).log_softmax(-1),
-            lambda part: wanted[part].log_softmax(-1),
-        ).total
-        found.append((total.item(), *torch.autograd.grad(total, weight)))
-    by_hand = -(wanted.softmax(-1) * (hidden @ weight.t()).log_softmax(-1)).sum(-1).mean()
-    assert found[0][0] == pytest.approx(TEACHER_SHARE * by_hand.item(), rel=1e-12)
-    for total, gradient in found[1:]:
-        assert total == pytest.approx(found[0][0], rel=1e-12)
-        torch.testing.assert_close(gradient, found[0][1], rtol=1e-12, atol=1e-14)
 
 
 def test_the_models_of_a_chain_share_seeds_time_and_folders_out(tmp_path):
