@@ -123,7 +123,7 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from mvlm_core.training.cross_entropy import linear_cross_entropy
-    from mvlm_core.training.distillation import TEACHER_SHARE, load_teacher
+    from mvlm_core.training.distillation import TEACHER_SHARE, load_teachers, teacher_of_step
     from mvlm_core.training.distillation_loss import Prediction, distillation_loss
     from mvlm_core.training.optimizer import build_optimizers
     from mvlm_core.training.state import BuiltModel, StepLoss
@@ -144,12 +144,12 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
         pad_token_id=end,
     )
     model = GPT2LMHeadModel(config)
-    teacher = load_teacher(settings, GPT2LMHeadModel, hardware.device)
+    teachers = load_teachers(settings, GPT2LMHeadModel, hardware.device)
     layer = hardware.compiled(run_layer)
 
     def loss(inputs: Tensor, targets: Tensor, _weights: Tensor, _share_done: float) -> StepLoss:
         hidden, weight = hidden_states(model, inputs, layer), model.lm_head.weight
-        if teacher is None:
+        if (teacher := teacher_of_step(teachers)) is None:
             total, nll = linear_cross_entropy(hidden, weight, targets, kernel=hardware.loss_kernel)
             return StepLoss(total, nll.mean())
         with torch.no_grad():

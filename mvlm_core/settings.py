@@ -156,10 +156,15 @@ class TrainingSettings:
         "its test text is scored before and after (default: that of the export's own corpus, if available)",
     )  # fmt: skip
 
-    teacher: str | None = _distillation(None, "distill from this export (folder or .tar.gz with the same tokenizer)")
+    teacher: str | None = _distillation(
+        None, "distill from these exports (comma-separated folders or .tar.gz with the same tokenizer)"
+    )
     num_models: int = _distillation(
-        1, "train this many models in a chain, each the teacher of the next, and export the last; helps when text is "
-        "repeated for many epochs", minimum=1,
+        1, "train this many models: all but one are teachers, and the exported one learns from them and the text; "
+        "helps when text is repeated for many epochs", minimum=1,
+    )  # fmt: skip
+    teacher_length: float = _distillation(
+        1 / 3, "length of a teacher's training relative to its student's; teachers overfit sooner", above=0, maximum=1,
     )  # fmt: skip
 
     vocab_size: int = _model(32000, "vocabulary size", minimum=SMALLEST_VOCABULARY, maximum=1_000_000)
@@ -368,7 +373,8 @@ def _help(cls: type[TrainingSettings], entry: Field[Any], value_type: type) -> s
     if meta["choices"] and not all(choice in text for choice in meta["choices"]):
         text += f" ({', '.join(meta['choices'])})"
     is_path = value_type is str and "/" in str(default)
-    notes = [] if default is None or is_path else [f"default {default}"]
+    shown = f"{default:.3g}" if isinstance(default, float) else default
+    notes = [] if default is None or is_path else [f"default {shown}"]
     for preset in PRESET_NAMES:
         values = cls.preset_values(preset)
         notes += [f"{preset} {values[entry.name]}"] if entry.name in values else []

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mvlm_core.data.tokenizer import ByteLevelBPE
 from mvlm_core.hardware import Hardware
-from mvlm_core.training.distillation import load_teacher
+from mvlm_core.training.distillation import load_teachers, teacher_of_step
 from mvlm_core.training.distillation_loss import Prediction
 from mvlm_core.training.optimizer import build_optimizers
 from mvlm_core.training.run import run_training
@@ -55,11 +55,11 @@ def build(config: PrioritaryConfig, tokenizer: ByteLevelBPE, hardware: Hardware)
 
 
 def add_training(model: EnhancedSIMONEModel, config: PrioritaryConfig, hardware: Hardware) -> BuiltModel:
-    """Add the loss, the teacher if any, and the optimizers to a model."""
+    """Add the loss, the teachers, and the optimizers to a model."""
     weights = {name: getattr(config, name) for name in signature(ComprehensiveTrainingLoss).parameters}
     criterion = ComprehensiveTrainingLoss(**weights | {"loss_kernel": hardware.loss_kernel})
     modules: dict[str, nn.Module] = {"model": model, "loss": criterion}
-    teacher = load_teacher(config, EnhancedSIMONEModel, hardware.device)
+    teachers = load_teachers(config, EnhancedSIMONEModel, hardware.device)
     layer, pointer = hardware.compiled(run_layer), hardware.compiled(point)
 
     def loss(inputs: Tensor, targets: Tensor, document_weights: Tensor, share_done: float) -> StepLoss:
@@ -68,7 +68,7 @@ def add_training(model: EnhancedSIMONEModel, config: PrioritaryConfig, hardware:
 
         hidden, pointing = states(model)
         taught = None
-        if teacher is not None:
+        if (teacher := teacher_of_step(teachers)) is not None:
             with torch.no_grad():
                 target = states(teacher)
             taught = Prediction(target[0], teacher.lm_head.weight, target[1])

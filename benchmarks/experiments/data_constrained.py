@@ -4,9 +4,9 @@
     python -m benchmarks.experiments.data_constrained --only hour       the King James text alone, on two cores
 
 The twin has as much text for each parameter as the h200 preset: some whole books in all translations, --text_bytes of
-them, and 0.9 million parameters. It is read 3 or 9 times by one model, or by a chain of models that learn from each
-other (``--num_models``). Compute is in multiples of one model's three passes. Held-out books are scored in all
-translations, and in the primary one alone.
+them, and 0.9 million parameters. It is read 3 times by one model, or more often by the student of such models
+(``--num_models``). Compute is in multiples of one model's three passes. Held-out books are scored in all translations,
+and in the primary one alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bible_corpus.books import PRIMARY_TRANSLATION
 from mvlm_core.data.corpus import MANIFEST_NAME, load_corpus
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.metrics import PRIMARY_TEST_BPB
-from mvlm_core.training.distillation import chain, relative_step_cost
+from mvlm_core.training.distillation import relative_step_cost, stages
 
 RATES: dict[str, dict[str, Any]] = {
     "mvlm_gpt2": {"learning_rate": 2e-3},
@@ -42,12 +42,16 @@ RECIPES: dict[str, dict[str, Any]] = {
     "9 passes": {"num_epochs": 9.0},
     "9 passes with decay 1.6": {"num_epochs": 9.0, "weight_decay": 1.6},
 }
-CHAINS = ((3, 2), (9, 2), (18, 2), (9, 3), (14, 3), (9, 5))  # passes of the last model, and models
+TEACHER_PASSES = 3.0
+STUDENTS = ((4.5, 1), (9, 1), (18, 2), (18, 3), (36, 6))  # passes, and teachers
 RECIPES |= {
-    f"{passes} passes by a chain of {models}": {"num_epochs": float(passes), "num_models": models}
-    for passes, models in CHAINS
+    f"{passes:g} passes with {teachers} teacher{'s' * (teachers > 1)}": {
+        "num_epochs": float(passes),
+        "num_models": teachers + 1,
+        "teacher_length": TEACHER_PASSES / passes,
+    }
+    for passes, teachers in STUDENTS
 }
-RECIPES["18 passes by a chain of 2 with dropout 0.2"] = RECIPES["18 passes by a chain of 2"] | {"dropout": 0.2}
 TWINS = {
     f"{model} {name}": Line(model, changes=TWIN | RATES[model] | recipe)
     for (name, recipe), model in itertools.product(RECIPES.items(), RATES)
@@ -107,9 +111,8 @@ def plan(options: argparse.Namespace) -> list[Run]:
 
 
 def compute(run: Run) -> float:
-    """Of a run, all models of its chain together, in multiples of one model's three passes."""
-    stages = chain(run.settings())
-    return sum((stage.num_epochs or 0) / 3 * relative_step_cost(stage) for stage in stages)
+    """Of a run, teachers and student together, in multiples of one model's three passes."""
+    return sum((stage.num_epochs or 0) / 3 * relative_step_cost(stage) for stage in stages(run.settings()))
 
 
 def figures(run: Run) -> Figures:

@@ -33,7 +33,7 @@ from mvlm_core.monitor import available_threads
 from mvlm_core.pipeline.child_process import Signals
 from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR, REPOSITORY_ROOT, TrainingSettings
 from mvlm_core.signals import PARENT_VARIABLE
-from mvlm_core.training.distillation import chain
+from mvlm_core.training.distillation import stages
 from prioritary_mvlm.config import PrioritaryConfig
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Run:
     def result(self) -> Figures | None:
         """Return the results and origin of this run, or None if it is unfinished or had other settings."""
         config = training_config(self.folder)
-        actual, expected = config.get("settings"), chain(self.settings())[-1].as_dict()
+        actual, expected = config.get("settings"), stages(self.settings())[-1].as_dict()
         # A setting that was added after the run had its default value.
         if not actual or any(actual.get(name, expected[name]) != expected[name] for name in expected.keys() - PLACES):
             return None
@@ -285,7 +285,7 @@ def shared_values(options: argparse.Namespace, *, test_score: bool = False) -> d
     """Return the settings shared by all runs of an experiment."""
     values = {"preset": options.preset, "quiet": True, "no_test_score": not test_score}
     values |= {"data_dir": str(options.data_dir), "cache_dir": str(CACHE_DIR)}
-    if options.preset == "h200":  # only the first model of its chain: a fifth of the time
+    if options.preset == "h200":  # only a teacher: a fifth of the time
         values |= {"num_models": 1, "num_epochs": None if options.max_bytes else 3.0}
     return values | ({"max_bytes": options.max_bytes} if options.max_bytes else {})
 

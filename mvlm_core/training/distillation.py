@@ -1,8 +1,8 @@
-"""Knowledge distillation: a student learns from the text and from its teacher's next-token distribution.
+"""Knowledge distillation: a student learns from the text and from its teachers' next-token distributions.
 
-``--num_models K`` trains a chain: each model is the next one's teacher, and the last one is exported (born-again
-networks, Furlanello et al., arXiv 1805.04770). When a text is read many times, the teacher's soft targets add
-information that the one-hot next token lacks. Measured in benchmarks/README.md.
+``--num_models K`` trains K − 1 teachers, and the exported model as their student (Hinton et al., arXiv 1503.02531).
+When a text is read many times, soft targets add information that the one-hot next token lacks. Measured in
+benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -12,60 +12,72 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mvlm_core.errors import UserError
-from mvlm_core.settings import TrainingSettings
+from mvlm_core.settings import LENGTHS, TrainingSettings
 
-if TYPE_CHECKING:  # `chain` alone must not import torch
+if TYPE_CHECKING:  # `stages` alone must not import torch
     from transformers import PreTrainedModel
 
-TEACHERS = Path("checkpoints", "teachers")  # below the output folder: a chain's models before the last
+TEACHERS = Path("checkpoints", "teachers")  # below the output folder
 TEACHER_SHARE = 0.7  # of the loss
-TEACHER_LENGTH = 1 / 3  # of the student's training: at full length a model overfits by itself, but not with a teacher
 Model = TypeVar("Model", bound="PreTrainedModel")
 
 
-def chain(settings: TrainingSettings) -> list[TrainingSettings]:
-    """Return the settings of each model of ``--num_models``, the exported one last.
+def stages(settings: TrainingSettings) -> list[TrainingSettings]:
+    """Return the settings of each model of ``--num_models``: teachers, then their student, which is exported.
 
-    Each has its own seed, the last that of ``--seed``. All but the last are trained for ``TEACHER_LENGTH`` of its
-    length. ``--max_hours`` covers the whole chain and is divided by the models' training cost.
+    Each teacher has its own seed and is trained for ``--teacher_length`` of the student's length. ``--max_hours``
+    covers all models and is divided by their training cost.
     """
-    root, last = Path(settings.output_dir or "") / TEACHERS, settings.num_models - 1
-    stages: list[TrainingSettings] = []
-    for number in range(settings.num_models):
-        changes: dict[str, Any] = {"num_models": 1}
-        changes["teacher"] = stages[-1].output_dir if stages else settings.teacher
-        if number < last:
-            seed = (settings.seed + number + 1) % 2**32
-            changes |= {"output_dir": str(root / str(number)), "seed": seed, "no_test_score": True}
-            for name in ("num_epochs", "max_steps", "max_tokens", "max_bytes"):
-                if (length := getattr(settings, name)) is not None:
-                    shorter = TEACHER_LENGTH * length
-                    changes[name] = shorter if name == "num_epochs" else max(1, round(shorter))
-        stages.append(replace(settings, **changes))
+    root, count = Path(settings.output_dir or "") / TEACHERS, settings.num_models - 1
+    if not count:
+        return [settings]
+    shorter: dict[str, Any] = {"num_models": 1, "no_test_score": True}
+    for name in LENGTHS:
+        if (length := getattr(settings, name)) is not None:
+            exact = settings.teacher_length * length
+            shorter[name] = exact if isinstance(length, float) else max(1, round(exact))
+    teachers = [
+        replace(settings, output_dir=str(root / str(number)), seed=(settings.seed + number + 1) % 2**32, **shorter)
+        for number in range(count)
+    ]
+    student = replace(settings, num_models=1, teacher=",".join(str(teacher.output_dir) for teacher in teachers))
     if settings.max_hours is None:
-        return stages
-    costs = [relative_step_cost(stage) * (1 if stage is stages[-1] else TEACHER_LENGTH) for stage in stages]
+        return [*teachers, student]
+    costs = [settings.teacher_length * relative_step_cost(teacher) for teacher in teachers]
+    costs.append(relative_step_cost(student))
     hours = [settings.max_hours * cost / sum(costs) for cost in costs]
-    return [replace(stage, max_hours=share) for stage, share in zip(stages, hours, strict=True)]
+    return [replace(stage, max_hours=share) for stage, share in zip((*teachers, student), hours, strict=True)]
 
 
 def relative_step_cost(settings: TrainingSettings) -> float:
-    """Cost of a model's training step, relative to one without a teacher: a teacher adds a forward pass."""
+    """Cost of a model's training step, relative to one without a teacher: one teacher adds its forward pass."""
     return 1 if settings.teacher is None else 4 / 3
 
 
-def load_teacher(settings: TrainingSettings, model_class: type[Model], device: str) -> Model | None:
-    """Load the teacher as a frozen ``model_class`` on its device; none of the export's code is run.
+def load_teachers(settings: TrainingSettings, model_class: type[Model], device: str) -> list[Model]:
+    """Load each export of ``--teacher`` as a frozen ``model_class`` on its device; none of the exports' code is run.
 
     Raises:
-        UserError: the export holds another model.
+        UserError: an export holds another model.
     """
-    from mvlm_core.training.preparation import teacher_of
+    from mvlm_core.training.preparation import teachers_of
 
-    if (source := teacher_of(settings)) is None:
-        return None
-    try:
-        model: Any = model_class.from_pretrained(source.folder, local_files_only=True, use_safetensors=True)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise UserError(f"--teacher {settings.teacher}: not a {model_class.__name__}: {error}") from None
-    return model.eval().requires_grad_(False).to(device)
+    models: list[Model] = []
+    for source in teachers_of(settings):
+        try:
+            model: Any = model_class.from_pretrained(source.folder, local_files_only=True, use_safetensors=True)
+        except (ValueError, OSError, RuntimeError) as error:
+            raise UserError(f"--teacher {source.folder}: not a {model_class.__name__}: {error}") from None
+        models.append(model.eval().requires_grad_(False).to(device))
+    return models
+
+
+def teacher_of_step(teachers: list[Model]) -> Model | None:
+    """Draw one teacher for a micro-batch; None without teachers.
+
+    In expectation the gradient is that of the teachers' mean distribution, at the cost of one of them. The draw depends
+    only on the seed that the loop sets for each micro-batch, so that a resumed run repeats it.
+    """
+    import torch
+
+    return teachers[torch.initial_seed() % len(teachers)] if teachers else None

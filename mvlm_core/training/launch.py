@@ -42,7 +42,7 @@ def rank_count(settings: TrainingSettings) -> int:
     """Return how many ranks this process must start; 1 if it trains itself, alone or as an already started rank.
 
     Raises:
-        UserError: more GPUs than available, ``--processes`` together with a GPU or torchrun, or a chain of models on
+        UserError: more GPUs than available, ``--processes`` together with a GPU or torchrun, or several models on
             several machines.
     """
     if "WORLD_SIZE" in os.environ:
@@ -50,8 +50,8 @@ def rank_count(settings: TrainingSettings) -> int:
             raise UserError(f"--processes {settings.processes} starts its own processes: use it without torchrun")
         if settings.num_models > 1 and os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
             raise UserError(
-                f"--num_models {settings.num_models}: a chain passes its models on in the folder of one machine. "
-                "On several, give --num_models 1, or copy each export to all of them and name it with --teacher"
+                f"--num_models {settings.num_models}: the student finds its teachers in a folder of one machine. "
+                "On several, give --num_models 1, or copy the teachers' exports to all and name them with --teacher"
             )
         return 1
     gpus = 0 if settings.device == "cpu" else gpu_count()

@@ -17,7 +17,7 @@ from mvlm_core.data.tokenizer import ByteLevelBPE, tokenizer_folder
 from mvlm_core.hardware import Hardware
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.cost import OVERHEAD, StepCost, fitting_micro_batch, step_cost
-from mvlm_core.training.distillation import chain, relative_step_cost
+from mvlm_core.training.distillation import relative_step_cost, stages
 from mvlm_core.training.init_from import replay_of, source_of
 from mvlm_core.training.launch import describe_gpus, rank_count
 from mvlm_core.training.preparation import mix_of, old_text, read_corpus, tokenizer_path
@@ -36,7 +36,7 @@ GPU_MEMORY = (8e9, 16e9, 24e9, 80e9, 141e9)
 SMALL_CARD = 24e9
 SAMPLE_BYTES = 8_000_000  # a tokenizer trained on this much text needs 0.5 % more tokens than one trained on all 64 MB
 SCORED_BYTES = 2_000_000
-EARLIER = "earlier models of the chain"
+TEACHERS = "teachers"
 
 log = logging.getLogger("mvlm")
 
@@ -106,14 +106,14 @@ def plan_run(
     if ended is not None:
         settings = replace(settings, max_steps=ended.step, max_hours=None)
         text = replace(text, has_tokenizer=False, has_tokens=False)  # cached by now, but not when the run started
-    *earlier, last = chain(settings)
-    steps, items = _items(last, one, text, rate, compiled, hardware.threads)
-    if earlier:
+    *teachers, student = stages(settings)
+    steps, items = _items(student, one, text, rate, compiled, hardware.threads)
+    if teachers:
         cached = replace(text, has_tokenizer=True, has_tokens=True, test_bytes=0)
-        estimates = [_items(stage, one, cached, rate, compiled, hardware.threads)[1] for stage in earlier]
+        estimates = [_items(stage, one, cached, rate, compiled, hardware.threads)[1] for stage in teachers]
         seconds = sum(item.seconds for items in estimates for item in items)
-        items.insert(1, Item(EARLIER, seconds, f"{len(earlier)}, each a third of the length"))
-    flops = rate * sum(item.seconds for item in items if item.name in ("training steps", EARLIER))
+        items.insert(1, Item(TEACHERS, seconds, f"{len(teachers)}, each {settings.teacher_length:.0%} of the length"))
+    flops = rate * sum(item.seconds for item in items if item.name in ("training steps", TEACHERS))
     assumptions = [
         f"{GPU_SHARE:.0%} of {GPU_PEAK / 1e12:.0f} TFLOP/s, half of that for evaluations in fp32, {PRICE}"
         if on_gpu

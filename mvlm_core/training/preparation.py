@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,7 @@ class PreparedText:
     Attributes:
         only: the subfolder the corpus is limited to, if any.
         source, old: in further training, the export it starts from and the text it may forget.
-        teacher: the export to distill from, if any.
+        teachers: the exports to distill from.
     """
 
     corpus: Corpus
@@ -51,7 +52,7 @@ class PreparedText:
     batches: BatchSource
     source: Source | None = None
     old: OldText | None = None
-    teacher: Source | None = None
+    teachers: tuple[Source, ...] = ()
 
     @property
     def store(self) -> TokenStore:
@@ -94,8 +95,8 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
         tokenizer = cached_tokenizer(
             tokenizer_class, pieces, corpus.fingerprint, settings.vocab_size, settings.cache_dir, quiet=settings.quiet
         )
-    if (teacher := teacher_of(settings)) is not None:
-        _check_teacher(teacher, tokenizer, settings.max_length)
+    teachers = teachers_of(settings)
+    _check_teachers(teachers, tokenizer, settings.max_length)
     store = build_token_store(corpus, tokenizer, settings.cache_dir, mix=mix_of(settings), quiet=settings.quiet)
     log.info("%s training tokens, %.2f bytes per token", f"{len(store.tokens):,}", store.bytes_per_token)
     batches = partial(
@@ -106,13 +107,13 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
         unigram_noise=settings.unigram_noise,
     )
     if old is None or (replay := replay_of(settings)) is None:
-        return PreparedText(corpus, only, tokenizer, batches(store), source, old, teacher)
+        return PreparedText(corpus, only, tokenizer, batches(store), source, old, teachers)
     try:
         replayed = batches(_replayed(settings, corpus, tokenizer, old))
     except UserError as error:
         raise _replay_error(settings, error) from None
     mixed = batches(store, replay=replayed, replay_share=replay.share)
-    return PreparedText(corpus, only, tokenizer, mixed, source, old, teacher)
+    return PreparedText(corpus, only, tokenizer, mixed, source, old, teachers)
 
 
 def _replayed(settings: TrainingSettings, new: Corpus, tokenizer: ByteLevelBPE, old: OldText) -> TokenStore:
@@ -124,21 +125,23 @@ def _replayed(settings: TrainingSettings, new: Corpus, tokenizer: ByteLevelBPE, 
     return store
 
 
-def teacher_of(settings: TrainingSettings) -> Source | None:
-    """Open and check the export named by ``--teacher``; None without one.
+def teachers_of(settings: TrainingSettings) -> tuple[Source, ...]:
+    """Open and check the exports named by ``--teacher``.
 
     Raises:
         UserError: missing, unfinished or damaged export.
     """
-    return None if settings.teacher is None else open_source(settings.teacher, "--teacher")
+    places = settings.teacher.split(",") if settings.teacher else ()
+    return tuple(open_source(place, "--teacher") for place in places)
 
 
-def _check_teacher(teacher: Source, tokenizer: ByteLevelBPE, context: int) -> None:
+def _check_teachers(teachers: Iterable[Source], tokenizer: ByteLevelBPE, context: int) -> None:
     problems = []
-    if teacher.config["tokenizer"].get("sha256") != tokenizer.sha256:
-        problems.append(f"--teacher {teacher.folder}: different tokenizer; pass it with --tokenizer_path")
-    if not isinstance(longest := teacher.config["settings"].get("max_length"), int) or longest < context:
-        problems.append(f"--teacher {teacher.folder}: a context of {longest} tokens, shorter than {context}")
+    for teacher in teachers:
+        if teacher.config["tokenizer"].get("sha256") != tokenizer.sha256:
+            problems.append(f"--teacher {teacher.folder}: different tokenizer; pass it with --tokenizer_path")
+        if not isinstance(longest := teacher.config["settings"].get("max_length"), int) or longest < context:
+            problems.append(f"--teacher {teacher.folder}: a context of {longest} tokens, shorter than {context}")
     if problems:
         raise UserError(problems)
 

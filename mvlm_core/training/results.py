@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,11 @@ def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None) -
     return bool(enough) and not verify_folder(output_dir)
 
 
-def delete_run(output_dir: Path, teacher: str | None = None) -> None:
-    """Delete an earlier run's files from the folder, and nothing else; keep the new run's ``teacher``."""
+def delete_run(output_dir: Path, keep: Sequence[Path] = ()) -> None:
+    """Delete an earlier run's files from the folder, and nothing else; keep the folders that hold the new teachers."""
     remove_export(output_dir)
     for folder in (*(output_dir / "checkpoints").glob("*"), output_dir / TENSORBOARD_FOLDER):
-        if teacher is None or folder not in Path(teacher).parents:
+        if not any(folder in kept.parents for kept in keep):
             shutil.rmtree(folder, ignore_errors=True)
     for name in (HISTORY_NAME, TEST_SCORES):
         (output_dir / name).unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from mvlm_core.hardware import HARDWARE_FLAGS, caution, choose_hardware, describ
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.signals import StopRequest
 from mvlm_core.training import results
-from mvlm_core.training.distillation import chain
+from mvlm_core.training.distillation import stages
 from mvlm_core.training.distributed import join
 from mvlm_core.training.launch import FOLDER_VARIABLE, rank_count
 from mvlm_core.training.loop import TrainingLoop
@@ -46,9 +46,8 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
         print(plan_run(recipe, settings, hardware).text())
         return Path(settings.output_dir or "")
     if settings.num_models > 1 and not settings.prepare_only:
-        stages = chain(settings)
-        for number, stage in enumerate(stages, 1):
-            log.info("model %s of %s: %s", number, len(stages), stage.output_dir)
+        for number, stage in enumerate(stages(settings), 1):
+            log.info("model %s of %s: %s", number, settings.num_models, stage.output_dir)
             run_training(recipe, stage)
             hardware.release()
         return Path(settings.output_dir or "")
@@ -87,7 +86,7 @@ def _run(run: Run) -> Path:
     stop = StopRequest()
     with RunLock(run.output_dir, str(run.output_dir)) if ranks.is_main else nullcontext():
         if ranks.is_main and settings.fresh:
-            results.delete_run(run.output_dir, settings.teacher)
+            results.delete_run(run.output_dir, keep=[teacher.folder for teacher in text.teachers])
         finished = ranks.is_main and not settings.fresh and results.is_finished(run.output_dir, identity, min_steps)
         if ranks.broadcast(finished):
             log.info("already finished: %s (use --fresh to train again)", run.output_dir)
@@ -133,8 +132,7 @@ def _export(
         measured |= {f"{name}_before": value for name, value in vars(loop.state.before).items()}
         measured["old_test_bpb"] = results.score_old(staging, run, text)
     measured["peak_memory_bytes"] = peak_memory_bytes
-    if text.teacher is not None:  # include the earlier models of the chain
-        measured["seconds"] += text.teacher.seconds
+    measured["seconds"] += sum(teacher.seconds for teacher in text.teachers)
     config = results.record(run, text, task.identity, measured)
     if run.settings.preset != "smoke":  # whose plan would take as long as its training
         plan = plan_run(recipe, run.settings, run.hardware, loop.state, run.ranks.world)

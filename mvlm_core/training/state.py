@@ -215,8 +215,8 @@ def run_identity(settings: TrainingSettings, text: PreparedText) -> dict[str, An
     fingerprints = {"corpus": text.corpus.fingerprint, "tokenizer": text.tokenizer.sha256}
     if text.source is not None:
         fingerprints["--init_from, its manifest"] = text.source.sha256
-    if text.teacher is not None:
-        fingerprints["--teacher, its manifest"] = text.teacher.sha256
+    if text.teachers:
+        fingerprints["--teacher, its manifest"] = ",".join(teacher.sha256 for teacher in text.teachers)
     if text.old is not None and text.batches.replay is not None:
         fingerprints["--replay"] = f"{text.batches.replay_share} of {text.old.corpus.fingerprint}"
     return {"--preset": settings.preset} | flags | fingerprints

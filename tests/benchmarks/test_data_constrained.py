@@ -40,11 +40,11 @@ def test_every_line_is_a_valid_run(tmp_path, tiny_corpus):
         data_constrained.plan(options_of(tmp_path, tiny_corpus, "--only", "hour,no such line"))
     with pytest.raises(UserError, match="--processes 0"):
         options_of(tmp_path, tiny_corpus, "--processes", "0")
-    # 3 passes of a teacher's and 9 of a student's, whose steps cost a third more: 1 + 4; one more teacher, 4 / 3.
+    # 3 passes of a teacher's and 9 of a student's, whose steps cost a third more: 1 + 4.
     by_line = {run.label: data_constrained.compute(run) for run in runs}
     assert by_line["mvlm_gpt2 3 passes"] == 1 and by_line["mvlm_gpt2 9 passes"] == 3
-    assert by_line["mvlm_gpt2 9 passes by a chain of 2"] == pytest.approx(5)
-    assert by_line["simone_enhanced 9 passes by a chain of 3"] == pytest.approx(5 + 4 / 3)
+    assert by_line["mvlm_gpt2 9 passes with 1 teacher"] == pytest.approx(5)
+    assert by_line["simone_enhanced 18 passes with 3 teachers"] == pytest.approx(3 + 8)
 
 
 def test_few_books_are_train_books_in_all_translations_and_all_held_out_ones(tmp_path, tiny_corpus):
@@ -78,7 +78,7 @@ def test_finished_runs_make_a_table(finished, tmp_path, tiny_corpus, monkeypatch
 
 @pytest.mark.integration
 def test_real_runs_make_a_table(tiny_corpus, tmp_path, monkeypatch, capsys):
-    """A chain of two by two CPU workers, and GPT-2 alone by one."""
+    """A teacher and a student by two CPU workers, and GPT-2 alone by one."""
     monkeypatch.setattr(runner, "setup_logging", lambda *_, **__: None)
     monkeypatch.setattr(runner, "outlive_terminal", lambda: None)
     plain = data_constrained.plan
@@ -90,7 +90,7 @@ def test_real_runs_make_a_table(tiny_corpus, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(data_constrained, "plan", tiny_plan)
     text = ["--text_bytes", str(max(largest_book(tiny_corpus).values())), "--seeds", "1"]
-    for line, processes in (("simone_enhanced 9 passes by a chain of 2", "2"), ("mvlm_gpt2 3 passes", "1")):
+    for line, processes in (("simone_enhanced 9 passes with 1 teacher", "2"), ("mvlm_gpt2 3 passes", "1")):
         places = ["--data_dir", str(tiny_corpus), "--work_dir", str(tmp_path / "work")]
         assert data_constrained.main(["--only", line, "--processes", processes, *places, *text]) == 0
         cells = cells_of(capsys.readouterr().out.strip().splitlines()[2])

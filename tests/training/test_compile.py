@@ -116,7 +116,7 @@ def test_a_step_does_not_wait_for_the_device(model, optimizer, tiny_corpus, tmp_
 
 @pytest.mark.parametrize(("model", "own", "of_the_teacher"), [("mvlm_gpt2", 2, 1), ("simone_enhanced", 5, 3)])
 def test_a_teacher_compiles_to_graphs_of_its_own(model, own, of_the_teacher, graphs, trained, tmp_path):
-    """It runs without gradients; the second model of a chain must not use up what the first has left of the limit."""
+    """It runs without gradients; a student must not use up what its teachers have left of the limit."""
     settings = tiny_settings(model, trained / "corpus", tmp_path, teacher=str(trained / model))
     plain, compiled = (make_loop(model, settings, compiled=each) for each in (False, True))
     for _ in range(2):

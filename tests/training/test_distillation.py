@@ -1,7 +1,8 @@
-"""Distillation: the loss by hand, a chain that resumes to the bit and exports a plain model, wrong teachers told."""
+"""Distillation: the loss by hand, teachers and student that resume to the bit, wrong teachers told."""
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from mvlm_core.errors import Stopped, UserError
 from mvlm_core.evaluation.bits_per_byte import load_export
 from mvlm_core.export.manifest import training_config, verify_folder
 from mvlm_core.training.checkpoint import newest_checkpoint
-from mvlm_core.training.distillation import TEACHER_SHARE, TEACHERS, chain
+from mvlm_core.training.distillation import TEACHER_SHARE, TEACHERS, stages
 from mvlm_core.training.run import run_training
 from tests.export.exports import copy_export, seal, set_json
 from tests.helpers import MODELS, StopAfter, make_loop, recipe_of, tiny_settings
@@ -51,31 +52,55 @@ def test_the_loss_is_the_share_of_what_teacher_and_student_say_by_their_logits(m
     torch.testing.assert_close(same.parts["distillation_loss"], entropy, rtol=1e-5, atol=1e-6)
 
 
-def test_the_models_of_a_chain_share_seeds_time_and_folders_out(tmp_path):
+def test_teachers_and_student_divide_seeds_time_and_folders(tmp_path):
     lengths = {"max_hours": 1.1, "max_steps": 10, "num_epochs": 9.0}
-    settings = tiny_settings("mvlm_gpt2", tmp_path, tmp_path, num_models=3, seed=5, **lengths)
-    first, second, last = chain(settings)
+    settings = tiny_settings("mvlm_gpt2", tmp_path, tmp_path, num_models=3, seed=5, teacher_length=0.3, **lengths)
+    first, second, student = stages(settings)
     root = tmp_path / "mvlm_gpt2"
     teachers = root / "checkpoints" / "teachers"
-    assert [stage.seed for stage in (first, second, last)] == [6, 7, 5]
-    assert [stage.num_models for stage in (first, second, last)] == [1, 1, 1]
-    assert first.output_dir == second.teacher == str(teachers / "0") and first.teacher is None
-    assert second.output_dir == last.teacher == str(teachers / "1") and last.output_dir == str(root)
-    assert first.no_test_score and second.no_test_score and not last.no_test_score
-    assert first.max_hours + second.max_hours + last.max_hours == pytest.approx(1.1)
-    assert last.max_hours == pytest.approx(3 * second.max_hours) == pytest.approx(4 * first.max_hours)
-    assert (first.max_steps, second.max_steps, last.max_steps) == (3, 3, 10)
-    assert (first.num_epochs, last.num_epochs) == (3, 9) and last.max_bytes is first.max_bytes is None
+    assert [stage.seed for stage in (first, second, student)] == [6, 7, 5]
+    assert [stage.num_models for stage in (first, second, student)] == [1, 1, 1]
+    assert [stage.output_dir for stage in (first, second, student)] == [str(p) for p in (*teachers_in(teachers), root)]
+    assert first.teacher is second.teacher is None
+    assert student.teacher == ",".join(str(place) for place in teachers_in(teachers))
+    assert first.no_test_score and second.no_test_score and not student.no_test_score
+    assert first.max_hours + second.max_hours + student.max_hours == pytest.approx(1.1)
+    assert student.max_hours == pytest.approx(4 / 3 / 0.3 * first.max_hours) and first.max_hours == second.max_hours
+    assert (first.max_steps, second.max_steps, student.max_steps) == (3, 3, 10)
+    assert (first.num_epochs, student.num_epochs) == (pytest.approx(2.7), 9) and student.max_bytes is None
+    assert stages(replace(settings, num_models=1)) == [replace(settings, num_models=1)]
+
+
+def teachers_in(folder, count=2):
+    return [folder / str(number) for number in range(count)]
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_chain_interrupted_in_its_last_model_ends_with_the_same_bits(model, corpus, tmp_path):
-    values = {"num_models": 2, "dropout": 0.1, "max_steps": 8}
+def test_every_micro_batch_draws_one_of_the_teachers_again_the_same(model, trained, corpus, tmp_path):
+    """Alone each teacher gives its own loss; together they give the one or the other, by the micro-batch's seed."""
+    other = run_training(recipe_of(model), tiny_settings(model, corpus, tmp_path / "other", seed=7))
+    places = [str(trained / model), str(other)]
+
+    def losses(teacher):
+        loop = make_loop(model, tiny_settings(model, corpus, tmp_path / "student", teacher=teacher, dropout=0.0))
+        return [loop._micro_batch(first, 1, 0.9)[0]["distillation_loss"].item() for first in range(8)]
+
+    alone = [losses(place) for place in places]
+    together = losses(",".join(places))
+    assert together == losses(",".join(places))
+    drawn = [min((0, 1), key=lambda teacher: abs(alone[teacher][i] - loss)) for i, loss in enumerate(together)]
+    assert set(drawn) == {0, 1}
+    assert together == pytest.approx([alone[teacher][i] for i, teacher in enumerate(drawn)], rel=1e-6)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_student_interrupted_ends_with_the_same_bits(model, corpus, tmp_path):
+    values = {"num_models": 3, "dropout": 0.1, "max_steps": 8}
     whole = run_training(recipe_of(model), tiny_settings(model, corpus, tmp_path / "a", **values))
     other = tiny_settings(model, corpus, tmp_path / "b", **values)
     shutil.copytree(whole / TEACHERS, tmp_path / "b" / model / TEACHERS)
     with pytest.raises(Stopped):
-        make_loop(model, chain(other)[-1]).run(StopAfter(3))
+        make_loop(model, stages(other)[-1]).run(StopAfter(3))
     folder = run_training(recipe_of(model), other)
     expected, found = (newest_checkpoint(place / "checkpoints").tensors("model") for place in (whole, folder))
     assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
@@ -87,12 +112,13 @@ def test_a_chain_interrupted_in_its_last_model_ends_with_the_same_bits(model, co
     assert student["results"]["parameters"] == teacher["results"]["parameters"], "the export is one plain model"
     assert not verify_folder(whole)
     history = json.loads((whole / "training_history.json").read_text())
-    together = history[-1]["seconds"] + teacher["results"]["seconds"]
-    assert student["results"]["seconds"] == pytest.approx(together, abs=1.0), "the time of both"
+    teachers = [training_config(place)["results"]["seconds"] for place in teachers_in(whole / TEACHERS)]
+    together = history[-1]["seconds"] + sum(teachers)
+    assert student["results"]["seconds"] == pytest.approx(together, abs=1.0), "the time of all"
     assert "distillation_loss" in history[0]
 
 
-def test_a_finished_chain_trains_nothing_again(corpus, tmp_path, caplog):
+def test_a_finished_run_of_two_models_trains_nothing_again(corpus, tmp_path, caplog):
     settings = tiny_settings("mvlm_gpt2", corpus, tmp_path, num_models=2, max_steps=4)
     folder = run_training(recipe_of("mvlm_gpt2"), settings)
     before = (folder / "model.safetensors").read_bytes()
@@ -102,7 +128,7 @@ def test_a_finished_chain_trains_nothing_again(corpus, tmp_path, caplog):
     assert (folder / "model.safetensors").read_bytes() == before
 
 
-def test_fresh_trains_the_whole_chain_again_and_keeps_its_teacher(corpus, tmp_path):
+def test_fresh_trains_both_models_again_and_keeps_the_new_teacher(corpus, tmp_path):
     def run(**changes):
         settings = tiny_settings("mvlm_gpt2", corpus, tmp_path, num_models=2, max_steps=4, **changes)
         return run_training(recipe_of("mvlm_gpt2"), settings)

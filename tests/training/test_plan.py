@@ -76,10 +76,10 @@ def test_a_time_is_planned_to_be_used(tiny_corpus, tmp_path):
         return sum(item.seconds for item in items if item.name in trained), {item.name: item.seconds for item in items}
 
     assert planned(1)[0] == pytest.approx(1800, rel=0.01)
-    last, items = planned(2)  # the first model has a third of the length, at three quarters of the cost of a step
+    last, items = planned(2)  # the teacher has a third of the length, at three quarters of the cost of a step
     assert last == pytest.approx(1800 * 4 / 5, rel=0.01)
     beside = EXPORT_SECONDS + items["compilation"]
-    assert items["earlier models of the chain"] - beside == pytest.approx(1800 / 5, rel=0.01)
+    assert items["teachers"] - beside == pytest.approx(1800 / 5, rel=0.01)
 
 
 def test_a_run_ends_with_what_was_planned_beside_what_it_took(tiny_corpus, tmp_path, caplog):
