@@ -35,8 +35,16 @@ RATES: dict[str, dict[str, Any]] = {
     "mvlm_gpt2": {"learning_rate": 2e-3},
     "simone_enhanced": {"learning_rate": 0.02, "adamw_learning_rate": 0.01, "output_head": "tied"},
 }
-TWIN = {"hidden_dim": 128, "num_heads": 2, "ff_dim": 512, "num_layers": 3, "vocab_size": 2048, "batch_size": 8}
-TWIN |= {"max_length": 256, "train_mix": "", "validation_text": "all", "weight_decay": 0.4, "dropout": 0.1}
+TWIN: dict[str, Any] = {"max_length": 256, "vocab_size": 2048, "batch_size": 8, "train_mix": ""}
+TWIN |= {"validation_text": "all", "weight_decay": 0.4, "dropout": 0.1}
+TEXT_BYTES = 500_000
+# Shapes by size relative to the twin's 0.9 million parameters, with as many times its text. The learning rates of a
+# larger one follow the rules of benchmarks/experiments/scaling.py.
+SHAPES: dict[int, dict[str, Any]] = {
+    1: {"hidden_dim": 128, "num_heads": 2, "ff_dim": 512, "num_layers": 3},
+    4: {"hidden_dim": 256, "num_heads": 4, "ff_dim": 1024, "num_layers": 4},
+}
+WIDTH_EXPONENTS = {"mvlm_gpt2": -1.05, "simone_enhanced": -0.37}
 RECIPES: dict[str, dict[str, Any]] = {
     "3 passes": {"num_epochs": 3.0},
     "9 passes": {"num_epochs": 9.0},
@@ -53,7 +61,7 @@ RECIPES |= {
     for passes, teachers in STUDENTS
 }
 TWINS = {
-    f"{model} {name}": Line(model, changes=TWIN | RATES[model] | recipe)
+    f"{model} {name}": Line(model, changes=TWIN | recipe)
     for (name, recipe), model in itertools.product(RECIPES.items(), RATES)
 }
 HOUR: dict[str, Any] = {"data_subset": f"bible/{PRIMARY_TRANSLATION}", "train_mix": "", "adamw_learning_rate": 0.006}
@@ -102,12 +110,20 @@ def plan(options: argparse.Namespace) -> list[Run]:
     lines = {name: LINES[name] for name in command.chosen(options.only, LINES, TWINS)}
     shared = runner.shared_values(options, test_score=True) | {"eval_interval": 10**6, "processes": options.processes}
     if lines.keys() & TWINS.keys():
-        text = {"data_dir": str(few_books(options))}
+        twin = SHAPES[options.scale] | {"data_dir": str(few_books(options))}
         lines = {
-            name: Line(line.model, changes=line.changes | text) if name in TWINS else line
+            name: Line(line.model, changes=line.changes | twin | rates(line.model, options.scale))
+            if name in TWINS
+            else line
             for name, line in lines.items()
         }
     return runner.plan(lines, options, shared)
+
+
+def rates(model: str, scale: int) -> dict[str, Any]:
+    """Learning rates of a model of this scale, and what else is the model's own."""
+    factor = (SHAPES[scale]["hidden_dim"] / SHAPES[1]["hidden_dim"]) ** WIDTH_EXPONENTS[model]
+    return {name: value * factor if name.endswith("rate") else value for name, value in RATES[model].items()}
 
 
 def compute(run: Run) -> float:
@@ -134,9 +150,16 @@ def table(found: Found) -> str:
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = runner.command_line(__doc__, "data_constrained", LINES)
-    parser.add_argument("--text_bytes", type=int, default=500_000, help="text of the twin [default 500000]")
+    parser.add_argument("--scale", type=int, choices=SHAPES, default=1, help="size and text of the twin [default 1]")
+    parser.add_argument("--text_bytes", type=int, help=f"text of the twin [default {TEXT_BYTES:,} times --scale]")
     parser.add_argument("--processes", type=int, default=1, help="CPU workers per run [default 1]")
-    return runner.settled(parser.parse_args(arguments), "processes", "text_bytes")
+    options = parser.parse_args(arguments)
+    if options.text_bytes is None:
+        options.text_bytes = options.scale * TEXT_BYTES
+    options = runner.settled(options, "processes", "text_bytes")
+    if options.scale > 1:
+        options.root = options.root.with_name(f"{options.root.name}-scale-{options.scale}")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
