@@ -88,9 +88,9 @@ class TrainingSettings:
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         # Epochs and models come from a small twin with as much text per parameter
-        # (benchmarks/experiments/data_constrained.py): a single model is best after about three epochs, the second of a
-        # chain still improves at nine. Learning rate, weight decay and dropout in the models' own presets follow the
-        # rules of benchmarks/experiments/scaling.py. None of it has been measured at this size.
+        # (benchmarks/experiments/data_constrained.py): a model alone is best after about three epochs, a student still
+        # improves at nine. Learning rate, weight decay and dropout in the models' own presets follow the rules of
+        # benchmarks/experiments/scaling.py. None of it has been measured at this size.
         "h200": {
             "num_epochs": 9.0,
             "num_models": 2,

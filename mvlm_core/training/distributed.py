@@ -208,7 +208,7 @@ def join(device: str) -> Ranks:
             )
         torch.cuda.set_device(local)
     folder, threads, memory = os.environ.get(FOLDER_VARIABLE), torch.get_num_threads(), None
-    # In a chain each model has its own process group, and each group needs its own file.
+    # With teachers, each model has its own process group, and each group needs its own file.
     store = dist.FileStore(str(Path(folder, f"store{next(_groups)}")), world) if folder else None
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=_TIMEOUT
