@@ -163,9 +163,9 @@ class TrainingSettings:
         1, "train this many models: all but one are teachers, and the exported one learns from them and the text; "
         "helps when text is repeated for many epochs", minimum=1,
     )  # fmt: skip
-    teacher_length: float = _distillation(
-        1 / 3, "length of a teacher's training relative to its student's; teachers overfit sooner", above=0, maximum=1,
-    )  # fmt: skip
+    teacher_epochs: float = _distillation(
+        3.0, "train a teacher for at most this many epochs: a model without a teacher overfits sooner", above=0
+    )
 
     vocab_size: int = _model(32000, "vocabulary size", minimum=SMALLEST_VOCABULARY, maximum=1_000_000)
     hidden_dim: int = _model(768, "hidden size", minimum=2)
@@ -373,8 +373,7 @@ def _help(cls: type[TrainingSettings], entry: Field[Any], value_type: type) -> s
     if meta["choices"] and not all(choice in text for choice in meta["choices"]):
         text += f" ({', '.join(meta['choices'])})"
     is_path = value_type is str and "/" in str(default)
-    shown = f"{default:.3g}" if isinstance(default, float) else default
-    notes = [] if default is None or is_path else [f"default {shown}"]
+    notes = [] if default is None or is_path else [f"default {default}"]
     for preset in PRESET_NAMES:
         values = cls.preset_values(preset)
         notes += [f"{preset} {values[entry.name]}"] if entry.name in values else []

@@ -50,13 +50,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "9 passes": {"num_epochs": 9.0},
     "9 passes with decay 1.6": {"num_epochs": 9.0, "weight_decay": 1.6},
 }
-TEACHER_PASSES = 3.0
 STUDENTS = ((4.5, 1), (9, 1), (18, 2), (18, 3), (36, 6))  # passes, and teachers
 RECIPES |= {
     f"{passes:g} passes with {teachers} teacher{'s' * (teachers > 1)}": {
         "num_epochs": float(passes),
         "num_models": teachers + 1,
-        "teacher_length": TEACHER_PASSES / passes,
     }
     for passes, teachers in STUDENTS
 }

@@ -7,12 +7,13 @@ benchmarks/README.md.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mvlm_core.errors import UserError
-from mvlm_core.settings import LENGTHS, TrainingSettings
+from mvlm_core.settings import TrainingSettings
 
 if TYPE_CHECKING:  # `stages` alone must not import torch
     from transformers import PreTrainedModel
@@ -25,28 +26,30 @@ Model = TypeVar("Model", bound="PreTrainedModel")
 def stages(settings: TrainingSettings) -> list[TrainingSettings]:
     """Return the settings of each model of ``--num_models``: teachers, then their student, which is exported.
 
-    Each teacher has its own seed and is trained for ``--teacher_length`` of the student's length. ``--max_hours``
-    covers all models and is divided by their training cost.
+    Each teacher has its own seed and is trained for ``--teacher_epochs``, or as long as the student if that is shorter.
+    ``--max_hours`` covers all models; a teacher gets at most as much as one that reads a third of the student's text.
     """
-    root, count = Path(settings.output_dir or "") / TEACHERS, settings.num_models - 1
+    count = settings.num_models - 1
     if not count:
         return [settings]
+    root = Path(settings.output_dir or "") / TEACHERS
     shorter: dict[str, Any] = {"num_models": 1, "no_test_score": True}
-    for name in LENGTHS:
-        if (length := getattr(settings, name)) is not None:
-            exact = settings.teacher_length * length
-            shorter[name] = exact if isinstance(length, float) else max(1, round(exact))
+    shorter["num_epochs"] = min(settings.num_epochs or math.inf, settings.teacher_epochs)
+    if settings.max_hours is not None:
+        shorter["max_hours"] = settings.max_hours / (count + 4)
     teachers = [
         replace(settings, output_dir=str(root / str(number)), seed=(settings.seed + number + 1) % 2**32, **shorter)
         for number in range(count)
     ]
     student = replace(settings, num_models=1, teacher=",".join(str(teacher.output_dir) for teacher in teachers))
-    if settings.max_hours is None:
-        return [*teachers, student]
-    costs = [settings.teacher_length * relative_step_cost(teacher) for teacher in teachers]
-    costs.append(relative_step_cost(student))
-    hours = [settings.max_hours * cost / sum(costs) for cost in costs]
-    return [replace(stage, max_hours=share) for stage, share in zip((*teachers, student), hours, strict=True)]
+    return [*teachers, student]
+
+
+def with_time_left(student: TrainingSettings, seconds: float) -> TrainingSettings:
+    """Return the student's settings after its teachers took ``seconds`` of ``--max_hours``."""
+    if student.max_hours is None:
+        return student
+    return replace(student, max_hours=max(0.01 * student.max_hours, student.max_hours - seconds / 3600))
 
 
 def relative_step_cost(settings: TrainingSettings) -> float:

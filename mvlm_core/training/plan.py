@@ -17,7 +17,7 @@ from mvlm_core.data.tokenizer import ByteLevelBPE, tokenizer_folder
 from mvlm_core.hardware import Hardware
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.cost import OVERHEAD, StepCost, fitting_micro_batch, step_cost
-from mvlm_core.training.distillation import relative_step_cost, stages
+from mvlm_core.training.distillation import relative_step_cost, stages, with_time_left
 from mvlm_core.training.init_from import replay_of, source_of
 from mvlm_core.training.launch import describe_gpus, rank_count
 from mvlm_core.training.preparation import mix_of, old_text, read_corpus, tokenizer_path
@@ -37,6 +37,7 @@ SMALL_CARD = 24e9
 SAMPLE_BYTES = 8_000_000  # a tokenizer trained on this much text needs 0.5 % more tokens than one trained on all 64 MB
 SCORED_BYTES = 2_000_000
 TEACHERS = "teachers"
+TIMED = ("training steps", "evaluations", "checkpoints")  # what --max_hours covers
 
 log = logging.getLogger("mvlm")
 
@@ -107,12 +108,14 @@ def plan_run(
         settings = replace(settings, max_steps=ended.step, max_hours=None)
         text = replace(text, has_tokenizer=False, has_tokens=False)  # cached by now, but not when the run started
     *teachers, student = stages(settings)
+    cached = replace(text, has_tokenizer=True, has_tokens=True, test_bytes=0)
+    estimates = [_items(stage, one, cached, rate, compiled, hardware.threads) for stage in teachers]
+    taught = [item for _, items in estimates for item in items]
+    student = with_time_left(student, sum(item.seconds for item in taught if item.name in TIMED))
     steps, items = _items(student, one, text, rate, compiled, hardware.threads)
     if teachers:
-        cached = replace(text, has_tokenizer=True, has_tokens=True, test_bytes=0)
-        estimates = [_items(stage, one, cached, rate, compiled, hardware.threads)[1] for stage in teachers]
-        seconds = sum(item.seconds for items in estimates for item in items)
-        items.insert(1, Item(TEACHERS, seconds, f"{len(teachers)}, each {settings.teacher_length:.0%} of the length"))
+        each = f"{len(teachers)} × {estimates[0][0]:,} steps"
+        items.insert(1, Item(TEACHERS, sum(item.seconds for item in taught), each))
     flops = rate * sum(item.seconds for item in items if item.name in ("training steps", TEACHERS))
     assumptions = [
         f"{GPU_SHARE:.0%} of {GPU_PEAK / 1e12:.0f} TFLOP/s, half of that for evaluations in fp32, {PRICE}"

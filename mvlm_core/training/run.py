@@ -20,12 +20,12 @@ from mvlm_core.hardware import HARDWARE_FLAGS, caution, choose_hardware, describ
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.signals import StopRequest
 from mvlm_core.training import results
-from mvlm_core.training.distillation import stages
+from mvlm_core.training.distillation import stages, with_time_left
 from mvlm_core.training.distributed import join
 from mvlm_core.training.launch import FOLDER_VARIABLE, rank_count
 from mvlm_core.training.loop import TrainingLoop
 from mvlm_core.training.plan import log_costs, plan_run, planned_and_actual
-from mvlm_core.training.preparation import PreparedText, prepare_text
+from mvlm_core.training.preparation import PreparedText, prepare_text, teachers_of
 from mvlm_core.training.state import Recipe, Run, TrainingTask, build_task, run_identity, total_steps
 
 log = logging.getLogger("mvlm")
@@ -46,11 +46,13 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
         print(plan_run(recipe, settings, hardware).text())
         return Path(settings.output_dir or "")
     if settings.num_models > 1 and not settings.prepare_only:
-        for number, stage in enumerate(stages(settings), 1):
-            log.info("model %s of %s: %s", number, settings.num_models, stage.output_dir)
-            run_training(recipe, stage)
+        *teachers, student = stages(settings)
+        for number, teacher in enumerate(teachers, 1):
+            log.info("teacher %s of %s: %s", number, len(teachers), teacher.output_dir)
+            run_training(recipe, teacher)
             hardware.release()
-        return Path(settings.output_dir or "")
+        log.info("student: %s", student.output_dir)
+        return run_training(recipe, with_time_left(student, sum(source.seconds for source in teachers_of(student))))
     hardware.apply()
     if (world := rank_count(settings)) > 1:
         if settings.processes > 1 or settings.gpus:

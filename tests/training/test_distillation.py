@@ -11,7 +11,7 @@ from mvlm_core.errors import Stopped, UserError
 from mvlm_core.evaluation.bits_per_byte import load_export
 from mvlm_core.export.manifest import training_config, verify_folder
 from mvlm_core.training.checkpoint import newest_checkpoint
-from mvlm_core.training.distillation import TEACHER_SHARE, TEACHERS, stages
+from mvlm_core.training.distillation import TEACHER_SHARE, TEACHERS, stages, with_time_left
 from mvlm_core.training.run import run_training
 from tests.export.exports import copy_export, seal, set_json
 from tests.helpers import MODELS, StopAfter, make_loop, recipe_of, tiny_settings
@@ -53,8 +53,8 @@ def test_the_loss_is_the_share_of_what_teacher_and_student_say_by_their_logits(m
 
 
 def test_teachers_and_student_divide_seeds_time_and_folders(tmp_path):
-    lengths = {"max_hours": 1.1, "max_steps": 10, "num_epochs": 9.0}
-    settings = tiny_settings("mvlm_gpt2", tmp_path, tmp_path, num_models=3, seed=5, teacher_length=0.3, **lengths)
+    lengths = {"max_hours": 1.2, "max_steps": 10, "num_epochs": 9.0}
+    settings = tiny_settings("mvlm_gpt2", tmp_path, tmp_path, num_models=3, seed=5, teacher_epochs=2.5, **lengths)
     first, second, student = stages(settings)
     root = tmp_path / "mvlm_gpt2"
     teachers = root / "checkpoints" / "teachers"
@@ -64,11 +64,14 @@ def test_teachers_and_student_divide_seeds_time_and_folders(tmp_path):
     assert first.teacher is second.teacher is None
     assert student.teacher == ",".join(str(place) for place in teachers_in(teachers))
     assert first.no_test_score and second.no_test_score and not student.no_test_score
-    assert first.max_hours + second.max_hours + student.max_hours == pytest.approx(1.1)
-    assert student.max_hours == pytest.approx(4 / 3 / 0.3 * first.max_hours) and first.max_hours == second.max_hours
-    assert (first.max_steps, second.max_steps, student.max_steps) == (3, 3, 10)
-    assert (first.num_epochs, student.num_epochs) == (pytest.approx(2.7), 9) and student.max_bytes is None
+    assert first.max_hours == second.max_hours == pytest.approx(0.2), "at most"
+    assert with_time_left(student, 0.1 * 3600).max_hours == pytest.approx(1.1), "a teacher stops when it is done"
+    assert with_time_left(student, 2 * 3600).max_hours > 0
+    assert (first.num_epochs, student.num_epochs) == (2.5, 9) and first.max_steps == student.max_steps == 10
+    assert stages(replace(settings, num_epochs=1.0))[0].num_epochs == 1
     assert stages(replace(settings, num_models=1)) == [replace(settings, num_models=1)]
+    untimed = replace(settings, max_hours=None)
+    assert stages(untimed)[0].max_hours is None and with_time_left(untimed, 3600) == untimed
 
 
 def teachers_in(folder, count=2):

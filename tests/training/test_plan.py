@@ -69,17 +69,21 @@ def test_the_costs_add_up():
 def test_a_time_is_planned_to_be_used(tiny_corpus, tmp_path):
     changes = {"data_dir": str(tiny_corpus), "output_dir": str(tmp_path / "out"), "cache_dir": str(tmp_path / "cache")}
 
-    def planned(models):
-        settings = PrioritaryConfig(preset="h200", device="cpu", max_hours=0.5, num_models=models, **changes)
+    def planned(models, teacher_epochs=3.0):
+        values = changes | {"num_models": models, "teacher_epochs": teacher_epochs}
+        settings = PrioritaryConfig(preset="h200", device="cpu", max_hours=0.5, **values)
         items = plan_run(recipe_of("simone_enhanced"), settings, choose_hardware(**CPU)).items
-        trained = ("training steps", "evaluations", "checkpoints")
-        return sum(item.seconds for item in items if item.name in trained), {item.name: item.seconds for item in items}
+        found = {item.name: item.seconds for item in items}
+        return sum(found[name] for name in ("training steps", "evaluations", "checkpoints")), found
 
     assert planned(1)[0] == pytest.approx(1800, rel=0.01)
-    last, items = planned(2)  # the teacher has a third of the length, at three quarters of the cost of a step
-    assert last == pytest.approx(1800 * 4 / 5, rel=0.01)
+    student, items = planned(2, teacher_epochs=1e6)  # longer than fits: the teacher gets the most that it may get
     beside = EXPORT_SECONDS + items["compilation"]
+    assert student == pytest.approx(1800 * 4 / 5, rel=0.01)
     assert items["teachers"] - beside == pytest.approx(1800 / 5, rel=0.01)
+    student, items = planned(3)
+    assert 0 < items["teachers"] - 2 * beside < 60, "three epochs of a tiny corpus"
+    assert student == pytest.approx(1800 - (items["teachers"] - 2 * beside), rel=0.01)
 
 
 def test_a_run_ends_with_what_was_planned_beside_what_it_took(tiny_corpus, tmp_path, caplog):
