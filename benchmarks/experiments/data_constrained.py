@@ -20,6 +20,7 @@ import tempfile
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from benchmarks import command
@@ -146,11 +147,56 @@ def table(found: Found) -> str:
     return command.table(columns, rows)
 
 
+class Ensemble:
+    """Several exports as one model that predicts the mean of their probabilities; for scoring only."""
+
+    training, device = False, "cpu"
+
+    def __init__(self, folders: list[Path]) -> None:
+        from mvlm_core.evaluation.bits_per_byte import load_export
+
+        loaded = [load_export(folder) for folder in folders]
+        self.models, (_, self.tokenizer) = [model for model, _ in loaded], loaded[0]
+        self.config = self.models[0].config
+
+    def __call__(self, **inputs: Any) -> SimpleNamespace:
+        import torch
+
+        said = [model(**inputs).logits.log_softmax(-1) for model in self.models]
+        return SimpleNamespace(logits=torch.stack(said).logsumexp(0))  # up to a constant
+
+    def train(self, _mode: bool) -> None: ...
+
+    def eval(self) -> None: ...
+
+
+def ensemble_table(runs: list[Run], size: int) -> str:
+    """A row for each model's ensembles of ``size`` models of three passes, with consecutive seeds.
+
+    A student of seed s has teachers with the seeds from s + 1 on.
+    """
+    from mvlm_core.evaluation.bits_per_byte import score_loaded
+
+    rows = []
+    for name in (f"{model} 3 passes" for model in RATES):
+        finished = [run for run in runs if run.label == name and run.result() is not None]
+        scores = []
+        for members in (finished[start : start + size] for start in range(1, len(finished) - size + 1)):
+            model = Ensemble([run.folder for run in members])
+            documents = load_corpus(members[0].settings().data_dir).split("validation")
+            texts = ((document.path, document.read()) for document in documents)
+            scores.append(score_loaded(model, model.tokenizer, texts).bits_per_byte)
+        if scores:
+            rows.append((f"ensemble of {size}, {name}", len(scores), command.spread(scores)))
+    return command.table(("line", "ensembles", "validation"), rows)
+
+
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = runner.command_line(__doc__, "data_constrained", LINES)
     parser.add_argument("--scale", type=int, choices=SHAPES, default=1, help="size and text of the twin [default 1]")
     parser.add_argument("--text_bytes", type=int, help=f"text of the twin [default {TEXT_BYTES:,} times --scale]")
     parser.add_argument("--processes", type=int, default=1, help="CPU workers per run [default 1]")
+    parser.add_argument("--ensemble", type=int, help="also score ensembles of this many models of three passes")
     options = parser.parse_args(arguments)
     if options.text_bytes is None:
         options.text_bytes = options.scale * TEXT_BYTES
@@ -162,7 +208,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
-    return runner.conduct(plan(options), options, table, figures)
+    code = runner.conduct(plan(options), options, table, figures)
+    if options.ensemble:
+        print("\n" + ensemble_table(plan(options), options.ensemble))
+    return code
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks.experiments import data_constrained, runner
 from mvlm_core.data.corpus import load_corpus
 from mvlm_core.errors import UserError
+from mvlm_core.evaluation.bits_per_byte import load_export
 from mvlm_core.metrics import PRIMARY_TEST_BPB
 from tests.helpers import TINY
 
@@ -74,6 +76,21 @@ def test_finished_runs_make_a_table(finished, tmp_path, tiny_corpus, monkeypatch
     cells, result = cells_of(row), run.result()
     assert cells[:4] == ["mvlm_gpt2", "1", f"{result['parameters']:,}", "5.0"] and len(cells) == len(cells_of(header))
     assert cells[4:] == [f"{result[name]:.4f}" for name in ("validation_bpb", "test_bpb", PRIMARY_TEST_BPB)]
+
+
+def test_an_ensemble_predicts_the_mean_of_its_models_probabilities(finished):
+    ids = torch.arange(12).reshape(2, 6)
+    folders = [finished["simone_enhanced"].folder, finished["simone_enhanced"].folder]
+    alone, _ = load_export(folders[0])
+    both = data_constrained.Ensemble(folders)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            both(input_ids=ids).logits.softmax(-1), alone(input_ids=ids).logits.softmax(-1), rtol=1e-5, atol=1e-7
+        )
+        both.models[1].final_norm.weight.mul_(3)
+        mean = sum(model(input_ids=ids).logits.softmax(-1) for model in both.models) / 2
+        torch.testing.assert_close(both(input_ids=ids).logits.softmax(-1), mean, rtol=1e-5, atol=1e-7)
+        assert (mean - alone(input_ids=ids).logits.softmax(-1)).abs().max() > 1e-3
 
 
 @pytest.mark.integration
