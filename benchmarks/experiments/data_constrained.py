@@ -63,10 +63,14 @@ TWINS = {
     f"{model} {name}": Line(model, changes=TWIN | recipe)
     for (name, recipe), model in itertools.product(RECIPES.items(), RATES)
 }
-HOUR: dict[str, Any] = {"data_subset": f"bible/{PRIMARY_TRANSLATION}", "train_mix": "", "adamw_learning_rate": 0.006}
-HOUR |= {"hidden_dim": 192, "num_heads": 3, "ff_dim": 768, "num_layers": 6, "batch_size": 16, "dropout": 0.1}
-HOUR |= {"weight_decay": 0.2, "num_models": 2, "num_epochs": 9.0}
-LINES = TWINS | {"hour": Line("simone_enhanced", changes=RATES["simone_enhanced"] | HOUR)}
+HOUR: dict[str, Any] = {"data_subset": f"bible/{PRIMARY_TRANSLATION}", "train_mix": "", "max_length": 512}
+HOUR |= {"hidden_dim": 192, "num_heads": 3, "ff_dim": 768, "num_layers": 6, "vocab_size": 4096, "batch_size": 8}
+HOUR |= {"weight_decay": 0.2, "dropout": 0.1, "num_models": 3, "num_epochs": 9.0}
+HOURS = {
+    "hour": Line("simone_enhanced", changes=RATES["simone_enhanced"] | HOUR | {"adamw_learning_rate": 0.006}),
+    "mvlm_gpt2 hour": Line("mvlm_gpt2", changes=RATES["mvlm_gpt2"] | HOUR),
+}
+LINES = TWINS | HOURS
 
 
 def few_books(options: argparse.Namespace) -> Path:
