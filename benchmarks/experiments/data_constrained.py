@@ -39,9 +39,10 @@ RATES: dict[str, dict[str, Any]] = {
 TWIN: dict[str, Any] = {"max_length": 256, "vocab_size": 2048, "batch_size": 8, "train_mix": ""}
 TWIN |= {"validation_text": "all", "weight_decay": 0.4, "dropout": 0.1}
 TEXT_BYTES = 500_000
-# Shapes by size relative to the twin's 0.9 million parameters, with as many times its text. The learning rates of a
-# larger one follow the rules of benchmarks/experiments/scaling.py.
-SHAPES: dict[int, dict[str, Any]] = {
+# Shapes by size relative to the twin's 0.9 million parameters, with as many times its text. The learning rates of the
+# others follow the rules of benchmarks/experiments/scaling.py.
+SHAPES: dict[float, dict[str, Any]] = {
+    0.25: {"hidden_dim": 64, "num_heads": 1, "ff_dim": 256, "num_layers": 2},
     1: {"hidden_dim": 128, "num_heads": 2, "ff_dim": 512, "num_layers": 3},
     4: {"hidden_dim": 256, "num_heads": 4, "ff_dim": 1024, "num_layers": 4},
 }
@@ -123,7 +124,7 @@ def plan(options: argparse.Namespace) -> list[Run]:
     return runner.plan(lines, options, shared)
 
 
-def rates(model: str, scale: int) -> dict[str, Any]:
+def rates(model: str, scale: float) -> dict[str, Any]:
     """Learning rates of a model of this scale, and what else is the model's own."""
     factor = (SHAPES[scale]["hidden_dim"] / SHAPES[1]["hidden_dim"]) ** WIDTH_EXPONENTS[model]
     return {name: value * factor if name.endswith("rate") else value for name, value in RATES[model].items()}
@@ -197,16 +198,17 @@ def ensemble_table(runs: list[Run], size: int) -> str:
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = runner.command_line(__doc__, "data_constrained", LINES)
-    parser.add_argument("--scale", type=int, choices=SHAPES, default=1, help="size and text of the twin [default 1]")
+    parser.add_argument("--scale", type=float, choices=SHAPES, default=1, help="size and text of the twin [default 1]")
     parser.add_argument("--text_bytes", type=int, help=f"text of the twin [default {TEXT_BYTES:,} times --scale]")
     parser.add_argument("--processes", type=int, default=1, help="CPU workers per run [default 1]")
     parser.add_argument("--ensemble", type=int, help="also score ensembles of this many models of three passes")
     options = parser.parse_args(arguments)
     if options.text_bytes is None:
-        options.text_bytes = options.scale * TEXT_BYTES
-    options = runner.settled(options, "processes", "text_bytes")
-    if options.scale > 1:
-        options.root = options.root.with_name(f"{options.root.name}-scale-{options.scale}")
+        options.text_bytes = round(options.scale * TEXT_BYTES)
+    counts = ("processes", "text_bytes") if options.ensemble is None else ("processes", "text_bytes", "ensemble")
+    options = runner.settled(options, *counts)
+    if options.scale != 1:
+        options.root = options.root.with_name(f"{options.root.name}-scale-{options.scale:g}")
     return options
 
 
