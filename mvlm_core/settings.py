@@ -292,6 +292,11 @@ class TrainingSettings:
         return self
 
     @property
+    def teachers(self) -> list[str]:
+        """Exports named by ``--teacher``."""
+        return self.teacher.split(",") if self.teacher else []
+
+    @property
     def sequences_per_step(self) -> int:
         """The global batch size: sequences per optimizer step."""
         return self.batch_size * self.gradient_accumulation_steps

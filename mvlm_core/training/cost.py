@@ -36,10 +36,11 @@ class StepMemory:
     gradients: int
     optimizer: int
     activations: int
+    teachers: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return sum(vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def step_cost(
             for p in group["params"]
         )
         activations = sum(storage.nbytes() for storage in saved - {p.untyped_storage() for p in parameters})
-        memory = StepMemory(weights, weights, moments, activations)
+        teachers = settings.num_models - 1 or len(settings.teachers)
+        memory = StepMemory(weights, weights, moments, activations, teachers * weights)
         flops = counter.get_total_flops() / (sequences * settings.max_length)
         with FlopCounterMode(display=False) as products:
             for part in built.optimizers.parts:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 # Logits per block: small enough for a CPU's last-level cache, or small compared with a GPU's memory.
 _BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
-_LEAST_ROWS = 128  # per block, or half the width: the output matrix and its gradient are read once per block
+LEAST_ROWS = 128  # per block, or half the width: the output matrix and its gradient are read once per block
 ALIGNMENT = 64  # pad the output matrix to a multiple of this many rows: kernels are slow at GPT-2's 50,257
 
 
@@ -155,7 +155,7 @@ def even_rows(count: int, most: int) -> int:
 
 def rows_at_a_time(vocab: int, dim: int, device: str) -> int:
     """Rows of logits that ``linear_cross_entropy`` computes at a time on this device type."""
-    return max(_LEAST_ROWS, dim // 2, _BLOCK_BYTES.get(device, 64 << 20) // (4 * vocab))
+    return max(LEAST_ROWS, dim // 2, _BLOCK_BYTES.get(device, 64 << 20) // (4 * vocab))
 
 
 def linear_cross_entropy(

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvlm_core.training.cross_entropy import ALIGNMENT, compiled_block, even_rows, rows_at_a_time
+from mvlm_core.training.cross_entropy import ALIGNMENT, LEAST_ROWS, compiled_block, even_rows, rows_at_a_time
+
+_TENSORS = 4  # as large as a block's logits that exist at a time
 
 
 class Prediction(NamedTuple):
@@ -80,7 +82,8 @@ class _DistillationLoss(torch.autograd.Function):
         pointing = None if log_share is None or log_tokens is None or ids is None else (log_share, log_tokens, ids)
         student, taught = _Rows(Prediction(hidden, weight, pointing)), _Rows(teacher)
         count, vocab = targets.numel(), weight.shape[0]
-        rows, score = rows_at_a_time(vocab, weight.shape[1], hidden.device.type), _score_block
+        rows = max(LEAST_ROWS, rows_at_a_time(vocab, weight.shape[1], hidden.device.type) // _TENSORS)
+        score = _score_block
         if kernel == "compiled":
             rows, score = even_rows(count, rows), compiled_block(_score_block)
         exact = torch.promote_types(hidden.dtype, torch.float32)

@@ -131,8 +131,7 @@ def teachers_of(settings: TrainingSettings) -> tuple[Source, ...]:
     Raises:
         UserError: missing, unfinished or damaged export.
     """
-    places = settings.teacher.split(",") if settings.teacher else ()
-    return tuple(open_source(place, "--teacher") for place in places)
+    return tuple(open_source(place, "--teacher") for place in settings.teachers)
 
 
 def _check_teachers(teachers: Iterable[Source], tokenizer: ByteLevelBPE, context: int) -> None:

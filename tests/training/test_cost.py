@@ -68,6 +68,18 @@ def test_the_estimate_is_what_a_step_takes(model, size, measured):
     assert estimate == pytest.approx(taken, rel=0.25)
 
 
+def test_the_weights_of_all_teachers_are_in_memory(tmp_path):
+    hardware = choose_hardware(device="cpu", precision="fp32")
+
+    def memory(**changes):
+        settings = tiny_settings("mvlm_gpt2", tmp_path, tmp_path, **changes)
+        return step_cost(recipe_of("mvlm_gpt2").build, settings, hardware, 2).memory
+
+    alone = memory()
+    for found in (memory(num_models=3), memory(teacher="a,b")):
+        assert found.total - alone.total == found.teachers == 2 * alone.weights > 0 == alone.teachers
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_operations_are_those_of_the_formula(model, tmp_path):
     """Six a weight of every product, twelve a layer for attention (arXiv 2204.02311), within 3 %."""
