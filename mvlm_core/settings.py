@@ -88,12 +88,12 @@ class TrainingSettings:
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         # Epochs and models come from a small twin with as much text per parameter
-        # (benchmarks/experiments/data_constrained.py): a model alone is best after about three epochs, a student still
-        # improves at nine. Learning rate, weight decay and dropout in the models' own presets follow the rules of
-        # benchmarks/experiments/scaling.py. None of it has been measured at this size.
+        # (benchmarks/experiments/data_constrained.py): a model alone is best after about three epochs, a student of
+        # three such models still improves at 18. Learning rate, weight decay and dropout in the models' own presets
+        # follow the rules of benchmarks/experiments/scaling.py. None of it has been measured at this size.
         "h200": {
-            "num_epochs": 9.0,
-            "num_models": 2,
+            "num_epochs": 18.0,
+            "num_models": 4,
             "eval_interval": 100,
             "checkpoint_interval": 250,
             "validation_text": "all",
@@ -127,6 +127,11 @@ class TrainingSettings:
             "log_interval": 5,
         },
         CONTINUED: {"num_epochs": 2.0, "num_models": 1},
+    }
+    # For presets with teachers, the number of models up to so many --max_hours, from the same twin: on an H200 one model
+    # takes about 2.5 minutes for three epochs, and teachers take about a third of the time.
+    MODELS_BY_HOURS: ClassVar[dict[str, tuple[tuple[float, int], ...]]] = {
+        "h200": ((0.08, 1), (0.33, 2), (0.83, 4), (math.inf, 8))
     }
 
     data_dir: str = _data(str(DEFAULT_DATA_DIR), "folder of .txt files, each with an optional .json file")
@@ -241,6 +246,8 @@ class TrainingSettings:
         if self.preset in (None, "auto"):
             self.preset = "cpu" if self.device == "cpu" else resolve_preset("auto")[0]
         chosen = self.preset_values(self.preset)
+        if self.max_hours is not None and (by_hours := self.MODELS_BY_HOURS.get(self.preset)):
+            chosen["num_models"] = next(models for hours, models in by_hours if self.max_hours <= hours)
         if self.init_from is not None:
             chosen = self._continued(chosen)
         # An explicit length replaces all of the preset's lengths: --max_steps 5000 means 5,000 steps, not the preset's

@@ -44,6 +44,16 @@ def test_a_flag_beats_the_preset_and_the_preset_the_default():
     assert PrioritaryConfig(preset="smoke", memory_head=False).memory_head is False
 
 
+@pytest.mark.parametrize("cls", [GPT2Settings, PrioritaryConfig])
+def test_the_hours_choose_the_number_of_models(cls):
+    def models(preset, **changes):
+        return cls(preset=preset, **changes).num_models
+
+    assert [models("h200", max_hours=hours) for hours in (0.05, 0.08, 0.2, 0.5, 3.0, 30.0)] == [1, 1, 2, 4, 8, 8]
+    assert models("h200") == 4 and models("h200", max_hours=3.0, num_models=2) == 2
+    assert models("cpu", max_hours=3.0) == 1, "enough text for one model"
+
+
 def test_a_head_has_a_flag_for_on_and_one_for_off():
     heads = ("policy_head", "memory_head", "trace_head")
     for given, wanted in (

@@ -26,7 +26,7 @@ from mvlm_core.training.state import LoopState, Recipe
 # Assumptions; those that an estimate uses are printed with it.
 GPU_PEAK = 989e12  # FLOP/s of an H200 or H100, bf16 without sparsity
 GPU_SHARE = 0.35  # plain GPT-2 training at this size reached 0.29 to 0.40 of the bf16 peak on A100 and H100
-CPU_SHARE = 0.45  # of the measured matmul rate; small models reach 0.4 to 0.5 (benchmarks/LOG.md)
+CPU_SHARE = {"fp32": 0.45, "bf16": 0.75}  # of the fp32 matmul rate, by precision (benchmarks/LOG.md)
 COMPILE_SECONDS = 90.0
 COPIED_PER_SECOND = 5e9  # bytes of a checkpoint copied to host memory while training waits; a thread writes them
 LEARNED_PER_SECOND = 4e6  # bytes of text per core when training a tokenizer (benchmarks/README.md)
@@ -102,7 +102,7 @@ def plan_run(
     one, two = (step_cost(recipe.build, settings, hardware, sequences) for sequences in (1, 2))
     matrix = 0.0 if on_gpu else matrix_rate()
     ranks = world or (rank_count(settings) if hardware.device == "cuda" else 1)
-    rate = GPU_PEAK * GPU_SHARE * ranks if on_gpu else matrix * CPU_SHARE
+    rate = GPU_PEAK * GPU_SHARE * ranks if on_gpu else matrix * CPU_SHARE[hardware.precision]
     compiled = on_gpu and not settings.no_compile
     if ended is not None:
         settings = replace(settings, max_steps=ended.step, max_hours=None)
@@ -120,7 +120,8 @@ def plan_run(
     assumptions = [
         f"{GPU_SHARE:.0%} of {GPU_PEAK / 1e12:.0f} TFLOP/s, half of that for evaluations in fp32, {PRICE}"
         if on_gpu
-        else f"{CPU_SHARE:.0%} of the {matrix / 1e9:.0f} GFLOP/s just measured for a matmul here",
+        else f"{CPU_SHARE[hardware.precision]:.0%} of the {matrix / 1e9:.0f} GFLOP/s just measured for an fp32 matmul, "
+        f"in {hardware.precision}",
         f"checkpoints copied at {COPIED_PER_SECOND / 1e9:.0f} GB/s, written in the background",
         f"tokenizer training at {LEARNED_PER_SECOND / 1e6:.0f} MB/s and tokenization at "
         f"{ENCODED_PER_SECOND / 1e6:.1f} MB/s per core ({hardware.threads} cores)",
