@@ -128,8 +128,8 @@ class TrainingSettings:
         },
         CONTINUED: {"num_epochs": 2.0, "num_models": 1},
     }
-    # For presets with teachers, the number of models up to so many --max_hours, from the same twin: on an H200 one model
-    # takes about 2.5 minutes for three epochs, and teachers take about a third of the time.
+    # For presets with teachers, the number of models up to so many --max_hours, from the same twin: on an H200 one
+    # model takes about 2.5 minutes for three epochs, and teachers should take a quarter to a third of the time.
     MODELS_BY_HOURS: ClassVar[dict[str, tuple[tuple[float, int], ...]]] = {
         "h200": ((0.08, 1), (0.33, 2), (0.83, 4), (math.inf, 8))
     }

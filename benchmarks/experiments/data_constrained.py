@@ -60,6 +60,10 @@ RECIPES |= {
     }
     for passes, teachers in STUDENTS
 }
+RECIPES |= {
+    f"{name} and dropout {dropout}": RECIPES[name] | {"dropout": dropout}
+    for name, dropout in itertools.product(("3 passes", "9 passes with 1 teacher"), (0.0, 0.3))
+}
 TWINS = {
     f"{model} {name}": Line(model, changes=TWIN | recipe)
     for (name, recipe), model in itertools.product(RECIPES.items(), RATES)

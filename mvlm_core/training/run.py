@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -25,7 +26,7 @@ from mvlm_core.training.distributed import join
 from mvlm_core.training.launch import FOLDER_VARIABLE, rank_count
 from mvlm_core.training.loop import TrainingLoop
 from mvlm_core.training.plan import log_costs, plan_run, planned_and_actual
-from mvlm_core.training.preparation import PreparedText, prepare_text, teachers_of
+from mvlm_core.training.preparation import PreparedText, prepare_text
 from mvlm_core.training.state import Recipe, Run, TrainingTask, build_task, run_identity, total_steps
 
 log = logging.getLogger("mvlm")
@@ -45,24 +46,25 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
     if settings.dry_run:
         print(plan_run(recipe, settings, hardware).text())
         return Path(settings.output_dir or "")
-    if settings.num_models > 1 and not settings.prepare_only:
-        *teachers, student = stages(settings)
-        for number, teacher in enumerate(teachers, 1):
-            log.info("teacher %s of %s: %s", number, len(teachers), teacher.output_dir)
-            run_training(recipe, teacher)
-            hardware.release()
-        log.info("student: %s", student.output_dir)
-        return run_training(recipe, with_time_left(student, sum(source.seconds for source in teachers_of(student))))
+    *teachers, student = [settings] if settings.prepare_only else stages(settings)
+    for number, teacher in enumerate(teachers, 1):
+        log.info("teacher %s of %s: %s", number, len(teachers), teacher.output_dir)
+        run_training(recipe, teacher)
+        hardware.release()
     hardware.apply()
     if (world := rank_count(settings)) > 1:
         if settings.processes > 1 or settings.gpus:
             raise UserError(f"{world} processes can only be started from a trainer's command line, not from Python")
         log.warning("this process uses one of several GPUs; the trainers' command lines use all of them")
-    return _run(Run(recipe, settings, hardware, join(hardware.device)))
+    return _run(Run(recipe, student, hardware, join(hardware.device)), own_teachers=bool(teachers))
 
 
-def _run(run: Run) -> Path:
-    """Run one rank."""
+def _run(run: Run, *, own_teachers: bool = False) -> Path:
+    """Run one rank.
+
+    Args:
+        own_teachers: the teachers have already used a part of ``--max_hours``.
+    """
     settings, ranks = run.settings, run.ranks
     if not ranks.is_main and FOLDER_VARIABLE not in os.environ:  # torchrun has one console for all ranks
         log.setLevel(logging.ERROR)
@@ -75,6 +77,9 @@ def _run(run: Run) -> Path:
     started = time.perf_counter()
     text = prepare_text(settings, run.recipe.tokenizer_class, ranks)
     prepared = time.perf_counter() - started
+    if own_teachers:
+        settings = with_time_left(settings, sum(teacher.seconds for teacher in text.teachers))
+        run = replace(run, settings=settings)
     if settings.prepare_only:
         log.info("prepared: tokenizer and tokens are in %s", settings.cache_dir)
         return run.output_dir
