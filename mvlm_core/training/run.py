@@ -97,6 +97,7 @@ def _run(run: Run, *, own_teachers: bool = False) -> Path:
         finished = ranks.is_main and not settings.fresh and results.is_finished(run.output_dir, identity, min_steps)
         if ranks.broadcast(finished):
             log.info("already finished: %s (use --fresh to train again)", run.output_dir)
+            ranks.leave()  # a student may still follow
             return run.output_dir
         stop.raise_at_once()
         task = build_task(run, text)
