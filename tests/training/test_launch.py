@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from mvlm_core.errors import Stopped, TrainingFailed, UserError
+from mvlm_core.export.manifest import training_config, verify_folder
 from mvlm_core.signals import PARENT_VARIABLE
 from mvlm_core.training import launch
 from mvlm_core.training.checkpoint import newest_checkpoint
+from mvlm_core.training.distillation import TEACHERS
 from mvlm_core.training.history import read_history
 from mvlm_core.training.launch import FOLDER_VARIABLE, Supervisor, describe_gpus, rank_count
 from mvlm_core.training.run import run_training
@@ -213,6 +215,29 @@ def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_to_the_bit(tiny_corpus
     for name in ("model", "optimizer"):
         first, second = (end.tensors(name) for end in ends)
         assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_two_workers_train_teachers_and_a_student_and_resume_the_student(tiny_corpus, tmp_path):
+    """All ranks must wait for a teacher's export, and leave the group of one that is already finished."""
+    output = tmp_path / "out"
+    values = TINY | {"data_dir": tiny_corpus, "output_dir": output, "cache_dir": tmp_path / "cache", "processes": 2}
+    values |= {"num_models": 3, "max_steps": 150, "max_hours": 1, "teacher_epochs": 0.2}
+    flags = [f"--{name}={value}" for name, value in values.items() if name != "quiet"]
+    command = [sys.executable, REPOSITORY / "SIM-ONE Training/enhanced_train.py", *flags, "--quiet"]
+    program = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    history, end = output / "training_history.jsonl", time.monotonic() + 120
+    while time.monotonic() < end and not (history.exists() and history.read_text().count("\n") >= 2):
+        assert program.poll() is None, program.stderr.read()
+        time.sleep(0.02)
+    program.send_signal(signal.SIGTERM)
+    assert program.wait(60) == 128 + signal.SIGTERM, program.stderr.read()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("already finished") == 2
+    teachers = [output / TEACHERS / str(number) for number in range(2)]
+    assert not any(verify_folder(folder) for folder in (output, *teachers))
+    hours = [training_config(folder)["settings"]["max_hours"] for folder in (*teachers, output)]
+    assert hours[0] == hours[1] == pytest.approx(1 / 6) and 0.9 < hours[2] < 1
 
 
 @pytest.mark.integration
