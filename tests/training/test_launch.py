@@ -233,7 +233,7 @@ def test_two_workers_train_teachers_and_a_student_and_resume_the_student(tiny_co
     assert program.wait(60) == 128 + signal.SIGTERM, program.stderr.read()
     again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert again.returncode == 0, again.stderr
-    assert again.stderr.count("already finished") == 2
+    assert again.stdout.count("already finished") == 2
     teachers = [output / TEACHERS / str(number) for number in range(2)]
     assert not any(verify_folder(folder) for folder in (output, *teachers))
     hours = [training_config(folder)["settings"]["max_hours"] for folder in (*teachers, output)]
