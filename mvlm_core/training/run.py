@@ -102,12 +102,7 @@ def _run(run: Run, *, own_teachers: bool = False) -> Path:
         stop.raise_at_once()
         task = build_task(run, text)
         loop = TrainingLoop(run, task)
-        length = "steps" if steps is None else f"{steps:,} steps ({text.batches.epoch_at(steps):.2f} epochs)"
-        limit = "" if settings.max_hours is None else f", as many as fit into {settings.max_hours:g} hours"
-        log.info(
-            f"{run.recipe.title}: {task.model.num_parameters():,} parameters, {length} of "
-            f"{settings.sequences_per_step} sequences of {settings.max_length} tokens{limit}"
-        )
+        _announce(run, task, steps)
         loop.run(stop)
         peak_memory_bytes = loop.peak_memory()
         ranks.leave()
@@ -120,6 +115,17 @@ def _run(run: Run, *, own_teachers: bool = False) -> Path:
                     f"training finished, but the export cannot be written: {error}; free some space and run again"
                 ) from None
     return run.output_dir
+
+
+def _announce(run: Run, task: TrainingTask, steps: int | None) -> None:
+    """Log the model's size and the run's length."""
+    settings = run.settings
+    length = "steps" if steps is None else f"{steps:,} steps ({task.batches.epoch_at(steps):.2f} epochs)"
+    limit = "" if settings.max_hours is None else f", as many as fit into {settings.max_hours:.3g} hours"
+    log.info(
+        f"{run.recipe.title}: {task.model.num_parameters():,} parameters, {length} of "
+        f"{settings.sequences_per_step} sequences of {settings.max_length} tokens{limit}"
+    )
 
 
 def _export(
