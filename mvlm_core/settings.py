@@ -26,6 +26,7 @@ PRESET_NAMES = ("auto", "h200", "cpu", "smoke")
 SCHEDULES = ("cosine", "linear")
 OPTIMIZERS = ("adamw", "muon")
 VALIDATION_TEXTS = ("primary", "all")
+ALONE_EPOCHS = 3.0  # after which a model without a teacher overfits (benchmarks/experiments/data_constrained.py)
 LENGTHS = ("num_epochs", "max_steps", "max_tokens", "max_bytes", "max_hours")
 CONTINUED = "init_from"  # key in PRESETS: values that --init_from applies on top of any preset
 CONTINUED_RATE = 0.3  # times the preset's peak learning rate
@@ -169,7 +170,7 @@ class TrainingSettings:
         "helps when text is repeated for many epochs", minimum=1,
     )  # fmt: skip
     teacher_epochs: float = _distillation(
-        3.0, "train a teacher for at most this many epochs: a model without a teacher overfits sooner", above=0
+        ALONE_EPOCHS, "train a teacher for at most this many epochs: a model without a teacher overfits sooner", above=0
     )
 
     vocab_size: int = _model(32000, "vocabulary size", minimum=SMALLEST_VOCABULARY, maximum=1_000_000)
@@ -248,6 +249,8 @@ class TrainingSettings:
         chosen = self.preset_values(self.preset)
         if self.max_hours is not None and (by_hours := self.MODELS_BY_HOURS.get(self.preset)):
             chosen["num_models"] = next(models for hours, models in by_hours if self.max_hours <= hours)
+            if chosen["num_models"] == 1 and self.num_epochs is None:
+                self.num_epochs = ALONE_EPOCHS
         if self.init_from is not None:
             chosen = self._continued(chosen)
         # An explicit length replaces all of the preset's lengths: --max_steps 5000 means 5,000 steps, not the preset's

@@ -52,6 +52,9 @@ def test_the_hours_choose_the_number_of_models(cls):
     assert [models("h200", max_hours=hours) for hours in (0.05, 0.08, 0.2, 0.5, 3.0, 30.0)] == [1, 1, 2, 4, 8, 8]
     assert models("h200") == 4 and models("h200", max_hours=3.0, num_models=2) == 2
     assert models("cpu", max_hours=3.0) == 1, "enough text for one model"
+    assert cls(preset="h200", max_hours=0.05).num_epochs == 3, "alone a model overfits after that"
+    assert cls(preset="h200", max_hours=0.5).num_epochs is None and cls(preset="h200").num_epochs == 18
+    assert cls(preset="h200", max_hours=0.05, num_epochs=5).num_epochs == 5
 
 
 def test_a_head_has_a_flag_for_on_and_one_for_off():
