@@ -43,7 +43,7 @@ class PrioritaryConfig(BibleSettings):
             "adamw_learning_rate": 0.0065,
             "lr_schedule": "linear",
             "weight_decay": 0.4,
-            "dropout": 0.3,
+            "dropout": 0.1,
         },
         "cpu": SMALL,
         "smoke": SMALL,
