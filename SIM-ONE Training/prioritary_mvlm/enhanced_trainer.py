@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from prioritary_mvlm.advanced_tokenizer import AdvancedBPETokenizer
 from prioritary_mvlm.config import NAME, PrioritaryConfig
 from simone_transformer import EnhancedSIMONEConfig, EnhancedSIMONEModel, swiglu_width
 from simone_transformer.enhanced_model import run_layer
-from simone_transformer.rope_attention import Pointing, point
+from simone_transformer.rope_attention import point
 
 
 def model_config(
@@ -61,16 +62,14 @@ def add_training(model: EnhancedSIMONEModel, config: PrioritaryConfig, hardware:
     modules: dict[str, nn.Module] = {"model": model, "loss": criterion}
     teachers = load_teachers(config, EnhancedSIMONEModel, hardware.device)
     layer, pointer = hardware.compiled(run_layer), hardware.compiled(point)
+    hidden_states = partial(EnhancedSIMONEModel.hidden_states, layer_function=layer, point_function=pointer)
 
     def loss(inputs: Tensor, targets: Tensor, document_weights: Tensor, share_done: float) -> StepLoss:
-        def states(of: EnhancedSIMONEModel) -> tuple[Tensor, Pointing | None]:
-            return of.hidden_states(inputs, layer_function=layer, point_function=pointer)
-
-        hidden, pointing = states(model)
+        hidden, pointing = hidden_states(model, inputs)
         taught = None
         if (teacher := teacher_of_step(teachers)) is not None:
             with torch.no_grad():
-                target = states(teacher)
+                target = hidden_states(teacher, inputs)
             taught = Prediction(target[0], teacher.lm_head.weight, target[1])
         return criterion(hidden, model.lm_head.weight, targets, document_weights, share_done, pointing, taught)
 

@@ -189,14 +189,14 @@ def ensemble_table(runs: list[Run], size: int) -> str:
     rows = []
     for name in (f"{model} 3 passes" for model in RATES):
         finished = [run for run in runs if run.label == name and run.result() is not None]
-        scores = []
+        if len(finished) <= size:
+            continue
+        corpus, scores = load_corpus(finished[0].settings().data_dir), []
         for members in (finished[start : start + size] for start in range(1, len(finished) - size + 1)):
             model = Ensemble([run.folder for run in members])
-            documents = load_corpus(members[0].settings().data_dir).split("validation")
-            texts = ((document.path, document.read()) for document in documents)
+            texts = ((document.path, document.read()) for document in corpus.split("validation"))
             scores.append(score_loaded(model, model.tokenizer, texts).bits_per_byte)
-        if scores:
-            rows.append((f"ensemble of {size}, {name}", len(scores), command.spread(scores)))
+        rows.append((f"ensemble of {size}, {name}", len(scores), command.spread(scores)))
     return command.table(("line", "ensembles", "validation"), rows)
 
 

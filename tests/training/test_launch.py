@@ -178,10 +178,11 @@ def test_the_end_of_the_pipeline_is_taken_for_sigterm(quick, monkeypatch):
 # --- real trainings ------------------------------------------------------------------------------------------------
 
 
-def started(corpus, work, steps, wait_for):
+def started(corpus, work, steps, wait_for, **changes):
     """A run of so many steps that has come to step ``wait_for``, and its ranks' processes."""
     values = TINY | {"data_dir": corpus, "output_dir": work / "out", "cache_dir": work / "cache", "processes": 2}
-    flags = [f"--{name}={value}" for name, value in (values | {"max_steps": steps}).items() if name != "quiet"]
+    values |= changes | {"max_steps": steps}
+    flags = [f"--{name}={value}" for name, value in values.items() if name != "quiet"]
     command = [sys.executable, REPOSITORY / "SIM-ONE Training/enhanced_train.py", *flags, "--quiet"]
     program = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     history = work / "out" / "training_history.jsonl"
@@ -219,19 +220,12 @@ def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_to_the_bit(tiny_corpus
 
 def test_two_workers_train_teachers_and_a_student_and_resume_the_student(tiny_corpus, tmp_path):
     """All ranks must wait for a teacher's export, and leave the group of one that is already finished."""
+    changes = {"num_models": 3, "max_hours": 1, "teacher_epochs": 0.2}
+    program, _ = started(tiny_corpus, tmp_path, 150, wait_for=2, **changes)
     output = tmp_path / "out"
-    values = TINY | {"data_dir": tiny_corpus, "output_dir": output, "cache_dir": tmp_path / "cache", "processes": 2}
-    values |= {"num_models": 3, "max_steps": 150, "max_hours": 1, "teacher_epochs": 0.2}
-    flags = [f"--{name}={value}" for name, value in values.items() if name != "quiet"]
-    command = [sys.executable, REPOSITORY / "SIM-ONE Training/enhanced_train.py", *flags, "--quiet"]
-    program = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    history, end = output / "training_history.jsonl", time.monotonic() + 120
-    while time.monotonic() < end and not (history.exists() and history.read_text().count("\n") >= 2):
-        assert program.poll() is None, program.stderr.read()
-        time.sleep(0.02)
     program.send_signal(signal.SIGTERM)
     assert program.wait(60) == 128 + signal.SIGTERM, program.stderr.read()
-    again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    again = subprocess.run(program.args, capture_output=True, text=True, timeout=120, check=False)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("already finished") == 2
     teachers = [output / TEACHERS / str(number) for number in range(2)]
