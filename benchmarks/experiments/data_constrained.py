@@ -34,10 +34,14 @@ from mvlm_core.training.distillation import relative_step_cost, stages
 
 RATES: dict[str, dict[str, Any]] = {
     "mvlm_gpt2": {"learning_rate": 2e-3},
-    "simone_enhanced": {"learning_rate": 0.02, "adamw_learning_rate": 0.01, "output_head": "tied"},
+    "simone_enhanced": {"learning_rate": 0.02, "adamw_learning_rate": 0.01},
+}
+OWN: dict[str, dict[str, Any]] = {
+    "mvlm_gpt2": {"dropout": 0.0},
+    "simone_enhanced": {"dropout": 0.1, "output_head": "tied"},
 }
 TWIN: dict[str, Any] = {"max_length": 256, "vocab_size": 2048, "batch_size": 8, "train_mix": ""}
-TWIN |= {"validation_text": "all", "weight_decay": 0.4, "dropout": 0.1}
+TWIN |= {"validation_text": "all", "weight_decay": 0.4}
 TEXT_BYTES = 500_000
 # Shapes by size relative to the twin's 0.9 million parameters, with as many times its text. The learning rates of the
 # others follow the rules of benchmarks/experiments/scaling.py.
@@ -52,7 +56,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "9 passes": {"num_epochs": 9.0},
     "9 passes with decay 1.6": {"num_epochs": 9.0, "weight_decay": 1.6},
 }
-STUDENTS = ((4.5, 1), (9, 1), (18, 2), (18, 3), (36, 6))  # passes, and teachers
+STUDENTS = ((4.5, 1), (9, 1), (18, 3), (36, 14), (52, 7), (170, 24), (209, 7))  # passes, and teachers
 RECIPES |= {
     f"{passes:g} passes with {teachers} teacher{'s' * (teachers > 1)}": {
         "num_epochs": float(passes),
@@ -62,18 +66,19 @@ RECIPES |= {
 }
 RECIPES |= {
     f"{name} and dropout {dropout}": RECIPES[name] | {"dropout": dropout}
-    for name, dropout in itertools.product(("3 passes", "9 passes with 1 teacher"), (0.0, 0.3))
+    for name, dropout in itertools.product(("3 passes", "9 passes with 1 teacher"), (0.0, 0.1, 0.3))
 }
 TWINS = {
-    f"{model} {name}": Line(model, changes=TWIN | recipe)
+    f"{model} {name}": Line(model, changes=TWIN | OWN[model] | recipe)
     for (name, recipe), model in itertools.product(RECIPES.items(), RATES)
 }
 HOUR: dict[str, Any] = {"data_subset": f"bible/{PRIMARY_TRANSLATION}", "train_mix": "", "max_length": 512}
 HOUR |= {"hidden_dim": 192, "num_heads": 3, "ff_dim": 768, "num_layers": 6, "vocab_size": 4096, "batch_size": 8}
-HOUR |= {"weight_decay": 0.2, "dropout": 0.1, "num_models": 3, "num_epochs": 9.0}
+HOUR |= {"weight_decay": 0.2, "num_models": 3, "num_epochs": 9.0}
+HOUR_RATES = RATES | {"simone_enhanced": {"learning_rate": 0.02, "adamw_learning_rate": 0.006}}
 HOURS = {
-    "hour": Line("simone_enhanced", changes=RATES["simone_enhanced"] | HOUR | {"adamw_learning_rate": 0.006}),
-    "mvlm_gpt2 hour": Line("mvlm_gpt2", changes=RATES["mvlm_gpt2"] | HOUR),
+    name: Line(model, changes=HOUR_RATES[model] | OWN[model] | HOUR)
+    for name, model in {"hour": "simone_enhanced", "mvlm_gpt2 hour": "mvlm_gpt2"}.items()
 }
 LINES = TWINS | HOURS
 
@@ -129,9 +134,9 @@ def plan(options: argparse.Namespace) -> list[Run]:
 
 
 def rates(model: str, scale: float) -> dict[str, Any]:
-    """Learning rates of a model of this scale, and what else is the model's own."""
+    """Learning rates of a model of this scale."""
     factor = (SHAPES[scale]["hidden_dim"] / SHAPES[1]["hidden_dim"]) ** WIDTH_EXPONENTS[model]
-    return {name: value * factor if name.endswith("rate") else value for name, value in RATES[model].items()}
+    return {name: value * factor for name, value in RATES[model].items()}
 
 
 def compute(run: Run) -> float:
