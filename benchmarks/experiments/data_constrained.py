@@ -29,6 +29,7 @@ from benchmarks.experiments.runner import Figures, Found, Line, Run
 from bible_corpus.books import PRIMARY_TRANSLATION
 from mvlm_core.data.corpus import MANIFEST_NAME, load_corpus
 from mvlm_core.errors import UserError, run_main
+from mvlm_core.export.manifest import training_config
 from mvlm_core.metrics import PRIMARY_TEST_BPB
 from mvlm_core.training.distillation import relative_step_cost, stages
 
@@ -184,25 +185,27 @@ class Ensemble:
     def eval(self) -> None: ...
 
 
-def ensemble_table(runs: list[Run], size: int) -> str:
-    """A row for each model's ensembles of ``size`` models of three passes, with consecutive seeds.
-
-    A student of seed s has teachers with the seeds from s + 1 on.
-    """
+def ensemble_table(runs: list[Run]) -> str:
+    """A row for each line with finished students of several teachers: those alone, their ensemble, and the student."""
     from mvlm_core.evaluation.bits_per_byte import score_loaded
 
-    rows = []
-    for name in (f"{model} 3 passes" for model in RATES):
-        finished = [run for run in runs if run.label == name and run.result() is not None]
-        if len(finished) <= size:
+    found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    for run in runs:
+        *teachers, _ = [Path(str(stage.output_dir)) for stage in stages(run.settings())]
+        if len(teachers) < 2 or (result := run.result()) is None:
             continue
-        corpus, scores = load_corpus(finished[0].settings().data_dir), []
-        for members in (finished[start : start + size] for start in range(1, len(finished) - size + 1)):
-            model = Ensemble([run.folder for run in members])
-            texts = ((document.path, document.read()) for document in corpus.split("validation"))
-            scores.append(score_loaded(model, model.tokenizer, texts).bits_per_byte)
-        rows.append((f"ensemble of {size}, {name}", len(scores), command.spread(scores)))
-    return command.table(("line", "ensembles", "validation"), rows)
+        alone = [training_config(teacher)["results"]["validation_bpb"] for teacher in teachers]
+        ensemble, corpus = Ensemble(teachers), load_corpus(run.settings().data_dir)
+        texts = ((document.path, document.read()) for document in corpus.split("validation"))
+        together = score_loaded(ensemble, ensemble.tokenizer, texts).bits_per_byte
+        found[run.label].append((statistics.mean(alone), together, result["validation_bpb"]))
+    columns = ("line", "seeds", "teachers alone", "their ensemble", "student", "share of the ensemble's gain")
+    rows = []
+    for label, scores in found.items():
+        shares = [(alone - student) / (alone - together) for alone, together, student in scores]
+        values = [*map(command.spread, zip(*scores, strict=True)), command.spread(shares, "{:.2f}")]
+        rows.append((label, len(scores), *values))
+    return command.table(columns, rows)
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -210,12 +213,11 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scale", type=float, choices=SHAPES, default=1, help="size and text of the twin [default 1]")
     parser.add_argument("--text_bytes", type=int, help=f"text of the twin [default {TEXT_BYTES:,} times --scale]")
     parser.add_argument("--processes", type=int, default=1, help="CPU workers per run [default 1]")
-    parser.add_argument("--ensemble", type=int, help="also score ensembles of this many models of three passes")
+    parser.add_argument("--ensembles", action="store_true", help="also score the ensemble of each student's teachers")
     options = parser.parse_args(arguments)
     if options.text_bytes is None:
         options.text_bytes = round(options.scale * TEXT_BYTES)
-    counts = ("processes", "text_bytes") if options.ensemble is None else ("processes", "text_bytes", "ensemble")
-    options = runner.settled(options, *counts)
+    options = runner.settled(options, "processes", "text_bytes")
     if options.scale != 1:
         options.root = options.root.with_name(f"{options.root.name}-scale-{options.scale:g}")
     return options
@@ -224,8 +226,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
     code = runner.conduct(plan(options), options, table, figures)
-    if options.ensemble:
-        print("\n" + ensemble_table(plan(options), options.ensemble))
+    if options.ensembles:
+        print("\n" + ensemble_table(plan(options)))
     return code
 
 
