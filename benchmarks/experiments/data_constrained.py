@@ -27,7 +27,7 @@ from benchmarks import command
 from benchmarks.experiments import runner
 from benchmarks.experiments.runner import Figures, Found, Line, Run
 from bible_corpus.books import PRIMARY_TRANSLATION
-from mvlm_core.data.corpus import MANIFEST_NAME, load_corpus
+from mvlm_core.data.corpus import MANIFEST_NAME, load_corpus, validation_subset
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.export.manifest import training_config
 from mvlm_core.metrics import PRIMARY_TEST_BPB
@@ -188,6 +188,7 @@ class Ensemble:
 def ensemble_table(runs: list[Run]) -> str:
     """A row for each line with finished students of several teachers: those alone, their ensemble, and the student."""
     from mvlm_core.evaluation.bits_per_byte import score_loaded
+    from mvlm_core.training.preparation import read_corpus
 
     found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for run in runs:
@@ -195,9 +196,10 @@ def ensemble_table(runs: list[Run]) -> str:
         if len(teachers) < 2 or (result := run.result()) is None:
             continue
         alone = [training_config(teacher)["results"]["validation_bpb"] for teacher in teachers]
-        ensemble, corpus = Ensemble(teachers), load_corpus(run.settings().data_dir)
-        texts = ((document.path, document.read()) for document in corpus.split("validation"))
-        together = score_loaded(ensemble, ensemble.tokenizer, texts).bits_per_byte
+        ensemble, (corpus, _) = Ensemble(teachers), read_corpus(run.settings())
+        texts = validation_subset(corpus, whole=run.settings().validation_text == "all")
+        named = ((document.path, text) for document, text in texts)
+        together = score_loaded(ensemble, ensemble.tokenizer, named).bits_per_byte
         found[run.label].append((statistics.mean(alone), together, result["validation_bpb"]))
     columns = ("line", "seeds", "teachers alone", "their ensemble", "student", "share of the ensemble's gain")
     rows = []

@@ -209,5 +209,5 @@ def _state(job: Job, name: str, corpus_is_ready: bool) -> str:
         )
     if results := _finished(job, name):
         return f"finished: {results['parameters']:,} parameters, {results['steps']:,} steps; kept"
-    checkpoints = sum(path.is_dir() for path in (job.layout.export(name) / "checkpoints").glob("*"))
+    checkpoints = len(list((job.layout.export(name) / "checkpoints").rglob("step-*")))
     return f"resumes from its checkpoints ({checkpoints})" if checkpoints else "starts from scratch"

@@ -95,7 +95,7 @@ def test_an_ensemble_predicts_the_mean_of_its_models_probabilities(finished):
 
 @pytest.mark.integration
 def test_real_runs_make_a_table(tiny_corpus, tmp_path, monkeypatch, capsys):
-    """A teacher and a student by two CPU workers, and GPT-2 alone by one."""
+    """SIM-ONE's student of one teacher by two CPU workers, GPT-2's of three by one, beside their ensemble."""
     monkeypatch.setattr(runner, "setup_logging", lambda *_, **__: None)
     monkeypatch.setattr(runner, "outlive_terminal", lambda: None)
     plain = data_constrained.plan
@@ -107,8 +107,17 @@ def test_real_runs_make_a_table(tiny_corpus, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(data_constrained, "plan", tiny_plan)
     text = ["--text_bytes", str(max(largest_book(tiny_corpus).values())), "--seeds", "1"]
-    for line, processes in (("simone_enhanced 9 passes with 1 teacher", "2"), ("mvlm_gpt2 3 passes", "1")):
-        places = ["--data_dir", str(tiny_corpus), "--work_dir", str(tmp_path / "work")]
+    for line, processes in (
+        ("simone_enhanced 9 passes with 1 teacher", "2"),
+        ("mvlm_gpt2 18 passes with 3 teachers", "1"),
+    ):
+        places = ["--data_dir", str(tiny_corpus), "--work_dir", str(tmp_path / "work"), "--ensembles"]
         assert data_constrained.main(["--only", line, "--processes", processes, *places, *text]) == 0
-        cells = cells_of(capsys.readouterr().out.strip().splitlines()[2])
+        printed = capsys.readouterr().out.strip().splitlines()
+        cells = cells_of(printed[2])
         assert cells[:2] == [line, "1"] and all(1 < float(cell) < 8 for cell in cells[4:])
+    label, seeds, alone, together, student, share = cells_of(printed[-1])
+    assert (label, seeds, student) == (line, "1", cells[4]), "a student of one teacher has no ensemble beside it"
+    assert float(together) < float(alone), "the mean of the probabilities is better than the mean of the scores"
+    gain = float(alone) - float(together)
+    assert float(share) == pytest.approx((float(alone) - float(student)) / gain, abs=0.01 + 2e-4 / gain)
