@@ -45,13 +45,14 @@ TWIN: dict[str, Any] = {"max_length": 256, "vocab_size": 2048, "batch_size": 8, 
 TWIN |= {"validation_text": "all", "weight_decay": 0.4}
 TEXT_BYTES = 500_000
 # Shapes by size relative to the twin's 0.9 million parameters, with as many times its text. The learning rates of the
-# others follow the rules of benchmarks/experiments/scaling.py.
+# others follow the rules of benchmarks/experiments/scaling.py, as those of the h200 preset do.
 SHAPES: dict[float, dict[str, Any]] = {
     0.25: {"hidden_dim": 64, "num_heads": 1, "ff_dim": 256, "num_layers": 2},
     1: {"hidden_dim": 128, "num_heads": 2, "ff_dim": 512, "num_layers": 3},
     4: {"hidden_dim": 256, "num_heads": 4, "ff_dim": 1024, "num_layers": 4},
 }
 WIDTH_EXPONENTS = {"mvlm_gpt2": -1.05, "simone_enhanced": -0.37}
+TEXT_EXPONENTS = {"mvlm_gpt2": 0.01, "simone_enhanced": -0.49}
 RECIPES: dict[str, dict[str, Any]] = {
     "3 passes": {"num_epochs": 3.0},
     "9 passes": {"num_epochs": 9.0},
@@ -136,7 +137,8 @@ def plan(options: argparse.Namespace) -> list[Run]:
 
 def rates(model: str, scale: float) -> dict[str, Any]:
     """Learning rates of a model of this scale."""
-    factor = (SHAPES[scale]["hidden_dim"] / SHAPES[1]["hidden_dim"]) ** WIDTH_EXPONENTS[model]
+    width = SHAPES[scale]["hidden_dim"] / SHAPES[1]["hidden_dim"]
+    factor = width ** WIDTH_EXPONENTS[model] * scale ** TEXT_EXPONENTS[model]
     return {name: value * factor for name, value in RATES[model].items()}
 
 
