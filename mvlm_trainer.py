@@ -172,6 +172,7 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
 
 def recipe() -> Recipe:
     """Return model 1's recipe for the shared training run."""
+    from mvlm_core.training.forecast import Law
     from mvlm_core.training.state import Recipe
 
     return Recipe(
@@ -181,6 +182,11 @@ def recipe() -> Recipe:
         remote_code=False,
         tokenizer_class=tokenizer_class(),
         build=build,
+        law=Law(
+            scores=((230_000, 3.2050), (860_000, 2.5531), (3_600_000, 2.1)),
+            gains=((1, 1.0), (3, 0.98), (11, 0.96)),
+            gain_error=0.01,
+        ),
     )
 
 

@@ -15,6 +15,7 @@ from mvlm_core.data.tokenizer import ByteLevelBPE
 from mvlm_core.hardware import Hardware
 from mvlm_core.training.distillation import load_teachers, teacher_of_step
 from mvlm_core.training.distillation_loss import Prediction
+from mvlm_core.training.forecast import Law
 from mvlm_core.training.optimizer import build_optimizers
 from mvlm_core.training.run import run_training
 from mvlm_core.training.state import BuiltModel, Recipe, StepLoss
@@ -95,6 +96,11 @@ RECIPE = Recipe(
     remote_code=True,
     tokenizer_class=AdvancedBPETokenizer,
     build=build,
+    law=Law(
+        scores=((230_000, 3.0354), (860_000, 2.4506), (3_600_000, 2.0)),
+        gains=((1, 1.0), (3, 0.97), (11, 0.92)),
+        gain_error=0.01,
+    ),
 )
 
 

@@ -54,7 +54,9 @@ SHAPES: dict[float, dict[str, Any]] = {
 WIDTH_EXPONENTS = {"mvlm_gpt2": -1.05, "simone_enhanced": -0.37}
 TEXT_EXPONENTS = {"mvlm_gpt2": 0.01, "simone_enhanced": -0.49}
 RECIPES: dict[str, dict[str, Any]] = {
+    "1 pass": {"num_epochs": 1.0},
     "3 passes": {"num_epochs": 3.0},
+    "3 passes with decay 1.6": {"num_epochs": 3.0, "weight_decay": 1.6},
     "9 passes": {"num_epochs": 9.0},
     "9 passes with decay 1.6": {"num_epochs": 9.0, "weight_decay": 1.6},
 }

@@ -15,9 +15,10 @@ from mvlm_core.data.corpus import Corpus, validation_subset
 from mvlm_core.data.token_store import document_repeats, token_folder
 from mvlm_core.data.tokenizer import ByteLevelBPE, tokenizer_folder
 from mvlm_core.hardware import Hardware
-from mvlm_core.settings import TrainingSettings
+from mvlm_core.settings import ALONE_EPOCHS, TrainingSettings
 from mvlm_core.training.cost import OVERHEAD, StepCost, fitting_micro_batch, step_cost
 from mvlm_core.training.distillation import relative_step_cost, stages, with_time_left
+from mvlm_core.training.forecast import TEXT_PER_PARAMETER
 from mvlm_core.training.init_from import replay_of, source_of
 from mvlm_core.training.launch import describe_gpus, rank_count
 from mvlm_core.training.preparation import mix_of, old_text, read_corpus, tokenizer_path
@@ -111,8 +112,13 @@ def plan_run(
     cached = replace(text, has_tokenizer=True, has_tokens=True, test_bytes=0)
     estimates = [_items(stage, one, cached, rate, compiled, hardware.threads) for stage in teachers]
     taught = [item for _, items in estimates for item in items]
-    student = with_time_left(student, sum(item.seconds for item in taught if item.name in TIMED))
+    student = with_time_left(student, _timed(taught))
     steps, items = _items(student, one, text, rate, compiled, hardware.threads)
+    expected: list[str] = []
+    if _law_applies(settings, corpus, text, one.parameters):
+        alone = replace(settings, num_models=1, num_epochs=ALONE_EPOCHS, max_steps=None, max_hours=None)
+        unit = _timed(_items(alone, one, cached, rate, compiled, hardware.threads)[1])
+        expected = recipe.law.describe(one.parameters, _timed([*taught, *items]), unit)
     if teachers:
         each = f"{len(teachers)} × {estimates[0][0]:,} steps"
         items.insert(1, Item(TEACHERS, sum(item.seconds for item in taught), each))
@@ -134,6 +140,7 @@ def plan_run(
         describe_gpus(settings),
         *_describe(settings, one, two, text, steps, hardware),
         *_cards(settings, one, two, flops, on_gpu),
+        *expected,
     ]
     return Plan(lines, items, assumptions, on_gpu, one.memory.weights)
 
@@ -255,6 +262,19 @@ def _items(
         ),
     ]
     return steps, items
+
+
+def _timed(items: list[Item]) -> float:
+    """Seconds of the items that ``--max_hours`` covers."""
+    return sum(item.seconds for item in items if item.name in TIMED)
+
+
+def _law_applies(settings: TrainingSettings, corpus: Corpus, text: TextPlan, parameters: int) -> bool:
+    """Whether the run resembles those that the recipe's law was measured with."""
+    low, high = TEXT_PER_PARAMETER
+    has_translations = corpus.primary_translation is not None
+    new = settings.init_from is None and settings.preset == "h200"
+    return new and has_translations and low <= text.train_bytes / parameters <= high
 
 
 def _describe(

@@ -23,6 +23,7 @@ from mvlm_core.hardware import Hardware
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.distributed import ALONE, Ranks
 from mvlm_core.training.divergence import GuardState
+from mvlm_core.training.forecast import Law
 from mvlm_core.training.init_from import Source
 from mvlm_core.training.optimizer import Optimizers, copy_named
 from mvlm_core.training.preparation import PreparedText
@@ -67,6 +68,7 @@ class Recipe:
     Attributes:
         name: used for the export folder and the archive.
         build: (settings, tokenizer, hardware) → newly initialized model on the CPU; the generator is already seeded.
+        law: what to expect of the ``h200`` preset.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Recipe:
     remote_code: bool
     tokenizer_class: type[ByteLevelBPE]
     build: Callable[[Any, ByteLevelBPE, Hardware], BuiltModel]
+    law: Law
 
 
 @dataclass(frozen=True)
