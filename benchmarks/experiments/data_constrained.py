@@ -52,7 +52,7 @@ SHAPES: dict[float, dict[str, Any]] = {
     4: {"hidden_dim": 256, "num_heads": 4, "ff_dim": 1024, "num_layers": 4},
 }
 WIDTH_EXPONENTS = {"mvlm_gpt2": -1.05, "simone_enhanced": -0.37}
-TEXT_EXPONENTS = {"mvlm_gpt2": 0.01, "simone_enhanced": -0.49}
+TEXT_EXPONENTS = {"mvlm_gpt2": 0.0, "simone_enhanced": -0.49}
 RECIPES: dict[str, dict[str, Any]] = {
     "1 pass": {"num_epochs": 1.0},
     "3 passes": {"num_epochs": 3.0},
