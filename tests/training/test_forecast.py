@@ -1,0 +1,82 @@
+"""Forecasts of a large run's score: laws with known answers, and the lines of a dry run."""
+
+from dataclasses import replace
+
+import pytest
+
+from mvlm_core.hardware import choose_hardware
+from mvlm_core.settings import ALONE_EPOCHS
+from mvlm_core.training.forecast import HOURS, TEXT_PER_PARAMETER, Law
+from mvlm_core.training.plan import plan_run
+from tests.helpers import MODELS, recipe_of, tiny_settings
+from tests.test_docs import page
+
+SIZES = (250_000, 1_000_000, 4_000_000)
+
+
+def law_of(score, gain_error=0.0):
+    return Law(tuple((size, score(size)) for size in SIZES), ((1, 1.0), (4, 0.96), (16, 0.9)), gain_error)
+
+
+def test_a_power_law_is_extrapolated_exactly():
+    law = law_of(lambda size: 30 * size**-0.2)
+    for size in (*SIZES, 110_000_000):
+        found = law.forecast(size, 1)
+        assert found.bits_per_byte == pytest.approx(30 * size**-0.2) and found.error == pytest.approx(0, abs=1e-9)
+    assert law.relative_error() == pytest.approx(0)
+
+
+def test_a_floor_lies_within_the_error():
+    """What a power law and a parabola disagree on is the error: a score that stops falling lies between the two."""
+
+    def score(size):
+        return 0.5 + 30 * size**-0.2
+
+    law = law_of(score)
+    assert law.forecast(SIZES[-1], 1).bits_per_byte == pytest.approx(score(SIZES[-1]))
+    found = law.forecast(110_000_000, 1)
+    assert found.error > 0.01 and abs(score(110_000_000) - found.bits_per_byte) < found.error
+    straight = score(1_000_000) ** 2 / score(250_000)
+    assert law.relative_error() == pytest.approx(straight / score(4_000_000) - 1) and law.relative_error() < 0
+
+
+def test_gains_are_interpolated_in_the_logarithm_of_compute_and_end():
+    law = law_of(lambda size: 2.0, gain_error=0.01)
+    ratios = {0.5: 1, 1: 1, 2: 0.98, 4: 0.96, 8: 0.93, 16: 0.9, 1000: 0.9}
+    for compute, ratio in ratios.items():
+        found = law.forecast(SIZES[0], compute)
+        assert found.bits_per_byte == pytest.approx(2 * ratio) and found.error == pytest.approx(2 * 0.01)
+
+
+def test_a_forecast_names_lengths_that_suffice_for_one_model():
+    law = law_of(lambda size: 2.0, gain_error=0.01)
+    first, second = law.describe(SIZES[-1], seconds=3600 * 4, alone=3600)
+    assert "1.92 ± 0.02 (this run), 2.00 ± 0.02 (1 h)" in first and "(6 h)" in first and "(0.1 h)" not in first
+    assert "4.0 M" in second and "+0.0%" in second
+    assert law.describe(SIZES[-1], seconds=60, alone=1e9) == []
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_dry_run_forecasts_runs_like_those_measured(model, tiny_corpus, tmp_path):
+    shape = {"hidden_dim": 96, "num_heads": 2, "ff_dim": 384, "num_layers": 2, "data_subset": None, "max_steps": None}
+    settings = tiny_settings(model, tiny_corpus, tmp_path, preset="h200", num_epochs=3.0, **shape)
+    recipe, hardware = recipe_of(model), choose_hardware(device="cpu", precision="fp32")
+
+    def said(**changes):
+        return [line for line in plan_run(recipe, replace(settings, **changes), hardware).lines if "expected" in line]
+
+    (line,) = said()
+    assert all(f"({hours:g} h)" in line for hours in HOURS) and "this run" in line
+    assert said(hidden_dim=192) == said(preset="cpu") == []
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_laws_are_measurements_of_the_log(model):
+    law, log = recipe_of(model).law, page("benchmarks/LOG.md")
+    assert [size for size, _ in law.scores] == sorted(size for size, _ in law.scores)
+    assert law.gains[0] == (1, 1) and list(law.gains) == sorted(law.gains)
+    assert all(f"{score:.4f}" in log for _, score in law.scores) and all(
+        f"{ratio:.3f}" in log for _, ratio in law.gains[1:]
+    )
+    assert 0 < law.gain_error < 0.1 and abs(law.relative_error()) < 0.05
+    assert TEXT_PER_PARAMETER[0] < TEXT_PER_PARAMETER[1] and ALONE_EPOCHS == 3, "what the laws were measured with"
