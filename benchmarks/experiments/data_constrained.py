@@ -31,6 +31,7 @@ from mvlm_core.data.corpus import MANIFEST_NAME, load_corpus, validation_subset
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.export.manifest import training_config
 from mvlm_core.metrics import PRIMARY_TEST_BPB
+from mvlm_core.settings import ALONE_EPOCHS
 from mvlm_core.training.distillation import relative_step_cost, stages
 
 RATES: dict[str, dict[str, Any]] = {
@@ -53,21 +54,32 @@ SHAPES: dict[float, dict[str, Any]] = {
 }
 WIDTH_EXPONENTS = {"mvlm_gpt2": -1.05, "simone_enhanced": -0.37}
 TEXT_EXPONENTS = {"mvlm_gpt2": 0.0, "simone_enhanced": -0.49}
-RECIPES: dict[str, dict[str, Any]] = {
-    "1 pass": {"num_epochs": 1.0},
-    "3 passes": {"num_epochs": 3.0},
-    "3 passes with decay 1.6": {"num_epochs": 3.0, "weight_decay": 1.6},
-    "9 passes": {"num_epochs": 9.0},
-    "9 passes with decay 1.6": {"num_epochs": 9.0, "weight_decay": 1.6},
-}
-STUDENTS = ((4.5, 1), (9, 1), (18, 3), (36, 14), (52, 7), (170, 24), (209, 7))  # passes, and teachers
-RECIPES |= {
-    f"{passes:g} passes with {teachers} teacher{'s' * (teachers > 1)}": {
-        "num_epochs": float(passes),
-        "num_models": teachers + 1,
-    }
-    for passes, teachers in STUDENTS
-}
+
+
+def _passes(count: float) -> str:
+    return f"{count:g} pass{'es' * (count != 1)}"
+
+
+ALONE = (0.5, 1, 2, 3, 9)
+RECIPES: dict[str, dict[str, Any]] = {_passes(count): {"num_epochs": float(count)} for count in ALONE}
+RECIPES |= {f"{name} with decay 1.6": RECIPES[name] | {"weight_decay": 1.6} for name in ("3 passes", "9 passes")}
+# Passes, number of teachers, and their passes.
+STUDENTS = (
+    (4.5, 1, 3),
+    (9, 1, 3),
+    (18, 3, 3),
+    (36, 14, 3),
+    (52, 7, 3),
+    (209, 7, 3),
+    (4.5, 1, 1),
+    (3, 3, 1),
+    (18, 9, 1),
+)
+for count, teachers, of in STUDENTS:
+    name = f"{_passes(count)} with {teachers} teacher{'s' * (teachers > 1)}" + f" of {_passes(of)}" * (
+        of != ALONE_EPOCHS
+    )
+    RECIPES[name] = {"num_epochs": float(count), "num_models": teachers + 1, "teacher_epochs": float(of)}
 RECIPES |= {
     f"{name} and dropout {dropout}": RECIPES[name] | {"dropout": dropout}
     for name, dropout in itertools.product(("3 passes", "9 passes with 1 teacher"), (0.0, 0.1, 0.3))
