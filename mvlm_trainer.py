@@ -183,9 +183,9 @@ def recipe() -> Recipe:
         tokenizer_class=tokenizer_class(),
         build=build,
         law=Law(
-            scores=((230_000, 3.2050), (860_000, 2.5531), (3_600_000, 2.1)),
-            gains=((1, 1.0), (3, 0.98), (11, 0.96)),
-            gain_error=0.01,
+            scores=((247_552, 3.1755), (889_984, 2.5378), (3_749_376, 2.1666)),
+            gains=((1, 1.0), (3, 0.995), (11, 0.963)),
+            gain_error=0.013,
         ),
     )
 

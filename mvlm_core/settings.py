@@ -26,7 +26,6 @@ PRESET_NAMES = ("auto", "h200", "cpu", "smoke")
 SCHEDULES = ("cosine", "linear")
 OPTIMIZERS = ("adamw", "muon")
 VALIDATION_TEXTS = ("primary", "all")
-ALONE_EPOCHS = 3.0  # after which a model without a teacher overfits (benchmarks/experiments/data_constrained.py)
 LENGTHS = ("num_epochs", "max_steps", "max_tokens", "max_bytes", "max_hours")
 CONTINUED = "init_from"  # key in PRESETS: values that --init_from applies on top of any preset
 CONTINUED_RATE = 0.3  # times the preset's peak learning rate
@@ -88,13 +87,14 @@ class TrainingSettings:
     """Settings shared by both trainers."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        # Epochs and models come from a small twin with as much text per parameter
-        # (benchmarks/experiments/data_constrained.py): a model alone is best after about three epochs, a student of
-        # three such models still improves at 18. Learning rate, weight decay and dropout in the models' own presets
-        # follow the rules of benchmarks/experiments/scaling.py. None of it has been measured at this size.
+        # Epochs and models come from small twins with as much text per parameter
+        # (benchmarks/experiments/data_constrained.py): a model alone soon overfits, a student of three of them still
+        # improves at 18 epochs. Learning rate, weight decay and dropout in the models' own presets follow the rules of
+        # benchmarks/experiments/scaling.py. None of it has been measured at this size.
         "h200": {
             "num_epochs": 18.0,
             "num_models": 4,
+            "teacher_epochs": 3.0,
             "eval_interval": 100,
             "checkpoint_interval": 250,
             "validation_text": "all",
@@ -170,7 +170,7 @@ class TrainingSettings:
         "helps when text is repeated for many epochs", minimum=1,
     )  # fmt: skip
     teacher_epochs: float = _distillation(
-        ALONE_EPOCHS, "train a teacher for at most this many epochs: a model without a teacher overfits sooner", above=0
+        3.0, "train a teacher for at most this many epochs: a model without a teacher overfits sooner", above=0
     )
 
     vocab_size: int = _model(32000, "vocabulary size", minimum=SMALLEST_VOCABULARY, maximum=1_000_000)
@@ -250,7 +250,7 @@ class TrainingSettings:
         if self.max_hours is not None and (by_hours := self.MODELS_BY_HOURS.get(self.preset)):
             chosen["num_models"] = next(models for hours, models in by_hours if self.max_hours <= hours)
             if chosen["num_models"] == 1 and self.num_epochs is None:
-                self.num_epochs = ALONE_EPOCHS
+                self.num_epochs = self.teacher_epochs or chosen["teacher_epochs"]
         if self.init_from is not None:
             chosen = self._continued(chosen)
         # An explicit length replaces all of the preset's lengths: --max_steps 5000 means 5,000 steps, not the preset's

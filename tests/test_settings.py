@@ -44,15 +44,17 @@ def test_a_flag_beats_the_preset_and_the_preset_the_default():
     assert PrioritaryConfig(preset="smoke", memory_head=False).memory_head is False
 
 
-@pytest.mark.parametrize("cls", [GPT2Settings, PrioritaryConfig])
-def test_the_hours_choose_the_number_of_models(cls):
+@pytest.mark.parametrize(("cls", "alone"), [(GPT2Settings, 3), (PrioritaryConfig, 1)])
+def test_the_hours_choose_the_number_of_models(cls, alone):
     def models(preset, **changes):
         return cls(preset=preset, **changes).num_models
 
     assert [models("h200", max_hours=hours) for hours in (0.05, 0.08, 0.2, 0.5, 3.0, 30.0)] == [1, 1, 2, 4, 8, 8]
     assert models("h200") == 4 and models("h200", max_hours=3.0, num_models=2) == 2
     assert models("cpu", max_hours=3.0) == 1, "enough text for one model"
-    assert cls(preset="h200", max_hours=0.05).num_epochs == 3, "alone a model overfits after that"
+    assert cls(preset="h200").teacher_epochs == alone
+    assert cls(preset="h200", max_hours=0.05).num_epochs == alone, "alone a model overfits after that"
+    assert cls(preset="h200", max_hours=0.05, teacher_epochs=2).num_epochs == 2
     assert cls(preset="h200", max_hours=0.5).num_epochs is None and cls(preset="h200").num_epochs == 18
     assert cls(preset="h200", max_hours=0.05, num_epochs=5).num_epochs == 5
 

@@ -97,9 +97,9 @@ RECIPE = Recipe(
     tokenizer_class=AdvancedBPETokenizer,
     build=build,
     law=Law(
-        scores=((230_000, 3.0354), (860_000, 2.4506), (3_600_000, 2.0)),
-        gains=((1, 1.0), (3, 0.97), (11, 0.92)),
-        gain_error=0.01,
+        scores=((246_876, 3.0372), (920_275, 2.3640), (3_776_349, 1.9962)),
+        gains=((1, 1.0), (2.3, 0.95)),
+        gain_error=0.03,
     ),
 )
 

@@ -31,7 +31,6 @@ from mvlm_core.data.corpus import MANIFEST_NAME, load_corpus, validation_subset
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.export.manifest import training_config
 from mvlm_core.metrics import PRIMARY_TEST_BPB
-from mvlm_core.settings import ALONE_EPOCHS
 from mvlm_core.training.distillation import relative_step_cost, stages
 
 RATES: dict[str, dict[str, Any]] = {
@@ -76,9 +75,7 @@ STUDENTS = (
     (18, 9, 1),
 )
 for count, teachers, of in STUDENTS:
-    name = f"{_passes(count)} with {teachers} teacher{'s' * (teachers > 1)}" + f" of {_passes(of)}" * (
-        of != ALONE_EPOCHS
-    )
+    name = f"{_passes(count)} with {teachers} teacher{'s' * (teachers > 1)}" + f" of {_passes(of)}" * (of != 3)
     RECIPES[name] = {"num_epochs": float(count), "num_models": teachers + 1, "teacher_epochs": float(of)}
 RECIPES |= {
     f"{name} and dropout {dropout}": RECIPES[name] | {"dropout": dropout}

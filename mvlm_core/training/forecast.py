@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 TEXT_PER_PARAMETER = (0.4, 0.8)  # bytes; 0.5 where the laws were measured, 0.6 in the h200 preset
+UNIT_EPOCHS = 3.0  # of a model alone: the unit of compute
 HOURS = (0.1, 1, 6)  # of training one of the two models
 
 
@@ -23,13 +24,13 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Law:
-    """Scores of small versions of a model, measured by ``benchmarks/experiments/data_constrained.py``.
+    """Validation scores of small versions of a model, measured by ``benchmarks/experiments/data_constrained.py``.
 
     Attributes:
-        scores: (parameters, bits per byte) of three sizes, in order, trained alone for ``ALONE_EPOCHS`` on a text of
-            proportional size.
+        scores: (parameters, bits per byte) of three sizes, in order, trained alone on a text of proportional size for
+            as long as they improve.
         gains: (compute, score in relation to a model trained alone) of students, in order. Compute includes their
-            teachers' and is in multiples of that of a model trained alone: the first is (1, 1).
+            teachers' and is in trainings of a model alone for ``UNIT_EPOCHS``: the first is (1, 1).
         gain_error: how much the latter differs between sizes.
     """
 
@@ -40,15 +41,27 @@ class Law:
     def forecast(self, parameters: int, compute: float) -> Forecast:
         """Extrapolate to a size; more compute than the largest measured one is taken to gain nothing.
 
-        The result is midway between a power law through the two largest sizes and a parabola through all three in the
-        logarithms of size and score; the error is the distance between these.
+        The score lies between a power law with a floor through all sizes and one without through the two larger ones,
+        as far from each as the error says. Without a floor, the error is that of the check for each such step in size.
         """
-        (x1, y1), (x2, y2), (x3, y3) = ((math.log(size), math.log(score)) for size, score in self.scores)
-        x, slope = math.log(parameters), (y3 - y2) / (x3 - x2)
-        bend = (slope - (y2 - y1) / (x2 - x1)) / (x3 - x1) * (x - x3) * (x - x2)
-        gain = self._gain(compute)
-        score = math.exp(y3 + slope * (x - x3) + bend / 2) * gain
-        return Forecast(score, score * math.hypot(bend, self.gain_error / gain))
+        floor, gain = self.floor(), self._gain(compute)
+        floored, straight = self._power_law(parameters, floor), self._power_law(parameters, 0.0)
+        (_, _), (middle, _), (largest, _) = self.scores
+        steps = abs(math.log(parameters / largest) / math.log(largest / middle))
+        score = (floored + straight) / 2
+        error = (floored - straight) / 2 if floor else abs(self.relative_error()) * steps * score
+        return Forecast(score * gain, math.hypot(error * gain, self.gain_error * score))
+
+    def floor(self) -> float:
+        """Bits per byte that a power law through all sizes approaches; 0 if the scores show no floor."""
+        (size1, score1), (size2, score2), (size3, score3) = self.scores
+        ratio = math.log(size3 / size2) / math.log(size2 / size1)
+        low, high = 0.0, score3
+        for _ in range(60):  # bisection: the higher the floor, the faster the second step falls towards it
+            floor = (low + high) / 2
+            predicted = floor + (score2 - floor) * ((score2 - floor) / (score1 - floor)) ** ratio
+            low, high = (floor, high) if predicted < score3 else (low, floor)
+        return low if low > 1e-9 else 0.0
 
     def relative_error(self) -> float:
         """Relative error at the largest size of the power law through the two smaller ones."""
@@ -60,7 +73,7 @@ class Law:
 
         Args:
             seconds: of the run, with its teachers.
-            alone: seconds of a model alone, trained for ``ALONE_EPOCHS``.
+            alone: seconds of a model alone, trained for ``UNIT_EPOCHS``.
         """
         lengths = {"this run": seconds} | {f"{hours:g} h": hours * 3600 for hours in HOURS}
         said = [
@@ -72,6 +85,12 @@ class Law:
         check = f"the smaller sizes predict the largest with an error of {self.relative_error():+.1%}"
         expected = f"expected bits per byte on the validation books: {', '.join(said)}"
         return [expected, f"  {measured}; {check}"] if said else []
+
+    def _power_law(self, parameters: int, floor: float) -> float:
+        """Score by the power law with this floor through the two largest sizes."""
+        (size, score), (largest, best) = self.scores[1:]
+        steps = math.log(parameters / largest) / math.log(largest / size)
+        return floor + (best - floor) * ((best - floor) / (score - floor)) ** steps
 
     def _gain(self, compute: float) -> float:
         """Interpolate linearly in the logarithm of compute."""

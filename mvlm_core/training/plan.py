@@ -15,10 +15,10 @@ from mvlm_core.data.corpus import Corpus, validation_subset
 from mvlm_core.data.token_store import document_repeats, token_folder
 from mvlm_core.data.tokenizer import ByteLevelBPE, tokenizer_folder
 from mvlm_core.hardware import Hardware
-from mvlm_core.settings import ALONE_EPOCHS, TrainingSettings
+from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.cost import OVERHEAD, StepCost, fitting_micro_batch, step_cost
 from mvlm_core.training.distillation import relative_step_cost, stages, with_time_left
-from mvlm_core.training.forecast import TEXT_PER_PARAMETER
+from mvlm_core.training.forecast import TEXT_PER_PARAMETER, UNIT_EPOCHS
 from mvlm_core.training.init_from import replay_of, source_of
 from mvlm_core.training.launch import describe_gpus, rank_count
 from mvlm_core.training.preparation import mix_of, old_text, read_corpus, tokenizer_path
@@ -116,7 +116,7 @@ def plan_run(
     steps, items = _items(student, one, text, rate, compiled, hardware.threads)
     expected: list[str] = []
     if _law_applies(settings, corpus, text, one.parameters):
-        alone = replace(settings, num_models=1, num_epochs=ALONE_EPOCHS, max_steps=None, max_hours=None)
+        alone = replace(settings, num_models=1, num_epochs=UNIT_EPOCHS, max_steps=None, max_hours=None)
         unit = _timed(_items(alone, one, cached, rate, compiled, hardware.threads)[1])
         expected = recipe.law.describe(one.parameters, _timed([*taught, *items]), unit)
     if teachers:
