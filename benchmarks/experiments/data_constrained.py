@@ -88,7 +88,7 @@ TWINS = {
 HOUR: dict[str, Any] = {"data_subset": f"bible/{PRIMARY_TRANSLATION}", "train_mix": "", "max_length": 512}
 HOUR |= {"hidden_dim": 192, "num_heads": 3, "ff_dim": 768, "num_layers": 6, "vocab_size": 4096, "batch_size": 8}
 HOUR |= {"weight_decay": 0.2, "num_models": 3, "num_epochs": 9.0}
-HOUR_RATES = RATES | {"simone_enhanced": {"learning_rate": 0.02, "adamw_learning_rate": 0.006}}
+HOUR_RATES = RATES | {"simone_enhanced": RATES["simone_enhanced"] | {"adamw_learning_rate": 0.006}}
 HOURS = {
     name: Line(model, changes=HOUR_RATES[model] | OWN[model] | HOUR)
     for name, model in {"hour": "simone_enhanced", "mvlm_gpt2 hour": "mvlm_gpt2"}.items()
@@ -205,12 +205,13 @@ def ensemble_table(runs: list[Run]) -> str:
 
     found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for run in runs:
-        *teachers, _ = [Path(str(stage.output_dir)) for stage in stages(run.settings())]
+        settings = run.settings()
+        *teachers, _ = [Path(str(stage.output_dir)) for stage in stages(settings)]
         if len(teachers) < 2 or (result := run.result()) is None:
             continue
         alone = [training_config(teacher)["results"]["validation_bpb"] for teacher in teachers]
-        ensemble, (corpus, _) = Ensemble(teachers), read_corpus(run.settings())
-        texts = validation_subset(corpus, whole=run.settings().validation_text == "all")
+        ensemble, (corpus, _) = Ensemble(teachers), read_corpus(settings)
+        texts = validation_subset(corpus, whole=settings.validation_text == "all")
         named = ((document.path, text) for document, text in texts)
         together = score_loaded(ensemble, ensemble.tokenizer, named).bits_per_byte
         found[run.label].append((statistics.mean(alone), together, result["validation_bpb"]))
@@ -240,9 +241,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
-    code = runner.conduct(plan(options), options, table, figures)
+    runs = plan(options)
+    code = runner.conduct(runs, options, table, figures)
     if options.ensembles:
-        print("\n" + ensemble_table(plan(options)))
+        print("\n" + ensemble_table(runs))
     return code
 
 

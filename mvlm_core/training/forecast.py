@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
+
+import numpy as np
 
 TEXT_PER_PARAMETER = (0.4, 0.8)  # bytes; 0.5 where the laws were measured, 0.6 in the h200 preset
 UNIT_EPOCHS = 3.0  # of a model alone: the unit of compute
@@ -45,28 +46,27 @@ class Law:
         as far from each as the error says. Without a floor, the error is that of the check for each such step in size.
         """
         floor, gain = self.floor(), self._gain(compute)
-        floored, straight = self._power_law(parameters, floor), self._power_law(parameters, 0.0)
-        (_, _), (middle, _), (largest, _) = self.scores
-        steps = abs(math.log(parameters / largest) / math.log(largest / middle))
+        middle, largest = self.scores[1:]
+        floored, straight = (power_law(middle, largest, parameters, at) for at in (floor, 0.0))
+        steps = abs(_steps(middle, largest, parameters) - 1)
         score = (floored + straight) / 2
         error = (floored - straight) / 2 if floor else abs(self.relative_error()) * steps * score
         return Forecast(score * gain, math.hypot(error * gain, self.gain_error * score))
 
     def floor(self) -> float:
         """Bits per byte that a power law through all sizes approaches; 0 if the scores show no floor."""
-        (size1, score1), (size2, score2), (size3, score3) = self.scores
-        ratio = math.log(size3 / size2) / math.log(size2 / size1)
-        low, high = 0.0, score3
+        smallest, middle, (size, score) = self.scores
+        low, high = 0.0, score
         for _ in range(60):  # bisection: the higher the floor, the faster the second step falls towards it
             floor = (low + high) / 2
-            predicted = floor + (score2 - floor) * ((score2 - floor) / (score1 - floor)) ** ratio
-            low, high = (floor, high) if predicted < score3 else (low, floor)
+            too_low = power_law(smallest, middle, size, floor) < score
+            low, high = (floor, high) if too_low else (low, floor)
         return low if low > 1e-9 else 0.0
 
     def relative_error(self) -> float:
         """Relative error at the largest size of the power law through the two smaller ones."""
-        (size1, score1), (size2, score2), (size3, score3) = self.scores
-        return score2 * (score2 / score1) ** (math.log(size3 / size2) / math.log(size2 / size1)) / score3 - 1
+        smallest, middle, (size, score) = self.scores
+        return power_law(smallest, middle, size) / score - 1
 
     def describe(self, parameters: int, seconds: float, alone: float) -> list[str]:
         """Describe in lines of text what to expect of a run and of others by their length.
@@ -86,15 +86,18 @@ class Law:
         expected = f"expected bits per byte on the validation books: {', '.join(said)}"
         return [expected, f"  {measured}; {check}"] if said else []
 
-    def _power_law(self, parameters: int, floor: float) -> float:
-        """Score by the power law with this floor through the two largest sizes."""
-        (size, score), (largest, best) = self.scores[1:]
-        steps = math.log(parameters / largest) / math.log(largest / size)
-        return floor + (best - floor) * ((best - floor) / (score - floor)) ** steps
-
     def _gain(self, compute: float) -> float:
         """Interpolate linearly in the logarithm of compute."""
-        for (low, first), (high, second) in pairwise(self.gains):
-            if compute <= high:
-                return first + (second - first) * max(0.0, math.log(compute / low)) / math.log(high / low)
-        return self.gains[-1][1]
+        measured, ratios = zip(*self.gains, strict=True)
+        return float(np.interp(math.log(compute), np.log(measured), ratios))
+
+
+def power_law(first: tuple[int, float], second: tuple[int, float], size: int, floor: float = 0.0) -> float:
+    """Score at ``size`` of the power law with this floor through two (size, score)."""
+    start, ratio = first[1] - floor, (second[1] - floor) / (first[1] - floor)
+    return floor + start * ratio ** _steps(first, second, size)
+
+
+def _steps(first: tuple[int, float], second: tuple[int, float], size: int) -> float:
+    """Steps in the logarithm of size from the first of two (size, score), one as far as the second."""
+    return math.log(size / first[0]) / math.log(second[0] / first[0])
