@@ -15,7 +15,7 @@ from mvlm_core.data.corpus import Corpus, validation_subset
 from mvlm_core.data.token_store import document_repeats, token_folder
 from mvlm_core.data.tokenizer import ByteLevelBPE, tokenizer_folder
 from mvlm_core.hardware import Hardware
-from mvlm_core.settings import TrainingSettings
+from mvlm_core.settings import LENGTHS, TrainingSettings
 from mvlm_core.training.cost import OVERHEAD, StepCost, fitting_micro_batch, step_cost
 from mvlm_core.training.distillation import relative_step_cost, stages, with_time_left
 from mvlm_core.training.forecast import TEXT_PER_PARAMETER, UNIT_EPOCHS
@@ -116,7 +116,7 @@ def plan_run(
     steps, items = _items(student, one, text, rate, compiled, hardware.threads)
     expected: list[str] = []
     if _law_applies(settings, corpus, text, one.parameters):
-        alone = replace(settings, num_models=1, num_epochs=UNIT_EPOCHS, max_steps=None, max_hours=None)
+        alone = replace(settings, num_models=1, **(dict.fromkeys(LENGTHS) | {"num_epochs": UNIT_EPOCHS}))
         unit = _timed(_items(alone, one, cached, rate, compiled, hardware.threads)[1])
         expected = recipe.law.describe(one.parameters, _timed([*taught, *items]), unit)
     if teachers:
@@ -273,8 +273,8 @@ def _law_applies(settings: TrainingSettings, corpus: Corpus, text: TextPlan, par
     """Whether the run resembles those that the recipe's law was measured with."""
     low, high = TEXT_PER_PARAMETER
     has_translations = corpus.primary_translation is not None
-    new = settings.init_from is None and settings.preset == "h200"
-    return new and has_translations and low <= text.train_bytes / parameters <= high
+    from_scratch = settings.init_from is None and settings.teacher is None and settings.preset == "h200"
+    return from_scratch and has_translations and low <= text.train_bytes / parameters <= high
 
 
 def _describe(
