@@ -23,7 +23,7 @@ def main() -> None:
             changes = {**everything_on(model), "dropout": 0.0, "max_steps": 20}
             loop = make_loop(model, tiny_settings(model, corpus, Path(folder), **changes))
             loop.run(StopAfter())
-            golden[model] = [round(record["train_loss"], 6) for record in read_history(loop.history_path)]
+            golden[model] = [round(record["train_loss"], 6) for record in read_history(loop.step_log.path)]
     GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
 
 

@@ -43,13 +43,13 @@ def test_a_second_sigint_leaves_at_once_without_harm(tiny_corpus, tmp_path):
     script.write_text(
         "import time\nfrom tests import helpers\nfrom tests.training import distributed_run\n"
         "from mvlm_core.signals import StopRequest\n"
-        "from mvlm_core.training.loop import TrainingLoop\n"
+        "from mvlm_core.training.gradients import GradientAccumulator\n"
         "helpers.StopAfter.defer = StopRequest.defer\n"
-        "real = TrainingLoop._micro_batch\n"
-        "def hanging(self, *arguments):\n"
-        "    while self.state.step == 12: print('hanging', flush=True); time.sleep(0.2)\n"
-        "    return real(self, *arguments)\n"
-        "TrainingLoop._micro_batch = hanging\n"
+        "real = GradientAccumulator.micro_batch\n"
+        "def hanging(self, step, *arguments, **named):\n"
+        "    while step == 12: print('hanging', flush=True); time.sleep(0.2)\n"
+        "    return real(self, step, *arguments, **named)\n"
+        "GradientAccumulator.micro_batch = hanging\n"
         "distributed_run.main()\n"
     )
     command = [sys.executable, str(script), str(tiny_corpus), str(tmp_path), MODELS[0], "99"]

@@ -47,7 +47,7 @@ def loop_of(o: Any, name: str, preset: str, hardware: Hardware | None = None, **
 def step_of(loop: TrainingLoop) -> Callable[[], None]:
     """Return a function that runs one training step."""
     stop = NeverStops()
-    return lambda: (loop._step(stop), loop._pending.clear())
+    return lambda: (loop._step(stop), loop.step_log.discard())
 
 
 def once(work: Callable[[], Any]) -> float:

@@ -99,7 +99,7 @@ def ours(name: str, settings: TrainingSettings, options: argparse.Namespace) -> 
 
     def step() -> None:
         loop._step(stop)
-        loop._pending.clear()
+        loop.step_log.discard()
 
     if not ranks.is_main:  # other ranks run steps until their parent exits
         try:

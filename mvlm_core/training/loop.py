@@ -11,28 +11,27 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 from mvlm_core.console import progress
 from mvlm_core.errors import Stopped, TrainingFailed, UserError
 from mvlm_core.files import fsync_path
 from mvlm_core.hardware import compiled_so_far
-from mvlm_core.monitor import gpu_load, memory_in_use, peak_memory
+from mvlm_core.monitor import peak_memory
 from mvlm_core.signals import StopRequest
 from mvlm_core.training import checkpoint as checkpoints
 from mvlm_core.training.checkpoint_writer import CheckpointWriter, NamedTensors
 from mvlm_core.training.divergence import ROLLBACKS_AT_MOST
-from mvlm_core.training.gradient_sync import GradientSync
-from mvlm_core.training.history import HISTORY_NAME, append_records, read_history, truncate_history
+from mvlm_core.training.gradients import GradientAccumulator
+from mvlm_core.training.history import read_history, truncate_history
 from mvlm_core.training.state import LoopState, Overhead, Run, TrainingTask, check_identity, run_length
-from mvlm_core.training.tensorboard import TENSORBOARD_FOLDER, TensorBoardWriter
+from mvlm_core.training.step_log import StepLog
 from mvlm_core.training.time_budget import RunLength, TimeBudget, steps_within
 
 log = logging.getLogger("mvlm")
@@ -50,21 +49,13 @@ class TrainingLoop:
         self._budget: TimeBudget | None = None
         self.clock = time.perf_counter
         self.checkpoint_root = run.output_dir / "checkpoints"
-        self.history_path = run.output_dir / HISTORY_NAME
-        self.tensorboard: TensorBoardWriter | None = None
-        if run.settings.tensorboard and run.ranks.is_main:
-            self.tensorboard = TensorBoardWriter(run.output_dir / TENSORBOARD_FOLDER)
         self.state = LoopState(micro_batch=run.settings.batch_size)
-        self._pending: list[dict[str, Any]] = []  # steps whose metrics are still on the device
-        self._pending_since = 0.0  # the run's wall time at the start of the first pending step
-        self._pending_seconds = 0.0
-        self._records: list[dict[str, Any]] = []  # read from the device, not yet in the history file
+        self.gradients = GradientAccumulator(run, task)
+        self.step_log = StepLog(run, task.batches.tokens_per_batch)
         self._saved_step: int | None = None  # step of the newest checkpoint, which may still be being written
         self._writer = CheckpointWriter()
         self._clock_start = 0.0  # clock reading at the first step, shifted so that interruptions do not count
         self._compiled = (0, 0.0)  # graphs and seconds so far
-        self._unused: frozenset[Tensor] = frozenset()  # parameters that get no gradient
-        self._sync: GradientSync | None = None  # None with a single rank
 
     def run(self, stop: StopRequest) -> LoopState:
         """Train to the end.
@@ -80,7 +71,7 @@ class TrainingLoop:
             return self.state
         self.state.finished = False
         stop.defer()
-        self._try_micro_batch()
+        self.gradients.find_micro_batch(self.state, self.length.share(self.state.step))
         self._report_compilation()
         if self.state.step == 0:
             self._save(in_background=False)  # fail now, not after an hour, if the disk is full or read-only
@@ -119,7 +110,7 @@ class TrainingLoop:
 
     def history(self) -> list[dict[str, Any]]:
         """Return the records of all steps."""
-        return read_history(self.history_path)
+        return read_history(self.step_log.path)
 
     def peak_memory(self) -> int:
         """Return the peak memory in bytes, summed over all ranks."""
@@ -145,7 +136,7 @@ class TrainingLoop:
         due = time_evaluation or time_checkpoint or fix_length or step % settings.checkpoint_interval == 0
         if not (evaluating or stopping or due or step % settings.log_interval == 0):
             return
-        reason = self._flush(bar)
+        reason = self._read_metrics(bar)
         improved = False
         if evaluating and not reason:
             improved, reason = self._evaluate()
@@ -175,11 +166,9 @@ class TrainingLoop:
         started = self.clock()
         state, optimizers = self.state, self.task.optimizers
         length = self.length
-        if not self._pending:
-            self._pending_since = self._seconds()
         scale = length.learning_rate_scale(state.step, self.settings.lr_schedule)
         learning_rate = optimizers.set_scale(scale * state.guard.rate_factor)
-        metrics, all_bytes, stopping = self._gradients(length.share(state.step), stop)
+        metrics, all_bytes, stopping = self.gradients.accumulate(state, length.share(state.step), stop)
         parameters = [p for p in optimizers.parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf)
         skipped = (~(norm.isfinite() & metrics["train_loss"].isfinite())).float()
@@ -188,131 +177,16 @@ class TrainingLoop:
         state.step += 1
         state.tokens += self.task.batches.tokens_per_batch
         state.bytes += int(all_bytes)
-        self._pending.append(
-            {
-                "step": state.step,
-                "epoch": self.task.batches.epoch_at(state.step),
-                "tokens": state.tokens,
-                "bytes": state.bytes,
-                "learning_rate": learning_rate,
-                "metrics": {**metrics, "grad_norm": norm, "skipped": skipped},
-            }
-        )
-        self._pending_seconds += self.clock() - started
+        record = {
+            "step": state.step,
+            "epoch": self.task.batches.epoch_at(state.step),
+            "tokens": state.tokens,
+            "bytes": state.bytes,
+            "learning_rate": learning_rate,
+        }
+        metrics |= {"grad_norm": norm, "skipped": skipped}
+        self.step_log.add(record, metrics, since=started - self._clock_start, seconds=self.clock() - started)
         return stopping
-
-    def _gradients(self, share_done: float, stop: StopRequest) -> tuple[dict[str, Tensor], float, bool]:
-        """Accumulate gradients over the global batch; return its metrics, text bytes, and whether to stop.
-
-        A rank that runs out of memory halves its micro-batch and repeats the step. If it has already all-reduced some
-        of its gradients, the other ranks must repeat the step as well.
-        """
-        while True:
-            self._prepare_sync(share_done)
-            try:
-                metrics, text_bytes = self._accumulate(share_done)
-                failed = False
-            except torch.OutOfMemoryError:
-                metrics, text_bytes, failed = {}, 0, True
-            if failed:  # outside the except block, where the failed step's tensors have been freed
-                self._halve_micro_batch()
-                if self._sync is None or not self._sync.exchanging:
-                    continue
-                self._sync.finish_exchange()
-            all_bytes, stopping, failures = self.ranks.sum_numbers(text_bytes, stop.is_set(), failed)
-            if not failures:
-                self.ranks.sum_on_device(metrics.values())
-                return metrics, all_bytes, bool(stopping)
-            self.task.optimizers.zero_grad()
-            self._close_sync()
-
-    def _prepare_sync(self, share_done: float) -> None:
-        """With several ranks, set up the gradient all-reduce for the parameters that currently get a gradient."""
-        if self.ranks.world == 1:
-            return
-        idle = self._unused.union(self.task.idle(share_done))
-        if self._sync is not None and self._sync.idle != idle:
-            self._close_sync()
-        if self._sync is None:
-            self._sync = GradientSync(self.task.modules, self.task.loss, self.ranks, idle)
-
-    def _close_sync(self) -> None:
-        if self._sync is not None:
-            self._sync.close()
-            self._sync = None
-
-    def _accumulate(self, share_done: float) -> tuple[dict[str, Tensor], int]:
-        """Accumulate gradients over this rank's micro-batches; return summed metrics and text bytes."""
-        sums: dict[str, Tensor] = {}
-        text_bytes = 0
-        part = self.ranks.part(self.task.batches.sequences)
-        for first in range(part.start, part.stop, self.state.micro_batch):
-            count = min(self.state.micro_batch, part.stop - first)
-            last = first + count == part.stop
-            metrics, size = self._micro_batch(first, count, share_done, last)
-            for name, value in metrics.items():
-                sums[name] = sums[name] + value if name in sums else value
-            text_bytes += size
-        return sums, text_bytes
-
-    def _micro_batch(
-        self, first: int, count: int, share_done: float, last: bool = False
-    ) -> tuple[dict[str, Tensor], int]:
-        """Run forward and backward on one micro-batch; metrics are weighted by its share of the global batch.
-
-        Args:
-            last: whether this is the rank's last micro-batch of the step, whose backward pass all-reduces gradients.
-        """
-        batches, device = self.task.batches, self.hardware.device
-        batch = batches.batch(self.state.step, first, count)
-        inputs, targets, weights = (_to_device(array, device) for array in (batch.inputs, batch.targets, batch.weights))
-        torch.manual_seed(_step_seed(self.settings.seed, self.state.step, first))
-        share = count / batches.sequences
-        score = self.task.loss if self._sync is None else self._sync.loss
-        with nullcontext() if self._sync is None else self._sync.micro_batch(last):
-            with self.hardware.autocast():
-                loss = score(inputs, targets, weights, share_done)
-            (loss.total * share).backward()
-        metrics = {"train_loss": loss.train_loss, **loss.parts}
-        return {name: value.detach() * share for name, value in metrics.items()}, batch.text_bytes
-
-    # -- out of memory ----------------------------------------------------------------------------------------------
-
-    def _try_micro_batch(self) -> None:
-        """Find a micro-batch that fits by a trial pass before the first step, which changes no state.
-
-        Memory is reserved for optimizer state that does not exist yet and, with several ranks, for the all-reduce
-        buckets. The trial also reveals which parameters get no gradient.
-        """
-        optimizers = self.task.optimizers
-        empty = not optimizers.state_tensors()
-        while True:
-            reserved: list[Tensor] = []
-            try:
-                copies = 2 * empty + (self.ranks.world > 1)
-                reserved = [torch.empty_like(p) for p in optimizers.parameters() for _ in range(copies)]
-                count = min(self.state.micro_batch, len(self.ranks.part(self.task.batches.sequences)))
-                self._micro_batch(0, count, self.length.share(self.state.step))
-                self._unused = frozenset(p for p in optimizers.parameters() if p.grad is None)
-                return
-            except torch.OutOfMemoryError:
-                reserved.clear()
-            finally:
-                optimizers.zero_grad()
-            self._halve_micro_batch()
-
-    def _halve_micro_batch(self) -> None:
-        self.task.optimizers.zero_grad()
-        if self.state.micro_batch == 1:
-            raise TrainingFailed(
-                "out of memory with a micro-batch of one sequence: reduce --max_length, --hidden_dim or --num_layers"
-            )
-        self.state.micro_batch = -(-self.state.micro_batch // 2)
-        self.hardware.release()
-        log.warning(
-            f"out of memory: micro-batch halved to {self.state.micro_batch} sequences; "
-            f"the global batch is still {self.task.batches.sequences}"
-        )
 
     # -- metrics, evaluation and history ----------------------------------------------------------------------------
 
@@ -320,56 +194,14 @@ class TrainingLoop:
         """Wall time since the first step, excluding time between an interruption and the resume."""
         return self.clock() - self._clock_start
 
-    def _flush(self, bar: Any) -> str | None:
-        """Copy the pending steps' metrics from the device (the only synchronization) into history records.
-
-        Returns the reason for a rollback if the divergence guard demands one.
-        """
-        if not self._pending:
+    def _read_metrics(self, bar: Any) -> str | None:
+        """Read and show the metrics of the steps since the last call; return the reason for a rollback, if any."""
+        if not self.step_log.has_pending:
             return None
         self._report_compilation()
-        started = self.clock()
-        records = [_read_metrics(record) for record in self._pending]
-        self._pending_seconds += self.clock() - started
-        state, count = self.state, len(records)
-        speed = count * self.task.batches.tokens_per_batch / self._pending_seconds
-        load = gpu_load(self.hardware.device)
-        resources = {"memory_bytes": memory_in_use(self.hardware.device)} | ({} if load is None else {"gpu_load": load})
-        reason = None
-        for number, record in enumerate(records, 1):
-            record["seconds"] = self._pending_since + self._pending_seconds * number / count
-            record["tokens_per_second"] = speed
-            record |= resources
-            skipped = bool(record.pop("skipped"))
-            reason = reason or state.guard.observe(record["step"], record["train_loss"], skipped)
-            if skipped:
-                log.warning("step %s skipped: non-finite loss or gradient", record["step"])
-                records[number - 1] = {k: v for k, v in record.items() if math.isfinite(v)} | {"skipped": True}
-        self._records += records
-        state.step_seconds += self._pending_seconds
-        self._pending, self._pending_seconds = [], 0.0
-        self._report(records[-1], bar)
+        reason = self.step_log.read(self.state, self.clock)
+        self.step_log.show(bar, self.state, self.length)
         return reason
-
-    def _report(self, record: dict[str, Any], bar: Any) -> None:
-        """Show the newest metrics on the progress bar and in the log."""
-        loss, learning_rate = record.get("train_loss", math.nan), record["learning_rate"]
-        shown = {"loss": f"{loss:.3f}", "lr": f"{learning_rate:.2g}"}
-        if self.state.best_bpb is not None:
-            shown["bits/byte"] = f"{self.state.best_bpb:.4f}"
-        shown["mem"] = f"{record['memory_bytes'] / 2**30:.1f}G"
-        if "gpu_load" in record:
-            shown["gpu"] = f"{record['gpu_load']}%"
-        bar.set_postfix(shown, refresh=False)
-        step, speed = record["step"], record["tokens_per_second"]
-        total = self.length.total
-        seconds = None if total is None else (total - step) * self.task.batches.tokens_per_batch / speed
-        left = "" if seconds is None else f"{tqdm.format_interval(seconds)} left"
-        log.debug(
-            f"step {step}/{self.length}  epoch {record['epoch']:.2f}  loss {loss:.4f}  "
-            f"grad norm {record.get('grad_norm', math.nan):.2f}  lr {learning_rate:.3g}  {speed:,.0f} tok/s  "
-            f"{record['memory_bytes'] / 1e6:.0f} MB  {left}"
-        )
 
     def _report_compilation(self) -> None:
         """Log newly compiled graphs; after the first step there should be none."""
@@ -385,7 +217,7 @@ class TrainingLoop:
         if not math.isfinite(value):
             state.guard.trouble_since = state.guard.trouble_since or state.step
             return False, f"validation bits per byte of step {state.step} is non-finite ({value})"
-        self._records[-1]["validation_bpb"] = value
+        self.step_log.note(validation_bpb=value)
         improved = state.best_bpb is None or value < state.best_bpb
         if improved:
             state.best_step, state.best_bpb, state.evaluations_since_best = state.step, value, 0
@@ -396,19 +228,10 @@ class TrainingLoop:
         return improved, None
 
     def _write_history(self) -> None:
-        if not self.ranks.is_main:
-            self._records = []
-            return
         try:
-            self._append_records()
+            self.step_log.write()
         except OSError as error:
             log.error("cannot write the history (%s); training continues and will retry", error)
-
-    def _append_records(self) -> None:
-        append_records(self.history_path, self._records)
-        if self.tensorboard is not None:
-            self.tensorboard.add(self._records)
-        self._records = []
 
     def _should_stop_early(self) -> bool:
         state, settings = self.state, self.settings
@@ -478,12 +301,11 @@ class TrainingLoop:
 
     def _later_step_seconds(self) -> float:
         """Average extra seconds of a later step over one now, as loss parts may switch on or off; changes no state."""
-        count = len(self.ranks.part(self.task.batches.sequences))
-        micro_batch = min(self.state.micro_batch, count)
+        count = self.gradients.sequences(self.state)
 
         def seconds(share: float) -> float:
             started = self.clock()
-            self._micro_batch(0, micro_batch, share)
+            self.gradients.micro_batch(self.state.step, 0, count, share)
             self._wait_for_device()
             return self.clock() - started
 
@@ -491,7 +313,7 @@ class TrainingLoop:
         rounds = [[seconds(share) for share in shares] for _ in range(3)]
         self.task.optimizers.zero_grad()
         first, *later = (min(times) for times in zip(*rounds, strict=True))
-        return (sum(later) / len(later) - first) * -(-count // micro_batch)
+        return (sum(later) / len(later) - first) * -(-len(self.ranks.part(self.task.batches.sequences)) // count)
 
     def _wait_for_device(self) -> None:
         if self.hardware.device == "cuda":
@@ -522,7 +344,7 @@ class TrainingLoop:
         state = {**asdict(self.state), "identity": self.task.identity, **flags}
         self._saved_step = self.state.step
         try:
-            self._append_records()
+            self.step_log.write()
             tensors = self.task.state_tensors()
             if weights_only:
                 del tensors["optimizer"]
@@ -534,7 +356,7 @@ class TrainingLoop:
             self._handle_failed_save(error)
 
     def _write_checkpoint(self, state: dict[str, Any], tensors: NamedTensors) -> None:
-        fsync_path(self.history_path)  # the history up to a checkpoint must be on the disk before it
+        fsync_path(self.step_log.path)  # the history up to a checkpoint must be on the disk before it
         checkpoints.save_checkpoint(self.checkpoint_root, state["step"], tensors, state)
         try:
             checkpoints.rotate_checkpoints(self.checkpoint_root, self.settings.keep_checkpoints)
@@ -566,7 +388,7 @@ class TrainingLoop:
             else:
                 checkpoint = checkpoints.newest_checkpoint(self.checkpoint_root)
             if checkpoint is None:
-                self.history_path.unlink(missing_ok=True)
+                self.step_log.path.unlink(missing_ok=True)
             else:
                 check_identity(f"{checkpoint.folder} is", checkpoint.state.get("identity"), self.task.identity)
                 if named:
@@ -593,7 +415,7 @@ class TrainingLoop:
         self.state.micro_batch = min(self.state.micro_batch, self.settings.sequences_per_step)
         self._saved_step = self.state.step
         if self.ranks.is_main:
-            truncate_history(self.history_path, self.state.step)
+            truncate_history(self.step_log.path, self.state.step)
         return True
 
     def _roll_back(self, reason: str, bar: Any) -> None:
@@ -612,7 +434,7 @@ class TrainingLoop:
             checkpoint = checkpoints.newest_good_checkpoint(self.checkpoint_root, diverged.guard.trouble_since)
             if checkpoint is not None:
                 checkpoints.set_aside_later(self.checkpoint_root, checkpoint.step)
-        self._pending, self._pending_seconds, self._records = [], 0.0, []
+        self.step_log.discard()
         if not self._restore(checkpoint):
             raise TrainingFailed(f"{reason}, and there is no earlier checkpoint: {advice}")
         guard = self.state.guard = diverged.guard.after_rollback(self.state.guard)
@@ -623,20 +445,3 @@ class TrainingLoop:
             f"{reason}: rolled back to step {self.state.step}, learning rate scaled by {guard.rate_factor} "
             f"(rollback {guard.rollbacks} of at most {ROLLBACKS_AT_MOST})"
         )
-
-
-def _read_metrics(record: dict[str, Any]) -> dict[str, Any]:
-    metrics = record.pop("metrics")
-    return {**record, **{name: float(value) for name, value in metrics.items()}}
-
-
-def _to_device(array: Any, device: str) -> Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device == "cuda" else tensor
-
-
-def _step_seed(seed: int, step: int, first_sequence: int) -> int:
-    """Distinct seed for each micro-batch (splitmix64's mixing, so that neighbouring seeds are unrelated)."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + first_sequence * 0x94D049BB133111EB) % 2**64
-    mixed = (mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93 % 2**64
-    return (mixed ^ (mixed >> 32)) % 2**63

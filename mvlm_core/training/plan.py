@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from mvlm_core.cost_estimate import JSON_VARIABLE, PRICE, Item, format_costs
 from mvlm_core.data.corpus import Corpus, validation_subset
@@ -116,8 +117,7 @@ def plan_run(
     steps, items = _items(student, one, text, rate, compiled, hardware.threads)
     expected: list[str] = []
     if _law_applies(settings, corpus, text, one.parameters):
-        alone = replace(settings, num_models=1, **(dict.fromkeys(LENGTHS) | {"num_epochs": UNIT_EPOCHS}))
-        unit = _timed(_items(alone, one, cached, rate, compiled, hardware.threads)[1])
+        unit = _timed(_items(_unit(settings), one, cached, rate, compiled, hardware.threads)[1])
         expected = recipe.law.describe(one.parameters, _timed([*taught, *items]), unit)
     if teachers:
         each = f"{len(teachers)} × {estimates[0][0]:,} steps"
@@ -275,6 +275,12 @@ def _law_applies(settings: TrainingSettings, corpus: Corpus, text: TextPlan, par
     has_translations = corpus.primary_translation is not None
     from_scratch = settings.init_from is None and settings.teacher is None and settings.preset == "h200"
     return from_scratch and has_translations and low <= text.train_bytes / parameters <= high
+
+
+def _unit(settings: TrainingSettings) -> TrainingSettings:
+    """The training that a forecast counts compute in: of one model, without the run's own limits."""
+    length: dict[str, Any] = dict.fromkeys(LENGTHS) | {"num_epochs": UNIT_EPOCHS}
+    return replace(settings, num_models=1, **length)
 
 
 def _describe(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from benchmarks.performance import gpu_check, gpu_correctness, gpu_speed
 from mvlm_core.errors import UserError
 from mvlm_core.hardware import choose_hardware, compiler_problem
-from mvlm_core.training.loop import TrainingLoop
+from mvlm_core.training.gradients import GradientAccumulator
 from prioritary_mvlm import PrioritaryConfig
 from tests.helpers import MODELS
 
@@ -84,14 +84,14 @@ def test_a_check_that_breaks_off_does_not_cost_the_others(name, code, check, mon
 
 
 def test_micro_batches_end_where_memory_does(check, monkeypatch):
-    right = TrainingLoop._micro_batch
+    right = GradientAccumulator.micro_batch
 
-    def small(loop, first, count, *rest, **named):
+    def small(gradients, step, first, count, *rest, **named):
         if count > 2:
             raise torch.OutOfMemoryError
-        return right(loop, first, count, *rest, **named)
+        return right(gradients, step, first, count, *rest, **named)
 
-    monkeypatch.setattr(TrainingLoop, "_micro_batch", small)
+    monkeypatch.setattr(GradientAccumulator, "micro_batch", small)
     monkeypatch.setattr(gpu_speed, "MICRO_BATCHES", (2, 4, 8))
     rows = check("--only", "micro_batches")[1]["rows"]
     assert [row["of"] for row in rows] == [f"{model}, {size}" for model in MODELS for size in (2, 4)]

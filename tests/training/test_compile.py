@@ -89,7 +89,7 @@ def test_the_micro_batch_can_be_halved_more_often_than_a_function_can_be_compile
         return found
 
     object.__setattr__(loop.task, "loss", loss)
-    loop._try_micro_batch()
+    loop.gradients.find_micro_batch(loop.state, 0.0)
     assert tried == [32, 16, 8, 4, 2, 1] and loop.state.micro_batch == 1 and len(graphs) > 8
 
 
@@ -111,7 +111,7 @@ def test_a_step_does_not_wait_for_the_device(model, optimizer, tiny_corpus, tmp_
         for _ in range(3):
             loop._step(stop)
         with pytest.raises(AssertionError, match="waits"):
-            loop._flush(bar=None)
+            loop._read_metrics(bar=None)
 
 
 @pytest.mark.parametrize(("model", "own", "of_the_teacher"), [("mvlm_gpt2", 2, 1), ("simone_enhanced", 5, 3)])
@@ -120,6 +120,6 @@ def test_a_teacher_compiles_to_graphs_of_its_own(model, own, of_the_teacher, gra
     settings = tiny_settings(model, trained / "corpus", tmp_path, teacher=str(trained / model))
     plain, compiled = (make_loop(model, settings, compiled=each) for each in (False, True))
     for _ in range(2):
-        expected, found = (loop._micro_batch(0, 4, 0.0)[0] for loop in (plain, compiled))
+        expected, found = (loop.gradients.micro_batch(0, 0, 4, 0.0)[0] for loop in (plain, compiled))
         torch.testing.assert_close(found, expected)
     assert len(graphs) == own + of_the_teacher

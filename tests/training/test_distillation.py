@@ -86,7 +86,7 @@ def test_every_micro_batch_draws_one_of_the_teachers_again_the_same(model, train
 
     def losses(teacher):
         loop = make_loop(model, tiny_settings(model, corpus, tmp_path / "student", teacher=teacher, dropout=0.0))
-        return [loop._micro_batch(first, 1, 0.9)[0]["distillation_loss"].item() for first in range(8)]
+        return [loop.gradients.micro_batch(0, first, 1, 0.9)[0]["distillation_loss"].item() for first in range(8)]
 
     alone = [losses(place) for place in places]
     together = losses(",".join(places))

@@ -110,7 +110,7 @@ def test_it_gives_up_after_a_few_tries(tiny_corpus, tmp_path):
     with pytest.raises(TrainingFailed, match="after 3 rollbacks: start again with a lower --learning_rate"):
         loop.run(StopAfter())
     assert checkpoint_folders(loop.checkpoint_root), "what was good is still there"
-    assert all(record.get("skipped", False) == (record["step"] > 6) for record in read_history(loop.history_path))
+    assert all(record.get("skipped", False) == (record["step"] > 6) for record in read_history(loop.step_log.path))
 
 
 def test_a_sustained_spike_counts_and_a_single_one_does_not():

@@ -91,7 +91,7 @@ def test_it_starts_from_the_exports_weights_and_resumes_to_the_bit(model, traine
     for name in ("model", "optimizer"):
         expected, found = (newest_checkpoint(loop.checkpoint_root).tensors(name) for loop in (whole, again))
         assert expected and all(torch.equal(expected[key], found[key]) for key in expected)
-    losses = [[record["train_loss"] for record in read_history(loop.history_path)] for loop in (whole, again)]
+    losses = [[record["train_loss"] for record in read_history(loop.step_log.path)] for loop in (whole, again)]
     assert losses[0] == losses[1] and len(losses[0]) == 12
 
 

@@ -40,7 +40,7 @@ def everything_on(model):
 
 def final_state(loop):
     checkpoint = newest_checkpoint(loop.checkpoint_root)
-    history = [{k: v for k, v in record.items() if k not in TIMES} for record in read_history(loop.history_path)]
+    history = [{k: v for k, v in record.items() if k not in TIMES} for record in read_history(loop.step_log.path)]
     state = {k: v for k, v in checkpoint.state.items() if k not in TIMES}
     return checkpoint.tensors("model"), checkpoint.tensors("optimizer"), history, state
 
@@ -61,7 +61,7 @@ def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(model, tiny_corpus,
         assert expected.keys() == found.keys() and expected
         assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert final_state(whole)[2:] == final_state(last)[2:]
-    assert [record["step"] for record in read_history(last.history_path)] == list(range(1, 25))
+    assert [record["step"] for record in read_history(last.step_log.path)] == list(range(1, 25))
 
 
 @pytest.mark.parametrize("thread", [DelayedThread, ThreadOfOneStep])
@@ -191,7 +191,7 @@ def test_a_checkpoint_from_before_steps_had_a_time_of_their_own():
 def test_history_records_what_the_contract_says(tiny_corpus, tmp_path):
     loop = make_loop("simone_enhanced", tiny_settings("simone_enhanced", tiny_corpus, tmp_path, coherence_weight=0.3))
     loop.run(StopAfter())
-    records = read_history(loop.history_path)
+    records = read_history(loop.step_log.path)
     wanted = {
         "step",
         "epoch",
@@ -218,7 +218,7 @@ def test_a_larger_max_steps_goes_on_from_the_end(tiny_corpus, tmp_path):
     make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path)).run(StopAfter())
     longer = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=15))
     assert longer.run(StopAfter()).step == 15
-    assert [record["step"] for record in read_history(longer.history_path)] == list(range(1, 16))
+    assert [record["step"] for record in read_history(longer.step_log.path)] == list(range(1, 16))
     same = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=15))
     assert same.run(StopAfter(1)).finished, "nothing is left to do"
 
@@ -275,7 +275,7 @@ def test_accumulation_changes_the_losses_by_rounding_only(tiny_corpus, tmp_path)
     for name, changes in (("whole", {"batch_size": 8}), ("parts", {"batch_size": 2, "gradient_accumulation_steps": 4})):
         loop = make_loop("simone_enhanced", tiny_settings("simone_enhanced", tiny_corpus, tmp_path / name, **changes))
         loop.run(StopAfter())
-        curves.append([record["train_loss"] for record in read_history(loop.history_path)])
+        curves.append([record["train_loss"] for record in read_history(loop.step_log.path)])
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
@@ -290,7 +290,7 @@ def run_with_memory_for(limit, tiny_corpus, folder, batch_size=8):
 
     object.__setattr__(loop.task, "loss", loss)
     state = loop.run(StopAfter())
-    return state, [record["train_loss"] for record in read_history(loop.history_path)]
+    return state, [record["train_loss"] for record in read_history(loop.step_log.path)]
 
 
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_curve(tiny_corpus, tmp_path):
@@ -304,7 +304,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_curve(tiny_corpus, t
 
 def test_the_failed_step_is_forgotten_before_the_micro_batch_is_halved(tiny_corpus, tmp_path, monkeypatch):
     loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, batch_size=8))
-    real, halve, activations, alive = loop.task.loss, loop._halve_micro_batch, [], []
+    real, halve, activations, alive = loop.task.loss, loop.gradients._halve, [], []
 
     def loss(inputs, *rest):
         activation = torch.zeros(10)
@@ -313,13 +313,13 @@ def test_the_failed_step_is_forgotten_before_the_micro_batch_is_halved(tiny_corp
             raise torch.OutOfMemoryError("out of memory")
         return real(inputs, *rest)
 
-    def halve_and_look():
+    def halve_and_look(state):
         alive.extend(activation() is not None for activation in activations)
-        halve()
+        halve(state)
 
     object.__setattr__(loop.task, "loss", loss)
-    monkeypatch.setattr(loop, "_halve_micro_batch", halve_and_look)
-    loop._try_micro_batch()
+    monkeypatch.setattr(loop.gradients, "_halve", halve_and_look)
+    loop.gradients.find_micro_batch(loop.state, 0.0)
     loop.state.micro_batch = 8
     loop._step(StopAfter())
     assert len(activations) == 4 and loop.state.micro_batch == 2 and not any(alive)
@@ -343,7 +343,7 @@ def test_memory_that_runs_out_later_is_answered_too_and_the_answer_kept(tiny_cor
         scarce.run(StopAfter(7))
     again = loop(tmp_path / "scarce")
     assert again.run(StopAfter()).micro_batch == 4
-    curves = [[record["train_loss"] for record in read_history(each.history_path)] for each in (whole, again)]
+    curves = [[record["train_loss"] for record in read_history(each.step_log.path)] for each in (whole, again)]
     assert curves[0][:5] == curves[1][:5] and curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
@@ -397,7 +397,7 @@ def test_golden_losses(model, tiny_corpus, tmp_path):
     )
     loop.run(StopAfter())
     golden = json.loads(GOLDEN.read_text())
-    losses = [record["train_loss"] for record in read_history(loop.history_path)]
+    losses = [record["train_loss"] for record in read_history(loop.step_log.path)]
     assert losses == pytest.approx(golden[model], rel=golden["relative_tolerance"])
 
 
@@ -493,7 +493,7 @@ def test_the_trial_before_the_first_step_leaves_no_trace(tiny_corpus, tmp_path):
             "simone_enhanced", tiny_settings("simone_enhanced", tiny_corpus, tmp_path / str(trial), dropout=0.2)
         )
         if not trial:
-            loop._try_micro_batch = lambda: None
+            loop.gradients.find_micro_batch = lambda state, share_done: None
         loop.run(StopAfter())
         losses.append(final_state(loop))
     assert losses[0][2:] == losses[1][2:]

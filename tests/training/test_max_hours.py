@@ -56,7 +56,7 @@ def clocked_loop(tiny_corpus, monkeypatch):
 
 def outcome(loop):
     newest = newest_checkpoint(loop.checkpoint_root)
-    history = [{k: v for k, v in record.items() if k not in TIMES} for record in read_history(loop.history_path)]
+    history = [{k: v for k, v in record.items() if k not in TIMES} for record in read_history(loop.step_log.path)]
     state = {k: v for k, v in newest.state.items() if k not in TIMES}
     return newest.tensors("model") | newest.tensors("optimizer"), history, state
 
@@ -100,7 +100,7 @@ def test_nothing_depends_on_the_number_of_steps_before_it_is_fixed(clocked_loop,
     for folder, hours in (("long", 1 / 12), ("short", 1 / 15)):
         loop = clocked_loop("simone_enhanced", tmp_path / folder, max_hours=hours, lr_schedule="linear")
         state = loop.run(StopAfter())
-        histories.append((state.fixed_at, state.fixed_steps, read_history(loop.history_path)))
+        histories.append((state.fixed_at, state.fixed_steps, read_history(loop.step_log.path)))
     (_, longer, one), (until, shorter, two) = histories
     assert shorter < longer
     for name in ("train_loss", "learning_rate", "coherence_loss"):

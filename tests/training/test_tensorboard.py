@@ -7,7 +7,7 @@ import pytest
 from mvlm_core.training.history import read_history
 from mvlm_core.training.run import run_training
 from mvlm_core.training.tensorboard import TENSORBOARD_FOLDER, TensorBoardWriter
-from tests.helpers import make_loop, tiny_settings
+from tests.helpers import StopAfter, make_loop, tiny_settings
 
 
 def scalars(folder):
@@ -39,11 +39,8 @@ def test_steps_that_are_made_again_replace_the_first(tmp_path):
 
 def test_trouble_is_told_once_and_stops_nothing(tiny_corpus, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("mvlm"), "propagate", True)
-    (tmp_path / "file").write_text("in the way")
-    loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path))
-    loop.tensorboard = TensorBoardWriter(tmp_path / "file")
-    from tests.helpers import StopAfter
-
+    loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, tensorboard=True))
+    (loop.step_log.path.parent / TENSORBOARD_FOLDER).write_text("in the way")
     assert loop.run(StopAfter()).step == 12
     assert caplog.text.count("training continues without") == 1
 

@@ -1,0 +1,115 @@
+"""Metrics of training steps: left on the device for some steps, then shown and appended to the history file."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from mvlm_core.monitor import gpu_load, memory_in_use
+from mvlm_core.training.history import HISTORY_NAME, append_records
+from mvlm_core.training.state import LoopState, Run
+from mvlm_core.training.tensorboard import TENSORBOARD_FOLDER, TensorBoardWriter
+from mvlm_core.training.time_budget import RunLength
+
+log = logging.getLogger("mvlm")
+
+
+class StepLog:
+    """A record for each step, from its metrics on the device to the history file of the main rank."""
+
+    def __init__(self, run: Run, tokens_per_step: int) -> None:
+        self.path: Path = run.output_dir / HISTORY_NAME
+        self._device, self._is_main, self._tokens_per_step = run.hardware.device, run.ranks.is_main, tokens_per_step
+        self._tensorboard: TensorBoardWriter | None = None
+        if run.settings.tensorboard and run.ranks.is_main:
+            self._tensorboard = TensorBoardWriter(run.output_dir / TENSORBOARD_FOLDER)
+        self._pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []  # steps whose metrics are on the device
+        self._since = 0.0  # the run's wall time at the start of the first pending step
+        self._seconds = 0.0  # spent in pending steps
+        self._records: list[dict[str, Any]] = []  # read from the device, not yet in the history file
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether there are metrics to read."""
+        return bool(self._pending)
+
+    def add(self, record: dict[str, Any], metrics: dict[str, Tensor], since: float, seconds: float) -> None:
+        """Add a step that started at ``since`` of the run's wall time and took ``seconds``; waits for nothing."""
+        if not self._pending:
+            self._since = since
+        self._pending.append((record, metrics))
+        self._seconds += seconds
+
+    def read(self, state: LoopState, clock: Callable[[], float]) -> str | None:
+        """Copy the pending steps' metrics from the device, which is the only synchronization, into records.
+
+        Returns the reason for a rollback if the divergence guard demands one.
+        """
+        started = clock()
+        records = [
+            record | {name: float(value) for name, value in metrics.items()} for record, metrics in self._pending
+        ]
+        self._seconds += clock() - started
+        count = len(records)
+        load = gpu_load(self._device)
+        common = {"tokens_per_second": count * self._tokens_per_step / self._seconds}
+        common |= {"memory_bytes": memory_in_use(self._device)} | ({} if load is None else {"gpu_load": load})
+        reason = None
+        for number, record in enumerate(records, 1):
+            record |= {"seconds": self._since + self._seconds * number / count} | common
+            skipped = bool(record.pop("skipped"))
+            reason = reason or state.guard.observe(record["step"], record["train_loss"], skipped)
+            if skipped:
+                log.warning("step %s skipped: non-finite loss or gradient", record["step"])
+                record = {name: value for name, value in record.items() if math.isfinite(value)} | {"skipped": True}
+            self._records.append(record)
+        state.step_seconds += self._seconds
+        self._pending, self._seconds = [], 0.0
+        return reason
+
+    def show(self, bar: Any, state: LoopState, length: RunLength) -> None:
+        """Show the newest record on the progress bar and in the log."""
+        record = self._records[-1]
+        loss, learning_rate = record.get("train_loss", math.nan), record["learning_rate"]
+        shown = {"loss": f"{loss:.3f}", "lr": f"{learning_rate:.2g}"}
+        if state.best_bpb is not None:
+            shown["bits/byte"] = f"{state.best_bpb:.4f}"
+        shown["mem"] = f"{record['memory_bytes'] / 2**30:.1f}G"
+        if "gpu_load" in record:
+            shown["gpu"] = f"{record['gpu_load']}%"
+        bar.set_postfix(shown, refresh=False)
+        step, speed = record["step"], record["tokens_per_second"]
+        left = ""
+        if length.total is not None:
+            left = f"{tqdm.format_interval((length.total - step) * self._tokens_per_step / speed)} left"
+        log.debug(
+            f"step {step}/{length}  epoch {record['epoch']:.2f}  loss {loss:.4f}  "
+            f"grad norm {record.get('grad_norm', math.nan):.2f}  lr {learning_rate:.3g}  {speed:,.0f} tok/s  "
+            f"{record['memory_bytes'] / 1e6:.0f} MB  {left}"
+        )
+
+    def note(self, **values: float) -> None:
+        """Add values to the newest record."""
+        self._records[-1] |= values
+
+    def write(self) -> None:
+        """Append the records to the history file.
+
+        Raises:
+            OSError: none of them is written; they are kept for the next call.
+        """
+        if self._is_main:
+            append_records(self.path, self._records)
+            if self._tensorboard is not None:
+                self._tensorboard.add(self._records)
+        self._records = []
+
+    def discard(self) -> None:
+        """Forget what has not been written."""
+        self._pending, self._seconds, self._records = [], 0.0, []
