@@ -72,6 +72,7 @@ STUDENTS = (
     (209, 7, 3),
     (4.5, 1, 1),
     (3, 3, 1),
+    (18, 3, 1),
     (18, 9, 1),
 )
 for count, teachers, of in STUDENTS:
@@ -84,6 +85,7 @@ RECIPES |= {
 TWINS = {
     f"{model} {name}": Line(model, changes=TWIN | OWN[model] | recipe)
     for (name, recipe), model in itertools.product(RECIPES.items(), RATES)
+    if recipe.get("dropout") != OWN[model]["dropout"]  # that is the plain line
 }
 HOUR: dict[str, Any] = {"data_subset": f"bible/{PRIMARY_TRANSLATION}", "train_mix": "", "max_length": 512}
 HOUR |= {"hidden_dim": 192, "num_heads": 3, "ff_dim": 768, "num_layers": 6, "vocab_size": 4096, "batch_size": 8}
