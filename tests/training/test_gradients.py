@@ -1,0 +1,103 @@
+"""Gradients do not depend on how the batch is divided, and a micro-batch that does not fit is halved."""
+
+import weakref
+
+import pytest
+import torch
+
+from mvlm_core.errors import Stopped, TrainingFailed
+from mvlm_core.training.checkpoint import newest_checkpoint
+from mvlm_core.training.history import read_history
+from tests.helpers import StopAfter, make_loop, tiny_settings
+
+
+def test_accumulation_changes_the_losses_by_rounding_only(tiny_corpus, tmp_path):
+    curves = []
+    for name, changes in (("whole", {"batch_size": 8}), ("parts", {"batch_size": 2, "gradient_accumulation_steps": 4})):
+        loop = make_loop("simone_enhanced", tiny_settings("simone_enhanced", tiny_corpus, tmp_path / name, **changes))
+        loop.run(StopAfter())
+        curves.append([record["train_loss"] for record in read_history(loop.step_log.path)])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def run_with_memory_for(limit, tiny_corpus, folder, batch_size=8):
+    loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, folder, batch_size=batch_size, max_steps=6))
+    real = loop.task.loss
+
+    def loss(inputs, *rest):
+        if inputs.shape[0] > limit:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(inputs, *rest)
+
+    object.__setattr__(loop.task, "loss", loss)
+    state = loop.run(StopAfter())
+    return state, [record["train_loss"] for record in read_history(loop.step_log.path)]
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_curve(tiny_corpus, tmp_path):
+    plenty, expected = run_with_memory_for(8, tiny_corpus, tmp_path / "plenty")
+    scarce, found = run_with_memory_for(3, tiny_corpus, tmp_path / "scarce")
+    assert (plenty.micro_batch, scarce.micro_batch) == (8, 2)
+    assert found == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(TrainingFailed, match="--max_length"):
+        run_with_memory_for(0, tiny_corpus, tmp_path / "none")
+
+
+def test_the_failed_step_is_forgotten_before_the_micro_batch_is_halved(tiny_corpus, tmp_path, monkeypatch):
+    loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, batch_size=8))
+    real, halve, activations, alive = loop.task.loss, loop.gradients._halve, [], []
+
+    def loss(inputs, *rest):
+        activation = torch.zeros(10)
+        if inputs.shape[0] > 2:
+            activations.append(weakref.ref(activation))
+            raise torch.OutOfMemoryError("out of memory")
+        return real(inputs, *rest)
+
+    def halve_and_look(state):
+        alive.extend(activation() is not None for activation in activations)
+        halve(state)
+
+    object.__setattr__(loop.task, "loss", loss)
+    monkeypatch.setattr(loop.gradients, "_halve", halve_and_look)
+    loop.gradients.find_micro_batch(loop.state, 0.0)
+    loop.state.micro_batch = 8
+    loop._step(StopAfter())
+    assert len(activations) == 4 and loop.state.micro_batch == 2 and not any(alive)
+
+
+def test_memory_that_runs_out_later_is_answered_too_and_the_answer_kept(tiny_corpus, tmp_path):
+    def loop(folder):
+        return make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, folder, batch_size=8, max_steps=10))
+
+    whole, scarce = loop(tmp_path / "whole"), loop(tmp_path / "scarce")
+    whole.run(StopAfter())
+    real = scarce.task.loss
+
+    def loss(inputs, *rest):
+        if scarce.state.step == 5 and inputs.shape[0] > 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(inputs, *rest)
+
+    object.__setattr__(scarce.task, "loss", loss)
+    with pytest.raises(Stopped):
+        scarce.run(StopAfter(7))
+    again = loop(tmp_path / "scarce")
+    assert again.run(StopAfter()).micro_batch == 4
+    curves = [[record["train_loss"] for record in read_history(each.step_log.path)] for each in (whole, again)]
+    assert curves[0][:5] == curves[1][:5] and curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_the_trial_before_the_first_step_leaves_no_trace(tiny_corpus, tmp_path):
+    found = []
+    for trial in (True, False):
+        loop = make_loop(
+            "simone_enhanced", tiny_settings("simone_enhanced", tiny_corpus, tmp_path / str(trial), dropout=0.2)
+        )
+        if not trial:
+            loop.gradients.find_micro_batch = lambda state, share_done: None
+        loop.run(StopAfter())
+        weights = newest_checkpoint(loop.checkpoint_root).tensors("model")
+        found.append((weights, [record["train_loss"] for record in read_history(loop.step_log.path)]))
+    assert found[0][1] == found[1][1]
+    assert all(torch.equal(found[0][0][name], found[1][0][name]) for name in found[0][0])
