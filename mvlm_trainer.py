@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # heavy imports come after argument parsing, so that --help i
     from transformers import GPT2LMHeadModel
 
     from mvlm_core.data.tokenizer import ByteLevelBPE
-    from mvlm_core.training.state import BuiltModel, Recipe
+    from mvlm_core.training.recipe import BuiltModel, Recipe
 
 NAME = "mvlm_gpt2"
 OUTPUT_DIR = REPOSITORY_ROOT / "models" / NAME
@@ -126,7 +126,7 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
     from mvlm_core.training.distillation import TEACHER_SHARE, load_teachers, teacher_of_step
     from mvlm_core.training.distillation_loss import Prediction, distillation_loss
     from mvlm_core.training.optimizer import build_optimizers
-    from mvlm_core.training.state import BuiltModel, StepLoss
+    from mvlm_core.training.recipe import BuiltModel, StepLoss
 
     end = tokenizer.start_id
     config = GPT2Config(
@@ -173,7 +173,7 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
 def recipe() -> Recipe:
     """Return model 1's recipe for the shared training run."""
     from mvlm_core.training.forecast import Law
-    from mvlm_core.training.state import Recipe
+    from mvlm_core.training.recipe import Recipe
 
     return Recipe(
         name=NAME,

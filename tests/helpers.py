@@ -21,7 +21,7 @@ from mvlm_core.signals import StopRequest
 from mvlm_core.training.distributed import ALONE, Ranks
 from mvlm_core.training.loop import TrainingLoop
 from mvlm_core.training.preparation import prepare_text
-from mvlm_core.training.state import Run, build_task
+from mvlm_core.training.task import Run, build_task
 from prioritary_mvlm import PrioritaryConfig
 from prioritary_mvlm.enhanced_trainer import RECIPE
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mvlm_core.training.cross_entropy import linear_cross_entropy
 from mvlm_core.training.distillation import TEACHER_SHARE
 from mvlm_core.training.distillation_loss import Prediction, distillation_loss
-from mvlm_core.training.state import StepLoss
+from mvlm_core.training.recipe import StepLoss
 from simone_transformer.rope_attention import Pointing
 
 

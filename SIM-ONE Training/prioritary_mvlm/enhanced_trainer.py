@@ -17,8 +17,8 @@ from mvlm_core.training.distillation import load_teachers, teacher_of_step
 from mvlm_core.training.distillation_loss import Prediction
 from mvlm_core.training.forecast import Law
 from mvlm_core.training.optimizer import build_optimizers
+from mvlm_core.training.recipe import BuiltModel, Recipe, StepLoss
 from mvlm_core.training.run import run_training
-from mvlm_core.training.state import BuiltModel, Recipe, StepLoss
 from prioritary_mvlm.advanced_losses import ComprehensiveTrainingLoss
 from prioritary_mvlm.advanced_tokenizer import AdvancedBPETokenizer
 from prioritary_mvlm.config import NAME, PrioritaryConfig

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mvlm_core.data.tokenizer import ByteLevelBPE
 from mvlm_core.hardware import Hardware
-from mvlm_core.training.state import BuiltModel, Recipe
+from mvlm_core.training.recipe import BuiltModel, Recipe
 from prioritary_mvlm.config import PrioritaryConfig
 from prioritary_mvlm.enhanced_trainer import add_training, model_config
 from simone_transformer import EnhancedSIMONEModel

@@ -37,7 +37,7 @@ from mvlm_core.training.distillation import stages
 from prioritary_mvlm.config import PrioritaryConfig
 
 if TYPE_CHECKING:
-    from mvlm_core.training.state import Recipe
+    from mvlm_core.training.recipe import Recipe
 
 SETTINGS = {"mvlm_gpt2": mvlm_trainer.GPT2Settings, "simone_enhanced": PrioritaryConfig}
 EPILOG = f"""Each run trains in a separate process, like the trainers, and saves its finished model in --work_dir.

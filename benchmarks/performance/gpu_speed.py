@@ -22,7 +22,7 @@ from mvlm_core.training.cost import step_cost
 from mvlm_core.training.cross_entropy import linear_cross_entropy
 from mvlm_core.training.loop import TrainingLoop
 from mvlm_core.training.preparation import prepare_text
-from mvlm_core.training.state import Run, build_task
+from mvlm_core.training.task import Run, build_task
 
 # Dense bf16 peak in FLOP/s by a substring of the device name, from the vendors' data sheets.
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}

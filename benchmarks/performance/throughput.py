@@ -86,7 +86,7 @@ def ours(name: str, settings: TrainingSettings, options: argparse.Namespace) -> 
     from mvlm_core.training.distributed import ALONE, join
     from mvlm_core.training.loop import TrainingLoop
     from mvlm_core.training.preparation import prepare_text
-    from mvlm_core.training.state import Run, build_task
+    from mvlm_core.training.task import Run, build_task
 
     recipe, ranks = recipe_of(OURS[name][0]), ALONE
     text = prepare_text(settings, recipe.tokenizer_class)

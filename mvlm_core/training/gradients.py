@@ -12,7 +12,8 @@ from torch import Tensor
 from mvlm_core.errors import TrainingFailed
 from mvlm_core.signals import StopRequest
 from mvlm_core.training.gradient_sync import GradientSync
-from mvlm_core.training.state import LoopState, Run, TrainingTask
+from mvlm_core.training.state import LoopState
+from mvlm_core.training.task import Run, TrainingTask
 
 log = logging.getLogger("mvlm")
 

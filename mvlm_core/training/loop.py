@@ -30,9 +30,11 @@ from mvlm_core.training.checkpoint_writer import CheckpointWriter, NamedTensors
 from mvlm_core.training.divergence import ROLLBACKS_AT_MOST
 from mvlm_core.training.gradients import GradientAccumulator
 from mvlm_core.training.history import read_history, truncate_history
-from mvlm_core.training.state import LoopState, Overhead, Run, TrainingTask, check_identity, run_length
+from mvlm_core.training.run_length import RunLength, run_length
+from mvlm_core.training.state import LoopState, Overhead, check_identity
 from mvlm_core.training.step_log import StepLog
-from mvlm_core.training.time_budget import RunLength, TimeBudget, steps_within
+from mvlm_core.training.task import Run, TrainingTask
+from mvlm_core.training.time_budget import TimeBudget, steps_within
 
 log = logging.getLogger("mvlm")
 

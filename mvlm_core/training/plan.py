@@ -23,7 +23,8 @@ from mvlm_core.training.forecast import TEXT_PER_PARAMETER, UNIT_EPOCHS
 from mvlm_core.training.init_from import replay_of, source_of
 from mvlm_core.training.launch import describe_gpus, rank_count
 from mvlm_core.training.preparation import mix_of, old_text, read_corpus, tokenizer_path
-from mvlm_core.training.state import LoopState, Recipe
+from mvlm_core.training.recipe import Recipe
+from mvlm_core.training.state import LoopState
 
 # Assumptions; those that an estimate uses are printed with it.
 GPU_PEAK = 989e12  # FLOP/s of an H200 or H100, bf16 without sparsity

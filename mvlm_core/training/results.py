@@ -17,7 +17,8 @@ from mvlm_core.export.manifest import TEST_SCORES, training_config, verify_folde
 from mvlm_core.metrics import BY_NAME, METRICS, PRIMARY_TEST_BPB
 from mvlm_core.training.history import HISTORY_NAME
 from mvlm_core.training.preparation import PreparedText
-from mvlm_core.training.state import LoopState, Run, check_identity
+from mvlm_core.training.state import LoopState, check_identity
+from mvlm_core.training.task import Run
 from mvlm_core.training.tensorboard import TENSORBOARD_FOLDER
 
 log = logging.getLogger("mvlm")

@@ -27,7 +27,10 @@ from mvlm_core.training.launch import FOLDER_VARIABLE, rank_count
 from mvlm_core.training.loop import TrainingLoop
 from mvlm_core.training.plan import log_costs, plan_run, planned_and_actual
 from mvlm_core.training.preparation import PreparedText, prepare_text
-from mvlm_core.training.state import Recipe, Run, TrainingTask, build_task, run_identity, total_steps
+from mvlm_core.training.recipe import Recipe
+from mvlm_core.training.run_length import total_steps
+from mvlm_core.training.state import run_identity
+from mvlm_core.training.task import Run, TrainingTask, build_task
 
 log = logging.getLogger("mvlm")
 

@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from mvlm_core.monitor import gpu_load, memory_in_use
 from mvlm_core.training.history import HISTORY_NAME, append_records
-from mvlm_core.training.state import LoopState, Run
+from mvlm_core.training.run_length import RunLength
+from mvlm_core.training.state import LoopState
+from mvlm_core.training.task import Run
 from mvlm_core.training.tensorboard import TENSORBOARD_FOLDER, TensorBoardWriter
-from mvlm_core.training.time_budget import RunLength
 
 log = logging.getLogger("mvlm")
 

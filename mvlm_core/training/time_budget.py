@@ -9,61 +9,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
-
-from mvlm_core.training.optimizer import learning_rate_scale
 
 MEASURED_SECONDS = 60.0  # or this share of a short budget
 _MEASURED_SHARE = 0.1
 _UNTIMED_STEPS = 3  # at the start of a process: compilation, memory allocation, a cold page cache
 _MEASURED_STEPS = 7  # minimum
-WARMUP_STEPS = 50  # about 2 % of a typical run; the length is not known yet
 _MOST_STEPS = 10**9
-
-
-@dataclass(frozen=True)
-class RunLength:
-    """Length of a run in steps, and its learning rate schedule.
-
-    Attributes:
-        limit: steps by all other settings; None if only time limits the run.
-        warmup: steps.
-        by_time: whether ``--max_hours`` is given.
-        fixed_at, fixed_steps: step at which ``--max_hours`` fixed the length, and that length; None before.
-    """
-
-    limit: int | None
-    warmup: int
-    by_time: bool = False
-    fixed_at: int | None = None
-    fixed_steps: int | None = None
-
-    @property
-    def total(self) -> int | None:
-        """Total steps of the run; None until known."""
-        if not self.by_time:
-            return self.limit
-        return None if self.fixed_steps is None else min(self.fixed_steps, self.limit or self.fixed_steps)
-
-    def is_reached(self, step: int) -> bool:
-        """Whether the run is over after ``step`` steps."""
-        end = self.total or self.limit
-        return end is not None and step >= end
-
-    def share(self, step: int) -> float:
-        """Completed share of the schedule before ``step``."""
-        start = self.fixed_at or 0
-        return 0.0 if self.total is None or step < start else (step - start) / (self.total - start)
-
-    def learning_rate_scale(self, step: int, schedule: str) -> float:
-        """Fraction of the peak learning rate at step ``step``, from 0."""
-        start = self.fixed_at or 0
-        if self.total is None or step < start:
-            return min(1.0, (step + 1) / max(1, self.warmup))
-        return learning_rate_scale(step - start, self.total - start, 0 if self.by_time else self.warmup, schedule)
-
-    def __str__(self) -> str:
-        return "?" if self.total is None else str(self.total)
 
 
 def steps_within(

@@ -13,7 +13,8 @@ from mvlm_core.errors import Stopped, TrainingFailed, UserError
 from mvlm_core.training.checkpoint import checkpoint_folders, newest_checkpoint
 from mvlm_core.training.divergence import GuardState
 from mvlm_core.training.history import read_history
-from mvlm_core.training.state import LoopState, total_steps
+from mvlm_core.training.run_length import total_steps
+from mvlm_core.training.state import LoopState
 from tests.helpers import (
     EVERYTHING_ON,
     FIXTURES,

@@ -8,8 +8,9 @@ from mvlm_core.training import checkpoint as checkpoints
 from mvlm_core.training.checkpoint import newest_checkpoint
 from mvlm_core.training.history import read_history
 from mvlm_core.training.optimizer import learning_rate_scale
+from mvlm_core.training.run_length import RunLength
 from mvlm_core.training.state import LoopState
-from mvlm_core.training.time_budget import RunLength, steps_within
+from mvlm_core.training.time_budget import steps_within
 from tests.helpers import MODELS, ImmediateThread, StopAfter, make_loop, tiny_settings
 
 TIMES = ("seconds", "step_seconds", "spent", "timed_steps", "timed_seconds", "tokens_per_second", "memory_bytes")

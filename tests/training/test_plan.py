@@ -13,7 +13,7 @@ from mvlm_core.training.cost import step_cost
 from mvlm_core.training.plan import EXPORT_SECONDS, plan_run, plan_text, planned_steps
 from mvlm_core.training.preparation import prepare_text, read_corpus
 from mvlm_core.training.run import run_training
-from mvlm_core.training.state import total_steps
+from mvlm_core.training.run_length import total_steps
 from prioritary_mvlm import PrioritaryConfig
 from tests.helpers import MODELS, recipe_of, tiny_settings
 

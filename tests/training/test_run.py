@@ -106,7 +106,7 @@ def test_another_run_over_a_finished_model_is_refused_unless_fresh(trained, tmp_
 def test_the_best_weights_are_exported_and_the_last_kept(tiny_corpus, tmp_path, monkeypatch):
     values = iter([2.0, 3.0, 4.0])
     monkeypatch.setattr(
-        "mvlm_core.training.state.score_documents",
+        "mvlm_core.training.task.score_documents",
         lambda *_, **__: Score({"all": DocumentScore(1, 1, {0: next(values) * math.log(2)})}),
     )
     settings = tiny_settings("simone_enhanced", tiny_corpus, tmp_path)

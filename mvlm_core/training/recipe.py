@@ -1,0 +1,60 @@
+"""What a model brings to its training: how it is built, its loss, its optimizers, and what to expect of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from mvlm_core.data.tokenizer import ByteLevelBPE
+from mvlm_core.hardware import Hardware
+from mvlm_core.training.forecast import Law
+from mvlm_core.training.optimizer import Optimizers
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """The loss of one micro-batch: ``total`` is minimised, the rest is detached and logged."""
+
+    total: Tensor
+    train_loss: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A model with everything that trains it.
+
+    Attributes:
+        model: the transformers causal language model to export.
+        modules: every module with trainable weights, by name; includes the model as "model".
+        loss: (inputs, targets, document weights, share of the run done) → ``StepLoss`` or an object like it.
+        idle: share of the run done → parameters that get no gradient from then on, if that changes during a run.
+    """
+
+    model: Any
+    modules: dict[str, nn.Module]
+    loss: Callable[[Tensor, Tensor, Tensor, float], Any]
+    optimizers: Optimizers
+    idle: Callable[[float], Iterable[Tensor]] = field(default=lambda share_done: (), kw_only=True)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The model-specific part of training.
+
+    Attributes:
+        name: used for the export folder and the archive.
+        build: (settings, tokenizer, hardware) → newly initialized model on the CPU; the generator is already seeded.
+        law: what to expect of the ``h200`` preset.
+    """
+
+    name: str
+    title: str
+    description: str
+    remote_code: bool
+    tokenizer_class: type[ByteLevelBPE]
+    build: Callable[[Any, ByteLevelBPE, Hardware], BuiltModel]
+    law: Law
