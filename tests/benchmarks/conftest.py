@@ -1,4 +1,4 @@
-"""Finished tiny runs that the tests of the experiments share."""
+"""Finished tiny runs shared by the experiment tests."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tests.helpers import MODELS, TINY
 
 @pytest.fixture(scope="session")
 def finished(trained: Path) -> dict[str, Run]:
-    """A tiny run of each model as an experiment finds it once it is finished; to be read, not written."""
+    """A finished tiny run of each model, as an experiment finds it; read-only."""
     places = {"data_dir": str(trained / "corpus"), "cache_dir": str(trained / "cache")}
     values = {model: TINY | places | {"seed": 0, "output_dir": str(trained / model)} for model in MODELS}
     return {model: Run(model, model, values[model]) for model in MODELS}
@@ -19,6 +19,6 @@ def finished(trained: Path) -> dict[str, Run]:
 
 @pytest.fixture(scope="session")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> fault_injection.Bench:
-    """Runs of model 2 in processes of their own, to be disturbed and compared with an undisturbed one."""
+    """Runs of model 2 in separate processes, to be disturbed and compared with an undisturbed one."""
     fault_injection.CONTEXT.set_forkserver_preload(fault_injection.PRELOAD)
     return fault_injection.Bench("simone_enhanced", tmp_path_factory.mktemp("faults"))

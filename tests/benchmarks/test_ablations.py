@@ -1,4 +1,4 @@
-"""``benchmarks/experiments/ablations.py``: variants that are one valid change, and arithmetic that is right."""
+"""``benchmarks/experiments/ablations.py``: variants that are one valid change, verdicts and the table."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def test_every_variant_is_one_valid_change(tmp_path, preset):
     assert ("tied_head" in settings) == (preset != "h200")
 
 
-def test_a_name_brings_its_reference_and_an_unknown_one_is_refused(tmp_path):
+def test_only_option_includes_the_reference_and_refuses_unknown_names(tmp_path):
     runs = ablations.plan(options_of(tmp_path, "--only", "base_linear", "--seeds", "1"))
     assert [run.label for run in runs] == ["baseline", "base_linear"]
     with pytest.raises(UserError, match="no_such"):

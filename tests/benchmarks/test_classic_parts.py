@@ -1,4 +1,4 @@
-"""``classic_parts.py``: each part is in the model, trains, and spends what the modern one spends."""
+"""``classic_parts.py``: each part is in the model, is trained, and keeps the parameter count."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def built(part, folder):
 
 
 @pytest.mark.parametrize("part", CLASSIC_PARTS)
-def test_a_classic_part_is_in_the_model_trains_and_spends_the_same(part, tmp_path):
+def test_each_classic_part_is_trained_at_the_same_parameter_count(part, tmp_path):
     modern, classic = built(None, tmp_path), built(part, tmp_path)
     assert classic.model.num_parameters() == pytest.approx(modern.model.num_parameters(), rel=0.05)
     ids = torch.randint(400, (2, 17), generator=torch.Generator().manual_seed(0))
@@ -34,10 +34,10 @@ def test_a_classic_part_is_in_the_model_trains_and_spends_the_same(part, tmp_pat
 
 
 @torch.no_grad()
-def test_what_each_part_replaces(tmp_path):
+def test_each_classic_part_replaces_its_modern_counterpart(tmp_path):
     models = {part: built(part, tmp_path).model.eval() for part in CLASSIC_PARTS}
     kinds = {part: [type(module).__name__ for module in model.modules()] for part, model in models.items()}
-    # Two a layer beside the embedding's and the last; queries' and keys' stay, and the pointer's three.
+    # Two per layer, the embedding's and the final one are replaced; those of queries, keys and pointer stay.
     assert kinds["layer_norm"].count("_LayerNorm") == 2 * 3 + 2 and kinds["layer_norm"].count("RMSNorm") == 2 * 3 + 3
     assert kinds["gelu"].count("GELU") == 3 and "SwiGLU" not in kinds["gelu"]
     assert kinds["plain_queries"].count("RMSNorm") == 2 * 3 + 2 + 3

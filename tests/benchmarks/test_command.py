@@ -1,4 +1,4 @@
-"""``benchmarks/command.py``: tables and spreads by hand, options that are refused."""
+"""``benchmarks/command.py``: formatting of tables and spreads, options that are refused."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from benchmarks import command
 from mvlm_core.errors import UserError
 
 
-def test_tables_by_hand():
+def test_table_spread_and_deviation_formatting():
     expected = "| a | b | c |\n| --- | --- | ---: |\n| x | 1 | 2.5 |"
     assert command.table(("a", "b", "c"), [("x", 1, 2.5)], left=2) == expected
     assert command.spread([3.0, 1.0, 2.6], "{:.1f}") == "2.2 (1.0 … 3.0)"
@@ -19,7 +19,7 @@ def test_tables_by_hand():
     assert command.deviation([1.0, 2.0]) == "1.5000 ± 0.7071" and command.deviation([1.0]) == "1.0000"
 
 
-def test_figures_are_shown_and_kept(tmp_path, capsys):
+def test_show_prints_the_table_and_writes_the_json_file(tmp_path, capsys):
     options = command.new_parser("").parse_args(["--json", str(tmp_path / "found.json")])
     command.show("a table", {"figure": 1}, options)
     assert capsys.readouterr().out == "a table\n"

@@ -1,4 +1,4 @@
-"""``benchmarks/experiments/data_constrained.py``: lines that are valid, a few whole books, and a table of real runs."""
+"""``benchmarks/experiments/data_constrained.py``: valid lines, a subset of whole books, and a table of real runs."""
 
 from collections import Counter
 from dataclasses import replace
@@ -27,7 +27,7 @@ def largest_book(data_dir):
     return sizes
 
 
-def test_every_line_is_a_valid_run(tmp_path, tiny_corpus):
+def test_every_line_is_a_valid_run_with_the_expected_compute(tmp_path, tiny_corpus):
     some = str(max(largest_book(tiny_corpus).values()))
     options = options_of(tmp_path, tiny_corpus, "--text_bytes", some, "--seeds", "2")
     runs = data_constrained.plan(options)
@@ -42,14 +42,14 @@ def test_every_line_is_a_valid_run(tmp_path, tiny_corpus):
         data_constrained.plan(options_of(tmp_path, tiny_corpus, "--only", "hour,no such line"))
     with pytest.raises(UserError, match="--processes 0"):
         options_of(tmp_path, tiny_corpus, "--processes", "0")
-    # 3 passes of a teacher's and 9 of a student's, whose steps cost a third more: 1 + 4.
+    # 3 teacher passes plus 9 student passes, whose steps cost a third more: 1 + 4.
     by_line = {run.label: data_constrained.compute(run) for run in runs}
     assert by_line["mvlm_gpt2 3 passes"] == 1 and by_line["mvlm_gpt2 9 passes"] == 3
     assert by_line["mvlm_gpt2 9 passes with 1 teacher"] == pytest.approx(5)
     assert by_line["simone_enhanced 18 passes with 3 teachers"] == pytest.approx(3 + 8)
 
 
-def test_few_books_are_train_books_in_all_translations_and_all_held_out_ones(tmp_path, tiny_corpus):
+def test_few_books_keep_all_translations_and_all_held_out_books(tmp_path, tiny_corpus):
     whole, sizes = load_corpus(tiny_corpus), largest_book(tiny_corpus)
     options = options_of(tmp_path, tiny_corpus, "--text_bytes", str(max(sizes.values())))
     corpus = load_corpus(data_constrained.few_books(options))
@@ -95,7 +95,7 @@ def test_an_ensemble_predicts_the_mean_of_its_models_probabilities(finished):
 
 @pytest.mark.integration
 def test_real_runs_make_a_table(tiny_corpus, tmp_path, monkeypatch, capsys):
-    """SIM-ONE's student of one teacher by two CPU workers, GPT-2's of three by one, beside their ensemble."""
+    """A SIM-ONE student of one teacher on two CPU workers, and a GPT-2 student of three with their ensemble."""
     monkeypatch.setattr(runner, "setup_logging", lambda *_, **__: None)
     monkeypatch.setattr(runner, "outlive_terminal", lambda: None)
     plain = data_constrained.plan

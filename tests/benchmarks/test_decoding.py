@@ -1,4 +1,4 @@
-"""``decoding.py``: what is measured of a text, and which setting lies nearest to the books."""
+"""``decoding.py``: statistics of a text, and the decoding setting that is nearest to the books."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def train(corpus):
     return compared_texts(corpus)[0]
 
 
-def test_repeated_and_random_text_are_told_from_the_books(corpus, train):
+def test_repetitive_and_shuffled_text_differ_from_the_books(corpus, train):
     held_out = corpus.split("validation")[0].read().split()
     texts = [" ".join(held_out[start : start + 64]) for start in range(0, 256, 64)]
     books = decoding.measured(texts, train)
@@ -40,6 +40,6 @@ def test_every_setting_is_measured_and_the_nearest_is_marked(trained, corpus, tr
     assert len(rows) == 19 and len(marked) == 1 and min(apart, key=apart.get) in marked[0]
 
 
-def test_a_folder_that_is_not_there_is_refused(tmp_path):
+def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         decoding.main([str(tmp_path / "none")])

@@ -1,4 +1,4 @@
-"""``generality.py``: other prose, multiple-choice tasks, and the controls beside them."""
+"""``generality.py``: other prose, multiple-choice tasks, and their control baselines."""
 
 import json
 import math
@@ -18,7 +18,7 @@ def corpus(tmp_path_factory):
     return build_tiny_corpus(tmp_path_factory.mktemp("generality") / "corpus")
 
 
-def test_the_unigram_model_knows_frequencies_and_nothing_else():
+def test_unigram_scores_depend_only_on_word_frequencies():
     score = generality.unigram(["the cat and the dog"])
     assert score("", "the") == pytest.approx(math.log(3 / 10))
     assert score("any context", " the Dog!") == pytest.approx(math.log(3 / 10) + math.log(2 / 10))
@@ -28,11 +28,11 @@ def test_the_unigram_model_knows_frequencies_and_nothing_else():
 @pytest.mark.parametrize(
     ("scores", "answer", "credit"), [((-1, -2), 0, 1), ((-1, -2), 1, 0), ((-1, -1, -5), 1, 0.5), ((-1, -1, -5), 2, 0)]
 )
-def test_equal_answers_share_the_point(scores, answer, credit):
+def test_tied_answers_share_the_point(scores, answer, credit):
     assert generality.choice_point(scores, answer) == credit
 
 
-def test_other_prose_is_scored_beside_compressors(trained, corpus, tmp_path, capsys):
+def test_other_prose_is_scored_next_to_test_books_and_compressors(trained, corpus, tmp_path, capsys):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "manual.txt").write_text(PROSE)
     exports = [str(trained / name) for name in MODELS]
@@ -55,7 +55,7 @@ def test_unusable_arguments_are_refused(trained, arguments):
 
 
 @pytest.mark.integration
-def test_tasks_of_lm_eval(trained, corpus, tmp_path):
+def test_lm_eval_tasks_are_scored_and_unknown_ones_refused(trained, corpus, tmp_path):
     pytest.importorskip("lm_eval", reason="pip install -r requirements-ecosystem.txt")
     lines = [line for line in sample_books()["ecclesiastes"].split("\n") if 40 < len(line) < 90][:12]
     halves = [(line[: line.index(" ", len(line) // 2)], line[line.index(" ", len(line) // 2) + 1 :]) for line in lines]

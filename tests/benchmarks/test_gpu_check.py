@@ -1,6 +1,6 @@
-"""``benchmarks/performance/gpu_check.py``, tried on the CPU: its report, its exit code, its end in time.
+"""``benchmarks/performance/gpu_check.py`` on the CPU: its report, its exit code and its time limit.
 
-What it sees, and what a fault looks like: ``test_gpu_faults.py``.
+Which faults it detects: ``test_gpu_faults.py``.
 """
 
 import json
@@ -34,7 +34,7 @@ def check(tiny_corpus, tmp_path, monkeypatch):
     return run
 
 
-def test_a_machine_that_is_right(check, capsys):
+def test_every_check_is_reported_and_passes_on_a_correct_machine(check, capsys):
     code, found = check()
     assert code == 0 and found["not_reached"] == [] and found["broke_off"] == {}
     rows, table = found["rows"], capsys.readouterr().out
@@ -63,7 +63,7 @@ def test_a_machine_that_is_right(check, capsys):
 
 
 @pytest.mark.parametrize("factor", [0.0, float("nan")])
-def test_a_machine_that_is_wrong(factor, check, capsys, monkeypatch):
+def test_wrong_attention_output_fails_with_exit_code_1(factor, check, capsys, monkeypatch):
     right = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kwargs: right(*args, **kwargs) * factor)
     code, found = check("--only", "loss_and_gradients,products_and_clock", "--precision", "bf16")
@@ -72,7 +72,7 @@ def test_a_machine_that_is_wrong(factor, check, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("name, code", [("loss_and_gradients", 1), ("products_and_clock", 0)])
-def test_a_check_that_breaks_off_does_not_cost_the_others(name, code, check, monkeypatch):
+def test_a_crashing_check_does_not_stop_the_others(name, code, check, monkeypatch):
     def broken(_options):
         yield "something", {}, None
         raise RuntimeError("no such kernel")
@@ -83,7 +83,7 @@ def test_a_check_that_breaks_off_does_not_cost_the_others(name, code, check, mon
     assert [row["check"] for row in found["rows"]] == [name, "all_reduce"]
 
 
-def test_micro_batches_end_where_memory_does(check, monkeypatch):
+def test_micro_batch_sweep_stops_at_out_of_memory(check, monkeypatch):
     right = GradientAccumulator.micro_batch
 
     def small(gradients, step, first, count, *rest, **named):
@@ -98,7 +98,7 @@ def test_micro_batches_end_where_memory_does(check, monkeypatch):
     assert ["out of memory" in row["figures"] for row in rows] == [False, True] * 2
 
 
-def test_it_ends_in_time_and_names_what_it_did_not_reach(check, capsys, monkeypatch):
+def test_time_limit_is_kept_and_unreached_checks_are_listed(check, capsys, monkeypatch):
     monkeypatch.setattr(gpu_speed, "timed", lambda _options, work: [work() for _ in range(10**9)])
     code, found = check("--minutes", "0.01", "--only", "products_and_clock,resume")
     assert code == 0 and found["not_reached"] == ["products_and_clock", "resume"]
@@ -114,22 +114,22 @@ def test_bad_arguments():
         gpu_check.parse_options(["--only", "speed"])
 
 
-def test_peaks_are_found_by_name():
+def test_peak_flops_are_looked_up_by_device_name():
     assert gpu_speed.device_peak("NVIDIA H200") == gpu_speed.device_peak("NVIDIA H100 80GB HBM3") == 989e12
     assert gpu_speed.device_peak("NVIDIA H100 PCIe") == 756e12 and gpu_speed.device_peak("AMD EPYC") is None
 
 
 @pytest.mark.integration
-def test_processes_sum_what_they_hold(tmp_path):
-    """The code of NCCL's check, by gloo."""
+def test_all_reduce_sums_across_processes(tmp_path):
+    """The code of the NCCL check, run with gloo."""
     ((of, figures, right),) = gpu_speed.all_reduce(SimpleNamespace(folder=tmp_path), world=2, megabytes=1)
     assert right and of == "gloo, 2 × 1 MB" and figures["GB/s"] > 0
 
 
 @pytest.mark.integration
 @pytest.mark.skipif(compiler_problem() is not None, reason="torch.compile needs a C compiler and Python.h")
-def test_compilation_is_judged_and_counted(check, monkeypatch):
-    """As on a GPU, where a run compiles."""
+def test_compiled_models_are_checked_and_compilations_counted(check, monkeypatch):
+    """As on a GPU, where runs are compiled."""
     from mvlm_core import hardware
 
     cpu = choose_hardware(device="cpu", precision="fp32")
@@ -145,7 +145,7 @@ def test_compilation_is_judged_and_counted(check, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_this_gpu_is_right(tiny_corpus, tmp_path):
+def test_this_gpu_passes_all_correctness_checks(tiny_corpus, tmp_path):
     places = ["--data_dir", str(tiny_corpus), "--cache_dir", str(tmp_path / "cache")]
     judging = ",".join(gpu_check.JUDGING)
     assert gpu_check.main([*places, "--presets", "smoke", "--tokens", "1024", "--only", judging]) == 0

@@ -1,4 +1,4 @@
-"""``benchmarks/performance/gpu_correctness.py`` sees what is wrong: faults put into the models, in fp32 and in bf16."""
+"""``benchmarks/performance/gpu_correctness.py`` detects faults injected into the models, in fp32 and in bf16."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ def cases(tmp_path_factory):
 
 
 def in_attention(monkeypatch, change):
-    """Another ``scaled_dot_product_attention``: ``change(right, query, key, value, options)``."""
+    """Replace ``scaled_dot_product_attention`` by ``change(right, query, key, value, options)``."""
     right = F.scaled_dot_product_attention
 
     def wrong(query, key, value, **options):
@@ -47,7 +47,7 @@ def in_attention(monkeypatch, change):
 
 
 def in_model(monkeypatch, change):
-    """``change`` is made in each model that is built for a device."""
+    """Apply ``change`` to each model that is built for a device."""
     right = gpu_correctness.Case.build
 
     def build(case, hardware):
@@ -78,7 +78,7 @@ def one_head_dropped(monkeypatch, _model):
 
 
 def positions_off_by_one(monkeypatch, model):
-    """Queries are rotated as if each stood a token later; model 1 has no rotation, its positions are learned."""
+    """Queries are rotated for a position one later; model 1's learned positions are shifted by one instead."""
     if model == "mvlm_gpt2":
         in_model(
             monkeypatch, lambda m: m.transformer.wpe.register_forward_pre_hook(lambda _, at: ((at[0] - 1).clamp(0),))
@@ -95,7 +95,7 @@ def positions_off_by_one(monkeypatch, model):
 
 
 def wrong_residual(monkeypatch, _model):
-    """The normalised stream is what attention's output is added to, as in a post-norm model."""
+    """Attention's output is added to the normalised stream, as in a post-norm model."""
 
     def change(model):
         blocks = (
@@ -132,7 +132,7 @@ def gradient_of_one_matrix_zero(monkeypatch, _model):
 
 
 def wrong_norm(monkeypatch, model):
-    """Model 1's without the mean taken off, model 2's with it."""
+    """Model 1's norm without mean subtraction, model 2's with it."""
     if model == "mvlm_gpt2":
         monkeypatch.setattr(F, "layer_norm", lambda x, shape, w, b, eps: F.rms_norm(x, shape, w, eps) + b)
         return
@@ -161,7 +161,7 @@ def pointer_at_the_next_token(monkeypatch, _model):
 
 
 def norm_without_its_projection(monkeypatch, _model):
-    """The backward pass alone: loss and logits are right."""
+    """Only the backward pass is wrong: loss and logits are correct."""
 
     def wrong(ctx, gradient):
         normalised, weight, scale = ctx.saved_tensors
@@ -172,7 +172,7 @@ def norm_without_its_projection(monkeypatch, _model):
 
 
 def stale_cache(monkeypatch, _model):
-    """What a cache gives back holds, in place of the newest token, the one before."""
+    """The cache returns the previous token's keys and values in place of the newest token's."""
     right = transformers.Cache.update
 
     def wrong(cache, key, value, layer, *rest):
@@ -216,7 +216,7 @@ ALL.remove(("simone_enhanced", "no_value_residual", "bf16"))  # one layer has no
 
 @pytest.mark.parametrize("precision", SHAPES)
 @pytest.mark.parametrize("model", MODELS)
-def test_what_is_right_passes(model, precision, cases):
+def test_correct_models_stay_below_half_of_the_limits(model, precision, cases):
     case, hardware = cases[model, precision]
     for judge in (case.judge_training, case.judge_decoding):
         _, figures, right = judge(hardware)
@@ -226,8 +226,8 @@ def test_what_is_right_passes(model, precision, cases):
         assert right and len(shares) == 2 and max(shares) < 0.5
 
 
-def test_the_width_of_a_real_run_passes_and_one_head_of_twelve_is_missed(tiny_corpus, tmp_path, monkeypatch):
-    """Model 2, whose output matrix is the embedding's there."""
+def test_real_width_passes_and_a_dropped_head_is_detected(tiny_corpus, tmp_path, monkeypatch):
+    """Model 2 with the h200 preset, which ties the output matrix to the embedding."""
     places = {"data_dir": str(tiny_corpus), "cache_dir": str(tmp_path / "cache")}
     case = gpu_correctness.Case("simone_enhanced", "h200", 1, 32, places)
     cpu = choose_hardware(device="cpu", precision="fp32")
@@ -238,12 +238,12 @@ def test_the_width_of_a_real_run_passes_and_one_head_of_twelve_is_missed(tiny_co
     kept[7] = 0
     in_attention(monkeypatch, lambda right, q, k, v, options: right(q, k, v, **options) * kept)
     worst = case.judge_training(cpu)[1]["tensors"]
-    # By far more than bf16 may be off as well.
+    # The deviation exceeds the bf16 limit by far, too.
     assert max(one["1 − cosine"] for one in worst.values()) > 5 * max(case.limits["bf16"].gradients.values()) ** 2 / 2
 
 
 @pytest.mark.parametrize("model, fault, precision", ALL)
-def test_a_fault_in_training_is_seen(model, fault, precision, cases, monkeypatch):
+def test_training_faults_are_detected(model, fault, precision, cases, monkeypatch):
     case, hardware = cases[model, precision]
     (FAULTS | MODEL_2_FAULTS)[fault](monkeypatch, model)
     assert case.judge_training(hardware)[2] is False
@@ -252,7 +252,7 @@ def test_a_fault_in_training_is_seen(model, fault, precision, cases, monkeypatch
 @pytest.mark.parametrize("precision", SHAPES)
 @pytest.mark.parametrize("fault", [stale_cache, positions_of_a_cache_off_by_one, zero_attention, wrong_norm])
 @pytest.mark.parametrize("model", MODELS)
-def test_a_fault_in_decoding_is_seen(model, fault, precision, cases, monkeypatch):
+def test_decoding_faults_are_detected(model, fault, precision, cases, monkeypatch):
     case, hardware = cases[model, precision]
     fault(monkeypatch, model)
     assert case.judge_decoding(hardware)[2] is False

@@ -1,4 +1,4 @@
-"""``benchmarks/performance/latency.py``: what it times is the real thing, on a small scale."""
+"""``benchmarks/performance/latency.py``: real generation, scoring and checkpoint saves at small sizes."""
 
 import json
 
@@ -8,7 +8,7 @@ from benchmarks.performance import latency
 
 
 @pytest.mark.parametrize("model", tuple(latency.TRAINERS))
-def test_generation_is_timed_with_and_without_the_cache(model, monkeypatch):
+def test_generation_reads_one_token_per_pass_with_the_cache(model, monkeypatch):
     monkeypatch.setattr(latency, "NEW_TOKENS", 6)
     built = latency.build(model, {"hidden_dim": 32, "vocab_size": 400, "num_layers": 2}).model.eval()
     calls = []
@@ -37,7 +37,7 @@ def test_scoring_reads_the_whole_test_text(tiny_corpus, monkeypatch):
     assert [key for key, _ in seen] == ["bible/kjv/21-ecclesiastes.txt", "bible/plain/21-ecclesiastes.txt"]
 
 
-def test_saves_are_timed_with_and_without_the_thread(monkeypatch, capsys, tmp_path):
+def test_checkpoint_saves_are_timed_with_and_without_the_background_thread(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(latency.SHAPES, "124M", {"hidden_dim": 32, "vocab_size": 400, "num_layers": 2})
     assert latency.main(["--checkpoint", "--rounds", "2", "--folder", str(tmp_path)]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| save of")]

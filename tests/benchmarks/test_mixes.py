@@ -8,7 +8,7 @@ import pytest
 from benchmarks.experiments import mixes, runner
 
 
-def test_every_mix_is_a_valid_run_of_its_own(tmp_path):
+def test_every_mix_has_valid_settings_and_its_own_folder(tmp_path):
     parser = runner.command_line("", "mixes", mixes.LINES)
     options = runner.settled(parser.parse_args(["--work_dir", str(tmp_path), "--max_bytes", "1000"]))
     runs = runner.plan(mixes.LINES, options, runner.shared_values(options))
@@ -18,7 +18,7 @@ def test_every_mix_is_a_valid_run_of_its_own(tmp_path):
     assert [one.data_subset for one in settings.values()] == [None] * 4 + ["bible/kjv"]
 
 
-def test_a_real_run_is_scored_on_all_translations_once(finished, tmp_path, monkeypatch, capsys):
+def test_a_finished_run_is_scored_on_all_translations_only_once(finished, tmp_path, monkeypatch, capsys):
     run = finished["simone_enhanced"]
     folder = shutil.copytree(run.folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
     run = replace(run, label="all alike", values=run.values | {"output_dir": str(folder)})

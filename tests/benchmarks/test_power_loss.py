@@ -1,4 +1,4 @@
-"""``benchmarks/reliability/power_loss.py``: a small run survives; what is not flushed, or forgotten, is found out."""
+"""``benchmarks/reliability/power_loss.py``: a small run survives; missing flushes and writes are detected."""
 
 import random
 import re
@@ -22,14 +22,14 @@ def again(recording, operations):
     return other
 
 
-def test_a_run_survives_every_prefix(recording):
+def test_a_run_survives_power_loss_at_sampled_operations(recording):
     outcome = recording.open_all(seed=0, every=4)
     assert outcome.prefixes > 60 and outcome.opened > outcome.prefixes and outcome.broken == 0
     outcome = recording.resume_some(1, seed=0)
     assert (outcome.resumed, outcome.differing) == (1, 0)
 
 
-def test_the_record_holds_what_the_run_has_written(recording, bench):
+def test_replaying_the_recording_reproduces_the_finished_run(recording, bench):
     disk = Disk()
     for operation in recording.operations:
         disk.apply(operation)
@@ -49,7 +49,7 @@ def test_the_record_holds_what_the_run_has_written(recording, bench):
         (lambda one: isinstance(one.value, bytes) and b"test_bpb" in one.value, "export lost"),
     ],
 )
-def test_what_is_not_flushed_or_not_written_is_found_out(recording, lost, said, capsys):
+def test_missing_flushes_and_writes_are_detected(recording, lost, said, capsys):
     operations = [one for one in recording.operations if not (one.kind == "sync" and lost(one))]
     operations = [one._replace(value=b"") if lost(one) else one for one in operations]
     assert operations != recording.operations
@@ -58,7 +58,7 @@ def test_what_is_not_flushed_or_not_written_is_found_out(recording, lost, said, 
     assert re.search(said, out), out
 
 
-def test_another_history_is_found_out(recording, capsys):
+def test_a_changed_training_history_is_detected(recording, capsys):
     def changed(one):
         return one._replace(value=one.value.replace(b'"step": 3,', b'"step": 3, "surprise": 1,'))
 
@@ -67,8 +67,8 @@ def test_another_history_is_found_out(recording, capsys):
     assert "the history is another one" in capsys.readouterr().out
 
 
-def test_a_disk_by_hand():
-    """A file of ten bytes, flushed after four; its name is flushed with its folder only."""
+def test_simulated_disk_contents_after_power_loss():
+    """A ten-byte file, flushed after four bytes; its name is durable only once its folder is flushed."""
     disk = Disk()
     steps = [
         Operation("write", 1, b"0123"),

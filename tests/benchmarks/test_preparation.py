@@ -1,4 +1,4 @@
-"""``benchmarks/performance/preparation.py`` on the tiny corpus: tokens that grow with the text."""
+"""``benchmarks/performance/preparation.py`` on the tiny corpus: tokens grow with the text."""
 
 import json
 

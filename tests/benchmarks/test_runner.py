@@ -1,4 +1,4 @@
-"""``benchmarks/experiments/runner.py``: runs that are planned seed by seed, made once, and reported."""
+"""``benchmarks/experiments/runner.py``: runs are planned seed by seed, executed once and reported."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ def test_lines_are_planned_seed_by_seed(tmp_path):
     assert not runner.shared_values(options, test_score=True)["no_test_score"]
 
 
-def test_another_length_is_another_folder(tmp_path):
+def test_runs_of_different_lengths_use_different_folders(tmp_path):
     assert options_of(tmp_path).root != options_of(tmp_path, "--max_bytes", "1000").root
 
 
@@ -44,7 +44,7 @@ def test_bad_arguments_are_refused(tmp_path):
     assert not (tmp_path / "work").exists(), "nothing is written before the settings are known to be good"
 
 
-def test_only_a_run_of_the_same_settings_is_finished(finished):
+def test_only_a_run_with_the_same_settings_counts_as_finished(finished):
     run = finished["simone_enhanced"]
     result = run.result()
     assert result["steps"] == TINY["max_steps"] and 1 < result["validation_bpb"] < 9
@@ -53,8 +53,8 @@ def test_only_a_run_of_the_same_settings_is_finished(finished):
     assert replace(run, values=run.values | {"cache_dir": "/elsewhere"}).result() == result
 
 
-def test_runs_are_made_once_and_a_failure_is_told(trained, finished, tmp_path, caplog, capsys, monkeypatch):
-    """One good run with a classic part and one bad one, each in a process of its own."""
+def test_finished_runs_are_skipped_and_failures_are_logged(trained, finished, tmp_path, caplog, capsys, monkeypatch):
+    """One good run with a classic part and one bad one, each in its own process."""
     monkeypatch.setattr(runner, "setup_logging", lambda *_, **__: None)  # caplog listens instead
     monkeypatch.setattr(runner, "outlive_terminal", lambda: None)
     monkeypatch.setattr(runner, "set_process_environment", lambda: None)
@@ -88,7 +88,7 @@ def test_runs_are_made_once_and_a_failure_is_told(trained, finished, tmp_path, c
     assert f"already finished: {good.folder}" in caplog.text
 
 
-def test_table_alone_runs_nothing_and_origins_that_differ_are_told(finished, tmp_path, capsys, monkeypatch):
+def test_table_option_runs_nothing_and_warns_of_differing_origins(finished, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runner, "make", None)
     here = finished["mvlm_gpt2"]
     options = options_of(tmp_path, "--table")
@@ -104,7 +104,7 @@ def test_table_alone_runs_nothing_and_origins_that_differ_are_told(finished, tmp
     assert 'not to be compared:\n  {"precision": 0}\n  {"precision": 7}' in capsys.readouterr().out
 
 
-def test_runs_side_by_side_stop_when_the_time_is_over_and_continue(finished, tmp_path, caplog, monkeypatch):
+def test_parallel_runs_save_a_checkpoint_and_stop_at_the_deadline(finished, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(runner, "setup_logging", lambda *_, **__: None)
     monkeypatch.setattr(runner, "outlive_terminal", lambda: None)
     monkeypatch.setattr(runner.log, "propagate", True)
@@ -131,6 +131,6 @@ def test_runs_side_by_side_stop_when_the_time_is_over_and_continue(finished, tmp
 
 
 @pytest.mark.parametrize("arguments", (["--jobs", "0"], ["--hours", "0"], ["--hours", "nan"]))
-def test_no_time_and_no_jobs_are_refused(tmp_path, arguments):
+def test_invalid_jobs_and_hours_are_refused(tmp_path, arguments):
     with pytest.raises(UserError, match=arguments[0]):
         options_of(tmp_path, *arguments)

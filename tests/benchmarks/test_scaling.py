@@ -1,4 +1,4 @@
-"""``benchmarks/experiments/scaling.py``: parabola, power law and rule by known answers, runs by their settings."""
+"""``benchmarks/experiments/scaling.py``: fits that recover known answers, and the settings of the runs."""
 
 import json
 import math
@@ -13,7 +13,7 @@ def options_of(tmp_path, corpus, *arguments):
     return scaling.parse_options([*places, *arguments])
 
 
-def test_the_minimum_of_a_parabola_is_found():
+def test_best_rate_is_the_minimum_of_a_parabola():
     def bits(rate):
         return 1.5 + 0.1 * (math.log(rate) - math.log(0.003)) ** 2
 
@@ -22,7 +22,7 @@ def test_the_minimum_of_a_parabola_is_found():
     assert scaling.best_rate({0.001: 1.0, 0.002: 1.1, 0.004: 1.2}) == 0.001, "at an end of the grid, the end"
 
 
-def test_power_laws_are_found():
+def test_learning_rate_rule_recovers_known_power_laws():
     best = {width: 3.0 * width**-0.5 for width in (192, 320, 448)}
     rule = scaling.fit_rule(best, {batch: 0.1 * batch**0.25 for batch in (4, 8, 16)}, {1: 0.2, 4: 0.1})
     assert (rule.a, rule.b, rule.c, rule.d) == tuple(map(pytest.approx, (3.0, -0.5, 0.25, -0.5)))
@@ -30,7 +30,7 @@ def test_power_laws_are_found():
     assert (scaling.fit_rule(best, {}, {8: 0.1}).c, scaling.fit_rule(best, {}, {8: 0.1}).d) == (0, 0)
 
 
-def test_the_law_of_size_and_text_is_found():
+def test_scaling_law_fit_recovers_a_known_law():
     law = scaling.Law(floor=0.7, a=60.0, alpha=0.35, b=90.0, beta=0.4)
     sizes = [(2e6, 1e6), (7e6, 1e6), (19e6, 1e6), (2e6, 4e6), (2e6, 8e6), (7e6, 4e6)]
     found = scaling.fit_law([(n, size, law(n, size)) for n, size in sizes])
@@ -38,7 +38,7 @@ def test_the_law_of_size_and_text_is_found():
     assert found(110e6, 7e8) == pytest.approx(law(110e6, 7e8), abs=1e-6)
 
 
-def test_where_size_does_not_help_the_law_says_so():
+def test_scaling_law_has_no_size_term_if_size_does_not_help():
     def bits(n, size):
         return 0.7 + 90.0 * size**-0.4 + 0.01 * math.log(n / 2e6)
 
@@ -48,7 +48,7 @@ def test_where_size_does_not_help_the_law_says_so():
     assert found(2e6, 4e6) == pytest.approx(bits(2e6, 4e6), abs=0.02)
 
 
-def test_a_search_goes_on_until_the_lowest_lies_between_worse_ones():
+def test_rate_search_continues_until_the_minimum_is_bracketed():
     def searched(best, start=0.002):
         points = {}
         while new := scaling.next_rates(points, start):
@@ -61,7 +61,7 @@ def test_a_search_goes_on_until_the_lowest_lies_between_worse_ones():
     assert len(searched(1e-9)) == scaling.MOST_RATES, "no search without an end"
 
 
-def test_sizes_are_what_they_say_and_settings_are_valid(tmp_path, tiny_corpus):
+def test_planned_runs_have_valid_settings_and_the_expected_sizes(tmp_path, tiny_corpus):
     options = options_of(tmp_path, tiny_corpus)
     for model, rate in scaling.STARTS.items():
         folders = set()
@@ -82,8 +82,8 @@ def test_sizes_are_what_they_say_and_settings_are_valid(tmp_path, tiny_corpus):
         assert len(folders | {str(run.folder) for run in more}) == 5 + 5
 
 
-def test_finished_runs_make_rules_laws_and_tables(tmp_path, tiny_corpus, monkeypatch, capsys):
-    """Bits per byte from a known law and rule, in place of trainings."""
+def test_finished_runs_yield_rules_laws_and_tables(tmp_path, tiny_corpus, monkeypatch, capsys):
+    """Bits per byte come from a known law and rule instead of training."""
     rule, law = scaling.Rule(0.5, -1.0, 0.5, -0.25), scaling.Law(0.7, 60.0, 0.35, 90.0, 0.4)
 
     def result(run):

@@ -1,4 +1,4 @@
-"""``benchmarks/experiments/side_by_side.py``: the arithmetic of its table, and a figure of real runs."""
+"""``benchmarks/experiments/side_by_side.py``: the arithmetic of its table, and a plot of real runs."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def figures(bits, *, size=1000.0, seconds=100.0, test=None):
     return times | scores | {"evaluations": evaluations}
 
 
-def test_shares_until_the_other_model_is_reached():
+def test_share_of_bytes_and_seconds_to_reach_the_other_model():
     first = figures([2.0, 1.9, 1.8, 1.7])
     assert side_by_side.reached(first, figures([1.8, 1.7, 1.6, 1.5], seconds=200.0)) == {"bytes": 0.5, "seconds": 1.0}
     assert side_by_side.reached(first, figures([1.75, 1.5, 1.4, 1.3])) == pytest.approx({"bytes": 0.3, "seconds": 0.3})
@@ -27,7 +27,7 @@ def test_shares_until_the_other_model_is_reached():
     assert side_by_side.reached(first, figures([1.9, 1.8, 1.75])) is None
 
 
-def test_table_by_hand():
+def test_table_matches_hand_computed_values():
     found = {
         FIRST: {0: figures([2.0, 1.8], test=2.0), 1: figures([2.0, 1.8], test=2.2), 2: figures([9.0], test=9.0)},
         SECOND: {1: figures([1.9, 1.5], test=1.8), 0: figures([1.7, 1.4], test=1.6)},
@@ -43,7 +43,7 @@ def test_table_by_hand():
     assert BY_NAME["validation_bpb"].title in untested and BY_NAME["test_bpb"].title not in untested
 
 
-def test_finished_runs_make_a_table_and_a_figure(finished, tmp_path, monkeypatch, capsys):
+def test_finished_runs_make_a_table_and_a_plot(finished, tmp_path, monkeypatch, capsys):
     runs = side_by_side.plan(side_by_side.parse_options(["--seeds", "2", "--work_dir", str(tmp_path)]))
     assert [run.label for run in runs] == [FIRST, SECOND, FIRST, SECOND]
     assert not any(run.settings().check().no_test_score for run in runs)

@@ -1,4 +1,4 @@
-"""``benchmarks/performance/throughput.py``: who takes part, its table by hand, and a real, tiny race."""
+"""``benchmarks/performance/throughput.py``: chosen contenders, a hand-checked table, and a tiny real comparison."""
 
 import pytest
 
@@ -15,14 +15,14 @@ def tiny(monkeypatch):
 
 
 PARAMETERS = 300 * 64 + 32 * 64 + 2 * (12 * 64**2 + 13 * 64) + 128  # of GPT-2 at these sizes
-FLOPS = 6 * (300 * 64 + 2 * 12 * 64**2) + 12 * 2 * 64 * 32  # a token, after Chowdhery et al. 2022, appendix B
+FLOPS = 6 * (300 * 64 + 2 * 12 * 64**2) + 12 * 2 * 64 * 32  # per token, after Chowdhery et al. 2022, appendix B
 
 
 def arguments(corpus, *more):
     return ["--rounds", "2", "--steps", "1", "--precision", "fp32", "--data_dir", str(corpus), *more]
 
 
-def test_nanogpt_takes_part_only_where_it_is(tmp_path):
+def test_nanogpt_is_included_only_with_a_valid_path(tmp_path):
     assert "nanoGPT" not in throughput.chosen(throughput.parse_options([]))
     with pytest.raises(UserError) as caught:
         throughput.parse_options(["--nanogpt", str(tmp_path), "--rounds", "0"])
@@ -32,7 +32,7 @@ def test_nanogpt_takes_part_only_where_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("name", [*throughput.OURS, "transformers.Trainer"])
-def test_contenders_make_real_steps(name, tiny_corpus, tmp_path, monkeypatch):
+def test_contenders_run_a_real_training_step(name, tiny_corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(throughput, "CACHE_DIR", tmp_path / "cache")
     options = throughput.parse_options(arguments(tiny_corpus))
     options.folder = tmp_path
@@ -41,7 +41,7 @@ def test_contenders_make_real_steps(name, tiny_corpus, tmp_path, monkeypatch):
     assert name.startswith("simone_enhanced") or parameters == PARAMETERS
 
 
-def test_ratios_are_of_the_same_rounds():
+def test_throughput_ratios_are_computed_round_by_round():
     facts = {"parameters": 10, "peak_memory": 5e6, "step_memory": 2e6, "share_of_peak": 0.5, "flops_per_second": 3e9}
     both = {"one": facts | {"rounds": [1.0, 4.0, 2.0]}, "two": facts | {"rounds": [0.25, 1.0, 0.25]}}
     result = {"shape": "cpu", "tokens_per_step": 64, "precision": "fp32", "matmul_peak": 6e9, "contenders": both}
@@ -52,8 +52,8 @@ def test_ratios_are_of_the_same_rounds():
 
 
 @pytest.mark.integration
-def test_a_race_of_ours_and_the_trainer(tiny_corpus):
-    """In real processes, at sizes that are known by hand."""
+def test_throughput_of_our_models_and_transformers_trainer_is_measured(tiny_corpus):
+    """In real processes, at sizes whose parameters and FLOPs are known."""
     result = throughput.measure(throughput.parse_options(arguments(tiny_corpus, "--processes", "2")))
     found = result["contenders"]
     assert list(found) == [*throughput.CONTENDERS][:4] and result["tokens_per_step"] == 64

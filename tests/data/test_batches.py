@@ -1,4 +1,4 @@
-"""The data order is the step counter: batches are pure, each token comes once an epoch, every epoch differs."""
+"""Batches are a pure function of the step: each token comes once per epoch, and every epoch has its own order."""
 
 from fractions import Fraction
 
@@ -30,7 +30,7 @@ def source(**changes):
     return BatchSource(make_store(), **{"context": CONTEXT, "sequences": 4, "seed": 0, **changes})
 
 
-def test_a_batch_depends_on_seed_and_number_alone():
+def test_batches_depend_only_on_seed_and_number():
     forwards = [source().batch(number) for number in range(12)]
     one = source()
     backwards = [one.batch(number) for number in reversed(range(12))][::-1]
@@ -46,7 +46,7 @@ def test_micro_batches_are_slices_of_the_batch():
     assert whole.text_bytes == sum(part.text_bytes for part in parts)
 
 
-def test_each_token_is_a_target_once_an_epoch():
+def test_each_token_is_a_target_once_per_epoch():
     batches = source(sequences=1)
     seen = []
     for epoch in range(3):
@@ -58,7 +58,7 @@ def test_each_token_is_a_target_once_an_epoch():
     assert not np.array_equal(seen[0], seen[1]), "the order must change from epoch to epoch"
 
 
-def test_targets_follow_inputs_and_carry_their_documents_weight():
+def test_targets_are_shifted_inputs_with_their_documents_weight():
     batches = source()
     batch = batches.batch(3)
     assert np.array_equal(batch.inputs[:, 1:], batch.targets[:, :-1])
@@ -68,7 +68,7 @@ def test_targets_follow_inputs_and_carry_their_documents_weight():
     assert np.all((batch.targets[:, 1:] == batch.targets[:, :-1] + 1)[inside]), "documents must stay in one piece"
 
 
-def test_a_mix_reads_documents_as_often_as_it_says():
+def test_a_mix_repeats_documents_as_often_as_specified():
     store = make_store(repeats=[1, 0, 2, 3, 1])
     batches = BatchSource(store, context=CONTEXT, sequences=1, seed=0)
     assert batches.tokens_per_epoch == 100 + 2 * 250 + 3 * 8 + 90
@@ -78,7 +78,7 @@ def test_a_mix_reads_documents_as_often_as_it_says():
     assert np.all(times <= wanted) and wanted.sum() - times.sum() <= CONTEXT
 
 
-def test_noise_replaces_inputs_by_tokens_of_the_text_and_leaves_targets_alone():
+def test_unigram_noise_replaces_inputs_but_not_targets():
     store = make_store(lengths=(4000,), repeats=[2])
     clean, noisy = (BatchSource(store, context=512, sequences=8, seed=3, unigram_noise=n) for n in (0.0, 0.25))
     before, after = clean.batch(1), noisy.batch(1)
@@ -89,13 +89,13 @@ def test_noise_replaces_inputs_by_tokens_of_the_text_and_leaves_targets_alone():
     assert not np.array_equal(*replaced), "each sequence has noise of its own"
 
 
-def test_noise_is_drawn_from_what_a_pass_reads():
+def test_unigram_noise_is_drawn_only_from_documents_in_the_mix():
     store = make_store(repeats=[1, 0, 0, 0, 0])
     batches = BatchSource(store, context=CONTEXT, sequences=4, seed=0, unigram_noise=0.9)
     assert batches.batch(0).inputs.max() < 100, "only the first document is read, so only its tokens are drawn"
 
 
-def test_replay_is_its_share_of_the_sequences_evenly_spread_and_each_text_in_its_own_order():
+def test_replay_is_evenly_interleaved_and_keeps_each_data_order():
     old = source(seed=1)
     mixed = source(replay=old, replay_share=Fraction("0.3"))
     rows = [mixed.batch(n // 4, n % 4, 1).targets[0] for n in range(100)]
@@ -117,6 +117,6 @@ def test_epochs_are_counted_in_sequences():
     assert batches.steps_for_epochs(2) == 15
 
 
-def test_too_little_text_is_told():
+def test_text_shorter_than_one_sequence_is_refused():
     with pytest.raises(UserError, match="fewer than one sequence of --max_length"):
         BatchSource(make_store((5, 4)), context=CONTEXT, sequences=1, seed=0)

@@ -79,7 +79,7 @@ def test_metadata_defaults_and_odd_names(folder):
         ("naïve".encode(), "naïve"),
     ],
 )
-def test_what_is_certain_is_converted(folder, data, text):
+def test_recognised_encodings_and_line_endings_are_normalised(folder, data, text):
     write(folder, "c.txt", data, split="test")
     document = load_corpus(folder).documents[2]
     assert document.read() == text
@@ -87,7 +87,7 @@ def test_what_is_certain_is_converted(folder, data, text):
     assert unicodedata.is_normalized("NFC", document.read())
 
 
-def test_what_cannot_be_used_is_named_and_the_rest_is_used(folder):
+def test_unusable_files_are_skipped_with_a_reason(folder):
     write(folder, "latin1.txt", "caf\xe9 au lait".encode("latin-1"))
     write(folder, "binary.txt", bytes(range(256)))
     write(folder, "utf16.txt", "AB".encode("utf-16-le"))
@@ -106,7 +106,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_used(folder):
     assert len(reasons) == 7
 
 
-def test_links_stay_inside_and_are_followed_once(tmp_path, folder):
+def test_symlinks_are_followed_once_and_never_out_of_the_folder(tmp_path, folder):
     outside = tmp_path.parent / f"{tmp_path.name}-outside"
     write(outside, "secret.txt", "secret")
     sub = folder / "sub"
@@ -127,7 +127,7 @@ def test_links_stay_inside_and_are_followed_once(tmp_path, folder):
     assert {"gone.txt", "self.txt"} <= set(reasons)
 
 
-def test_a_pipe_or_unreadable_file_is_named(folder):
+def test_pipes_and_unreadable_files_are_skipped_with_a_reason(folder):
     os.mkfifo(folder / "pipe.txt")
     secret = write(folder, "locked.txt", "x")
     secret.chmod(0)
@@ -137,7 +137,7 @@ def test_a_pipe_or_unreadable_file_is_named(folder):
         assert skipped(corpus)["locked.txt"] == "Permission denied"
 
 
-def test_faulty_metadata_is_named_and_the_text_used(folder):
+def test_invalid_metadata_is_reported_and_the_text_is_still_used(folder):
     cases = {
         "syntax": "{not json", "list": "[1]", "latin": b'{"title": "\xe9"}', "deep": "[" * 100_000,
         "values": json.dumps({"split": "dev", "quality_score": "9", "biblical_alignment": 11, "book": 3}),
@@ -174,7 +174,7 @@ def test_split_by_hash_is_the_same_on_every_machine(tmp_path):
     assert splits == ["validation", "test", "train", "test", "validation", "train", "validation", "validation"]
 
 
-def test_fingerprint_follows_every_byte_split_and_score(folder):
+def test_fingerprint_changes_with_text_split_and_scores(folder):
     seen = {load_corpus(folder).fingerprint}
     assert load_corpus(folder).fingerprint in seen
     for name, text, metadata in (
@@ -203,7 +203,7 @@ def test_a_tiny_folder_gets_train_and_validation(tmp_path):
     assert len(load_corpus(tmp_path, validation_split=0.5).split("train")) >= 1
 
 
-def test_train_or_validation_that_only_metadata_could_give_is_asked_for(tmp_path):
+def test_metadata_that_leaves_no_validation_text_is_refused(tmp_path):
     write(tmp_path, "a.txt", split="train")
     write(tmp_path, "b.txt", split="train")
     with pytest.raises(UserError, match="no text for validation"):
@@ -224,7 +224,7 @@ def test_validation_folder(tmp_path, folder):
 
 
 @pytest.mark.parametrize("share", [-0.1, 0.6, 1.5, float("nan")])
-def test_impossible_share_is_refused(folder, share):
+def test_invalid_validation_split_is_refused(folder, share):
     with pytest.raises(UserError, match="--validation_split"):
         load_corpus(folder, validation_split=share)
 
@@ -247,13 +247,13 @@ def test_folders_without_text_are_refused_with_reasons(tmp_path):
         load_corpus(tmp_path, only="..")
 
 
-def test_a_part_of_the_folder(folder):
+def test_only_argument_restricts_loading_to_a_subfolder(folder):
     write(folder, "bible/kjv/01.txt", split="train")
     write(folder, "bible/kjv/08.txt", split="validation")
     assert paths(load_corpus(folder, only="bible/kjv")) == ["bible/kjv/01.txt", "bible/kjv/08.txt"]
 
 
-def test_a_text_that_changes_after_loading_is_noticed(folder):
+def test_files_changed_or_deleted_after_loading_are_detected(folder):
     document = load_corpus(folder).documents[0]
     write(folder, "a.txt", "other text")
     with pytest.raises(UserError, match="changed"):

@@ -1,4 +1,4 @@
-"""Both tokenizers: exact round trips of any text, special tokens only as ids, whole words from training."""
+"""Both tokenizers: exact round trips of any text, special tokens only as ids, frequent words as single tokens."""
 
 import os
 
@@ -31,30 +31,30 @@ def tokenizer(request, real_text) -> ByteLevelBPE:
     return KINDS[request.param].train(real_text, 1000)
 
 
-def test_one_class_two_names():
+def test_biblical_tokenizer_is_an_alias_of_the_advanced_tokenizer():
     assert BiblicalBPETokenizer is AdvancedBPETokenizer
 
 
-def test_vocabulary_has_the_size_that_was_asked_for(tokenizer):
+def test_vocabulary_has_the_requested_size(tokenizer):
     assert tokenizer.vocab_size == 1000
     special = {tokenizer.start_id} | {tokenizer.token_id(role) for role in tokenizer.SPECIAL_TOKENS}
     assert special == ({999} if tokenizer.end_id is None else {0, 1, 2, 3})
 
 
 @pytest.mark.parametrize("text", ODD)
-def test_odd_text_comes_back(tokenizer, text):
+def test_unusual_text_round_trips(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=80))
-def test_any_text_comes_back(tokenizer, text):
+def test_any_text_round_trips(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert sum(tokenizer.token_bytes()[ids]) == len(text.encode())
 
 
-def test_the_text_of_a_special_token_is_ordinary_text(tokenizer, real_text):
+def test_special_token_text_is_encoded_as_ordinary_text(tokenizer, real_text):
     special = {tokenizer.token_id(role) for role in tokenizer.SPECIAL_TOKENS}
     for text in tokenizer.SPECIAL_TOKENS.values():
         assert special.isdisjoint(tokenizer.encode(f"and {text} said"))
@@ -62,14 +62,14 @@ def test_the_text_of_a_special_token_is_ordinary_text(tokenizer, real_text):
     assert tokenizer.token_bytes()[tokenizer.start_id] == 0
 
 
-def test_saved_and_loaded_it_is_the_same(tokenizer, real_text, tmp_path):
+def test_save_and_load_round_trip(tokenizer, real_text, tmp_path):
     tokenizer.save(tmp_path)
     again = type(tokenizer).load(tmp_path)
     assert again.sha256 == tokenizer.sha256
     assert again.encode_batch(real_text) == [tokenizer.encode(text) for text in real_text]
 
 
-def test_the_exported_kind_encodes_alike(tokenizer, real_text, tmp_path):
+def test_exported_transformers_tokenizer_encodes_identically(tokenizer, real_text, tmp_path):
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     exported = tokenizer.for_transformers(64)
@@ -83,14 +83,14 @@ def test_the_exported_kind_encodes_alike(tokenizer, real_text, tmp_path):
     assert loaded.bos_token_id == tokenizer.start_id
 
 
-def test_gpt2_original_files_are_accepted(real_text, tmp_path):
+def test_original_gpt2_tokenizer_files_are_accepted(real_text, tmp_path):
     gpt2 = KINDS["gpt2"].train(real_text, 600)
     gpt2.tokenizer.model.save(str(tmp_path))
     again = KINDS["gpt2"].load(tmp_path)
     assert again.vocab_size == 600 and again.encode(real_text[0]) == gpt2.encode(real_text[0])
 
 
-def test_what_is_no_tokenizer_is_told(tmp_path):
+def test_invalid_tokenizers_are_rejected_with_a_reason(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
     with pytest.raises(UserError, match="not a readable tokenizer"):
         AdvancedBPETokenizer.load(tmp_path)
@@ -121,7 +121,7 @@ def biblical_32k(repository, tmp_path_factory):
     return AdvancedBPETokenizer.train(text for group in texts(corpus.split("train")) for text in group)
 
 
-def test_token_store_holds_the_documents_and_is_read_again(tiny_corpus, tmp_path):
+def test_token_store_holds_the_documents_and_is_reused_until_they_change(tiny_corpus, tmp_path):
     corpus = load_corpus(tiny_corpus)
     train = corpus.split("train")
     pieces = (document.read() for document in train)
@@ -142,8 +142,8 @@ def test_token_store_holds_the_documents_and_is_read_again(tiny_corpus, tmp_path
     assert build_token_store(load_corpus(tiny_corpus), tokenizer, tmp_path, quiet=True).fingerprint != store.fingerprint
 
 
-def test_tokens_another_run_finished_meanwhile_stay_where_they_are(tiny_corpus, tmp_path):
-    """Two runs start at once on new text: the slower one must not take away what the faster one reads."""
+def test_concurrent_runs_do_not_replace_each_others_token_store(tiny_corpus, tmp_path):
+    """Two runs tokenize the same new text at once: the slower must not replace the files that the faster reads."""
     corpus = load_corpus(tiny_corpus)
     pieces = (document.read() for document in corpus.split("train"))
     tokenizer = cached_tokenizer(AdvancedBPETokenizer, pieces, corpus.fingerprint, 700, tmp_path, quiet=True)

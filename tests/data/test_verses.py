@@ -13,7 +13,7 @@ def corpus(tmp_path_factory):
     return load_corpus(build_tiny_corpus(tmp_path_factory.mktemp("corpus")))
 
 
-def test_a_verse_knows_its_place_and_the_text_before_it(corpus):
+def test_verses_have_their_place_and_preceding_text(corpus):
     verses = list(verses_of(corpus.split("validation")))
     assert len(verses) == 2 * len({verse.place for verse in verses}), "two translations of the same places"
     sixteenth = next(v for v in verses if v.place == "Ruth 1:16" and v.translation == "kjv")
@@ -27,7 +27,7 @@ def test_a_verse_knows_its_place_and_the_text_before_it(corpus):
     assert long == [verse for verse in verses if len(verse.text.split()) >= 20] and 0 < len(long) < len(verses)
 
 
-def test_a_sample_has_no_duplicate_places_and_follows_the_seed(corpus):
+def test_samples_have_no_duplicate_places_and_depend_on_the_seed(corpus):
     verses = list(verses_of(corpus.documents))
     places = {verse.place for verse in verses}
     whole = sample_verses(verses, 10**6, 1)
@@ -36,7 +36,7 @@ def test_a_sample_has_no_duplicate_places_and_follows_the_seed(corpus):
     assert sample_verses(verses, 30, 1) == whole[:30] != sample_verses(verses, 30, 2)
 
 
-def test_matched_verses_are_of_the_same_translation_and_length(corpus):
+def test_matched_verses_have_the_same_translation_and_nearest_length(corpus):
     control = sample_verses(verses_of(corpus.split("validation")), 50, 0)
     pool = list(verses_of(corpus.split("train")))
     found = matched_verses(control, pool, 0)

@@ -1,4 +1,4 @@
-"""Sizes of the tiny models in ``conftest`` and a verse by itself."""
+"""Sizes of the tiny models in ``conftest``, and a stand-alone verse."""
 
 from mvlm_core.data.verses import Verse
 

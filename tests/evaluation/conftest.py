@@ -1,4 +1,4 @@
-"""Tiny models on real text, of which it is known what they can do."""
+"""Tiny models with known abilities, on real text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tokenizer(real_text) -> Any:
 
 @pytest.fixture(scope="session")
 def make(tokenizer) -> Any:
-    """A function that makes an untrained model of either kind."""
+    """A function that creates an untrained model of either kind."""
 
     def make(name: str = "simone", width: int = 64) -> Any:
         torch.manual_seed(0)
@@ -46,7 +46,7 @@ def make(tokenizer) -> Any:
 
 @pytest.fixture(scope="session")
 def couples(corpus, tokenizer) -> list[tuple[Verse, Verse]]:
-    """Documents of two neighbouring verses each, short ones, from the primary translation's train books."""
+    """Short documents of two neighbouring verses each, from the primary translation's train books."""
     verses = [v for v in verses_of(corpus.primary_part("train")) if v.text[0].isalpha()]
     found = []
     for first, second in zip(verses[::2], verses[1::2], strict=False):
@@ -59,7 +59,7 @@ def couples(corpus, tokenizer) -> list[tuple[Verse, Verse]]:
 
 @pytest.fixture(scope="session")
 def overfitted(make, tokenizer, couples) -> Any:
-    """A model trained on the first ``KNOWN`` couples again and again, each after the start token."""
+    """A model overfitted to the first ``KNOWN`` couples, each after the start token."""
     model = make()
     texts = [first.document for first, _ in couples[:KNOWN]]
     rows = [[tokenizer.bos_token_id, *encode(tokenizer, text)] for text in texts]

@@ -1,4 +1,4 @@
-"""Bits per byte, checked against a scoring one could do by hand."""
+"""Bits per byte, checked against a token-by-token reference."""
 
 import math
 
@@ -56,7 +56,7 @@ def by_hand(model, tokenizer, text, context):
     return nats
 
 
-def test_equals_scoring_by_hand(small, real_text):
+def test_score_matches_a_token_by_token_reference(small, real_text):
     model, tokenizer = small
     documents = [(str(number), text[: 40 + 50 * number]) for number, text in enumerate(real_text[:5])] + [("empty", "")]
     score = score_documents(model, tokenizer.encode, documents, start_id=tokenizer.start_id, context=16, batch_size=3)
@@ -69,19 +69,19 @@ def test_equals_scoring_by_hand(small, real_text):
     assert math.isnan(score.part(lambda key: key == "empty").bits_per_byte)
 
 
-def test_an_untrained_model_needs_log2_of_the_vocabulary_a_token(small, real_text):
+def test_a_uniform_model_scores_log_vocabulary_size_per_token(small, real_text):
     model, tokenizer = small
     with torch.no_grad():
         weight, pointer = model.lm_head.weight.clone(), model.pointer
         model.lm_head.weight.zero_()
-        model.pointer = None  # it would copy, and so know more than nothing
+        model.pointer = None  # it would copy tokens, and the prediction would not be uniform
         score = score_documents(model, tokenizer.encode, [("a", real_text[0])], start_id=2, context=16)
         model.lm_head.weight.copy_(weight)
         model.pointer = pointer
     assert score.nats / score.documents["a"].tokens == pytest.approx(math.log(500), rel=1e-6)
 
 
-def test_batch_size_changes_nothing(small, real_text):
+def test_score_does_not_depend_on_the_batch_size(small, real_text):
     model, tokenizer = small
     documents = [(str(number), text[: 90 + 70 * number]) for number, text in enumerate(real_text[:9])]
     one, many = (
@@ -90,7 +90,7 @@ def test_batch_size_changes_nothing(small, real_text):
     assert one.nats == pytest.approx(many.nats, rel=1e-6)
 
 
-def test_a_sample_of_the_windows_has_the_values_of_the_whole(small, real_text):
+def test_sampled_windows_score_the_same_as_in_a_full_run(small, real_text):
     model, tokenizer = small
     documents = [(str(number), text[: 90 + 70 * number]) for number, text in enumerate(real_text[:9])] + [("empty", "")]
     whole = score_documents(model, tokenizer.encode, documents, start_id=2, context=16)
@@ -106,7 +106,7 @@ def test_a_sample_of_the_windows_has_the_values_of_the_whole(small, real_text):
             assert nats == pytest.approx(whole.documents[key].windows[number], rel=1e-5)
 
 
-def test_parts_make_up_the_whole(corpus, tokenizer, overfitted):
+def test_scores_by_book_and_translation_average_to_the_total(corpus, tokenizer, overfitted):
     documents = [d for split in ("validation", "test") for d in corpus.split(split)]
     texts = ((document.path, document.read()) for document in documents)
     start, context = tokenizer.bos_token_id, context_of(overfitted)

@@ -1,4 +1,4 @@
-"""Calibration: known distributions, and a model's tokens one by one."""
+"""Calibration: known distributions, and a token-by-token reference."""
 
 import math
 

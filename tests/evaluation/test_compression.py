@@ -22,7 +22,7 @@ def test_compressors_are_primed_with_the_train_text(tiny_corpus, tmp_path):
     assert found["ppmd_order_16"] < found["xz"] and found["ppmd_order_6"] < found["xz"]
 
 
-def test_what_was_measured_is_read_again_unless_it_is_damaged(tiny_corpus, tmp_path):
+def test_cached_results_are_reused_unless_invalid(tiny_corpus, tmp_path):
     (tiny_corpus / MANIFEST_NAME).unlink()
     corpus = load_corpus(tiny_corpus)
     first = compression_baselines(corpus, tmp_path)
@@ -35,21 +35,21 @@ def test_what_was_measured_is_read_again_unless_it_is_damaged(tiny_corpus, tmp_p
     assert compression_baselines(corpus, tmp_path) == first
 
 
-def test_code_lengths_by_sentence_add_up_to_the_texts(tiny_corpus):
+def test_ppmd_code_lengths_by_part_add_up_to_the_total(tiny_corpus):
     corpus = load_corpus(tiny_corpus)
     train = "".join(d.read() for d in corpus.split("train") if d.translation == "kjv").encode()
     parts = [train[:300], b" My dog ate a pizza on Tuesday.", b" Behold, a son."]
     found = bits_by_part(corpus, parts)
     for name, (_, size) in METHODS.items():
         lengths, total = found[name]
-        # The end of a code takes a byte or two, which the parts do not have.
+        # Ending the code takes a byte or two, which the parts do not include.
         assert total == pytest.approx(8 * (size(train + b"".join(parts)) - size(train)), abs=0 if name == "xz" else 16)
         assert sum(lengths) == (0 if name == "xz" else total)
     known, pizza, _ = found["ppmd_order_16"][0]
     assert known / len(parts[0]) < 1 < 3 < pizza / len(parts[1]), "it has read the first part"
 
 
-def test_without_text_to_read_first_there_are_no_code_lengths(tiny_corpus):
+def test_there_are_no_code_lengths_without_train_text(tiny_corpus):
     corpus = load_corpus(tiny_corpus)
     none = replace(corpus, documents=tuple(d for d in corpus.documents if d.split != "train"))
     assert bits_by_part(none, [b"In the beginning"]) == {}

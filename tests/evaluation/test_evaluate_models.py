@@ -1,4 +1,4 @@
-"""``evaluate_models.py`` with real exports: one table, no work done twice, no unchecked code."""
+"""``evaluate_models.py`` with real exports: one table, cached results, no unverified code."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from mvlm_core.files import sha256_file
 
 @pytest.fixture
 def evaluate(trained, capsys):
-    """A function of further arguments: the printed table's rows, and what was printed."""
+    """A function that runs it with further arguments and returns the table's rows and all output."""
 
     def evaluate(*arguments):
         sizes = ["--verses", "12", "--prompts", "4", "--words", "10", "--pairs", "25", "--device", "cpu"]
@@ -29,7 +29,7 @@ def evaluate(trained, capsys):
 
 @pytest.fixture
 def variant(make, tokenizer, trained):
-    """A function that writes an export of an untrained model of some width, its manifest made anew."""
+    """A function that exports an untrained model of a given width, with a matching manifest."""
 
     def variant(folder, width):
         shutil.copytree(trained / "mvlm_gpt2", folder, ignore=shutil.ignore_patterns("checkpoints"), dirs_exist_ok=True)
@@ -43,7 +43,7 @@ def variant(make, tokenizer, trained):
     return variant
 
 
-def test_one_table_for_all_models_and_nothing_is_measured_twice(evaluate, variant, trained, tmp_path):
+def test_all_models_share_one_table_and_results_are_cached(evaluate, variant, trained, tmp_path):
     gpt2 = variant(tmp_path / "mvlm_gpt2", 16)
     archive = tmp_path / "simone_enhanced_model.tar.gz"
     write_archive(trained / "simone_enhanced", archive)
@@ -70,7 +70,7 @@ def test_one_table_for_all_models_and_nothing_is_measured_twice(evaluate, varian
     assert "bits per byte" not in [row[0] for row in table]
 
 
-def test_every_problem_is_named_before_anything_is_measured(trained, tmp_path):
+def test_all_problems_are_reported_before_any_measurement(trained, tmp_path):
     other = tmp_path / "changed"
     shutil.copytree(trained / "simone_enhanced", other, ignore=shutil.ignore_patterns("checkpoints"))
     with (other / "rope_attention.py").open("a") as file:

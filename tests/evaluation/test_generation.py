@@ -12,7 +12,7 @@ from mvlm_core.settings import Sampling
 from tests.evaluation import CONTEXT
 
 
-def test_a_prompt_is_the_start_token_and_the_text_or_the_end_of_it(tokenizer, real_text):
+def test_prompts_begin_with_the_start_token_and_are_truncated_on_the_left(tokenizer, real_text):
     text = "".join(real_text[:3])
     whole = prompt_ids(tokenizer, text)
     assert whole[0] == tokenizer.bos_token_id and tokenizer.decode(whole[1:]) == text
@@ -21,13 +21,13 @@ def test_a_prompt_is_the_start_token_and_the_text_or_the_end_of_it(tokenizer, re
 
 
 @pytest.mark.parametrize("name", ["simone", "gpt2"])
-def test_a_batch_gives_what_each_prompt_gives_alone(name, make, tokenizer, real_text):
+def test_batched_greedy_decoding_matches_each_prompt_decoded_alone(name, make, tokenizer, real_text):
     model = make(name)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
-                weight.normal_(std=0.3)  # fresh weights hardly look back
-        model.lm_head.weight[tokenizer.all_special_ids] *= 3  # would win now and then
+                weight.normal_(std=0.3)  # fresh weights hardly attend to earlier tokens
+        model.lm_head.weight[tokenizer.all_special_ids] *= 3  # special tokens would win now and then
     prompts = [[tokenizer.bos_token_id, *encode(tokenizer, text)][: 3 + 9 * n] for n, text in enumerate(real_text[:9])]
     lengths = [3, 12, 7, 21, 0, CONTEXT - 48, 9, 21, CONTEXT - 75]  # two fill the context
     generated = continuations(model, tokenizer, prompts, lengths, batch_size=4)
@@ -43,7 +43,7 @@ def test_a_batch_gives_what_each_prompt_gives_alone(name, make, tokenizer, real_
         continuations(model, tokenizer, [prompts[0]], [CONTEXT])
 
 
-def test_prompts_of_any_length_that_fill_the_context_share_a_batch(make, tokenizer, real_text, monkeypatch):
+def test_prompts_that_fill_the_context_share_one_batch(make, tokenizer, real_text, monkeypatch):
     model = make("gpt2")
     ids = [tokenizer.bos_token_id, *encode(tokenizer, "".join(real_text[:3]))]
     prompts = [ids[: CONTEXT - length] for length in range(10, 18)]
@@ -55,7 +55,7 @@ def test_prompts_of_any_length_that_fill_the_context_share_a_batch(make, tokeniz
     assert len(passes) == 17 + sum(range(10, 18))
 
 
-def test_sampling_follows_the_seed_and_leaves_other_random_numbers_alone(tokenizer, overfitted):
+def test_sampling_is_seeded_and_preserves_the_global_rng_state(tokenizer, overfitted):
     prompts = [[tokenizer.bos_token_id]] * 6
     before = torch.random.get_rng_state()
     one, again, other = (
@@ -67,7 +67,7 @@ def test_sampling_follows_the_seed_and_leaves_other_random_numbers_alone(tokeniz
     assert few == one, "a text does not depend on what shares its batch"
 
 
-def test_tokens_are_drawn_from_the_nucleus_by_their_probability():
+def test_nucleus_tokens_are_drawn_in_proportion_to_their_probability():
     probabilities = torch.tensor([0.03, 0.5, 0.3, 0.01, 0.16])  # the first 0.95 are tokens 1, 2 and 4
     chances = (torch.arange(9600) + 0.5) / 9600
     drawn = nucleus(probabilities.log().expand(9600, -1), chances).flatten()
@@ -77,14 +77,14 @@ def test_tokens_are_drawn_from_the_nucleus_by_their_probability():
     assert nucleus(torch.zeros(1, 7), torch.tensor([0.999])).item() < 7, "all alike"
 
 
-def test_the_nucleus_does_not_depend_on_how_many_tokens_are_sorted_at_first():
+def test_nucleus_sampling_does_not_depend_on_the_initial_sort_size():
     torch.manual_seed(0)
     logits, chances = torch.randn(64, 50) * torch.linspace(0.1, 8, 64)[:, None], torch.rand(64)
     whole = nucleus(logits, chances, 0.9, likely=50)
     assert all(torch.equal(whole, nucleus(logits, chances, 0.9, likely=count)) for count in (1, 3, 20, 80))
 
 
-def test_repetition_by_hand_and_of_real_text(real_text):
+def test_rep_4_and_distinct_2_of_known_and_real_text(real_text):
     found = diversity(["a b c d a b c d".split(), "e f".split()])
     assert found.rep_4.value == pytest.approx((1 / 5 + 0) / 2)
     assert (found.distinct_2, found.words) == (5 / 8, 5.0)
@@ -94,7 +94,7 @@ def test_repetition_by_hand_and_of_real_text(real_text):
     assert real.rep_4.value < 0.05 and real.distinct_2 > 0.5
 
 
-def test_greedy_text_repeats_more_than_sampled_or_real_text(corpus, make, tokenizer, overfitted):
+def test_greedy_text_is_more_repetitive_than_sampled_text(corpus, make, tokenizer, overfitted):
     verses = sample_verses(verses_of(corpus.split("validation")), 24, 0)
     used = [verse for verse in verses if followed_by(verse, 24) is not None]
     found = repetition(overfitted, tokenizer, verses, words=24, seed=5)

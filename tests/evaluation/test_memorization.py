@@ -1,4 +1,4 @@
-"""Cloze and extractable memorization of an overfitted model, and the comparisons by hand."""
+"""Cloze and extractable memorization of an overfitted model, and text comparisons with known results."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from mvlm_core.evaluation.memorization import cloze, extractable_memorization, e
 from tests.evaluation import KNOWN
 
 
-def test_an_overfitted_model_reproduces_its_train_text_and_nothing_else(make, couples, tokenizer, overfitted):
+def test_an_overfitted_model_reproduces_train_but_not_held_out_text(make, couples, tokenizer, overfitted):
     known, control = ([first for first, _ in part] for part in (couples[:KNOWN], couples[KNOWN : KNOWN + 50]))
     train, held_out = (extraction(overfitted, tokenizer, verses) for verses in (known, control))
     assert train["exact"].count == KNOWN and held_out["exact"].count == len(control) >= 40
@@ -20,7 +20,7 @@ def test_an_overfitted_model_reproduces_its_train_text_and_nothing_else(make, co
     assert untrained["exact"].value == 0 and untrained["prefix"].value < 0.05
 
 
-def test_overlap_by_hand():
+def test_overlap_of_known_texts():
     wanted = "and the earth was void".split()
     assert overlap("and the earth was void and".split(), wanted) == (1.0, 1.0, 1.0)
     assert overlap("and the sea the earth was".split(), wanted) == (0.0, 0.4, 0.6)
@@ -28,7 +28,7 @@ def test_overlap_by_hand():
     assert overlap([], wanted) == (0.0, 0.0, 0.0)
 
 
-def test_the_last_word_is_predicted_with_the_context_it_was_trained_with(couples, tokenizer, overfitted):
+def test_cloze_accuracy_is_higher_with_the_context_seen_in_training(couples, tokenizer, overfitted):
     known, control = couples[:KNOWN], couples[KNOWN : KNOWN + 50]
     firsts = cloze(overfitted, tokenizer, [first for first, _ in known])
     assert firsts["full"] == firsts["alone"] and firsts["full"].value > 0.9, "there is no text before a first verse"
@@ -38,14 +38,14 @@ def test_the_last_word_is_predicted_with_the_context_it_was_trained_with(couples
     assert unread["full"].value < 0.3 and unread["full"].count == len(control)
 
 
-def test_a_predicted_word_is_the_whole_word():
+def test_cloze_answers_must_match_the_whole_word():
     is_word = memorization._is_word
     assert is_word(" God.", " God") and is_word(" God", " God") and is_word(" God,\nAnd", " God")
     assert not is_word(" Gods.", " God") and not is_word(" God's hand", " God")
     assert not is_word(" the God", " God") and not is_word(" god.", " God")
 
 
-def test_memorization_compares_train_verses_with_held_out_ones_of_the_same_length(corpus, make, tokenizer, monkeypatch):
+def test_memorization_compares_length_matched_train_and_held_out_verses(corpus, make, tokenizer, monkeypatch):
     used, original = [], memorization.extraction
     monkeypatch.setattr(memorization, "extraction", lambda *given: used.append(given[2]) or original(*given))
     found = extractable_memorization(make(), tokenizer, corpus, verses=20)

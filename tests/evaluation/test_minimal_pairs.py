@@ -43,7 +43,7 @@ def test_every_rule_finds_pairs_in_the_corpus_up_to_its_limit(corpus):
     assert len({(pair.rule, pair.good) for pair in pairs}) == len(pairs)
 
 
-def test_a_tie_is_half_a_point():
+def test_ties_score_half_a_point():
     assert [pair_point(10.0, 11.0), pair_point(11.0, 10.0), pair_point(10.0, 10.0)] == [1.0, 0.0, 0.5]
     assert pair_point(10.0, 10.000001) == 0.5 and pair_point(10.0, 10.001) == 1.0
 

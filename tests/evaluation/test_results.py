@@ -1,4 +1,4 @@
-"""Results: means, their differences, and as JSON."""
+"""Results: means, their differences, and conversion to JSON."""
 
 import math
 
@@ -15,7 +15,7 @@ def test_a_difference_of_means_adds_the_errors_in_quadrature():
     assert difference.error == pytest.approx(math.hypot(one.error, 0.5))
 
 
-def test_json_holds_no_number_that_is_not_finite():
+def test_non_finite_numbers_become_null_in_json():
     assert as_json({"a": Mean(math.nan, math.inf, 0), "b": 0.5}) == {
         "a": {"value": None, "error": None, "count": 0},
         "b": 0.5,

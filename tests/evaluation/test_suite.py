@@ -4,7 +4,7 @@ from bible_corpus.grammar import RULES
 from mvlm_core.evaluation.suite import draw
 
 
-def test_the_evaluation_set_is_held_out_text_and_matching_train_verses(corpus):
+def test_evaluation_set_has_held_out_text_and_matching_train_verses(corpus):
     text = draw(corpus, "test", RULES, verses=20, prompts=5, words=10, pairs=3, seed=1)
     books = {d.read() for d in corpus.split("test")}
     assert {d.read() for d in text.held_out} == books

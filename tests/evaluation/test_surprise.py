@@ -1,4 +1,4 @@
-"""Surprise: the bits of tokens, sentences and words are those of bits per byte, and of the text as it is written."""
+"""Surprise: bits of tokens and sentences agree with bits per byte and with generation."""
 
 import math
 
@@ -22,7 +22,7 @@ TEXT = "“Fear not,” said he; é 🕊 for unto you!  Behold.\nAnd it came to 
 
 
 @pytest.mark.parametrize("name", ("gpt2", "simone"))
-def test_the_tokens_bits_are_those_of_bits_per_byte(make, tokenizer, real_text, name):
+def test_token_bits_add_up_to_the_bits_per_byte_score(make, tokenizer, real_text, name):
     model, text = make(name), real_text[0]
     ids = encode(tokenizer, text)
     tokens = read(model, tokenizer, ids, batch_size=3)
@@ -36,7 +36,7 @@ def test_the_tokens_bits_are_those_of_bits_per_byte(make, tokenizer, real_text, 
 
 @pytest.mark.parametrize("name", ("gpt2", "simone"))
 @pytest.mark.parametrize("temperature", (0, 0.9))
-def test_what_is_written_is_read_with_the_same_bits(make, tokenizer, name, temperature):
+def test_generated_tokens_have_the_same_bits_when_scored_again(make, tokenizer, name, temperature):
     model = make(name)
     ids, length = fitting(model, tokenizer, "In the beginning", 20)
     drawn = list(write(model, tokenizer, ids, length, temperature=temperature, top_p=0.95, seed=3))
@@ -44,7 +44,7 @@ def test_what_is_written_is_read_with_the_same_bits(make, tokenizer, name, tempe
     assert [token.bits for token in drawn] == pytest.approx([token.bits for token in again], abs=1e-3)
 
 
-def test_seed_and_temperature_decide_and_the_end_token_ends(make, tokenizer):
+def test_generation_is_seeded_and_stops_at_the_end_token(make, tokenizer):
     model = make()
     ids = encode(tokenizer, "In the beginning")
 
@@ -71,7 +71,7 @@ def test_prompt_and_length_share_the_context(make, tokenizer):
     assert fitting(model, tokenizer, "", 5) == ([], 5)
 
 
-def test_sentences_are_the_whole_text():
+def test_sentence_splitting_preserves_the_whole_text():
     assert sentences(TEXT) == [
         "“Fear not,” said he; é 🕊 for unto you!",
         "  Behold.\n",
@@ -83,18 +83,18 @@ def test_sentences_are_the_whole_text():
     assert sentences("Wait... “Go!” he said. 3.14 is") == ["Wait...", " “Go!”", " he said.", " 3.14 is"]
 
 
-def test_a_token_counts_for_the_sentence_in_which_it_begins():
+def test_tokens_count_for_the_sentence_they_begin_in():
     tokens = [Token(0, "", 1.0), Token(1, "é", 2.0), Token(2, ".\n", 4.0), Token(3, "And", 8.0), Token(4, "", 16.0)]
     assert bits_by_part(tokens, ["é.\n", "And"]) == [7.0, 24.0]
     assert bits_by_part([], ["é", "And"]) == [0.0, 0.0]
 
 
-def test_words_take_the_blanks_before_them():
+def test_words_include_the_whitespace_before_them():
     assert words(["In", " the", " be", "ginning", ",", "\n", "And", " ", "é"]) == [[0], [1], [2, 3, 4], [5, 6], [7, 8]]
     assert words([]) == []
 
 
-def test_the_heads_traces_are_means_over_heads_and_words(make, tokenizer):
+def test_governance_traces_are_averaged_over_heads_and_word_tokens(make, tokenizer):
     model = make()
     tokens = read(model, tokenizer, encode(tokenizer, "In the beginning God created the heaven"))
     heads = governance(model, tokenizer, tokens)
