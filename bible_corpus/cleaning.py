@@ -44,8 +44,8 @@ def split_verses(markup: str, verse_ids: Iterable[int]) -> tuple[dict[int, str],
 
     The packages' own index tables drift by a few characters per book in five translations (dr, gb, roth, wbs, bbe), so
     that verses would start and end mid-word; the marks are correct in all of them. `verse_ids` are the keys of the
-    package's table. A mark out of sequence repeats a number that has no id (once in tyn, six times in wyc): its text is
-    skipped and reported in the second result. Raises ValueError if the marks do not match the ids.
+    package's table. An out-of-sequence mark repeats a number and has no id (once in tyn, six times in wyc): its
+    text is skipped and reported in the second result. Raises ValueError if the marks do not match the ids.
     """
     ids = sorted(verse_ids)
     pieces = re.split(r"<sup>(\d+)</sup>", markup)
@@ -120,7 +120,7 @@ def tidy(text: str) -> str:
 
 
 def faults(text: str) -> list[str]:
-    """List what makes `text` violate the corpus format; empty for a clean verse."""
+    """List violations of the corpus format in `text`; empty for a clean verse."""
     problems = [f"character {c!r}" for c in sorted(set(text) - ALLOWED_PUNCTUATION) if not (c.isalpha() or c.isdigit())]
     if text != unicodedata.normalize("NFC", text):
         problems.append("not NFC")
@@ -171,11 +171,11 @@ _DASHES = (r"(?<=[\w,;:.?!]) -(?=\w)|(?<=[a-z,?!])- (?=[a-z\u2018\u201c])", "\u2
 
 CLEANERS: dict[str, tuple[Step, ...]] = {
     "akjv": (),
-    # As print; many a `[Selah` lacks its closing bracket and full stop.
+    # As in print; `[Selah` often lacks its closing bracket and full stop.
     "asv": ((r"\s*\[Selah\b\]?\.?\]?(?=\s|$)", " Selah."), *_BRACKETS),
-    # `*he*` marks stress; braces hold psalm titles, which stay as the first words of the psalm.
+    # `*he*` marks stress; braces enclose psalm titles, which are kept as the first words of the psalm.
     "dar": ((r"[*{}]", ""), *_BRACKETS),
-    # Scanned text: verse numbers of the page (`,11 Keep`), `0 Lord` for `O Lord`, references, broken words.
+    # Scanned text: printed verse numbers (`,11 Keep`), `0 Lord` for `O Lord`, references, broken words.
     "dr": (
         ("dummy verses inserted by amos", ""),
         (r"^[\s,.;:]*\d+\s*(?=[A-Z(])", ""),
@@ -185,15 +185,15 @@ CLEANERS: dict[str, tuple[Step, ...]] = {
         (r"(?<=[a-z])- (?=[a-z])", ""),
         (r"(?<=\s)[.,;](?=[a-z])", ""),
     ),
-    # Dashes of two or three hyphens; footnote figures and letters.
+    # Dashes typed as two or three hyphens; footnote numbers and letters.
     "etheridge": (
         (r"-{2,}", "\u2014"),
         (r"(?<![\w])\d(?=\w)|(?<=[\s,])\d(?=[\s?])|(?<=\.)i(?=\s*$)", ""),
         _DASHES,
         space_quotes,
     ),
-    # `{{See` begins a commentator's note on Revelation; braces hold other verse numbers and notes; `(3:24) ...` inside
-    # a verse are the Greek additions to Daniel and Esther (not of the 66 books); guillemets hold psalm titles.
+    # `{{See` begins a commentator's note on Revelation; braces enclose other verse numbers and notes; `(3:24) ...` in a
+    # verse is a Greek addition to Daniel or Esther (not in the 66 books); guillemets enclose psalm titles.
     "gb": (
         (r"(?s)\{\{See.*$", " "),
         (r"\{\\cf2[^}]*\}|\{\([^)]*\)\}|\{[^}]*\}", " "),
@@ -203,7 +203,7 @@ CLEANERS: dict[str, tuple[Step, ...]] = {
         *_BRACKETS,
     ),
     "kjv": _BRACKETS,
-    # cp1252 dashes: a single one joins words (`first-born`), a double one is a dash; bullets are dirt.
+    # cp1252 dashes: a single one is a hyphen (`first-born`), a double one is a dash; bullets are noise.
     "leeser": (
         ("\x96\x96", "\u2014"),
         ("\x96", "-"),
@@ -212,9 +212,9 @@ CLEANERS: dict[str, tuple[Step, ...]] = {
         ("1ook", "look"),
         *_BRACKETS,
     ),
-    # Guillemets wrap whole verses that hold a quotation; the quotation has its own marks, some without a space.
+    # Guillemets enclose whole verses that contain a quotation, which is also in quotes, some without a space.
     "lont": ((r"[«»]|OMITTED TEXT", ""), _DASHES, (r"(?<=[a-z,;:.])'(?=[A-Z])", " '")),
-    # `Johnwho`, pieces of other verses after `;38`, font codes, and words broken at a line end (`market-  place`).
+    # `Johnwho`, fragments of other verses after `;38`, font codes, words hyphenated at line ends (`market-  place`).
     "mont": (
         (r"missing\s+fehlt/missing", " "),
         (r"\bJohn(?=[a-z])", "John "),
@@ -224,7 +224,7 @@ CLEANERS: dict[str, tuple[Step, ...]] = {
         _DASHES,
         space_quotes,
     ),
-    # Speakers in the Song of Songs are headings; lines of poetry run together.
+    # Speaker headings in the Song of Songs; lines of poetry run together.
     "nheb": (
         (r"(?<=[.!?\"])(?:Friends|Beloved|Lover)(?=[A-Z])", " "),
         (r"^\s*(?:Friends|Beloved|Lover)(?=[A-Z])|(?<=[.!?\"])\s*(?:Friends|Beloved|Lover)\s*$", " "),
@@ -234,7 +234,7 @@ CLEANERS: dict[str, tuple[Step, ...]] = {
         space_quotes,
         *_BRACKETS,
     ),
-    # A converter's remark stands at hundreds of verses; lines of poetry run together.
+    # Hundreds of verses contain a converter's remark; lines of poetry run together.
     "oeb": (
         (r"\[crosswire[^\]]*\]", " "),
         (r"(?<=[,;:.!?])(?=[\u201c\u2018])", " "),
@@ -246,7 +246,7 @@ CLEANERS: dict[str, tuple[Step, ...]] = {
         _DASHES,
         *_BRACKETS,
     ),
-    # The dash that Rotherham sets between clauses was lost where it stood between letters (`saidLet`).
+    # Rotherham's dashes between clauses were lost between letters (`saidLet`).
     "roth": (
         (r"\\fs\d+|\*+\s*|[*=_]|^\s*fehlt\s*$", " "),
         (r"\b(?:SHE|HE|THEY|BOTH|DAUGHTERS OF JERUSALEM|BOOK THE [A-Z]+)\b", " "),
@@ -257,18 +257,18 @@ CLEANERS: dict[str, tuple[Step, ...]] = {
     ),
     # Hyphens are en dashes.
     "rwebster": (("\u2013\u2013", "\u2014"), ("\u2013", "-"), *_BRACKETS),
-    # Numerals stand between full stops (`.vij. folde`); two verse numbers and a cross are the page's.
+    # Numerals are set between full stops (`.vij. folde`); two verse numbers and a cross are from the page.
     "tyn": (
         (r"\.\s?([ivxlcmjIVXLCMJ]+)\s?\.(?=[\s.]|$)", r" \1 "),
         (r"\.([ivxlcmjIVXLCMJ]+)\.", r"\1 "),
         (r"(?<=\s)\.(?=[ivxlcmIVXLCM])", ""),
         (r"\b\d+\b|\+", " "),
     ),
-    # `(o. logos)`: the editor's note of the Greek word.
+    # `(o. logos)`: the editor's note giving the Greek word.
     "ukjv": ((r"\s*\([op]\. [^)]*\)", " "),),
-    # A plus sign ends some psalms; three empty brackets are gaps of the source.
+    # A plus sign ends some psalms; three pairs of empty brackets are gaps in the source.
     "wbs": ((r"\+|\[\s*\]", " "),),
-    # The next psalm's heading and title end a psalm; a backtick is an apostrophe or a single quotation mark.
+    # Psalms end with the next psalm's heading and title; a backtick is an apostrophe or a single quotation mark.
     "web": (
         (r"(?s)\s*(?:BOOK\s+[IV]+\s+)?(?:Psalm \d+\b|BOOK\s+[IV]+\s*$).*$", " "),
         ("`", "'"),
@@ -277,14 +277,14 @@ CLEANERS: dict[str, tuple[Step, ...]] = {
     ),
     # `?` stands for a ligature or diaeresis, a backtick or bar for a letter: see `REPAIRS`.
     "wesley": ((r"C\?sar", "Cæsar"), (r"Nicola\?tans", "Nicolaitans"), (" -day", "-day")),
-    # German quotation marks and dashes with uneven spaces, to English ones.
+    # Convert German quotation marks and unevenly spaced dashes to English ones.
     "wmth": (
         *(("»", "\u201c"), ("«", "\u201d"), ("`", "\u2018"), ("'", "\u2019")),
         (r"(?<=[\u201d])(?=\u201c)|(?<=\u201d)(?=[A-Za-z])", " "),
         (r"\s*\u2013\s*", "\u2014"),
         *_BRACKETS,
     ),
-    # `[Note: ...]` is a margin note; a backtick opens a gloss and never closes.
+    # `[Note: ...]` is a marginal note; a backtick opens a gloss but none closes it.
     "wyc": ((r"\[Note:[^\]]*\]", " "), ("`", ""), *_BRACKETS),
     # Backticks are quotation marks and apostrophes.
     "ylt": (("`", "'"), (r"\s+--\s+", " \u2014 "), *_BRACKETS),

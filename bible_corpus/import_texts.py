@@ -23,8 +23,8 @@ from mvlm_core.files import output_folder_problems, read_regular
 FOLDER = "added"  # in the data folder; one subfolder per import
 SUFFIXES = (".txt", ".md", ".markdown")
 SIZE_LIMIT = 1 << 30  # bytes per file
-# A text containing more than this of a held-out document is a copy, not a quotation: all train books of the corpus
-# together contain at most 0.5 % of any held-out book (leak audit in the corpus's README).
+# A text containing more than this fraction of a held-out document is a copy, not a quotation: all train books of the
+# corpus together contain at most 0.5 % of any held-out book (leak audit in the corpus's README).
 LEAK_LIMIT = 0.01
 
 

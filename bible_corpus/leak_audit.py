@@ -1,4 +1,4 @@
-"""Leak audit: how much held-out text also occurs in the train text. Every corpus build prints it."""
+"""Leak audit: how much held-out text also occurs in the train text, printed by every corpus build."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mvlm_core.console import progress
 
 
 def leak_audit(bibles: Mapping[str, Mapping[int, str]], quiet: bool = True) -> dict[str, dict[str, Any]]:
-    """Measure the overlap of each held-out book with the train text, in 13-grams of words.
+    """Measure the overlap of each held-out book with the train text, in word 13-grams.
 
-    Returns by held-out book: `share`, the fraction of its n-grams (all translations) found in any train book of any
+    Returns, by held-out book: `share`, the fraction of its n-grams (all translations) found in any train book of any
     translation; `share_kjv`, the same for the primary translation's text only (against the train text of all
     translations); `train_books`, the train books with the most matches and their counts.
     """

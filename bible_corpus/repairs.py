@@ -101,7 +101,7 @@ NOT_JOINED = frozenset(
     ).split()
 )
 
-# The lost separator, if not a space: Rotherham's dash. In nheb and oeb, line breaks of poetry were lost.
+# The lost separator, if not a space: Rotherham's dash. In nheb and oeb, line breaks in poetry were lost.
 JOINED_BY = {"roth": "\u2014"}
 POETRY_JOINED = frozenset({"nheb", "oeb", "roth"})
 VOCABULARY_SOURCES = ("kjv", "asv", "dar", "ylt", "web", "wbs", "leeser", "wmth")
@@ -194,7 +194,7 @@ def repair_across(
 ) -> None:
     """Apply the rules that compare translations, in place, and count repairs and drops.
 
-    Translations of `VOCABULARY_SOURCES` and donors that are missing from `bibles` are not used for comparison.
+    Translations in `VOCABULARY_SOURCES` and donors that are missing from `bibles` are skipped.
     """
     known = count_words(text.lower() for name in VOCABULARY_SOURCES for text in bibles.get(name, {}).values())
     for name in sorted((JOINED.keys() | POETRY_JOINED) & bibles.keys()):

@@ -1,4 +1,4 @@
-"""What transformers and tokenizers read once, when they are imported, is set here, before anything imports them."""
+"""Sets the environment variables that transformers and tokenizers read only once, on import."""
 
 import os
 

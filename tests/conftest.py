@@ -1,4 +1,4 @@
-"""What the tests share: offline, a fixed number of threads, and real text that does not need the corpus to be built."""
+"""Shared fixtures: no network, a fixed number of threads, and real text that does not need the built corpus."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def repository() -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One thread for what a test starts, where tests share the cores with other tests (pytest-xdist)."""
+    """One thread for subprocesses of a test when tests run in parallel (pytest-xdist)."""
     if IN_PARALLEL:
         os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """How many processes: one per core, but the slow tests, which use every core, and a single file run in this one."""
+    """One process per core; the slow tests, which use every core, and a single file run in this process."""
     slow = "integration" in config.option.markexpr and "not integration" not in config.option.markexpr
     one_file = len(config.option.file_or_dir) == 1 and ".py" in config.option.file_or_dir[0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -40,7 +40,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.fixture(scope="session", autouse=True)
 def fixed_threads() -> None:
-    """The same number everywhere: sums are split by it. Golden losses differ by 3e-7 between one thread and two."""
+    """A fixed number, because sums are split by it: golden losses differ by 3e-7 between one thread and two."""
     import torch
 
     torch.set_num_threads(1 if IN_PARALLEL else 2)
@@ -48,7 +48,7 @@ def fixed_threads() -> None:
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Nothing in this process may reach beyond the machine; an integration test may (it installs)."""
+    """Blocks connections to other machines in this process, except for integration tests, which install packages."""
     if "integration" in request.keywords:
         return
     connect = socket.socket.connect
@@ -79,7 +79,7 @@ def tiny_corpus(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny real exports of both models, by name; to be read, not written."""
+    """A folder with tiny real exports of both models, by name; read-only."""
     from mvlm_core.training.run import run_training
 
     work = tmp_path_factory.mktemp("trained")
@@ -97,7 +97,7 @@ def export(trained: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def empty_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A PATH of one folder, into which a test puts its own nvidia-smi; no other trace of a GPU."""
+    """A PATH of one empty folder, for a test's own nvidia-smi; no other trace of a GPU."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
@@ -115,7 +115,7 @@ def no_thread_setting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    """For what sets handlers of SIGINT and SIGTERM: the tests' own come back."""
+    """Restores the handlers of SIGINT and SIGTERM after the test."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():

@@ -1,4 +1,4 @@
-"""What the tests share: a tiny real corpus, tiny real runs, and hostile input."""
+"""Shared helpers: a tiny real corpus, tiny real runs, and hostile input."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from prioritary_mvlm.enhanced_trainer import RECIPE
 REPOSITORY = Path(__file__).resolve().parent.parent
 FIXTURES = REPOSITORY / "tests" / "fixtures"
 SAMPLE = FIXTURES / "kjv_sample.txt"
-# The sample's books: number, name, first chapter, and the part of the corpus, which is the real one's.
+# The sample's books: number, name, first chapter, and split, as in the real corpus.
 BOOKS = (
     (1, "genesis", 1, "train"),
     (8, "ruth", 1, "validation"),
@@ -42,7 +42,7 @@ BOOKS = (
 
 
 def sample_books() -> dict[str, str]:
-    """Book name → its text in the sample: a verse a line, a blank line between chapters."""
+    """Book name → its text in the sample: one verse per line, a blank line between chapters."""
     books: dict[str, str] = {}
     for part in SAMPLE.read_text(encoding="utf-8").split("=== ")[1:]:
         name, _, text = part.partition("\n")
@@ -116,7 +116,7 @@ TINY = {
     "checkpoint_interval": 5,
     "log_interval": 2,
     "device": "cpu",
-    "precision": "fp32",  # golden numbers and tolerances must hold on processors with bf16 as well
+    "precision": "fp32",  # golden numbers and tolerances must also hold on processors with bf16
     "quiet": True,
 }
 EVERYTHING_ON = {"dropout": 0.1, "gradient_accumulation_steps": 2}
@@ -142,7 +142,7 @@ def recipe_of(model: str) -> Any:
 
 
 def make_loop(model: str, settings: Any, ranks: Ranks = ALONE, compiled: bool = False) -> TrainingLoop:
-    """The loop of a run as the trainers put it together, not yet started.
+    """The training loop as the trainers build it, not yet started.
 
     Args:
         compiled: as a run on a GPU is.
@@ -160,7 +160,7 @@ def make_loop(model: str, settings: Any, ranks: Ranks = ALONE, compiled: bool = 
 
 
 class StopAfter(StopRequest):
-    """A signal that comes in the ``steps``-th step of this process."""
+    """A signal that arrives in the ``steps``-th step of this process."""
 
     def __init__(self, steps: int | None = None) -> None:
         super().__init__()
@@ -177,9 +177,9 @@ class StopAfter(StopRequest):
 
 
 class DelayedThread:
-    """In place of the checkpoint writer's thread: its work is done when the loop waits for it.
+    """Replaces the checkpoint writer's thread: does its work when the loop waits for it.
 
-    That is the last moment at which it may be done, or the first, at the loop's next step boundary, where ``ended``.
+    That is the latest possible moment, or with ``ended`` the earliest, at the loop's next step boundary.
     """
 
     ended = False
@@ -199,7 +199,7 @@ class ThreadOfOneStep(DelayedThread):
 
 
 class ImmediateThread(ThreadOfOneStep):
-    """Its work is done when it is started, as if there were no thread."""
+    """Does its work when started, as if there were no thread."""
 
     def __init__(self, target: Callable[[], None], name: str) -> None:
         self.start = target
@@ -223,7 +223,7 @@ SCALARS = (
 ANY_JSON = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(ANY_TEXT, inner, max_size=3), max_leaves=8
 )
-# Files that are no JSON of the wanted kind, whatever is wanted: what a fixed list can hold that chance would not find.
+# Files that are never valid JSON of the expected kind: fixed cases that random search would not find.
 BROKEN_JSON = {
     "empty": b"",
     "cut": b'{"title": "In the begin',
@@ -257,7 +257,7 @@ def cases(count: int) -> settings:
 
 
 def damaged(data: bytes, seed: int, zeros: int = 64) -> bytes:
-    """``data`` with one kind of damage: a bit, a cut, an insertion, zeros, a part that stands there twice."""
+    """``data`` with one kind of damage: a flipped bit, a cut, an insertion, zeros or a repeated part."""
     chance, data = random.Random(seed), bytearray(data)
     place = chance.randrange(len(data))
     match chance.randrange(5):
@@ -275,7 +275,7 @@ def damaged(data: bytes, seed: int, zeros: int = 64) -> bytes:
 
 
 def with_a_value_replaced(value: Any, seed: int, new: Any) -> Any:
-    """A copy of a JSON value with ``new`` in the place of one of its parts, however deep."""
+    """A copy of a JSON value with ``new`` in place of one of its parts, at any depth."""
     chance, copy = random.Random(seed), json.loads(json.dumps(value))
     parent, key, node = None, None, copy
     while isinstance(node, dict | list) and node and (parent is None or chance.random() < 0.8):
@@ -289,7 +289,7 @@ def with_a_value_replaced(value: Any, seed: int, new: Any) -> Any:
 
 @contextmanager
 def within(seconds: int) -> Iterator[None]:
-    """Fail where something waits or loops for longer."""
+    """Fail if the block takes longer."""
 
     def give_up(*_: object) -> None:
         raise AssertionError(f"not done after {seconds} seconds")
@@ -304,7 +304,7 @@ def within(seconds: int) -> Iterator[None]:
 
 
 def raises_only(kind: type[Exception], call: Callable[[], Any]) -> tuple[Any, str]:
-    """What ``call`` gives, and the message of ``kind`` where that is raised; anything else is a traceback."""
+    """The result of ``call``, or the message of ``kind`` if it is raised; other exceptions propagate."""
     try:
         return call(), ""
     except kind as error:

@@ -1,4 +1,4 @@
-"""Record the golden losses anew: ``python -m tests.record_golden_losses``, then say in the commit why."""
+"""Record the golden losses again: ``python -m tests.record_golden_losses``; explain the change in the commit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.training.test_loop import GOLDEN, everything_on
 
 def main() -> None:
     torch.set_num_threads(2)
-    # One thread for two, or AVX2 for AVX-512, moved these losses by 3e-7 of their size.
+    # One thread instead of two, or AVX2 instead of AVX-512, changed these losses by 3e-7 of their size.
     golden: dict[str, object] = {"command": "python -m tests.record_golden_losses", "relative_tolerance": 2e-5}
     with tempfile.TemporaryDirectory() as folder:
         corpus = build_tiny_corpus(Path(folder) / "corpus")

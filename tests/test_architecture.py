@@ -1,4 +1,4 @@
-"""The structure of the code: which way imports point, how long a function gets, who edits ``sys.path``."""
+"""The structure of the code: import directions, function length, edits of ``sys.path``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers import REPOSITORY
 
 PACKAGES = ("mvlm_core", "bible_corpus", "SIM-ONE Training/prioritary_mvlm", "SIM-ONE Training/simone_transformer")
 LONGEST_FUNCTION = 60
-# What import-linter cannot look at, because it is no package: the entry scripts, and what they may not know.
+# import-linter checks packages only, so the imports of the entry scripts are checked here.
 ENTRY_SCRIPTS = sorted([*REPOSITORY.glob("*.py"), *(REPOSITORY / "SIM-ONE Training").glob("*.py")])
 MODEL_2 = {"prioritary_mvlm", "simone_transformer", "enhanced_train", "train"}
 
@@ -34,7 +34,7 @@ def parsed(file: Path) -> ast.Module:
 
 
 def imported(file: Path) -> set[str]:
-    """The top-level packages that a file imports, inside functions too."""
+    """The top-level packages that a file imports, including imports inside functions."""
     found: set[str] = set()
     for node in ast.walk(parsed(file)):
         if isinstance(node, ast.Import):
@@ -52,13 +52,13 @@ def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
 
 
-def test_imports_keep_the_contracts() -> None:
+def test_import_linter_contracts_hold() -> None:
     answer = lint_imports(REPOSITORY)
     assert answer.returncode == 0, answer.stdout
     assert "0 broken" in answer.stdout
 
 
-def test_model_1_and_model_2_do_not_know_each_other() -> None:
+def test_entry_scripts_of_one_model_do_not_import_the_other() -> None:
     assert not imported(REPOSITORY / "mvlm_trainer.py") & MODEL_2
     for script in ("enhanced_train.py", "train.py"):
         assert "mvlm_trainer" not in imported(REPOSITORY / "SIM-ONE Training" / script)
@@ -77,7 +77,7 @@ def long_functions(file: Path) -> Iterator[str]:
                 yield f"{name(file)}: {node.name} has {lines} lines"
 
 
-def test_no_function_is_longer_than_a_screen() -> None:
+def test_functions_stay_within_the_length_limit() -> None:
     files = [*ENTRY_SCRIPTS, *python_files(*PACKAGES, "benchmarks")]
     assert len(files) > 50
     assert [found for file in files for found in long_functions(file)] == []
@@ -110,7 +110,7 @@ def test_only_entry_scripts_edit_sys_path() -> None:
 # --- the checks themselves ------------------------------------------------------------------------------------------
 
 
-FORBIDDEN = (  # importer, import, what the report says
+FORBIDDEN = (  # importer, import, start of the reported contract
     ("mvlm_core/data/corpus.py", "import mvlm_core.evaluation.generation", "mvlm_core: base <- data"),
     ("mvlm_core/files.py", "import mvlm_core.data.batches", "mvlm_core: base <- data"),
     ("mvlm_core/pipeline/report.py", "import mvlm_core.training.loop", "mvlm_core: base <- data"),
@@ -148,7 +148,7 @@ def test_every_forbidden_import_is_reported(tmp_path: Path) -> None:
         ("import sys\nprint(sys.path)", False),
     ],
 )
-def test_an_edit_of_sys_path_is_seen(tmp_path: Path, text: str, edits: bool) -> None:
+def test_sys_path_edits_are_detected(tmp_path: Path, text: str, edits: bool) -> None:
     file = tmp_path / "some.py"
     file.write_text(text, encoding="utf-8")
     assert edits_sys_path(file) == edits

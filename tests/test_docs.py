@@ -1,4 +1,4 @@
-"""What the pages say is true: files, flags, messages and figures exist, and commands run (``-m integration``)."""
+"""The documentation is accurate: files, flags, messages and figures exist, and commands run (``-m integration``)."""
 
 import re
 import shutil
@@ -37,13 +37,13 @@ def page(name: str) -> str:
 
 
 def modules_run(text: str) -> set[str]:
-    """Modules that a page runs with ``python -m``, ours only."""
+    """This repository's modules that a page runs with ``python -m``."""
     return set(re.findall(r"python -m ((?:benchmarks|tests)\.[\w.]+)", text))
 
 
 @pytest.fixture(scope="module")
 def helps() -> str:
-    """The help of every command that a page names."""
+    """The help texts of all documented commands."""
     commands = [
         ["bash" if script.endswith(".sh") else sys.executable, REPOSITORY / script, "--help"] for script in ENTRY_POINTS
     ]
@@ -53,13 +53,13 @@ def helps() -> str:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_every_flag_on_a_page_is_known(name, helps):
+def test_documented_flags_exist(name, helps):
     flags = {flag for flag in re.findall(r"(?<![\w-])--[a-z][a-z_]+", page(name))} - OTHERS_FLAGS
     assert not {flag for flag in flags if not re.search(rf"{flag}\b", helps)}
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_every_file_a_page_links_to_or_names_exists(name):
+def test_files_and_modules_named_in_the_docs_exist(name):
     text, folder = page(name), (REPOSITORY / name).parent
     linked = {path for path in re.findall(r"\]\(([^)#:]+)\)", text)}
     named = set(
@@ -71,7 +71,7 @@ def test_every_file_a_page_links_to_or_names_exists(name):
     assert not {path for path in modules if not (REPOSITORY / path).exists()}
 
 
-def test_the_guide_answers_ten_questions_with_files_that_exist():
+def test_agents_guide_answers_ten_questions_with_existing_files():
     rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|$", page("AGENTS.md").split("## Where do I change")[1], re.M)[2:]
     assert len(rows) >= 10
     for question, place, proof in rows:
@@ -82,7 +82,7 @@ def test_the_guide_answers_ten_questions_with_files_that_exist():
         assert not [file for file in files if not (REPOSITORY / file).exists()], question
 
 
-def test_every_message_in_the_table_of_troubles_is_one_that_the_code_prints():
+def test_documented_error_messages_occur_in_the_code():
     sources = [*(REPOSITORY / "mvlm_core").rglob("*.py"), *REPOSITORY.glob("*.py")]
     said = "".join(path.read_text(encoding="utf-8") for path in sources).replace('"\n', "")
     said = re.sub(r"\{[^}]*\}|%\w", "", re.sub(r'\s*f?"(?=[^"]*$)', "", said))
@@ -96,7 +96,7 @@ def test_every_message_in_the_table_of_troubles_is_one_that_the_code_prints():
 
 
 @pytest.mark.parametrize("name", SCORED)
-def test_every_score_on_a_page_stands_in_the_log(name):
+def test_documented_scores_are_recorded_in_the_log(name):
     numbers = {float(number) for number in re.findall(r"\d+\.\d{3,4}\b", page("benchmarks/LOG.md"))}
     for number in re.findall(r"(?<![\w,.])\d\.\d{3,4}\b", page(name)):
         places = len(number.split(".")[1])
@@ -108,8 +108,8 @@ def test_the_readme_stays_short():
 
 
 @pytest.mark.integration
-def test_every_command_of_the_pages_runs(tmp_path):
-    """As written, but for the long ones: trainings at the smoke preset, and the tests are collected only."""
+def test_documented_commands_run(tmp_path):
+    """As written, except for the long ones: training uses the smoke preset, and tests are only collected."""
     clone = tmp_path / "clone"
     run(["git", "clone", "--quiet", REPOSITORY, clone], tmp_path)
     (clone / "my_texts").mkdir()

@@ -1,7 +1,7 @@
-"""The exported archives inside other programs: transformers' own ways of running and training, PEFT, lm-eval.
+"""The exported archives in other libraries: transformers' generation and training, PEFT, lm-eval.
 
-Run by ``pip install -r requirements-ecosystem.txt`` and ``pytest -m integration tests/test_ecosystem.py``; what is not
-installed is skipped with a reason.
+Run with ``pip install -r requirements-ecosystem.txt`` and ``pytest -m integration tests/test_ecosystem.py``; tests of
+packages that are not installed are skipped.
 """
 
 import json
@@ -34,7 +34,7 @@ def unpacked(trained, tmp_path_factory):
 
 @pytest.fixture(params=MODELS)
 def loaded(request, unpacked):
-    """Name, folder, model and tokenizer, as plain transformers load them."""
+    """Name, folder, model and tokenizer, loaded with plain transformers."""
     folder = unpacked[request.param]
     options = {"trust_remote_code": True, "local_files_only": True}
     model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
@@ -77,7 +77,7 @@ def test_text_generation_pipeline(loaded):
     assert text == tokenizer.decode(own[0], skip_special_tokens=True) and text.startswith(PROMPTS[0])
 
 
-def test_greedy_is_the_likeliest_token_of_a_forward_pass_each_time(loaded):
+def test_greedy_generation_matches_argmax_of_uncached_forward_passes(loaded):
     _, _, model, tokenizer = loaded
     ids = tokenizer(PROMPTS[0], return_tensors="pt").input_ids
     made = model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)
@@ -90,7 +90,7 @@ def test_greedy_is_the_likeliest_token_of_a_forward_pass_each_time(loaded):
     assert torch.equal(made, ids)
 
 
-def test_sampling_repeats_with_its_seed(loaded):
+def test_sampling_is_reproducible_with_the_same_seed(loaded):
     _, _, model, tokenizer = loaded
     ids = tokenizer(PROMPTS[0], return_tensors="pt")
     made = []
@@ -115,7 +115,7 @@ def test_beam_search_finds_text_at_least_as_likely_as_greedy(loaded):
     assert beam.shape == greedy.shape and likelihood(beam) >= likelihood(greedy) - 1e-4
 
 
-def test_a_batch_padded_on_the_left_says_what_each_prompt_says_alone(loaded):
+def test_left_padded_batch_generates_the_same_tokens_as_single_prompts(loaded):
     _, _, model, tokenizer = loaded
     tokenizer.padding_side = "left"
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -125,7 +125,7 @@ def test_a_batch_padded_on_the_left_says_what_each_prompt_says_alone(loaded):
         assert torch.equal(row[-6:], alone[-6:]), prompt
 
 
-def test_a_static_cache_says_the_same(loaded):
+def test_static_cache_generates_the_same_tokens(loaded):
     _, _, model, tokenizer = loaded
     ids = tokenizer(PROMPTS[1], return_tensors="pt")
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
@@ -140,7 +140,7 @@ def test_fine_tuning_with_trainer(loaded, tmp_path, checkpointing):
     assert after < before - 0.1
 
 
-def test_fine_tuning_with_more_tokens(loaded, tmp_path):
+def test_fine_tuning_with_added_tokens_survives_save_and_reload(loaded, tmp_path):
     _, _, model, tokenizer = loaded
     tokenizer.add_tokens(["<verse>", "<chapter>"])
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -178,7 +178,7 @@ def test_lm_eval_measures_the_same_bits_per_byte(name, unpacked, tmp_path):
     from mvlm_core.evaluation.bits_per_byte import context_of, encode, load_export, score_documents
 
     model, tokenizer = load_export(unpacked[name])
-    context = context_of(model)  # the windows of a longer text would differ
+    context = context_of(model)  # longer texts would be split into different windows
     verses = sample_books()["ecclesiastes"].split("\n")
     texts = [verse for verse in verses if 8 < len(encode(tokenizer, verse)) < context][:12]
     assert texts

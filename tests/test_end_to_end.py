@@ -1,4 +1,4 @@
-"""The whole job with real trainers, as a user runs it: takes minutes, so `-m integration`."""
+"""The whole job with real trainers, as a user runs it; takes minutes, so `-m integration`."""
 
 import hashlib
 import json
@@ -61,14 +61,14 @@ def wait_for(file: Path, pattern: str, process: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> Layout:
-    """One undisturbed run of the whole job."""
+    """One uninterrupted run of the whole job."""
     layout = Layout(tmp_path_factory.mktemp("reference"))
     done = run([*JOB, "--work_dir", layout.root])
     assert done.returncode == 0, done.stdout
     return layout
 
 
-def test_everything_the_design_promises_is_there(reference):
+def test_full_run_produces_all_promised_outputs(reference):
     summary = json.loads(reference.summary.read_text())
     assert summary["preset"] == "smoke" and list(summary["models"]) == list(TRAINERS)
     for name, entry in summary["models"].items():
@@ -104,7 +104,7 @@ def test_everything_the_design_promises_is_there(reference):
     assert len(list(reference.logs.glob("h200_training_*.log"))) == 1 and reference.plot.is_file()
 
 
-def test_interrupted_in_both_models_gives_the_same_bits(reference, tmp_path):
+def test_job_interrupted_in_both_models_resumes_bit_identically(reference, tmp_path):
     layout = Layout(tmp_path)
     for name, number in (("mvlm_gpt2", signal.SIGINT), ("simone_enhanced", signal.SIGTERM)):
         job = subprocess.Popen([*JOB, "--work_dir", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
@@ -129,11 +129,11 @@ def test_interrupted_in_both_models_gives_the_same_bits(reference, tmp_path):
     assert run([*JOB, "--work_dir", tmp_path, "--preset", "cpu"]).returncode == 2
 
 
-def test_closed_terminal_ends_nothing_and_a_second_job_leaves(tmp_path):
+def test_job_survives_a_closed_terminal_and_a_second_job_is_refused(tmp_path):
     layout = Layout(tmp_path)
     command = [*JOB, "--work_dir", str(tmp_path), "--models", "simone_enhanced", "--max_steps", "60"]
     pid, terminal = pty.fork()
-    if pid == 0:  # a session with this terminal, as over SSH
+    if pid == 0:  # a session with its own terminal, as over SSH
         os.execv(command[0], command)
     deadline, seen = time.monotonic() + LIMIT, b""
     os.set_blocking(terminal, False)
@@ -150,7 +150,7 @@ def test_closed_terminal_ends_nothing_and_a_second_job_leaves(tmp_path):
     assert "=== done" in next(layout.logs.glob("h200_training_*.log")).read_text()
 
 
-def test_killed_job_takes_its_trainer_along_and_can_be_started_at_once(tmp_path):
+def test_killed_job_can_be_restarted_at_once_and_resumes(tmp_path):
     layout = Layout(tmp_path)
     command = [*JOB, "--work_dir", str(tmp_path), "--models", "mvlm_gpt2"]
     job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
@@ -165,7 +165,7 @@ def test_killed_job_takes_its_trainer_along_and_can_be_started_at_once(tmp_path)
 def test_failing_model_does_not_stop_the_other(tmp_path):
     layout = Layout(tmp_path)
     layout.export("mvlm_gpt2").mkdir(parents=True)
-    (layout.export("mvlm_gpt2") / "run.lock").write_text(json.dumps({"pid": os.getpid()}))  # "another run has it"
+    (layout.export("mvlm_gpt2") / "run.lock").write_text(json.dumps({"pid": os.getpid()}))  # as if in use
     done = run([*JOB, "--work_dir", tmp_path, "--max_steps", "20"])
     assert done.returncode == 1, done.stdout
     summary = json.loads(layout.summary.read_text())
@@ -176,14 +176,14 @@ def test_failing_model_does_not_stop_the_other(tmp_path):
 
 @pytest.fixture(scope="module")
 def stranger(tmp_path_factory) -> Path:
-    """A new virtual environment with torch and transformers, nothing of this repository: its bin folder."""
+    """The bin folder of a new virtual environment with torch and transformers but nothing from this repository."""
     import torch
 
     folder = tmp_path_factory.mktemp("stranger") / "venv"
     run([sys.executable, "-m", "venv", "--without-pip", folder])
     python = folder / "bin" / "python"
     site = run([python, "-c", "import site; print(site.getsitepackages()[0])"]).stdout.strip()
-    # A path in a .pth file is added as it is; the editable install's own .pth below it is not read.
+    # A path in a .pth file is added without reading the .pth files in it, such as that of the editable install.
     (Path(site) / "packages.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
     for module in ("mvlm_core", "simone_transformer", "prioritary_mvlm"):
         assert run([python, "-c", f"import {module}"], cwd=folder).returncode != 0
@@ -202,7 +202,7 @@ print(json.dumps(model(input_ids=ids).logits.double().flatten().tolist()))
 
 
 @pytest.mark.parametrize("name", list(TRAINERS))
-def test_extracted_archive_elsewhere_with_plain_transformers(reference, stranger, tmp_path, name):
+def test_extracted_archive_gives_the_same_logits_with_plain_transformers(reference, stranger, tmp_path, name):
     subprocess.run(["tar", "-xzf", reference.archive(name), "-C", tmp_path], check=True)
     (tmp_path / name).rename(tmp_path / "something else.v2")
     offline = {
@@ -237,7 +237,7 @@ def test_download_instructions_work_as_written(reference, stranger, tmp_path):
         )
         assert done.returncode == 0, done.stdout
     assert done.stdout.count("In the beginning God") == 2
-    assert "[y/N]" not in done.stdout  # transformers asks before it runs code, and a script must not wait for that
+    assert "[y/N]" not in done.stdout  # transformers asks before running remote code, and a script must not wait
 
 
 def test_validator_finds_a_changed_byte_in_a_real_export(reference, tmp_path):
@@ -249,7 +249,7 @@ def test_validator_finds_a_changed_byte_in_a_real_export(reference, tmp_path):
     assert "failed: simone_enhanced: hashes" in done.stdout and "failed: mvlm_gpt2" not in done.stdout
 
 
-def test_trainer_from_inside_its_folder(tmp_path):
+def test_trainer_runs_from_inside_its_own_folder(tmp_path):
     done = run(
         [
             sys.executable,
@@ -274,7 +274,7 @@ def test_trainer_from_inside_its_folder(tmp_path):
 
 @pytest.fixture(scope="module")
 def odd_places(tmp_path_factory, reference) -> Path:
-    """Folders and files that are no usable input."""
+    """Folders and files that are not usable as input."""
     place = tmp_path_factory.mktemp("odd")
     (place / "empty").mkdir()
     (place / "binaries").mkdir()
@@ -322,13 +322,13 @@ def check_refused(command, flags, odd_places, out):
 
 
 @pytest.mark.parametrize("flags", BAD + BAD_FOR_THE_JOB, ids=" ".join)
-def test_bad_input_for_the_job(flags, odd_places, tmp_path):
+def test_job_rejects_bad_arguments(flags, odd_places, tmp_path):
     check_refused([*JOB, "--work_dir", tmp_path / "w"], flags, odd_places, tmp_path / "w")
 
 
 @pytest.mark.parametrize("flags", BAD + BAD_FOR_TRAINERS, ids=" ".join)
 @pytest.mark.parametrize("name", list(TRAINERS))
-def test_bad_input_for_the_trainers(name, flags, odd_places, tmp_path):
+def test_trainers_reject_bad_arguments(name, flags, odd_places, tmp_path):
     check_refused(
         [*TRAINERS[name], "--preset", "smoke", "--output_dir", tmp_path / "o"],
         flags,

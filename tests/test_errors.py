@@ -1,4 +1,4 @@
-"""How programs end: exit codes, and no traceback where a reader has seen enough."""
+"""How programs end: exit codes, and short messages instead of tracebacks."""
 
 import signal
 import subprocess
@@ -29,13 +29,13 @@ def run(body, **pipes):
         ),
     ],
 )
-def test_each_end_has_its_exit_code_and_words(body, code, said):
+def test_exit_codes_and_stderr_messages(body, code, said):
     program = run(body)
     assert program.communicate()[1] == said
     assert program.returncode == code
 
 
-def test_a_pipe_that_is_closed_early_ends_it_quietly():
+def test_closed_stdout_pipe_exits_quietly_with_sigpipe():
     program = run("[print(number) for number in range(10**6)]", stdout=subprocess.PIPE)
     assert program.stdout.readline() == "0\n"
     program.stdout.close()
@@ -44,8 +44,8 @@ def test_a_pipe_that_is_closed_early_ends_it_quietly():
 
 
 @pytest.mark.parametrize("script", ["train_all_models.py", "mvlm_trainer.py", "generate.py"])
-def test_outside_the_environment_a_program_says_how_to_start(script):
-    """``-S`` leaves the installed packages out, as another Python does."""
+def test_running_without_installed_packages_prints_setup_instructions(script):
+    """``-S`` leaves out the installed packages, as another Python would."""
     done = subprocess.run(
         [sys.executable, "-S", REPOSITORY / script, "--help"], capture_output=True, text=True, check=False
     )

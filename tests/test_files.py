@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and the lock that keeps two runs apart."""
+"""Atomic writes, and the lock that keeps two runs out of the same folder."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from mvlm_core.errors import UserError
 from mvlm_core.files import LOCK_NAME, RunLock, output_folder_problems, sha256_file, write_atomic, write_json_atomic
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+def test_failed_atomic_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     write_json_atomic(path, {"a": 1})
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -24,7 +24,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
 
 
-def test_sha256_is_that_of_the_bytes(tmp_path):
+def test_sha256_file_hashes_the_content(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256_file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
@@ -40,13 +40,13 @@ def lock_text(tmp_path, **values):
     (tmp_path / LOCK_NAME).write_text(json.dumps(values))
 
 
-def test_the_lock_is_there_while_it_is_held(tmp_path):
+def test_lock_file_exists_only_while_the_lock_is_held(tmp_path):
     with RunLock(tmp_path, "the folder"):
         assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
     assert not (tmp_path / LOCK_NAME).exists()
 
 
-def test_a_second_process_is_refused_and_told_by_whom(tmp_path):
+def test_second_process_is_refused_with_the_holders_pid(tmp_path):
     code = f"from mvlm_core.files import RunLock; RunLock({str(tmp_path)!r}, 'it').__enter__()\n"
     code += "print('held', flush=True); input()"
     with subprocess.Popen(
@@ -56,11 +56,11 @@ def test_a_second_process_is_refused_and_told_by_whom(tmp_path):
         with pytest.raises(UserError, match=f"in use by process {holder.pid}"), RunLock(tmp_path, "it"):
             pass
         holder.kill()
-    with RunLock(tmp_path, "it"):  # killed, it left its file behind: stale
+    with RunLock(tmp_path, "it"):  # the killed process left a stale lock behind
         assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
 
 
-def test_a_live_process_named_in_the_file_is_respected(tmp_path):
+def test_lock_of_a_live_process_is_respected(tmp_path):
     lock_text(tmp_path, pid=os.getppid(), host=socket.gethostname())
     with pytest.raises(UserError, match="in use by process"), RunLock(tmp_path, "it"):
         pass
@@ -79,7 +79,7 @@ def test_stale_and_broken_locks_are_taken_over(tmp_path, content):
         assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
 
 
-def test_a_process_id_that_was_given_out_again_is_stale(tmp_path):
+def test_lock_with_a_reused_process_id_is_stale(tmp_path):
     lock_text(tmp_path, pid=os.getppid(), host=socket.gethostname(), process_started=1.0)
     with RunLock(tmp_path, "it"):
         pass

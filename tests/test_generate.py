@@ -1,4 +1,4 @@
-"""``generate.py`` with real exports: folders and archives, draws that repeat, traces, and what it refuses."""
+"""``generate.py`` with real exports: folders and archives, reproducible sampling, traces, and refused input."""
 
 import os
 import shutil
@@ -33,19 +33,19 @@ def test_a_folder_and_its_archive_give_the_same_text(model, trained, tmp_path, c
     assert generated(capsys, archive, PROMPT, *options, "--seed", 1) != from_folder
 
 
-def test_temperature_zero_decodes_greedily_whatever_the_seed(trained, capsys):
+def test_temperature_zero_is_deterministic_for_any_seed(trained, capsys):
     options = ("--max_new_tokens", 8, "--temperature", 0, "--device", "cpu")
     texts = {generated(capsys, trained / "simone_enhanced", PROMPT, *options, "--seed", seed) for seed in range(3)}
     assert len(texts) == 1
 
 
-def test_it_ends_where_the_context_does(trained, capsys):
+def test_generation_stops_at_the_context_length(trained, capsys):
     text = generated(capsys, trained / "simone_enhanced", "--max_new_tokens", 500, "--trace", "--device", "cpu")
     rows = text[text.index("token  ") :].splitlines()[1:]
     assert 2 <= len(rows) <= 32, "no more tokens than the context of 32"
 
 
-def test_the_trace_has_a_row_for_each_token(trained, capsys):
+def test_trace_columns_are_named_and_in_range(trained, capsys):
     text = generated(
         capsys, trained / "simone_enhanced", PROMPT, "--max_new_tokens", 5, "--temperature", 0, "--trace",
         "--device", "cpu",
@@ -58,12 +58,12 @@ def test_the_trace_has_a_row_for_each_token(trained, capsys):
     assert rows[0].split()[-2:] == ["0.000", "0.000"], "the first token can look at itself only, and copies nothing"
 
 
-def test_a_gpt2_has_no_trace(trained):
+def test_trace_of_a_gpt2_is_refused(trained):
     with pytest.raises(UserError, match="has no trace head"):
         generate.main([str(trained / "mvlm_gpt2"), PROMPT, "--trace", "--device", "cpu"])
 
 
-def test_changed_weights_and_changed_code_are_not_loaded(trained, tmp_path):
+def test_tampered_weights_and_code_are_refused(trained, tmp_path):
     for name, change in (("model.safetensors", b"\0"), ("rope_attention.py", b"\nprint('ran')\n")):
         folder = tmp_path / name / "simone_enhanced"
         shutil.copytree(trained / "simone_enhanced", folder, ignore=shutil.ignore_patterns("checkpoints"))
@@ -73,7 +73,7 @@ def test_changed_weights_and_changed_code_are_not_loaded(trained, tmp_path):
             generate.main([str(folder), PROMPT])
 
 
-def test_every_bad_argument_is_named_in_one_message(tmp_path):
+def test_all_bad_arguments_are_reported_in_one_error(tmp_path):
     with pytest.raises(UserError) as caught:
         generate.main([str(tmp_path), PROMPT, "--temperature", "-1", "--top_p", "0", "--seed", str(2**63)])
     assert [problem.split()[0] for problem in caught.value.problems] == ["--temperature", "--top_p", "--seed"]
@@ -89,7 +89,7 @@ def test_a_prompt_that_fills_the_context_is_refused(trained):
         generate.main([str(trained / "mvlm_gpt2"), "and it came to pass " * 40, "--device", "cpu"])
 
 
-def test_the_text_reaches_a_pipe_and_control_sequences_do_not(trained):
+def test_piped_output_escapes_control_sequences(trained):
     command = [
         sys.executable,
         REPOSITORY / "generate.py",

@@ -1,4 +1,4 @@
-"""mvlm_core/hardware.py: what is chosen and what is refused."""
+"""mvlm_core/hardware.py: default choices and refused requests."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_auto_device_follows_torch() -> None:
 
 
 @without_cuda
-def test_everything_missing_is_named_at_once() -> None:
+def test_missing_device_and_backend_are_reported_in_one_error() -> None:
     if importlib.util.find_spec("flash_attn"):
         pytest.skip("flash_attn is installed")
     with pytest.raises(UserError) as caught:
@@ -80,7 +80,7 @@ def test_installed_backend_still_needs_cuda(backend: str, tmp_path: Path, monkey
         choose_hardware(device="cpu", attention_backend=backend)
 
 
-def test_unknown_values_are_all_named() -> None:
+def test_all_unknown_values_are_reported_in_one_error() -> None:
     with pytest.raises(UserError) as caught:
         choose_hardware(device="tpu", precision="fp8", attention_backend="magic", loss_kernel="fast")
     text = " ".join(caught.value.problems)
@@ -88,12 +88,12 @@ def test_unknown_values_are_all_named() -> None:
     assert all(word in text for word in ("tpu", "fp8", "magic", "fast", "bf16", "sdpa", "blocks"))
 
 
-def test_contradiction_is_refused() -> None:
+def test_contradictory_precision_flags_are_refused() -> None:
     with pytest.raises(UserError, match="contradict"):
         choose_hardware(device="cpu", precision="bf16", no_mixed_precision=True)
 
 
-def test_switches_are_given_as_reasons() -> None:
+def test_switches_are_reported_as_reasons() -> None:
     switches = {"no_mixed_precision": True, "no_compile": True}
     chosen = choose_hardware(device="cpu", attention_backend="eager", **switches)
     assert chosen.precision == "fp32" and chosen.reasons["precision"] == "--no_mixed_precision"
@@ -101,7 +101,7 @@ def test_switches_are_given_as_reasons() -> None:
     assert chosen.attention_backend == "eager"
 
 
-def test_the_promise_of_the_same_bits_is_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_description_says_whether_training_is_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
     def line(device: str, asked: bool) -> str:
         problems: list[str] = []
         monkeypatch.setattr(hardware, "_choose_device", lambda *_: (device, "as if"))
@@ -117,7 +117,7 @@ def test_the_promise_of_the_same_bits_is_in_the_log(monkeypatch: pytest.MonkeyPa
     assert "yes (--deterministic" in line("cuda", True) and ":4096:8" in line("cuda", True)
 
 
-def test_deterministic_attention_is_torchs_own() -> None:
+def test_deterministic_requires_the_sdpa_backend() -> None:
     problems: list[str] = []
     for backend in hardware.OPTIONAL_BACKENDS:
         hardware._why_deterministic(True, "cuda", backend, problems)
@@ -135,7 +135,7 @@ print(
 """
 
 
-def test_deterministic_sets_every_switch_and_leaves_the_users_workspace(repository: Path) -> None:
+def test_deterministic_sets_torch_flags_and_keeps_a_user_set_cublas_workspace(repository: Path) -> None:
     def switches(asked: bool, **environment: str) -> str:
         inherited = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
         command = [sys.executable, "-c", DETERMINISTIC.replace("=DETERMINISTIC", f"={asked}")]
@@ -146,7 +146,7 @@ def test_deterministic_sets_every_switch_and_leaves_the_users_workspace(reposito
     assert switches(False) == "False False True None"
 
 
-def test_the_loss_is_compiled_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_kernel_is_compiled_when_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_hardware(device="cpu").loss_kernel == "blocks"
     monkeypatch.setattr(hardware, "_choose_compile", lambda *_: (True, "as on a CUDA device"))
     assert choose_hardware(device="cpu").loss_kernel == "compiled"
@@ -170,7 +170,7 @@ def test_the_loss_is_compiled_where_the_model_is(monkeypatch: pytest.MonkeyPatch
         ("amx_tile amx_bf16 amx_int8", True),
     ],
 )
-def test_bf16_is_read_from_the_cpu(tmp_path: Path, flags: str, expected: bool) -> None:
+def test_bf16_support_is_read_from_cpuinfo(tmp_path: Path, flags: str, expected: bool) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: {flags}\n\n", encoding="utf-8")
     has_bf16, why = cpu_has_bf16(cpuinfo)
@@ -179,12 +179,12 @@ def test_bf16_is_read_from_the_cpu(tmp_path: Path, flags: str, expected: bool) -
     assert monitor.cpu_name(cpuinfo) == "Some CPU"
 
 
-def test_no_cpuinfo_means_fp32(tmp_path: Path) -> None:
+def test_missing_cpuinfo_means_no_bf16(tmp_path: Path) -> None:
     assert cpu_has_bf16(tmp_path / "missing")[0] is False
     assert monitor.cpu_name(tmp_path / "missing")
 
 
-def test_bf16_asked_of_a_cpu_without_it() -> None:
+def test_bf16_on_the_cpu_requires_hardware_support() -> None:
     if cpu_has_bf16()[0]:
         assert choose_hardware(device="cpu", precision="bf16").precision == "bf16"
     else:
@@ -192,7 +192,7 @@ def test_bf16_asked_of_a_cpu_without_it() -> None:
             choose_hardware(device="cpu", precision="bf16")
 
 
-def test_autocast_changes_the_product_only_in_bf16() -> None:
+def test_autocast_applies_only_with_bf16() -> None:
     layer = torch.nn.Linear(16, 16)
     common = {"device": "cpu", "name": "", "memory_bytes": 0, "attention_backend": "sdpa", "compile": False}
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -224,8 +224,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="advice for glibc's allocator")
-def test_freed_memory_is_kept_unless_the_user_says_otherwise(repository: Path) -> None:
-    """Ten times 16 MB are 40,960 pages: requested again each time, or kept since the first ones."""
+def test_freed_memory_is_kept_unless_the_environment_configures_malloc(repository: Path) -> None:
+    """Ten blocks of 16 MB are 40,960 pages: faulted in again each time, or reused."""
     environment = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
     found = []
     for advice in ({}, {"MALLOC_MMAP_THRESHOLD_": "131072"}):
@@ -266,7 +266,7 @@ def test_auto_preset_with_a_gpu_that_torch_cannot_use(empty_path: Path) -> None:
     assert preset == "cpu" and "torch" in why and "CUDA" in why
 
 
-def test_hidden_gpu_counts_as_none(empty_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_hidden_by_cuda_visible_devices_is_ignored(empty_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add_nvidia_smi(empty_path, "exit 0")
     assert monitor.nvidia_may_be_there()
     for hidden in ("", "-1"):
@@ -274,7 +274,7 @@ def test_hidden_gpu_counts_as_none(empty_path: Path, monkeypatch: pytest.MonkeyP
         assert not monitor.nvidia_may_be_there()
 
 
-def test_module_and_preset_do_not_import_torch(tmp_path: Path) -> None:
+def test_resolving_the_preset_does_not_import_torch(tmp_path: Path) -> None:
     program = (
         "import sys; from mvlm_core import hardware, monitor; monitor.NVIDIA_TRACES = ();"
         "hardware.resolve_preset('auto'); hardware.set_process_environment(); print('torch' in sys.modules)"
@@ -292,9 +292,9 @@ def test_module_and_preset_do_not_import_torch(tmp_path: Path) -> None:
         ({"OMP_WAIT_POLICY": "ACTIVE"}, ("ACTIVE", None)),
     ],
 )
-def test_waiting_threads_spin_briefly_unless_the_user_says_otherwise(monkeypatch, theirs, expected):
+def test_openmp_wait_settings_respect_the_users_environment(monkeypatch, theirs, expected):
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
-        monkeypatch.setenv(name, "")  # so that what the call sets is undone
+        monkeypatch.setenv(name, "")  # so that monkeypatch undoes what the call sets
         monkeypatch.delenv(name)
     for name, value in theirs.items():
         monkeypatch.setenv(name, value)
@@ -302,10 +302,10 @@ def test_waiting_threads_spin_briefly_unless_the_user_says_otherwise(monkeypatch
     assert (os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT")) == expected
 
 
-def test_allocator_advice_gives_way_to_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_allocator_settings_of_the_user_take_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
     monkeypatch.delenv(old, raising=False)
-    monkeypatch.setenv(new, "placeholder")  # so that the value set below is taken back after the test
+    monkeypatch.setenv(new, "placeholder")  # so that monkeypatch undoes the value set below
     monkeypatch.delenv(new)
     set_process_environment()
     assert os.environ[new] == "max_split_size_mb:512" and old not in os.environ
@@ -316,7 +316,7 @@ def test_allocator_advice_gives_way_to_the_users(monkeypatch: pytest.MonkeyPatch
         assert os.environ[users] == "expandable_segments:True" and other not in os.environ
 
 
-def test_an_uncompiled_run_of_h200_is_warned() -> None:
+def test_uncompiled_h200_run_on_a_gpu_gets_a_warning() -> None:
     chosen = choose_hardware(device="cpu", no_compile=True)
     on_gpu = replace(chosen, device="cuda")
     warning = caution(on_gpu, "h200")

@@ -1,4 +1,4 @@
-"""mvlm_core/monitor.py: CPU cores, memory and load are counted as they are."""
+"""mvlm_core/monitor.py: thread counts, memory, and sampled load."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_threads_respect_cgroup_version_2(machine: dict[str, Path], quota: str, 
     assert available_threads(**machine)[0] == expected
 
 
-def test_threads_respect_a_limit_above_the_own_group(machine: dict[str, Path]) -> None:
+def test_threads_respect_a_parent_cgroup_limit(machine: dict[str, Path]) -> None:
     machine["cgroup_membership"].write_text("0::/user/job\n", encoding="ascii")
     own = machine["cgroup_root"] / "user" / "job"
     own.mkdir(parents=True)
@@ -100,14 +100,14 @@ def test_threads_respect_cgroup_version_1(machine: dict[str, Path], quota: str, 
 
 
 @pytest.mark.parametrize(("asked", "expected"), [("3", 3), ("16,2", 16), ("none", 4), ("0", 4), ("-2", 4), ("", 4)])
-def test_threads_asked_for(
+def test_valid_omp_num_threads_overrides_the_thread_count(
     machine: dict[str, Path], monkeypatch: pytest.MonkeyPatch, asked: str, expected: int
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
     assert available_threads(**machine)[0] == expected
 
 
-def test_memory_respects_the_container(machine: dict[str, Path]) -> None:
+def test_available_memory_respects_the_container_limit(machine: dict[str, Path]) -> None:
     paths = {name: machine[name] for name in ("cgroup_root", "cgroup_membership")}
     whole = available_memory(**paths)
     (machine["cgroup_root"] / "memory.max").write_text("max\n", encoding="ascii")
@@ -117,7 +117,7 @@ def test_memory_respects_the_container(machine: dict[str, Path]) -> None:
 
 
 def touched(size: int) -> mmap.mmap:
-    """Memory straight from the system, all of it in use: the C library may keep what is freed of its own."""
+    """Memory mapped directly from the system, with every page in use; malloc might keep what is freed."""
     memory = mmap.mmap(-1, size)
     for page in range(0, size, mmap.PAGESIZE):
         memory[page] = 1
@@ -125,7 +125,7 @@ def touched(size: int) -> mmap.mmap:
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel resets no peak here")
-def test_peak_memory_sees_what_was_freed() -> None:
+def test_peak_memory_includes_freed_memory_until_reset() -> None:
     size = 128 * 2**20
     earlier = touched(2 * size)
     earlier_peak = peak_memory()
@@ -140,7 +140,7 @@ def test_peak_memory_sees_what_was_freed() -> None:
 
 
 @needs_cuda
-def test_cuda_memory_counts_tensors() -> None:
+def test_cuda_peak_memory_includes_freed_tensors() -> None:
     reset_peak_memory("cuda")
     block = torch.empty(2**26, dtype=torch.uint8, device="cuda")
     held = memory_in_use("cuda")
@@ -152,7 +152,7 @@ def test_cuda_memory_counts_tensors() -> None:
 
 
 def first_line(seconds: float = 0.02) -> tuple[str, str]:
-    """The source and the first line, of a context that lasts until it has come."""
+    """The source and the first line of a sampling context that lasts until that line arrives."""
     lines: list[str] = []
     spoken = threading.Event()
 
@@ -175,7 +175,7 @@ def test_sampling_without_a_gpu(empty_path: Path) -> None:
 
 
 @without_cuda
-def test_sampling_without_nvml_says_why(empty_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_sampling_logs_why_nvml_is_unavailable(empty_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     add_nvidia_smi(empty_path, "exit 9")
     monitor.log.propagate = True
     with caplog.at_level("INFO", "mvlm"):
@@ -183,9 +183,7 @@ def test_sampling_without_nvml_says_why(empty_path: Path, caplog: pytest.LogCapt
     assert "no GPU statistics from NVML: NVMLError" in caplog.text
 
 
-def test_sampling_of_several_gpus_leaves_out_what_one_does_not_say(
-    empty_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sampling_omits_readings_a_gpu_does_not_support(empty_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add_nvidia_smi(empty_path, "exit 9")
     memory = SimpleNamespace(used=40 * 2**30, total=140 * 2**30)
     power = {0: 645_200}
@@ -215,7 +213,7 @@ def test_sampling_by_nvml() -> None:
     assert source == "NVML" and "GPU 0: memory" in line and "busy" in line
 
 
-def test_a_failing_callback_ends_sampling_with_a_line(empty_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_failing_sampling_callback_is_logged(empty_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     failed = threading.Event()
 
     def fail(line: str) -> None:

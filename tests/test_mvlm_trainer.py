@@ -1,4 +1,4 @@
-"""Model 1's own training forward gives what the library's GPT-2 gives."""
+"""Model 1's own training forward pass matches transformers' GPT-2."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ def built():
     return built
 
 
-def test_equals_the_library_to_1e_5(built):
+def test_logits_match_transformers_gpt2(built):
     ids = torch.randint(0, 300, (3, 32))
     with torch.no_grad():
         ours = mvlm_trainer.hidden_states(built.model.eval(), ids) @ built.model.lm_head.weight.T
@@ -31,7 +31,7 @@ def test_equals_the_library_to_1e_5(built):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-def test_its_gradients_are_the_librarys(built):
+def test_gradients_match_transformers_gpt2(built):
     model, ids = built.model.train(), torch.randint(0, 300, (2, 32))
     built.loss(ids[:, :-1], ids[:, 1:], torch.ones(2, 31), 0.0).total.backward()
     ours = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}

@@ -1,7 +1,7 @@
-"""The archives in other engines: what ONNX Runtime and llama.cpp say is what the model says.
+"""The archives in other engines: ONNX Runtime and llama.cpp agree with PyTorch.
 
-Run by ``pip install -r requirements-extras.txt -r requirements-ecosystem.txt`` and ``pytest -m integration
-tests/test_other_engines.py``; what is not installed is skipped with a reason.
+Run with ``pip install -r requirements-extras.txt -r requirements-ecosystem.txt`` and ``pytest -m integration
+tests/test_other_engines.py``; tests of packages that are not installed are skipped.
 """
 
 import json
@@ -33,13 +33,13 @@ from tests.helpers import MODELS, REPOSITORY, build_tiny_corpus, recipe_of, samp
 pytestmark = pytest.mark.integration
 EXTRAS = "pip install -r requirements-extras.txt"
 NEW_TOKENS = 64
-# llama.cpp on a CPU keeps its cache in float16 and looks GELU up in a table of float16.
+# llama.cpp on a CPU keeps its cache in float16 and uses a float16 lookup table for GELU.
 HALF_PRECISION = 5e-3
 
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-    """Model name → an export with room for 64 new tokens, trained until its text is more than one word."""
+    """Model name → an export with room for 64 new tokens, trained enough not to repeat a single word."""
     work = tmp_path_factory.mktemp("exports")
     corpus = build_tiny_corpus(work / "corpus")
     for name, rate in zip(MODELS, ({"learning_rate": 0.01}, {}), strict=True):
@@ -50,7 +50,7 @@ def exports(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=MODELS)
 def unpacked(request, exports, tmp_path_factory):
-    """Model name, model, tokenizer, and the formats made of its archive, from an archive of their own."""
+    """Model name, model, tokenizer, and the formats converted from its archive, packed and extracted again."""
     for package in ("onnx", "onnxscript", "onnxruntime", "gguf"):
         pytest.importorskip(package, reason=EXTRAS)
     name, place = request.param, tmp_path_factory.mktemp(request.param)
@@ -66,7 +66,7 @@ def unpacked(request, exports, tmp_path_factory):
     return name, *load_export(exports[name]), folder
 
 
-def test_validation_reads_the_graph(unpacked, exports, tmp_path):
+def test_validation_detects_corrupted_onnx_weights(unpacked, exports, tmp_path):
     name, _, _, folder = unpacked
     layout = Layout(tmp_path)
     export, made = copy_export(exports[name], layout.export(name)), layout.formats(name)
@@ -80,7 +80,7 @@ def test_validation_reads_the_graph(unpacked, exports, tmp_path):
     assert logits().passed and "largest difference" in logits().detail
     graph = made / "onnx" / "model.onnx"
     data = bytearray(graph.read_bytes())
-    data[-40_000:-20_000] = bytes(20_000)  # weights: they come last
+    data[-40_000:-20_000] = bytes(20_000)  # the weights come last
     graph.write_bytes(data)
     files = read_manifest(made)["files"] | {"onnx/model.onnx": sha256_file(graph)}
     write_manifest(made, f"{name}_formats", files)
@@ -109,7 +109,7 @@ def graph_in(folder):
     return CachedGraph(folder / "onnx" / "model.onnx")
 
 
-def test_onnx_runtime_gives_the_models_logits_however_the_text_is_cut(unpacked):
+def test_onnx_logits_match_torch_for_any_chunking(unpacked):
     _, model, tokenizer, folder = unpacked
     ids = torch.tensor([encode(tokenizer, sample_books()["psalms"])[start : start + 90] for start in (0, 500)])
     with torch.inference_mode():
@@ -121,7 +121,7 @@ def test_onnx_runtime_gives_the_models_logits_however_the_text_is_cut(unpacked):
         np.testing.assert_allclose(found, expected, rtol=0, atol=LOGITS_TOLERANCE)
 
 
-def test_onnx_runtime_writes_the_same_64_tokens_with_its_cache(unpacked):
+def test_onnx_greedy_decoding_with_cache_matches_torch(unpacked):
     _, model, tokenizer, folder = unpacked
     prompt = prompt_ids(tokenizer, "And it came to pass")
     text, logits = greedy(torch_reader(model), prompt, NEW_TOKENS)
@@ -130,8 +130,8 @@ def test_onnx_runtime_writes_the_same_64_tokens_with_its_cache(unpacked):
     np.testing.assert_allclose(their_logits, logits, rtol=0, atol=LOGITS_TOLERANCE)
 
 
-def test_the_cache_of_the_token_before_matters_at_the_seam(unpacked):
-    """Model 2 reads the key and the value of the token before: without the cache's last one it says something else."""
+def test_onnx_logits_depend_on_the_last_cache_entry(unpacked):
+    """Model 2 reads the key and value of the previous token, so zeroing the last cache entry changes its logits."""
     name, _, tokenizer, folder = unpacked
     if name == "mvlm_gpt2":
         pytest.skip("GPT-2 reads each token's own")
@@ -145,7 +145,7 @@ def test_the_cache_of_the_token_before_matters_at_the_seam(unpacked):
     assert np.abs(graph.read(ids[:, -1:])[:, -1] - whole).max() > 100 * LOGITS_TOLERANCE
 
 
-def test_llama_cpp_gives_a_gpt2s_logits_tokens_and_text(unpacked):
+def test_llama_cpp_matches_gpt2_tokens_logits_and_text(unpacked):
     llama_cpp = pytest.importorskip("llama_cpp", reason="pip install -r requirements-ecosystem.txt")
     name, model, tokenizer, folder = unpacked
     if name != "mvlm_gpt2":
@@ -168,7 +168,7 @@ def test_llama_cpp_gives_a_gpt2s_logits_tokens_and_text(unpacked):
     assert said == tokenizer.decode(text, skip_special_tokens=True)
 
 
-def test_the_commands_in_the_readme_run_with_nothing_of_ours(unpacked):
+def test_readme_code_runs_in_isolated_python_and_matches_torch(unpacked):
     name, model, tokenizer, folder = unpacked
     blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.S)
     assert len(blocks) == (2 if name == "mvlm_gpt2" else 1)

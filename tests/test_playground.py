@@ -1,4 +1,4 @@
-"""``playground.py``: what its tabs show is what the models and records say, and the page asks for nothing elsewhere."""
+"""``playground.py``: its tabs match the models and their records, and the page loads nothing from other hosts."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ from tests.helpers import MODELS
 from tests.test_serve import server
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRAW = {"seed": 3.0, "temperature": 0.8, "top_p": 0.95, "length": 12.0}  # a browser's numbers
+DRAW = {"seed": 3.0, "temperature": 0.8, "top_p": 0.95, "length": 12.0}  # a browser sends floats
 TEXT = "And it came to pass. <b>My dog</b> ate a pizza!\nBehold."
 
 
@@ -55,7 +55,7 @@ def cells(page):
 # --- write --------------------------------------------------------------------------------------------------
 
 
-def test_both_models_continue_the_prompt_step_by_step(models, monkeypatch):
+def test_both_models_stream_their_continuations(models, monkeypatch):
     monkeypatch.setattr("mvlm_core.pipeline.playground.UPDATE_SECONDS", 0)
     pages = list(written(models, "In the <i>beginning", **DRAW))
     assert len(pages) > 8 and all(name in pages[0] for name in MODELS)
@@ -77,7 +77,7 @@ def test_the_same_seed_gives_the_same_page(models):
     assert last[0] == last[1] != last[2]
 
 
-def test_every_impossible_setting_is_named(models):
+def test_all_invalid_settings_are_reported_in_one_error(models):
     with pytest.raises(UserError) as caught:
         next(written(models, "In the", seed=-1, temperature=3, top_p=0, length=0.5))
     assert [problem.split()[0] for problem in caught.value.problems] == ["seed", "temperature", "top-p", "length"]
@@ -87,13 +87,13 @@ def test_every_impossible_setting_is_named(models):
         next(written(models, "\ud800", **DRAW))
 
 
-def test_shades_grow_with_the_bits():
+def test_token_shading_grows_with_bits_and_escapes_html():
     page = HTML.shaded([Token(1, "a", 0.0), Token(2, "b", 6.0), Token(3, "<c>", 99.0)])
     assert re.findall(r"--heat:([\d.]+)", page) == ["0.00", "0.50", "1.00"]
     assert "&lt;c&gt;" in page and "<c>" not in page
 
 
-def test_a_heat_map_has_a_row_a_layer_and_a_column_a_word():
+def test_heat_map_has_a_row_per_layer_and_a_column_per_token():
     fields = {"memory": ("a share", [[0.0, 0.5], [1.0, 0.25]]), "policy": ("a gate", [[1.0, 1.0], [1.0, 1.0]])}
     page = HTML.heat_map("m", Heads(["In", " <b>"], ["layer 1", "layer 2"], fields))
     assert cells(page) == [["", "In", "<b>"], ["layer 1", "0.00", "0.50"], ["layer 2", "1.00", "0.25"]]
@@ -104,7 +104,7 @@ def test_a_heat_map_has_a_row_a_layer_and_a_column_a_word():
 # --- score --------------------------------------------------------------------------------------------------
 
 
-def test_scores_by_sentence_and_of_the_whole_text(models, corpus):
+def test_sentence_and_whole_text_scores_match_the_evaluation(models, corpus):
     first, last = scored(models, TEXT, lambda: corpus)
     header, *rows = cells(last)
     assert cells(first)[0] == ["", *MODELS] and header == ["", *MODELS, "xz -9e", "PPMd order 6", "PPMd order 16"]
@@ -114,20 +114,20 @@ def test_scores_by_sentence_and_of_the_whole_text(models, corpus):
     for column, (model, tokenizer) in enumerate(models.values(), start=1):
         score = score_loaded(model, tokenizer, [("text", TEXT)])
         assert float(rows[-1][column]) == pytest.approx(score.bits_per_byte, abs=6e-4)
-        sizes = [20, 28, 7]  # bytes, with the blank before and the line break behind
+        sizes = [20, 28, 7]  # bytes, including the space before and the line break after
         total = sum(float(row[column]) * size for row, size in zip(rows, sizes, strict=False))
         assert total / sum(sizes) == pytest.approx(score.bits_per_byte, abs=0.01)
     assert all(float(cell) > 0 for cell in rows[-1][1:]) and rows[0][3] == ""
     assert "".join(text for _, text in spans(last)) == TEXT * 2
 
 
-def test_without_a_corpus_the_models_are_scored_all_the_same(models, tmp_path):
+def test_models_are_scored_without_a_corpus(models, tmp_path):
     pages = list(scored(models, TEXT, lambda: load_corpus(tmp_path / "none")))
     assert cells(pages[-1])[0] == ["", *MODELS] and "No compressors" in pages[-1]
 
 
 @pytest.mark.parametrize("text", ("", " \n", "a" * (TEXT_LIMIT + 1)))
-def test_no_text_and_too_much_text_are_refused(models, text):
+def test_empty_and_oversized_texts_are_refused(models, text):
     with pytest.raises(UserError, match="1 to 65,536 bytes"):
         next(scored(models, text, lambda: None))
 
@@ -135,7 +135,7 @@ def test_no_text_and_too_much_text_are_refused(models, text):
 # --- compare ------------------------------------------------------------------------------------------------
 
 
-def test_exports_and_archives_are_compared_by_their_own_records(trained, tmp_path):
+def test_exports_and_archives_are_compared_by_recorded_results(trained, tmp_path):
     archive = tmp_path / "mvlm_gpt2_model.tar.gz"
     write_archive(trained / MODELS[0], archive)
     assert exports_at(tmp_path) == [archive] and exports_at(trained) == [trained / name for name in MODELS]
@@ -149,7 +149,7 @@ def test_exports_and_archives_are_compared_by_their_own_records(trained, tmp_pat
     assert table["model files, bytes"][2] == table["model files, bytes"][0]
 
 
-def test_what_is_no_export_or_was_changed_is_named(trained, tmp_path):
+def test_missing_and_tampered_exports_are_reported(trained, tmp_path):
     copy = tmp_path / "changed"
     shutil.copytree(trained / MODELS[0], copy, ignore=shutil.ignore_patterns("checkpoints"))
     with (copy / "training_config.json").open("a") as file:
@@ -163,7 +163,7 @@ def test_what_is_no_export_or_was_changed_is_named(trained, tmp_path):
 # --- the page -----------------------------------------------------------------------------------------------
 
 
-def test_bad_arguments_are_named_in_one_message(tmp_path):
+def test_all_bad_arguments_are_reported_in_one_error(tmp_path):
     pytest.importorskip("gradio")
     with pytest.raises(UserError) as caught:
         playground.main([str(tmp_path), str(tmp_path / "none")])
@@ -175,7 +175,7 @@ def build(models, corpus, trained, local=True):
     return playground.build_app(models, lambda: corpus, str(trained), local=local)
 
 
-def test_the_page_names_no_other_place(models, corpus, trained):
+def test_page_references_no_external_resources(models, corpus, trained):
     app = build(models, corpus, trained)
     from fastapi.testclient import TestClient
 
@@ -189,7 +189,7 @@ def test_the_page_names_no_other_place(models, corpus, trained):
 
 
 @pytest.mark.integration
-def test_the_command_serves_the_page_and_ends_at_a_signal(trained):
+def test_command_serves_the_page_and_exits_on_sigterm(trained):
     pytest.importorskip("gradio")
     with server(trained / MODELS[0], trained / MODELS[1], script="playground.py") as (process, url):
         with urlopen(url, timeout=60) as answer:
@@ -199,7 +199,7 @@ def test_the_command_serves_the_page_and_ends_at_a_signal(trained):
 
 
 class Browser:
-    """The page in a frame of a given width, driven by a script in the page around it, which tells what it saw."""
+    """The page in a frame of a given width, driven by a script in the enclosing page, which reports what it saw."""
 
     SCRIPT = """
         <iframe id=f src="/" width=WIDTH height=900 style="border: 0"></iframe><img src="/wait">
@@ -236,7 +236,7 @@ class Browser:
         async def frame(request):
             return HTMLResponse(self.SCRIPT.replace("WIDTH", str(width)))
 
-        async def wait(request):  # what keeps the browser from thinking that the page is complete
+        async def wait(request):  # keeps the browser from considering the page loaded
             await done.wait()
             return Response(status_code=204)
 
@@ -273,7 +273,7 @@ class Browser:
 @pytest.mark.integration
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("width", (1280, 390))
-def test_a_browser_shows_it_without_complaint_sideways_scrolling_or_requests_elsewhere(models, corpus, trained, width):
+def test_page_in_a_browser_has_no_errors_overflow_or_external_requests(models, corpus, trained, width):
     seen, complaints = Browser(build(models, corpus, trained), width).visit()
     assert seen["tokens"] > 20 and not complaints and not seen["errors"]
     assert max(seen["write"], seen["compare"]) <= width

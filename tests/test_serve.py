@@ -1,4 +1,4 @@
-"""``serve.py``: real exports asked by OpenAI's own client: completions, streams, many at once, nonsense, a signal."""
+"""``serve.py`` with real exports and OpenAI's client: completions, streams, concurrency, bad requests, signals."""
 
 import json
 import os
@@ -22,8 +22,8 @@ from mvlm_core.pipeline import local_server
 from tests.helpers import MODELS, REPOSITORY
 
 PROMPT = "In the beginning"
-INCOMPLETE = "\ufffd"  # what stands for half a character at the end of an answer; a stream leaves it out
-BAD = (  # what is wrong, the fields, words of the answer
+INCOMPLETE = "\ufffd"  # replaces an incomplete character at the end of a completion; a stream omits it
+BAD = (  # problem, request fields, words of the error
     ("no model", {"model": None}, "model: Field required"),
     ("another type of model", {"model": 7}, "model: "),
     ("tokens", {"prompt": [1, 2]}, "prompt: "),
@@ -106,7 +106,7 @@ def test_a_bad_request_is_refused_with_the_reason(handler, fields, words):
     assert caught.value.status_code == 400 and words in caught.value.detail
 
 
-def test_a_good_request_is_cut_to_the_context_and_always_has_a_seed(handler):
+def test_max_tokens_is_capped_to_the_context_and_a_seed_added(handler):
     body = {"model": MODELS[0], "prompt": PROMPT, "max_tokens": 500, "user": "me", "n": 1, "temperature": 0}
     first, second = handler.checked(body), handler.checked(body)
     _, tokenizer = handler.models[MODELS[0]]
@@ -114,7 +114,7 @@ def test_a_good_request_is_cut_to_the_context_and_always_has_a_seed(handler):
     assert first["seed"] != second["seed"] and not {"user", "n"} & set(first)
 
 
-def test_web_pages_of_other_origins_cannot_read_the_answers(handler):
+def test_responses_have_no_cors_headers(handler):
     from fastapi.testclient import TestClient
 
     from mvlm_core.pipeline.completions import completions_app
@@ -130,7 +130,7 @@ def test_a_prompt_begins_with_the_start_token(handler):
         assert tokenizer("").input_ids == ids[:1], "an empty prompt starts a document"
 
 
-def test_bad_arguments_are_named_in_one_message(tmp_path):
+def test_all_bad_arguments_are_reported_in_one_error(tmp_path):
     pytest.importorskip("fastapi")
     pytest.importorskip("openai")
     with pytest.raises(UserError, match="no finished export"):
@@ -142,13 +142,13 @@ def test_bad_arguments_are_named_in_one_message(tmp_path):
         serve.main(["--port", "70000", str(tmp_path)])
 
 
-def test_packages_and_models_that_are_missing_are_named(tmp_path, monkeypatch):
+def test_missing_packages_and_models_are_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(local_server, "REPOSITORY_ROOT", tmp_path)
     with pytest.raises(UserError, match="no_such_package; .*requirements-extras.txt.*; no model in"):
         local_server.check(local_server.parser_of("", 1).parse_args([]), ("no_such_package", "torch"))
 
 
-def test_without_arguments_it_takes_the_exports_or_else_the_archives(trained, tmp_path, monkeypatch):
+def test_default_models_are_exports_or_else_archives(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(local_server, "REPOSITORY_ROOT", tmp_path)
     (archive := tmp_path / "models_for_download" / "mvlm_gpt2_model.tar.gz").parent.mkdir()
     archive.touch()
@@ -160,11 +160,11 @@ def test_without_arguments_it_takes_the_exports_or_else_the_archives(trained, tm
     assert options.models == [tmp_path / "models" / "simone_enhanced"]
 
 
-def test_models_of_one_name_are_told_apart(trained):
+def test_models_with_the_same_name_get_numbered_suffixes(trained):
     assert list(local_server.by_name([trained / MODELS[0]] * 3)) == ["mvlm_gpt2", "mvlm_gpt2-2", "mvlm_gpt2-3"]
 
 
-def test_a_taken_port_and_an_impossible_host_are_errors():
+def test_port_in_use_and_unknown_host_are_refused():
     with local_server.listen("127.0.0.1", 0) as first:
         port = first.getsockname()[1]
         assert local_server.address(first) == f"http://127.0.0.1:{port}"
@@ -178,13 +178,13 @@ def test_a_taken_port_and_an_impossible_host_are_errors():
 
 
 @pytest.mark.integration
-def test_both_models_are_listed_by_their_folders_names(client):
+def test_models_are_listed_by_folder_name(client):
     assert [model.id for model in client.models.list()] == list(MODELS)
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("model", MODELS)
-def test_a_stream_says_what_the_whole_answer_says(client, model):
+def test_streamed_text_matches_the_full_completion(client, model):
     whole = ask(client, model)
     parts = list(ask(client, model, stream=True))
     assert whole.choices[0].text and whole.model == model
@@ -194,14 +194,14 @@ def test_a_stream_says_what_the_whole_answer_says(client, model):
 
 
 @pytest.mark.integration
-def test_seed_and_temperature_decide(client):
+def test_completions_are_reproducible_by_seed_and_at_temperature_zero(client):
     texts = [ask(client, seed=seed).choices[0].text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     assert len({ask(client, temperature=0, seed=seed).choices[0].text for seed in range(3)}) == 1
 
 
 @pytest.mark.integration
-def test_text_ends_where_the_context_does_and_where_it_is_told_to(client):
+def test_completion_ends_at_the_context_or_a_stop_string(client):
     long = ask(client, max_tokens=500, temperature=0)
     assert long.usage.total_tokens <= 32 and long.choices[0].finish_reason
     text = long.choices[0].text
@@ -211,7 +211,7 @@ def test_text_ends_where_the_context_does_and_where_it_is_told_to(client):
 
 
 @pytest.mark.integration
-def test_eight_clients_at_once_each_get_what_they_would_alone(client):
+def test_concurrent_clients_get_the_same_completions_as_alone(client):
     cases = [(MODELS[n % 2], n, n % 4 < 2) for n in range(8)]
     alone = [ask(client, model, seed=seed).choices[0].text.rstrip(INCOMPLETE) for model, seed, _ in cases]
 
@@ -226,7 +226,7 @@ def test_eight_clients_at_once_each_get_what_they_would_alone(client):
 
 
 @pytest.mark.integration
-def test_what_openais_client_is_told_of_a_bad_request(client):
+def test_openai_client_raises_the_matching_errors(client):
     import openai
 
     with pytest.raises(openai.BadRequestError, match="temperature: .*less than or equal to 2"):
@@ -238,7 +238,7 @@ def test_what_openais_client_is_told_of_a_bad_request(client):
 
 
 @pytest.mark.integration
-def test_nonsense_gets_a_400_and_other_paths_a_404(running):
+def test_malformed_bodies_get_400_and_unknown_paths_404(running):
     def status(path, body=None, kind="application/json"):
         try:
             return urlopen(Request(running[:-3] + path, body, {"Content-Type": kind}), timeout=30).status
@@ -257,14 +257,14 @@ def test_nonsense_gets_a_400_and_other_paths_a_404(running):
 
 
 @pytest.mark.integration
-def test_a_client_that_leaves_does_not_keep_others_waiting(client):
+def test_disconnecting_client_does_not_block_others(client):
     ask(client, stream=True, max_tokens=500).close()
     assert ask(client).choices[0].text
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_in_the_middle_ends_it_promptly(trained, tmp_path, number, code):
+def test_signal_during_requests_stops_the_server_promptly(trained, tmp_path, number, code):
     import openai
 
     archive, scratch = tmp_path / "mvlm_gpt2_model.tar.gz", tmp_path / "scratch"

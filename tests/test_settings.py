@@ -1,4 +1,4 @@
-"""Settings: precedence, ranges, and one message that names every problem."""
+"""Settings: precedence, ranges, and one error that reports every problem."""
 
 import argparse
 import subprocess
@@ -32,11 +32,11 @@ def parse(cls, *arguments, output_dir="models/x"):
 
 
 @pytest.mark.parametrize("cls", [GPT2Settings, PrioritaryConfig])
-def test_every_flag_of_the_contract_is_there(cls):
+def test_all_contract_flags_exist(cls):
     assert set(CONTRACT) <= {entry.name for entry in fields(cls)}
 
 
-def test_a_flag_beats_the_preset_and_the_preset_the_default():
+def test_flags_override_presets_and_presets_override_defaults():
     assert parse(GPT2Settings, "--preset", "smoke").hidden_dim == 64
     assert parse(GPT2Settings, "--preset", "smoke", "--hidden_dim", "96").hidden_dim == 96
     assert parse(GPT2Settings, "--preset", "h200").hidden_dim == 768
@@ -45,7 +45,7 @@ def test_a_flag_beats_the_preset_and_the_preset_the_default():
 
 
 @pytest.mark.parametrize(("cls", "alone"), [(GPT2Settings, 3), (PrioritaryConfig, 1)])
-def test_the_hours_choose_the_number_of_models(cls, alone):
+def test_max_hours_sets_the_number_of_models_and_epochs(cls, alone):
     def models(preset, **changes):
         return cls(preset=preset, **changes).num_models
 
@@ -59,18 +59,18 @@ def test_the_hours_choose_the_number_of_models(cls, alone):
     assert cls(preset="h200", max_hours=0.05, num_epochs=5).num_epochs == 5
 
 
-def test_a_head_has_a_flag_for_on_and_one_for_off():
+def test_head_flags_switch_on_and_off_and_the_last_wins():
     heads = ("policy_head", "memory_head", "trace_head")
     for given, wanted in (
         ([], (True, True, True)),
         ([f"--no_{name}" for name in heads], (False, False, False)),
-        (["--no_policy_head", "--policy_head"], (True, True, True)),  # the last one holds
+        (["--no_policy_head", "--policy_head"], (True, True, True)),  # the last one wins
     ):
         settings = parse(PrioritaryConfig, "--preset", "smoke", *given)
         assert tuple(getattr(settings, name) for name in heads) == wanted, given
 
 
-def test_a_renamed_flag_keeps_its_old_spelling_and_its_checkpoints(capsys):
+def test_renamed_flag_keeps_its_old_alias_and_identity_key(capsys):
     settings = parse(GPT2Settings, "--preset", "smoke", "--input_noise", "0.1")
     assert settings.unigram_noise == 0.1 == settings.identity()["input_noise"]
     assert parse(GPT2Settings, "--preset", "smoke", "--unigram_noise", "0.1") == settings
@@ -80,7 +80,7 @@ def test_a_renamed_flag_keeps_its_old_spelling_and_its_checkpoints(capsys):
     assert "--unigram_noise" in shown and "input_noise" not in shown
 
 
-def test_only_the_named_flags_under_one_heading():
+def test_add_options_adds_only_the_named_flags():
     parser = argparse.ArgumentParser()
     add_options(parser, PrioritaryConfig, ["num_heads", "quiet", "unigram_noise"], title="passed on")
     assert vars(parser.parse_args(["--num_heads", "3", "--input_noise", "0.2"])) == {
@@ -90,7 +90,7 @@ def test_only_the_named_flags_under_one_heading():
     assert "passed on:" in text and "attention heads" in text and "[default" not in text and "model:" not in text
 
 
-def test_the_h200_preset_is_one_shape_and_vocabulary_for_both():
+def test_h200_preset_has_the_same_shape_for_both_models():
     for cls in (GPT2Settings, PrioritaryConfig):
         s = cls(preset="h200")
         assert (s.hidden_dim, s.num_layers, s.num_heads, s.ff_dim, s.max_length) == (768, 12, 12, 3072, 1024)
@@ -98,7 +98,7 @@ def test_the_h200_preset_is_one_shape_and_vocabulary_for_both():
 
 
 @pytest.mark.parametrize("preset", ["h200", "cpu"])
-def test_both_models_have_equally_many_parameters(preset):
+def test_parameter_counts_of_both_models_match_within_2_percent(preset):
     counts = []
     for model, cls in (("mvlm_gpt2", GPT2Settings), ("simone_enhanced", PrioritaryConfig)):
         settings = cls(preset=preset)
@@ -108,11 +108,11 @@ def test_both_models_have_equally_many_parameters(preset):
     assert counts[0] == pytest.approx(counts[1], rel=0.02)
 
 
-def test_the_h200_preset_chooses_by_all_validation_text_the_small_ones_as_they_did():
+def test_validation_text_defaults_and_resume_compatibility():
     for cls in (GPT2Settings, PrioritaryConfig):
         texts = {preset: cls(preset=preset).validation_text for preset in ("h200", "cpu", "smoke")}
         assert texts == {"h200": "all", "cpu": "primary", "smoke": "primary"}
-        # A checkpoint from before there was a choice still resumes; one scored on other text does not.
+        # A checkpoint without this setting still resumes; one that was scored on other text does not.
         now = {f"--{name}": value for name, value in cls(preset="cpu").identity().items()}
         before = {name: value for name, value in now.items() if name != "--validation_text"}
         check_identity("a checkpoint", before, now)
@@ -120,13 +120,13 @@ def test_the_h200_preset_chooses_by_all_validation_text_the_small_ones_as_they_d
             check_identity("a checkpoint", before, now | {"--validation_text": "all"})
 
 
-def test_lengths_that_are_given_replace_the_presets():
+def test_explicit_length_replaces_the_presets():
     assert (PrioritaryConfig(preset="smoke").max_bytes, PrioritaryConfig(preset="smoke").num_epochs) == (190_000, None)
     given = PrioritaryConfig(preset="smoke", num_epochs=2)
     assert (given.max_bytes, given.num_epochs) == (None, 2)
 
 
-def test_one_message_names_every_problem(tmp_path):
+def test_all_problems_are_reported_in_one_error(tmp_path):
     (tmp_path / "file").write_text("")
     bad = "--hidden_dim 100 --num_heads 12 --learning_rate -1 --vocab_size 10 --max_length 0 --batch_size 0"
     bad += " --validation_split 1.5"
@@ -155,7 +155,7 @@ def test_values_out_of_range_are_refused(flag, value):
         parse(GPT2Settings, "--preset", "smoke", flag, value)
 
 
-def test_heads_of_an_odd_width_and_losses_of_no_weight_are_refused():
+def test_invalid_head_width_and_zero_loss_weights_are_refused():
     with pytest.raises(UserError, match="a multiple of 4"):
         parse(PrioritaryConfig, "--preset", "smoke", "--hidden_dim", "60", "--num_heads", "4")
     with pytest.raises(UserError, match="both 0"):
@@ -165,7 +165,7 @@ def test_heads_of_an_odd_width_and_losses_of_no_weight_are_refused():
 @pytest.mark.parametrize(
     "script", ["mvlm_trainer.py", "SIM-ONE Training/enhanced_train.py", "SIM-ONE Training/train.py"]
 )
-def test_help_needs_no_heavy_import(repository, script):
+def test_help_does_not_import_heavy_packages(repository, script):
     code = f"import sys, runpy; sys.argv = ['x', '--help']; sys.path.insert(0, {str((repository / script).parent)!r})\n"
     code += f"try: runpy.run_path({str(repository / script)!r}, run_name='__main__')\n"
     code += "finally: assert not {'torch', 'transformers', 'matplotlib'} & sys.modules.keys()\n"

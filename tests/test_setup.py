@@ -1,7 +1,7 @@
 """setup_environment.sh and .ci/run: their decisions, with stand-ins for Python, pip and nvidia-smi.
 
-The script under test is the real one, in a copy of the files it reads, in a folder with a space in its name.
-The stand-in for Python runs `-c` programs for real and writes down what would install something.
+The script under test is the real one, run on a copy of the files it reads, in a folder with a space in its name.
+The stand-in for Python runs `-c` programs for real and logs the commands that would install something.
 """
 
 from __future__ import annotations
@@ -119,14 +119,14 @@ def test_help_is_quick_and_names_every_option(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "says"), [(["--no_corpse"], "--no_corpse"), (["--python"], "needs a value")])
-def test_bad_options_are_exit_2(machine: Machine, arguments: list[str], says: str) -> None:
+def test_bad_options_exit_with_code_2(machine: Machine, arguments: list[str], says: str) -> None:
     answer = machine.run(*arguments)
     assert answer.returncode == 2
     assert says in answer.stderr
     assert not (machine.checkout / ".venv").exists()
 
 
-def test_set_up_then_nothing_changes(machine: Machine) -> None:
+def test_second_set_up_changes_nothing(machine: Machine) -> None:
     machine.add_python()
     first = machine.run()
     assert first.returncode == 0, first.stderr
@@ -147,7 +147,7 @@ def test_set_up_then_nothing_changes(machine: Machine) -> None:
     assert list(machine.home.iterdir()) == []
 
 
-def test_no_corpus(machine: Machine) -> None:
+def test_no_corpus_skips_the_dataset(machine: Machine) -> None:
     machine.add_python()
     assert machine.run("--no_corpus").returncode == 0
     assert not any("prepare_dataset" in line for line in machine.logged())
@@ -171,7 +171,7 @@ def test_python_without_venv_names_its_package(machine: Machine) -> None:
     assert "apt-get install python3.12-venv" in answer.stderr
 
 
-def test_broken_launcher_is_passed_over(machine: Machine) -> None:
+def test_broken_python_launcher_is_skipped(machine: Machine) -> None:
     executable(machine.bin / "python3", "#!/bin/bash\nexit 127\n")
     executable(machine.bin / "python3.13", "#!/bin/bash\necho '3.10 /usr'\n")
     good = machine.add_python("python3.11")
@@ -209,7 +209,7 @@ def test_broken_environment_is_rebuilt(machine: Machine, damage: str) -> None:
     assert "Making .venv" in again.stdout
 
 
-def test_what_a_link_points_to_is_not_cleared(machine: Machine, tmp_path: Path) -> None:
+def test_symlinked_venv_is_refused_and_not_cleared(machine: Machine, tmp_path: Path) -> None:
     machine.add_python()
     elsewhere = tmp_path / "environment"
     elsewhere.mkdir()
@@ -221,7 +221,7 @@ def test_what_a_link_points_to_is_not_cleared(machine: Machine, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("changed", ["requirements-dev.txt", "constraints.txt"])
-def test_changed_requirements_are_installed_over(machine: Machine, changed: str) -> None:
+def test_changed_requirements_are_reinstalled_in_place(machine: Machine, changed: str) -> None:
     machine.add_python()
     machine.run("--no_corpus")
     machine.log.unlink()
@@ -233,7 +233,7 @@ def test_changed_requirements_are_installed_over(machine: Machine, changed: str)
     assert any("requirements-dev.txt" in line for line in machine.logged())
 
 
-def test_moved_folder_is_rebuilt(machine: Machine) -> None:
+def test_venv_is_rebuilt_after_moving_the_checkout(machine: Machine) -> None:
     machine.add_python()
     machine.run("--no_corpus")
     machine.checkout = machine.checkout.rename(machine.checkout.with_name("elsewhere"))
@@ -253,7 +253,7 @@ def test_missing_package_is_installed(machine: Machine) -> None:
     assert answer.returncode == 1 and "incomplete after installation" in answer.stderr  # the stand-in installs nothing
 
 
-def test_package_of_another_checkout_is_replaced(machine: Machine) -> None:
+def test_package_of_another_checkout_is_detected(machine: Machine) -> None:
     machine.add_python()
     machine.run("--no_corpus")
     settings = machine.checkout / "mvlm_core" / "settings.py"
@@ -261,7 +261,7 @@ def test_package_of_another_checkout_is_replaced(machine: Machine) -> None:
     assert "mvlm_core is not installed from this folder" in machine.run("--no_corpus").stdout
 
 
-def test_another_python_is_used_when_named(machine: Machine, tmp_path: Path) -> None:
+def test_venv_is_rebuilt_for_a_different_python(machine: Machine, tmp_path: Path) -> None:
     python = machine.add_python()
     machine.run("--no_corpus")
     assert "Packages: complete." in machine.run("--no_corpus", "--python", str(python)).stdout
@@ -271,7 +271,7 @@ def test_another_python_is_used_when_named(machine: Machine, tmp_path: Path) -> 
     assert f"Making .venv with {other}" in answer.stdout
 
 
-def test_full_disk_is_told_before_anything_is_made(machine: Machine) -> None:
+def test_full_disk_is_reported_before_the_venv_is_made(machine: Machine) -> None:
     machine.add_python()
     (machine.bin / "df").unlink()
     executable(machine.bin / "df", "#!/bin/bash\necho head\necho '/dev/x 9000000 8500000 500000 95% /'\n")
@@ -285,7 +285,9 @@ def test_full_disk_is_told_before_anything_is_made(machine: Machine) -> None:
     ("driver", "index", "wanted", "offers_cuda_12"),
     [("550.54.15", None, 580, True), ("470.1", None, 580, False), ("470.1", "whl/cu126", 525, False)],
 )
-def test_old_driver(machine: Machine, driver: str, index: str | None, wanted: int, offers_cuda_12: bool) -> None:
+def test_old_driver_is_refused_with_advice(
+    machine: Machine, driver: str, index: str | None, wanted: int, offers_cuda_12: bool
+) -> None:
     machine.add_python()
     machine.add_gpu(driver)
     answer = machine.run(*(["--torch_index", f"https://example.org/{index}"] if index else []))
@@ -295,7 +297,7 @@ def test_old_driver(machine: Machine, driver: str, index: str | None, wanted: in
     assert machine.logged() == []
 
 
-def test_hidden_or_silent_gpu_is_the_cpu(machine: Machine) -> None:
+def test_hidden_or_failing_gpu_falls_back_to_the_cpu(machine: Machine) -> None:
     machine.add_python()
     machine.add_gpu("470.1")
     assert "hides every GPU" in machine.run("--no_corpus", CUDA_VISIBLE_DEVICES="").stdout
@@ -333,7 +335,7 @@ def test_gpu_that_torch_cannot_use_is_an_error(machine: Machine) -> None:
     assert "--torch_index" in answer.stderr
 
 
-def test_gpu_extras_may_fail_and_are_tried_once(machine: Machine) -> None:
+def test_optional_gpu_packages_may_fail_and_are_tried_once(machine: Machine) -> None:
     machine.add_python()
     machine.add_gpu("580.65.06")
     answer = machine.run("--no_corpus", STAND_IN_CUDA="NVIDIA H200", STAND_IN_FAILS="xformers")
@@ -356,7 +358,7 @@ def test_gpu_that_appears_later_gets_a_cuda_build(machine: Machine) -> None:
     assert re.search("torch_source=cpu, now .* torch_source=default", answer.stdout)
 
 
-def test_two_at_once_wait_for_each_other(machine: Machine) -> None:
+def test_second_set_up_waits_for_the_running_one(machine: Machine) -> None:
     if shutil.which("flock") is None:
         pytest.skip("no flock on this machine")
     machine.add_python()
@@ -374,21 +376,21 @@ CI_CHECKS = ("-m ruff check .", "-m ruff format --check .", "-m lint-imports --n
 
 
 @pytest.mark.parametrize("red", CI_CHECKS)
-def test_ci_run_stops_at_a_red_check(machine: Machine, red: str) -> None:
+def test_ci_run_stops_at_the_first_failing_check(machine: Machine, red: str) -> None:
     machine.add_python()
     answer = machine.run(script=".ci/run", STAND_IN_FAILS=red)
     assert answer.returncode != 0
     assert machine.logged()[-1] == red
 
 
-def test_ci_run_ends_with_the_tests(machine: Machine) -> None:
+def test_ci_run_runs_all_checks_in_order(machine: Machine) -> None:
     machine.add_python()
     answer = machine.run(script=".ci/run")
     assert answer.returncode == 0, answer.stderr
     assert machine.logged()[-len(CI_CHECKS) :] == list(CI_CHECKS)
 
 
-def test_requirements_are_exact(repository: Path) -> None:
+def test_requirements_are_pinned_to_exact_versions(repository: Path) -> None:
     for name in ("requirements.txt", "requirements-dev.txt"):
         for line in (repository / name).read_text(encoding="utf-8").splitlines():
             if line and not line.startswith(("#", "-r ")):
@@ -396,13 +398,13 @@ def test_requirements_are_exact(repository: Path) -> None:
 
 
 def pins(file: Path) -> dict[str, str]:
-    """Package, in its normalized spelling → version."""
+    """Normalized package name → version."""
     lines = re.findall(r"^([\w.-]+)==(\S+)$", file.read_text(encoding="utf-8"), re.M)
     return {canonicalize_name(name): version for name, version in lines}
 
 
 def closure(file: Path) -> set[str]:
-    """The installed packages that a file of requirements asks for, with all that those ask for here."""
+    """The installed packages that a requirements file needs on this machine, directly or indirectly."""
     todo = [Requirement(name) for name in pins(file)]
     seen: set[tuple[str, frozenset[str]]] = set()
     while todo:
@@ -419,8 +421,8 @@ def closure(file: Path) -> set[str]:
     return {name for name, _ in seen}
 
 
-def test_constraints_name_every_installed_version(repository: Path) -> None:
-    """Both ways on the machines that the file is made on; elsewhere what is missing or more has a reason there."""
+def test_constraints_pin_every_installed_version(repository: Path) -> None:
+    """On Linux, where the file is made, nothing else may be pinned; elsewhere some packages differ."""
     if not Path(sys.prefix, ".setup-stamp").exists():
         pytest.skip("not in the environment that setup_environment.sh makes")
     constraints = pins(repository / "constraints.txt")
@@ -437,7 +439,7 @@ def test_constraints_name_every_installed_version(repository: Path) -> None:
 
 @pytest.mark.integration
 def test_real_installation(tmp_path: Path, repository: Path) -> None:
-    """Takes minutes and the network: all installed for real, from a copy, with an empty home folder."""
+    """Takes minutes and needs the network: a real installation from a copy, with an empty home folder."""
     checkout, home = tmp_path / "a checkout", tmp_path / "home"
     home.mkdir()
     left_out = (".venv", ".git", ".cache", "__pycache__", "bible", "*.egg-info", "models*", "logs")

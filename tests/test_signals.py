@@ -1,4 +1,4 @@
-"""Signals: the first one is a wish, a second SIGINT leaves at once, and what is on the disk stays whole."""
+"""Signals: the first one lets the step finish, a second SIGINT exits at once, and checkpoints stay intact."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from mvlm_core.training.checkpoint import newest_checkpoint
 from tests.helpers import MODELS, REPOSITORY
 
 
-def test_a_signal_is_noted_and_raised_later(handlers, capfd):
+def test_signals_are_deferred_until_raise_at_once(handlers, capfd):
     stop = StopRequest()
     stop.defer()
     assert not stop.is_set()
@@ -29,7 +29,7 @@ def test_a_signal_is_noted_and_raised_later(handlers, capfd):
         time.sleep(1)
 
 
-def test_a_parent_that_is_gone_is_taken_for_sigterm(monkeypatch):
+def test_missing_parent_process_counts_as_sigterm(monkeypatch):
     monkeypatch.setenv(PARENT_VARIABLE, str(os.getppid()))
     assert not StopRequest().is_set()
     monkeypatch.setenv(PARENT_VARIABLE, "999999")
@@ -37,8 +37,8 @@ def test_a_parent_that_is_gone_is_taken_for_sigterm(monkeypatch):
     assert stop.is_set() and stop.number == signal.SIGTERM
 
 
-def test_a_second_sigint_leaves_at_once_without_harm(tiny_corpus, tmp_path):
-    """A step that never ends, as on a GPU that hangs: the first SIGINT waits for it, the second does not."""
+def test_second_sigint_exits_at_once_and_keeps_the_checkpoint(tiny_corpus, tmp_path):
+    """A step that never ends, as on a hung GPU: the first SIGINT waits for it, the second does not."""
     script = tmp_path / "hangs.py"
     script.write_text(
         "import time\nfrom tests import helpers\nfrom tests.training import distributed_run\n"

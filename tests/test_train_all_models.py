@@ -1,4 +1,4 @@
-"""The main job with stand-ins for the scripts it starts: order, record, failures, signals, lock, arguments."""
+"""The main job with stand-ins for the scripts it starts: order, summary, failures, signals, lock, arguments."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from mvlm_core.export.archive import check_archive, read_checksums, sha256_file
 from mvlm_core.run_layout import Layout
 from tests.helpers import REPOSITORY
 
-# Behaves like a trainer towards its caller; MODE_<model> in the environment tells it what to do.
+# Acts like a trainer; MODE_<model> in the environment selects what it does.
 TRAINER = """
 import hashlib, json, os, signal, sys, time
 from pathlib import Path
@@ -102,7 +102,7 @@ for name, entry in asked.items():
 sys.exit(any(name in bad for name in found) or len(found) < len(asked))
 """
 
-# Writes the formats that it is asked for, of any export; FORMATS_FAIL names one that it cannot.
+# Writes the requested formats of any export; fails for the export named by FORMATS_FAIL.
 FORMATS = """
 import os, sys
 from pathlib import Path
@@ -119,12 +119,12 @@ write_json_atomic(output / RECORD, {"source": source_of(export), "formats": kind
 write_manifest(output, output.name, {RECORD: sha256_file(output / RECORD)})
 """
 
-# The evaluation suite and the report: what they fail at is told and ends nothing.
+# The evaluation suite and the report: their failures are logged and do not stop the job.
 OPTIONAL = "import sys; sys.exit('not today')"
 
 
 class Job:
-    """The real train_all_models.py in a process of its own, with the stand-ins in its table."""
+    """The real train_all_models.py in a subprocess, with the stand-ins as its scripts."""
 
     def __init__(self, folder: Path, data_dir: Path, whole: bool = False):
         self.work_dir, self.data_dir = folder / "work", data_dir
@@ -203,7 +203,7 @@ size_bytes archive
 """.split()
 
 
-def test_whole_run_then_everything_is_kept(tmp_path, tiny_corpus):
+def test_full_run_then_rerun_keeps_the_archives(tmp_path, tiny_corpus):
     job = Job(tmp_path, tiny_corpus, whole=True)
     done = job.run()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -254,7 +254,7 @@ def test_failing_model_is_recorded_and_the_other_runs(job):
     assert len(read_checksums(job.layout.checksums)) == 2
 
 
-def test_killed_trainer_incomplete_export_and_bad_input(job):
+def test_killed_trainer_incomplete_export_and_bad_input_are_reported(job):
     done = job.run(MODE_mvlm_gpt2="killed", MODE_simone_enhanced="incomplete")
     assert done.returncode == 1 and "SIGKILL" in job.summary()["models"]["mvlm_gpt2"]["error"]
     assert "its export is incomplete" in job.summary()["models"]["simone_enhanced"]["error"]
@@ -263,7 +263,7 @@ def test_killed_trainer_incomplete_export_and_bad_input(job):
 
 
 @pytest.mark.parametrize("name, number", [("mvlm_gpt2", signal.SIGINT), ("simone_enhanced", signal.SIGTERM)])
-def test_signal_is_passed_on_once_and_the_next_call_continues(job, name, number):
+def test_signal_is_forwarded_once_and_the_next_run_resumes(job, name, number):
     running = job.start(**{f"MODE_{name}": "slow"})
     job.wait_for(name, "waiting")
     running.send_signal(number)
@@ -278,7 +278,7 @@ def test_signal_is_passed_on_once_and_the_next_call_continues(job, name, number)
     assert job.statuses() == {"finished"}
 
 
-def test_second_ctrl_c_ends_at_once(job):
+def test_second_sigint_kills_the_trainer_and_exits_at_once(job):
     running = job.start(MODE_mvlm_gpt2="deaf")
     job.wait_for("mvlm_gpt2", "waiting")
     pid = int((job.layout.export("mvlm_gpt2") / "pid").read_text())
@@ -295,24 +295,24 @@ def test_second_ctrl_c_ends_at_once(job):
         raise AssertionError("the trainer outlived its pipeline")
 
 
-def test_hangup_and_a_closed_console_end_nothing(job):
+def test_job_survives_sighup_and_a_closed_output_pipe(job):
     read_end, write_end = os.pipe()
     running = job.start(stdout=write_end, MODE_mvlm_gpt2="ok", SECONDS_EACH="0.5")
     os.close(write_end)
     job.wait_for("mvlm_gpt2", "starts")
-    os.close(read_end)  # whoever read the output is gone
+    os.close(read_end)  # the reader of the output is gone
     running.send_signal(signal.SIGHUP)
     assert running.wait(timeout=60) == 0
     assert job.statuses() == {"finished"}
 
 
-def test_closed_standard_streams(job):
+def test_job_runs_with_closed_standard_streams(job):
     shell = " ".join(f"'{word}'" for word in job.command("--models", "mvlm_gpt2")) + " <&- >&- 2>&-"
     assert subprocess.run(["sh", "-c", shell], env=job.environment(), timeout=60).returncode == 0
     assert job.summary()["models"]["mvlm_gpt2"]["status"] == "finished"
 
 
-def test_a_terminal_is_passed_on_to_the_trainers(job):
+def test_terminal_is_forwarded_to_the_trainers(job):
     leader, follower = pty.openpty()
     command = job.command("--models", "mvlm_gpt2")
     running = subprocess.Popen(command, env=job.environment(), stdout=follower, stderr=follower)
@@ -329,7 +329,7 @@ def test_a_terminal_is_passed_on_to_the_trainers(job):
     assert b"mvlm_gpt2 starts, terminal True" in seen
 
 
-def test_two_at_once(job):
+def test_second_job_in_the_same_folder_is_refused(job):
     first = job.start(MODE_mvlm_gpt2="slow")
     job.wait_for("mvlm_gpt2", "waiting")
     second = job.run()
@@ -344,11 +344,11 @@ def test_failed_validation_withdraws_the_archive(job):
     entry = job.summary()["models"]["simone_enhanced"]
     assert entry["status"] == "failed" and "hashes: differs" in entry["error"] and entry["archive"] is None
     assert job.offered() == ARCHIVES[:1]
-    assert job.run(VALIDATOR="crash").returncode == 1  # what was not validated is not offered
+    assert job.run(VALIDATOR="crash").returncode == 1  # an export that was not validated is not offered
     assert job.offered() == [] and not job.layout.checksums.exists()
 
 
-def test_one_model_then_the_other(job):
+def test_models_trained_separately_share_one_summary(job):
     assert job.run("--models", "mvlm_gpt2").returncode == 0
     assert list(job.summary()["models"]) == ["mvlm_gpt2"]
     assert job.run("--models", "simone_enhanced").returncode == 0
@@ -358,7 +358,7 @@ def test_one_model_then_the_other(job):
     assert len(read_checksums(job.layout.checksums)) == 2
 
 
-def test_other_preset_or_text_over_finished_models(job):
+def test_finished_models_refuse_a_different_preset_seed_or_text(job):
     assert job.run().returncode == 0
     before = job.summary()
     (job.data_dir / "bible" / "kjv" / "01-genesis.txt").write_text("Something else altogether.\n")
@@ -378,7 +378,7 @@ def test_other_preset_or_text_over_finished_models(job):
     assert job.run("--fresh").returncode == 0
 
 
-def test_other_formats_are_packed_kept_and_made_anew(job):
+def test_format_archives_are_packed_kept_and_withdrawn(job):
     two = [f"{name}_formats.tar.gz" for name in ("mvlm_gpt2", "simone_enhanced")]
     assert job.run().returncode == 0 and job.offered() == ARCHIVES
     assert job.run("--formats", "onnx,gguf", FORMATS_FAIL="mvlm_gpt2").returncode == 1
@@ -402,7 +402,7 @@ def test_other_formats_are_packed_kept_and_made_anew(job):
 # --- arguments ----------------------------------------------------------------------------------------------
 
 
-def test_a_time_is_for_both_models_half_each(tiny_corpus):
+def test_max_hours_is_divided_between_the_models(tiny_corpus):
     places = ["--preset", "smoke", "--data_dir", str(tiny_corpus)]
     for models, each in (("mvlm_gpt2,simone_enhanced", 0.25), ("simone_enhanced", 0.5)):
         options = train_all_models.parse(["--max_hours", "0.5", "--models", models, *places])
@@ -434,14 +434,14 @@ def test_bad_arguments_write_nothing(tmp_path, tiny_corpus, flags, words):
     assert not (tmp_path / "w").exists()
 
 
-def test_missing_packages_are_found_before_anything_is_trained(tmp_path, tiny_corpus, monkeypatch):
+def test_missing_format_packages_are_reported_before_training(tmp_path, tiny_corpus, monkeypatch):
     monkeypatch.setitem(formats.PACKAGES, "onnx", ("json", "onnx_not_here"))
     with pytest.raises(UserError, match="--formats onnx needs onnx_not_here: .*pip install -r requirements-extras.txt"):
         train_all_models.main(["--work_dir", str(tmp_path / "w"), "--data_dir", str(tiny_corpus), "--formats", "onnx"])
     assert not (tmp_path / "w").exists()
 
 
-def test_every_problem_in_one_message(tmp_path):
+def test_all_problems_are_reported_in_one_error(tmp_path):
     (tmp_path / "file").write_text("")
     flags = ["--preset", "x", "--models", "a,b", "--batch_size", "0"]
     places = ["--data_dir", str(tmp_path / "no"), "--work_dir", str(tmp_path / "file" / "below")]
@@ -450,7 +450,7 @@ def test_every_problem_in_one_message(tmp_path):
     assert len(caught.value.problems) == 6
 
 
-def test_empty_and_binary_data_folders(tmp_path, monkeypatch):
+def test_empty_and_binary_data_folders_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(train_all_models, "probe_hardware", lambda job: {})
     data = tmp_path / "data"
     data.mkdir()

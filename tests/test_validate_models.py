@@ -1,4 +1,4 @@
-"""The validator finds what is wrong, names it, and finds nothing wrong with a good export."""
+"""The validator detects and names defects, and passes a good export."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from tests.helpers import REPOSITORY
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Spare the seconds that a fresh process takes to import torch; another test has the real thing."""
+    """Saves the seconds that a fresh process takes to import torch; another test uses real processes."""
 
     def run(arguments, cwd, seconds=None, **extra):
         for key, value in extra.items():
@@ -56,7 +56,7 @@ def failed(capsys, *arguments) -> dict[str, str]:
     return found
 
 
-def test_good_export_in_real_fresh_processes(export, tiny_corpus):
+def test_good_export_passes_in_fresh_processes(export, tiny_corpus):
     layout = pack(export)
     layout.summary.write_text(json.dumps({"models": {"mvlm_gpt2": {"status": "finished"}}}))
     done = subprocess.run(
@@ -71,7 +71,7 @@ def test_good_export_in_real_fresh_processes(export, tiny_corpus):
         text=True,
         capture_output=True,
         cwd=export,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},  # a second thread would only get in the way of other processes
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # a second thread would only slow down other processes
         timeout=300,  # 20 seconds on an idle machine
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -86,7 +86,7 @@ def test_good_export_in_real_fresh_processes(export, tiny_corpus):
     assert all(sample["text"].startswith(sample["prompt"]) for sample in samples)
 
 
-def test_weights_tokenizer_and_counts_that_are_not_as_said(export, tiny_corpus, tmp_path, capsys, in_this_process):
+def test_nan_weights_and_wrong_recorded_sizes_fail(export, tiny_corpus, tmp_path, capsys, in_this_process):
     import torch
 
     weights = load_file(export / "model.safetensors")
@@ -102,7 +102,7 @@ def test_weights_tokenizer_and_counts_that_are_not_as_said(export, tiny_corpus, 
     assert name in found["finite"] and "recorded in training: 7" in found["parameter count"]
 
 
-def test_tokenizer_that_changes_text_or_reads_special_words(export, tiny_corpus, tmp_path, capsys, in_this_process):
+def test_lossy_tokenizer_and_parsed_special_tokens_fail(export, tiny_corpus, tmp_path, capsys, in_this_process):
     set_json(export / "tokenizer_config.json", split_special_tokens=False)
     set_json(export / "tokenizer.json", normalizer={"type": "Lowercase"})
     seal(export)
@@ -112,7 +112,7 @@ def test_tokenizer_that_changes_text_or_reads_special_words(export, tiny_corpus,
     assert set(found) == {"round trip", "special words are ordinary text"}
 
 
-def test_scores_are_computed_again(export, tiny_corpus, tmp_path, capsys, in_this_process):
+def test_scores_are_recomputed_and_mismatches_fail(export, tiny_corpus, tmp_path, capsys, in_this_process):
     flags = (str(export), "--work_dir", str(tmp_path / "other"), "--data_dir", str(tiny_corpus))
     assert failed(capsys, *flags) == {}
     score = training_config(export)["results"]["test_bpb"]
@@ -122,17 +122,17 @@ def test_scores_are_computed_again(export, tiny_corpus, tmp_path, capsys, in_thi
     assert set(failed(capsys, *flags)) == {"same text"}
 
 
-def test_stored_scores_save_time_and_cannot_lie(export, trained, tiny_corpus, tmp_path, capsys, in_this_process):
+def test_stored_scores_are_sampled_and_checked(export, trained, tiny_corpus, tmp_path, capsys, in_this_process):
     flags = (str(export), "--work_dir", str(tmp_path / "other"), "--data_dir", str(tiny_corpus))
 
     def store(change):
-        """Stored scores with some nats changed, and a record of the run that agrees."""
+        """Writes stored scores with some nats changed, and a training record that agrees with them."""
         stored = json.loads((trained / "mvlm_gpt2" / TEST_SCORES).read_text())
         for document in stored["documents"].values():
             document["nats"] = [change(number, nats) for number, nats in enumerate(document["nats"])]
         stored["weights"] = sha256_file(export / "model.safetensors")
         (export / TEST_SCORES).write_text(json.dumps(stored))
-        score = read_scores(export).bits_per_byte  # all of this text is of the primary translation
+        score = read_scores(export).bits_per_byte  # this corpus has only the primary translation
         change_config(export, "results", **{"test_bpb": score, "test_bpb_kjv": score})
 
     store(lambda number, nats: nats)
@@ -158,7 +158,7 @@ def test_stored_scores_save_time_and_cannot_lie(export, trained, tiny_corpus, tm
     assert set(failed(capsys, *flags)) == {"test_bpb", "test_bpb_kjv"}, "scores of other weights are not read"
 
 
-def test_what_was_tampered_with_is_not_loaded(export, tiny_corpus, tmp_path, capsys, monkeypatch):
+def test_export_with_remote_code_is_not_loaded(export, tiny_corpus, tmp_path, capsys, monkeypatch):
     set_json(export / "config.json", auto_map={"AutoModelForCausalLM": "someone/elses--modeling.Model"})
     seal(export)
     monkeypatch.setattr(validation, "run_python", lambda *_, **__: pytest.fail("it was run"))
@@ -167,13 +167,13 @@ def test_what_was_tampered_with_is_not_loaded(export, tiny_corpus, tmp_path, cap
 
 
 @pytest.mark.parametrize("config", [[], {"results": 3, "data": [], "settings": None}, {"results": {"test_bpb": "low"}}])
-def test_odd_training_configs_are_failed_checks(export, tiny_corpus, tmp_path, capsys, in_this_process, config):
+def test_malformed_training_configs_fail_checks(export, tiny_corpus, tmp_path, capsys, in_this_process, config):
     (export / "training_config.json").write_text(json.dumps(config))
     seal(export)
     assert failed(capsys, str(export), "--work_dir", str(tmp_path / "other"), "--data_dir", str(tiny_corpus))
 
 
-def test_missing_models_fail_and_missing_folders_are_bad_arguments(tmp_path, capsys):
+def test_missing_models_fail_and_bad_arguments_are_refused(tmp_path, capsys):
     work = tmp_path / "work"
     work.mkdir()
     assert set(failed(capsys, "--quick", "--work_dir", str(work))) == {"export"}
@@ -192,7 +192,7 @@ def test_missing_models_fail_and_missing_folders_are_bad_arguments(tmp_path, cap
     assert len(caught.value.problems) == 4
 
 
-def test_help_is_quick_and_light():
+def test_help_does_not_import_heavy_packages():
     for script in ("validate_models.py", "train_all_models.py"):
         code = f"import runpy, sys; sys.argv = [{script!r}, '--help']\n"
         code += f"try: runpy.run_path({str(REPOSITORY / script)!r}, run_name='__main__')\n"

@@ -1,4 +1,4 @@
-"""Stateless data loading: batch N is a pure function of the seed and N, so the step counter fixes the data order.
+"""Stateless data loading: batch N is a pure function of the seed and N, so the step determines the data order.
 
 Every epoch the documents are shuffled and concatenated, the result is cut into sequences from a random offset, and the
 sequences are visited in random order. The only state is a cache of the current epoch's order, so a resumed run reads
@@ -36,9 +36,9 @@ class BatchSource:
     """Batches of ``sequences`` sequences of ``context`` tokens.
 
     Args:
-        unigram_noise: share of inputs replaced by tokens drawn from the text; targets are unchanged (unigram noising,
-            Xie et al., arXiv 1703.02573). It reduces memorization, as no input is seen twice in the same form.
-        replay: another text from which ``replay_share`` of the sequences come, evenly spread; epochs still count
+        unigram_noise: fraction of inputs replaced by tokens drawn from the text; targets are unchanged (unigram
+            noising, Xie et al., arXiv 1703.02573). It reduces memorization, as no input is seen twice in the same form.
+        replay: another text that supplies ``replay_share`` of the sequences, evenly interleaved; epochs still count
             passes over ``store``.
     Raises:
         UserError: the text is shorter than one sequence.
@@ -86,7 +86,7 @@ class BatchSource:
         return max(1, round(epochs * self.sequences_per_epoch / self.sequences / float(1 - self.replay_share)))
 
     def batch(self, number: int, first: int = 0, count: int | None = None) -> Batch:
-        """Return sequences ``first … first + count`` of batch ``number`` (by default all)."""
+        """Return sequences ``[first, first + count)`` of batch ``number`` (all by default)."""
         count = self.sequences - first if count is None else count
         start = number * self.sequences + first
         rows = [self._row(start + offset) for offset in range(count)]
@@ -129,7 +129,7 @@ class BatchSource:
         lengths = np.diff(self.store.starts)
         self._documents = random.permutation(np.repeat(np.arange(len(lengths)), self.store.repeats))
         self._starts = np.concatenate(([0], np.cumsum(lengths[self._documents])))[:-1]
-        # The text wraps around, so that with a random offset no token is read twice in an epoch or never read at all.
+        # The text wraps around, so with a random offset no token is read twice in an epoch and none is always left out.
         self._shift = int(random.integers(self.tokens_per_epoch))
         self._order = random.permutation(self.sequences_per_epoch)
         self._epoch = epoch

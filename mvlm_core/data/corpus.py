@@ -27,7 +27,7 @@ SPLITS = ("train", "validation", "test")
 MANIFEST_NAME = "corpus_manifest.json"  # in a built corpus; optional in a user's folder
 HIGHEST_SCORE = 10.0
 VALIDATION_SUBSET_BYTES = 65_536
-METADATA_LIMIT = 16 << 20  # bytes; the largest in the built corpus has 60 kilobytes
+METADATA_LIMIT = 16 << 20  # bytes; the largest in the built corpus is 60 kilobytes
 # NFC normalization of a run of combining marks takes quadratic time (a minute for 0.3 MB). Real text has a few in a
 # row; Unicode's stream-safe format allows 30 (UAX 15).
 MARKS_LIMIT = 256
@@ -62,7 +62,7 @@ class Document:
 
 @dataclass(frozen=True)
 class SkippedFile:
-    """A skipped file, or one whose metadata is used only in part, with the reason."""
+    """A file that was skipped or whose metadata was only partly used, with the reason."""
 
     path: str
     reason: str
@@ -74,7 +74,7 @@ class Corpus:
 
     Attributes:
         fingerprint: changes when any byte, split or score changes.
-        primary_translation: the translation that is also scored separately, from the corpus manifest; None without one.
+        primary_translation: the translation that is also scored separately; None if the corpus manifest names none.
     """
 
     root: Path
@@ -101,11 +101,11 @@ def load_corpus(
 ) -> Corpus:
     """Read the documents below `data_dir`.
 
-    A document's split comes from its metadata. Without one, a hash of its path, which is the same on every machine,
+    A document's split comes from its metadata. If it has none, a hash of its path (the same on every machine)
     assigns it to validation or test with probability `validation_split` each, and otherwise to train.
 
     Args:
-        validation_split: fraction of documents without a split for validation, and the same again for test; 0 to 0.5.
+        validation_split: fraction of documents without a split to assign to validation, and as many to test; 0 to 0.5.
         validation_dir: a folder whose files form the validation split (their paths begin with "validation_dir/");
             validation documents of `data_dir` then become train documents.
         only: use only this subfolder of `data_dir`.
@@ -178,7 +178,7 @@ def decode(data: bytes) -> str:
     """
     for mark, encoding in (
         (codecs.BOM_UTF8, "utf-8"),
-        (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark is its prefix
+        (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark is a prefix of this one
         (codecs.BOM_UTF32_BE, "utf-32"),
         (codecs.BOM_UTF16_LE, "utf-16"),
         (codecs.BOM_UTF16_BE, "utf-16"),
@@ -305,7 +305,7 @@ class _FolderReader:
                         yield path
                 except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a symlink loop, before 3.13
                     self._skip(path, _reason(error))
-            # Links last, so that a file gets its own path rather than that of a link to its folder.
+            # Links last, so that a file is found under its own path rather than through a link to its folder.
             stack = links + stack + folders[::-1]
 
     def _read_document(self, file: Path) -> Document | None:

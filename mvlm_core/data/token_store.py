@@ -22,7 +22,7 @@ from mvlm_core.errors import UserError
 from mvlm_core.files import fsync_path, read_regular, sha256_file, write_json_atomic
 
 FORMAT = 3
-_ENCODE_BYTES = 4 << 20  # text per tokenizer call: enough to keep all cores busy at little memory
+_ENCODE_BYTES = 4 << 20  # text per tokenizer call: enough to keep all cores busy with little memory
 log = logging.getLogger("mvlm")
 
 
@@ -31,7 +31,7 @@ class TokenStore:
     """The training text as one array of token ids, document after document.
 
     Attributes:
-        tokens: ``[total]``, memory-mapped; each document is ``start, its tokens, end`` (end if the tokenizer has one).
+        tokens: ``[total]``, memory-mapped; each document is ``start, its tokens, end`` (if the tokenizer has one).
         starts: ``[documents + 1]``, offset of each document; the last entry is the total.
         repeats: ``[documents]``, how often one epoch reads each document.
         weights: ``[documents]`` float64, content-alignment weights with mean 1 over the tokens of an epoch.
@@ -169,7 +169,7 @@ def _write(documents: list[Document], tokenizer: ByteLevelBPE, folder: Path, qui
 
 
 def _move_into_place(temporary: Path, folder: Path, documents: int) -> None:
-    """Rename ``temporary`` to ``folder``, unless that is already intact, as another run may be reading it."""
+    """Rename ``temporary`` to ``folder``, unless ``folder`` is already intact, as another run may be reading it."""
     try:
         os.rename(temporary, folder)
     except OSError:

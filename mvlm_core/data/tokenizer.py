@@ -45,7 +45,7 @@ class ByteLevelBPE:
 
     @classmethod
     def pre_tokenizer(cls) -> pre_tokenizers.PreTokenizer:
-        """Pre-tokenizer: splits text into pieces that no token crosses."""
+        """Return the pre-tokenizer, which splits text into pieces that no token spans."""
         raise NotImplementedError
 
     @classmethod
@@ -193,7 +193,7 @@ class ByteLevelBPE:
 
 
 def _checked_json(file: Path) -> str:
-    """Read a ``tokenizer.json``; ValueError if its model is not a plain BPE, as the library panics on some others."""
+    """Read ``tokenizer.json``. Raises ValueError if its model is not plain BPE: the library panics on some others."""
     text = read_regular(file).decode()
     value = json.loads(text)
     model = value.get("model") if isinstance(value, dict) else None
@@ -206,7 +206,7 @@ def _checked_json(file: Path) -> str:
 
 
 def _split_long_words(texts: Iterable[str]) -> Iterator[str]:
-    """Split texts inside words of ``_LONGEST_WORD`` characters, which occur in no language; yield others unchanged."""
+    """Split texts within words of ``_LONGEST_WORD`` characters (no language has any); yield other texts unchanged."""
     for text in texts:
         start = 0
         if max(map(len, text.split("\n"))) >= _LONGEST_WORD:

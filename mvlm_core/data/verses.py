@@ -36,7 +36,7 @@ class Verse:
 
 
 def verses_of(documents: Iterable[Document], least_words: int = 1) -> Iterator[Verse]:
-    """Yield all lines of at least ``least_words``; without verse names in the metadata, a place is path:line."""
+    """Yield all lines of at least ``least_words`` words; ``place`` is path:line without verse names in the metadata."""
     for document in documents:
         text, names = document.read(), document.metadata.get("verses")
         lines = list(LINE.finditer(text))
@@ -76,7 +76,7 @@ def matched_verses(verses: Iterable[Verse], pool: Iterable[Verse], seed: int) ->
 
 
 def followed_by(verse: Verse, words: int) -> str | None:
-    """The ``words`` words from the start of the verse; None if there are fewer, or no text before the verse."""
+    """Return ``words`` words from the start of the verse; None if there are fewer or no text precedes the verse."""
     matches = list(islice(WORD.finditer(verse.document, verse.begin), words))
     enough = len(matches) == words and verse.begin > 0
     return verse.document[verse.begin : matches[-1].end()] if enough else None

@@ -31,7 +31,7 @@ class DocumentScore:
     Attributes:
         bytes: UTF-8 bytes of its text.
         tokens: number of tokens.
-        windows: window number to nats of the targets first scored in it; see ``windows``.
+        windows: maps window number to nats of the targets first scored in it; see ``windows``.
     """
 
     bytes: int
@@ -103,7 +103,7 @@ def windows(key: str, ids: list[int], start_id: int, context: int) -> Iterator[W
     """Split a document into overlapping windows, numbered from 0, that score each token exactly once.
 
     The first window scores all its targets. Each later one starts half a context further and scores only targets that
-    the previous one did not reach, so each has at least half a context before it.
+    the previous one did not reach, so these have at least half a context of preceding tokens.
     """
     sequence = np.array([start_id, *ids], dtype=np.int64)
     scored = 0
@@ -208,8 +208,8 @@ def load_export(model_dir: Path | str, device: str = "cpu") -> tuple[Any, Any]:
 
     hush_transformers()
     model: Any = AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=True, local_files_only=True)
-    # The tokenizer needs no custom code, but transformers reads the model's config to find it and would prompt about
-    # the code named there.
+    # The tokenizer needs no custom code, but transformers reads the model's config to find its class and would ask
+    # whether to trust the code named there.
     tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=True, local_files_only=True)
     return model.to(device).eval(), tokenizer
 

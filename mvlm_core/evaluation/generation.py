@@ -60,10 +60,10 @@ def continuations(
     seed: int = 0,
     batch_size: int = 32,
 ) -> list[str]:
-    """Continue ``prompts[i]`` by ``lengths[i]`` tokens; special tokens are suppressed, so that none ends early.
+    """Continue ``prompts[i]`` by ``lengths[i]`` tokens; special tokens are suppressed, so none ends early.
 
     Args:
-        sample: sampling parameters; None decodes greedily. The same seed gives the same text for any batching.
+        sample: sampling parameters; None decodes greedily. The same seed gives the same text regardless of batching.
 
     Raises:
         ValueError: a prompt and its continuation do not fit into the model's context.
@@ -126,7 +126,7 @@ def nucleus(logits: Tensor, uniform: Tensor, p: float = 0.95, likely: int = 256)
     Args:
         uniform: a random number from 0 to 1 for each row, ``[batch]``.
         p: total probability of the most likely tokens to draw from.
-        likely: tokens to sort at first, as sorting the vocabulary takes longer than the rest of a small model's step.
+        likely: number of tokens to sort initially; sorting all takes longer than the rest of a small model's step.
     """
     count = min(likely, logits.shape[1])
     probabilities, tokens = logits.softmax(dim=1).topk(count, dim=1)
@@ -162,8 +162,8 @@ def repetition(
 ) -> dict[str, Diversity]:
     """Diversity of "greedy" and "sampled" continuations of the text before each verse, and of the true "reference".
 
-    Each is ``words`` words, or at most half the context, long. Verses without preceding text, or with too little text
-    after them, are skipped.
+    Texts are ``words`` words long; continuations are limited to half the context. Verses without preceding text, or
+    with too little text after them, are skipped.
     """
     context, prompts, lengths, references = context_of(model), [], [], []
     for verse in verses:

@@ -1,4 +1,4 @@
-"""Grammar test with minimal pairs: a verse should be more likely than the same verse with one word form made wrong.
+"""Grammar test with minimal pairs: a verse should be more likely than the same verse with one wrong word form.
 
 The method follows BLiMP (Warstadt et al. 2020, arXiv:1912.00582), with pairs generated from the corpus by rules that
 the caller provides. Chance level is one half.
@@ -30,7 +30,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Pair:
-    """A verse, and the same verse with one form made wrong by a rule."""
+    """A verse and the same verse with one form replaced by a rule's wrong form."""
 
     rule: str
     good: str
@@ -60,7 +60,7 @@ def pair_point(good_nats: float, bad_nats: float) -> float:
 def pair_accuracy(
     model: Any, tokenizer: Any, pairs: Sequence[Pair], *, least: int = 20, batch_size: int = 32
 ) -> dict[str, Mean]:
-    """Rule → mean of ``pair_point``, for rules with at least ``least`` pairs.
+    """Mean of ``pair_point`` by rule, for rules with at least ``least`` pairs.
 
     The whole verse with its line break is scored as a separate document.
     """

@@ -32,7 +32,7 @@ def mean(values: Sequence[float]) -> Mean:
 
 
 def choice_point(scores: Sequence[float], answer: int) -> float:
-    """Credit for a choice: 1 if ``answer`` has the highest score, shared among equal ones (relative difference up to
+    """Credit for a choice: 1 if ``answer`` has the highest score, divided among ties (relative difference up to
     1e-6), otherwise 0."""
     best = max(scores)
     winners = [number for number, score in enumerate(scores) if math.isclose(score, best, rel_tol=1e-6)]
@@ -57,7 +57,7 @@ def share(mean: dict[str, Any], sign: str = "") -> str:
 
 
 def rows(results: list[dict[str, Any]]) -> list[list[str]]:
-    """Table rows for the results of ``suite.evaluate``: metric, the held-out text's own value, one value per model."""
+    """Table rows for the results of ``suite.evaluate``: metric, value of the held-out text, one value per model."""
     table: list[list[str]] = []
     if not results:
         return table

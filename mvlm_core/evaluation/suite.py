@@ -26,7 +26,7 @@ class EvaluationSet:
 
     Attributes:
         held_out: documents from which verses, prompts and pairs are drawn.
-        train_verses: training verses with the translations and lengths of ``verses``.
+        train_verses: training verses matched to ``verses`` by translation and length.
         prompts: verses; the text before each is continued by ``words`` words.
         seed: for drawing samples and for sampled continuations.
     """

@@ -33,7 +33,7 @@ class Token:
 
 
 def tokens_of(tokenizer: Any, scored: Iterable[tuple[int, float]]) -> Iterator[Token]:
-    """Stream tokens from (id, bits) pairs; their texts concatenate to the text, without special tokens."""
+    """Stream tokens from (id, bits) pairs; their texts concatenate to the decoded text, without special tokens."""
     stream = DecodeStream(skip_special_tokens=True)
     for number, bits in scored:
         yield Token(number, stream.step(tokenizer.backend_tokenizer, number) or "", bits)
@@ -103,7 +103,7 @@ def sentences(text: str) -> list[str]:
 
 
 def bits_by_part(tokens: Iterable[Token], parts: Sequence[str]) -> list[float]:
-    """Sum the bits of each part of a text; a token counts for the part in which it begins."""
+    """Sum the bits of each part of a text; a token counts toward the part in which it begins."""
     ends, total = [], 0
     for part in parts:
         ends.append(total := total + len(part))

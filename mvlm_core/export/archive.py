@@ -32,8 +32,8 @@ from mvlm_core.export.manifest import (
 from mvlm_core.export.strict_tar import BoundedStream, Damaged, Entry, entries
 from mvlm_core.files import fsync_path, read_regular, sha256_file
 
-# Weights hardly compress (about 0.9), texts and tokenizers 5- to 10-fold; gzip's maximum is about 1,030-fold. What
-# expands beyond this limit is treated as a decompression bomb.
+# Weights hardly compress (about 0.9), texts and tokenizers 5- to 10-fold; gzip's maximum is about 1,030-fold. An
+# archive that expands beyond this limit is treated as a decompression bomb.
 SIZE_ALLOWANCE = 64 << 20
 EXPANSION_LIMIT = 50
 
@@ -44,8 +44,8 @@ EXPANSION_LIMIT = 50
 def write_archive(model_dir: Path, archive: Path) -> str:
     """Pack the files of `model_dir`'s manifest; return the archive's SHA-256.
 
-    Equal files give equal bytes (with the same zlib). The archive is written under a temporary name, verified and then
-    renamed, so a crash leaves the old archive or none.
+    Identical files give identical archives (with the same zlib). The archive is written under a temporary name,
+    verified and then renamed, so a crash leaves the old archive or none.
 
     Raises:
         ArchiveError: a file does not match the manifest.
@@ -147,7 +147,7 @@ def _read_file(scan: _Scan, entry: Entry, content: Iterator[bytes], destination:
 
 
 def _compare_with_manifest(scan: _Scan) -> None:
-    """Require exactly the manifest's files, with its checksums, below one folder of its name."""
+    """Require exactly the manifest's files, with matching checksums, in a top folder with the manifest's name."""
     if scan.manifest_bytes is None:
         scan.problems.append(f"no {MANIFEST} (or a far too large one)")
         return
@@ -200,7 +200,7 @@ def extract_archive(archive: Path, destination: Path) -> Path:
     """Check an archive, then extract it below `destination`; return the top folder.
 
     Nothing is written before the whole archive has been checked. The second pass checks again while extracting to a
-    temporary folder, so that an archive swapped in between is rejected as well.
+    temporary folder, so that an archive replaced in between is also rejected.
 
     Raises:
         ArchiveError: the archive is invalid, or the folder exists.

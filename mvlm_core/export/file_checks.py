@@ -23,8 +23,8 @@ from mvlm_core.files import LOCK_NAME, read_json, read_regular
 # Allowed in an export folder in addition to the manifest's files; never packed into an archive.
 BESIDE = {MANIFEST, STAGING_NAME, LOCK_NAME, TEST_SCORES, "checkpoints", "training_history.jsonl", "tensorboard"}
 PICKLE_SUFFIXES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
-PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch's zip, pickle 2 to 5
-JSON_LIMIT = 256 << 20  # bytes; a tokenizer has a few MB, the history of a long run some tens of MB
+PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch's zip, protocols 2 to 5
+JSON_LIMIT = 256 << 20  # bytes; a tokenizer is a few MB, the history of a long run tens of MB
 
 
 @dataclass
@@ -51,7 +51,7 @@ def check_export(folder: Path, sources: Path, place: Path | None = None) -> None
 
     Args:
         sources: the folder with the repository's own modelling files; no other code is run.
-        place: path given by the user, if that is not the folder.
+        place: path given by the user, if different from ``folder``.
     Raises:
         UserError: not a finished export, or it does not match its manifest; lists every problem.
     """
@@ -98,7 +98,7 @@ def checked_exports(places: Sequence[Path], sources: Path, problems: Sequence[st
 
 
 def check_files(folder: Path, checks: Checks, sources: Path) -> list[str]:
-    """Check the manifest, that exactly the expected files are there, and their code; return the manifest's files.
+    """Check the manifest, that exactly the expected files exist, and their code; return the manifest's files.
 
     Args:
         sources: the folder with the repository's own modelling files.
@@ -127,7 +127,7 @@ def check_files(folder: Path, checks: Checks, sources: Path) -> list[str]:
 
 
 def modelling_files(sources: Path, config: dict[str, Any]) -> set[str]:
-    """Python files named in `auto_map`, and those that the repository's files of these names import relatively."""
+    """Python files named in `auto_map`, and those that the repository's versions of them import relatively."""
     queue = [target.split(".")[0] for _, target in _strings(config.get("auto_map"))]
     own = {path.name for path in sources.glob("*.py")}
     files: set[str] = set()
@@ -196,7 +196,7 @@ def pickles(folder: Path, files: list[str]) -> list[str]:
             except OSError as error:
                 problems.append(f"{name}: cannot be read ({error.strerror})")
                 continue
-            # A safetensors file starts with the length of its header, which may look like a pickle, and then "{".
+            # A safetensors file starts with its header length, which may look like a pickle, followed by "{".
             if start.startswith(PICKLE_MAGIC) and not (path.suffix == ".safetensors" and start[8:] == b"{"):
                 problems.append(f"{name}: a pickle by its first bytes")
     return sorted(set(problems))

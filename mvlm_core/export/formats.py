@@ -1,7 +1,7 @@
 """Convert an export to other formats: a folder with a manifest, written atomically.
 
 onnx/       model.onnx, tokenizer.json, tokenizer_config.json
-gguf/       NAME.gguf, Modelfile                 (of a GPT-2)
+gguf/       NAME.gguf, Modelfile                 (GPT-2 only)
 README.md   how to run them
 formats.json, manifest.json
 """

@@ -10,7 +10,7 @@ from typing import Any
 from mvlm_core.files import read_json
 from mvlm_core.settings import READABLE
 
-# Matrices that GPT-2 stores as ``[in, out]``; GGUF, like most others, uses ``[out, in]``.
+# Matrices that GPT-2 stores as ``[in, out]``; GGUF, like most formats, uses ``[out, in]``.
 _TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 

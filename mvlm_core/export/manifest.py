@@ -1,6 +1,6 @@
 """The manifest of an export: its files with their SHA-256. It is written last; a folder without it is not an export.
 
-Also the list of files that every export has, and reading `training_config.json`.
+This module also lists the files that every export has and reads `training_config.json`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mvlm_core.files import read_regular, sha256_file, write_json_atomic
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
-MANIFEST_LIMIT = 1 << 20  # bytes; a real one has a few kilobytes
+MANIFEST_LIMIT = 1 << 20  # bytes; a real one is a few kilobytes
 TRAINING_CONFIG = "training_config.json"
 TEST_SCORES = "test_scores.json"  # in the export folder but not part of the export: see `scores`
 EXPECTED_FILES = (
@@ -121,7 +121,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify_folder(folder: Path) -> list[str]:
-    """Compare an export folder with its manifest; return the problems, [] if every listed file has its checksum."""
+    """Compare an export folder with its manifest; return the problems, [] if every listed file matches its checksum."""
     try:
         files = read_manifest(folder)["files"]
     except ArchiveError as error:
@@ -167,7 +167,7 @@ def training_config(folder: Path, *required: str) -> dict[str, Any]:
 
 
 def corpus_choice(folder: Path) -> dict[str, Any]:
-    """Arguments with which `load_corpus` loads the part of the corpus that an export was trained on.
+    """Arguments of `load_corpus` for the part of the corpus that an export was trained on.
 
     Raises:
         UserError: the export is not finished, or its record is invalid.

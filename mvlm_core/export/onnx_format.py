@@ -52,9 +52,9 @@ def write_onnx(model: Any, path: Path) -> None:
     with torch.inference_mode():
         past = _flat(model(input_ids=ids, use_cache=True).past_key_values)
     names = [f"{layer}.{kind}" for layer in range(len(past) // 2) for kind in ("key", "value")]
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about operators that text models lack
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about operators that text models do not use
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own deprecations, and dynamic dimensions that share a name
+        warnings.simplefilter("ignore")  # deprecations in torch, and dynamic dimensions that share a name
         program: Any = torch.onnx.export(
             CachedForward(model).eval(),
             (ids, past),
@@ -71,7 +71,7 @@ def write_onnx(model: Any, path: Path) -> None:
 
 
 class CachedGraph:
-    """An ONNX graph in ONNX Runtime on the CPU, with its cache.
+    """Runs an ONNX graph in ONNX Runtime on the CPU and keeps its KV cache.
 
     Args:
         threads: 0 means one per core.
@@ -99,7 +99,7 @@ class CachedGraph:
 
 
 def largest_difference(model: Any, path: Path) -> float:
-    """Largest difference between the logits of ``model`` and of the graph, run in three chunks (one a single token)."""
+    """Largest difference between the logits of ``model`` and the graph, run in three chunks (one of a single token)."""
     length = min(context_of(model), _PROBE_TOKENS)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(0))

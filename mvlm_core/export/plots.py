@@ -33,7 +33,7 @@ def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def curves(histories: Histories, keys: Iterable[str], x: Axis, ylabel: str) -> Callable[[Any], None] | None:
-    """Return a function that plots history values against text or time onto axes, or None if there are none.
+    """Return a function that plots history values against text or time on given axes; None if there are no values.
 
     Args:
         keys: one key for a curve per model, several for a curve per key.

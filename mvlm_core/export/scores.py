@@ -1,12 +1,12 @@
 """`test_scores.json` in an export folder: nats of every window of the test text, which sum to the test scores.
 
-It allows a score to be verified without scoring the whole text again: the sums are cheap to check, and the parts are
-checked by rescoring a random sample of windows with the exported files. Like the checkpoints it is a record of the run
-and never packed into an archive; without it the whole text is scored.
+It allows a score to be verified without scoring the whole text again: the sums are cheap to check, and the values
+are checked by rescoring a random sample of windows with the exported files. Like the checkpoints, it is a record of the
+run and never packed into an archive; without it, the whole text is scored.
 
     python -m mvlm_core.export.scores REQUEST.json ANSWER.json
 
-recomputes the scores; `validation` runs it in a separate process.
+This command recomputes the scores; `validation` runs it in a separate process.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from mvlm_core.metrics import PRIMARY_TEST_BPB
 # Relative tolerances of a score: another device or precision sums in a different order.
 SAME_MACHINE, OTHER_MACHINE = 1e-4, 1e-3
 # If a fraction q of n windows has wrong nats, a sampling rate s misses all of them with probability (1 - s) ** (q * n):
-# 2e-4 for one in fifty of 3,200. Small errors in all windows show in the sums. Short texts are scored completely.
+# 2e-4 for one in fifty of 3,200. Small errors in all windows show up in the sums. Short texts are scored completely.
 _LEAST_WINDOWS = 64
-# A window has few tokens, whose rounding errors do not cancel as in a whole text.
+# A window has few tokens, so rounding errors cancel less than over a whole text.
 _WINDOW_TOLERANCE = 10
-_SMALL_WINDOW = 10.0  # nats: smaller windows get the absolute tolerance of one of this size
+_SMALL_WINDOW = 10.0  # nats; windows with fewer get the absolute tolerance of one with this many
 
 
 def write_scores(folder: Path, score: Score) -> None:
@@ -125,7 +125,7 @@ def rescore(folder: Path, *, data_dir: str, device: str, seed: int, whole: bool)
 
     With a stored score the results are its sums, and ``sample`` holds the number of rescored windows and the problems;
     without one, or with ``whole``, everything is rescored in one pass and ``sample`` is None. If the corpus is not the
-    one that the model was trained on, there are no scores and the fingerprint differs.
+    one that the model was trained on, the scores are None and the fingerprint differs.
     """
     config, corpus = training_config(folder), load_corpus(data_dir, **corpus_choice(folder))
     hardware = choose_hardware(device=device)

@@ -1,6 +1,6 @@
 """A strict tar reader that supports only regular files and folders.
 
-There is no code for links, devices, sparse files and extended headers, so it is not exposed to vulnerabilities such as
+It has no code for links, devices, sparse files or extended headers, so it is not exposed to vulnerabilities such as
 those of the standard library's reader (CVE-2024-6232, CVE-2025-4517, CVE-2025-8194). Headers that tar programs
 interpret differently are rejected.
 """

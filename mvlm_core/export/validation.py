@@ -88,7 +88,7 @@ def run_python(arguments: list[str], cwd: Path, *, seconds: float = math.inf, **
 
 
 def _wait_for_output(process: subprocess.Popen[str], seconds: float) -> str:
-    """Wait for the child's output; raises Stopped if the pipeline that started this process is gone."""
+    """Wait for the child's output; raises Stopped if the pipeline that started this process has exited."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -104,7 +104,7 @@ def _wait_for_output(process: subprocess.Popen[str], seconds: float) -> str:
 def answer_of(
     arguments: list[str], request: dict[str, Any], cwd: Path = REPOSITORY_ROOT, *, seconds: float = math.inf
 ) -> tuple[dict[str, Any], str]:
-    """Run such a process on a request; return its answer, or {} and the reason. Both are passed as JSON files."""
+    """Run Python with request and answer passed as JSON files; return the answer, or {} and the reason."""
     with tempfile.TemporaryDirectory(prefix="mvlm-validate-") as scratch:
         folder = Path(scratch)
         request_file, answer_file = folder / "request.json", folder / "answer.json"

@@ -1,4 +1,4 @@
-"""What tests do to exports: copy one, change it, and make its manifest agree again."""
+"""Helpers for tests: copy and change exports, and update their manifests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mvlm_core.run_layout import Layout
 
 
 def make_export(folder: Path, files: dict[str, bytes], name: str = "mvlm_gpt2") -> Path:
-    """A folder with these files and their manifest: as good as an export wherever nothing is loaded."""
+    """A folder with these files and their manifest: a valid export wherever no model is loaded."""
     for file, data in files.items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_bytes(data)
@@ -24,7 +24,7 @@ def make_export(folder: Path, files: dict[str, bytes], name: str = "mvlm_gpt2") 
 
 
 def copy_export(source: Path, target: Path) -> Path:
-    """The export alone, without checkpoints and whatever else lies beside it."""
+    """Copy the files of the export only, without checkpoints or other files next to it."""
     target.mkdir(parents=True)
     for name in (*read_manifest(source)["files"], MANIFEST):
         shutil.copy(source / name, target / name)
@@ -32,7 +32,7 @@ def copy_export(source: Path, target: Path) -> Path:
 
 
 def seal(folder: Path, name: str = "mvlm_gpt2") -> None:
-    """Write the manifest anew, so that it agrees with whatever is in the folder."""
+    """Rewrite the manifest to match the files that are now in the folder."""
     (folder / MANIFEST).unlink(missing_ok=True)
     files = [path for path in folder.iterdir() if path.is_file() and path.name != TEST_SCORES]
     write_manifest(folder, name, {path.name: sha256_file(path) for path in files})
@@ -46,7 +46,7 @@ def set_json(path: Path, section: str | None = None, **values: Any) -> None:
 
 
 def change_config(folder: Path, section: str, **values: Any) -> None:
-    """Change the record of the run, under a manifest that agrees."""
+    """Change the record of the run and update the manifest."""
     set_json(folder / "training_config.json", section, **values)
     seal(folder)
 

@@ -1,4 +1,4 @@
-"""Archives: reproducible, complete, and refused by name when anything about them is odd."""
+"""Archives: reproducible and complete; malformed ones are refused with a reason."""
 
 import gzip
 import io
@@ -42,7 +42,7 @@ def members(archive):
 
 
 def repack(path, entries, tar_format=tarfile.GNU_FORMAT, tail=b""):
-    """An archive of `entries` = (TarInfo, data) as they stand, however odd."""
+    """An archive of `entries` = (TarInfo, data), written unchanged even if they are invalid."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tar_format) as tar:
         for info, data in entries:
@@ -59,7 +59,7 @@ def entry(name, data=b"x", kind=tarfile.REGTYPE, link=""):
     return info, data if kind in (tarfile.REGTYPE, tarfile.AREGTYPE) else None
 
 
-def test_archive_holds_exactly_the_manifest_below_one_folder(export, archive, tmp_path):
+def test_archive_contains_exactly_the_manifests_files_in_one_folder(export, archive, tmp_path):
     (export / "checkpoints").mkdir()
     (export / "checkpoints" / "state.bin").write_bytes(b"not for the archive")
     (export / "training_history.jsonl").write_text("{}\n")
@@ -77,7 +77,7 @@ def test_archive_holds_exactly_the_manifest_below_one_folder(export, archive, tm
         extract_archive(archive, tmp_path / "elsewhere")
 
 
-def test_equal_models_give_equal_bytes(export, tmp_path):
+def test_archives_of_equal_exports_are_byte_identical(export, tmp_path):
     first = write_archive(export, tmp_path / "a.tar.gz")
     for path in export.iterdir():
         os.utime(path, (1, 1))
@@ -88,21 +88,21 @@ def test_equal_models_give_equal_bytes(export, tmp_path):
     assert (tmp_path / "a.tar.gz").read_bytes() == (tmp_path / "renamed.tar.gz").read_bytes()
 
 
-def test_other_readers_open_it(archive):
+def test_member_times_owners_and_modes_are_normalised(archive):
     with tarfile.open(archive) as tar:
         for member in tar:
             assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
             assert member.mode == (0o755 if member.isdir() else 0o644)
 
 
-def test_nested_files_survive(tmp_path):
+def test_nested_files_survive_a_round_trip(tmp_path):
     export = make_export(tmp_path / "e", {"a/b/c.json": b"{}", "a/d.json": b"1"})
     write_archive(export, tmp_path / "x.tar.gz")
     assert check_archive(tmp_path / "x.tar.gz") == []
     assert (extract_archive(tmp_path / "x.tar.gz", tmp_path / "o") / "a" / "b" / "c.json").read_bytes() == b"{}"
 
 
-def test_damaged_export_is_not_packed_and_the_old_archive_stays(export, archive, monkeypatch):
+def test_damaged_exports_are_refused_and_the_old_archive_is_kept(export, archive, monkeypatch):
     before = archive.read_bytes()
     (export / "config.json").write_text("changed")
     assert [p for p in verify_folder(export) if "config.json" in p and "SHA-256" in p]
@@ -143,7 +143,7 @@ def test_damaged_export_is_not_packed_and_the_old_archive_stays(export, archive,
         (entry("mvlm_gpt2/" + "y" * 150), "long name"),
     ],
 )
-def test_odd_entries_are_named_and_nothing_is_written(archive, tmp_path, extra, reason):
+def test_invalid_entries_are_refused_with_a_reason_and_not_extracted(archive, tmp_path, extra, reason):
     repack(archive, [*members(archive), extra])
     problems = check_archive(archive)
     assert any(reason in problem for problem in problems), problems
@@ -153,7 +153,7 @@ def test_odd_entries_are_named_and_nothing_is_written(archive, tmp_path, extra, 
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_pax_path_cannot_rename_an_entry(archive):
+def test_pax_headers_that_rename_an_entry_are_refused(archive):
     odd, data = entry("mvlm_gpt2/extra.json")
     odd.pax_headers = {"path": "../../evil"}
     repack(archive, [*members(archive), (odd, data)], tarfile.PAX_FORMAT)
@@ -166,7 +166,7 @@ def test_setuid_bits_are_refused(archive):
     assert any("set-uid" in p for p in check_archive(repack(archive, entries)))
 
 
-def test_missing_and_changed_files(archive):
+def test_missing_and_changed_files_are_reported(archive):
     entries = members(archive)
     repack(archive, [e for e in entries if not e[0].name.endswith("config.json")])
     assert any("config.json: in the manifest but not" in p for p in check_archive(archive))
@@ -176,15 +176,15 @@ def test_missing_and_changed_files(archive):
     assert any("no manifest.json" in p for p in check_archive(archive))
 
 
-def test_bomb_stops_early(archive, monkeypatch):
+def test_decompression_bombs_are_refused(archive, monkeypatch):
     monkeypatch.setattr(packaging, "SIZE_ALLOWANCE", 1 << 20)
     repack(archive, [*members(archive), entry("mvlm_gpt2/zeros", bytes(64 << 20))])
     assert any("bomb" in p for p in check_archive(archive))
-    archive.write_bytes(gzip.compress(bytes(64 << 20)))  # nothing but end marks
+    archive.write_bytes(gzip.compress(bytes(64 << 20)))  # only end-of-archive blocks
     assert any("bomb" in p for p in check_archive(archive))
 
 
-def test_data_after_the_end_is_refused(archive):
+def test_trailing_data_is_refused(archive):
     entries = members(archive)
     assert any("after the end" in p for p in check_archive(repack(archive, entries, tail=b"evil")))
     repack(archive, entries)
@@ -192,7 +192,7 @@ def test_data_after_the_end_is_refused(archive):
     assert any("damaged" in p for p in check_archive(archive))
 
 
-def test_no_archive_at_all(tmp_path):
+def test_paths_that_are_not_archives_are_refused(tmp_path):
     assert check_archive(tmp_path) and check_archive(tmp_path / "none.tar.gz")
     for data in (b"", b"\x1f\x8b", b"PK\x03\x04", gzip.compress(b""), gzip.compress(b"x" * 512)):
         (tmp_path / "bad.tar.gz").write_bytes(data)
@@ -201,7 +201,7 @@ def test_no_archive_at_all(tmp_path):
             extract_archive(tmp_path / "bad.tar.gz", tmp_path / "o")
 
 
-def test_archive_changed_between_check_and_extraction(archive, tmp_path, monkeypatch):
+def test_archive_changed_between_check_and_extraction_is_refused(archive, tmp_path, monkeypatch):
     real, calls = packaging._scan, []
 
     def scan(path, destination=None):
@@ -218,8 +218,8 @@ def test_archive_changed_between_check_and_extraction(archive, tmp_path, monkeyp
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32), inside=st.booleans())
-def test_changed_bytes_never_pass_and_never_crash(archive, tmp_path, seed, inside):
-    """Flip, cut or insert somewhere, packed or unpacked: problems or the same content, no traceback."""
+def test_corrupted_archives_are_refused_or_extract_unchanged(archive, tmp_path, seed, inside):
+    """Damage before or after compression: a reported problem or the same content, never a traceback."""
     whole = archive.read_bytes()
     data = damaged(gzip.decompress(whole) if inside else whole, seed, zeros=512)
     broken = tmp_path / "broken.tar.gz"
@@ -238,7 +238,7 @@ def test_changed_bytes_never_pass_and_never_crash(archive, tmp_path, seed, insid
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=3000), packed=st.booleans())
-def test_any_bytes_are_refused_with_a_reason(tmp_path, data, packed):
+def test_random_bytes_are_refused(tmp_path, data, packed):
     path = tmp_path / "any.tar.gz"
     path.write_bytes(gzip.compress(data) if packed else data)
     assert check_archive(path)

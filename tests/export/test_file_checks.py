@@ -1,4 +1,4 @@
-"""What lies in an export folder is judged before anything of it is loaded."""
+"""Checks of the files of an export, made before anything is loaded."""
 
 import json
 import shutil
@@ -58,7 +58,7 @@ def prepare_problem(folder, kind):
         ("bad manifest", "manifest", "manifest.json"),
     ],
 )
-def test_file_problems_are_named(export, kind, check, words):
+def test_each_file_problem_fails_its_check_and_is_named(export, kind, check, words):
     prepare_problem(export, kind)
     checks = Checks()
     check_files(export, checks, MODELLING_FILES)
@@ -66,14 +66,14 @@ def test_file_problems_are_named(export, kind, check, words):
     assert words in found[check], found
 
 
-def test_safetensors_whose_header_length_looks_like_a_pickle(export):
+def test_safetensors_header_resembling_a_pickle_is_accepted(export):
     header = b'{"__metadata__":{"format":"pt"}}'.ljust(0x280)
     (export / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     assert (export / "model.safetensors").read_bytes().startswith(b"\x80\x02")
     assert pickles(export, []) == []
 
 
-def test_an_export_is_checked_before_it_is_used(trained, export, tmp_path):
+def test_checked_export_opens_valid_exports_and_refuses_damaged_or_missing_ones(trained, export, tmp_path):
     with checked_export(export, MODELLING_FILES) as folder:
         assert folder == export
     packed = tmp_path / "simone_enhanced_model.tar.gz"

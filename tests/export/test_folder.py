@@ -1,4 +1,4 @@
-"""The export folder: in place as a whole or not at all, and removed without touching anything else."""
+"""The export folder: finished completely or not at all, and removed without touching other files."""
 
 import json
 
@@ -19,7 +19,7 @@ def staging(tmp_path):
     return folder
 
 
-def test_a_finished_export_is_listed_and_whole(staging):
+def test_a_finished_export_is_complete_and_listed_in_its_manifest(staging):
     finish_export(staging, CONFIG, "a card\n", staging.parent)
     manifest = json.loads((staging.parent / "manifest.json").read_text())
     assert manifest["format"] == 1 and manifest["name"] == "mvlm_gpt2"
@@ -28,7 +28,7 @@ def test_a_finished_export_is_listed_and_whole(staging):
     assert not staging.exists()
 
 
-def test_an_interruption_leaves_no_half_export(staging, monkeypatch):
+def test_an_interrupted_export_is_left_without_a_manifest(staging, monkeypatch):
     finish_export(staging, CONFIG, "a card\n", staging.parent)
     staging.mkdir()
     (staging / "config.json").write_text("[]")
@@ -46,7 +46,7 @@ def test_an_interruption_leaves_no_half_export(staging, monkeypatch):
     assert not (staging.parent / "manifest.json").exists() and training_config(staging.parent) == {}
 
 
-def test_only_the_exports_own_files_are_removed(staging):
+def test_remove_export_deletes_only_the_exports_files(staging):
     finish_export(staging, CONFIG, "a card\n", staging.parent)
     (staging.parent / "mine.txt").write_text("mine")
     remove_export(staging.parent)

@@ -1,4 +1,4 @@
-"""Exports in other programs' formats: what is written, what is refused, and what is left when something goes wrong."""
+"""Exports to GGUF and ONNX: their contents, what is refused, and cleanup after errors."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def number_of(field):
     return field.parts[field.data[-1]][0]
 
 
-def test_a_gguf_holds_the_weights_and_the_tokenizer_of_a_gpt2(export, tmp_path):
+def test_gguf_contains_the_weights_and_tokenizer_of_gpt2(export, tmp_path):
     gguf = pytest.importorskip("gguf", reason="pip install -r requirements-extras.txt")
     from safetensors.numpy import load_file
 
@@ -70,7 +70,7 @@ def test_a_gguf_holds_the_weights_and_the_tokenizer_of_a_gpt2(export, tmp_path):
     assert not check_archive(tmp_path / "formats.tar.gz")
 
 
-def test_validation_finds_what_became_of_the_formats(export, capsys):
+def test_validation_detects_missing_changed_and_outdated_formats(export, capsys):
     pytest.importorskip("gguf", reason="pip install -r requirements-extras.txt")
     layout = pack(export)
 
@@ -99,7 +99,7 @@ def test_validation_finds_what_became_of_the_formats(export, capsys):
 
 
 @pytest.mark.parametrize("more", ((), ("--onnx",)))
-def test_model_2_as_gguf_is_refused_in_one_sentence(trained, tmp_path, more, monkeypatch):
+def test_gguf_export_of_model_2_is_refused_with_one_message(trained, tmp_path, more, monkeypatch):
     monkeypatch.setattr(formats, "PACKAGES", {"onnx": (), "gguf": ()})
     with pytest.raises(UserError) as caught:
         export_formats.main([str(trained / "simone_enhanced"), "--gguf", *more, "--output", str(tmp_path / "out")])
@@ -108,14 +108,14 @@ def test_model_2_as_gguf_is_refused_in_one_sentence(trained, tmp_path, more, mon
     assert not list(tmp_path.iterdir())
 
 
-def test_what_ships_with_model_2_says_why_there_is_no_gguf(trained):
+def test_only_the_readme_of_model_2_explains_why_there_is_no_gguf(trained):
     written = {name: formats.supported(trained / name, ["onnx", "gguf"]) for name in MODELS}
     said = {name: formats._readme(trained / name, name, written[name]) for name in MODELS}
     assert "Why there is no GGUF" in said["simone_enhanced"] and "llama_cpp" not in said["simone_enhanced"]
     assert "Why there is no GGUF" not in said["mvlm_gpt2"] and "llama_cpp" in said["mvlm_gpt2"]
 
 
-def test_no_page_claims_llama_cpp_or_vllm_for_model_2():
+def test_docs_claim_llama_cpp_and_vllm_support_only_for_gpt2():
     pages = [REPOSITORY / "README.md", *REPOSITORY.glob("docs/*.md"), REPOSITORY / "benchmarks/README.md"]
     paragraphs = [text for page in pages for text in page.read_text(encoding="utf-8").split("\n\n") if text[:1] != "#"]
     named = [text for text in paragraphs if any(word in text.lower() for word in CLAIMED)]
@@ -126,7 +126,7 @@ def test_no_page_claims_llama_cpp_or_vllm_for_model_2():
         assert all(any(word in row for word in ("GPT-2", "gpt2", "refused")) for row in rows), rows
 
 
-def test_logits_that_differ_leave_nothing_behind(export, tmp_path, monkeypatch):
+def test_onnx_export_with_differing_logits_fails_and_leaves_no_files(export, tmp_path, monkeypatch):
     from mvlm_core.export import onnx_format
 
     monkeypatch.setattr(onnx_format, "write_onnx", lambda model, path: path.write_bytes(b"graph"))
@@ -137,7 +137,7 @@ def test_logits_that_differ_leave_nothing_behind(export, tmp_path, monkeypatch):
         assert not list((tmp_path / "place").iterdir())
 
 
-def test_every_bad_argument_is_named_in_one_message(trained, tmp_path, monkeypatch):
+def test_all_invalid_arguments_are_reported_in_one_message(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "PACKAGES", {"onnx": ("onnx_not_here", "json"), "gguf": ("gguf_not_here",)})
     model = str(trained / "mvlm_gpt2")
     with pytest.raises(UserError) as caught:
@@ -154,7 +154,7 @@ def test_every_bad_argument_is_named_in_one_message(trained, tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
-def test_a_changed_export_is_not_read(export, tmp_path, monkeypatch):
+def test_changed_exports_are_refused_and_not_converted(export, tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "PACKAGES", {"onnx": (), "gguf": ()})
     with (export / "model.safetensors").open("ab") as file:
         file.write(b"\0")

@@ -1,4 +1,4 @@
-"""Manifests: what is no manifest is refused by name; the record of a run is read only from a finished export."""
+"""Manifests: invalid ones are refused; the record of a run is read only from a finished export."""
 
 import json
 import logging
@@ -43,7 +43,7 @@ from tests.export.exports import seal
         b" " * (MANIFEST_LIMIT + 1),
     ],
 )
-def test_bad_manifests(data):
+def test_invalid_manifests_are_refused(data):
     with pytest.raises(ArchiveError, match="manifest.json"):
         parse_manifest(data)
 
@@ -66,12 +66,12 @@ def test_duplicate_names_are_refused():
         max_leaves=8,
     )
 )
-def test_any_json_manifest(value):
+def test_arbitrary_json_is_refused_as_a_manifest(value):
     with pytest.raises(ArchiveError):
         parse_manifest(json.dumps(value).encode())
 
 
-def test_verify_folder_names_each_fault(export, tmp_path):
+def test_verify_folder_reports_every_problem(export, tmp_path):
     assert verify_folder(export) == []
     (export / "README.md").unlink()
     (export / "config.json").unlink()
@@ -85,11 +85,11 @@ def test_verify_folder_names_each_fault(export, tmp_path):
     assert verify_folder(tmp_path / "nowhere")
 
 
-def test_the_list_of_expected_files_is_what_a_trainer_exports(trained):
+def test_expected_files_match_what_the_trainer_exports(trained):
     assert set(read_manifest(trained / "mvlm_gpt2")["files"]) == set(EXPECTED_FILES)
 
 
-def test_a_record_counts_only_in_a_finished_export(export):
+def test_training_config_is_read_only_from_a_finished_export(export):
     config = training_config(export, "identity", "results")
     assert config["model"] == "mvlm_gpt2" and config["results"]["steps"] == 12
     assert corpus_choice(export) == {"validation_split": 0.05, "validation_dir": None, "only": "bible/kjv"}
@@ -110,7 +110,7 @@ def test_a_record_counts_only_in_a_finished_export(export):
         (None, {"identity": None}, "identity"),
     ],
 )
-def test_a_damaged_record_is_none_and_logged(export, caplog, section, values, reason):
+def test_invalid_training_config_is_ignored_and_logged(export, caplog, section, values, reason):
     config = json.loads((export / "training_config.json").read_text())
     (config[section] if section else config).update(values)
     (export / "training_config.json").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""The model card: valid metadata, and the figures of the run."""
+"""The model card: valid metadata and the results of the run."""
 
 import json
 
@@ -10,7 +10,7 @@ from tests.helpers import MODELS
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_card_is_valid_and_holds_the_runs_figures(trained, name):
+def test_model_card_has_valid_metadata_and_the_runs_results(trained, name):
     from huggingface_hub import ModelCard
 
     folder = trained / name
@@ -29,7 +29,7 @@ def test_the_card_is_valid_and_holds_the_runs_figures(trained, name):
         assert 0 <= exact["value"] <= 1 and exact["count"] > 0 and f"of {exact['count']} |" in card.text
 
 
-def test_a_score_that_was_not_measured_is_a_dash(trained):
+def test_unmeasured_scores_are_shown_as_a_dash(trained):
     config = training_config(trained / "mvlm_gpt2")
     config["results"] |= {"test_bpb": None, "test_bpb_kjv": None, "test_bpb_by_translation": {}}
     card = model_card(config, title="T", description="D", sources="S", remote_code=False)

@@ -1,4 +1,4 @@
-"""The stored nats of a run's test text: kept exactly, believed only as far as a sample of windows agrees."""
+"""Stored test scores (nats per window): saved exactly, and checked against a sample of rescored windows."""
 
 import json
 from dataclasses import replace
@@ -17,7 +17,7 @@ CONTEXT = 32
 
 @pytest.fixture(scope="module")
 def stored(trained):
-    """What the trainer wrote; to be read, not written."""
+    """The scores that the trainer wrote; read-only."""
     found = read_scores(trained / "mvlm_gpt2")
     assert found is not None
     return found
@@ -27,7 +27,7 @@ def with_document(score, key, **changes):
     return Score(score.documents | {key: replace(score.documents[key], **changes)})
 
 
-def test_the_trainer_keeps_every_window_of_the_weights_that_it_exports(trained, stored):
+def test_stored_scores_match_rescoring_the_exported_weights(trained, stored):
     folder = trained / "mvlm_gpt2"
     results = training_config(folder)["results"]
     assert stored.bits_per_byte == pytest.approx(results["test_bpb"], rel=1e-12)
@@ -39,7 +39,7 @@ def test_the_trainer_keeps_every_window_of_the_weights_that_it_exports(trained, 
     assert differences(stored, again, CONTEXT, 1e-6) == []
 
 
-def test_scores_of_other_weights_and_damaged_ones_count_as_none(export, stored):
+def test_scores_that_are_damaged_or_of_other_weights_are_ignored(export, stored):
     assert read_scores(export) is None, "they are no part of the export"
     write_scores(export, stored)
     assert read_scores(export) == stored
@@ -63,7 +63,7 @@ def test_scores_of_other_weights_and_damaged_ones_count_as_none(export, stored):
     assert read_scores(export) is None
 
 
-def test_each_kind_of_difference_is_named(stored):
+def test_differences_name_each_kind_of_mismatch(stored):
     key, document = max(stored.documents.items(), key=lambda item: len(item[1].windows))
     few = Score({name: replace(found, windows={}) for name, found in stored.documents.items()})
     few.documents[key] = replace(document, windows={number: document.windows[number] for number in (1, 2)})
@@ -73,7 +73,7 @@ def test_each_kind_of_difference_is_named(stored):
         assert problem.startswith(f"{key}: not {document.bytes} bytes")
     (problem,) = differences(Score({"gone.txt": document} | stored.documents), few, CONTEXT, 1e-4)
     assert problem == "gone.txt: scored, but not in the corpus"
-    # One window by far is named; all of them by a little is seen in their sum; what rounding does is neither.
+    # A large error in one window is named, a small one in all windows shows in their sum, rounding is tolerated.
     one = document.windows | {2: document.windows[2] * 1.01}
     problems = "\n".join(differences(with_document(stored, key, windows=one), few, CONTEXT, 1e-4))
     assert f"{key}, window 2:" in problems and "window 1:" not in problems
@@ -83,7 +83,7 @@ def test_each_kind_of_difference_is_named(stored):
         assert bool(problems) is found and all("all windows of the sample" in line for line in problems)
 
 
-def test_a_sample_is_its_seeds_and_no_smaller_than_it_should_be():
+def test_window_sample_is_seeded_and_large_enough_to_catch_errors():
     long = Score({"a": DocumentScore(1, 1, dict.fromkeys(range(4000), 1.0))})
 
     def drawn(score, seed):
@@ -94,7 +94,7 @@ def test_a_sample_is_its_seeds_and_no_smaller_than_it_should_be():
     assert sum(drawn(long, 1)) == pytest.approx(4000 * RESCORED_SHARE, rel=0.1)
     short = Score({"a": DocumentScore(1, 1, dict.fromkeys(range(64), 1.0))})
     assert all(drawn(short, 1)), "a text of few windows is scored as a whole"
-    # A fiftieth of the windows is wrong: of many seeds hardly one misses it.
+    # With 2 percent of the windows wrong, none of 200 seeds misses all of them.
     wrong = {number * 50 for number in range(80)}
     missed = [not any(was and number in wrong for number, was in enumerate(drawn(long, seed))) for seed in range(200)]
     assert sum(missed) == 0

@@ -6,7 +6,7 @@ from mvlm_core.export.manifest import read_manifest
 from tests.export.exports import pack, seal, set_json
 
 
-def test_export_that_needs_this_repository_does_not_load(export):
+def test_exports_that_import_this_repository_fail_the_loading_check(export):
     (export / "modeling.py").write_text("import mvlm_core.export.archive\nclass Model: ...\n")
     code = {"AutoConfig": "modeling.Model", "AutoModelForCausalLM": "modeling.Model"}
     set_json(export / "config.json", model_type="odd", auto_map=code)
@@ -21,7 +21,7 @@ def test_export_that_needs_this_repository_does_not_load(export):
     )
 
 
-def test_archives_are_compared(export, monkeypatch):
+def test_archive_checks_detect_damage_and_mismatches(export, monkeypatch):
     layout = pack(export)
 
     def found():

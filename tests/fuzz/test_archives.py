@@ -1,6 +1,6 @@
-"""Archives that somebody made to do harm: about 2,000 of them, each refused with its name and a reason.
+"""Malicious and damaged archives: about 2,000 cases, each refused with its name and a reason, or harmless.
 
-The members are written byte by byte, because a library would not write most of them.
+The members are written byte by byte, because libraries refuse to write most of them.
 """
 
 import gzip
@@ -37,7 +37,7 @@ ODD_NAMES = [
 
 
 def header(name, kind=b"0", size=0, mode=0o644, link=b"", prefix=b"", magic=b"ustar\x0000", size_field=None):
-    """512 bytes with a right checksum, whatever else is in them."""
+    """A 512-byte tar header with a valid checksum, whatever else it holds."""
     block = bytearray(512)
     raw = name if isinstance(name, bytes) else name.encode("utf-8", "surrogateescape")
     block[0:100] = raw[:100].ljust(100, b"\0")
@@ -62,7 +62,7 @@ def member(name, data=b"x", **fields):
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """The bytes of a good archive, unpacked by one layer: its members as they stand in the tar file."""
+    """A valid archive: its bytes, and its members as raw tar blocks."""
     folder = tmp_path_factory.mktemp("good")
     write_archive(make_export(folder / "export", FILES), folder / "good.tar.gz")
     packed = (folder / "good.tar.gz").read_bytes()
@@ -80,8 +80,8 @@ def place(tmp_path):
 
 
 def judge(path, refused=None):
-    """Check and extract; returns the problems. Nothing may be written when there is one, and no more than the
-    manifest's files when there is none.
+    """Check and extract an archive; returns the problems. With problems nothing may be written, without any exactly
+    the manifest's files.
 
     Args:
         refused: True where the archive must be refused.
@@ -123,8 +123,8 @@ def tar_gz(path, blocks, tail=bytes(1024)):
     magic=st.sampled_from([b"ustar\x0000", b"ustar  \0", b"\0" * 8, b"evil"]),
     data=st.binary(max_size=700),
 )
-def test_one_member_too_many(good, place, place_in, name, kind, mode, link, prefix, magic, data):
-    """500 cases: a member of any name, kind, mode and header format, anywhere in a good archive."""
+def test_extra_members_are_refused(good, place, place_in, name, kind, mode, link, prefix, magic, data):
+    """500 cases: a member of any name, kind, mode and header format, anywhere in a valid archive."""
     extra = member(name, data, kind=kind, mode=mode, link=link, prefix=prefix, magic=magic)
     blocks = list(good[1])
     blocks.insert(min(place_in, len(blocks)), extra)
@@ -135,15 +135,15 @@ def test_one_member_too_many(good, place, place_in, name, kind, mode, link, pref
 
 @pytest.mark.parametrize("kind", [b"0", b"5", b"1", b"2"], ids=["file", "folder", "hard link", "symbolic link"])
 @pytest.mark.parametrize("name", ODD_NAMES, ids=ascii)
-def test_odd_names(good, place, name, kind):
-    """Four cases for each of the odd names: as a file, a folder and both kinds of link."""
+def test_extra_members_with_unsafe_names_are_refused(good, place, name, kind):
+    """Four cases per name: as a file, folder, hard link and symbolic link."""
     data = b"x" if kind == b"0" else b""
     judge(tar_gz(place, [*good[1], member(name, data, kind=kind, link=b"/etc/passwd")]), refused=True)
 
 
 @pytest.mark.parametrize("kind", range(256))
-def test_every_kind_of_member_in_place_of_a_file(good, place, kind):
-    """256 cases: a listed file whose header says that it is something else. Only the two kinds of plain file pass."""
+def test_only_regular_file_type_flags_are_accepted(good, place, kind):
+    """256 cases: every type flag in the header of a listed file; only the two of regular files are accepted."""
     blocks = list(good[1])
     number = next(n for n, block in enumerate(blocks) if block.startswith(b"mvlm_gpt2/config.json\0"))
     block = bytearray(blocks[number][:512])
@@ -162,8 +162,8 @@ def test_every_kind_of_member_in_place_of_a_file(good, place, kind):
     ],
 )
 @pytest.mark.parametrize("name", [b"mvlm_gpt2/config.json\0", b"mvlm_gpt2/\0"], ids=["file", "folder"])
-def test_sizes_that_are_not_true(good, place, size_field, name):
-    """34 cases: sizes that are no number, negative, beyond every limit, or another than the content's."""
+def test_wrong_member_sizes_are_refused(good, place, size_field, name):
+    """34 cases: sizes that are not numbers, negative, too large, or different from the content's."""
     blocks = list(good[1])
     number = next(n for n, block in enumerate(blocks) if block.startswith(name))
     block = bytearray(blocks[number])
@@ -175,8 +175,8 @@ def test_sizes_that_are_not_true(good, place, size_field, name):
 
 @cases(300)
 @given(number=st.integers(0, 5), field=st.integers(0, 511), data=st.binary(min_size=1, max_size=40))
-def test_any_bytes_in_a_header_that_is_right_otherwise(good, place, number, field, data):
-    """300 cases: random bytes in a header whose checksum is then made right, so that they are taken at their word."""
+def test_fuzzed_headers_are_refused_or_harmless(good, place, number, field, data):
+    """300 cases: random bytes in a header whose checksum is then recomputed, so that it is valid."""
     blocks = list(good[1])
     block = bytearray(blocks[number % len(blocks)])
     block[field : min(field + len(data), 512)] = data[: 512 - field]
@@ -197,8 +197,8 @@ def test_any_bytes_in_a_header_that_is_right_otherwise(good, place, number, fiel
     ),
     globally=st.booleans(),
 )
-def test_extended_headers(tmp_path_factory, good, place, keys, globally):
-    """200 cases: PAX headers that rename, resize, link or make sparse what follows them."""
+def test_pax_headers_are_refused(tmp_path_factory, good, place, keys, globally):
+    """200 cases: PAX headers that rename, resize, link or sparsify the next member."""
     place.write_bytes(good[0])
     entries = members(place)
     buffer = io.BytesIO()
@@ -209,7 +209,7 @@ def test_extended_headers(tmp_path_factory, good, place, keys, globally):
             for info, data in entries:
                 info.pax_headers = {} if globally else keys
                 tar.addfile(info, io.BytesIO(data) if data is not None else None)
-    except ValueError:  # tarfile itself will not write this one
+    except ValueError:  # tarfile refuses to write this one
         return
     place.write_bytes(gzip.compress(buffer.getvalue(), 1))
     judge(place, refused=True)
@@ -217,8 +217,8 @@ def test_extended_headers(tmp_path_factory, good, place, keys, globally):
 
 @cases(250)
 @given(seed=st.integers(0, 2**40), packed=st.booleans())
-def test_damage_anywhere(good, place, seed, packed):
-    """250 cases: a bit, a cut, an insertion, zeros or a repetition, in the packed or the unpacked bytes."""
+def test_corrupted_archives_are_refused_or_extract_unchanged(good, place, seed, packed):
+    """250 cases: a flipped bit, truncation, insertion, zeros or repetition, in the packed or the unpacked bytes."""
     whole = good[0] if packed else gzip.decompress(good[0])
     data = damaged(whole, seed)
     place.write_bytes(data if packed else gzip.compress(data, 1))
@@ -227,8 +227,8 @@ def test_damage_anywhere(good, place, seed, packed):
 
 @cases(150)
 @given(share=st.floats(0, 1, exclude_max=True), packed=st.booleans())
-def test_cut_anywhere(good, place, share, packed):
-    """150 cases: only the beginning of an archive, or of the tar file in it."""
+def test_truncated_archives_are_refused(good, place, share, packed):
+    """150 cases: an archive, or the tar file in it, truncated at any point."""
     whole = good[0] if packed else b"".join(good[1]) + bytes(512)
     data = whole[: int(share * len(whole))]
     place.write_bytes(data if packed else gzip.compress(data, 1))
@@ -237,8 +237,8 @@ def test_cut_anywhere(good, place, share, packed):
 
 @cases(100)
 @given(tail=st.binary(min_size=1, max_size=600).filter(lambda tail: tail.strip(b"\0")), where=st.integers(0, 2))
-def test_something_behind_the_end(good, place, tail, where):
-    """100 cases: more bytes behind the end mark, behind the gzip stream, or in a second one."""
+def test_trailing_data_is_refused(good, place, tail, where):
+    """100 cases: data after the end-of-archive blocks, after the gzip stream, or in a second stream."""
     if where == 0:
         tar_gz(place, good[1], bytes(1024) + tail)
     else:
@@ -248,8 +248,8 @@ def test_something_behind_the_end(good, place, tail, where):
 
 @cases(150)
 @given(data=st.data())
-def test_manifest_and_members_that_disagree(good, place, data):
-    """150 cases: manifests that list more, less or something else, and values of any type in them."""
+def test_invalid_or_mismatched_manifests_are_refused(good, place, data):
+    """150 cases: manifests with extra, missing or wrong entries, and values of any type."""
     files = {name: packaging.hashlib.sha256(content).hexdigest() for name, content in FILES.items()}
     manifest = {"format": 1, "name": "mvlm_gpt2", "files": files}
     match data.draw(st.integers(0, 4)):
@@ -270,8 +270,8 @@ def test_manifest_and_members_that_disagree(good, place, data):
 
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("what", ["zeros in a file", "only end marks", "many members", "empty streams", "long name"])
-def test_bombs(good, place, monkeypatch, what, layers):
-    """10 cases: little that unpacks to much. Reading stops at the limit."""
+def test_decompression_bombs_are_refused(good, place, monkeypatch, what, layers):
+    """10 cases: small files that unpack to large ones."""
     monkeypatch.setattr(packaging, "SIZE_ALLOWANCE", 4 << 20)
     zeros = bytes(32 << 20)
     content = {
@@ -293,16 +293,16 @@ GZIP_FLAGS = {"name without an end": 8, "comment without an end": 16, "extra fie
 
 @pytest.mark.parametrize("flag", GZIP_FLAGS.values(), ids=GZIP_FLAGS)
 @pytest.mark.parametrize("fill", [b"a", b"\xff"])
-def test_odd_gzip_headers(place, flag, fill):
-    """8 cases: optional fields of the gzip header that never end."""
+def test_malformed_gzip_headers_are_refused(place, flag, fill):
+    """8 cases: unterminated optional fields and reserved flags in the gzip header."""
     place.write_bytes(b"\x1f\x8b\x08" + struct.pack("<BIBB", flag, 0, 0, 255) + fill * 200_000)
     judge(place, refused=True)
 
 
 @cases(60)
 @given(seed=st.integers(0, 2**40))
-def test_equal_models_give_equal_bytes(tmp_path_factory, seed):
-    """60 cases: the same files, written in another order at another time, are packed to the same bytes."""
+def test_archives_of_equal_exports_are_byte_identical(tmp_path_factory, seed):
+    """60 cases: the order and modification times of the files do not matter."""
     chance, folder = random.Random(seed), tmp_path_factory.mktemp("equal")
     letters = "abcXYZ019_-+"
     names = {"".join(chance.choices(letters, k=4)).lstrip("-+") or "x" for _ in range(chance.randrange(1, 6))}
@@ -318,8 +318,8 @@ def test_equal_models_give_equal_bytes(tmp_path_factory, seed):
     shutil.rmtree(folder)
 
 
-def test_the_tests_own_writer_makes_good_archives(good, place):
-    """So that what is refused above is refused for the oddity and not for the writer."""
+def test_archives_by_the_test_writer_are_accepted(good, place):
+    """The control: the archives above are not refused because of how the tests write them."""
     judge(tar_gz(place, good[1]), refused=False)
     entries = members(place)
     judge(repack(place, entries), refused=False)

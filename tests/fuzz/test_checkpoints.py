@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged or made up: about 650 of them, each told as one sentence with the file's name."""
+"""Damaged and forged checkpoints: about 650 cases, each refused with one message that names the file."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def folder(saved, tmp_path):
 
 
 def seal(folder):
-    """A manifest that agrees with whatever is in the folder, as somebody with bad intent would write it."""
+    """Update the manifest to match the files in the folder, as an attacker would."""
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"] = {name: sha256_file(folder / name) for name in manifest["files"]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -66,8 +66,8 @@ def open_all(folder):
 
 @cases(200)
 @given(file=st.sampled_from(FILES), seed=st.integers(0, 2**40))
-def test_damage_in_any_file(saved, folder, file, seed):
-    """200 cases: a bit, a cut, an insertion, zeros or a repetition in one of the four files."""
+def test_corrupted_files_are_refused_by_name(saved, folder, file, seed):
+    """200 cases: a flipped bit, truncation, insertion, zeros or repetition in one of the four files."""
     (folder / file).write_bytes(damaged((saved / file).read_bytes(), seed))
     found, message = raises_only(DamagedCheckpoint, lambda: open_all(folder))
     if (folder / file).read_bytes() != (saved / file).read_bytes():
@@ -88,8 +88,8 @@ NAMES = ["..", "../x", "/etc/passwd", "", ".", "a/b", "\0", "x" * 300, "../model
     whole=st.booleans(),
 )
 @example(extra={"x" * 300: None}, seed=0, value=None, whole=False)
-def test_manifests_that_say_anything(saved, folder, extra, seed, value, whole):
-    """150 cases: names that lead out of the folder, values of any type."""
+def test_fuzzed_manifests_are_read_or_refused(saved, folder, extra, seed, value, whole):
+    """150 cases: file names outside the folder, values of any type."""
     manifest = json.loads((saved / "manifest.json").read_text())
     if whole:
         manifest = with_a_value_replaced(manifest, seed, value)
@@ -103,8 +103,8 @@ def test_manifests_that_say_anything(saved, folder, extra, seed, value, whole):
 
 @pytest.mark.parametrize("kind", BROKEN_JSON)
 @pytest.mark.parametrize("file", ["manifest.json", "state.json"])
-def test_broken_json(folder, file, kind):
-    """42 cases: what is no JSON object, under a manifest that agrees."""
+def test_malformed_json_is_refused(folder, file, kind):
+    """42 cases: anything but a JSON object, with a matching manifest."""
     (folder / file).write_bytes(BROKEN_JSON[kind])
     if file == "state.json":
         seal(folder)
@@ -146,8 +146,8 @@ ABSURD = {
 
 @pytest.mark.parametrize("kind", ABSURD)
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors"])
-def test_absurd_safetensors(folder, file, kind):
-    """44 cases: lengths, offsets, types and shapes that cannot be, under a manifest that agrees."""
+def test_malformed_safetensors_are_refused(folder, file, kind):
+    """44 cases: impossible lengths, offsets, dtypes and shapes, with a matching manifest."""
     (folder / file).write_bytes(ABSURD[kind])
     seal(folder)
     with within(20):
@@ -164,8 +164,8 @@ def test_absurd_safetensors(folder, file, kind):
     }) | ANY_JSON, max_size=3),
     size=st.integers(0, 80),
 )  # fmt: skip
-def test_any_safetensors_header(folder, header, size):
-    """150 cases: headers that are JSON of about the right form."""
+def test_fuzzed_safetensors_headers_are_read_or_refused(folder, header, size):
+    """150 cases: JSON headers of roughly the right form."""
     (folder / "model.safetensors").write_bytes(safetensors(header, bytes(size)))
     seal(folder)
     found, message = raises_only(DamagedCheckpoint, lambda: open_all(folder))
@@ -174,8 +174,8 @@ def test_any_safetensors_header(folder, header, size):
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("kind", ["pipe", "folder", "link out", "missing"])
-def test_no_ordinary_file(folder, file, kind):
-    """16 cases: a pipe, a folder, a link and nothing in the place of a file. None is waited for."""
+def test_pipes_folders_links_and_missing_files_are_refused(folder, file, kind):
+    """16 cases: a pipe, folder, link or nothing in place of a file; reading does not block."""
     (folder / file).unlink()
     if kind == "pipe":
         os.mkfifo(folder / file)
@@ -188,12 +188,12 @@ def test_no_ordinary_file(folder, file, kind):
     assert file in message
 
 
-# -- what a run makes of a checkpoint whose files agree with each other ---------------------------------------------
+# -- resuming from a changed checkpoint with a matching manifest ----------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
-    """A run of five steps that was stopped: its settings and its newest checkpoint."""
+    """Settings and newest checkpoint of a run that was stopped after five steps."""
     root = tmp_path_factory.mktemp("started")
     settings = tiny_settings("mvlm_gpt2", build_tiny_corpus(root / "corpus"), root)
     with pytest.raises(Stopped):
@@ -235,7 +235,7 @@ STATE_CHANGES = [
 
 @pytest.fixture
 def resumed(started, tmp_path, monkeypatch):
-    """A copy of the checkpoint and a call that resumes from it by name, to the first step after it."""
+    """A copy of the checkpoint and a function that resumes from it by name for one step."""
     settings, source = started
     folder = tmp_path / source.name
     shutil.copytree(source, folder)
@@ -249,22 +249,22 @@ def resumed(started, tmp_path, monkeypatch):
 
     def resume():
         seal(folder)
-        with pytest.raises(Stopped):  # it went on as if nothing had happened
+        with pytest.raises(Stopped):  # resumed normally
             make_loop("mvlm_gpt2", changed).run(StopAfter(1))
         return True
 
     return folder, resume
 
 
-def test_the_checkpoint_is_good_as_it_is(resumed):
-    """1 case: so that what is refused below is refused for the change."""
+def test_an_unchanged_checkpoint_is_resumed(resumed):
+    """1 case: the control for the refusals below."""
     assert resumed[1]()
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors"])
 @pytest.mark.parametrize("change", TENSOR_CHANGES)
-def test_weights_of_another_model(resumed, file, change):
-    """10 cases: tensors that are missing, of another shape or of another name end in one message, exit code 2."""
+def test_mismatched_tensors_are_refused_on_resume(resumed, file, change):
+    """10 cases: missing, renamed or reshaped tensors end in one message, exit code 2."""
     folder, resume = resumed
     change_tensors(folder, file, TENSOR_CHANGES[change])
     found, message = raises_only(UserError, resume)
@@ -272,8 +272,8 @@ def test_weights_of_another_model(resumed, file, change):
 
 
 @pytest.mark.parametrize("name, value", STATE_CHANGES)
-def test_state_of_another_kind(resumed, name, value):
-    """22 cases: counters and identity of another type, or missing, end in one message, exit code 2."""
+def test_invalid_state_is_refused_on_resume(resumed, name, value):
+    """22 cases: counters or identity of the wrong type, or missing, end in one message, exit code 2."""
     folder, resume = resumed
     change_state(folder, name, value)
     _, message = raises_only(UserError, resume)

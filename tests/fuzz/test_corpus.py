@@ -1,5 +1,5 @@
-"""Corpus folders that hold anything at all: about 1,400 of them. What can be used is used; the rest is named, with
-the reason; nothing is waited for."""
+"""Corpus folders with arbitrary contents: about 1,400 cases. Usable texts are loaded, the rest is skipped with a
+reason, and nothing blocks."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def folder(tmp_path, real_text):
 
 
 def load(folder):
-    """The corpus, with what must hold of any: its values are in range and can be written down, its texts are text."""
+    """Load a corpus and check what must hold of any: values in range and serialisable, texts normalised."""
     with within(30):
         corpus = load_corpus(folder)
     for document in corpus.documents:
@@ -83,8 +83,8 @@ def reasons(corpus):
     start=st.sampled_from([b"", b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff", b"\xff\xfe\0\0", b"\0\0\xfe\xff", b"In "]),
     data=st.binary(max_size=300) | ANY_TEXT.map(lambda text: text.encode("utf-8", "surrogatepass")),
 )
-def test_any_bytes_as_text(folder, start, data):
-    """300 cases: random bytes behind every byte-order mark: a document, or a reason why not."""
+def test_random_bytes_are_loaded_as_text_or_skipped(folder, start, data):
+    """300 cases: random bytes after each byte-order mark."""
     (folder / "x.txt").write_bytes(start + data)
     corpus = load(folder)
     assert ("x.txt" in reasons(corpus)) != ("x.txt" in {document.path for document in corpus.documents})
@@ -92,8 +92,8 @@ def test_any_bytes_as_text(folder, start, data):
 
 @cases(150)
 @given(seed=st.integers(0, 2**40), encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32", "latin-1"]))
-def test_damaged_text(folder, seed, encoding):
-    """150 cases: real text in five encodings with a bit, a cut, an insertion or zeros in it."""
+def test_corrupted_text_is_loaded_or_skipped(folder, seed, encoding):
+    """150 cases: real text in five encodings with a flipped bit, truncation, insertion, zeros or repetition."""
     text = random.Random(seed).choice(list(sample_books().values()))[:5000].replace("God", "Gött")
     (folder / "x.txt").write_bytes(damaged(text.encode(encoding, "replace"), seed))
     corpus = load(folder)
@@ -102,8 +102,8 @@ def test_damaged_text(folder, seed, encoding):
 
 @cases(300)
 @given(metadata=st.dictionaries(st.sampled_from(KEYS) | ANY_TEXT, ANY_JSON, max_size=5) | ANY_JSON)
-def test_any_json_as_metadata(folder, metadata):
-    """300 cases: JSON of any kind; the text is used, with the defaults where a value cannot be."""
+def test_text_with_arbitrary_json_metadata_is_loaded(folder, metadata):
+    """300 cases: arbitrary JSON; if it is not an object, it is reported."""
     (folder / "x.txt").write_text("some text")
     (folder / "x.json").write_text(json.dumps(metadata))
     corpus = load(folder)
@@ -127,8 +127,8 @@ GOOD_VALUES = {
     | st.sampled_from([*SPLITS, "Train", "train ", "dev", ["train"], "10", True, HUGE, 10, 0])
     | st.sampled_from([float("nan"), float("inf"), float("-inf")]),
 )
-def test_any_value_of_a_key_that_is_used(folder, key, value):
-    """300 cases: a wrong value is named with its key and replaced by the default; a right one is taken."""
+def test_invalid_metadata_values_are_reported_and_replaced_by_defaults(folder, key, value):
+    """300 cases: an invalid value is reported with its key; a valid one is used."""
     (folder / "x.txt").write_text("some text")
     (folder / "x.json").write_text(json.dumps({key: value}))
     corpus = load(folder)
@@ -144,8 +144,8 @@ def test_any_value_of_a_key_that_is_used(folder, key, value):
 
 @cases(200)
 @given(seed=st.integers(0, 2**40), encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"]))
-def test_almost_json(folder, tiny_corpus, seed, encoding):
-    """200 cases: the metadata of a real book in five encodings, damaged."""
+def test_text_with_corrupted_metadata_is_loaded(folder, tiny_corpus, seed, encoding):
+    """200 cases: the damaged metadata of a real book in five encodings."""
     metadata = (tiny_corpus / "bible/kjv/08-ruth.json").read_text()
     (folder / "x.txt").write_text("some text")
     (folder / "x.json").write_bytes(damaged(metadata.encode(encoding), seed))
@@ -153,8 +153,8 @@ def test_almost_json(folder, tiny_corpus, seed, encoding):
 
 
 @pytest.mark.parametrize("kind", BROKEN_JSON)
-def test_broken_metadata_is_named(folder, kind):
-    """21 cases: what is no JSON object at all, or only for some readers."""
+def test_malformed_metadata_is_ignored_with_a_reason(folder, kind):
+    """21 cases: anything but a JSON object, or one that only some parsers accept."""
     (folder / "x.txt").write_text("some text")
     (folder / "x.json").write_bytes(BROKEN_JSON[kind])
     assert "metadata ignored" in reasons(load(folder))["x.json"]
@@ -165,7 +165,7 @@ def long_letters(count):
 
 
 def make_odd(path, kind):
-    """Something at ``path`` that is no ordinary file."""
+    """Create something other than an ordinary file at ``path``."""
     match kind:
         case "pipe":
             os.mkfifo(path)
@@ -204,8 +204,8 @@ ODD_KINDS = (
 
 @pytest.mark.parametrize("kind", ODD_KINDS)
 @pytest.mark.parametrize("name", ["x.txt", "x.json"])
-def test_what_is_no_ordinary_file_is_named_and_not_waited_for(folder, name, kind):
-    """20 cases: pipes, sockets, devices, folders and links, as a text and as the metadata of one."""
+def test_special_files_are_skipped_without_blocking(folder, name, kind):
+    """20 cases: pipes, sockets, devices, folders and links, as a text and as its metadata."""
     (folder / "x.txt").write_text("some text")
     (folder / name).unlink(missing_ok=True)
     make_odd(folder / name, kind)
@@ -219,8 +219,8 @@ def test_what_is_no_ordinary_file_is_named_and_not_waited_for(folder, name, kind
     "name", [b"\xff.txt", b"caf\xe9.txt", b"x\n.txt", b"\x1b[2J.txt", b"\xe2\x80\xae.txt", b"a\tb.txt", b"'\"$(id).txt"]
 )
 @pytest.mark.parametrize("kind", ["text", "binary", "folder"])
-def test_odd_file_names_can_be_logged(folder, tmp_path, name, kind):
-    """21 cases: names that are not UTF-8 or hold what a terminal obeys, as a text, as no text and as a folder."""
+def test_skipped_files_with_odd_names_can_be_logged(folder, tmp_path, name, kind):
+    """21 cases: names with invalid UTF-8 or control characters, of a text, a binary file and a folder."""
     path = os.path.join(os.fsencode(folder), name)
     if kind == "folder":
         os.mkdir(path)
@@ -252,23 +252,23 @@ def test_odd_file_names_can_be_logged(folder, tmp_path, name, kind):
     ],
     ids=["marks", "marks at the end", "a few marks", "a long word", "blanks", "short lines", "returns", "odd", "last"],
 )
-def test_texts_that_could_take_for_ever(folder, data, reason):
-    """9 cases: sizes and runs that make a careless program quadratic."""
+def test_pathological_texts_are_loaded_or_skipped_in_time(folder, data, reason):
+    """9 cases: long texts and runs of characters that make naive algorithms quadratic."""
     (folder / "x.txt").write_bytes(data.encode())
     found = reasons(load(folder))
     assert (reason is None) == ("x.txt" not in found) and (reason or "") in found.get("x.txt", "")
 
 
-def test_a_tokenizer_learns_from_endless_words_in_time(tmp_path):
-    """1 case: words of 300,000 letters; learning from them whole takes a hundred times as long."""
+def test_tokenizer_training_handles_very_long_words_in_time(tmp_path):
+    """1 case: words of 300,000 letters; training on them unsplit takes a hundred times as long."""
     text = long_letters(300_000)
     with within(30):
         tokenizer = AdvancedBPETokenizer.train([text, f"In the beginning {text}"], 1500)
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_ordinary_text_reaches_the_tokenizer_uncut(real_text):
-    """1 case: cutting endless words changes nothing about text that has none, however long its lines."""
+def test_splitting_long_words_leaves_ordinary_text_unchanged(real_text):
+    """1 case: text without very long words is unchanged, however long its lines; split words lose no letters."""
     from mvlm_core.data.tokenizer import _split_long_words
 
     one_line = "".join(real_text).replace("\n", " ")
@@ -276,14 +276,14 @@ def test_ordinary_text_reaches_the_tokenizer_uncut(real_text):
     assert "".join(_split_long_words([long_letters(5500)])) == long_letters(5500)
 
 
-def test_metadata_larger_than_any_is_not_read(folder):
+def test_metadata_over_the_size_limit_is_ignored(folder):
     """1 case: 16 MB of metadata."""
     (folder / "a.json").write_bytes(b" " * METADATA_LIMIT + b'{"split": "train"}')
     assert "over the limit" in reasons(load(folder))["a.json"]
 
 
-def test_very_deep_folders(folder):
-    """1 case: folders below folders until a path is longer than the system takes."""
+def test_paths_over_the_system_limit_are_skipped(folder):
+    """1 case: nested folders until a path exceeds the system's limit."""
     here = os.getcwd()
     os.chdir(folder)
     for _ in range(40):
@@ -297,7 +297,7 @@ def test_very_deep_folders(folder):
 
 
 @pytest.mark.parametrize("name", ["x\nerror: y", "\x1b[31m", "\udcff"])
-def test_data_folders_whose_name_cannot_be_written_down(tmp_path, folder, name):
+def test_data_folders_with_unprintable_names_are_refused(tmp_path, folder, name):
     """3 cases: the name of the data folder goes into logs and into the export."""
     odd = tmp_path / name
     folder.rename(odd)
@@ -305,8 +305,8 @@ def test_data_folders_whose_name_cannot_be_written_down(tmp_path, folder, name):
     assert "rename it" in message
 
 
-def test_a_folder_of_nothing_but_bad_files_ends_with_exit_code_2(tmp_path):
-    """1 case, in a process of its own: the trainer names the files, without a traceback and without waiting."""
+def test_trainer_exits_with_code_2_if_no_file_is_usable(tmp_path):
+    """1 case, in a subprocess: the files are named, without a traceback and without blocking."""
     for number, data in enumerate((b"\xff", bytes(range(256)), b"", b"a" + "\u0301".encode() * 5000)):
         (tmp_path / f"{number}.txt").write_bytes(data)
     os.mkfifo(tmp_path / "pipe.txt")
@@ -326,7 +326,7 @@ def test_a_folder_of_nothing_but_bad_files_ends_with_exit_code_2(tmp_path):
 
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory):
-    """Corpus, tokenizer and token files in a cache, and what they were before anything happened to them."""
+    """The folder of cached token files, a function that builds them, and their original tokens."""
     root = tmp_path_factory.mktemp("cached")
     corpus = load_corpus(build_tiny_corpus(root / "corpus"))
 
@@ -342,8 +342,8 @@ def cached(tmp_path_factory):
 
 @cases(40)
 @given(file=st.sampled_from(["index.json", "tokens.bin"]), seed=st.integers(0, 2**40), value=st.none() | ANY_JSON)
-def test_damaged_token_files_are_made_again(cached, file, seed, value):
-    """40 cases: the cache of token files, damaged or replaced by other JSON: the tokens stay what they were."""
+def test_damaged_token_files_are_rebuilt_identically(cached, file, seed, value):
+    """40 cases: cached token files, damaged or replaced by other JSON."""
     folder, build, tokens = cached
     index = value is not None and file == "index.json"
     (folder / file).write_bytes(json.dumps(value).encode() if index else damaged((folder / file).read_bytes(), seed))

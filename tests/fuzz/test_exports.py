@@ -1,5 +1,5 @@
-"""Exports that somebody changed or made up: about 800 of them. Every change is a failed check that names the file,
-and no code of theirs is ever run: theirs would write a marker file."""
+"""Tampered and forged exports: about 800 cases. Every change fails a check that names the file, and no code from an
+export is ever run: it would create a marker."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def whole(trained, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole_with_code(trained, tmp_path_factory):
-    """An export of model 2, which brings its modelling files along."""
+    """An export of model 2, which includes its modelling files."""
     return copy_export(trained / "simone_enhanced", tmp_path_factory.mktemp("whole") / "simone_enhanced")
 
 
@@ -53,7 +53,7 @@ def export(whole, tmp_path):
 
 
 def failed(folder):
-    """Failed checks of the files by name, with their details, none of which may harm a terminal or a report."""
+    """Failed file checks by name, with their details, which must be printable and of limited length."""
     checks = Checks()
     with within(20):
         check_files(folder, checks, MODELLING_FILES)
@@ -62,16 +62,16 @@ def failed(folder):
     return {check.name: check.detail for check in checks if not check.passed}
 
 
-def test_the_exports_are_good_as_they_are(whole, whole_with_code):
-    """2 cases: so that what is refused below is refused for the change."""
+def test_unchanged_exports_pass_all_file_checks(whole, whole_with_code):
+    """2 cases: the control for the failures below."""
     assert failed(whole) == failed(whole_with_code) == {}
     assert {path.name for path in whole_with_code.glob("*.py")} < {path.name for path in MODELLING_FILES.glob("*.py")}
 
 
 @cases(200)
 @given(name=st.sampled_from([*EXPECTED_FILES, "manifest.json"]), seed=st.integers(0, 2**40), bit=st.booleans())
-def test_any_changed_byte(whole, export, name, seed, bit):
-    """200 cases: one bit, or more, in any file: a failed check that names it."""
+def test_changed_bytes_fail_a_check_that_names_the_file(whole, export, name, seed, bit):
+    """200 cases: one flipped bit, or larger damage, in any file."""
     before = (whole / name).read_bytes()
     after = bytearray(before) if bit else damaged(before, seed)
     if bit:
@@ -93,8 +93,8 @@ def test_any_changed_byte(whole, export, name, seed, bit):
     deep=st.booleans(),
     sealed=st.booleans(),
 )
-def test_any_json_in_any_file(whole, export, name, seed, value, deep, sealed):
-    """300 cases: other JSON, or a value replaced in it, with and without a manifest that agrees."""
+def test_replaced_json_fails_the_hash_or_readability_check(whole, export, name, seed, value, deep, sealed):
+    """300 cases: arbitrary JSON, or one value replaced, with and without a matching manifest."""
     before = (whole / name).read_bytes()
     (export / name).write_text(json.dumps(with_a_value_replaced(json.loads(before), seed, value) if deep else value))
     if sealed:
@@ -109,8 +109,8 @@ def test_any_json_in_any_file(whole, export, name, seed, value, deep, sealed):
 
 @pytest.mark.parametrize("kind", BROKEN_JSON)
 @pytest.mark.parametrize("name", [*JSON_FILES, "model.safetensors", "manifest.json"])
-def test_broken_files(export, name, kind):
-    """168 cases: what is no JSON object, in every file, under a manifest that agrees."""
+def test_malformed_files_fail_a_check_that_names_them(export, name, kind):
+    """168 cases: malformed data in every JSON file, the weights and the manifest; otherwise the manifest matches."""
     (export / name).write_bytes(BROKEN_JSON[kind])
     if name != "manifest.json":
         seal(export)
@@ -121,8 +121,8 @@ def test_broken_files(export, name, kind):
 
 @pytest.mark.parametrize("name", [*EXPECTED_FILES, "manifest.json", "extra"])
 @pytest.mark.parametrize("kind", ["pipe", "folder", "link", "link out", "missing"])
-def test_no_ordinary_file(export, name, kind):
-    """55 cases: pipes, folders and links in the place of a file, and beside the files. None is waited for."""
+def test_pipes_folders_links_and_missing_files_fail_a_check(export, name, kind):
+    """55 cases: a pipe, folder, link or nothing in place of a file, or as an extra one; reading does not block."""
     original = export.parent / "original"
     if name == "extra":
         (export / name).write_text("x")
@@ -257,8 +257,8 @@ def validate(folder, data_dir, capsys):
 
 @pytest.mark.parametrize("listed", [True, False], ids=["listed", "unlisted"])
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_no_code_is_run(export, tmp_path, tiny_corpus, capsys, handlers, attack, listed):
-    """62 cases: pickles, own and remote code, with and without a manifest that agrees: named, and nothing is loaded."""
+def test_pickles_and_custom_code_are_never_run(export, tmp_path, tiny_corpus, capsys, handlers, attack, listed):
+    """62 cases: pickles, custom and remote code, with and without a matching manifest; nothing is loaded."""
     change, check, words = ATTACKS[attack]
     marker = tmp_path / "marker"
     change(export, marker)
@@ -276,7 +276,7 @@ def test_no_code_is_run(export, tmp_path, tiny_corpus, capsys, handlers, attack,
 @pytest.mark.parametrize("listed", [True, False], ids=["listed", "unlisted"])
 @pytest.mark.parametrize("attack", CODE_ATTACKS)
 def test_changed_modelling_files_are_not_run(whole_with_code, tmp_path, tiny_corpus, capsys, handlers, attack, listed):
-    """18 cases: the modelling files of model 2, changed: only the repository's own are run, to the byte."""
+    """18 cases: modelling files of model 2 that are not byte-identical to the repository's."""
     folder = tmp_path / "models" / "simone_enhanced"
     shutil.copytree(whole_with_code, folder)
     CODE_ATTACKS[attack](folder, tmp_path / "marker")

@@ -1,5 +1,5 @@
-"""Configurations and records that say anything, in an export whose manifest agrees: about 750 of them, through every
-reader that there is."""
+"""Fuzzed configurations and run records in exports with a matching manifest: about 750 cases, through all of their
+readers."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ NAMES = ["..", "../other", "/", ".", "", "run.lock", "a/b", "config.json"]
 
 @pytest.mark.parametrize("key", CONFIG_KEYS)
 @pytest.mark.parametrize("value", [None, "x", -1, 0, 7, [], {}, True, 1.5], ids=ascii)
-def test_configurations_that_do_not_fit(export, key, value):
-    """81 cases: wrong values in config.json, loaded as the validator's own process does it: a sentence, or a model."""
+def test_models_with_invalid_config_values_load_or_are_refused(export, key, value):
+    """81 cases: wrong values in config.json, loaded as in the validator's subprocess: a one-line error, or a model."""
     set_json(export / "config.json", **{key: value})
     logging.disable(logging.ERROR)
     try:
@@ -52,9 +52,9 @@ def test_configurations_that_do_not_fit(export, key, value):
     [({"n_layer": 10**9}, "not done after"), ({"n_embd": 10**15}, "config.json")],
     ids=["endless layers", "endless width"],
 )
-def test_a_process_that_cannot_load_ends_with_a_reason(export, monkeypatch, values, reason):
-    """2 cases in processes of their own: endless layers, endless memory."""
-    if reason == "not done after":  # the other ends by itself, however busy the machine is
+def test_models_too_large_to_load_fail_with_a_reason(export, monkeypatch, values, reason):
+    """2 cases in subprocesses: too many layers, too much memory."""
+    if reason == "not done after":  # the other one fails by itself, however busy the machine is
         monkeypatch.setattr(validation, "LOADING_SECONDS", 3)
     set_json(export / "config.json", **values)
     checks = Checks()
@@ -64,8 +64,8 @@ def test_a_process_that_cannot_load_ends_with_a_reason(export, monkeypatch, valu
     assert not check.passed and reason in check.detail and "Traceback" not in check.detail, check.detail
 
 
-def test_no_such_tokenizer(export):
-    """1 case: a tokenizer class that does not exist, and a special token that is no text."""
+def test_unknown_tokenizer_class_is_refused(export):
+    """1 case: a tokenizer class that does not exist, and a special token that is not a string."""
     set_json(export / "tokenizer_config.json", tokenizer_class="NoSuchTokenizer", bos_token=5)
     with pytest.raises(load_probe.Unusable, match=r"tokenizer_config\.json"):
         load_probe.probe(REQUEST | {"folder": str(export)})
@@ -73,8 +73,8 @@ def test_no_such_tokenizer(export):
 
 @cases(200)
 @given(seed=st.integers(0, 2**40), value=ANY_JSON, deep=st.booleans())
-def test_any_training_config(whole, export, monkeypatch, seed, value, deep):
-    """200 cases: training_config.json of any kind, under a manifest that agrees, through every reader of it."""
+def test_fuzzed_training_config_is_read_or_refused(whole, export, monkeypatch, seed, value, deep):
+    """200 cases: arbitrary training_config.json with a matching manifest, through all of its readers."""
     config = json.loads((whole / "training_config.json").read_text())
     config = with_a_value_replaced(config, seed, value) if deep else value
     (export / "training_config.json").write_text(json.dumps(config))
@@ -106,8 +106,8 @@ ENTRY = {"status": "finished", "parameters": 1, "bytes": 2, "tokens": 3, "test_b
     deep=st.booleans(),
     name=st.sampled_from(["mvlm_gpt2", "../x", "a/b"]) | ANY_TEXT,
 )
-def test_any_training_summary(export, seed, value, deep, name):
-    """150 cases: training_summary.json of any kind, through every reader of it."""
+def test_fuzzed_training_summary_is_read_or_refused(export, seed, value, deep, name):
+    """150 cases: arbitrary training_summary.json, through all of its readers."""
     layout = Layout(export.parent.parent)
     value = with_a_value_replaced({"models": {name: ENTRY}}, seed, value) if deep else value
     layout.summary.write_text(json.dumps(value))
@@ -128,8 +128,8 @@ def test_any_training_summary(export, seed, value, deep, name):
 
 @cases(100)
 @given(seed=st.integers(0, 2**40), value=ANY_JSON, deep=st.booleans())
-def test_any_training_history(export, tmp_path, seed, value, deep):
-    """100 cases: training_history.json of any kind: what can be plotted is."""
+def test_fuzzed_training_history_yields_only_plottable_records(export, tmp_path, seed, value, deep):
+    """100 cases: arbitrary training_history.json."""
     history = [{"step": n, "bytes": n, "seconds": 0.1, "train_loss": 6.0, "validation_bpb": 2.0} for n in range(3)]
     (export / "training_history.json").write_text(
         json.dumps(with_a_value_replaced(history, seed, value) if deep else value)
@@ -145,8 +145,8 @@ def test_any_training_history(export, tmp_path, seed, value, deep):
     value=ANY_JSON,
     whole_manifest=st.booleans(),
 )
-def test_an_export_is_removed_and_nothing_else(export, files, value, whole_manifest):
-    """150 cases: manifests that name what lies outside, the lock or a folder: only listed files of the export go."""
+def test_remove_export_with_a_fuzzed_manifest_spares_other_files(export, files, value, whole_manifest):
+    """150 cases: manifests that list files outside, the lock or a folder: only the export's own files are deleted."""
     bystanders = [export.parent / "other", export / "run.lock", export / "checkpoints" / "x"]
     for path in bystanders:
         path.parent.mkdir(exist_ok=True)
@@ -159,8 +159,8 @@ def test_an_export_is_removed_and_nothing_else(export, files, value, whole_manif
     assert all(path.read_text() == "mine" for path in bystanders) and not (export / "manifest.json").exists()
 
 
-def test_a_manifest_that_lists_the_lock_and_folders(export):
-    """1 case: a manifest in good form that lists what belongs to a run: only the export's own file goes."""
+def test_remove_export_spares_a_listed_lock_and_folder(export):
+    """1 case: a valid manifest that lists the run's lock and checkpoints: only the export's own file is deleted."""
     (export / "run.lock").write_text("mine")
     (export / "checkpoints").mkdir()
     files = dict.fromkeys(["run.lock", "checkpoints", "config.json"], "0" * 64)
@@ -172,14 +172,14 @@ def test_a_manifest_that_lists_the_lock_and_folders(export):
 
 @cases(60)
 @given(data=st.binary(max_size=300) | st.binary(max_size=20).map(lambda b: b"0" * 64 + b"  " + b + b"\n"))
-def test_any_checksums(tmp_path, data):
-    """60 cases: SHA256SUMS of any bytes."""
+def test_fuzzed_checksum_files_yield_only_valid_digests(tmp_path, data):
+    """60 cases: SHA256SUMS of arbitrary bytes."""
     (tmp_path / "SHA256SUMS").write_bytes(data)
     assert all(len(digest) == 64 for digest in read_checksums(tmp_path / "SHA256SUMS").values())
 
 
 @pytest.mark.parametrize("said", [None, "3.0", HUGE, -HUGE, float("nan"), float("inf"), True, [], {}, 3, 3.01])
-def test_scores_that_are_none(said):
-    """11 cases: what training_config.json may say of a score: no overflow, and not taken for the one that was found."""
+def test_invalid_recorded_scores_never_match(said):
+    """11 cases: recorded scores that are invalid or differ never equal the measured one, and never overflow."""
     assert not validation.same_score(said, 3.0, 1e-3) and validation.same_score(3.0, 3.0, 1e-3)
     assert validation.same_score(3.0005, 3.0, 1e-3) and not validation.same_score(3.0005, 3.0, 1e-4)

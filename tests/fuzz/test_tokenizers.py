@@ -1,4 +1,4 @@
-"""Tokenizer files that are damaged or made up: about 950 of them, refused with their name, or good for any text."""
+"""Damaged and forged tokenizer files: about 950 cases, each refused by name or lossless."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def trained(request, real_text) -> ByteLevelBPE:
 
 
 def judge(kind, path):
-    """Load a tokenizer: a UserError that names it, or one that works on any text."""
+    """Load a tokenizer: a UserError that names the file, or a lossless tokenizer."""
     with within(20):
         found, message = raises_only(UserError, lambda: kind.load(path))
     if found is None:
@@ -39,16 +39,16 @@ def judge(kind, path):
 
 @cases(150)
 @given(data=st.binary(max_size=200), value=ANY_JSON, is_json=st.booleans())
-def test_any_bytes_and_any_json_as_tokenizer(tmp_path, data, value, is_json):
-    """150 cases: what is no tokenizer at all."""
+def test_random_bytes_and_json_are_refused(tmp_path, data, value, is_json):
+    """150 cases: random bytes or arbitrary JSON as `tokenizer.json`."""
     (tmp_path / "tokenizer.json").write_bytes(json.dumps(value).encode() if is_json else data)
     assert judge(AdvancedBPETokenizer, tmp_path)
 
 
 @pytest.mark.parametrize("kind", BROKEN_JSON)
 @pytest.mark.parametrize("file", ["tokenizer.json", "vocab.json", "merges.txt"])
-def test_broken_tokenizer_files(trained, tmp_path, file, kind):
-    """126 cases: `tokenizer.json`, or one of GPT-2's two files, replaced."""
+def test_malformed_tokenizer_files_are_refused(trained, tmp_path, file, kind):
+    """126 cases: `tokenizer.json`, or one of GPT-2's two files, replaced; only `merges.txt` may still load."""
     if file != "tokenizer.json":
         trained.tokenizer.model.save(str(tmp_path))
     (tmp_path / file).write_bytes(BROKEN_JSON[kind])
@@ -60,8 +60,8 @@ def test_broken_tokenizer_files(trained, tmp_path, file, kind):
 @given(
     seed=st.integers(0, 2**40), value=SCALARS | ANY_JSON | st.sampled_from([2**31, 2**32 - 1, 0, "a", "((((", "(a*)*b"])
 )
-def test_a_real_tokenizer_with_one_part_replaced(trained, tmp_path, seed, value):
-    """500 cases: any value anywhere in the file of a real tokenizer of both kinds."""
+def test_tokenizers_with_one_value_replaced_are_lossless_or_refused(trained, tmp_path, seed, value):
+    """500 cases: any value anywhere in the file of a real tokenizer of each kind."""
     changed = with_a_value_replaced(json.loads(trained.tokenizer.to_str()), seed, value)
     (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
     judge(type(trained), tmp_path)
@@ -69,8 +69,8 @@ def test_a_real_tokenizer_with_one_part_replaced(trained, tmp_path, seed, value)
 
 @cases(60)
 @given(seed=st.integers(0, 2**40))
-def test_a_real_tokenizer_with_damage(trained, tmp_path, seed):
-    """120 cases: a bit, a cut, an insertion, zeros or a repetition in the file of a real tokenizer of both kinds."""
+def test_corrupted_tokenizers_are_lossless_or_refused(trained, tmp_path, seed):
+    """120 cases: a flipped bit, truncation, insertion, zeros or repetition in a real tokenizer's file of each kind."""
     (tmp_path / "tokenizer.json").write_bytes(damaged(trained.tokenizer.to_str().encode(), seed))
     judge(type(trained), tmp_path)
 
@@ -108,8 +108,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_real_tokenizer_of_other_rules(trained, tmp_path, change):
-    """30 cases: whole files that say something else. None may lose text."""
+def test_tokenizers_with_changed_rules_are_lossless_or_refused(trained, tmp_path, change):
+    """30 cases: intact files with other settings; none may lose text."""
     tokenizer = json.loads(trained.tokenizer.to_str())
     CHANGES[change](tokenizer, random.Random(0))
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))

@@ -32,7 +32,7 @@ def entry(parameters=1000, text=10**6, score=1.5, **more):
     } | more
 
 
-def test_comparison_says_what_is_equal_and_what_is_noise():
+def test_comparison_reports_equal_budgets_and_differences_within_noise():
     models = dict(zip(NAMES, (entry(), entry(1019, 1_009_000, 1.4)), strict=True))
     result = comparison.compare(models, NAMES, BASELINES)
     assert result["parameters"]["equal_within_2_percent"] and result["bytes"]["equal_within_1_percent"]
@@ -48,7 +48,7 @@ def test_comparison_says_what_is_equal_and_what_is_noise():
     assert any("PPMd order 16 1.400" in line for line in comparison.table(result, NAMES))
 
 
-def test_comparison_of_one_model_or_missing_numbers():
+def test_comparison_handles_a_single_model_with_missing_scores():
     result = comparison.compare({"mvlm_gpt2": entry(test_bpb=None, test_bpb_kjv=None)}, ["mvlm_gpt2"], {})
     assert result["test_bpb"] == {"mvlm_gpt2": None, "ratio": None}
     assert result["parameters"]["equal_within_2_percent"] is None
@@ -56,7 +56,7 @@ def test_comparison_of_one_model_or_missing_numbers():
     json.dumps(result, allow_nan=False)
 
 
-def test_baselines_of_all_text_are_compared_with_the_score_of_all_text():
+def test_baselines_are_compared_with_the_score_on_the_same_text():
     model = {"mvlm_gpt2": entry(test_bpb=1.6, test_bpb_kjv=1.4)}
     for translation, words in (
         ("kjv", "1.400 bits per byte on the KJV part"),
@@ -67,7 +67,7 @@ def test_baselines_of_all_text_are_compared_with_the_score_of_all_text():
     assert result["sentences"][-1].endswith("the model loses to a compressor, so it is undertrained.")
 
 
-def test_rows_hold_every_metric_the_books_and_the_extreme_translations():
+def test_metric_rows_list_all_metrics_books_and_extreme_translations():
     scores = {"kjv": 1.2, "web": 1.9, "asv": 1.5}
     parts = {name: {"book": {"Esther": 1.25}, "translation": scores} for name in NAMES}
     parts["mvlm_gpt2"] = {"book": {"Esther": 2.5}, "translation": {"web": 2.0}}
@@ -81,7 +81,7 @@ def test_rows_hold_every_metric_the_books_and_the_extreme_translations():
     ]
 
 
-def test_a_table_has_aligned_columns_under_a_header_with_a_rule():
+def test_text_table_aligns_columns_under_a_header():
     lines = comparison.text_table(["", "model", "b"], [["first row", "1", "2,000"], ["x", "-", ""]])
     assert lines == [
         "           model      b",
@@ -91,12 +91,12 @@ def test_a_table_has_aligned_columns_under_a_header_with_a_rule():
     ]
 
 
-def test_scores_by_part_leave_damaged_values_out():
+def test_scores_by_part_skip_invalid_values():
     config = {"results": {"test_bpb_by_book": {"Esther": 1.5, "Ruth": "?", "Job": 1e300}, "test_bpb_by_translation": 3}}
     assert comparison.scores_by_part(config) == {"book": {"Esther": 1.5}}
 
 
-def test_plot_is_a_picture(tmp_path):
+def test_comparison_plot_is_written_as_an_image(tmp_path):
     from PIL import Image
 
     result = comparison.compare({NAMES[0]: entry(), NAMES[1]: entry(score=1.4)}, NAMES, BASELINES)
@@ -105,7 +105,7 @@ def test_plot_is_a_picture(tmp_path):
     assert Image.open(tmp_path / "c.png").size[0] > 1000
 
 
-def test_a_long_curve_is_thinned_and_keeps_its_end():
+def test_long_curves_are_thinned_and_keep_the_last_point():
     points = [(float(n), 0.0) for n in range(1001)]
     found = thinned(points)
     assert 300 < len(found) <= POINTS and found[-1] == points[-1] and found[0][0] < 3

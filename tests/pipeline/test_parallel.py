@@ -1,4 +1,4 @@
-"""Work on several models at once: really at once, in order, with shared threads, and nothing left over."""
+"""``parallel_map``: concurrent, in order, threads split between workers, and no processes left behind."""
 
 import multiprocessing
 import os
@@ -19,7 +19,7 @@ def three_threads(monkeypatch):
 
 
 def meet(folder, name, other):
-    """Waits until the other one is there as well."""
+    """Wait until the other worker has started as well."""
     (folder / name).touch()
     while not (folder / other).exists():
         time.sleep(0.01)
@@ -43,7 +43,7 @@ def end(how, folder):
         child.wait()
 
 
-def test_two_run_at_once_and_share_the_threads(tmp_path):
+def test_two_calls_run_concurrently_and_split_the_threads(tmp_path):
     each = [(tmp_path, "a", "b"), (tmp_path, "b", "a")]
     (a, *one), (b, *two) = parallel_map(meet, each, on_cpu=True)
     assert (a, b) == ("a", "b") and one[0] != two[0] and os.getpid() not in (one[0], two[0])
@@ -51,13 +51,13 @@ def test_two_run_at_once_and_share_the_threads(tmp_path):
 
 
 @pytest.mark.parametrize("threads, on_cpu, each", [("1", True, 2), ("3", False, 2), ("3", True, 1)])
-def test_otherwise_one_comes_after_the_other_here(tmp_path, monkeypatch, threads, on_cpu, each):
+def test_one_thread_gpu_or_one_call_runs_in_the_current_process(tmp_path, monkeypatch, threads, on_cpu, each):
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
     found = list(parallel_map(meet, [(tmp_path, "a", "a")] * each, on_cpu=on_cpu))
     assert found == [("a", os.getpid(), threads)] * each
 
 
-def test_a_failure_is_the_callers_and_ends_the_others_with_what_they_started(tmp_path):
+def test_worker_errors_are_reraised_and_end_the_other_workers_and_their_children(tmp_path):
     with pytest.raises(UserError) as caught:
         list(parallel_map(end, [("raises", tmp_path), ("waits", tmp_path)], on_cpu=True))
     assert caught.value.problems == ["one problem", "another"]
@@ -65,12 +65,12 @@ def test_a_failure_is_the_callers_and_ends_the_others_with_what_they_started(tmp
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
-def test_a_process_that_dies_is_not_waited_for(tmp_path):
+def test_a_crashed_worker_raises_an_error(tmp_path):
     with pytest.raises(RuntimeError, match="terminated abruptly"):
         list(parallel_map(end, [("dies", tmp_path), ("dies", tmp_path)], on_cpu=True))
 
 
-def test_a_parent_that_is_killed_takes_its_processes_and_what_they_started_with_it(tmp_path):
+def test_killing_the_parent_ends_its_workers_and_their_children(tmp_path):
     code = f"""
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``make_report.py``: one self-contained page from a real run's records and exports, also where something failed."""
+"""``make_report.py``: one self-contained page from a real run's records and exports, also after failures."""
 
 import re
 import shutil
@@ -36,7 +36,7 @@ def make_run(trained, root):
 
 @pytest.fixture(scope="module")
 def run(trained, tmp_path_factory):
-    """An intact run and its page; to be read, not written."""
+    """An intact run and its page; read-only."""
     layout, summary = make_run(trained, tmp_path_factory.mktemp("run"))
     return layout, summary, page_of(layout, trained)
 
@@ -47,7 +47,7 @@ def page_of(layout, trained):
     return layout.page.read_text(encoding="utf-8")
 
 
-def test_the_page_holds_the_runs_figures_and_needs_nothing_else(run):
+def test_report_is_self_contained_and_shows_the_runs_results(run):
     _, summary, page = run
     for name in MODELS:
         assert f"{summary.models[name]['test_bpb']:.4f}" in page
@@ -70,7 +70,7 @@ def test_the_page_holds_the_runs_figures_and_needs_nothing_else(run):
     assert page.count('<th scope="row">') == page.count("<tr>") - page.count("<thead>")
 
 
-def test_samples_stand_side_by_side_and_traces_have_a_span_a_token(run):
+def test_report_shows_samples_of_both_models_and_per_token_traces(run):
     page = run[2]
     assert page.count("<blockquote>") == 3 * len(MODELS)
     assert "<h3>In the beginning …</h3>" in page, "the first words of the train text"
@@ -85,12 +85,12 @@ def test_samples_stand_side_by_side_and_traces_have_a_span_a_token(run):
     assert all(0 <= float(share) <= 0.55 for share in re.findall(r"var\(--heat\) / ([\d.]+)\)", page))
 
 
-def test_the_same_run_gives_the_same_page(run, trained):
+def test_report_of_the_same_run_is_reproducible(run, trained):
     layout, _, page = run
     assert page_of(layout, trained) == page
 
 
-def test_what_failed_is_told_and_cannot_act(trained, tmp_path):
+def test_failures_are_reported_with_their_html_escaped(trained, tmp_path):
     layout, summary = make_run(trained, tmp_path)
     summary.update("simone_enhanced", status="failed", error="<script>alert(1)</script>")
     with (layout.export("mvlm_gpt2") / "model.safetensors").open("ab") as file:
@@ -102,7 +102,7 @@ def test_what_failed_is_told_and_cannot_act(trained, tmp_path):
     assert "<script" not in page and "<blockquote>" not in page, "a changed model is not asked for samples"
 
 
-def test_without_a_run_there_is_one_clear_error(tmp_path, trained):
+def test_a_missing_run_is_refused_with_an_error(tmp_path, trained):
     with pytest.raises(UserError, match="no record of a run"):
         make_report.main(["--work_dir", str(tmp_path), "--data_dir", str(trained / "corpus")])
 
@@ -110,7 +110,7 @@ def test_without_a_run_there_is_one_clear_error(tmp_path, trained):
 @pytest.mark.integration
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("width", (1280, 390))
-def test_a_browser_shows_it_without_complaint_or_sideways_scrolling(run, tmp_path, width):
+def test_report_renders_in_chromium_without_console_messages_or_horizontal_scrolling(run, tmp_path, width):
     frame = tmp_path / "frame.html"
     frame.write_text(
         f'<iframe src="{run[0].page.as_uri()}" width="{width}" height="900" style="border: 0" onload="'

@@ -42,7 +42,7 @@ def make_job(folder, **changes):
     return jobs.Job(**(values | changes))
 
 
-def test_commands_hold_what_was_given(tmp_path):
+def test_trainer_and_script_commands_include_the_job_settings(tmp_path):
     job = make_job(tmp_path, fresh=True)
     command = job.trainer_command("two")
     assert command[:2] == [sys.executable, str(tmp_path / "script.py")]
@@ -60,7 +60,7 @@ def test_commands_hold_what_was_given(tmp_path):
 
 
 @pytest.mark.parametrize("preset, verses", [("smoke", "40"), ("cpu", "100"), ("h200", None)])
-def test_the_evaluation_suites_results_by_model(tmp_path, preset, verses):
+def test_evaluate_suite_returns_results_by_model_and_limits_verses_by_preset(tmp_path, preset, verses):
     (tmp_path / "script.py").write_text(EVALUATOR)
     job = make_job(tmp_path, preset=preset)
     with Signals() as signals:
@@ -76,7 +76,7 @@ def probe_dies(_):
     os._exit(3)
 
 
-def test_the_hardware_probe_asks_elsewhere_and_its_end_is_no_reason_to_stop(tmp_path, monkeypatch):
+def test_hardware_probe_reraises_user_errors_and_tolerates_a_crash(tmp_path, monkeypatch):
     found = jobs.probe_hardware(make_job(tmp_path))
     assert found["device"].startswith("cpu: ") and len(found["lines"]) > 2
     with pytest.raises(UserError, match="--attention_backend xformers"):
@@ -85,7 +85,7 @@ def test_the_hardware_probe_asks_elsewhere_and_its_end_is_no_reason_to_stop(tmp_
     assert jobs.probe_hardware(make_job(tmp_path))["device"] == "unknown"
 
 
-def test_only_models_with_code_of_their_own_need_the_word_about_it(tmp_path):
+def test_download_instructions_explain_custom_code_only_where_needed(tmp_path):
     layout = Layout(tmp_path)
     for name in ("plain", "coded"):
         layout.export(name).mkdir(parents=True)
@@ -96,7 +96,7 @@ def test_only_models_with_code_of_their_own_need_the_word_about_it(tmp_path):
     assert "nothing is fetched" not in stages.download_instructions(["plain"], layout, "x")
 
 
-def test_a_child_ended_by_a_signal_stops_the_job_other_codes_do_not():
+def test_only_sigint_and_sigterm_exit_codes_stop_the_job():
     signals = Signals()
     for code in (0, 1, 2, 128 + 9):
         signals.check(code)
@@ -109,7 +109,7 @@ def test_a_child_ended_by_a_signal_stops_the_job_other_codes_do_not():
 @pytest.mark.parametrize(
     "parent, where, expected", [("gone", "here", True), ("alive", "here", False), ("gone", "there", False)]
 )
-def test_an_orphan_writes_into_the_export_and_has_lost_its_pipeline(tmp_path, parent, where, expected):
+def test_orphans_write_to_the_export_and_have_lost_their_parent(tmp_path, parent, where, expected):
     command = [sys.executable, "-c", "input('ready\\n')", str(tmp_path / where)]
     environment = os.environ | {PARENT_VARIABLE: str(os.getpid() if parent == "alive" else 1)}
     with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
@@ -128,7 +128,7 @@ print(json.dumps(plan))
 """
 
 
-def test_the_whole_jobs_costs_add_up_both_models_and_the_stages_around_them(tmp_path, capsys):
+def test_planned_total_is_the_sum_of_models_and_stages(tmp_path, capsys):
     (tmp_path / "script.py").write_text(PLANNER)
     jobs.show_plan(make_job(tmp_path), corpus_is_ready=True)
     shown = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The training loss: each part is a score of real text that no cheap trick can lower."""
+"""The training loss: degenerate outputs lower none of its parts."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ PARTS = {"alignment_weight": 0.5, "coherence_weight": 0.5}
 
 @pytest.fixture(scope="module")
 def sequences(real_text):
-    """Real text as ``[rows, context + 1]`` tokens, a tokenizer's own."""
+    """Real text as ``[rows, context + 1]`` token IDs of a tokenizer trained on it."""
     tokenizer = AdvancedBPETokenizer.train(real_text, VOCABULARY)
     ids = torch.tensor([number for text in real_text for number in tokenizer.encode(text)])
     return ids[: len(ids) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
@@ -61,8 +61,8 @@ def unigram_entropy(targets):
     return torch.special.entr(counts / counts.sum()).sum().item()
 
 
-def test_a_constant_output_loses_to_a_trained_model(sequences, trained):
-    """The best answer that ignores the context is the token frequencies; a trained model is better at every part."""
+def test_constant_output_has_a_higher_loss_than_a_trained_model(sequences, trained):
+    """The best context-free output is the token frequencies; a trained model is better in every part."""
     model, loss = trained
     rows = sequences[-64:]
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_a_constant_output_loses_to_a_trained_model(sequences, trained):
 
 
 @pytest.mark.parametrize("bias", [-30.0, 30.0], ids=["shut", "open"])
-def test_saturated_gates_lose(sequences, trained, bias):
+def test_saturated_gates_increase_every_part_of_the_loss(sequences, trained, bias):
     model, loss = trained
     rows = sequences[-64:]
     with torch.no_grad():
@@ -98,8 +98,8 @@ def test_saturated_gates_lose(sequences, trained, bias):
         assert cheat[name] > honest[name] + 0.01, name
 
 
-def test_a_model_that_only_repeats_loses(sequences, trained):
-    """A model trained to say its input again is worse at every part than one trained on the text."""
+def test_a_model_that_repeats_its_input_has_a_higher_loss(sequences, trained):
+    """A model trained to repeat its input is worse in every part than one trained on real text."""
     model, loss = trained
     repeater, repeater_loss = make(**PARTS)
     repeated = sequences[:, :1].repeat(1, CONTEXT + 1)
@@ -113,7 +113,7 @@ def test_a_model_that_only_repeats_loses(sequences, trained):
         assert cheat[name] > honest[name] + 0.5, name
 
 
-def test_alignment_weights_documents(sequences):
+def test_alignment_loss_is_weighted_per_document(sequences):
     model, loss = make(accuracy_weight=0.0, alignment_weight=1.0)
     rows = sequences[:8]
     weights = torch.linspace(0, 2, 8)[:, None].expand(8, CONTEXT)
@@ -127,7 +127,7 @@ def test_alignment_weights_documents(sequences):
     assert result.train_loss.item() == pytest.approx(nll.mean().item(), rel=1e-5)
 
 
-def test_coherence_looks_one_token_further_and_fades(sequences):
+def test_coherence_loss_predicts_the_second_next_token_and_decays_to_zero(sequences):
     model, loss = make(coherence_weight=0.4, coherence_until=0.5)
     rows = sequences[:4]
     hidden, _ = model.hidden_states(rows[:, :-1])
@@ -144,7 +144,7 @@ def test_coherence_looks_one_token_further_and_fades(sequences):
         assert at(progress).total.item() == pytest.approx(plain.total.item() + weight * expected, rel=1e-5)
 
 
-def test_weights_that_train_nothing_are_refused():
+def test_invalid_loss_weights_are_refused():
     with pytest.raises(ValueError, match="negative"):
         ComprehensiveTrainingLoss(8, coherence_weight=-1)
     with pytest.raises(ValueError, match="next-token"):

@@ -1,4 +1,4 @@
-"""Enhanced SIM-ONE: strict causality, cache equality, switches that cost nothing, traces, and a whole export."""
+"""Enhanced SIM-ONE: causality, caches, pointer, optional heads, attention backends, traces and RMSNorm."""
 
 import itertools
 import sys
@@ -29,7 +29,7 @@ SWITCHES = list(itertools.product([True, False], repeat=2))
 
 
 def make_model(**changes):
-    """A model whose every weight matters: the zero matrices it starts with are filled."""
+    """A model in which every weight has an effect: zero-initialised matrices are filled."""
     torch.manual_seed(0)
     config = EnhancedSIMONEConfig(
         **{
@@ -92,10 +92,10 @@ def test_logits_are_the_same_with_a_static_cache():
 
 
 @torch.no_grad()
-def test_the_pointer_and_the_vocabulary_share_one_probability():
-    """By hand, from the pointer's own parts: the context's tokens, each by the state before it, and a sentinel."""
+def test_output_probabilities_are_a_mixture_of_pointer_and_vocabulary():
+    """Recomputed from the pointer's parts: context tokens, each keyed by the state before it, and a sentinel."""
     model, ids = make_model(), tokens(1, 12)
-    ids[0, 8] = ids[0, 3]  # a token that two places can point at
+    ids[0, 8] = ids[0, 3]  # a token that occurs twice
     entering = []
     model.layers[-1].register_forward_pre_hook(lambda _, given: entering.append(given[0]))
     output = model(ids, use_cache=False, output_traces=True)
@@ -115,8 +115,8 @@ def test_the_pointer_and_the_vocabulary_share_one_probability():
 
 
 @torch.no_grad()
-def test_the_pointer_finds_what_followed_the_same_word():
-    """With a key that is the token alone, it points behind an earlier copy of the last token."""
+def test_pointer_selects_the_token_after_an_earlier_occurrence():
+    """With keys that depend on the token alone, it points to the token after an earlier copy of the last one."""
     model = make_model(num_hidden_layers=1)
     model.embed_tokens.weight.copy_(torch.eye(300, 32))
     for projection in (model.pointer.q_proj, model.pointer.k_proj):
@@ -130,7 +130,7 @@ def test_the_pointer_finds_what_followed_the_same_word():
 
 
 @torch.no_grad()
-def test_the_trace_of_a_text_says_what_was_copied():
+def test_token_traces_report_which_tokens_were_copied():
     model, ids = make_model(), torch.tensor([[2, 5, 6, 5, 7, 6]])
     found = model.token_traces(ids)
     assert list(found) == [*TRACE_FIELDS, "copied"] and {len(values) for _, values in found.values()} == {6}
@@ -140,13 +140,13 @@ def test_the_trace_of_a_text_says_what_was_copied():
     )
     copied = [value > 0 for value in found["copied"][1]]
     assert copied == [False, False, False, True, False, True], "only what stood there before can be copied"
-    weight = output.pointing.tokens[0, 2, 1].exp()  # of the 5, where the next one is predicted
+    weight = output.pointing.tokens[0, 2, 1].exp()  # of the first 5, where the second is predicted
     assert found["copied"][1][3] == pytest.approx((weight / output.logits[0, 2, 5].exp()).item(), rel=1e-4)
 
 
 @torch.no_grad()
-def test_unknown_tokens_are_not_pointed_at():
-    """Embeddings say nothing of their tokens: the vocabulary has all of the prediction, and later tokens' keys hold."""
+def test_positions_given_as_embeddings_are_excluded_from_the_pointer():
+    """Embeddings do not reveal token IDs: only the vocabulary predicts, and only later tokens can be copied."""
     model, ids = make_model(), tokens(2, 12)
     embeddings = model.embed_tokens(ids[:, :8])
     assert model(inputs_embeds=embeddings, use_cache=False, output_traces=True).pointing is None
@@ -156,19 +156,19 @@ def test_unknown_tokens_are_not_pointed_at():
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_tokens_survive_a_cache_of_any_type(kind):
+def test_token_ids_round_trip_through_caches_of_any_dtype(kind):
     ids = torch.tensor([[0, 255, 256, 31_999, 65_535, 999_999]])
     known, again = unpack_token_ids(pack_token_ids(ids, torch.zeros(1, 1, 6, 8, dtype=kind)))
     assert known.all() and torch.equal(again, ids)
 
 
-def test_half_of_a_key_is_the_previous_tokens():
+def test_shift_keys_takes_odd_dimensions_from_the_previous_token():
     key = torch.arange(12.0).view(1, 1, 3, 4)
     assert shift_keys(key).tolist() == [[[[0, 0, 2, 0], [4, 1, 6, 3], [8, 5, 10, 7]]]]
 
 
 @pytest.mark.parametrize("keys", [1, 2, 9])
-def test_one_new_query_reads_cached_keys_as_if_shifted(keys):
+def test_single_query_decoding_equals_attention_over_shifted_keys(keys):
     torch.manual_seed(0)
     query, key, value = torch.randn(2, 3, 1, 8), torch.randn(2, 3, keys, 8), torch.randn(2, 3, keys, 8)
     expected = attend(query, shift_keys(key), value, None, shifted=False, backend="sdpa")
@@ -177,8 +177,8 @@ def test_one_new_query_reads_cached_keys_as_if_shifted(keys):
 
 @pytest.mark.parametrize("layers", [1, 3])
 @torch.no_grad()
-def test_the_memory_head_is_used(layers):
-    """The feed-forward layer reads the previous token's value, and attention its key."""
+def test_feed_forward_layer_and_attention_use_the_previous_token(layers):
+    """The memory head: the feed-forward layer reads the previous token's value, attention its key."""
     ids = tokens(1, 12)
     changed = ids.clone()
     changed[0, 8] = 5 if ids[0, 8] != 5 else 6
@@ -214,8 +214,8 @@ def test_generation_is_the_same_with_any_cache_and_left_padding():
 
 
 @torch.no_grad()
-def test_padding_is_not_shifted_into_the_first_token():
-    """The first real token has no previous one, whatever pads the row on its left, with a cache or without."""
+def test_left_padding_is_not_shifted_into_the_first_token():
+    """The first real token has no previous token, whatever the padding, with or without a cache."""
     model, ids = make_model(), tokens(2, 10)
     expected = model(ids, use_cache=False).logits
     for filler in (0, 7):
@@ -229,7 +229,7 @@ def test_padding_is_not_shifted_into_the_first_token():
 
 
 class FakeKernels:
-    """flash_attn's and xformers' modules, whose kernels take and give ``[batch, seq, heads, head_dim]``."""
+    """Stand-ins for flash_attn and xformers, whose kernels use ``[batch, seq, heads, head_dim]``."""
 
     class LowerTriangularMask:
         pass
@@ -248,8 +248,8 @@ class FakeKernels:
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager", "flash_attn", "xformers"])
 @torch.no_grad()
-def test_every_backend_gives_the_same_and_decodes_by_its_own_kernel(backend, monkeypatch):
-    """In one pass, a prompt and then token by token from the cache, and with padding."""
+def test_attention_backends_match_and_decode_with_their_own_kernel(backend, monkeypatch):
+    """In a single pass, in cached decoding, and with padding."""
     ids, rest = tokens(2, 20), tokens(2, 3, seed=9)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
@@ -283,7 +283,7 @@ def test_an_unknown_backend_is_refused():
         make_model(attention_backend="magic")
 
 
-def test_switched_off_heads_have_no_weights():
+def test_disabled_heads_have_no_parameters():
     def count(**changes):
         return make_model(**changes).num_parameters()
 
@@ -302,7 +302,7 @@ def test_switched_off_heads_have_no_weights():
 
 
 @torch.no_grad()
-def test_traces_report_what_the_heads_did():
+def test_traces_match_the_heads_and_leave_logits_unchanged():
     model, ids = make_model(), tokens(2, 20)
     plain, traced = model(ids, use_cache=False), model(ids, use_cache=False, output_traces=True)
     assert torch.equal(plain.logits, traced.logits), "a trace must not change what it watches"
@@ -319,7 +319,7 @@ def test_traces_report_what_the_heads_did():
 
 
 @torch.no_grad()
-def test_traces_are_the_same_with_a_cache_and_refused_when_off():
+def test_traces_are_the_same_with_a_cache_and_refused_when_disabled():
     model, ids = make_model(), tokens(1, 20)
     whole = model(ids, use_cache=False, output_traces=True).traces
     first = model(ids[:, :12], use_cache=True)
@@ -330,21 +330,21 @@ def test_traces_are_the_same_with_a_cache_and_refused_when_off():
         make_model(trace_head=False)(ids, output_traces=True)
 
 
-def test_swiglu_spends_what_the_classic_layer_spends():
+def test_swiglu_width_matches_the_classic_parameter_count():
     assert swiglu_width(3072) == 2048
     assert swiglu_width(1024) == 704
     for ff_dim in (256, 768, 1024, 3072):
         assert 2 * ff_dim <= 3 * swiglu_width(ff_dim) < 2 * ff_dim + 3 * 64
 
 
-def test_heads_of_an_odd_width_are_refused():
+def test_head_dimensions_not_divisible_by_4_are_refused():
     with pytest.raises(ValueError, match="divisible by 4"):
         EnhancedGovernanceAttention(EnhancedSIMONEConfig(hidden_size=30, num_attention_heads=10), 0)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
-    """Each layer runs twice, which must not fill a cache that it was given twice."""
+    """Each layer runs twice and must not fill a given cache."""
     model, ids, gradients = make_model().train(), tokens(2, 12), []
     for cache in (None, DynamicCache()):
         if cache is not None:
@@ -357,8 +357,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
 
 
 @torch.no_grad()
-def test_a_trace_counts_distance_from_the_token_in_a_static_cache_too():
-    """Which holds more places than tokens."""
+def test_traces_are_the_same_with_a_static_cache():
+    """A static cache has more slots than tokens."""
     model, ids = make_model(), tokens(1, 10)
     expected = model(ids, use_cache=False, output_traces=True).traces
     cache = StaticCache(config=model.config, max_cache_len=40)
@@ -374,7 +374,7 @@ def test_saved_and_loaded_weights_give_the_same_logits(tmp_path):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_rmsnorm_is_torchs_forward_and_backward(dtype, tolerance):
+def test_rmsnorm_matches_torch_forward_and_backward(dtype, tolerance):
     torch.manual_seed(0)
     norm = RMSNorm(48)
     norm.weight.data.uniform_(0.5, 1.5)
@@ -394,7 +394,7 @@ def test_rmsnorm_is_torchs_forward_and_backward(dtype, tolerance):
         assert (mine.double() - right).norm() < tolerance * right.norm()
 
 
-def test_under_autocast_the_stream_stays_in_float32_and_attention_in_autocasts_type():
+def test_autocast_keeps_the_residual_stream_in_float32_and_attention_in_bfloat16():
     model, seen = make_model().train(), {}
     for number, layer in enumerate(model.layers):
         layer.register_forward_hook(lambda _, given, made, n=number: seen.update({n: (given[0].dtype, made[0].dtype)}))
@@ -410,7 +410,7 @@ def test_under_autocast_the_stream_stays_in_float32_and_attention_in_autocasts_t
         assert seen[f"attention {number}"] == {torch.bfloat16}, "the fused kernels want one type, tables included"
 
 
-def test_rmsnorm_sums_its_gradient_in_float32():
+def test_rmsnorm_accumulates_gradients_in_float32():
     torch.manual_seed(0)
     norm = RMSNorm(160)
     norm.weight.data.normal_()
@@ -422,7 +422,7 @@ def test_rmsnorm_sums_its_gradient_in_float32():
     assert (x.grad - exact.grad).norm() < 2.5e-3 * exact.grad.norm(), "2.8e-3 where the sum is rounded to bfloat16"
 
 
-def test_rmsnorm_gives_the_type_that_autocast_multiplies_in():
+def test_rmsnorm_output_has_the_autocast_dtype():
     norm, x = RMSNorm(16), torch.randn(2, 16, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         y = norm(x)

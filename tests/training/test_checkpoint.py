@@ -1,4 +1,4 @@
-"""Checkpoints are complete or absent; damage is named; rotation keeps the newest and the best."""
+"""Checkpoints are complete or absent; damage is detected; rotation keeps the newest and the best."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def save(root, step, **state):
     return save_checkpoint(root, step, tensors, {"best_step": step, **state})
 
 
-def test_what_goes_in_comes_out(tmp_path):
+def test_save_and_load_round_trip(tmp_path):
     save(tmp_path, 5, value=0.1 + 0.2)
     found = newest_checkpoint(tmp_path)
     assert (found.step, found.state["value"]) == (5, 0.1 + 0.2)
@@ -32,7 +32,7 @@ def test_what_goes_in_comes_out(tmp_path):
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
-def test_a_damaged_newest_one_is_set_aside_for_the_one_before(tmp_path, file, damage, caplog):
+def test_damaged_newest_checkpoint_is_set_aside_for_the_previous_one(tmp_path, file, damage, caplog):
     save(tmp_path, 1)
     path = save(tmp_path, 2) / file
     content = bytearray(path.read_bytes())
@@ -51,7 +51,7 @@ def test_a_damaged_newest_one_is_set_aside_for_the_one_before(tmp_path, file, da
     assert (tmp_path / "step-00000002.damaged").is_dir()
 
 
-def test_room_is_looked_for_before_anything_is_written(tmp_path):
+def test_free_space_is_checked_before_writing(tmp_path):
     save(tmp_path, 1)
     petabyte = torch.zeros(1).expand(2**48)
     with pytest.raises(OSError, match="needs .* MB, .* MB free"):
@@ -59,7 +59,7 @@ def test_room_is_looked_for_before_anything_is_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
-def test_a_checkpoint_for_a_signal_counts_for_nothing_but_the_next_start(tmp_path):
+def test_signal_only_checkpoints_serve_only_the_next_resume(tmp_path):
     for step in (10, 20, 30):
         save(tmp_path, step, best_step=10)
     for step in (31, 32, 33):
@@ -74,7 +74,7 @@ def test_a_checkpoint_for_a_signal_counts_for_nothing_but_the_next_start(tmp_pat
     assert [folder.name[-2:] for folder in checkpoint_folders(tmp_path)] == ["10", "30", "40"], "never fewer than two"
 
 
-def test_an_interrupted_write_is_no_checkpoint(tmp_path, monkeypatch):
+def test_failed_save_leaves_no_partial_checkpoint(tmp_path, monkeypatch):
     save(tmp_path, 1)
     monkeypatch.setattr(
         "mvlm_core.training.checkpoint.sha256_file", lambda path: (_ for _ in ()).throw(OSError("no space left"))
@@ -86,21 +86,21 @@ def test_an_interrupted_write_is_no_checkpoint(tmp_path, monkeypatch):
     assert newest_checkpoint(tmp_path).step == 1
 
 
-def test_rotation_keeps_the_newest_and_the_best_they_point_to(tmp_path):
+def test_rotation_keeps_the_newest_and_the_best_checkpoints(tmp_path):
     for step in range(1, 7):
         save(tmp_path, step, best_step=min(step, 2))
         rotate_checkpoints(tmp_path, keep=2)
     assert [folder.name[-1] for folder in checkpoint_folders(tmp_path)] == ["2", "5", "6"]
 
 
-def test_going_back_sets_later_ones_aside(tmp_path):
+def test_set_aside_later_hides_later_checkpoints(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
     set_aside_later(tmp_path, 1)
     assert newest_checkpoint(tmp_path).step == 1
 
 
-def test_resume_from_what_is_no_checkpoint(tmp_path):
+def test_resume_from_an_invalid_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such checkpoint"):
         named_checkpoint(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"manifest\.json is missing"):

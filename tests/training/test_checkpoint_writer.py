@@ -1,4 +1,4 @@
-"""The thread beside the training writes the tensors as they were, one save after the other, and tells its errors."""
+"""The background writer saves a snapshot of the tensors, one save at a time, and reports its errors."""
 
 import threading
 
@@ -8,7 +8,7 @@ import torch
 from mvlm_core.training.checkpoint_writer import CheckpointWriter
 
 
-def test_what_is_written_is_what_was_there_at_the_start():
+def test_tensors_are_snapshotted_when_the_write_starts():
     writer, go, written = CheckpointWriter(), threading.Event(), []
     weight = torch.zeros(4, 3).t()
 
@@ -27,7 +27,7 @@ def test_what_is_written_is_what_was_there_at_the_start():
     assert [float(one.unique()) for one in written] == [1, 2, 3]
 
 
-def test_one_at_a_time():
+def test_writes_do_not_overlap():
     writer, running, most, lock = CheckpointWriter(), 0, 0, threading.Lock()
 
     def write(_tensors):
@@ -46,7 +46,7 @@ def test_one_at_a_time():
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("anything else")])
-def test_an_error_is_raised_once_where_the_training_waits(error):
+def test_write_errors_are_raised_once_by_wait(error):
     def write(_tensors):
         raise error
 
@@ -59,7 +59,7 @@ def test_an_error_is_raised_once_where_the_training_waits(error):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_later_work_on_the_stream_does_not_reach_the_copy():
+def test_cuda_snapshot_ignores_later_work_on_the_stream():
     writer, written = CheckpointWriter(), []
     weight = torch.ones(64 << 20, device="cuda")
     writer.start({"model": {"w": weight}}, lambda tensors: written.append(tensors["model"]["w"].sum().item()))

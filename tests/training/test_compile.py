@@ -1,4 +1,4 @@
-"""The layers and the loss compile to few graphs without a break, and a training step never waits for the device."""
+"""The layers and the loss compile to few graphs without breaks, and a training step never waits for the device."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from tests.helpers import MODELS, StopAfter, make_loop, recipe_of, tiny_settings
 
 
 class Graphs(list):
-    """A backend of torch.compile that keeps the graphs and runs them as they are."""
+    """A torch.compile backend that records the graphs and runs them unchanged."""
 
     def __call__(self, graph, inputs):
         self.append(graph)
@@ -23,7 +23,7 @@ class Graphs(list):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """The graphs that the code under test has torch.compile make."""
+    """The graphs that torch.compile makes of the code under test."""
     found, real = Graphs(), torch.compile
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=found, **options))
@@ -59,10 +59,10 @@ def loss_and_gradients(made, sequences):
 
 
 @pytest.mark.parametrize(("model", "layers"), [("mvlm_gpt2", 1), ("simone_enhanced", 3)])
-def test_twelve_layers_are_one_to_three_graphs_of_fixed_shapes(model, layers, graphs, tmp_path):
-    """Model 2's first layer has no value residual, and its pointer is a graph.
+def test_twelve_layers_compile_to_few_graphs_with_static_shapes(model, layers, graphs, tmp_path):
+    """Model 2's first layer has no value residual, and its pointer is a separate graph.
 
-    The loss is a graph more, and model 2's coherence another one.
+    The loss is one more graph, and model 2's coherence loss another.
     """
     changes = {"coherence_weight": 0.3, "alignment_weight": 0.5} if model == "simone_enhanced" else {}
     plain, compiled = (built(model, tmp_path, compiled=each, **changes) for each in (False, True))
@@ -74,8 +74,8 @@ def test_twelve_layers_are_one_to_three_graphs_of_fixed_shapes(model, layers, gr
     assert len(graphs) == 2 * (layers + (2 if changes else 1)), "another micro-batch is other shapes"
 
 
-def test_the_micro_batch_can_be_halved_more_often_than_a_function_can_be_compiled(graphs, tiny_corpus, tmp_path):
-    """Without a reset torch.compile gives up at the ninth shape of a function, which ends the run."""
+def test_micro_batch_halving_does_not_hit_the_recompile_limit(graphs, tiny_corpus, tmp_path):
+    """Without a reset torch.compile gives up at a function's ninth shape, which ends the run."""
     assert torch._dynamo.config.recompile_limit == 8
     settings = tiny_settings("simone_enhanced", tiny_corpus, tmp_path, batch_size=32)
     loop = make_loop("simone_enhanced", settings, compiled=True)
@@ -94,7 +94,7 @@ def test_the_micro_batch_can_be_halved_more_often_than_a_function_can_be_compile
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails where a value is read off the device, as ``.item()`` and every ``if tensor`` do."""
+    """Fails when a value is read from the device, as by ``.item()`` or ``if tensor``."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
@@ -104,7 +104,7 @@ class NoWaiting(TorchDispatchMode):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("model", MODELS)
-def test_a_step_does_not_wait_for_the_device(model, optimizer, tiny_corpus, tmp_path):
+def test_training_step_does_not_synchronize_with_the_device(model, optimizer, tiny_corpus, tmp_path):
     loop = make_loop(model, tiny_settings(model, tiny_corpus, tmp_path, optimizer=optimizer, dropout=0.1))
     stop = StopAfter()
     with NoWaiting():
@@ -115,8 +115,8 @@ def test_a_step_does_not_wait_for_the_device(model, optimizer, tiny_corpus, tmp_
 
 
 @pytest.mark.parametrize(("model", "own", "of_the_teacher"), [("mvlm_gpt2", 2, 1), ("simone_enhanced", 5, 3)])
-def test_a_teacher_compiles_to_graphs_of_its_own(model, own, of_the_teacher, graphs, trained, tmp_path):
-    """It runs without gradients; a student must not use up what its teachers have left of the limit."""
+def test_teachers_compile_to_separate_graphs(model, own, of_the_teacher, graphs, trained, tmp_path):
+    """A teacher runs without gradients; student and teachers must not share one recompile limit."""
     settings = tiny_settings(model, trained / "corpus", tmp_path, teacher=str(trained / model))
     plain, compiled = (make_loop(model, settings, compiled=each) for each in (False, True))
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""The estimate against formulas, and against what a process really holds."""
+"""The cost estimate against formulas, and against the memory that a process really uses."""
 
 import json
 import os
@@ -18,7 +18,7 @@ SIZES = {
     "wide": {"hidden_dim": 256, "num_heads": 4, "ff_dim": 1024, "num_layers": 4, "batch_size": 8, "max_length": 256},
     "long": {"hidden_dim": 128, "num_heads": 2, "ff_dim": 512, "num_layers": 6, "batch_size": 4, "max_length": 512},
 }
-# For every model and size: estimate, then take two real steps and print how much memory they took.
+# For every model and size: estimate, then run two real steps and print how much memory they used.
 MEASURE = """
 import gc, json, sys
 from pathlib import Path
@@ -52,7 +52,7 @@ print(json.dumps({f"{model} {size}": measure(model, sizes[size]) for model in mo
 
 @pytest.fixture(scope="module")
 def measured():
-    # With a fixed threshold large blocks are returned at once; by default the C library keeps about half as much more.
+    # With a fixed threshold large blocks are returned at once; by default the C library keeps about half as much again.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", MEASURE, json.dumps([MODELS, SIZES])]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
@@ -63,12 +63,12 @@ def measured():
 @pytest.mark.skipif(sys.platform != "linux", reason="the C library's allocator is told how to behave")
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("model", MODELS)
-def test_the_estimate_is_what_a_step_takes(model, size, measured):
+def test_memory_estimate_matches_a_measured_step(model, size, measured):
     estimate, taken = measured[f"{model} {size}"]
     assert estimate == pytest.approx(taken, rel=0.25)
 
 
-def test_the_weights_of_all_teachers_are_in_memory(tmp_path):
+def test_memory_estimate_includes_the_weights_of_all_teachers(tmp_path):
     hardware = choose_hardware(device="cpu", precision="fp32")
 
     def memory(**changes):
@@ -81,8 +81,8 @@ def test_the_weights_of_all_teachers_are_in_memory(tmp_path):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_operations_are_those_of_the_formula(model, tmp_path):
-    """Six a weight of every product, twelve a layer for attention (arXiv 2204.02311), within 3 %."""
+def test_flops_per_token_match_the_published_formula(model, tmp_path):
+    """6 per matrix weight plus 12 · layers · width · context for attention (arXiv 2204.02311), within 3 %."""
     settings = tiny_settings(model, tmp_path, tmp_path, **SIZES["wide"], vocab_size=4096)
     settings.coherence_weight = 0.0
     hardware = choose_hardware(device="cpu", precision="fp32")
@@ -104,14 +104,14 @@ def test_micro_batches_are_halved_until_they_fit():
     assert [fits(size) for size in (80e9, 37e9, 36e9, 21e9, 20e9, 6e9, 5e9)] == [32, 32, 16, 16, 8, 1, None]
 
 
-def test_a_dry_run_says_what_it_costs_and_writes_nothing(tiny_corpus, tmp_path):
+def test_dry_run_prints_the_cost_and_writes_nothing(tiny_corpus, tmp_path):
     places = ["--data_dir", tiny_corpus, "--output_dir", tmp_path / "out", "--log_file", tmp_path / "log"]
     script = REPOSITORY / "SIM-ONE Training" / "enhanced_train.py"
     command = [sys.executable, script, "--preset", "h200", "--dry_run", *places]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "MFLOP per token" in done.stdout
-    # The whole estimate on small cards too, and what to choose there.
+    # Small GPUs are estimated too, with advice on the settings for them.
     for size, count in ((8, 4), (16, 16), (24, 32), (80, 32), (141, 32)):
         assert f"\n{size} GB: a micro-batch of {count} fits" in done.stdout
     assert "a GPU with 8 to 24 GB" in done.stdout and "--preset cpu --device cuda" in done.stdout
@@ -119,7 +119,7 @@ def test_a_dry_run_says_what_it_costs_and_writes_nothing(tiny_corpus, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 
-def test_a_dry_run_of_model_1_in_this_process(tiny_corpus, tmp_path, capsys):
+def test_in_process_dry_run_prints_the_cost_and_writes_nothing(tiny_corpus, tmp_path, capsys):
     settings = GPT2Settings(
         preset="h200", dry_run=True, data_dir=str(tiny_corpus), output_dir=str(tmp_path / "out"), device="cpu"
     )

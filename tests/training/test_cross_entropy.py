@@ -18,7 +18,7 @@ from mvlm_core.training.cross_entropy import linear_cross_entropy, rows_at_a_tim
 
 @pytest.mark.parametrize("rows", [1, 7, 1000])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_equals_full_logits(rows, weighted):
+def test_loss_and_gradients_match_full_logits(rows, weighted):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(3, 11, 8, generator=generator, dtype=torch.float32, requires_grad=True)
     weight = torch.randn(50, 8, generator=generator, requires_grad=True)
@@ -43,7 +43,7 @@ def test_equals_full_logits(rows, weighted):
 
 
 @pytest.mark.parametrize("rows", [7, 1000])
-def test_a_mixture_with_another_source_equals_full_logits(rows):
+def test_mixture_with_a_second_source_matches_full_logits(rows):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(3, 11, 8, generator=generator, requires_grad=True)
     weight = torch.randn(50, 8, generator=generator, requires_grad=True)
@@ -72,13 +72,13 @@ def test_a_mixture_with_another_source_equals_full_logits(rows):
         torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-6)
 
 
-def test_no_gradient_is_formed_when_none_is_wanted():
+def test_loss_requires_no_grad_when_the_inputs_do_not():
     hidden, weight = torch.randn(4, 8), torch.randn(20, 8)
     loss, _ = linear_cross_entropy(hidden, weight, torch.tensor([1, 2, 3, 4]))
     assert not loss.requires_grad
 
 
-def test_a_target_that_could_not_be_less_likely_still_has_a_loss_and_a_gradient():
+def test_extremely_unlikely_targets_have_exact_loss_and_gradients():
     hidden = torch.full((2, 4), 10.0, requires_grad=True)
     weight = torch.stack([torch.full((4,), value) for value in (30.0, 0.0, -30.0)]).requires_grad_()
     loss, nll = linear_cross_entropy(hidden, weight, torch.tensor([2, 0]))
@@ -87,7 +87,7 @@ def test_a_target_that_could_not_be_less_likely_still_has_a_loss_and_a_gradient(
     assert torch.equal(hidden.grad[0], torch.full((4,), 30.0)) and torch.equal(hidden.grad[1], torch.zeros(4))
 
 
-def test_under_autocast_the_products_are_in_its_precision():
+def test_autocast_computes_in_bf16_and_returns_fp32_gradients():
     torch.manual_seed(0)
     hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
     targets = torch.arange(6)
@@ -102,7 +102,7 @@ def test_under_autocast_the_products_are_in_its_precision():
 
 
 def both_ways(kernel, dtype, *, vocab=90, dim=16, rows=16, shape=(3, 16)):
-    """Loss, each token's loss and both gradients, from the same random numbers each time."""
+    """Loss, per-token loss and both gradients, from the same random inputs each time."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(*shape, dim, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(vocab, dim, generator=generator, requires_grad=True)
@@ -114,7 +114,7 @@ def both_ways(kernel, dtype, *, vocab=90, dim=16, rows=16, shape=(3, 16)):
 
 
 def assert_equal_to_rounding(found, expected, dtype):
-    """Sums in another order in float32; in bfloat16 a gradient of the logits may round the other way."""
+    """float32 sums run in another order; in bfloat16 a gradient of the logits may round the other way."""
     for ours, theirs in zip(found[:2], expected[:2], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=2e-6)
     step = 2**-8 if dtype == torch.bfloat16 else 1e-6
@@ -125,19 +125,19 @@ def assert_equal_to_rounding(found, expected, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", [{"vocab": 64}, {"vocab": 90}, {"rows": 7}, {"rows": 1000}, {"shape": (2, 13)}])
-def test_the_function_that_is_compiled_is_the_same_loss(case, dtype, monkeypatch):
+def test_compiled_kernel_run_eagerly_matches_blocks(case, dtype, monkeypatch):
     monkeypatch.setattr(cross_entropy, "compiled_block", lambda function: function)
     assert_equal_to_rounding(both_ways("compiled", dtype, **case), both_ways("blocks", dtype, **case), dtype)
 
 
 @pytest.mark.skipif(compiler_problem() is not None, reason=str(compiler_problem()))
-def test_compiled_it_still_is():
-    """One compilation for each type, some ten seconds together."""
+def test_compiled_kernel_matches_blocks():
+    """One compilation per dtype, about ten seconds in total."""
     for dtype in (torch.float32, torch.bfloat16):
         assert_equal_to_rounding(both_ways("compiled", dtype), both_ways("blocks", dtype), dtype)
 
 
-def test_blocks_have_one_size_where_one_fits():
+def test_even_rows_chooses_equal_blocks_where_possible():
     assert cross_entropy.even_rows(32 * 1024, 4194) == 4096
     assert cross_entropy.even_rows(32 * 1023, 4194) == 4092
     assert cross_entropy.even_rows(100, 4194) == 100
@@ -148,10 +148,10 @@ def test_blocks_have_one_size_where_one_fits():
 
 
 class CountBytes(TorchDispatchMode):
-    """Adds up what each operation reads and writes, without views and allocations.
+    """Counts the bytes that each operation reads and writes, without views and allocations.
 
-    A sum that is added to is read and written, which the operation says by taking and returning it. Of what is
-    gathered from and scattered to, only the elements in question count.
+    An accumulated sum is both an input and an output of its operation, so it counts as read and written. For gather
+    and scatter only the selected elements count.
     """
 
     def __init__(self):
@@ -172,7 +172,7 @@ class CountBytes(TorchDispatchMode):
 
 
 def bytes_of_the_schedule(rows, vocab, dim):
-    """What Inductor's kernels read and write for one block in bfloat16: it is run up to their schedule, on fake
+    """Bytes that Inductor's kernels read and write for one block in bfloat16; it runs up to the schedule, on fake
     tensors, so nothing is compiled."""
     kernels = []
 
@@ -211,7 +211,7 @@ def bytes_of_the_loss(kernel, tokens, vocab, dim, monkeypatch):
     return counter.moved
 
 
-def test_compiled_it_moves_less_than_half_of_the_bytes(monkeypatch):
+def test_compiled_kernel_moves_less_than_half_the_bytes(monkeypatch):
     """A step of the h200 preset, 32 sequences of 1,024 tokens, over 32,000 entries."""
     product, rest = bytes_of_the_schedule(4096, 32000, 768)
     logits = 4096 * 32000 * 2

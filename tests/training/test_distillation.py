@@ -1,4 +1,4 @@
-"""Distillation: the loss by hand, teachers and student that resume to the bit, wrong teachers told."""
+"""Distillation: the loss by hand, bit-identical resuming, and refused teachers."""
 
 import json
 import shutil
@@ -29,8 +29,8 @@ def first_loss(loop):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_loss_is_the_share_of_what_teacher_and_student_say_by_their_logits(model, trained, corpus, tmp_path):
-    """Against the plain forward passes of transformers; a student that is its teacher scores the teacher's entropy."""
+def test_distillation_loss_matches_plain_transformers_logits(model, trained, corpus, tmp_path):
+    """A student identical to its teacher scores the teacher's entropy."""
     settings = tiny_settings(model, corpus, tmp_path, teacher=str(trained / model))
     loop = make_loop(model, settings)
     inputs, scored = first_loss(loop)
@@ -44,7 +44,7 @@ def test_the_loss_is_the_share_of_what_teacher_and_student_say_by_their_logits(m
     _, plain = first_loss(alone)
     expected = (1 - TEACHER_SHARE) * plain.total + TEACHER_SHARE * soft
     torch.testing.assert_close(scored.total, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(scored.train_loss, plain.train_loss)  # stays the cross-entropy of the text
+    torch.testing.assert_close(scored.train_loss, plain.train_loss)  # remains the cross-entropy of the text
 
     loop.task.model.load_state_dict(teacher.state_dict())
     _, same = first_loss(loop)
@@ -52,7 +52,7 @@ def test_the_loss_is_the_share_of_what_teacher_and_student_say_by_their_logits(m
     torch.testing.assert_close(same.parts["distillation_loss"], entropy, rtol=1e-5, atol=1e-6)
 
 
-def test_teachers_and_student_divide_seeds_time_and_folders(tmp_path):
+def test_stages_divide_seeds_time_and_folders(tmp_path):
     lengths = {"max_hours": 1.2, "max_steps": 10, "num_epochs": 9.0}
     settings = tiny_settings("mvlm_gpt2", tmp_path, tmp_path, num_models=3, seed=5, teacher_epochs=2.5, **lengths)
     first, second, student = stages(settings)
@@ -79,8 +79,8 @@ def teachers_in(folder, count=2):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_micro_batch_draws_one_of_the_teachers_again_the_same(model, trained, corpus, tmp_path):
-    """Alone each teacher gives its own loss; together they give the one or the other, by the micro-batch's seed."""
+def test_each_micro_batch_draws_one_teacher_reproducibly(model, trained, corpus, tmp_path):
+    """With two teachers each micro-batch has the loss of one of them, chosen by the micro-batch's seed."""
     other = run_training(recipe_of(model), tiny_settings(model, corpus, tmp_path / "other", seed=7))
     places = [str(trained / model), str(other)]
 
@@ -97,7 +97,7 @@ def test_every_micro_batch_draws_one_of_the_teachers_again_the_same(model, train
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_student_interrupted_ends_with_the_same_bits(model, corpus, tmp_path):
+def test_interrupted_student_resumes_bit_identically(model, corpus, tmp_path):
     values = {"num_models": 3, "dropout": 0.1, "max_steps": 8}
     whole = run_training(recipe_of(model), tiny_settings(model, corpus, tmp_path / "a", **values))
     other = tiny_settings(model, corpus, tmp_path / "b", **values)
@@ -121,7 +121,7 @@ def test_a_student_interrupted_ends_with_the_same_bits(model, corpus, tmp_path):
     assert "distillation_loss" in history[0]
 
 
-def test_a_finished_run_of_two_models_trains_nothing_again(corpus, tmp_path, caplog):
+def test_rerun_of_finished_teacher_and_student_trains_nothing(corpus, tmp_path, caplog):
     settings = tiny_settings("mvlm_gpt2", corpus, tmp_path, num_models=2, max_steps=4)
     folder = run_training(recipe_of("mvlm_gpt2"), settings)
     before = (folder / "model.safetensors").read_bytes()
@@ -131,7 +131,7 @@ def test_a_finished_run_of_two_models_trains_nothing_again(corpus, tmp_path, cap
     assert (folder / "model.safetensors").read_bytes() == before
 
 
-def test_fresh_trains_both_models_again_and_keeps_the_new_teacher(corpus, tmp_path):
+def test_fresh_retrains_teacher_and_student(corpus, tmp_path):
     def run(**changes):
         settings = tiny_settings("mvlm_gpt2", corpus, tmp_path, num_models=2, max_steps=4, **changes)
         return run_training(recipe_of("mvlm_gpt2"), settings)
@@ -144,7 +144,7 @@ def test_fresh_trains_both_models_again_and_keeps_the_new_teacher(corpus, tmp_pa
     assert not verify_folder(teacher) and not verify_folder(folder)
 
 
-def test_a_teacher_that_does_not_fit_is_refused_with_every_reason(trained, corpus, tmp_path):
+def test_unsuitable_teachers_are_refused_with_every_reason(trained, corpus, tmp_path):
     def problems(model="mvlm_gpt2", **changes):
         settings = tiny_settings(model, corpus, tmp_path, **{"teacher": str(trained / "mvlm_gpt2")} | changes)
         with pytest.raises(UserError) as error:
@@ -163,8 +163,8 @@ def test_a_teacher_that_does_not_fit_is_refused_with_every_reason(trained, corpu
     assert "different tokenizer" in problems("simone_enhanced")[0]
 
 
-def test_another_teacher_is_another_run(trained, corpus, tmp_path):
-    """Its checkpoint is not resumed, and a finished model is not taken for that of this one."""
+def test_finished_run_without_the_teacher_is_rejected(trained, corpus, tmp_path):
+    """A model trained without the teacher is not taken for the result of this run."""
     model = "mvlm_gpt2"
     run_training(recipe_of(model), tiny_settings(model, corpus, tmp_path, max_steps=4))
     with pytest.raises(UserError, match="--teacher, its manifest was None"):

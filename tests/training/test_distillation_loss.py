@@ -21,7 +21,7 @@ def prediction(seed, width, pointer, dtype=torch.float64):
         scores = draw(BATCH, SEQ, SEQ + 1).detach()
         hidden = torch.ones(SEQ, SEQ, dtype=torch.bool).triu(1)
         log = scores.masked_fill(torch.nn.functional.pad(hidden, (1, 0)), torch.finfo(dtype).min).log_softmax(-1)
-        ids = torch.randint(9, (BATCH, SEQ), generator=generator)  # few different ones: tokens of one id add up
+        ids = torch.randint(9, (BATCH, SEQ), generator=generator)  # few distinct ids: positions with the same id add up
         pointing = log[..., 0].requires_grad_(), log[..., 1:].requires_grad_(), ids
     return Prediction(draw(BATCH, SEQ, width), draw(VOCAB, width), pointing)
 
@@ -37,7 +37,7 @@ def differentiable(model):
 
 @pytest.mark.parametrize("rows", [100, 4, 1])
 @pytest.mark.parametrize("pointers", [(False, False), (True, True), (True, False), (False, True)])
-def test_loss_and_gradients_are_those_of_autograd(rows, pointers, monkeypatch):
+def test_loss_and_gradients_match_autograd(rows, pointers, monkeypatch):
     monkeypatch.setattr(module, "LEAST_ROWS", rows)
     monkeypatch.setattr(module, "rows_at_a_time", lambda *_shape: 1)
     student, teacher = prediction(0, DIM, pointers[0]), prediction(1, 2 * DIM, pointers[1])
@@ -58,7 +58,7 @@ def test_loss_and_gradients_are_those_of_autograd(rows, pointers, monkeypatch):
 
 
 @pytest.mark.parametrize("pointer", [False, True])
-def test_the_compiled_kernel_agrees(pointer):
+def test_compiled_kernel_matches_blocks(pointer):
     student, teacher = (prediction(seed, DIM, pointer, torch.float32) for seed in (0, 1))
     targets = torch.randint(9, (BATCH, SEQ), generator=torch.Generator().manual_seed(2))
     results = [distillation_loss(student, teacher, targets, 0.7, kernel=kernel) for kernel in ("blocks", "compiled")]
@@ -68,7 +68,7 @@ def test_the_compiled_kernel_agrees(pointer):
 
 
 @pytest.mark.parametrize("pointer", [False, True])
-def test_probabilities_that_underflow_leave_everything_finite(pointer):
+def test_loss_and_gradients_stay_finite_when_probabilities_underflow(pointer):
     """The student is sure of a wrong token; its gradient still points to the right one."""
     student, teacher = (prediction(seed, DIM, pointer, torch.float32) for seed in (0, 1))
     with torch.no_grad():

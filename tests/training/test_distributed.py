@@ -1,4 +1,4 @@
-"""Two processes give what one gives: the same curve, the same files, and either resumes the other's checkpoint."""
+"""Several ranks match a single process: same curve, same files, and either resumes the other's checkpoint."""
 
 import os
 import signal
@@ -50,7 +50,7 @@ def weights(folder, model):
     return newest_checkpoint(folder / model / "checkpoints").tensors("model")
 
 
-def test_every_item_is_in_one_part():
+def test_parts_cover_every_item_once_and_are_balanced():
     for world in (1, 2, 3, 8):
         parts = [list(Ranks(rank, world).part(10)) for rank in range(world)]
         assert sum(parts, []) == list(range(10))
@@ -63,14 +63,14 @@ def test_every_item_is_in_one_part():
 
 
 def in_ranks(world, work):
-    """``work(ranks)`` in forked ranks, which have imported everything already; each must end well."""
+    """Runs ``work(ranks)`` in forked ranks, which have imported everything already; each must succeed."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked child cannot use its parent's threads
     with tempfile.TemporaryDirectory() as folder:
         if (main := os.fork()) == 0:
             try:
                 rank = fork_ranks(world, Path(folder))
-                signal.alarm(100)  # one that waits for ever must not keep the tests waiting
+                signal.alarm(100)  # a rank that hangs must not block the tests
                 work(join("cpu"))
                 codes = [os.wait()[1] for _ in range(1, world)] if rank == 0 else []
                 os._exit(int(any(codes)))
@@ -83,7 +83,7 @@ def in_ranks(world, work):
 
 
 def by(world, *arguments, **more):
-    """``distributed_run.run`` by so many ranks."""
+    """``distributed_run.run`` with ``world`` ranks."""
     in_ranks(world, lambda ranks: distributed_run.run(*arguments, ranks, **more))
 
 
@@ -97,8 +97,8 @@ def alone(*arguments, **more):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shared", [True, False])
-def test_sums_are_the_sums_and_the_same_bits_on_all_ranks(dtype, shared, monkeypatch):
-    monkeypatch.setattr(launch, "SHARED_BYTES", 4096)  # so that a sum goes through it in many pieces
+def test_collectives_are_correct_and_identical_on_all_ranks(dtype, shared, monkeypatch):
+    monkeypatch.setattr(launch, "SHARED_BYTES", 4096)  # so that a sum is split into many pieces
 
     def work(ranks):
         def mine(rank):
@@ -123,8 +123,8 @@ def test_sums_are_the_sums_and_the_same_bits_on_all_ranks(dtype, shared, monkeyp
     in_ranks(3, work)
 
 
-def test_a_stopped_rank_is_not_waited_for_in_vain(tiny_corpus, tmp_path, monkeypatch):
-    """After the first step the others give up; a slow first step or a slow save of the main rank is waited for."""
+def test_hung_rank_ends_the_run_after_a_timeout(tiny_corpus, tmp_path, monkeypatch):
+    """Ranks time out only after the first step; a slow first step and a slow save by the main rank are tolerated."""
     monkeypatch.setattr(distributed, "_STEP_TIMEOUT", timedelta(seconds=2))
 
     def work(ranks):
@@ -152,7 +152,7 @@ def test_a_stopped_rank_is_not_waited_for_in_vain(tiny_corpus, tmp_path, monkeyp
     in_ranks(2, work)
 
 
-def test_nobody_waits_in_an_operation_while_the_first_rank_prepares_the_text(monkeypatch):
+def test_waiting_for_the_first_rank_uses_no_collectives(monkeypatch):
     def work(ranks):
         started = time.monotonic()
         if ranks.is_main:
@@ -167,7 +167,7 @@ def test_nobody_waits_in_an_operation_while_the_first_rank_prepares_the_text(mon
 
 
 def check_curve(folder, model, expected):
-    """Losses, bytes and scores to rounding, and the last weights, of the run in ``expected``."""
+    """Losses, scores and final weights match the run in ``expected`` up to rounding, and bytes match exactly."""
     (losses, sizes, scores), (other, other_sizes, other_scores) = curve(expected, model), curve(folder, model)
     assert len(losses) == 50 and len(scores) == 5
     assert other == pytest.approx(losses, rel=0, abs=1e-8)
@@ -178,7 +178,7 @@ def check_curve(folder, model, expected):
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-7)
 
 
-# Who makes the steps up to each of these: by turns, each from the checkpoint of the one before.
+# (ranks, steps) of each part of a run; each part resumes from the checkpoint of the one before.
 TURNS = {"two": [(2, 99)], "four": [(4, 99)], "turns": [(1, 13), (2, 10), (4, 12), (1, 99)]}
 
 
@@ -193,8 +193,8 @@ TURNS = {"two": [(2, 99)], "four": [(4, 99)], "turns": [(1, 13), (2, 10), (4, 12
         pytest.param("simone_enhanced", "four", marks=pytest.mark.integration),
     ],
 )
-def test_several_processes_give_the_curve_of_one(model, turns, tiny_corpus, tmp_path, monkeypatch):
-    """Fifty steps in float64, in buckets of a few matrices; model 2's coherence part ends half-way."""
+def test_several_ranks_reproduce_the_single_process_run(model, turns, tiny_corpus, tmp_path, monkeypatch):
+    """Fifty steps in float64, in buckets of a few matrices; model 2's coherence loss ends half-way."""
     monkeypatch.setattr(gradient_sync, "BUCKET_MB", 0.05)
     alone(tiny_corpus, tmp_path / "alone", model, 99)
     for world, steps in TURNS[turns]:
@@ -202,7 +202,7 @@ def test_several_processes_give_the_curve_of_one(model, turns, tiny_corpus, tmp_
     check_curve(tmp_path / "others", model, tmp_path / "alone")
 
 
-def test_further_training_starts_alike_in_all_processes(trained, tmp_path):
+def test_further_training_on_two_ranks_matches_one_process(trained, tmp_path):
     corpus, more = trained / "corpus", {"init_from": str(trained / "mvlm_gpt2"), "data_subset": "bible/plain"}
     more |= {"replay": f"{corpus}=0.25", "max_steps": 6, "eval_interval": 3}
     alone(corpus, tmp_path / "alone", "mvlm_gpt2", 99, **more)
@@ -220,9 +220,9 @@ def test_further_training_starts_alike_in_all_processes(trained, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_three_ranks_on_eight_sequences_one_of_which_runs_out_of_memory(where, tiny_corpus, tmp_path, monkeypatch):
-    """Parts of 2, 3 and 3 sequences. Memory runs out in the last rank alone, before it has exchanged a gradient or
-    after its first bucket: the others wait for it, and all start the step again."""
+def test_out_of_memory_on_one_rank_restarts_the_step_on_all(where, tiny_corpus, tmp_path, monkeypatch):
+    """Parts of 2, 3 and 3 sequences. Only the last rank runs out of memory, before it has exchanged a gradient or
+    after its first bucket: the others wait for it, and all restart the step."""
     monkeypatch.setattr(gradient_sync, "BUCKET_MB", 0.01)
     alone(tiny_corpus, tmp_path / "alone", "simone_enhanced", 12)
 
@@ -258,7 +258,7 @@ def test_three_ranks_on_eight_sequences_one_of_which_runs_out_of_memory(where, t
 
 
 @pytest.mark.integration
-def test_torchrun_gives_the_curve_of_one(tiny_corpus, tmp_path):
+def test_torchrun_reproduces_the_single_process_run(tiny_corpus, tmp_path):
     alone(tiny_corpus, tmp_path / "alone", "simone_enhanced", 99)
     result = start(2, tiny_corpus, tmp_path / "two", "simone_enhanced", 99)
     assert result.returncode == 0, result.stderr
@@ -266,8 +266,8 @@ def test_torchrun_gives_the_curve_of_one(tiny_corpus, tmp_path):
 
 
 @pytest.mark.integration
-def test_two_machines_give_the_curve_of_one(tiny_corpus, tmp_path):
-    """Two machines of one process each, both on the loopback, as docs/h200.md starts them."""
+def test_two_nodes_reproduce_the_single_process_run(tiny_corpus, tmp_path):
+    """Two nodes of one process each, both on the loopback, started as in docs/h200.md."""
     alone(tiny_corpus, tmp_path / "alone", "mvlm_gpt2", 99)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -289,7 +289,7 @@ def test_two_machines_give_the_curve_of_one(tiny_corpus, tmp_path):
 
 
 @pytest.mark.integration
-def test_a_failing_process_ends_the_run_of_torchrun(tiny_corpus, tmp_path):
+def test_failing_rank_ends_the_torchrun_run(tiny_corpus, tmp_path):
     script = tmp_path / "one_fails.py"
     script.write_text(
         "import os\nfrom tests.training import distributed_run\n"

@@ -1,4 +1,4 @@
-"""Broken numbers: a bad step is skipped, a bad stretch is undone, and a guard with nothing to do changes nothing."""
+"""Divergence: a non-finite step is skipped, a diverged run is rolled back, and an idle guard changes nothing."""
 
 import math
 
@@ -15,7 +15,7 @@ from tests.training.test_loop import everything_on, final_state
 
 
 def breaking_loop(model, corpus, work, breaks, **changes):
-    """A real run whose loss is multiplied by what ``breaks(step, learning rate)`` gives."""
+    """A real run whose loss is multiplied by ``breaks(step, learning rate)``."""
     settings = tiny_settings(model, corpus, work, **{"dropout": 0.1, **changes})
     loop = make_loop(model, settings)
     real = loop.task.loss
@@ -31,7 +31,7 @@ def breaking_loop(model, corpus, work, breaks, **changes):
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_broken_step_leaves_weights_and_optimizer_as_they_were(model, value, tiny_corpus, tmp_path):
+def test_non_finite_step_leaves_weights_and_optimizer_unchanged(model, value, tiny_corpus, tmp_path):
     def weights_after(steps, breaks):
         loop = breaking_loop(model, tiny_corpus, tmp_path / f"{steps}", breaks, max_steps=12)
         with pytest.raises(Stopped):
@@ -48,7 +48,7 @@ def test_a_broken_step_leaves_weights_and_optimizer_as_they_were(model, value, t
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_guard_with_nothing_to_do_changes_no_bit(kind):
+def test_finite_steps_are_bit_identical_with_and_without_the_guard(kind):
     def train(found_inf):
         torch.manual_seed(3)
         layers = torch.nn.ModuleList([torch.nn.Embedding(40, 48), torch.nn.Linear(48, 64), torch.nn.Linear(64, 40)])
@@ -67,10 +67,10 @@ def test_a_guard_with_nothing_to_do_changes_no_bit(kind):
         assert torch.equal(with_guard, without)
 
 
-def test_a_bad_stretch_is_undone_and_a_stop_in_between_changes_nothing(tiny_corpus, tmp_path, monkeypatch):
-    """NaN from step 8 on at the full rate: back to the checkpoint of step 5, on with half of the rate.
+def test_divergence_is_rolled_back_identically_with_and_without_interruptions(tiny_corpus, tmp_path, monkeypatch):
+    """NaN from step 8 on at the full rate: rolled back to the checkpoint of step 5, continued at half the rate.
 
-    That checkpoint is still on its way to the disk then.
+    That checkpoint is still being written at that time.
     """
     monkeypatch.setattr("mvlm_core.training.checkpoint_writer.Thread", DelayedThread)
     monkeypatch.setattr("mvlm_core.training.time_budget.learning_rate_scale", lambda *_: 1.0)
@@ -103,7 +103,7 @@ def test_a_bad_stretch_is_undone_and_a_stop_in_between_changes_nothing(tiny_corp
         assert whole[2:] == stopped[2:]
 
 
-def test_it_gives_up_after_a_few_tries(tiny_corpus, tmp_path):
+def test_training_fails_after_three_rollbacks(tiny_corpus, tmp_path):
     loop = breaking_loop(
         "mvlm_gpt2", tiny_corpus, tmp_path, lambda step, rate: math.nan if step > 6 else 1.0, max_steps=40
     )
@@ -113,7 +113,7 @@ def test_it_gives_up_after_a_few_tries(tiny_corpus, tmp_path):
     assert all(record.get("skipped", False) == (record["step"] > 6) for record in read_history(loop.step_log.path))
 
 
-def test_a_sustained_spike_counts_and_a_single_one_does_not():
+def test_sustained_spikes_trigger_a_rollback_and_single_ones_do_not():
     noise = torch.Generator().manual_seed(0)
     losses = (3 + 0.1 * torch.randn(400, generator=noise)).tolist()
     calm = GuardState()
@@ -126,7 +126,7 @@ def test_a_sustained_spike_counts_and_a_single_one_does_not():
 
 
 @pytest.mark.parametrize(("loss", "skipped"), [(9.0, False), (math.nan, True)])
-def test_trouble_began_at_the_first_step_of_a_streak(loss, skipped):
+def test_trouble_since_is_the_first_step_of_a_streak(loss, skipped):
     guard = GuardState()
     for step in range(1, 201):
         guard.observe(step, 3.0, False)
@@ -137,13 +137,13 @@ def test_trouble_began_at_the_first_step_of_a_streak(loss, skipped):
     assert guard.trouble_since is None
 
 
-def test_a_falling_loss_is_no_trouble():
+def test_falling_loss_triggers_no_rollback():
     guard = GuardState()
     assert not any(guard.observe(step, 8 * 0.99**step + 1, False) for step in range(1, 600))
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_guards_memory_survives_a_resume(model, tiny_corpus, tmp_path):
+def test_guard_state_is_restored_on_resume(model, tiny_corpus, tmp_path):
     changes = {**everything_on(model), "max_steps": 10}
     nan_at = lambda step, rate: math.nan if step in (3, 4, 7) else 1.0  # noqa: E731
     whole = breaking_loop(model, tiny_corpus, tmp_path / "a", nan_at, **changes)

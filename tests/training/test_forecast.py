@@ -26,7 +26,7 @@ def test_a_power_law_is_extrapolated_exactly():
     assert law.relative_error() == pytest.approx(0)
 
 
-def test_a_floor_is_found_and_is_the_error():
+def test_forecast_error_spans_the_fits_with_and_without_a_floor():
     def score(size):
         return 0.5 + 30 * size**-0.2
 
@@ -39,8 +39,8 @@ def test_a_floor_is_found_and_is_the_error():
     assert law.relative_error() == pytest.approx(score(middle) ** 2 / score(SIZES[0]) / score(largest) - 1)
 
 
-def test_scores_that_fall_ever_faster_have_no_floor():
-    """The error is that of the check for each step in size."""
+def test_accelerating_scores_have_no_floor():
+    """The error is the relative error of the fit, once for each step in size."""
     law = Law(((1_000_000, 3.0), (4_000_000, 2.5), (16_000_000, 2.0)), ((1, 1.0),), 0.0)
     assert law.floor() == 0 and law.relative_error() == pytest.approx(2.5**2 / 3 / 2 - 1)
     found = law.forecast(256_000_000, 1)  # two more steps
@@ -48,7 +48,7 @@ def test_scores_that_fall_ever_faster_have_no_floor():
     assert found.error == pytest.approx(2 * law.relative_error() * found.bits_per_byte)
 
 
-def test_gains_are_interpolated_in_the_logarithm_of_compute_and_end():
+def test_gains_are_interpolated_in_log_compute_and_clamped():
     law = law_of(lambda size: 2.0, gain_error=0.01)
     ratios = {0.5: 1, 1: 1, 2: 0.98, 4: 0.96, 8: 0.93, 16: 0.9, 1000: 0.9}
     for compute, ratio in ratios.items():
@@ -56,7 +56,7 @@ def test_gains_are_interpolated_in_the_logarithm_of_compute_and_end():
         assert found.bits_per_byte == pytest.approx(2 * ratio) and found.error == pytest.approx(2 * 0.01)
 
 
-def test_a_forecast_names_lengths_that_suffice_for_one_model():
+def test_description_lists_run_lengths_long_enough_for_one_model():
     law = law_of(lambda size: 2.0, gain_error=0.01)
     first, second = law.describe(SIZES[-1], seconds=3600 * 4, alone=3600)
     assert "1.92 ± 0.02 (this run), 2.00 ± 0.02 (1 h)" in first and "(6 h)" in first and "(0.1 h)" not in first
@@ -65,7 +65,7 @@ def test_a_forecast_names_lengths_that_suffice_for_one_model():
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_dry_run_forecasts_runs_like_those_measured(model, tiny_corpus, tmp_path):
+def test_dry_run_forecasts_only_runs_similar_to_the_measured_ones(model, tiny_corpus, tmp_path):
     shape = {"hidden_dim": 96, "num_heads": 2, "ff_dim": 384, "num_layers": 2, "data_subset": None, "max_steps": None}
     settings = tiny_settings(model, tiny_corpus, tmp_path, preset="h200", num_epochs=3.0, **shape)
     recipe, hardware = recipe_of(model), choose_hardware(device="cpu", precision="fp32")
@@ -80,7 +80,7 @@ def test_a_dry_run_forecasts_runs_like_those_measured(model, tiny_corpus, tmp_pa
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_laws_are_measurements_of_the_log(model):
+def test_laws_match_the_measurements_in_the_log(model):
     law, log = recipe_of(model).law, page("benchmarks/LOG.md")
     assert [size for size, _ in law.scores] == sorted(size for size, _ in law.scores)
     assert law.gains[0] == (1, 1) and list(law.gains) == sorted(law.gains)

@@ -1,4 +1,4 @@
-"""Gradients do not depend on how the batch is divided, and a micro-batch that does not fit is halved."""
+"""Gradients do not depend on how the batch is split, and a micro-batch that does not fit is halved."""
 
 import weakref
 
@@ -11,7 +11,7 @@ from mvlm_core.training.history import read_history
 from tests.helpers import StopAfter, make_loop, tiny_settings
 
 
-def test_accumulation_changes_the_losses_by_rounding_only(tiny_corpus, tmp_path):
+def test_gradient_accumulation_matches_one_large_batch(tiny_corpus, tmp_path):
     curves = []
     for name, changes in (("whole", {"batch_size": 8}), ("parts", {"batch_size": 2, "gradient_accumulation_steps": 4})):
         loop = make_loop("simone_enhanced", tiny_settings("simone_enhanced", tiny_corpus, tmp_path / name, **changes))
@@ -43,7 +43,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_curve(tiny_corpus, t
         run_with_memory_for(0, tiny_corpus, tmp_path / "none")
 
 
-def test_the_failed_step_is_forgotten_before_the_micro_batch_is_halved(tiny_corpus, tmp_path, monkeypatch):
+def test_activations_of_a_failed_step_are_freed_before_halving(tiny_corpus, tmp_path, monkeypatch):
     loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, batch_size=8))
     real, halve, activations, alive = loop.task.loss, loop.gradients._halve, [], []
 
@@ -66,7 +66,7 @@ def test_the_failed_step_is_forgotten_before_the_micro_batch_is_halved(tiny_corp
     assert len(activations) == 4 and loop.state.micro_batch == 2 and not any(alive)
 
 
-def test_memory_that_runs_out_later_is_answered_too_and_the_answer_kept(tiny_corpus, tmp_path):
+def test_a_late_out_of_memory_error_halves_the_micro_batch_for_good(tiny_corpus, tmp_path):
     def loop(folder):
         return make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, folder, batch_size=8, max_steps=10))
 
@@ -88,7 +88,7 @@ def test_memory_that_runs_out_later_is_answered_too_and_the_answer_kept(tiny_cor
     assert curves[0][:5] == curves[1][:5] and curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
-def test_the_trial_before_the_first_step_leaves_no_trace(tiny_corpus, tmp_path):
+def test_micro_batch_trial_does_not_affect_training(tiny_corpus, tmp_path):
     found = []
     for trial in (True, False):
         loop = make_loop(

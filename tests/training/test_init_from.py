@@ -1,4 +1,4 @@
-"""Further training: from an export's weights, exactly resumable, gains and forgetting measured, wrong uses told."""
+"""Further training from an export's weights: exact resuming, measured gain and forgetting, refused arguments."""
 
 import json
 import logging
@@ -47,7 +47,7 @@ def corpus(trained):
 
 
 def further(model, trained, work, **changes):
-    """Settings of a run that goes on from the tiny export of the King James text with the other translation."""
+    """Settings of a run that continues the tiny King James export with the other translation."""
     corpus = trained / "corpus"
     changes = {"init_from": str(trained / model), "data_subset": "bible/plain", "replay": f"{corpus}=1/4"} | changes
     return tiny_settings(model, changes.pop("data_dir", corpus), work, **changes)
@@ -58,7 +58,7 @@ def scores(model_dir, documents):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_gained_and_forgotten_are_what_the_two_exports_score(model, trained, corpus, tmp_path):
+def test_gain_and_forgetting_match_the_scores_of_both_exports(model, trained, corpus, tmp_path):
     folder = run_training(recipe_of(model), further(model, trained, tmp_path))
     config = training_config(folder, "settings", "results")
     results = config["results"]
@@ -77,7 +77,7 @@ def test_gained_and_forgotten_are_what_the_two_exports_score(model, trained, cor
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_it_starts_from_the_exports_weights_and_resumes_to_the_bit(model, trained, tmp_path):
+def test_training_starts_from_the_exports_weights_and_resumes_bit_identically(model, trained, tmp_path):
     settings = {place: further(model, trained, tmp_path / place) for place in ("whole", "parts")}
     whole = make_loop(model, settings["whole"])
     first = load_file(trained / model / "model.safetensors")
@@ -95,7 +95,7 @@ def test_it_starts_from_the_exports_weights_and_resumes_to_the_bit(model, traine
     assert losses[0] == losses[1] and len(losses[0]) == 12
 
 
-def test_what_it_starts_from_and_replays_is_part_of_the_run(trained, corpus, tmp_path):
+def test_source_and_replay_are_part_of_the_run_identity(trained, corpus, tmp_path):
     with pytest.raises(Stopped):
         make_loop("mvlm_gpt2", further("mvlm_gpt2", trained, tmp_path)).run(StopAfter(2))
     other = copy_export(trained / "mvlm_gpt2", tmp_path / "other")
@@ -145,7 +145,7 @@ def test_shape_preset_and_defaults_come_from_the_export(model, trained, tmp_path
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_shorter_context_keeps_the_first_positions(model, trained, tmp_path):
+def test_shorter_context_gives_the_same_logits(model, trained, tmp_path):
     task = make_loop(model, further(model, trained, tmp_path, max_length=16)).task
     long = make_loop(model, further(model, trained, tmp_path / "long")).task
     ids = torch.randint(400, (2, 16))
@@ -170,7 +170,7 @@ def test_without_the_old_corpus_forgetting_is_not_measured(trained, tmp_path, ca
     assert "old text's test, bits per byte | - |" in (folder / "README.md").read_text()
 
 
-def test_replayed_text_is_the_old_train_text_in_its_share(trained, corpus, tmp_path):
+def test_replay_uses_the_old_train_text_at_the_requested_share(trained, corpus, tmp_path):
     loop = make_loop("mvlm_gpt2", further("mvlm_gpt2", trained, tmp_path))
     batches = loop.task.batches
     assert batches.replay_share == Fraction(1, 4)
@@ -183,8 +183,8 @@ def test_replayed_text_is_the_old_train_text_in_its_share(trained, corpus, tmp_p
     assert set(again.replay.store.repeats) == {3}, "in the mix that the export had read"
 
 
-def test_what_the_new_text_holds_out_is_not_replayed(trained, corpus, tmp_path):
-    """A train book of the old corpus, which the new one keeps for its test."""
+def test_held_out_documents_of_the_new_text_are_not_replayed(trained, corpus, tmp_path):
+    """A train book of the old corpus that the new corpus holds out for its test."""
     new = tmp_path / "new"
     shutil.copytree(corpus / "bible" / "plain", new / "plain")
     shutil.copy(corpus / "bible" / "kjv" / "01-genesis.txt", new / "genesis.txt")
@@ -194,7 +194,7 @@ def test_what_the_new_text_holds_out_is_not_replayed(trained, corpus, tmp_path):
     assert store.repeats.tolist() == [0, 1, 1, 1]
 
 
-def test_the_plan_counts_both_scores_and_what_is_replayed(trained, tmp_path):
+def test_planned_steps_match_the_run_with_replay(trained, tmp_path):
     from mvlm_core.hardware import choose_hardware
 
     settings = further("mvlm_gpt2", trained, tmp_path, max_steps=None, num_epochs=3.0, dry_run=True)
@@ -230,17 +230,17 @@ WRONG = {
 
 
 @pytest.mark.parametrize("arguments, message", WRONG.values(), ids=WRONG)
-def test_a_wrong_use_is_told(arguments, message, trained, tmp_path):
+def test_invalid_arguments_are_refused_with_a_reason(arguments, message, trained, tmp_path):
     problems = refused("mvlm_gpt2", trained, tmp_path, *arguments)
     assert len(problems) == 1 and message in problems[0]
 
 
-def test_all_wrong_uses_are_told_at_once(trained, tmp_path):
+def test_all_problems_are_reported_in_one_error(trained, tmp_path):
     given = "--max_length 64 --hidden_dim 64 --tokenizer_path x --replay nowhere=2 --batch_size 0".split()
     assert len(refused("simone_enhanced", trained, tmp_path, *given)) == 6
 
 
-def test_sources_that_cannot_be_are_told(trained, tmp_path):
+def test_unusable_sources_are_refused_with_a_reason(trained, tmp_path):
     def one(init_from, model="mvlm_gpt2", *arguments):
         problems = refused(model, trained, tmp_path, *arguments, init_from=init_from)
         assert len(problems) == 1
@@ -265,12 +265,12 @@ def test_sources_that_cannot_be_are_told(trained, tmp_path):
     assert "model.tar.gz" in one(archive)
 
 
-def test_replay_alone_is_told(corpus, tmp_path):
+def test_replay_without_init_from_is_refused(corpus, tmp_path):
     with pytest.raises(UserError, match="--replay needs --init_from"):
         tiny_settings("mvlm_gpt2", corpus, tmp_path, replay=f"{corpus}=0.5").check()
 
 
-def test_an_odd_record_is_refused_or_harmless(trained, tmp_path):
+def test_malformed_training_configs_are_refused_or_harmless(trained, tmp_path):
     """``training_config.json`` with a value replaced at random, under a manifest that agrees."""
     source = copy_export(trained / "simone_enhanced", tmp_path / "source")
     record = json.loads((source / "training_config.json").read_text())

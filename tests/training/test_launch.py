@@ -1,4 +1,4 @@
-"""One launcher: how many ranks, what they see, whose exit code is kept, and how a run with a dead one ends."""
+"""The launcher: number of ranks, their environment, exit codes, and how a run with a dead rank ends."""
 
 import os
 import signal
@@ -62,7 +62,7 @@ def test_all_gpus_are_used_unless_fewer_are_asked_for(tmp_path, monkeypatch):
     assert count(processes=2) == 1
 
 
-def test_a_function_starts_no_processes(tiny_corpus, tmp_path):
+def test_run_training_refuses_to_start_processes(tiny_corpus, tmp_path):
     with pytest.raises(UserError, match="command line"):
         run_training(recipe_of("mvlm_gpt2"), tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, processes=2))
 
@@ -83,13 +83,13 @@ def supervised(program, world=2, log_file=None):
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 130, 143])
-def test_the_main_ranks_exit_code_is_kept(code, quick):
-    # Where all fail, the first one is the cause: here the main rank alone, the other still runs.
+def test_supervisor_returns_the_main_ranks_exit_code(code, quick):
+    # If all ranks fail, the first one is the cause; so with code 1 only the main rank fails.
     other = "time.sleep(60)" if code == 1 else "sys.exit(1)"
     assert supervised(f"sys.exit({code}) if rank == 0 else {other}").run() == code
 
 
-def test_a_rank_sees_who_it_is_and_nothing_listens_beyond_the_machine(tmp_path, quick):
+def test_ranks_get_their_environment_and_use_only_the_loopback(tmp_path, quick):
     program = f"""
 keys = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE {FOLDER_VARIABLE} {PARENT_VARIABLE} GLOO_SOCKET_IFNAME".split()
 memory = os.fstat(int(os.environ["{launch.MEMORY_VARIABLE}"])).st_size
@@ -109,7 +109,7 @@ print("hello of", rank)
     assert (tmp_path / "logs" / "train.log.rank2").read_text() == "hello of 2\n"
 
 
-def test_a_killed_rank_is_named_with_its_last_lines(quick):
+def test_killed_rank_is_reported_with_its_last_log_lines(quick):
     program = "print('line of', rank, flush=True)\nif rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"
     started = time.monotonic()
     with pytest.raises(
@@ -124,8 +124,8 @@ def test_a_killed_rank_is_named_with_its_last_lines(quick):
     kept.parent.rmdir()
 
 
-def test_a_rank_that_others_waited_for_in_vain_is_named_and_not_they(quick, tmp_path):
-    """As when an exchange times out: those that waited say so and end; the hung one says nothing."""
+def test_unresponsive_rank_is_blamed_instead_of_the_waiting_ones(quick, tmp_path):
+    """As when an exchange times out: the waiting ranks report it and exit, the hung one does not."""
     program = f"""
 if rank == 1: time.sleep(60)
 open(os.environ["{FOLDER_VARIABLE}"] + f"/lost.{{rank}}", "w")
@@ -135,8 +135,8 @@ sys.exit(1)
         supervised(program, 3, str(tmp_path / "log")).run()
 
 
-def test_a_main_rank_that_fails_by_itself_has_said_why(quick):
-    """Others that still wait for it, as on GPUs, are no cause."""
+def test_main_rank_failure_is_not_blamed_on_waiting_ranks(quick):
+    """Ranks that still wait for it, as on GPUs, are not the cause."""
     assert supervised("sys.exit(1) if rank == 0 else time.sleep(60)").run() == 1
 
 
@@ -149,7 +149,7 @@ def send_soon(*signals):
     threading.Thread(target=send).start()
 
 
-def test_a_signal_reaches_the_main_rank_once(quick, handlers, tmp_path):
+def test_signals_reach_only_the_main_rank_and_only_once(quick, handlers, tmp_path):
     program = f"""
 def note(number, frame): open("{tmp_path}/got", "a").write(f"{{rank}}:{{number}} ")
 signal.signal(signal.SIGTERM, note)
@@ -162,7 +162,7 @@ sys.exit(143)
     assert (tmp_path / "got").read_text() == f"0:{int(signal.SIGTERM)} "
 
 
-def test_a_second_sigint_kills(quick, handlers):
+def test_second_sigint_kills_the_ranks(quick, handlers):
     send_soon(signal.SIGINT, signal.SIGINT)
     started = time.monotonic()
     program = "signal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)"
@@ -170,7 +170,7 @@ def test_a_second_sigint_kills(quick, handlers):
     assert time.monotonic() - started < 20
 
 
-def test_the_end_of_the_pipeline_is_taken_for_sigterm(quick, monkeypatch):
+def test_missing_parent_process_counts_as_sigterm(quick, monkeypatch):
     monkeypatch.setenv(PARENT_VARIABLE, "999999")
     assert supervised("time.sleep(60)").run() == 143
 
@@ -179,7 +179,7 @@ def test_the_end_of_the_pipeline_is_taken_for_sigterm(quick, monkeypatch):
 
 
 def started(corpus, work, steps, wait_for, **changes):
-    """A run of so many steps that has come to step ``wait_for``, and its ranks' processes."""
+    """A run of ``steps`` steps that has reached step ``wait_for``, and its ranks' processes."""
     values = TINY | {"data_dir": corpus, "output_dir": work / "out", "cache_dir": work / "cache", "processes": 2}
     values |= changes | {"max_steps": steps}
     flags = [f"--{name}={value}" for name, value in values.items() if name != "quiet"]
@@ -193,7 +193,7 @@ def started(corpus, work, steps, wait_for, **changes):
     return program, psutil.Process(program.pid).children()
 
 
-def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_to_the_bit(tiny_corpus, tmp_path):
+def test_sigterm_writes_a_checkpoint_and_the_run_resumes_bit_identically(tiny_corpus, tmp_path):
     program, children = started(tiny_corpus, tmp_path / "a", 100_000, wait_for=4)
     addresses = {one.laddr.ip for child in children for one in child.net_connections()}
     assert len(children) == 2 and addresses == {"127.0.0.1"}
@@ -218,8 +218,8 @@ def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_to_the_bit(tiny_corpus
         assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_two_workers_train_teachers_and_a_student_and_resume_the_student(tiny_corpus, tmp_path):
-    """All ranks must wait for a teacher's export, and leave the group of one that is already finished."""
+def test_two_ranks_train_teachers_and_resume_the_student(tiny_corpus, tmp_path):
+    """All ranks must wait for a teacher's export, and leave the process group of a teacher that is already finished."""
     changes = {"num_models": 3, "max_hours": 1, "teacher_epochs": 0.2}
     program, _ = started(tiny_corpus, tmp_path, 150, wait_for=2, **changes)
     output = tmp_path / "out"
@@ -245,7 +245,7 @@ def test_a_stopped_rank_ends_a_real_run_within_two_minutes(tiny_corpus, tmp_path
 
 
 @pytest.mark.parametrize("victim", ["supervisor", "rank"])
-def test_neither_outlives_the_other(victim, tiny_corpus, tmp_path):
+def test_supervisor_and_ranks_do_not_outlive_each_other(victim, tiny_corpus, tmp_path):
     program, children = started(tiny_corpus, tmp_path, 100_000, wait_for=4)
     (program if victim == "supervisor" else children[1]).kill()
     if victim == "rank":

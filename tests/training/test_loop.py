@@ -1,4 +1,4 @@
-"""The loop: resume to the bit, early stopping, limits, and losses that must not move."""
+"""The loop: bit-identical resuming, early stopping, limits, and golden losses."""
 
 import json
 import resource
@@ -43,7 +43,7 @@ def final_state(loop):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(model, tiny_corpus, tmp_path):
+def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(model, tiny_corpus, tmp_path):
     changes = {**everything_on(model), "max_steps": 24}
     whole = make_loop(model, tiny_settings(model, tiny_corpus, tmp_path / "a", **changes))
     whole.run(StopAfter())
@@ -62,8 +62,8 @@ def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(model, tiny_corpus,
 
 
 @pytest.mark.parametrize("thread", [DelayedThread, ThreadOfOneStep])
-def test_a_save_beside_the_training_holds_the_step_it_is_of(thread, tiny_corpus, tmp_path, monkeypatch):
-    """However late the thread writes, a run that goes on from its checkpoint ends like any other."""
+def test_background_save_holds_the_state_of_its_own_step(thread, tiny_corpus, tmp_path, monkeypatch):
+    """However late the thread writes, a run resumed from its checkpoint ends the same."""
     changes = {**everything_on("simone_enhanced"), "checkpoint_interval": 3, "max_steps": 10}
 
     def loop(work):
@@ -73,7 +73,7 @@ def test_a_save_beside_the_training_holds_the_step_it_is_of(thread, tiny_corpus,
     whole.run(StopAfter())
     monkeypatch.setattr("mvlm_core.training.checkpoint_writer.Thread", thread)
     killed = loop(tmp_path / "killed")
-    with pytest.raises(KeyError):  # one save is on its way, of step 6, and no other is written on the way out
+    with pytest.raises(KeyError):  # the save of step 6 is pending, and none is written on exit
         killed.run(FailAfter(8))
     assert newest_checkpoint(killed.checkpoint_root).step == 6
     last = loop(tmp_path / "killed")
@@ -124,7 +124,7 @@ def test_the_best_checkpoint_holds_weights_only(tiny_corpus, tmp_path):
 
 
 @pytest.mark.parametrize(("decay", "refused"), [(0.0, False), (0.9, True)])
-def test_a_setting_that_is_gone_ends_no_run_that_did_not_use_it(decay, refused, tiny_corpus, tmp_path):
+def test_removed_settings_are_refused_only_if_they_were_used(decay, refused, tiny_corpus, tmp_path):
     old = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=4))
     old.task.identity["--ema_decay"] = decay
     old.run(StopAfter())
@@ -136,7 +136,7 @@ def test_a_setting_that_is_gone_ends_no_run_that_did_not_use_it(decay, refused, 
         assert longer.run(StopAfter()).step == 6 and len(longer.history()) == 6
 
 
-def test_a_stop_at_the_best_step_leaves_what_can_be_resumed(tiny_corpus, tmp_path):
+def test_stop_at_the_best_step_leaves_a_resumable_checkpoint(tiny_corpus, tmp_path):
     settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, eval_interval=3)
     loop = make_loop("mvlm_gpt2", settings)
     with pytest.raises(Stopped):
@@ -145,13 +145,13 @@ def test_a_stop_at_the_best_step_leaves_what_can_be_resumed(tiny_corpus, tmp_pat
     assert found.step == 3 and found.state["for_signal_only"] and found.tensors("optimizer")
 
 
-def test_a_checkpoint_from_before_steps_had_a_time_of_their_own():
+def test_checkpoints_without_step_seconds_still_load():
     saved = asdict(LoopState(step=3, seconds=1.5, best_step=2, best_bpb=2.0, guard=GuardState(trouble_since=1)))
     del saved["step_seconds"]
     assert LoopState.of(saved).step_seconds == 1.5
 
 
-def test_a_larger_max_steps_goes_on_from_the_end(tiny_corpus, tmp_path):
+def test_larger_max_steps_continues_a_finished_run(tiny_corpus, tmp_path):
     make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path)).run(StopAfter())
     longer = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=15))
     assert longer.run(StopAfter()).step == 15
@@ -168,13 +168,13 @@ def test_a_larger_max_steps_goes_on_from_the_end(tiny_corpus, tmp_path):
         ({"batch_size": 8}, "batch_size"),
     ],
 )
-def test_another_run_is_not_continued(tiny_corpus, tmp_path, change, named):
+def test_checkpoints_of_a_different_run_are_rejected(tiny_corpus, tmp_path, change, named):
     make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=3)).run(StopAfter())
     with pytest.raises(UserError, match=named):
         make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **change)).run(StopAfter())
 
 
-def test_another_corpus_or_tokenizer_is_named(tiny_corpus, tmp_path):
+def test_checkpoints_of_a_different_corpus_or_tokenizer_are_rejected(tiny_corpus, tmp_path):
     make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=3)).run(StopAfter())
     genesis = tiny_corpus / "bible" / "kjv" / "01-genesis.txt"
     genesis.write_text(genesis.read_text().replace("In the beginning", "At the beginning"))
@@ -227,7 +227,7 @@ def test_early_stopping_waits_for_patience_and_min_epochs(tiny_corpus, tmp_path)
     assert {folder.name[-2:] for folder in checkpoint_folders(loop.checkpoint_root)} == {"02", "05", "06"}
 
 
-def test_the_first_limit_ends_the_run(tiny_corpus, tmp_path):
+def test_total_steps_follow_the_tightest_limit(tiny_corpus, tmp_path):
     def steps(**limits):
         settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **{"max_steps": None, **limits})
         return total_steps(settings, make_loop("mvlm_gpt2", settings).task.batches)
@@ -240,7 +240,7 @@ def test_the_first_limit_ends_the_run(tiny_corpus, tmp_path):
     assert steps(max_bytes=20_000) == round(20_000 / batches.store.bytes_per_token / 128)
 
 
-def test_warm_up_is_a_share_of_the_run_and_never_longer(tiny_corpus, tmp_path):
+def test_warmup_is_a_share_of_the_run_and_shorter_than_it(tiny_corpus, tmp_path):
     def loop(**changes):
         return make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **changes))
 
@@ -251,7 +251,7 @@ def test_warm_up_is_a_share_of_the_run_and_never_longer(tiny_corpus, tmp_path):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_golden_losses(model, tiny_corpus, tmp_path):
-    """The first 20 losses as recorded by ``python -m tests.record_golden_losses``: a refactoring must not move them."""
+    """The first 20 losses as recorded by ``python -m tests.record_golden_losses``: refactoring must not change them."""
     loop = make_loop(
         model, tiny_settings(model, tiny_corpus, tmp_path, max_steps=20, **{**everything_on(model), "dropout": 0.0})
     )
@@ -272,7 +272,7 @@ def files_at_most(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tiny_corpus, tmp_path, caplog):
+def test_full_disk_skips_a_checkpoint_and_training_continues(tiny_corpus, tmp_path, caplog):
     whole = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path / "a", max_steps=24))
     whole.run(StopAfter())
     loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path / "b", max_steps=24))
@@ -294,7 +294,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tiny_corpus, tmp_path, 
     assert torch.equal(*(final_state(each)[0]["model.transformer.wpe.weight"] for each in (whole, loop)))
 
 
-def test_a_disk_without_room_is_found_before_the_first_step(tiny_corpus, tmp_path):
+def test_disk_without_space_is_reported_before_the_first_step(tiny_corpus, tmp_path):
     loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path))
     with files_at_most(100), pytest.raises(TrainingFailed, match="cannot write a checkpoint.*free some space"):
         loop.run(StopAfter())
@@ -302,8 +302,8 @@ def test_a_disk_without_room_is_found_before_the_first_step(tiny_corpus, tmp_pat
 
 
 @pytest.mark.parametrize(("model", "optimizer"), [("mvlm_gpt2", "muon"), ("simone_enhanced", "adamw")])
-def test_resume_is_exact_at_the_edge_of_an_epoch_and_within_one(model, optimizer, tiny_corpus, tmp_path):
-    """The optimizer that is not the model's own, which the first test has; stops before, at and after the edge."""
+def test_resume_is_exact_around_an_epoch_boundary(model, optimizer, tiny_corpus, tmp_path):
+    """With the optimizer that is not the model's default; stops before, at and after the boundary."""
     changes = {**everything_on(model), "optimizer": optimizer, "max_length": 256, "max_steps": 30, "eval_interval": 6}
 
     def loop(work):
@@ -326,8 +326,8 @@ def test_resume_is_exact_at_the_edge_of_an_epoch_and_within_one(model, optimizer
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("model", MODELS)
 def test_resume_is_exact_on_cuda_with_deterministic(model, tiny_corpus, tmp_path, monkeypatch):
-    """Compiled, and in bf16 where the GPU has it, as a real run is."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "placeholder")  # so that the value set below is taken back
+    """Compiled, and in bf16 if the GPU supports it, like a real run."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "placeholder")  # so that monkeypatch undoes the value set below
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     changes = {**everything_on(model), "device": "cuda", "precision": "auto", "deterministic": True}
     try:
@@ -336,7 +336,7 @@ def test_resume_is_exact_on_cuda_with_deterministic(model, tiny_corpus, tmp_path
         whole.run(StopAfter())
         with pytest.raises(Stopped):
             make_loop(model, tiny_settings(model, tiny_corpus, tmp_path / "b", **changes)).run(StopAfter(5))
-        torch.compiler.reset()  # another process compiles anew
+        torch.compiler.reset()  # another process compiles again
         parts = make_loop(model, tiny_settings(model, tiny_corpus, tmp_path / "b", **changes))
         parts.run(StopAfter())
         for expected, found in zip(final_state(whole)[:2], final_state(parts)[:2], strict=True):

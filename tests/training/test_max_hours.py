@@ -1,4 +1,4 @@
-"""A run of a given time: its length is fixed once, kept through interruptions, and reached in that time."""
+"""``--max_hours``: the length of a run is fixed once, kept through interruptions, and reached in time."""
 
 import pytest
 import torch
@@ -14,13 +14,13 @@ from mvlm_core.training.time_budget import steps_within
 from tests.helpers import MODELS, ImmediateThread, StopAfter, make_loop, tiny_settings
 
 TIMES = ("seconds", "step_seconds", "spent", "timed_steps", "timed_seconds", "tokens_per_second", "memory_bytes")
-# What each thing takes by the clock of these tests; a step is cheaper once model 2's coherence loss has faded.
+# Seconds on the clock of these tests; a step is cheaper once model 2's coherence loss has faded.
 STEP, FADED_STEP, EVALUATION, CHECKPOINT = 4.0, 3.0, 7.0, 5.0
 
 
 @pytest.fixture
 def clocked_loop(tiny_corpus, monkeypatch):
-    """``clocked_loop(model, folder, **changes)``: a loop of ten minutes by a clock that its own work moves."""
+    """``clocked_loop(model, folder, **changes)``: a ten-minute loop with a clock that its own work advances."""
     now = [0.0]
     save = checkpoints.save_checkpoint
 
@@ -29,7 +29,7 @@ def clocked_loop(tiny_corpus, monkeypatch):
         return save(*arguments)
 
     monkeypatch.setattr(checkpoints, "save_checkpoint", slow_save)
-    monkeypatch.setattr("mvlm_core.training.checkpoint_writer.Thread", ImmediateThread)  # it moves the clock as well
+    monkeypatch.setattr("mvlm_core.training.checkpoint_writer.Thread", ImmediateThread)  # saving advances the clock too
 
     def make(model, folder, **changes):
         own = {"coherence_weight": 0.3} if model == "simone_enhanced" else {}
@@ -63,16 +63,16 @@ def outcome(loop):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_run_ends_in_its_time_and_an_interrupted_one_to_the_bit_where_it_ends(model, clocked_loop, tmp_path):
+def test_run_ends_in_time_and_resumes_bit_identically(model, clocked_loop, tmp_path):
     whole = clocked_loop(model, tmp_path / "whole")
     state = whole.run(StopAfter())
-    taken = clocked_loop.now[0] - CHECKPOINT - STEP  # the first checkpoint and the trial come before the first step
+    taken = clocked_loop.now[0] - CHECKPOINT - STEP  # the first checkpoint and the trial precede the first step
     assert state.finished and state.fixed_steps == state.step and 10 <= state.fixed_at <= 16
     assert taken == pytest.approx(600, rel=0.03) and taken <= 600 + EVALUATION + CHECKPOINT
     for steps in (1, 40, 30):  # before the length is fixed, and twice after
         with pytest.raises(Stopped):
             clocked_loop(model, tmp_path / "parts").run(StopAfter(steps))
-    # What is left takes ten times as long by now; the length stays what it was.
+    # The limit is now a tenth of what it was; the fixed length must not change.
     parts = clocked_loop(model, tmp_path / "parts", max_hours=1 / 60)
     parts.run(StopAfter())
     (expected, *rest), (found, *other) = outcome(whole), outcome(parts)
@@ -81,7 +81,7 @@ def test_a_run_ends_in_its_time_and_an_interrupted_one_to_the_bit_where_it_ends(
 
 
 @pytest.mark.parametrize("parts", [(5, 5), (8, 1), (2, 7)], ids=str)
-def test_an_interruption_while_it_measures_changes_nothing(clocked_loop, tmp_path, parts):
+def test_interruptions_while_timing_steps_do_not_change_the_run(clocked_loop, tmp_path, parts):
     def run_in_parts(folder, *steps):
         for count in steps:
             with pytest.raises(Stopped):
@@ -96,7 +96,7 @@ def test_an_interruption_while_it_measures_changes_nothing(clocked_loop, tmp_pat
     assert rest == other and all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_nothing_depends_on_the_number_of_steps_before_it_is_fixed(clocked_loop, tmp_path):
+def test_steps_before_the_length_is_fixed_do_not_depend_on_it(clocked_loop, tmp_path):
     histories = []
     for folder, hours in (("long", 1 / 12), ("short", 1 / 15)):
         loop = clocked_loop("simone_enhanced", tmp_path / folder, max_hours=hours, lr_schedule="linear")
@@ -112,18 +112,18 @@ def test_nothing_depends_on_the_number_of_steps_before_it_is_fixed(clocked_loop,
     assert rates[-1] == pytest.approx(1 / (shorter - until)), "the schedule reaches its end"
 
 
-def test_another_limit_may_come_first(clocked_loop, tmp_path):
+def test_max_steps_can_end_the_run_before_max_hours(clocked_loop, tmp_path):
     loop = clocked_loop("mvlm_gpt2", tmp_path, max_steps=60)
     state = loop.run(StopAfter())
     assert state.step == 60 and state.fixed_at == 8, "a tenth of the steps is enough"
     assert state.fixed_steps > 60 and loop.length.total == 60
 
 
-def test_steps_within_a_time_are_counted_with_their_evaluations_and_checkpoints():
+def test_steps_within_matches_step_by_step_counting():
     pace = {"step": 2, "evaluation": 7, "checkpoint": 5, "evaluation_interval": 4, "checkpoint_interval": 5}
     for done in (0, 3, 4, 10):
         for seconds in (0, 14, 33, 34, 100, 777):
-            # Step by step: what each takes, an evaluation at the end as well.
+            # Step by step, with an evaluation at the end as well.
             total, spent = done, 0.0
             while True:
                 step = total + 1
@@ -134,7 +134,7 @@ def test_steps_within_a_time_are_counted_with_their_evaluations_and_checkpoints(
             assert steps_within(seconds, done, **pace) == max(done + 1, total), (done, seconds)
 
 
-def test_a_run_without_a_time_has_the_schedule_it_always_had():
+def test_run_without_max_hours_keeps_the_usual_schedule():
     length = RunLength(100, 10)
     assert str(length) == "100" and not length.is_reached(99) and length.is_reached(100)
     for step in range(100):
@@ -142,7 +142,7 @@ def test_a_run_without_a_time_has_the_schedule_it_always_had():
         assert length.learning_rate_scale(step, "cosine") == learning_rate_scale(step, 100, 10, "cosine")
 
 
-def test_a_checkpoint_from_before_there_was_a_time_still_loads(clocked_loop, tmp_path):
+def test_checkpoints_without_time_budget_fields_still_load(clocked_loop, tmp_path):
     with pytest.raises(Stopped):
         clocked_loop("mvlm_gpt2", tmp_path).run(StopAfter(2))
     state = newest_checkpoint(clocked_loop("mvlm_gpt2", tmp_path).checkpoint_root).state

@@ -1,4 +1,4 @@
-"""Schedules by their values, Muon by its singular values, and state that survives a save."""
+"""Schedules at known points, Muon and AdamW against references, and restored optimizer state."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_orthogonalize_brings_singular_values_near_one(shape):
 
 
 def plainly_orthogonalized(x):
-    """Jordan's iteration as he wrote it, round by round on the matrix itself."""
+    """Jordan's iteration as published, applied to the matrix itself."""
     x = x / (x.norm() + 1e-7)
     for _ in range(5):
         gram = x @ x.T
@@ -40,8 +40,8 @@ def plainly_orthogonalized(x):
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (32, 47), (32, 48), (32, 96), (96, 32)])
-def test_orthogonalize_is_the_iteration_whatever_the_shape(shape):
-    """Singular values over six decades: in float32 the Gram matrix's products must not lose what is small."""
+def test_orthogonalize_matches_the_reference_iteration_for_all_shapes(shape):
+    """Singular values over six decades: in float32 the products of the Gram matrix must not lose the small ones."""
     torch.manual_seed(0)
     u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
     matrix = u * torch.logspace(0, -6, u.shape[1], dtype=torch.float64) @ v
@@ -69,14 +69,14 @@ def test_batched_muon_equals_one_matrix_at_a_time():
 
 
 class Apart(Ranks):
-    """A rank whose exchange is left out: what it would send stays as it is."""
+    """A rank without communication: it keeps only what it would send."""
 
     def all_gather(self, part):
         return part
 
 
 def test_ranks_share_the_orthogonalization():
-    """Each does its part of the matrices alone; together they are the whole, and at most world - 1 are padding."""
+    """Each rank does its part of the matrices; together they are complete, with at most world - 1 of padding."""
     torch.manual_seed(0)
     for count, world in ((1, 2), (5, 2), (4, 4), (5, 4)):
         matrices, muon = torch.randn(count, 8, 12), Muon([torch.zeros(8, 12)])
@@ -115,7 +115,7 @@ def test_muon_takes_inner_matrices_only():
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_state_goes_out_and_comes_back_to_the_bit(kind):
+def test_optimizer_state_round_trip_is_bit_identical(kind):
     def fresh():
         named = named_weights()
         return named, build_optimizers(
@@ -148,7 +148,7 @@ STEPS, SHAPES = 25, [(48, 32), (32, 48), (32, 32)]
 
 
 def gradients(seed, dtype):
-    """The same stream of gradients for two optimizers: a direction that stays, and noise."""
+    """The same stream of gradients for two optimizers: a constant direction plus noise."""
     generator = torch.Generator().manual_seed(seed)
     lasting = [torch.randn(shape, generator=generator) for shape in SHAPES]
     for _ in range(STEPS):
@@ -169,9 +169,9 @@ def step_both(first, second, ours, theirs, grads):
     second.step()
 
 
-def test_muon_follows_torchs_own_step_by_step():
-    """In bfloat16, the only precision that torch's iteration knows; with steps as large as the weights, so that
-    the weights' own rounding (2^-8) hides nothing."""
+def test_muon_matches_torch_muon_step_by_step():
+    """In bfloat16, the only precision of torch's iteration, with steps as large as the weights, so that
+    the rounding of the weights (2^-8) hides nothing."""
     ours, theirs = twins(torch.bfloat16)
     muon = Muon(ours, lr=1.0, momentum=0.95, weight_decay=0.1)
     reference = torch.optim.Muon(theirs, lr=1.0, momentum=0.95, weight_decay=0.1)
@@ -180,11 +180,11 @@ def test_muon_follows_torchs_own_step_by_step():
         for p, q in zip(ours, theirs, strict=True):
             assert (p - q).float().norm() < 0.25, f"step {step}"  # an orthogonal update's norm is above 5
             torch.testing.assert_close(muon.state[p]["momentum_buffer"], reference.state[q]["momentum_buffer"])
-            p.data.copy_(q)  # each step by itself: the roundings of one must not add up to the next
+            p.data.copy_(q)  # compare single steps: rounding must not accumulate
 
 
-def test_muon_in_float32_is_torchs_rule_with_an_exact_iteration():
-    """Momentum, Nesterov's step, the scale by shape and the decay, against torch with its update taken out."""
+def test_float32_muon_matches_torch_muon_within_bf16_rounding():
+    """Momentum, Nesterov step, scale by shape and weight decay."""
     ours, theirs = twins(torch.float32)
     muon = Muon(ours, lr=0.02, momentum=0.95, weight_decay=0.1)
     reference = torch.optim.Muon(theirs, lr=0.02, momentum=0.95, weight_decay=0.1)
@@ -192,10 +192,10 @@ def test_muon_in_float32_is_torchs_rule_with_an_exact_iteration():
         step_both(muon, reference, ours, theirs, grads)
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(muon.state[p]["momentum_buffer"], reference.state[q]["momentum_buffer"])
-        assert (p - q).norm() < 0.02 * q.norm()  # torch iterates in bfloat16, whatever the gradients are
+        assert (p - q).norm() < 0.02 * q.norm()  # torch iterates in bfloat16 for any gradient dtype
 
 
-def test_adamw_follows_torchs_own_step_by_step():
+def test_adamw_matches_torch_adamw_step_by_step():
     ours, theirs = twins(torch.float32)
     named = [(f"matrix{n}", p) for n, p in enumerate(ours)]
     optimizers = build_optimizers(named, kind="adamw", learning_rate=0.01, weight_decay=0.3)
@@ -206,7 +206,7 @@ def test_adamw_follows_torchs_own_step_by_step():
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
-def test_tensors_of_another_model_are_not_copied():
+def test_copy_named_rejects_tensors_of_another_model():
     target = {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)}
     with pytest.raises(ValueError, match="weights missing or of another model: bias"):
         copy_named(target, {"weight": torch.ones(2, 2)}, "weights")

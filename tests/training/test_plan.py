@@ -21,7 +21,7 @@ CPU = {"device": "cpu", "precision": "fp32"}
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_text_and_steps_are_planned_as_they_come(model, tiny_corpus, tmp_path):
+def test_planned_text_and_steps_match_the_run(model, tiny_corpus, tmp_path):
     changes = {"max_steps": None, "data_subset": "bible", "train_mix": "bible/kjv=3"}
     settings = tiny_settings(model, tiny_corpus, tmp_path, num_epochs=2.0, **changes)
     kind, (corpus, _) = recipe_of(model).tokenizer_class, read_corpus(settings)
@@ -30,14 +30,14 @@ def test_text_and_steps_are_planned_as_they_come(model, tiny_corpus, tmp_path):
     text = prepare_text(settings, kind)
     after = plan_text(settings, kind, corpus)
     assert after.has_tokenizer and after.has_tokens and after.pass_bytes > 1.9 * after.train_bytes
-    for plan in (before, after):  # so small a text is its own sample
+    for plan in (before, after):  # a text this small is sampled whole
         assert plan.bytes_per_token == pytest.approx(text.store.bytes_per_token, rel=0.002)
         assert planned_steps(settings, plan) == pytest.approx(total_steps(settings, text.batches), rel=0.02)
     assert planned_steps(tiny_settings(model, tiny_corpus, tmp_path, max_steps=None, max_hours=1.0), after) is None
 
 
-def test_newton_schulz_is_counted(tiny_corpus, tmp_path):
-    """In bf16 five rounds of three products: x·xᵀ and p·x on the long side, gram·gram on the short one."""
+def test_newton_schulz_flops_are_counted(tiny_corpus, tmp_path):
+    """In bf16, five rounds of three products: x·xᵀ and p·x on the long side, gram·gram on the short one."""
     shape = {
         "hidden_dim": 64,
         "num_heads": 2,
@@ -66,7 +66,7 @@ def test_the_costs_add_up():
     assert not any("dollars" in line for line in format_costs([Item("one", 90)], paid=False))
 
 
-def test_a_time_is_planned_to_be_used(tiny_corpus, tmp_path):
+def test_plan_uses_up_max_hours(tiny_corpus, tmp_path):
     changes = {"data_dir": str(tiny_corpus), "output_dir": str(tmp_path / "out"), "cache_dir": str(tmp_path / "cache")}
 
     def planned(models, teacher_epochs=3.0):
@@ -77,7 +77,7 @@ def test_a_time_is_planned_to_be_used(tiny_corpus, tmp_path):
         return sum(found[name] for name in ("training steps", "evaluations", "checkpoints")), found
 
     assert planned(1)[0] == pytest.approx(1800, rel=0.01)
-    student, items = planned(2, teacher_epochs=1e6)  # longer than fits: the teacher gets the most that it may get
+    student, items = planned(2, teacher_epochs=1e6)  # longer than fits: the teacher gets its maximum share
     beside = EXPORT_SECONDS + items["compilation"]
     assert student == pytest.approx(1800 * 4 / 5, rel=0.01)
     assert items["teachers"] - beside == pytest.approx(1800 / 5, rel=0.01)
@@ -86,7 +86,7 @@ def test_a_time_is_planned_to_be_used(tiny_corpus, tmp_path):
     assert student == pytest.approx(1800 - (items["teachers"] - 2 * beside), rel=0.01)
 
 
-def test_a_run_ends_with_what_was_planned_beside_what_it_took(tiny_corpus, tmp_path, caplog):
+def test_planned_and_actual_costs_are_recorded_and_logged(tiny_corpus, tmp_path, caplog):
     settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, preset="cpu", data_subset=None, no_test_score=True)
     with caplog.at_level(logging.INFO, logger="mvlm"):
         export = run_training(recipe_of("mvlm_gpt2"), settings)
@@ -99,8 +99,8 @@ def test_a_run_ends_with_what_was_planned_beside_what_it_took(tiny_corpus, tmp_p
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_what_was_prepared_elsewhere_is_not_made_again(model, tiny_corpus, tmp_path, caplog):
-    """``--prepare_only`` on one machine, corpus and cache copied to another: nothing is learned or encoded there."""
+def test_text_prepared_on_another_machine_is_reused(model, tiny_corpus, tmp_path, caplog):
+    """``--prepare_only`` on one machine, corpus and cache copied to another: no tokenizer training or encoding."""
     here = tiny_settings(model, tiny_corpus, tmp_path / "here", prepare_only=True)
     assert run_training(recipe_of(model), here).exists() is False, "no output folder: nothing was trained"
     there = tmp_path / "there"

@@ -1,4 +1,4 @@
-"""A whole run of each trainer in this process: export, scores, finished runs, other runs, bad folders."""
+"""A whole run of each trainer in this process: export, scores, reruns, different runs, bad data folders."""
 
 import json
 import logging
@@ -34,13 +34,13 @@ MODELLING = {"enhanced_model.py", "rope_attention.py", "modern_layers.py"}
 
 @pytest.fixture(scope="module", params=MODELS)
 def trained(request, tmp_path_factory):
-    """A finished run: name, settings, folder; to be read, not written."""
+    """A finished run: name, settings, folder; read-only."""
     work = tmp_path_factory.mktemp("runs")
     settings = tiny_settings(request.param, build_tiny_corpus(work / "corpus"), work, max_steps=8)
     return request.param, settings, run_training(recipe_of(request.param), settings)
 
 
-def test_the_export_is_complete_and_its_scores_can_be_measured_again(trained):
+def test_export_is_complete_and_its_scores_are_reproducible(trained):
     name, settings, folder = trained
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["name"] == name
@@ -65,7 +65,7 @@ def test_the_export_is_complete_and_its_scores_can_be_measured_again(trained):
     assert model.generate(**text, max_new_tokens=3, do_sample=False).shape[1] <= text.input_ids.shape[1] + 3
 
 
-def test_a_finished_run_says_so_and_changes_nothing(trained, caplog, monkeypatch):
+def test_rerun_of_a_finished_run_changes_nothing(trained, caplog, monkeypatch):
     name, settings, folder = trained
     before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir() if file.is_file()}
     monkeypatch.setattr(logging.getLogger("mvlm"), "propagate", True)
@@ -75,7 +75,7 @@ def test_a_finished_run_says_so_and_changes_nothing(trained, caplog, monkeypatch
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir() if file.is_file()} == before
 
 
-def test_what_is_evaluated_is_what_is_exported(trained):
+def test_evaluated_weights_are_the_exported_ones(trained):
     name, settings, folder = trained
     from safetensors.torch import load_file
 
@@ -88,7 +88,7 @@ def test_what_is_evaluated_is_what_is_exported(trained):
     assert loop.task.evaluate() == pytest.approx(last.state["best_bpb"], rel=1e-6)
 
 
-def test_another_run_over_a_finished_model_is_refused_unless_fresh(trained, tmp_path):
+def test_different_run_over_a_finished_model_is_refused_unless_fresh(trained, tmp_path):
     name, settings, finished = trained
     folder = shutil.copytree(finished, tmp_path / name)
     manifest = (folder / "manifest.json").read_bytes()

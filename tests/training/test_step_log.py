@@ -1,4 +1,4 @@
-"""The record of each step: its contents, and its times by a clock."""
+"""The record of each step: its fields and its timings."""
 
 import itertools
 import math
@@ -12,8 +12,8 @@ from mvlm_core.training.history import read_history
 from tests.helpers import DelayedThread, StopAfter, make_loop, tiny_settings
 
 
-def test_seconds_are_wall_time_and_speed_is_that_of_the_steps(tiny_corpus, tmp_path, monkeypatch):
-    """By a clock on which an evaluation and a save take 10 s each, a step some ticks of a millisecond."""
+def test_seconds_are_wall_time_and_speed_counts_steps_only(tiny_corpus, tmp_path, monkeypatch):
+    """With a clock on which an evaluation and a save take 10 s each, a step a few milliseconds."""
     ticks, now = itertools.count(), [0.0]
     monkeypatch.setattr("mvlm_core.training.checkpoint_writer.Thread", DelayedThread)
 
@@ -32,7 +32,7 @@ def test_seconds_are_wall_time_and_speed_is_that_of_the_steps(tiny_corpus, tmp_p
 
     with pytest.raises(Stopped):
         loop().run(StopAfter(7))
-    now[0] += 1000  # between the two, which is nobody's training
+    now[0] += 1000  # between the two processes, which does not count
     state = loop().run(StopAfter())
     records = read_history(tmp_path / "mvlm_gpt2" / "training_history.jsonl")
     times = [0.0] + [record["seconds"] for record in records]
@@ -46,7 +46,7 @@ def test_seconds_are_wall_time_and_speed_is_that_of_the_steps(tiny_corpus, tmp_p
     assert 1000 < state.tokens / state.step_seconds < 128_000
 
 
-def test_history_records_what_the_contract_says(tiny_corpus, tmp_path):
+def test_history_records_the_contract_fields(tiny_corpus, tmp_path):
     loop = make_loop("simone_enhanced", tiny_settings("simone_enhanced", tiny_corpus, tmp_path, coherence_weight=0.3))
     loop.run(StopAfter())
     records = read_history(loop.step_log.path)

@@ -1,4 +1,4 @@
-"""The TensorBoard scalars equal the history, and trouble with them stops nothing."""
+"""TensorBoard scalars match the history, and their errors do not stop training."""
 
 import logging
 
@@ -17,7 +17,7 @@ def scalars(folder):
     return {name: {e.step: e.value for e in events.Scalars(name)} for name in events.Tags()["scalars"]}
 
 
-def test_a_run_writes_its_history(tiny_corpus, tmp_path):
+def test_scalars_match_the_history(tiny_corpus, tmp_path):
     from prioritary_mvlm.enhanced_trainer import RECIPE
 
     folder = run_training(RECIPE, tiny_settings("simone_enhanced", tiny_corpus, tmp_path, tensorboard=True))
@@ -28,16 +28,16 @@ def test_a_run_writes_its_history(tiny_corpus, tmp_path):
         assert found[name] == wanted
 
 
-def test_steps_that_are_made_again_replace_the_first(tmp_path):
+def test_repeated_steps_replace_earlier_scalars(tmp_path):
     events = TensorBoardWriter(tmp_path)
     events.add([{"step": step, "train_loss": 5.0} for step in (1, 2, 3)])
-    events.add([{"step": 2, "train_loss": 4.0}])  # rolled back: step 3 has not been made again
+    events.add([{"step": 2, "train_loss": 4.0}])  # rolled back: step 3 has not been repeated
     assert scalars(tmp_path)["train_loss"] == {1: 5.0, 2: 4.0}
     TensorBoardWriter(tmp_path).add([{"step": 1, "train_loss": 3.0}])  # and in another process after a resume
     assert scalars(tmp_path)["train_loss"] == {1: 3.0}
 
 
-def test_trouble_is_told_once_and_stops_nothing(tiny_corpus, tmp_path, caplog, monkeypatch):
+def test_tensorboard_errors_are_logged_once_and_do_not_stop_training(tiny_corpus, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("mvlm"), "propagate", True)
     loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, tensorboard=True))
     (loop.step_log.path.parent / TENSORBOARD_FOLDER).write_text("in the way")
@@ -45,7 +45,7 @@ def test_trouble_is_told_once_and_stops_nothing(tiny_corpus, tmp_path, caplog, m
     assert caplog.text.count("training continues without") == 1
 
 
-def test_without_tensorboard_the_run_goes_on(tmp_path, caplog, monkeypatch):
+def test_missing_tensorboard_package_is_logged_and_writes_nothing(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("mvlm"), "propagate", True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     TensorBoardWriter(tmp_path).add([{"step": 1, "train_loss": 5.0}])
