@@ -10,6 +10,7 @@ import time
 import pytest
 
 import generate
+from mvlm_core.data.tokenizer import ByteLevelBPE
 from mvlm_core.errors import UserError
 from mvlm_core.export.archive import write_archive
 from tests.helpers import REPOSITORY
@@ -52,6 +53,8 @@ def test_trace_columns_are_named_and_in_range(trained, capsys):
     )  # fmt: skip
     head, *rows = text[text.index("token  ") :].splitlines()
     assert head.split() == ["token", "policy", "memory", "entropy", "distance", "copied"]
+    prompt = ByteLevelBPE.load(trained / "simone_enhanced").encode(PROMPT)
+    assert len(rows) == 1 + len(prompt) + 5, "start token, prompt and new tokens"
     for row in rows:
         policy, memory, entropy, distance, copied = map(float, row.split()[-5:])
         assert 0 <= policy <= 2 and 0 <= memory <= 1 and entropy >= 0 and distance >= 0 and 0 <= copied <= 1

@@ -199,4 +199,4 @@ def test_help_does_not_import_heavy_packages():
         code += "except SystemExit: pass\n"
         code += "print([name for name in ('torch', 'transformers', 'matplotlib') if name in sys.modules])"
         done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, env=os.environ, timeout=30)
-        assert done.stdout.rstrip().endswith("[]"), done.stdout + done.stderr
+        assert done.stdout.startswith("usage:") and done.stdout.rstrip().endswith("[]"), done.stdout + done.stderr

@@ -160,7 +160,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def limit_memory(model_dir: str) -> None:
-    """Limit private memory to a few times the size of the files, which is what loading needs.
+    """Limit private memory to what loading needs: room for the libraries, and twenty times the size of the files.
 
     A malicious config may request any amount; with the limit it fails here, before the machine runs out of memory.
     """

@@ -131,9 +131,10 @@ def test_fuzzed_training_summary_is_read_or_refused(export, seed, value, deep, n
 def test_fuzzed_training_history_yields_only_plottable_records(export, tmp_path, seed, value, deep):
     """100 cases: arbitrary training_history.json."""
     history = [{"step": n, "bytes": n, "seconds": 0.1, "train_loss": 6.0, "validation_bpb": 2.0} for n in range(3)]
-    (export / "training_history.json").write_text(
-        json.dumps(with_a_value_replaced(history, seed, value) if deep else value)
-    )
+    path = export / "training_history.json"
+    path.write_text(json.dumps(history))
+    assert training_history(export) == history
+    path.write_text(json.dumps(with_a_value_replaced(history, seed, value) if deep else value))
     for record in training_history(export):
         assert all(abs(record[key]) < 1e18 for key in ("bytes", "seconds"))
         assert abs(record.get("validation_bpb", 0)) < 1e18
