@@ -3,9 +3,9 @@
 
     python evaluate_models.py [MODEL ...] [--split test] [--json FILE]
 
-MODEL is an export folder or a .tar.gz. Prints one table with a column for each; ± is the standard error over samples.
-The column "text" is the held-out text's own value. Results that the --json file already holds for the same weights,
-text and options are reused. Sources of the metrics: the modules of mvlm_core/evaluation.
+MODEL is an export folder or a .tar.gz. Prints one table with a column per MODEL; ± is the standard error over samples.
+The column "text" has the held-out text's own values. Results already in the --json file for the same weights, text
+and options are reused. Sources of the metrics: the modules of mvlm_core/evaluation.
 
 Exit codes: 0 done, 2 bad arguments or unusable models, 130/143 stopped by a signal.
 """
@@ -66,7 +66,7 @@ def evaluate_exports(options: argparse.Namespace, exports: dict[Path, Path]) -> 
     """Evaluate every export once and print the table.
 
     Args:
-        exports: MODEL to its checked folder.
+        exports: maps each MODEL to its verified folder.
     """
     from bible_corpus.grammar import RULES
     from mvlm_core.data.corpus import load_corpus
@@ -112,5 +112,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end_on_sigterm()  # after removing unpacked archives
+    end_on_sigterm()  # cleans up unpacked archives
     run_main(main)

@@ -65,5 +65,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end_on_sigterm()  # after removing unfinished output
+    end_on_sigterm()  # cleans up unfinished output
     run_main(main)

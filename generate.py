@@ -80,7 +80,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def show(text: str, end: str = "") -> None:
-    """Print text with control sequences escaped, so that no prompt or model output can drive the terminal."""
+    """Print text with control sequences escaped, so that no prompt or model output can control the terminal."""
     print(printable(text, "\n\t", limit=len(text)), end=end, flush=True)
 
 
@@ -149,5 +149,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end_on_sigterm()  # after removing an unpacked archive
+    end_on_sigterm()  # cleans up an unpacked archive
     run_main(main)

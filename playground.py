@@ -62,7 +62,7 @@ def build_app(models: Models, corpus: Callable[[], Corpus], places: str, *, loca
     Args:
         corpus: its train text primes the compressors.
         places: exports and archives to compare, one path per line.
-        local: only this machine can connect, so the page may accept any path on it.
+        local: only this machine can connect, so the page may accept any local path.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr
@@ -150,5 +150,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end_on_sigterm()  # after removing unpacked archives
+    end_on_sigterm()  # cleans up unpacked archives
     run_main(main)

@@ -44,5 +44,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end_on_sigterm()  # after removing unpacked archives
+    end_on_sigterm()  # cleans up unpacked archives
     run_main(main)

@@ -80,7 +80,7 @@ def sample_texts(data_dir: str) -> list[str]:
                 with file.open(encoding="utf-8", errors="ignore") as text:
                     texts.append(text.read(2000))
         except OSError:
-            continue  # corpus problems are not the subject of this check
+            continue  # this does not check the corpus
     return texts
 
 
@@ -173,5 +173,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end_on_sigterm()  # also ends the process that loads or scores a model
+    end_on_sigterm()  # also terminates the process that loads or scores a model
     run_main(main)

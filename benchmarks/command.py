@@ -66,7 +66,7 @@ def table(columns: Sequence[str], rows: Iterable[Iterable[object]], left: int = 
 def spread(
     values: Sequence[float], form: str = "{:.4f}", middle: Callable[[Sequence[float]], float] = statistics.mean
 ) -> str:
-    """Format ``mean (min … max)``, or only the mean if minimum and maximum look the same."""
+    """Format ``mean (min … max)``, or only the mean if minimum and maximum format identically."""
     shown = [form.format(of(values)).replace("-", "−") for of in (middle, min, max)]
     return shown[0] if shown[1] == shown[2] else "{} ({} … {})".format(*shown)
 

@@ -10,7 +10,7 @@ from mvlm_core.training.launch import MEMORY_VARIABLE, rank_environment, shared_
 
 
 def fork_ranks(world: int, folder: Path) -> int:
-    """Fork into ``world`` processes and return each one's rank, ready to ``join`` the process group.
+    """Fork into ``world`` processes and return the rank of the current one, ready to ``join`` the process group.
 
     Args:
         folder: an empty folder used only by these ranks.

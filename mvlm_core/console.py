@@ -59,7 +59,7 @@ def _keep_streams_open() -> None:
 
 
 def outlive_terminal() -> None:
-    """Ignore SIGHUP and make stdout and stderr unbreakable: work continues into the log files."""
+    """Ignore SIGHUP and make stdout and stderr unbreakable: the process keeps running and writing its log files."""
     _keep_streams_open()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for name in ("stdout", "stderr"):
@@ -79,8 +79,8 @@ class _BarFriendlyHandler(logging.Handler):
 def setup_logging(log_file: Path | str | None = None, *, quiet: bool = False) -> logging.Logger:
     """Send the ``mvlm`` log to stdout and optionally append it to a file.
 
-    Per-step lines (level DEBUG) always go to the file, but to the console only if stderr is not a terminal, where the
-    progress bar shows the same, and not with ``quiet``.
+    Per-step lines (level DEBUG) always go to the file. They go to the console only without ``quiet`` and if stderr is
+    not a terminal, where the progress bar shows the same.
     """
     log.setLevel(logging.DEBUG)
     log.propagate = False

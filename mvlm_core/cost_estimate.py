@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PRICE_PER_HOUR = 4.0  # US dollars, of a rented H200
+PRICE_PER_HOUR = 4.0  # US dollars, for a rented H200
 PRICE = f"{PRICE_PER_HOUR:.2f} dollars an hour"
-# The main job apart from its trainers.
+# Stages of the main job other than training.
 PACKAGES_SECONDS = 150.0  # three gigabytes of wheels on a fresh machine
 CORPUS_SECONDS = 60.0
 SUITE_SECONDS = 60.0  # per model

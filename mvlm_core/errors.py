@@ -16,7 +16,7 @@ def printable(text: str, keep: str = "", limit: int = 4000) -> str:
     """Make ``text`` safe for a terminal, a log or a JSON file; truncate it to ``limit`` characters and an ellipsis.
 
     Names and values from damaged files may hold terminal control sequences and lone surrogates, which UTF-8 cannot
-    encode: both are escaped. So are line breaks, unless they are in ``keep``.
+    encode. Both are escaped, as are line breaks unless they are in ``keep``.
     """
     text = text if len(text) <= limit else text[:limit] + "…"
     return "".join(

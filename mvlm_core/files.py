@@ -1,4 +1,4 @@
-"""Atomic writes, checksums, safe reads, and the lock that keeps two runs out of one folder."""
+"""Atomic writes, checksums, safe reads, and a lock that prevents two runs from using one folder."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def make_folder(path: Path) -> None:
 
 
 def write_atomic(path: Path | str, data: bytes | str) -> None:
-    """Write a file atomically: a reader sees the old content or the new, never a part."""
+    """Write a file atomically: a reader sees the old or the new content, never a partial file."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -191,7 +191,7 @@ def _is_alive(holder: dict[str, Any]) -> bool:
     try:
         process = psutil.Process(pid)
         started = holder.get("process_started")
-        # Process ids are reused; the start time tells the two apart.
+        # Process ids are reused; the start time tells whether this is the same process.
         return not isinstance(started, int | float) or abs(process.create_time() - started) < 2.0
     except (psutil.NoSuchProcess, OverflowError):
         return False

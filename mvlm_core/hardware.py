@@ -111,8 +111,8 @@ class Hardware:
 
 
 def limit_decoding_threads(models: Iterable[Any]) -> None:
-    """Decode small models on one CPU thread: their kernels are too short to be shared (1.2 to 1.4 times the tokens/s at
-    1.9 million parameters, benchmarks/LOG.md)."""
+    """Decode small models on one CPU thread: their kernels are too short to parallelize (1.2 to 1.4 times the tokens/s
+    at 1.9 million parameters, benchmarks/LOG.md)."""
     import torch
 
     if all(model.device.type == "cpu" and model.num_parameters() < SMALL_MODEL for model in models):
@@ -122,10 +122,10 @@ def limit_decoding_threads(models: Iterable[Any]) -> None:
 def _use_deterministic_kernels() -> None:
     """Make CUDA bitwise reproducible. Call before the first matmul, which fixes cuBLAS's workspace.
 
-    With torch's switch, the backward passes of flash and memory-efficient attention add in a fixed order, cuDNN's
-    attention is not chosen (ATen's attention_backward.cu and sdp_utils.cpp), and an operation without a deterministic
-    kernel raises an error. The embedding's backward pass, which is not compiled, sorts (Embedding.cu). The switch also
-    disables the compiler's autotuning by timing, whose choices differ between processes.
+    With ``use_deterministic_algorithms``, the backward passes of flash and memory-efficient attention accumulate in a
+    fixed order, cuDNN's attention is not chosen (ATen's attention_backward.cu and sdp_utils.cpp), and an operation
+    without a deterministic kernel raises an error. The embedding's backward pass, which is not compiled, is sort-based
+    (Embedding.cu). Timing-based autotuning of the compiler, whose choices differ between processes, is also disabled.
     """
     import torch
 
@@ -139,9 +139,9 @@ def _use_deterministic_kernels() -> None:
 def _keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next step, unless the user has set malloc options.
 
-    By default it returns large blocks to the system immediately and faults them in again page by page: 200,000 page
-    faults per step at GPT-2's size, 4 % of its time (measured), and 2 % in small models. No effect with other C
-    libraries.
+    By default, glibc returns large blocks to the system immediately, and they are faulted in again page by page:
+    200,000 page faults per step at GPT-2's size, 4 % of its time (measured), and 2 % in small models. No effect with
+    other C libraries.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
@@ -155,9 +155,9 @@ def set_process_environment() -> None:
     """Set defaults for torch's caching allocator and OpenMP unless set by the user. Call before importing torch.
 
     Blocks above 512 MB are never split, so that the next step can reuse the large logits buffers. Waiting threads spin
-    for some microseconds, then sleep (the spin count is libgomp's, which PyTorch uses on Linux). A small model has
-    thousands of parallel regions per step: with threads that sleep at once a step takes 1.4 times as long on an idle
-    machine; with threads that never sleep it takes eight times as long beside one busy process (benchmarks/LOG.md).
+    for some microseconds, then sleep (the spin count applies to libgomp, which PyTorch uses on Linux). A small model
+    has thousands of parallel regions per step: if threads sleep immediately, a step takes 1.4 times as long on an idle
+    machine; if they never sleep, eight times as long next to one busy process (benchmarks/LOG.md).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -18,7 +18,8 @@ from typing import Any
 
 import psutil
 
-# Any of these paths means that an NVIDIA driver is loaded (the last one on WSL). With none and no nvidia-smi: no GPU.
+# Any of these paths means that an NVIDIA driver is loaded (the last one on WSL). Without any of them
+# and without nvidia-smi, there is no GPU.
 NVIDIA_TRACES = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg")
 log = logging.getLogger("mvlm")
 
@@ -41,8 +42,8 @@ def available_threads(
 ) -> tuple[int, str]:
     """Number of threads for CPU matmuls, with the reason.
 
-    OMP_NUM_THREADS wins. Otherwise one for each physical core (hyper-threads share its multiplication units) in the
-    process's affinity mask, up to the container's CPU quota.
+    OMP_NUM_THREADS takes precedence. Otherwise one per physical core (hyper-threads share its multiplication units) in
+    the process's affinity mask, up to the container's CPU quota.
     """
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if asked.isdecimal() and int(asked) > 0:

@@ -40,8 +40,8 @@ class Sampling:
     top_p: float = 0.95
 
 
-# Default sampling of exports, generate.py and the report: of those tried, closest to the books' own repetition and
-# predictability (benchmarks/experiments/decoding.py).
+# Default sampling of exports, generate.py and the report: of the values tried, the closest to the repetition and
+# predictability of the books themselves (benchmarks/experiments/decoding.py).
 READABLE = Sampling(temperature=0.9, top_p=0.9)
 SMALLEST_VOCABULARY = 260  # 256 bytes and four special tokens
 _BOUNDS = {
@@ -65,8 +65,8 @@ def option(
     """Define a field of a settings class.
 
     Args:
-        identity: whether the value defines the run; a checkpoint with another value is not resumed.
-        aliases: older spellings of the flag, which still parse but are hidden from ``--help``.
+        identity: whether the value defines the run; a checkpoint with a different value is not resumed.
+        aliases: older names of the flag, which are still accepted but hidden from ``--help``.
         bounds: ``minimum``, ``maximum`` (inclusive), ``above``, ``below`` (exclusive).
     """
     metadata = {"default": default, "help": help, "group": group, "choices": choices, "identity": identity}
@@ -87,10 +87,10 @@ class TrainingSettings:
     """Settings shared by both trainers."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        # Epochs and models come from small twins with as much text per parameter
-        # (benchmarks/experiments/data_constrained.py): a model alone soon overfits, a student of three of them still
-        # improves at 18 epochs. Learning rate, weight decay and dropout in the models' own presets follow the rules of
-        # benchmarks/experiments/scaling.py. None of it has been measured at this size.
+        # The numbers of epochs and models were chosen with smaller models and as much text per parameter
+        # (benchmarks/experiments/data_constrained.py): a model without teachers soon overfits; a student of three
+        # teachers still improves at 18 epochs. Learning rate, weight decay and dropout in the models' own presets
+        # follow the rules of benchmarks/experiments/scaling.py. None of this has been measured at this size.
         "h200": {
             "num_epochs": 18.0,
             "num_models": 4,
@@ -129,8 +129,8 @@ class TrainingSettings:
         },
         CONTINUED: {"num_epochs": 2.0, "num_models": 1},
     }
-    # For presets with teachers, the number of models up to so many --max_hours, from the same twin: on an H200 one
-    # model takes about 2.5 minutes for three epochs, and teachers should take a quarter to a third of the time.
+    # For presets with teachers: (upper limit of --max_hours, number of models), from the same experiments. On an H200,
+    # one model takes about 2.5 minutes for three epochs, and teachers should take a quarter to a third of the time.
     MODELS_BY_HOURS: ClassVar[dict[str, tuple[tuple[float, int], ...]]] = {
         "h200": ((0.08, 1), (0.33, 2), (0.83, 4), (math.inf, 8))
     }

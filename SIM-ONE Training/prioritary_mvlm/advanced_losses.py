@@ -88,7 +88,7 @@ class ComprehensiveTrainingLoss(nn.Module):
             document_weights: ``[batch, seq]``, mean 1 over the train text.
             progress: fraction of the run completed.
             pointing: the pointer head's output, mixed into the prediction for the first two terms.
-            teacher: a teacher's prediction. Its cross-entropy gets ``TEACHER_SHARE`` of the loss, the terms the rest.
+            teacher: a teacher's prediction. Distillation gets ``TEACHER_SHARE`` of the loss, the three terms the rest.
         """
         token_weights = None
         if self.alignment_weight > 0 or self.accuracy_weight != 1:

@@ -17,7 +17,7 @@ _PIECES = r" ?\p{L}+(?:['\u2019]\p{L}+)?| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|
 
 
 class AdvancedBPETokenizer(ByteLevelBPE):
-    """Byte-level BPE with its own pre-tokenizer: ``train``, ``encode``, ``decode``, ``save`` and ``load``.
+    """Byte-level BPE with a custom pre-tokenizer: ``train``, ``encode``, ``decode``, ``save`` and ``load``.
 
     Verses and chapters are separated by line breaks, which are ordinary text, so the only structural tokens are
     ``<bos>`` and ``<eos>`` around each document.

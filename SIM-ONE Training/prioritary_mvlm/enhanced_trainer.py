@@ -108,7 +108,7 @@ class EnhancedPrioritaryTrainer:
     """Train, export and evaluate model 2: ``EnhancedPrioritaryTrainer(config, data_dir, output_dir).train()``.
 
     Args:
-        config: the settings; ``data_dir`` and ``output_dir`` override the ones in it.
+        config: the settings; ``data_dir`` and ``output_dir`` override its values.
     """
 
     def __init__(self, config: PrioritaryConfig, data_dir: Path | str, output_dir: Path | str) -> None:
@@ -118,7 +118,7 @@ class EnhancedPrioritaryTrainer:
         """Train to the end, resuming an interrupted run, and return the export folder.
 
         Raises:
-            UserError: invalid settings or input, with every problem.
+            UserError: invalid settings or input; lists all problems.
             Stopped: SIGINT or SIGTERM, after a checkpoint was saved.
             TrainingFailed: the run cannot continue.
         """

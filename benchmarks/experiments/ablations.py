@@ -3,7 +3,7 @@
     python -m benchmarks.experiments.ablations --seeds 3 --max_bytes 1400000
     python -m benchmarks.experiments.ablations --only no_memory,gelu           also runs their references
     python -m benchmarks.experiments.ablations --preset h200 --jobs 2 --hours 0.4 --seeds 1
-                                                on a GPU: the learning rates of the preset first
+                                                on a GPU: the preset's learning rates first
 
 Uses the validation books only.
 """
@@ -21,7 +21,7 @@ from mvlm_core.errors import run_main
 
 REFERENCES = {"mvlm_gpt2": "baseline", "simone_enhanced": "full"}
 NOISE = 0.005  # bits per byte: smaller single-run differences are noise (benchmarks/LOG.md)
-OTHER_SIZE = 0.02  # relative difference in parameters from which a row is marked as having another size
+OTHER_SIZE = 0.02  # relative difference in parameters above which a row shows it
 
 # Shapes derived from the preset's: model 2 with a tied output matrix and more layers; the baseline with model 2's
 # layers and width; the baseline with model 2's layers, widened to keep its parameter count.
@@ -65,7 +65,7 @@ def lines(preset: str) -> dict[str, Line]:
         "adamw_4e-3": full("AdamW at 0.004 instead of Muon", {"optimizer": "adamw", "learning_rate": 4e-3}),
         "cosine": full("cosine decay to a tenth instead of linear to zero", {"lr_schedule": "cosine"}),
     }
-    small = preset in DEEPER  # the h200 preset has a tied output matrix and no mix already
+    small = preset in DEEPER  # the h200 preset already has a tied output matrix and no mix
     if small:
         variants |= {
             "tied_head": full("tied output matrix", {"output_head": "tied"}),

@@ -1,7 +1,7 @@
 """Ablation parts: model 2 with one modern part replaced by its classic counterpart, at a similar parameter count.
 
-Each function replaces modules of a built model. What is then exported holds weights that the exported modelling files
-do not fit: such a folder is for its figures alone, with ``no_test_score``.
+Each function replaces modules of a built model. The exported modelling files do not match the resulting weights, so
+only the figures of such an export can be used, with ``no_test_score``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _LayerNorm(nn.LayerNorm):
 
 
 def layer_norm(model: EnhancedSIMONEModel) -> None:
-    """Replace RMSNorm by LayerNorm with gain and bias, except on queries and keys."""
+    """Replace RMSNorm with LayerNorm with gain and bias, except on queries and keys."""
     for module in [model, *model.layers]:
         for name in ("embed_norm", "attention_norm", "feed_forward_norm", "final_norm"):
             if hasattr(module, name):
@@ -36,7 +36,7 @@ def layer_norm(model: EnhancedSIMONEModel) -> None:
 
 
 def gelu(model: EnhancedSIMONEModel) -> None:
-    """Replace SwiGLU by GPT-2's feed-forward layer, 1.5 times as wide."""
+    """Replace SwiGLU with GPT-2's feed-forward layer, 1.5 times as wide."""
     width, inner = model.config.hidden_size, model.config.intermediate_size * 3 // 2
     for layer in model.layers:
         up, down = nn.Linear(width, inner, bias=False), nn.Linear(inner, width, bias=False)
@@ -55,7 +55,7 @@ def plain_queries(model: EnhancedSIMONEModel) -> None:
 
 
 def learned_positions(model: EnhancedSIMONEModel) -> None:
-    """Replace rotary by learned position embeddings. Does not support cached decoding."""
+    """Replace rotary with learned position embeddings. Does not support cached decoding."""
     config, embed = model.config, model.embed_tokens
     positions = torch.empty(config.max_position_embeddings, config.hidden_size).normal_(std=config.initializer_range)
     embed.positions = nn.Parameter(positions)

@@ -1,12 +1,12 @@
-"""Data-constrained training: much compute for little text, which is read again and again.
+"""Data-constrained training: spend much compute on little text, over many epochs.
 
     python -m benchmarks.experiments.data_constrained                   a small twin of the h200 preset, both models
-    python -m benchmarks.experiments.data_constrained --only hour       the King James text alone, on two cores
+    python -m benchmarks.experiments.data_constrained --only hour       only the King James text, on two cores
 
-The twin has as much text for each parameter as the h200 preset: some whole books in all translations, --text_bytes of
-them, and 0.9 million parameters. It is read 3 times by one model, or more often by the student of such models
-(``--num_models``). Compute is in multiples of one model's three passes. Held-out books are scored in all translations,
-and in the primary one alone.
+The twin has the h200 preset's ratio of text to parameters: whole books in all translations, up to --text_bytes, and
+0.9 million parameters. A single model makes 3 passes over the text, a student of such models (``--num_models``) makes
+more. Compute is in multiples of a single model's three passes. Scores are on the held-out books in all translations,
+and in the primary one only.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ OWN: dict[str, dict[str, Any]] = {
 TWIN: dict[str, Any] = {"max_length": 256, "vocab_size": 2048, "batch_size": 8, "train_mix": ""}
 TWIN |= {"validation_text": "all", "weight_decay": 0.4}
 TEXT_BYTES = 500_000
-# Shapes by size relative to the twin's 0.9 million parameters, with as many times its text. The learning rates of the
-# others follow the rules of benchmarks/experiments/scaling.py, as those of the h200 preset do.
+# Shapes by scale: parameters relative to the twin's 0.9 million, and text in proportion. Learning rates at other scales
+# follow the rules of benchmarks/experiments/scaling.py, like those of the h200 preset.
 SHAPES: dict[float, dict[str, Any]] = {
     0.25: {"hidden_dim": 64, "num_heads": 1, "ff_dim": 256, "num_layers": 2},
     1: {"hidden_dim": 128, "num_heads": 2, "ff_dim": 512, "num_layers": 3},
@@ -62,7 +62,7 @@ def _passes(count: float) -> str:
 ALONE = (0.5, 1, 2, 3, 9)
 RECIPES: dict[str, dict[str, Any]] = {_passes(count): {"num_epochs": float(count)} for count in ALONE}
 RECIPES |= {f"{name} with decay 1.6": RECIPES[name] | {"weight_decay": 1.6} for name in ("3 passes", "9 passes")}
-# Passes, number of teachers, and their passes.
+# (passes, number of teachers, passes of each teacher)
 STUDENTS = (
     (4.5, 1, 3),
     (9, 1, 3),
@@ -85,7 +85,7 @@ RECIPES |= {
 TWINS = {
     f"{model} {name}": Line(model, changes=TWIN | OWN[model] | recipe)
     for (name, recipe), model in itertools.product(RECIPES.items(), RATES)
-    if recipe.get("dropout") != OWN[model]["dropout"]  # that is the plain line
+    if recipe.get("dropout") != OWN[model]["dropout"]  # otherwise it equals the line without dropout in its name
 }
 HOUR: dict[str, Any] = {"data_subset": f"bible/{PRIMARY_TRANSLATION}", "train_mix": "", "max_length": 512}
 HOUR |= {"hidden_dim": 192, "num_heads": 3, "ff_dim": 768, "num_layers": 6, "vocab_size": 4096, "batch_size": 8}
@@ -99,10 +99,10 @@ LINES = TWINS | HOURS
 
 
 def few_books(options: argparse.Namespace) -> Path:
-    """A data folder of train books up to ``--text_bytes``, in all translations, and of all held-out books.
+    """Return a data folder with train books up to ``--text_bytes``, in all translations, and all held-out books.
 
     Raises:
-        UserError: every train book is larger than that.
+        UserError: every train book is larger than ``--text_bytes``.
     """
     folder = options.work_dir / f"text-{options.text_bytes}"
     if folder.is_dir():
@@ -123,14 +123,14 @@ def few_books(options: argparse.Namespace) -> Path:
     for file in (Path(MANIFEST_NAME), *files):  # the manifest names the primary translation
         (staging / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(corpus.root / file, staging / file)
-    with suppress(OSError):  # another command may have been first
+    with suppress(OSError):  # another process may have created it first
         staging.rename(folder)
     shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 
 def plan(options: argparse.Namespace) -> list[Run]:
-    """A run for each line and seed.
+    """Create a run for each line and seed.
 
     Raises:
         UserError: an unknown line.
@@ -149,24 +149,24 @@ def plan(options: argparse.Namespace) -> list[Run]:
 
 
 def rates(model: str, scale: float) -> dict[str, Any]:
-    """Learning rates of a model of this scale."""
+    """Return a model's learning rates at this scale."""
     width = SHAPES[scale]["hidden_dim"] / SHAPES[1]["hidden_dim"]
     factor = width ** WIDTH_EXPONENTS[model] * scale ** TEXT_EXPONENTS[model]
     return {name: value * factor for name, value in RATES[model].items()}
 
 
 def compute(run: Run) -> float:
-    """Of a run, teachers and student together, in multiples of one model's three passes."""
+    """Return the compute of a run's teachers and student, in multiples of a single model's three passes."""
     return sum((stage.num_epochs or 0) / 3 * relative_step_cost(stage) for stage in stages(run.settings()))
 
 
 def figures(run: Run) -> Figures:
-    """A finished run's results with its compute."""
+    """Return a finished run's results and compute."""
     return (run.result() or {}) | {"compute": compute(run)}
 
 
 def table(found: Found) -> str:
-    """A row for each line with finished runs."""
+    """Format a table with a row for each line with finished runs."""
     columns = ("line", "seeds", "parameters", "compute", "validation", "test", f"test, {PRIMARY_TRANSLATION}")
     rows = []
     for name, seeds in found.items():
@@ -178,7 +178,7 @@ def table(found: Found) -> str:
 
 
 class Ensemble:
-    """Several exports as one model that predicts the mean of their probabilities; for scoring only."""
+    """Ensemble of exports that predicts the mean of their probabilities; for scoring only."""
 
     training, device = False, "cpu"
 
@@ -201,7 +201,7 @@ class Ensemble:
 
 
 def ensemble_table(runs: list[Run]) -> str:
-    """A row for each line with finished students of several teachers: those alone, their ensemble, and the student."""
+    """Format a table of teachers, their ensemble and the student, for lines with several teachers and finished runs."""
     from mvlm_core.evaluation.bits_per_byte import score_loaded
     from mvlm_core.training.preparation import read_corpus
 

@@ -29,7 +29,7 @@ def settings() -> dict[str, Sampling | None]:
 
 
 def measured(texts: list[str], train: bytes) -> dict[str, float]:
-    """Measure texts. PPMd adapts while reading, so it is primed anew with only ``train`` for each call."""
+    """Measure texts. PPMd adapts while reading, so each call primes a new one with ``train``."""
     from mvlm_core.evaluation.generation import diversity
 
     words = [text.split()[:WORDS] for text in texts]
@@ -40,7 +40,7 @@ def measured(texts: list[str], train: bytes) -> dict[str, float]:
 
 def distance(found: dict[str, float], books: dict[str, float]) -> float:
     """Sum the relative differences to the books in distinct bigrams and bits per byte and the absolute difference in
-    repeated 4-grams, which the books hardly have."""
+    repeated 4-grams, which are rare in the books."""
     relative = sum(abs(found[name] / books[name] - 1) for name in ("distinct_2", "bits_per_byte"))
     return relative + abs(found["rep_4"] - books["rep_4"])
 

@@ -1,12 +1,12 @@
-"""How far does a model trained on one book go? Score other prose, and multiple-choice tasks of lm_eval.
+"""Measure generalisation beyond the training text: score other prose, and multiple-choice tasks of lm_eval.
 
     python -m benchmarks.experiments.generality models/mvlm_gpt2 models/simone_enhanced --text my_texts
     python -m benchmarks.experiments.generality MODEL MODEL --tasks my_task --task_folder FOLDER
-    python -m benchmarks.experiments.generality MODEL MODEL --tasks blimp          needs a network once
+    python -m benchmarks.experiments.generality MODEL MODEL --tasks blimp          needs network access once
 
---text: bits per byte of the folder's .txt and .md files and of the held-out test books, beside compressors primed with
-the train text. --tasks (needs lm_eval): accuracy beside chance and beside a unigram model of the train text, which
-knows how frequent a word is and nothing else. Answers that a scorer cannot tell apart share the point.
+--text: bits per byte of the folder's .txt and .md files and of the held-out test books, compared with compressors
+primed with the train text. --tasks (needs lm_eval): accuracy compared with chance and with a unigram model of the train
+text, which only knows word frequencies. Answers with equal scores share the point.
 """
 
 from __future__ import annotations
@@ -80,14 +80,14 @@ def answer_questions(model: Any, tokenizer: Any, options: argparse.Namespace) ->
 
 
 def accuracy(questions: list[dict[str, Any]], score: Score | None = None) -> Mean:
-    """Accuracy on ``questions`` with their own scores, or with those of ``score``."""
+    """Return the accuracy on ``questions``, with their stored scores or those of ``score``."""
     return mean(
         [choice_point([score(*c) for c in q["choices"]] if score else q["scores"], q["answer"]) for q in questions]
     )
 
 
 def task_rows(models: dict[str, tuple[Any, Any]], corpus: Corpus, options: argparse.Namespace) -> dict[str, Any]:
-    """Task → questions, chance, and the accuracy of the unigram model and of each model."""
+    """Return task → number of questions, chance, and the accuracy of the unigram model and of each model."""
     answers = {name: answer_questions(*loaded, options) for name, loaded in models.items()}
     control = unigram(document.read() for document in corpus.primary_part("train") or corpus.split("train"))
     rows: dict[str, Any] = {}
@@ -102,7 +102,7 @@ def task_rows(models: dict[str, tuple[Any, Any]], corpus: Corpus, options: argpa
 
 
 def text_rows(models: dict[str, tuple[Any, Any]], corpus: Corpus, folder: Path) -> dict[str, dict[str, float]]:
-    """Text → bits per byte by compressor and by model, for the test books and the texts of ``folder``."""
+    """Return text → bits per byte by compressor and by model, for the test books and the texts of ``folder``."""
     from mvlm_core.evaluation.bits_per_byte import score_loaded
 
     books = [(book.path, book.read()) for book in corpus.primary_part("test") or corpus.split("test")]

@@ -153,17 +153,17 @@ def run_one() -> int:
 def start(run: Run, signals: Signals, jobs: int) -> subprocess.Popen[bytes]:
     """Start ``run`` in a child process with its share of the CPU threads; its output is appended to its log file."""
     run.log_file.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {PARENT_VARIABLE: str(os.getpid())}  # the run ends with this process
+    environment = os.environ | {PARENT_VARIABLE: str(os.getpid())}  # the run stops if this process ends
     if jobs > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, available_threads()[0] // jobs))
-        environment.setdefault("CUDA_VISIBLE_DEVICES", "0")  # side by side on one GPU, instead of each on all of them
+        environment.setdefault("CUDA_VISIBLE_DEVICES", "0")  # all runs on one GPU, instead of each on all GPUs
     child = [sys.executable, "-m", "benchmarks.experiments.runner", json.dumps(asdict(run))]
     with open(run.log_file, "ab") as file:
         return signals.start(child, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY_ROOT)
 
 
 def make(runs: list[Run], folder: Path, options: argparse.Namespace) -> list[Run]:
-    """Execute the unfinished runs, ``--jobs`` at a time and until ``--hours`` are over; return the failed ones.
+    """Execute the unfinished runs, ``--jobs`` at a time, until ``--hours`` have passed; return the failed ones.
 
     Locks ``folder`` and survives a closed terminal.
 
@@ -286,7 +286,7 @@ def shared_values(options: argparse.Namespace, *, test_score: bool = False) -> d
     """Return the settings shared by all runs of an experiment."""
     values = {"preset": options.preset, "quiet": True, "no_test_score": not test_score}
     values |= {"data_dir": str(options.data_dir), "cache_dir": str(CACHE_DIR)}
-    if options.preset == "h200":  # only a teacher: a fifth of the time
+    if options.preset == "h200":  # train only a teacher, in a fifth of the time
         values |= {"num_models": 1, "num_epochs": None if options.max_bytes else 3.0}
     return values | ({"max_bytes": options.max_bytes} if options.max_bytes else {})
 

@@ -58,7 +58,7 @@ PARTS = tuple(POINTS)
 class Rule:
     """``learning rate = a · width ** b · (batch / 8) ** c · amount ** d``.
 
-    Batches in sequences of ``CONTEXT`` tokens, amounts of text in units of ``--max_bytes``.
+    Batch sizes are in sequences of ``CONTEXT`` tokens, amounts of text in units of ``--max_bytes``.
     """
 
     a: float
@@ -140,7 +140,7 @@ def fit_rule(best: dict[int, float], by_batch: dict[int, float], by_amount: dict
 def fit_law(points: list[tuple[int, int, float]]) -> Law:
     """Fit the law by non-negative least squares, with exponents from a grid.
 
-    If larger models are no better at these amounts of text, ``a`` is 0: the points then say nothing about size.
+    If larger models are no better at these amounts of text, ``a`` is 0: the points then have no information about size.
 
     Args:
         points: parameters, bytes of text, bits per byte.
@@ -204,7 +204,7 @@ class Search:
         return found
 
     def make(self) -> list[Run]:
-        """Run the search to its end; return the failed runs."""
+        """Run the search to completion; return the failed runs."""
         while new := next_rates(self.points(), STARTS[self.model]):
             runs = [run for rate in new for run in self.runs(rate)]
             if failed := runner.make(runs, self.options.root / self.model, self.options):
@@ -274,7 +274,7 @@ def search_table(options: argparse.Namespace) -> str:
 
 
 def rule_lines(model: str, rule: Rule, law: Law | None, options: argparse.Namespace) -> list[str]:
-    """Format a model's rule and law, and their predictions beside the measurements."""
+    """Format a model's rule and law, and their predictions next to the measurements."""
     lines = [
         f"\n{model}: best learning rate = {rule.a:.3g} · width ** {rule.b:.2f} · (batch / {BATCH}) ** {rule.c:.2f} "
         f"· text ** {rule.d:.2f}; {rule(FULL_WIDTH):.2g} at width {FULL_WIDTH}, other factors equal"

@@ -35,9 +35,9 @@ def figures(run: Run) -> Figures:
 
 
 def reached(first: Figures, second: Figures) -> dict[str, float] | None:
-    """Return the shares of the first model's text and seconds that the second needs to reach its final validation.
+    """Return the shares of the first model's text and seconds in which the second matches its final validation.
 
-    Interpolates between evaluations, but not before the first one; None if the second model never reaches it.
+    Interpolates between evaluations, but not before the first one; None if the second model never matches it.
     """
     goal, before = first["validation_bpb"], None
     for record in second["evaluations"]:

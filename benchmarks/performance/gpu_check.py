@@ -71,7 +71,7 @@ def make(o: argparse.Namespace) -> None:
     while o.left:
         name = o.left[0]
         o.hardware.apply()
-        if name in JUDGING:  # no TF32, which rounds to ten bits: compute fp32 in full precision
+        if name in JUDGING:  # full fp32 precision: TF32 rounds to ten bits
             torch.set_float32_matmul_precision("highest")
         try:
             for of, figures, right in getattr(gpu_correctness if name in JUDGING else gpu_speed, name)(o):
@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(*(f"{name} failed with an exception: {error}" for name, error in o.broken.items()), sep="\n")
     if o.json:
         found = {"machine": machine, "rows": o.rows, "not_reached": o.left, "broke_off": o.broken}
-        write_json_atomic(o.json, json.loads(json.dumps(found), parse_constant=str))  # NaN as a string: not valid JSON
+        write_json_atomic(o.json, json.loads(json.dumps(found), parse_constant=str))  # NaN is not valid JSON
     return 1 if any(row["right"] is False for row in o.rows) or o.broken.keys() & set(JUDGING) else 0
 
 

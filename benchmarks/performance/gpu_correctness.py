@@ -30,7 +30,7 @@ from mvlm_core.training.preparation import prepare_text
 # Allows for a different summation order and for rounding between the matrix products.
 FACTOR = 6.0
 HEAD_WIDTH, SEQUENCES = 64, 2
-PROGRESS = 0.2  # fraction of the run, where the coherence weight is not 0 yet
+PROGRESS = 0.2  # fraction of the run completed; the coherence weight is still above 0
 # Also check parts that a preset may disable.
 EVERYTHING = {"policy_head": True, "memory_head": True, "alignment_weight": 0.5, "coherence_weight": 0.3}
 KERNELS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")  # PyTorch's attention kernels
@@ -156,7 +156,7 @@ class Case:
         self.limits["bf16"] = self._limits(rounded)
 
     def build(self, hardware: Hardware) -> tuple[Any, nn.ModuleDict]:
-        """Build the model like a run does, with this case's weights, and return it and its modules on the device."""
+        """Build the model as a run does, with this case's weights; return it and its modules on the device."""
         torch._dynamo.reset()  # dynamo stops compiling after several models of the same class
         built = self.recipe.build(self.settings, self.tokenizer, hardware)
         modules, generator = nn.ModuleDict(built.modules), torch.Generator().manual_seed(0)
@@ -165,7 +165,7 @@ class Case:
             middle, spread = (0.0, weight.shape[1] ** -0.5) if weight.ndim > 1 else (weight.data.mean().round(), 0.3)
             weight.data = middle + spread * torch.randn(weight.shape, generator=generator)
         if self.name == "simone_enhanced":
-            built.model.pointer.sentinel.data.fill_(-(HEAD_WIDTH**0.5))  # the initial value would copy hardly any token
+            built.model.pointer.sentinel.data.fill_(-(HEAD_WIDTH**0.5))  # the initial value would hardly copy any token
         return built, modules.to(hardware.device).train()
 
     def _reference(self, dtype: torch.dtype) -> Answer:
@@ -220,7 +220,7 @@ class Case:
         limit, right, cache, at = self.limits[hardware.precision].logits, self.right.logits, None, 0
         with hardware.autocast():
             errors = [worst_token(model(ids, use_cache=False).logits, right) / limit]
-            for count in (2, 1, 1, 1, 4, 1, ids.shape[1] - 12, 1, 1):  # early tokens have most influence
+            for count in (2, 1, 1, 1, 4, 1, ids.shape[1] - 12, 1, 1):  # early tokens have the most influence
                 output = model(ids[:, at : at + count], past_key_values=cache, use_cache=True)
                 cache, at = output.past_key_values, at + count
                 errors.append(worst_token(output.logits, right[:, at - count : at]) / limit)
@@ -277,7 +277,7 @@ def attention_backends(o: Any) -> Iterator[Row]:
             try:
                 with profile(activities=activities) as ran, only:
                     _, figures, right = case.judge_training(one)
-            except (RuntimeError, ImportError) as error:  # not installed, or no kernel for such tensors
+            except (RuntimeError, ImportError) as error:  # not installed, or no kernel for these tensors
                 yield f"{case.name}, {way}", {NOT_HERE: str(error).splitlines()[0]}, None
                 continue
             names = {event.key for event in ran.key_averages()}

@@ -79,7 +79,7 @@ def device_peak(name: str) -> float | None:
 
 
 def products_and_clock(o: Any) -> Iterator[Row]:
-    """Measure the upper bound, matrix products, and the clock and power during them."""
+    """Measure matrix products as the upper bound, and the clock and power during them."""
     for precision, dtype, cpu_size in (("fp32", torch.float32, 1024), ("bf16", torch.bfloat16, 192)):
         size = cpu_size if o.hardware.device == "cpu" else 8192
         factor = torch.randn(size, size, device=o.hardware.device).to(dtype)
@@ -95,7 +95,7 @@ def products_and_clock(o: Any) -> Iterator[Row]:
 
 
 def real_steps(o: Any) -> Iterator[Row]:
-    """Train each model for some steps, and break down the time of a step."""
+    """Train each model for ``--steps`` steps and break down the step time."""
     for preset, name in ((preset, name) for preset in o.presets for name in SETTINGS):
         loop, of = loop_of(o, name, preset), f"{name}, {preset}, {o.hardware.precision}"
         seconds = once(lambda loop=loop: loop.run(NeverStops()))
@@ -170,7 +170,7 @@ def micro_batches(o: Any) -> Iterator[Row]:
             loop = loop_of(o, name, o.presets[0], batch_size=size)
             reset_peak_memory(o.hardware.device)
             seconds = timed(o, step_of(loop))
-            if loop.state.micro_batch < size:  # halved, as in a run
+            if loop.state.micro_batch < size:  # halved after running out of memory, as in a run
                 yield f"{name}, {size}", {"out of memory": ""}, None
                 break
             speed = loop.task.batches.tokens_per_batch / seconds

@@ -4,8 +4,8 @@
     python -m benchmarks.performance.other_engines models/mvlm_gpt2 gpt2_formats
 
 Each runtime decodes greedily from the same prompt with its KV cache; rounds are interleaved, and the table gives the
-median, minimum and maximum of --rounds. CPU time (all threads) is reported besides wall time, because other load on the
-machine does not affect it. llama.cpp requires llama-cpp-python. Threads: OMP_NUM_THREADS, otherwise all cores.
+median, minimum and maximum of --rounds. CPU time (all threads) is reported in addition to wall time, because other load
+on the machine does not affect it. llama.cpp requires llama-cpp-python. Threads: OMP_NUM_THREADS, otherwise all cores.
 """
 
 from __future__ import annotations

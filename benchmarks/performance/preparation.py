@@ -31,7 +31,7 @@ CONTEXT = multiprocessing.get_context("spawn")
 
 
 def lay_out(data_dir: Path, copies: int, folder: Path) -> int:
-    """Write ``copies`` of the train text, and the validation text, to ``folder``; return the train bytes."""
+    """Write ``copies`` copies of the train text, and the validation text, to ``folder``; return the train bytes."""
     corpus, size = load_corpus(data_dir), 0
     for split, place in [("validation", "held-out")] + [("train", f"copy{copy:02}") for copy in range(copies)]:
         for document in corpus.split(split):
@@ -44,7 +44,7 @@ def lay_out(data_dir: Path, copies: int, folder: Path) -> int:
 
 
 def prepare(sender: Connection, data_dir: Path, cache_dir: Path, vocab_size: int) -> None:
-    """Child process: prepare data like a trainer before its first step; send seconds and tokens."""
+    """Child process: prepare data as a trainer does before its first step; send seconds and tokens."""
     set_process_environment()
     import mvlm_core.training.preparation as preparation
     from prioritary_mvlm.config import PrioritaryConfig
@@ -81,7 +81,7 @@ def run(data_dir: Path, cache_dir: Path, vocab_size: int) -> dict[str, Any]:
 def held_alone(pid: int) -> int:
     """Return the unshared memory (USS) of the process and its descendants, in bytes."""
     total = 0
-    with suppress(psutil.Error):  # one of them has just ended
+    with suppress(psutil.Error):  # a process has just ended
         process = psutil.Process(pid)
         for one in (process, *process.children(recursive=True)):
             total += one.memory_full_info().uss

@@ -8,7 +8,7 @@
 Each contender runs in its own process. They take turns of a few steps, so that other load affects all of them. A step
 includes batch, forward, backward, clipping and optimizer. The table shows medians over rounds. FLOP/s count the forward
 and backward pass, not the optimizer; their share is relative to the speed of a matrix product, measured between rounds.
-All peers train a GPT-2, with model 1's FLOPs per token.
+All peers train a GPT-2 and are assigned model 1's FLOPs per token.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def huggingface(s: TrainingSettings, _options: argparse.Namespace) -> Contender:
     return step, sum(p.numel() for p in model.parameters())
 
 
-# Peers run with their default settings; two of them need a folder: its option, and a file that must be in it.
+# Peers run with their default settings. Two of them need a folder: name → its option, and a file it must contain.
 PEERS = {"transformers.Trainer": huggingface, "nanoGPT": nanogpt, "litgpt": litgpt}
 GIVEN_PEERS = {"nanoGPT": ("nanogpt", "model.py"), "litgpt": ("litgpt", "litgpt/model.py")}
 CONTENDERS = {name: partial(ours, name) for name in OURS} | PEERS
@@ -253,7 +253,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     hardware.apply()
     facts, pools, peaks, found = {}, {}, [], {}
     with ExitStack() as stack:
-        # Other ranks may still write their file store while it is removed.
+        # Other ranks may still write to their file store while the folder is removed.
         options.folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         for name in chosen(options):
             settings = settings_of(name, options)

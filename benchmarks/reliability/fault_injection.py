@@ -55,7 +55,7 @@ def before_file_operations(place: str, do: Callable[[], None]) -> None:
 
 
 def train_and_pack(model: str, corpus: str, place: str, **changes: Any) -> None:
-    """Train, export and pack a model like the pipeline."""
+    """Train, export and pack a model as the pipeline does."""
     import torch
 
     from mvlm_core.errors import Stopped
@@ -208,13 +208,13 @@ class Bench:
             place = next(self.places)
             for _ in range(min(5, count - outcome.tried)):
                 code, _ = self.start(place, after=chance.uniform(0, self.seconds), number=number)
-                if code != 0:  # else the run was faster
+                if code != 0:  # otherwise the run had already finished
                     self.after_fault(place, outcome)
             self.finish(place, outcome, outcome.fault)
         return outcome
 
     def kill_at_writes(self, every: int) -> Outcome:
-        """Kill before every ``every``-th file operation, over checkpoints, export and archive."""
+        """Kill before every ``every``-th file operation of checkpoints, export and archive."""
         outcome = Outcome(self.model, "SIGKILL before a file operation")
         for number in range(1, self.events + 1, every):
             place = next(self.places)

@@ -26,7 +26,7 @@ USED = ("torch", "transformers")  # packages required by DOWNLOAD_INSTRUCTIONS.m
 
 
 class Failed(Exception):
-    """A step's command failed; the message has the end of its output."""
+    """A step's command failed; the message includes the end of its output."""
 
 
 def run(command: list[str | Path], cwd: Path, **environment: str) -> str:

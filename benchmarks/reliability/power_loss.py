@@ -5,7 +5,7 @@ directory entries and file contents in the run's folder, and every fsync. Each p
 three possible disk states: unflushed changes are lost; all names exist, but unflushed content is truncated or zeroed
 from the middle on; a random subset of the unflushed changes reached the disk. The readers are then run on each state:
 the newest checkpoint must be intact and at least as new as the last completed save, with its best checkpoint; the
-history must match the uninterrupted run's up to that checkpoint or further; an export or archive that validates must
+history must match the uninterrupted run's and reach at least that checkpoint; an export or archive that validates must
 match the uninterrupted run's. A random sample of states is resumed to the end and compared bit by bit.
 
 Directories use the strictest POSIX semantics: an entry exists only after its directory was fsynced.
@@ -36,7 +36,7 @@ from mvlm_core.errors import UserError, run_main
 ROOT = 0
 DROPPED, TORN, MIXED = "dropped", "torn", "mixed"
 WAYS = (DROPPED, TORN, MIXED)
-Content = dict[str, int] | bytes  # of a folder: name → item; of a file: its bytes
+Content = dict[str, int] | bytes  # folder: name → item; file: its bytes
 Tree = dict[str, bytes | None]  # path below the run's folder → content, None for a folder
 
 
@@ -70,7 +70,7 @@ class Recorder:
         self._contents: dict[int, Content] = {}
         self._count, self._looking = ROOT, False
         self.look()
-        self.operations += [Operation("sync", item) for item in self._contents]  # it is on the disk at the start
+        self.operations += [Operation("sync", item) for item in self._contents]  # the initial content is flushed
         self.start = len(self.operations)
         self._fsync, os.fsync = os.fsync, self._sync
         before_file_operations(str(place), self.look)
@@ -180,7 +180,7 @@ class Disk:
 
 
 def torn(contents: list[bytes], way: str, chance: random.Random) -> bytes:
-    """Return the content found after the power loss: the flushed one, or the start of a later one."""
+    """Return a file's content after the power loss: the flushed version, or the start of a later one."""
     flushed, *later = contents
     if way == DROPPED or not later or (way == MIXED and chance.random() < 0.3):
         return flushed
@@ -193,7 +193,7 @@ def torn(contents: list[bytes], way: str, chance: random.Random) -> bytes:
 def lay_out(tree: Tree, place: Path) -> Path:
     """Write a tree into a new folder."""
     place.mkdir()
-    for path, content in tree.items():  # a folder comes before what is in it
+    for path, content in tree.items():  # a folder precedes its contents
         if content is None:
             (place / path).mkdir()
         else:
@@ -202,7 +202,7 @@ def lay_out(tree: Tree, place: Path) -> Path:
 
 
 def problems(bench: Bench, place: Path, promised: Promised) -> list[str]:
-    """Open everything like a resumed run and the export and archive checks; return what is corrupt or lost."""
+    """Read everything as a resumed run and the export and archive checks do; return what is corrupt or lost."""
     from mvlm_core.export.archive import check_archive
     from mvlm_core.export.manifest import verify_folder
     from mvlm_core.files import sha256_file
@@ -241,8 +241,8 @@ class Outcome:
     """Results of the simulated power losses for one recorded run.
 
     Attributes:
-        prefixes: of the record; each is replayed in three ways.
-        opened: different states among them.
+        prefixes: prefixes of the recording; each is replayed as three disk states.
+        opened: disk states that were checked, without repeats.
     """
 
     model: str
@@ -272,7 +272,7 @@ class Recording:
         process.join()
 
     def states(self, seed: int, every: int = 1) -> Iterator[tuple[int, str, Tree, Promised]]:
-        """Yield for each prefix the three possible disk states and the durability guarantee at that point."""
+        """For each prefix, yield the three possible disk states and the durability guarantee at that point."""
         disk, promised = Disk(), Promised()
         for number, operation in enumerate(self.operations, 1):
             disk.apply(operation)

@@ -26,7 +26,7 @@ log = logging.getLogger("mvlm")
 
 
 class Signals:
-    """Context manager that forwards SIGINT and SIGTERM once to the running children; without any the job stops.
+    """Context manager that forwards SIGINT and SIGTERM once to the running children, or stops the job if none runs.
 
     A second SIGINT kills the children's whole process groups and stops the job.
     """
@@ -55,7 +55,7 @@ class Signals:
                 raise Stopped(number)
         elif number == signal.SIGINT:
             for child in self._children:
-                # Not `child.kill()`: this handler may interrupt `child.wait()`, which holds the lock that it needs.
+                # Not `child.kill()`: this handler may interrupt `child.wait()`, which holds the lock that `kill` needs.
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGKILL)
             raise Stopped(number)
@@ -66,7 +66,7 @@ class Signals:
             child.send_signal(number)
 
     def check(self, code: int = 0) -> None:
-        """Raise Stopped if a signal has arrived or a child's exit ``code`` says that one ended it."""
+        """Raise Stopped if a signal has arrived or a child's exit ``code`` shows that it was stopped by one."""
         if self.number is not None:
             raise Stopped(self.number)
         if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
@@ -147,7 +147,7 @@ class Relay:
         while True:
             try:
                 data = os.read(self._reader, 1 << 16)
-            except OSError:  # a pseudo-terminal ends with EIO
+            except OSError:  # a pseudo-terminal signals its end with EIO
                 data = b""
             if not data:
                 os.close(self._reader)

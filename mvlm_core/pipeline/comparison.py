@@ -133,7 +133,7 @@ def _baseline_text(baselines: dict[str, Any]) -> str:
 
 
 def text_table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Format rows as aligned text, first column left and others right, under a header with a rule."""
+    """Format rows as text, first column left-aligned and others right-aligned, below a header with a rule."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     first, *others = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in (header, *rows)
@@ -152,7 +152,7 @@ def table(comparison: dict[str, Any], names: list[str]) -> list[str]:
 def metric_rows(comparison: dict[str, Any], names: list[str]) -> list[list[str]]:
     """Table rows: metric, each model's value, ratio.
 
-    Then test scores by book and, with more than two translations, those the last model finds easiest and hardest.
+    Followed by test scores by book and, with more than two translations, those of the last model's easiest and hardest.
     """
 
     def row(title: str, values: dict[str, Any], key: str) -> list[str]:

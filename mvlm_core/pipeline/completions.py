@@ -2,12 +2,12 @@
 
 Its public classes are reused, with a few public methods overridden:
 
-- It loads a model when a request names it, by path or hub name, and looks up its class in the transformers module,
-  which lacks model 2's. Here models are loaded before it starts, and a request chooses among them.
-- Requests that it would answer with a server error, or not honour, are rejected first.
-- It uses one thread per model and seeds torch when a request arrives. Here all models share one thread, and the seed is
-  set when the request is processed. (Its paged batching would be faster for many concurrent clients, but it uses the
-  first request's temperature for all, and model 2's attention does not support a paged cache.)
+- The original server loads a model on request, by path or hub name, and looks up its class in the transformers module,
+  which lacks model 2's. Here models are loaded before the server starts, and a request chooses among them.
+- Requests that the original would answer with a server error, or not honour, are rejected first.
+- The original uses one thread per model and seeds torch when a request arrives. Here all models share one thread, and
+  the seed is set when the request is processed. (Its paged batching would be faster for many concurrent clients, but it
+  uses the first request's temperature for all, and model 2's attention does not support a paged cache.)
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class Job:
         return [*command, "--fresh"] if self.fresh else command
 
     def script_command(self, stage: str, *arguments: Any) -> list[str]:
-        """Command line of the script of a stage that runs after training."""
+        """Command line of a script that runs after training, by stage."""
         device = ["--device", self.settings["device"]] if "device" in self.settings else []
         return [sys.executable, str(self.scripts[stage]), *map(str, arguments), "--data_dir", self.data_dir, *device]
 

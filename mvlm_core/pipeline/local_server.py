@@ -1,4 +1,4 @@
-"""Shared by the programs that listen on a port: command line, model loading, address, shutdown."""
+"""Code shared by the programs that listen on a port: command line, model loading, address, shutdown."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def address(listener: socket.socket) -> str:
-    """URL of a listener; for one on all addresses, the URL on this machine."""
+    """URL of a listener; if it listens on all addresses, its loopback URL."""
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -90,11 +90,11 @@ def serve(
     path: str = "",
     headers: Sequence[tuple[str, str]] = (),
 ) -> int:
-    """Check the command line, load the models and serve an ASGI app until a signal, which then gets its usual handler.
+    """Check the command line, load the models and serve an ASGI app until a signal, whose usual handler then runs.
 
     Args:
         packages: required by the app.
-        sources: the folder with the repository's own modelling files.
+        sources: folder with the repository's own modelling files.
         app_of: creates the app from the models and the folder of the first one.
         path: appended to the printed address.
         headers: added to every response.

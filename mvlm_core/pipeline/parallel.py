@@ -1,6 +1,6 @@
 """Process several models in parallel, each in its own process with a share of the CPU threads.
 
-For small models two single-threaded processes use two cores better than one process with two threads.
+For small models, two single-threaded processes use two cores better than one process with two threads.
 """
 
 from __future__ import annotations
@@ -57,6 +57,6 @@ def _start(threads: int) -> None:
 def _end_with_parent() -> None:
     if parent := multiprocessing.parent_process():
         parent.join()
-    while True:  # the first signal ends the work, but not the pool's own loop; a second one does
+    while True:  # the first signal ends the work but not the pool's own loop; a second one ends that
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)

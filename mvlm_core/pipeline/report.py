@@ -1,6 +1,6 @@
 """``models/report.html``: a self-contained page about a run, rendered from ``report_template.html``.
 
-Figures and scores come from the run's records; samples and traces are generated with the exported models one by one.
+Figures and scores come from the run's records; samples and traces are generated with one exported model at a time.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ SHAPE = {
 
 
 def draw_prompts(corpus: Corpus, seed: int) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:
-    """Draw prompts (text, source, original continuation), namely the first words of the training text and the first
-    halves of two held-out verses, and two more held-out verses to trace (text, source)."""
+    """Draw prompts (text, source, original continuation) and two held-out verses to trace (text, source).
+
+    The prompts are the first words of the training text and the first halves of two other held-out verses.
+    """
     held_out, train = (corpus.primary_part(split) or corpus.split(split) for split in ("test", "train"))
     verses = sample_verses((v for v in verses_of(held_out) if 12 <= len(v.text.split()) <= 30), 4, seed)
     prompts = [(" ".join(train[0].read().split(maxsplit=3)[:3]), "the first words of the training text", "")]

@@ -231,7 +231,8 @@ def pack(folder: Path, archive: Path) -> None:
 def pack_formats(job: Job, summary: Summary, signals: Signals) -> bool:
     """Convert every finished model to the requested formats that it supports, and pack them.
 
-    Keeps files made from the same export by an earlier run. Returns whether all succeeded; a failure fails no model.
+    Keeps files made from the same export by an earlier run. Returns whether all succeeded; a failure does not mark the
+    model as failed.
     """
     layout, good = job.layout, True
     if job.formats:
@@ -259,7 +260,7 @@ def pack_formats(job: Job, summary: Summary, signals: Signals) -> bool:
 def write_download_notes(job: Job, summary: Summary) -> None:
     """Write SHA256SUMS, the summary and the download instructions next to the archives."""
     layout, instructions = job.layout, job.layout.downloads / "DOWNLOAD_INSTRUCTIONS.md"
-    for name in summary.with_status("failed"):  # do not offer an earlier run's archive as this one's
+    for name in summary.with_status("failed"):  # do not offer an archive from an earlier run
         layout.archive(name).unlink(missing_ok=True)
         layout.formats_archive(name).unlink(missing_ok=True)
     offered = [name for name in summary.with_status("finished") if layout.archive(name).is_file()]
@@ -275,7 +276,7 @@ def write_download_notes(job: Job, summary: Summary) -> None:
 
 
 def validate_models(job: Job, summary: Summary, signals: Signals) -> bool:
-    """Run the validator; withdraw models that fail from the downloads."""
+    """Run the validator; remove models that fail from the downloads."""
     log.info("=== validation")
     layout = job.layout
     layout.report.unlink(missing_ok=True)

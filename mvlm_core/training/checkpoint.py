@@ -4,8 +4,8 @@
 ``manifest.json``. It is written under a temporary name and then renamed, so a crash leaves earlier checkpoints intact.
 No pickle: tensors are safetensors, everything else is JSON.
 
-A ``weights_only`` checkpoint has no optimizer state: it keeps the best weights by validation for the export, and no run
-resumes from it.
+A ``weights_only`` checkpoint has no optimizer state: it holds the weights with the best validation score for the export
+and cannot be resumed from.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Checkpoint:
     state: dict[str, Any]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Load the tensors saved under ``name`` ("model", "optimizer") on the CPU.
+        """Load the tensors saved under ``name`` ("model" or "optimizer") to the CPU.
 
         Raises:
             DamagedCheckpoint: safetensors cannot read the file.
@@ -69,10 +69,10 @@ def save_checkpoint(root: Path, step: int, tensors: dict[str, dict[str, Tensor]]
     """Write one checkpoint atomically and return its folder.
 
     Args:
-        tensors: file name (without extension) to named tensors.
+        tensors: named tensors by file name (without extension).
         state: JSON-serialisable.
     Raises:
-        OSError: for example a full disk; earlier checkpoints are untouched.
+        OSError: for example, the disk is full; earlier checkpoints are untouched.
     """
     final = checkpoint_folder(root, step)
     temporary = root / f"{_TEMPORARY_PREFIX}{final.name}"
@@ -85,7 +85,7 @@ def save_checkpoint(root: Path, step: int, tensors: dict[str, dict[str, Tensor]]
             path = temporary / f"{name}.safetensors"
             try:
                 save_file({key: value.detach().contiguous() for key, value in named.items()}, path)
-            except SafetensorError as error:  # how the library reports a full disk
+            except SafetensorError as error:  # raised by safetensors if the disk is full
                 raise OSError(f"{path}: {error}") from None
             fsync_path(path)
         write_json_atomic(temporary / "state.json", {"step": step, **state})
@@ -112,7 +112,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Open the checkpoint in ``folder`` and check every file against the manifest.
 
     Raises:
-        DamagedCheckpoint: no checkpoint, or a damaged one.
+        DamagedCheckpoint: the checkpoint is missing or damaged.
     """
     folder = Path(folder)
     manifest = _read_json(folder / "manifest.json")
@@ -129,7 +129,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 raise DamagedCheckpoint(f"{path} is missing")
             if sha256_file(path) != expected:
                 raise DamagedCheckpoint(f"{path} has changed since it was written (its SHA-256 differs)")
-        except OSError as error:  # such as a name too long for any file
+        except OSError as error:  # for example, the name is too long
             raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from None
     state = _read_json(folder / "state.json")
     if not isinstance(state.get("step"), int):
@@ -157,7 +157,7 @@ def checkpoint_folders(root: Path) -> list[Path]:
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
-    """Path of the checkpoint of ``step``."""
+    """Return the path of the checkpoint of ``step``."""
     return root / f"step-{step:08d}"
 
 
@@ -194,10 +194,10 @@ def _intact_checkpoints(root: Path) -> Iterator[Checkpoint]:
 
 
 def named_checkpoint(folder: Path | str) -> Checkpoint:
-    """Open the checkpoint named with ``--resume_from``.
+    """Open the checkpoint given by ``--resume_from``.
 
     Raises:
-        UserError: missing, damaged or without optimizer state; an explicitly named checkpoint is never replaced.
+        UserError: missing, damaged or without optimizer state; there is no fallback to another checkpoint.
     """
     if not Path(folder).is_dir():
         raise UserError(f"--resume_from {folder}: no such checkpoint folder")
@@ -214,13 +214,13 @@ def named_checkpoint(folder: Path | str) -> Checkpoint:
 
 
 def set_aside_later(root: Path, step: int) -> None:
-    """Rename the checkpoints after ``step``, where the run resumes, so that rotation does not count them."""
+    """Rename the checkpoints after ``step``, from which the run resumes, so that rotation ignores them."""
     for folder in checkpoint_folders(root):
         if _step_of(folder) > step:
             _set_aside(folder, _LATER_SUFFIX)
             log.info("set aside %s: the run returns to step %s", folder, step)
     if root.is_dir():
-        fsync_path(root)  # before the history is truncated, so that no checkpoint reappears past its end
+        fsync_path(root)  # before the history is truncated: no checkpoint may be newer than the history
 
 
 def _set_aside(folder: Path, suffix: str) -> None:
@@ -232,8 +232,8 @@ def _set_aside(folder: Path, suffix: str) -> None:
 def rotate_checkpoints(root: Path, keep: int) -> None:
     """Keep the ``keep`` newest checkpoints (at least two) and the best ones they refer to (``best_step``).
 
-    Checkpoints written only because of a signal do not count and are deleted once a newer one exists; nor do
-    weights-only checkpoints.
+    Checkpoints written only because of a signal do not count and are deleted once a newer one exists. Weights-only
+    checkpoints do not count either.
     """
     folders = checkpoint_folders(root)
     states = {folder: read_json(folder / "state.json") for folder in folders}
@@ -248,7 +248,7 @@ def rotate_checkpoints(root: Path, keep: int) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Delete a checkpoint; rename it first, so that even after a power failure no partial checkpoint has its name."""
+    """Delete a checkpoint, renaming it first so that a power failure leaves no partial checkpoint under its name."""
     renamed = folder.with_name(_DELETED_PREFIX + folder.name)
     shutil.rmtree(renamed, ignore_errors=True)
     folder.rename(renamed)

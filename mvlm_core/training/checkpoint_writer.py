@@ -1,7 +1,7 @@
 """Asynchronous checkpoints: tensors are copied to host memory, and a thread writes the copy.
 
-Training waits only for the copy, not for hashing and disk. There is one save at a time; the next one waits for it and
-none is skipped, so which checkpoints exist does not depend on disk speed.
+Training waits only for the copy, not for hashing or disk writes. Saves run one at a time and none is skipped, so the
+set of checkpoints does not depend on disk speed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ log = logging.getLogger("mvlm")
 
 
 class CheckpointWriter:
-    """Passes a copy of tensors to a function that runs in a thread."""
+    """Copies tensors and passes the copy to a function that runs in a background thread."""
 
     def __init__(self) -> None:
         self._thread: Thread | None = None
@@ -26,7 +26,7 @@ class CheckpointWriter:
 
     @property
     def ended(self) -> bool:
-        """Whether a save has ended and its result has not yet been collected by ``wait``."""
+        """Whether a save has ended and ``wait`` has not yet collected its result."""
         return self._thread is not None and not self._thread.is_alive()
 
     def start(self, tensors: NamedTensors, write: Callable[[NamedTensors], None]) -> None:

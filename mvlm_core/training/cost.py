@@ -1,7 +1,7 @@
 """Cost of a step: memory by category and FLOPs.
 
-The real model and loss run once on fake tensors, which have shapes but no storage, and the tensors that autograd saves
-for backward are added up. A compiled model saves fewer, so for it the activations are an upper bound.
+The actual model and loss run once on fake tensors, which have shapes but no storage; activation memory is the total
+size of the tensors that autograd saves for backward. This is an upper bound for a compiled model, which saves fewer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ OVERHEAD = 2e9  # bytes: CUDA context, kernel workspaces, fragmentation
 
 @dataclass(frozen=True)
 class TokenizerShape:
-    """Stands in for a tokenizer that is not trained yet when building a model."""
+    """Placeholder for a tokenizer that is not trained yet, used to build a model."""
 
     vocab_size: int
     start_id: int = 0
@@ -30,7 +30,7 @@ class TokenizerShape:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes at the end of the forward pass, the peak of a step."""
+    """Memory in bytes at the end of the forward pass, where a step peaks."""
 
     weights: int
     gradients: int
@@ -73,7 +73,7 @@ def step_cost(
 
     from mvlm_core.training.optimizer import Muon
 
-    # torch's counter lacks the CPU's fused attention; its formulas are those of the other kernels.
+    # torch's FLOP counter does not cover the CPU's fused attention; the formulas of the other kernels apply.
     attention = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
@@ -122,7 +122,7 @@ def fitting_micro_batch(one: StepMemory, two: StepMemory, memory_bytes: float, m
     """Largest micro-batch that fits, halving from ``most`` as the trainer does; None if not even one sequence fits.
 
     Args:
-        one, two: memory of micro-batches of one and two sequences; each further sequence adds the difference.
+        one, two: memory of micro-batches of one and two sequences; each additional sequence adds the difference.
     """
     each = two.activations - one.activations
     fixed = one.total - each + OVERHEAD

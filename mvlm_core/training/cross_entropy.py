@@ -2,7 +2,7 @@
 
 Logits are computed in blocks by one of two kernels with the same result: "blocks" reuses its buffers and is faster on a
 CPU; "compiled" lets torch.compile fuse everything after the matmul into one pass, which on a memory-bound GPU moves
-less than half of the bytes (counted in tests/training/test_cross_entropy.py).
+less than half as many bytes (counted in tests/training/test_cross_entropy.py).
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Logits per block: small enough for a CPU's last-level cache, or small compared with a GPU's memory.
+# Bytes of logits per block: small enough for a CPU's last-level cache, or small compared with a GPU's memory.
 _BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
-LEAST_ROWS = 128  # per block, or half the width: the output matrix and its gradient are read once per block
+LEAST_ROWS = 128  # per block, or dim / 2 if larger: each block reads the output matrix and its gradient once
 ALIGNMENT = 64  # pad the output matrix to a multiple of this many rows: kernels are slow at GPT-2's 50,257
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Both gradients are computed while a block's logits exist, so the backward pass recomputes nothing."""
+    """Computes both gradients while a block's logits are in memory, so the backward pass recomputes nothing."""
 
     @staticmethod
     def forward(
@@ -41,7 +41,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         padded = -(-vocab // ALIGNMENT) * ALIGNMENT  # in matmuls only: weights and gradients keep their shape
         matrix = weight.to(hidden.dtype)
         matrix = matrix if padded == vocab else F.pad(matrix, (0, 0, 0, padded - vocab))
-        exact = torch.promote_types(hidden.dtype, torch.float32)  # sums over the vocabulary need float32 at least
+        exact = torch.promote_types(hidden.dtype, torch.float32)  # sums over the vocabulary need at least float32
         token_weights = token_weights.to(exact)
         nll = torch.empty(count, dtype=exact, device=hidden.device)
         needs_grad = any(ctx.needs_input_grad[:2])
@@ -88,8 +88,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _BufferedBlocks:
-    """Scores blocks with PyTorch's own kernels, reusing one pair of buffers: a new allocation of this size would be
-    page-faulted in every time."""
+    """Scores blocks with PyTorch's own kernels, reusing one pair of buffers: each new allocation of this size would
+    cause page faults."""
 
     def __init__(self, hidden: Tensor, rows: int, padded: int) -> None:
         self.logits = hidden.new_empty(rows, padded)
@@ -98,12 +98,12 @@ class _BufferedBlocks:
     def __call__(
         self, hidden: Tensor, matrix: Tensor, targets: Tensor, vocab: int, needs_grad: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """As ``_score_block``; the gradient is valid until the next block."""
+        """Like ``_score_block``, but the gradient is only valid until the next call."""
         target, exact = targets[:, None], self.probabilities.dtype
         logits = torch.mm(hidden, matrix.t(), out=self.logits[: len(target)])
         logits[:, vocab:] = -torch.inf
-        # softmax is the fastest pass over the logits. The log-partition comes from the likeliest token, whose
-        # probability is at least 1 / vocab, so its logarithm is finite; the target's may not be.
+        # softmax is the fastest pass over the logits. The log-partition comes from the most likely token, whose
+        # probability is at least 1 / vocab, so its logarithm is finite; that of the target's may not be.
         probabilities = torch.softmax(logits, dim=-1, dtype=exact, out=self.probabilities[: len(target)])
         log_partition = logits.amax(dim=1).to(exact) - probabilities.amax(dim=1).log()
         nll = log_partition - logits.gather(1, target).squeeze(1)
@@ -116,7 +116,7 @@ class _BufferedBlocks:
 def _score_block(
     hidden: Tensor, matrix: Tensor, targets: Tensor, vocab: int, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss and gradient of a block of tokens; free of side effects, so that it can be compiled.
+    """Compute loss and gradient of a block of tokens; has no side effects, so that it can be compiled.
 
     Args:
         hidden: ``[rows, dim]``.
@@ -148,7 +148,7 @@ def compiled_block(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def even_rows(count: int, most: int) -> int:
-    """Rows per block so that all blocks have one size near ``most``, if possible: each size is a recompilation."""
+    """Rows per block so that all blocks have the same size near ``most``, if possible: each size is compiled anew."""
     fewest = -(-count // most)
     return next((count // blocks for blocks in range(fewest, 2 * fewest) if count % blocks == 0), most)
 
@@ -175,7 +175,7 @@ def linear_cross_entropy(
         targets: ``[...]`` token ids.
         token_weights: ``[...]``, mean 1 over the training text; None means 1 everywhere.
         block_rows: maximum rows of logits computed at a time; by default chosen for the device.
-        kernel: "blocks" or "compiled" (see above).
+        kernel: "blocks" or "compiled" (see the module docstring).
         mixture: if the softmax is one component of a two-component mixture: the log weight of the softmax, and the
             log of the other component's weighted target probability, both ``[...]``.
     Returns:

@@ -1,7 +1,7 @@
 """Knowledge distillation: a student learns from the text and from its teachers' next-token distributions.
 
-``--num_models K`` trains K − 1 teachers, and the exported model as their student (Hinton et al., arXiv 1503.02531).
-When a text is read many times, soft targets add information that the one-hot next token lacks. Measured in
+``--num_models K`` trains K − 1 teachers and then the exported model as their student (Hinton et al., arXiv 1503.02531).
+When a text is repeated for many epochs, soft targets add information that the one-hot next token lacks. Measurements:
 benchmarks/README.md.
 """
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mvlm_core.errors import UserError
 from mvlm_core.settings import TrainingSettings
 
-if TYPE_CHECKING:  # `stages` alone must not import torch
+if TYPE_CHECKING:  # `stages` must not import torch
     from transformers import PreTrainedModel
 
 TEACHERS = Path("checkpoints", "teachers")  # below the output folder
@@ -27,7 +27,7 @@ def stages(settings: TrainingSettings) -> list[TrainingSettings]:
     """Return the settings of each model of ``--num_models``: teachers, then their student, which is exported.
 
     Each teacher has its own seed and is trained for ``--teacher_epochs``, or as long as the student if that is shorter.
-    ``--max_hours`` covers all models; a teacher gets at most as much as one that reads a third of the student's text.
+    ``--max_hours`` covers all models; each teacher gets at most the time to read a third of the student's text.
     """
     count = settings.num_models - 1
     if not count:
@@ -46,22 +46,22 @@ def stages(settings: TrainingSettings) -> list[TrainingSettings]:
 
 
 def with_time_left(student: TrainingSettings, seconds: float) -> TrainingSettings:
-    """Return the student's settings after its teachers took ``seconds`` of ``--max_hours``."""
+    """Return the student's settings with its teachers' ``seconds`` subtracted from ``--max_hours``."""
     if student.max_hours is None:
         return student
     return replace(student, max_hours=max(0.01 * student.max_hours, student.max_hours - seconds / 3600))
 
 
 def relative_step_cost(settings: TrainingSettings) -> float:
-    """Cost of a model's training step, relative to one without a teacher: one teacher adds its forward pass."""
+    """Cost of a training step relative to one without a teacher; a teacher adds its forward pass."""
     return 1 if settings.teacher is None else 4 / 3
 
 
 def load_teachers(settings: TrainingSettings, model_class: type[Model], device: str) -> list[Model]:
-    """Load each export of ``--teacher`` as a frozen ``model_class`` on its device; none of the exports' code is run.
+    """Load each export of ``--teacher`` as a frozen ``model_class`` on ``device``, without running the exports' code.
 
     Raises:
-        UserError: an export holds another model.
+        UserError: an export is not a ``model_class``.
     """
     from mvlm_core.training.preparation import teachers_of
 
@@ -78,8 +78,8 @@ def load_teachers(settings: TrainingSettings, model_class: type[Model], device: 
 def teacher_of_step(teachers: list[Model]) -> Model | None:
     """Draw one teacher for a micro-batch; None without teachers.
 
-    In expectation the gradient is that of the teachers' mean distribution, at the cost of one of them. The draw depends
-    only on the seed that the loop sets for each micro-batch, so that a resumed run repeats it.
+    In expectation, the gradient is that of the teachers' mean distribution, at the cost of a single teacher. The draw
+    depends only on the seed that the loop sets for each micro-batch, so a resumed run repeats it.
     """
     import torch
 

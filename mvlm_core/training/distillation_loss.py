@@ -1,7 +1,8 @@
 """Distillation loss: cross-entropy with the text and with a teacher's next-token distribution (arXiv 1503.02531).
 
-Like ``cross_entropy``, it works on blocks of tokens and computes each block's gradients while its logits exist, so no
-batch of logits is ever kept. Student and teacher may have a pointer, whose probabilities are part of the prediction.
+Like ``cross_entropy``, it processes blocks of tokens and computes each block's gradients while its logits are in
+memory, so a batch's logits are never materialized. Student and teacher may have a pointer, whose probabilities are part
+of the prediction.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from torch import Tensor
 
 from mvlm_core.training.cross_entropy import ALIGNMENT, LEAST_ROWS, compiled_block, even_rows, rows_at_a_time
 
-_TENSORS = 4  # as large as a block's logits that exist at a time
+_TENSORS = 4  # of the size of a block's logits, in memory at the same time
 
 
 class Prediction(NamedTuple):
-    """What a model's next-token distribution is computed from.
+    """The tensors that a model's next-token distribution is computed from.
 
     Attributes:
         hidden: ``[batch, seq, dim]``, the last hidden states.
         weight: ``[vocab, dim]``, the output embedding.
-        pointing: of a model with a pointer, the log probability of its vocabulary ``[batch, seq]``, of each context
-            token ``[batch, seq, keys]``, and the ids of these tokens ``[batch, keys]``.
+        pointing: for a model with a pointer, the log probability of its vocabulary ``[batch, seq]``, that of each
+            context token ``[batch, seq, keys]``, and the ids of these tokens ``[batch, keys]``.
     """
 
     hidden: Tensor
@@ -44,13 +45,13 @@ def distillation_loss(
 
     Args:
         student: differentiable in its hidden states, output embedding and pointer.
-        teacher: gets no gradient; may have another width.
+        teacher: gets no gradient; may have a different width.
         targets: ``[batch, seq]`` token ids.
         token_weights: ``[batch, seq]``, mean 1 over the training text; None means 1 everywhere.
         kernel: "blocks" or "compiled", as in ``linear_cross_entropy``.
     Returns:
         The loss, each token's negative log-likelihood ``[batch, seq]``, and the mean cross-entropy with the teacher.
-        Only the loss is differentiable; all have at least float32.
+        Only the loss is differentiable; all are at least float32.
     """
     device = student.hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -115,7 +116,7 @@ class _DistillationLoss(torch.autograd.Function):
 
 
 class _Rows:
-    """A ``Prediction`` with batch and sequence in one dimension; slicing it yields arguments for ``_score_block``."""
+    """A ``Prediction`` with batch and sequence flattened; slicing it yields arguments for ``_score_block``."""
 
     def __init__(self, model: Prediction) -> None:
         self.sequence = model.hidden.shape[1]
@@ -137,9 +138,9 @@ class _Rows:
 
 
 def _distribution(model: Prediction, vocab: int) -> tuple[Tensor, Tensor]:
-    """Return the vocabulary's part of the probabilities, and all of them; both ``[rows, padded]``, at least float32.
+    """Return the vocabulary's part of the probabilities and their total, both ``[rows, padded]``, at least float32.
 
-    No probability is below the smallest normal number, so that logarithms and quotients stay finite.
+    Probabilities are clamped to the smallest normal number, so that logarithms and quotients stay finite.
     """
     logits = model.hidden @ model.weight.t()
     if vocab < model.weight.shape[0]:
@@ -157,15 +158,15 @@ def _distribution(model: Prediction, vocab: int) -> tuple[Tensor, Tensor]:
 def _score_block(
     student: Prediction, teacher: Prediction, targets: Tensor, text_weights: Tensor, teacher_share: float, vocab: int
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """Losses and gradients of a block of tokens; free of side effects, so that it can be compiled.
+    """Compute losses and gradients of a block of tokens; has no side effects, so that it can be compiled.
 
     Let T be the weighted target distribution (text and teacher), P the student's, and p the vocabulary's part of P.
     With r = p / P, the gradient of −Σ T log P is p · (Σ T r) / Σ p − T r for the logits, −Σ T r for the vocabulary's
     log probability, and −T / P times its probability for a context token's log probability.
 
     Args:
-        student, teacher: with one dimension instead of batch and sequence: ``[rows, dim]``, ``[padded, dim]``, and of
-            the pointer ``[rows]``, ``[rows, keys]`` and ``[rows, keys]``.
+        student, teacher: with batch and sequence flattened: ``[rows, dim]``, ``[padded, dim]``, and for the pointer
+            ``[rows]``, ``[rows, keys]`` and ``[rows, keys]``.
     Returns:
         ``nll`` and cross-entropy with the teacher, each ``[rows]``; the gradient of the logits ``[rows, padded]`` in
         the hidden states' dtype, and those of the pointer's first two tensors.

@@ -1,8 +1,8 @@
-"""Data-parallel training: the collectives of a run, through ``torch.distributed``.
+"""Data-parallel training: the collectives of a run, with ``torch.distributed``.
 
 Each process (rank) works on its part of every global batch; gradients are summed, so all ranks take the same step and
 hold the same weights. ``launch`` starts ranks on one machine, ``torchrun`` on several; a single rank has no overhead.
-Only the main rank reads and writes checkpoints and broadcasts what it read, so no shared disk is needed.
+Only the main rank reads and writes checkpoints; it broadcasts what it reads, so no shared disk is needed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mvlm_core.signals import parent_is_gone
 from mvlm_core.training.launch import FOLDER_VARIABLE, MEMORY_VARIABLE
 
 _TIMEOUT = timedelta(hours=2)  # one rank may read and check a checkpoint, or compile, while the others wait
-_STEP_TIMEOUT = timedelta(seconds=90)  # with the supervisor's grace period: less than two minutes
+_STEP_TIMEOUT = timedelta(seconds=90)  # less than two minutes including the supervisor's grace period
 _POLL_SECONDS = 0.1
 _groups = itertools.count()
 
@@ -40,7 +40,7 @@ class Ranks:
         rank, world: rank and world size.
         host: gloo process group for host memory; None with a single rank.
         local, local_world: rank and world size on this machine.
-        memory: shared memory of the CPU ranks of ``launch``: each writes its own part and reads the others'.
+        memory: shared memory of CPU ranks started by ``launch``: each writes its own part and reads the others'.
         threads: the process's thread count before ``join``.
     """
 
@@ -81,7 +81,7 @@ class Ranks:
             tensor.copy_(part.view_as(tensor))
 
     def all_gather(self, part: Tensor) -> Tensor:
-        """Concatenate the equally shaped parts ``[count, …]`` of all ranks to ``[world · count, …]``."""
+        """Concatenate the equally shaped parts ``[count, …]`` of all ranks into ``[world · count, …]``."""
         gathered = part.new_empty(self.world, part.numel())
         if self.memory is None:
             _collective(dist.all_gather_into_tensor, gathered.view(-1), part.reshape(-1))
@@ -97,7 +97,7 @@ class Ranks:
         return gathered.view(-1, *part.shape[1:])
 
     def sum_numbers(self, *values: float) -> list[float]:
-        """Sum numbers over all ranks, in float64 and in host memory."""
+        """Sum numbers over all ranks, in float64 on the host."""
         if self.world == 1:
             return list(values)
         numbers = torch.tensor(values, dtype=torch.float64)
@@ -123,7 +123,7 @@ class Ranks:
             parts = shared[:, : len(chunk)]
             parts[self.rank].copy_(chunk)
             self.barrier()
-            torch.sum(parts, dim=0, out=chunk)  # in the same order everywhere: bitwise equal on all ranks
+            torch.sum(parts, dim=0, out=chunk)  # same order on all ranks, so results are bitwise equal
             self.barrier()
 
     def broadcast(self, value: Any) -> Any:
@@ -147,20 +147,20 @@ class Ranks:
         return received
 
     def barrier(self) -> None:
-        """Wait until every rank gets here."""
+        """Wait until every rank reaches this point."""
         if self.world > 1:
             _collective(dist.barrier, group=self.host)
 
     def wait_for_first(self, key: str) -> None:
-        """Wait without a timeout until the first rank of each machine gets here; polls instead of a collective.
+        """Wait until the first rank of each machine reaches this point; polls, so there is no timeout.
 
         Raises:
-            Stopped: the supervisor is gone.
+            Stopped: the supervisor has ended.
         """
         self._poll_store(key, self.local == 0, self.world // self.local_world)
 
     def wait_for_main(self, key: str) -> None:
-        """Like ``wait_for_first``, but for the main rank only; ``key`` must be new each time."""
+        """Like ``wait_for_first``, but for the main rank only; each call needs a new ``key``."""
         self._poll_store(key, self.is_main, 1)
 
     def _poll_store(self, key: str, done: bool, count: int) -> None:
@@ -229,7 +229,7 @@ def _collective(operation: Any, *arguments: Any, **options: Any) -> Any:
 
 
 def lost_connection(error: Exception) -> TrainingFailed:
-    """Build the error for a failed collective, and mark for the supervisor that another rank is the cause."""
+    """Build the error for a failed collective; a marker file tells the supervisor that another rank is the cause."""
     if folder := os.environ.get(FOLDER_VARIABLE):
         Path(folder, f"lost.{os.environ['RANK']}").touch()
     return TrainingFailed(

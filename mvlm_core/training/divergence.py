@@ -1,7 +1,7 @@
 """Divergence guard: skip a non-finite step, then roll back to a good checkpoint, then give up.
 
-The optimizers skip a step on the device (``Optimizers.step``), so no step waits for the host. The guard sees the
-metrics later, in step order, when the loop reads them anyway; so its decisions do not depend on when that is.
+The optimizers skip a step on the device (``Optimizers.step``), without synchronizing with the host. The guard sees the
+metrics later, in step order, when the loop reads them anyway; its decisions do not depend on when they are read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class GuardState:
         trouble_since: first step of the current streak; checkpoints before it are good.
         judged: good steps so far.
         mean, deviation: running mean and mean absolute deviation of the loss over good steps, in nats per token.
-        rollbacks: number so far.
+        rollbacks: number of rollbacks so far.
         rate_factor: current learning rate multiplier.
     """
 
@@ -76,7 +76,7 @@ class GuardState:
         self.mean += weight * (train_loss - self.mean)
 
     def after_rollback(self, restored: GuardState) -> GuardState:
-        """Return the guard to continue with; ``restored`` comes from the checkpoint that the run rolled back to."""
+        """Return the state to continue with; ``restored`` comes from the checkpoint that the run rolled back to."""
         rollbacks = self.rollbacks + 1
         return GuardState(
             skipped=self.skipped,

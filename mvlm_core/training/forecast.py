@@ -1,4 +1,4 @@
-"""Forecast of a run's validation score from runs at smaller sizes with as much text per parameter."""
+"""Forecast of a run's validation score from smaller models trained on a similar amount of text per parameter."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 TEXT_PER_PARAMETER = (0.4, 0.8)  # bytes; 0.5 where the laws were measured, 0.6 in the h200 preset
-UNIT_EPOCHS = 3.0  # of a model alone: the unit of compute
+UNIT_EPOCHS = 3.0  # the unit of compute: training one model, without teachers, for this long
 HOURS = (0.1, 1, 6)  # of training one of the two models
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Validation bits per byte, more or less ``error``."""
+    """Validation bits per byte, plus or minus ``error``."""
 
     bits_per_byte: float
     error: float
@@ -28,11 +28,11 @@ class Law:
     """Validation scores of small versions of a model, measured by ``benchmarks/experiments/data_constrained.py``.
 
     Attributes:
-        scores: (parameters, bits per byte) of three sizes, in order, trained alone on a text of proportional size for
-            as long as they improve.
-        gains: (compute, score in relation to a model trained alone) of students, in order. Compute includes their
-            teachers' and is in trainings of a model alone for ``UNIT_EPOCHS``: the first is (1, 1).
-        gain_error: how much the latter differs between sizes.
+        scores: (parameters, bits per byte) of three sizes, ascending, trained without teachers on a text of
+            proportional size for as long as they improve.
+        gains: (compute, score relative to a model without teachers) of students, ascending. Compute includes the
+            teachers, in units of training one model for ``UNIT_EPOCHS``: the first is (1, 1).
+        gain_error: how much the relative scores differ between sizes.
     """
 
     scores: tuple[tuple[int, float], tuple[int, float], tuple[int, float]]
@@ -40,10 +40,11 @@ class Law:
     gain_error: float
 
     def forecast(self, parameters: int, compute: float) -> Forecast:
-        """Extrapolate to a size; more compute than the largest measured one is taken to gain nothing.
+        """Extrapolate to a size; compute beyond the largest measured value is assumed to bring no further gain.
 
-        The score lies between a power law with a floor through all sizes and one without through the two larger ones,
-        as far from each as the error says. Without a floor, the error is that of the check for each such step in size.
+        The score is midway between a power law with a floor through all sizes and one without through the two larger
+        ones; the error is half their difference. Without a floor, it is ``relative_error`` per step (see ``_steps``)
+        beyond the largest size.
         """
         floor, gain = self.floor(), self._gain(compute)
         middle, largest = self.scores[1:]
@@ -54,10 +55,10 @@ class Law:
         return Forecast(score * gain, math.hypot(error * gain, self.gain_error * score))
 
     def floor(self) -> float:
-        """Bits per byte that a power law through all sizes approaches; 0 if the scores show no floor."""
+        """Bits per byte that a power law through all sizes converges to; 0 if the scores show no floor."""
         smallest, middle, (size, score) = self.scores
         low, high = 0.0, score
-        for _ in range(60):  # bisection: the higher the floor, the faster the second step falls towards it
+        for _ in range(60):  # bisection: the predicted score at the largest size increases with the floor
             floor = (low + high) / 2
             too_low = power_law(smallest, middle, size, floor) < score
             low, high = (floor, high) if too_low else (low, floor)
@@ -69,11 +70,11 @@ class Law:
         return power_law(smallest, middle, size) / score - 1
 
     def describe(self, parameters: int, seconds: float, alone: float) -> list[str]:
-        """Describe in lines of text what to expect of a run and of others by their length.
+        """Format the expected scores of a run, and of runs of other lengths, as lines of text.
 
         Args:
-            seconds: of the run, with its teachers.
-            alone: seconds of a model alone, trained for ``UNIT_EPOCHS``.
+            seconds: duration of the run, including its teachers.
+            alone: seconds to train one model, without teachers, for ``UNIT_EPOCHS``.
         """
         lengths = {"this run": seconds} | {f"{hours:g} h": hours * 3600 for hours in HOURS}
         said = [
@@ -87,17 +88,17 @@ class Law:
         return [expected, f"  {measured}; {check}"] if said else []
 
     def _gain(self, compute: float) -> float:
-        """Interpolate linearly in the logarithm of compute."""
+        """Interpolate the gain linearly in the logarithm of compute."""
         measured, ratios = zip(*self.gains, strict=True)
         return float(np.interp(math.log(compute), np.log(measured), ratios))
 
 
 def power_law(first: tuple[int, float], second: tuple[int, float], size: int, floor: float = 0.0) -> float:
-    """Score at ``size`` of the power law with this floor through two (size, score)."""
+    """Score at ``size`` of the power law with this floor through two (size, score) points."""
     start, ratio = first[1] - floor, (second[1] - floor) / (first[1] - floor)
     return floor + start * ratio ** _steps(first, second, size)
 
 
 def _steps(first: tuple[int, float], second: tuple[int, float], size: int) -> float:
-    """Steps in the logarithm of size from the first of two (size, score), one as far as the second."""
+    """Distance of ``size`` from ``first`` in log size, in units of the distance of ``second`` from ``first``."""
     return math.log(size / first[0]) / math.log(second[0] / first[0])

@@ -39,10 +39,10 @@ class _Buckets:
 
 
 class GradientSync:
-    """A loss in ``DistributedDataParallel``; the last backward pass of a step sums the gradients over the ranks.
+    """Wraps a loss in ``DistributedDataParallel``; the last backward pass of a step sums the gradients over the ranks.
 
     Gradients are summed, not averaged, because each micro-batch's loss is already weighted by its share of the global
-    batch; so ranks may have unequal parts.
+    batch, so ranks may have parts of unequal size.
 
     Args:
         modules: every module with trainable weights.
@@ -80,7 +80,7 @@ class GradientSync:
     def finish_exchange(self) -> None:
         """After a micro-batch failed midway, all-reduce zeros for the remaining buckets, so that no other rank hangs.
 
-        The gradients and this object are then unusable: all ranks repeat the step with a new one.
+        The gradients and this object are then unusable: all ranks repeat the step with a new ``GradientSync``.
         """
         for bucket in self._ddp.reducer._get_zeros_like_grad_buckets()[self.buckets.done :]:
             self.buckets.sum(bucket).wait()

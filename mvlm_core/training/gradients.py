@@ -1,4 +1,4 @@
-"""Gradients of a global batch: accumulated over micro-batches and ranks, in smaller ones where memory runs out."""
+"""Gradients of a global batch, accumulated over micro-batches, which are halved if memory runs out, and over ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class GradientAccumulator:
         self._sync: GradientSync | None = None  # None with a single rank
 
     def find_micro_batch(self, state: LoopState, share_done: float) -> None:
-        """Halve the micro-batch until a trial pass before the first step fits, which changes nothing else.
+        """Halve the micro-batch until a trial pass before the first step fits in memory; nothing else is changed.
 
         Memory is reserved for optimizer state that does not exist yet and, with several ranks, for the all-reduce
         buckets. The trial also reveals which parameters get no gradient.
@@ -52,7 +52,7 @@ class GradientAccumulator:
             self._halve(state)
 
     def sequences(self, state: LoopState) -> int:
-        """Sequences of this rank's first micro-batch of a step."""
+        """Number of sequences in this rank's first micro-batch of a step."""
         return min(state.micro_batch, len(self.ranks.part(self.task.batches.sequences)))
 
     def accumulate(
@@ -91,7 +91,7 @@ class GradientAccumulator:
         """Run forward and backward on one micro-batch; metrics are weighted by its share of the global batch.
 
         Args:
-            first, count: sequences of the global batch.
+            first, count: range of sequences in the global batch.
             last: whether this is the rank's last micro-batch of the step, whose backward pass all-reduces gradients.
         """
         batches, device = self.task.batches, self.hardware.device

@@ -30,7 +30,7 @@ def append_records(path: Path, records: list[dict[str, Any]]) -> None:
     """Append all records or none.
 
     Raises:
-        OSError: for example a full disk.
+        OSError: for example, the disk is full.
     """
     is_new = not path.exists()
     with open(path, "ab", buffering=0) as file:
@@ -43,10 +43,10 @@ def append_records(path: Path, records: list[dict[str, Any]]) -> None:
             file.truncate(size)
             raise
     if is_new:
-        fsync_path(path.parent)  # else the file itself may be lost in a power failure, even if its content is flushed
+        fsync_path(path.parent)  # otherwise a power failure may lose the file itself, even if its content is flushed
 
 
 def truncate_history(path: Path, step: int) -> None:
-    """Drop the records after ``step``, where the run resumes and writes them again."""
+    """Drop the records after ``step``; the resumed run writes them again."""
     kept = [json.dumps(record) + "\n" for record in read_history(path) if record["step"] <= step]
     write_atomic(path, "".join(kept))

@@ -1,6 +1,6 @@
 """Further training (``--init_from``): open the export a run starts from and check the run's settings against it.
 
-None of the export's code is run: config and tokenizer are JSON, weights are safetensors, and the model is built by this
+No code from the export is run: config and tokenizer are JSON, weights are safetensors, and the model is built by this
 repository's own code.
 """
 
@@ -31,7 +31,7 @@ class Source:
     """A finished export that passed its checks.
 
     Attributes:
-        folder: its files; an archive is unpacked until this process ends.
+        folder: contains its files; an unpacked archive is deleted when this process ends.
         name: model name.
         sha256: of the manifest, which lists the SHA-256 of every file.
         config: content of ``training_config.json``.
@@ -102,7 +102,7 @@ def replay_of(settings: TrainingSettings) -> Replay | None:
         return None
     folder, _, number = settings.replay.rpartition("=")
     try:
-        share = Fraction(number)  # exact, so that replayed sequences do not drift in a long run
+        share = Fraction(number)  # exact, so that the number of replayed sequences does not drift in a long run
     except (ValueError, ZeroDivisionError):
         share = Fraction(0)
     problems = [] if folder and 0 < share < 1 else ["expected FOLDER=SHARE with a share between 0 and 1, such as 0.2"]
@@ -116,10 +116,10 @@ def replay_of(settings: TrainingSettings) -> Replay | None:
 
 
 def inherit(settings: TrainingSettings, name: str) -> list[str]:
-    """Copy preset and model shape from the export of ``--init_from`` into settings whose defaults are still unset.
+    """Copy preset and model shape from the export of ``--init_from`` into settings that are still unset.
 
     Args:
-        name: of the model to train.
+        name: name of the model to train.
     Returns:
         Conflicts with the export, one sentence each.
     """

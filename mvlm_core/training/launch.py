@@ -39,7 +39,7 @@ log = logging.getLogger("mvlm")
 
 
 def rank_count(settings: TrainingSettings) -> int:
-    """Return how many ranks this process must start; 1 if it trains itself, alone or as an already started rank.
+    """Return how many ranks this process must start; 1 if it should train itself, alone or as one of several ranks.
 
     Raises:
         UserError: more GPUs than available, ``--processes`` together with a GPU or torchrun, or several models on
@@ -77,7 +77,7 @@ def run_ranks(settings: TrainingSettings, arguments: Sequence[str]) -> int | Non
     """Run the trainer as several processes if the settings ask for it; the default with several GPUs.
 
     Args:
-        arguments: of the Python interpreter, to start this trainer with these settings.
+        arguments: passed to the Python interpreter to start this trainer with these settings.
     Returns:
         The exit code of the whole run, or None if this process itself should train.
     Raises:
@@ -111,7 +111,7 @@ def rank_environment(rank: int, world: int, folder: Path | str) -> dict[str, str
 
 
 def shared_memory(world: int) -> int:
-    """Create anonymous shared memory for the all-reduce of CPU ranks; return its file descriptor, to be inherited."""
+    """Create anonymous shared memory for the all-reduce of CPU ranks; return its descriptor, which ranks inherit."""
     memory = os.memfd_create("mvlm_sums", 0)
     os.truncate(memory, world * SHARED_BYTES)
     return memory
@@ -164,7 +164,7 @@ class Supervisor:
 
     Args:
         command: the trainer's own command line.
-        log_file: ranks other than the main one write to ``<log_file>.rank<number>``; without it to the private folder,
+        log_file: ranks other than the main one write to ``<log_file>.rank<number>``; if None, to the private folder,
             which is kept if the run fails.
         shares_memory: whether all-reduces go through shared memory (CPU ranks).
     """
@@ -179,10 +179,10 @@ class Supervisor:
         """Run all ranks and return the main rank's exit code.
 
         Raises:
-            TrainingFailed: a rank died or does not respond; the message has its number and the end of its log.
+            TrainingFailed: a rank died or does not respond; the message includes its number and the end of its log.
         """
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        folder = Path(tempfile.mkdtemp(prefix="mvlm_ranks_"))  # readable by its owner alone
+        folder = Path(tempfile.mkdtemp(prefix="mvlm_ranks_"))  # readable only by its owner
         keep = False
         try:
             self._start(folder)

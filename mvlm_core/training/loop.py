@@ -1,8 +1,9 @@
 """The training loop of both models: step, evaluate, log, checkpoint, stop.
 
 The step number alone determines the batch (see ``batches``), the learning rate, and dropout, whose generator is
-reseeded for each micro-batch. So a checkpoint needs only weights, optimizer state and a few counters, and a resumed
-run is bitwise identical to an uninterrupted one (on CUDA with ``--deterministic``; otherwise equal to rounding).
+reseeded for each micro-batch. A checkpoint therefore needs only weights, optimizer state and a few counters, and a
+resumed run is bitwise identical to an uninterrupted one (on CUDA with ``--deterministic``; otherwise equal up to
+rounding).
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class TrainingLoop:
         self.state = LoopState(micro_batch=run.settings.batch_size)
         self.gradients = GradientAccumulator(run, task)
         self.step_log = StepLog(run, task.batches.tokens_per_batch)
-        self._saved_step: int | None = None  # step of the newest checkpoint, which may still be being written
+        self._saved_step: int | None = None  # step of the newest checkpoint, which may not be complete yet
         self._writer = CheckpointWriter()
         self._clock_start = 0.0  # clock reading at the first step, shifted so that interruptions do not count
         self._compiled = (0, 0.0)  # graphs and seconds so far
@@ -159,7 +160,7 @@ class TrainingLoop:
             self._save(weights_only=True)
         else:
             return
-        self.ranks.wait_for_main(f"save {step}")  # without a timeout: its disk may be slow
+        self.ranks.wait_for_main(f"save {step}")  # no timeout, as the main rank's disk may be slow
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -262,8 +263,8 @@ class TrainingLoop:
     def _timing_due(self) -> tuple[bool, bool, bool]:
         """Whether to time an evaluation, whether to time a checkpoint, and whether to fix the run's length now.
 
-        The first two normally fall together. A checkpoint written for a signal cannot record its own duration, so
-        another one is timed after the resume.
+        The first two normally coincide. A checkpoint written for a signal cannot record its own duration, so another
+        one is timed after the resume.
         """
         budget, spent = self._budget, self.state.spent
         if budget is None:
@@ -302,7 +303,7 @@ class TrainingLoop:
         )
 
     def _later_step_seconds(self) -> float:
-        """Average extra seconds of a later step over one now, as loss parts may switch on or off; changes no state."""
+        """Average extra seconds of later steps over current ones, as loss terms switch on or off; changes no state."""
         count = self.gradients.sequences(self.state)
 
         def seconds(share: float) -> float:
@@ -330,7 +331,7 @@ class TrainingLoop:
             for_signal_only: an uninterrupted run would not have written this checkpoint, so a rollback ignores it and
                 returns to the same step as an uninterrupted run would.
             weights_only: save only what ``load_best`` needs; the run cannot resume from it.
-            in_background: continue training while it is written; otherwise it is on the disk on return.
+            in_background: continue training while it is written; otherwise return once it is on disk.
         """
         if self._saved_step == self.state.step or not self.ranks.is_main:
             return
@@ -358,7 +359,7 @@ class TrainingLoop:
             self._handle_failed_save(error)
 
     def _write_checkpoint(self, state: dict[str, Any], tensors: NamedTensors) -> None:
-        fsync_path(self.step_log.path)  # the history up to a checkpoint must be on the disk before it
+        fsync_path(self.step_log.path)  # the history must be on disk before the checkpoint
         checkpoints.save_checkpoint(self.checkpoint_root, state["step"], tensors, state)
         try:
             checkpoints.rotate_checkpoints(self.checkpoint_root, self.settings.keep_checkpoints)
@@ -366,7 +367,7 @@ class TrainingLoop:
             log.error("cannot delete old checkpoints (%s); training continues", error)
 
     def _finish_save(self, *, wait: bool) -> None:
-        """Handle the result of the save in progress if it has ended, or after waiting for it."""
+        """Handle the result of the save in progress, if it has ended or after waiting for it (``wait``)."""
         if wait or self._writer.ended:
             try:
                 self._writer.wait()

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from mvlm_core.training.distributed import ALONE, Ranks
 
 # Newton–Schulz iteration of Muon (Jordan et al. 2024, github.com/KellerJordan/Muon): a quintic whose slope at zero is
-# large, so that five rounds bring every singular value near 1.
+# large, so that five iterations bring every singular value near 1.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-_LONG = 1.5  # aspect ratio from which iterating on the square Gram matrix is cheaper
+_LONG = 1.5  # minimum aspect ratio at which iterating on the square Gram matrix is cheaper
 _COSINE_FLOOR = 0.1
-# AdamW's betas, for all parameters and for those that Muon skips: in runs of a few hundred to a few thousand steps,
-# less momentum and a longer second moment beat the usual 0.9 and 0.95 (benchmarks/LOG.md, 2026-11-29).
+# AdamW's betas for all parameters, and for those not trained by Muon: in runs of a few hundred to a few thousand steps,
+# less momentum and a longer second-moment average beat the usual 0.9 and 0.95 (benchmarks/LOG.md, 2026-11-29).
 _BETAS, _BETAS_BESIDE_MUON = (0.8, 0.99), (0.5, 0.98)
 
 
@@ -39,9 +39,10 @@ def learning_rate_scale(step: int, total_steps: int, warmup_steps: int, schedule
 def orthogonalize(matrices: Tensor, rounds: int = 5, dtype: torch.dtype | None = None) -> Tensor:
     """Approximate the nearest semi-orthogonal matrices to ``matrices`` ``[count, rows, columns]``.
 
-    A round multiplies ``x`` from the left by ``p = a + b·gram + c·gram²`` with ``gram = x·xᵀ``. All of these commute,
-    so wide matrices iterate only on their small Gram matrix, ``p·gram·p``, and are multiplied by the product of all
-    ``p`` at the end: the same result for a quarter less work. Squaring the spectrum needs float32 precision.
+    Each round multiplies ``x`` from the left by ``p = a + b·gram + c·gram²`` with ``gram = x·xᵀ``. These factors
+    commute, so for wide matrices only the small Gram matrix is iterated, as ``p·gram·p``, and ``x`` is multiplied by
+    the product of all ``p`` at the end: the same result with a quarter less work. Squaring the spectrum needs float32
+    precision.
 
     Args:
         dtype: of the iteration, by default that of the matrices. bfloat16 is precise enough; it is several times faster
@@ -69,13 +70,13 @@ def orthogonalize(matrices: Tensor, rounds: int = 5, dtype: torch.dtype | None =
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon: orthogonalised momentum for matrices; matrices of the same shape are batched.
+    """Muon: orthogonalized momentum for matrices; matrices of the same shape are batched.
 
     Follows Jordan et al. (2024): Nesterov momentum, step scaled by sqrt(max(1, rows / columns)), decoupled weight
-    decay. Pass Q, K and V as separate matrices: orthogonalised as one they would share one spectrum.
+    decay. Pass Q, K and V as separate matrices: orthogonalized as one, they would share one spectrum.
 
     Args:
-        dtype: of the orthogonalisation, see ``orthogonalize``.
+        dtype: dtype of the orthogonalization, see ``orthogonalize``.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         decay = 1 - group["lr"] * group["weight_decay"]
         if found_inf is not None:
-            # Decided on the device, without synchronization: replacing the gradient by the buffer leaves the buffer
+            # Decided on the device, without synchronization: replacing the gradient with the buffer leaves the buffer
             # unchanged; a decay of 1 and an update of 0 leave the weights unchanged. A good step is not affected.
             bad = found_inf.bool()
             gradients = [torch.where(bad, b, g) for b, g in zip(buffers, gradients, strict=True)]
@@ -141,7 +142,7 @@ _STATE = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum
 
 
 class Optimizers:
-    """One interface to AdamW alone, or to Muon for matrices with AdamW for the rest.
+    """Common interface to AdamW alone, or to Muon for matrices with AdamW for the rest.
 
     Each parameter group has its own peak learning rate (``peak_lr``); ``set_scale`` scales all of them.
     """
@@ -152,7 +153,7 @@ class Optimizers:
             group["peak_lr"] = group["lr"]
 
     def spread_over(self, ranks: Ranks) -> None:
-        """Split the work of a step, otherwise identical on all ranks, across them."""
+        """Split the work of a step across ranks, instead of repeating it on each."""
         for part in self.parts:
             if isinstance(part, Muon):
                 part.ranks = ranks
@@ -232,7 +233,7 @@ def build_optimizers(
             for embeddings, heads of a few rows and vectors at ``adamw_learning_rate``.
         weight_decay: for matrices, not vectors; with "muon" not for embeddings either.
         embedding_names: substrings of the names of embedding and output matrices, which never use Muon.
-        muon_dtype: of Muon's orthogonalisation.
+        muon_dtype: dtype of Muon's orthogonalization.
     """
     named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     names: dict[Tensor, str] = {parameter: name for name, parameter in named}

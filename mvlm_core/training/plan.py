@@ -92,7 +92,7 @@ def plan_run(
 
     Args:
         ended: final state of a finished run, to plan exactly the steps it took.
-        world: world size; by default the one the run would have on this machine.
+        world: world size; by default, that of the run on this machine.
 
     Raises:
         UserError: the corpus is missing or unusable.
@@ -217,7 +217,7 @@ def _items(
     score_rate = rate / 2 if compiled else rate
 
     def scoring(size: int) -> tuple[float, float]:
-        """Tokens and FLOPs to score ``size`` bytes: windows overlap by half; a forward pass is a third of a step."""
+        """Tokens and FLOPs to score ``size`` bytes: windows overlap by half; a forward pass costs a third of a step."""
         count = 2 * size / text.bytes_per_token
         return count, count * cost.flops_per_token / 3
 
@@ -266,12 +266,12 @@ def _items(
 
 
 def _timed(items: list[Item]) -> float:
-    """Seconds of the items that ``--max_hours`` covers."""
+    """Total seconds of the items that ``--max_hours`` covers."""
     return sum(item.seconds for item in items if item.name in TIMED)
 
 
 def _law_applies(settings: TrainingSettings, corpus: Corpus, text: TextPlan, parameters: int) -> bool:
-    """Whether the run resembles those that the recipe's law was measured with."""
+    """Whether the run is similar to those that the recipe's law was measured on."""
     low, high = TEXT_PER_PARAMETER
     has_translations = corpus.primary_translation is not None
     from_scratch = settings.init_from is None and settings.teacher is None and settings.preset == "h200"
@@ -279,7 +279,7 @@ def _law_applies(settings: TrainingSettings, corpus: Corpus, text: TextPlan, par
 
 
 def _unit(settings: TrainingSettings) -> TrainingSettings:
-    """The training that a forecast counts compute in: of one model, without the run's own limits."""
+    """Settings of the forecast's unit of compute: one model, trained for ``UNIT_EPOCHS`` without other limits."""
     length: dict[str, Any] = dict.fromkeys(LENGTHS) | {"num_epochs": UNIT_EPOCHS}
     return replace(settings, num_models=1, **length)
 
@@ -305,7 +305,7 @@ def _describe(
 
 
 def _cards(settings: TrainingSettings, one: StepCost, two: StepCost, flops: float, on_gpu: bool) -> list[str]:
-    """List the micro-batch that fits GPUs of several sizes, with advice for small ones; ``flops``: of the whole run."""
+    """List the micro-batch that fits GPUs of several sizes, with advice for small ones; ``flops``: whole run."""
     if not on_gpu:
         return []
     fits = {size: fitting_micro_batch(one.memory, two.memory, size, settings.batch_size) for size in GPU_MEMORY}

@@ -42,7 +42,7 @@ class PreparedText:
 
     Attributes:
         only: the subfolder the corpus is limited to, if any.
-        source, old: in further training, the export it starts from and the text it may forget.
+        source, old: for further training, the export to start from and the text that may be forgotten.
         teachers: the exports to distill from.
     """
 
@@ -117,7 +117,7 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
 
 
 def _replayed(settings: TrainingSettings, new: Corpus, tokenizer: ByteLevelBPE, old: OldText) -> TokenStore:
-    """Tokens of the old training text, except documents that the new corpus holds out."""
+    """Tokenize the old training text, except documents that the new corpus holds out."""
     store = build_token_store(old.corpus, tokenizer, settings.cache_dir, mix=old.mix, quiet=settings.quiet)
     held_out = {document.sha256 for document in new.documents if document.split != "train"}
     store.repeats[[document.sha256 in held_out for document in old.corpus.split("train")]] = 0
@@ -151,13 +151,13 @@ def _replay_error(settings: TrainingSettings, error: Exception) -> UserError:
 
 
 def tokenizer_path(settings: TrainingSettings) -> Path | str | None:
-    """Path of the run's existing tokenizer; None if one is to be trained."""
+    """Path of the run's existing tokenizer; None if one will be trained."""
     source = source_of(settings)
     return settings.tokenizer_path if source is None else source.folder
 
 
 def old_text(settings: TrainingSettings, source: Source, new: Corpus) -> OldText | None:
-    """Load the text that further training may make a model forget; None, logged, if it is not on this machine.
+    """Load the text that further training may make a model forget; log and return None if it is not on this machine.
 
     Raises:
         UserError: the corpus of ``--replay`` cannot be read.

@@ -1,4 +1,4 @@
-"""What a model brings to its training: how it is built, its loss, its optimizers, and what to expect of it."""
+"""The model-specific part of training: how to build the model, its loss and its optimizers, and its expected score."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class StepLoss:
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """A model with everything that trains it.
+    """A model with everything needed to train it.
 
     Attributes:
         model: the transformers causal language model to export.
         modules: every module with trainable weights, by name; includes the model as "model".
-        loss: (inputs, targets, document weights, share of the run done) → ``StepLoss`` or an object like it.
+        loss: (inputs, targets, document weights, share of the run done) → ``StepLoss`` or an equivalent object.
         idle: share of the run done → parameters that get no gradient from then on, if that changes during a run.
     """
 
@@ -48,7 +48,7 @@ class Recipe:
     Attributes:
         name: used for the export folder and the archive.
         build: (settings, tokenizer, hardware) → newly initialized model on the CPU; the generator is already seeded.
-        law: what to expect of the ``h200`` preset.
+        law: forecasts the score of the ``h200`` preset.
     """
 
     name: str

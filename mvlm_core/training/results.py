@@ -28,7 +28,7 @@ def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None) -
     """Whether the folder already holds this run's complete export with at least ``steps`` steps (None: any number).
 
     Raises:
-        UserError: it holds the export of another run.
+        UserError: the folder holds the export of another run.
     """
     config = training_config(output_dir, "identity", "results")
     if not config:
@@ -40,7 +40,7 @@ def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None) -
 
 
 def delete_run(output_dir: Path, keep: Sequence[Path] = ()) -> None:
-    """Delete an earlier run's files from the folder, and nothing else; keep the folders that hold the new teachers."""
+    """Delete only an earlier run's files from the folder, and keep the folders that contain the new teachers."""
     remove_export(output_dir)
     for folder in (*(output_dir / "checkpoints").glob("*"), output_dir / TENSORBOARD_FOLDER):
         if not any(folder in kept.parents for kept in keep):
@@ -50,7 +50,7 @@ def delete_run(output_dir: Path, keep: Sequence[Path] = ()) -> None:
 
 
 def score_test(export: Path, run: Run, corpus: Corpus) -> Score:
-    """Score the exported files on the test split; returns an empty score with ``--no_test_score``."""
+    """Score the exported files on the test split; return an empty score with ``--no_test_score``."""
     if run.settings.no_test_score:
         return Score()
     total = sum(document.size for document in corpus.split("test"))

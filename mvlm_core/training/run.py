@@ -66,7 +66,7 @@ def _run(run: Run, *, own_teachers: bool = False) -> Path:
     """Run one rank.
 
     Args:
-        own_teachers: the teachers have already used a part of ``--max_hours``.
+        own_teachers: whether this run trained the teachers, which have used part of ``--max_hours``.
     """
     settings, ranks = run.settings, run.ranks
     if not ranks.is_main and FOLDER_VARIABLE not in os.environ:  # torchrun has one console for all ranks
@@ -92,7 +92,7 @@ def _run(run: Run, *, own_teachers: bool = False) -> Path:
             "or raise --batch_size or --gradient_accumulation_steps"
         )
     identity, steps = run_identity(settings, text), total_steps(settings, text.batches)
-    min_steps = None if settings.max_hours else steps  # the length that --max_hours fixes is only in the checkpoints
+    min_steps = None if settings.max_hours else steps  # only checkpoints record the length fixed by --max_hours
     stop = StopRequest()
     with RunLock(run.output_dir, str(run.output_dir)) if ranks.is_main else nullcontext():
         if ranks.is_main and settings.fresh:
@@ -100,7 +100,7 @@ def _run(run: Run, *, own_teachers: bool = False) -> Path:
         finished = ranks.is_main and not settings.fresh and results.is_finished(run.output_dir, identity, min_steps)
         if ranks.broadcast(finished):
             log.info("already finished: %s (use --fresh to train again)", run.output_dir)
-            ranks.leave()  # a student may still follow
+            ranks.leave()  # a student may still have to be trained
             return run.output_dir
         stop.raise_at_once()
         task = build_task(run, text)
@@ -137,7 +137,7 @@ def _export(
     """Export the best weights by validation and score the exported files on the test split.
 
     Args:
-        prepared: seconds spent on preparing the text.
+        prepared: seconds spent preparing the text.
     """
     recipe, started = run.recipe, time.perf_counter()
     loop.load_best()
@@ -151,7 +151,7 @@ def _export(
     measured["peak_memory_bytes"] = peak_memory_bytes
     measured["seconds"] += sum(teacher.seconds for teacher in text.teachers)
     config = results.record(run, text, task.identity, measured)
-    if run.settings.preset != "smoke":  # whose plan would take as long as its training
+    if run.settings.preset != "smoke":  # planning it would take as long as training it
         plan = plan_run(recipe, run.settings, run.hardware, loop.state, run.ranks.world)
         config["costs"] = planned_and_actual(plan, loop.state, prepared, time.perf_counter() - started)
         log_costs(config["costs"])

@@ -1,4 +1,4 @@
-"""Length of a run in steps, from its settings or fixed by ``--max_hours``, and the learning rate over it."""
+"""Length of a run in steps, from its settings or fixed by ``--max_hours``, and its learning rate schedule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.optimizer import learning_rate_scale
 
 _WARMUP_SHARE = 0.02
-_WARMUP_STEPS = 50  # with --max_hours: about 2 % of a typical run, whose length is not known yet
+_WARMUP_STEPS = 50  # with --max_hours, when the length is not known yet: about 2 % of a typical run
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class RunLength:
     """Length of a run in steps, and its learning rate schedule.
 
     Attributes:
-        limit: steps by all other settings; None if only time limits the run.
-        warmup: steps.
+        limit: steps allowed by all settings but ``--max_hours``; None if only time limits the run.
+        warmup: warm-up steps.
         by_time: whether ``--max_hours`` is given.
         fixed_at, fixed_steps: step at which ``--max_hours`` fixed the length, and that length; None before.
     """
@@ -48,7 +48,7 @@ class RunLength:
         return 0.0 if self.total is None or step < start else (step - start) / (self.total - start)
 
     def learning_rate_scale(self, step: int, schedule: str) -> float:
-        """Fraction of the peak learning rate at step ``step``, from 0."""
+        """Fraction of the peak learning rate at step ``step`` (from 0)."""
         start = self.fixed_at or 0
         if self.total is None or step < start:
             return min(1.0, (step + 1) / max(1, self.warmup))

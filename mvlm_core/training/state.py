@@ -1,4 +1,4 @@
-"""What a checkpoint records beside its tensors: the run's progress and the identity that it resumes with."""
+"""Contents of a checkpoint other than tensors: the run's progress, and its identity, which must match to resume."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class LoopState:
         guard: state of the divergence guard.
         fixed_at, fixed_steps: step at which ``--max_hours`` fixed the run's length, and that length in steps.
         spent: time for evaluations and checkpoints.
-        timed_steps, timed_seconds: step timings of ``--max_hours`` before it fixed the length.
+        timed_steps, timed_seconds: steps timed for ``--max_hours`` before the length is fixed, and their seconds.
         before: scores of the export that the run starts from.
     """
 
@@ -116,7 +116,7 @@ def run_identity(settings: TrainingSettings, text: PreparedText) -> dict[str, An
 
 
 def check_identity(what: str, recorded: Any, current: dict[str, Any]) -> None:
-    """Check that the identity recorded in ``what`` (for the message) is the current run's.
+    """Check that the identity recorded in ``what`` (for the message) matches the current run's.
 
     Raises:
         UserError: lists every value that differs.

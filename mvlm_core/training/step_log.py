@@ -1,4 +1,4 @@
-"""Metrics of training steps: left on the device for some steps, then shown and appended to the history file."""
+"""Metrics of training steps: kept on the device for several steps, then shown and appended to the history file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger("mvlm")
 
 
 class StepLog:
-    """A record for each step, from its metrics on the device to the history file of the main rank."""
+    """Collects a record of each step from its metrics on the device; the main rank writes it to the history file."""
 
     def __init__(self, run: Run, tokens_per_step: int) -> None:
         self.path: Path = run.output_dir / HISTORY_NAME
@@ -41,16 +41,16 @@ class StepLog:
         return bool(self._pending)
 
     def add(self, record: dict[str, Any], metrics: dict[str, Tensor], since: float, seconds: float) -> None:
-        """Add a step that started at ``since`` of the run's wall time and took ``seconds``; waits for nothing."""
+        """Add a step that started at ``since`` (the run's wall time) and took ``seconds``, without synchronizing."""
         if not self._pending:
             self._since = since
         self._pending.append((record, metrics))
         self._seconds += seconds
 
     def read(self, state: LoopState, clock: Callable[[], float]) -> str | None:
-        """Copy the pending steps' metrics from the device, which is the only synchronization, into records.
+        """Copy the pending steps' metrics from the device into records; the only method that synchronizes.
 
-        Returns the reason for a rollback if the divergence guard demands one.
+        Returns the reason for a rollback if the divergence guard requests one.
         """
         started = clock()
         records = [
@@ -103,7 +103,7 @@ class StepLog:
         """Append the records to the history file.
 
         Raises:
-            OSError: none of them is written; they are kept for the next call.
+            OSError: no record was written; all are kept for the next call.
         """
         if self._is_main:
             append_records(self.path, self._records)
@@ -112,5 +112,5 @@ class StepLog:
         self._records = []
 
     def discard(self) -> None:
-        """Forget what has not been written."""
+        """Discard everything that has not been written."""
         self._pending, self._seconds, self._records = [], 0.0, []

@@ -1,4 +1,4 @@
-"""A run and its training task: a model with its text, on its device, ready for the loop."""
+"""A run and its training task: the model on its device, with its data, ready for the training loop."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class TrainingTask(BuiltModel):
 
 
 def build_task(run: Run, text: PreparedText) -> TrainingTask:
-    """Build the training task; the model has newly initialized weights or an export's and is on its device."""
+    """Build the training task; the model is on its device, newly initialized or with an export's weights."""
     settings, ranks = run.settings, run.ranks
     torch.manual_seed(settings.seed)
     built = run.recipe.build(settings, text.tokenizer, run.hardware)

@@ -13,7 +13,7 @@ log = logging.getLogger("mvlm")
 
 
 class TensorBoardWriter:
-    """Writes the values of history records as scalars, below ``folder``."""
+    """Writes the values of history records to ``folder`` as scalars."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

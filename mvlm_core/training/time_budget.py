@@ -1,8 +1,8 @@
 """``--max_hours``: a run times its steps, then fixes its number of steps once, so that it ends within the limit.
 
 Until then no step may depend on that number: the learning rate warms up over a fixed number of steps and stays at its
-peak, and the completed share of the run counts as 0. The schedule then runs as usual from there to the end. Checkpoints
-hold the number, or the timings so far, so that a resumed run ends at the same step as an uninterrupted one.
+peak, and the completed share of the run counts as 0. From then on, the schedule runs as usual to the end. Checkpoints
+store the number, or the timings so far, so that a resumed run ends at the same step as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable
 
-MEASURED_SECONDS = 60.0  # or this share of a short budget
+MEASURED_SECONDS = 60.0  # or _MEASURED_SHARE of a short budget
 _MEASURED_SHARE = 0.1
 _UNTIMED_STEPS = 3  # at the start of a process: compilation, memory allocation, a cold page cache
 _MEASURED_STEPS = 7  # minimum
@@ -58,7 +58,7 @@ class TimeBudget:
         self._clock, self._opened, self._used, self._earlier = clock, clock(), used, timed
         self._steps = 0
         self._timed_from = 0.0
-        self._outside = 0.0  # evaluations and checkpoints among the timed steps
+        self._outside = 0.0  # seconds of evaluations and checkpoints between the timed steps
 
     @property
     def used(self) -> float:
