@@ -35,8 +35,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     problems = output_folder_problems(options.work_dir / "models", "--work_dir:")
     if options.device not in DEVICES:
         problems.append(f"--device {options.device}: unknown; choose one of {', '.join(DEVICES)}")
-    if options.seed < 0:
-        problems.append(f"--seed {options.seed}: 0 or more")
+    if not 0 <= options.seed < 2**63:
+        problems.append(f"--seed {options.seed}: from 0 to 2**63 - 1")
     if not Path(options.data_dir).is_dir():
         problems.append(f"--data_dir {options.data_dir}: no such folder")
     options.layout = Layout(options.work_dir.absolute())

@@ -113,6 +113,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, metavar="N", help="random seed of that sample [default: random]")
     options = parser.parse_args(arguments)
     problems = [f"{folder}: no such folder" for folder in options.folders if not Path(folder).is_dir()]
+    if options.seed is not None and not 0 <= options.seed < 2**63:
+        problems.append(f"--seed {options.seed}: from 0 to 2**63 - 1")
     if options.device not in DEVICES:
         problems.append(f"--device {options.device}: unknown; choose one of {', '.join(DEVICES)}")
     if not options.quick and not Path(options.data_dir).is_dir():

@@ -2,7 +2,6 @@
 """Train model 2, Enhanced SIM-ONE, with default settings; enhanced_train.py takes flags."""
 
 import argparse
-import sys
 
 from enhanced_train import main
 
@@ -10,4 +9,4 @@ from mvlm_core.errors import run_main
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__).parse_args()
-    sys.exit(run_main(lambda: main([])))
+    run_main(lambda: main([]))

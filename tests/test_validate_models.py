@@ -187,9 +187,11 @@ def test_missing_models_fail_and_bad_arguments_are_refused(tmp_path, capsys):
                 str(tmp_path / "no"),
                 "--work_dir",
                 str(tmp_path / "nowhere"),
+                "--seed",
+                "-1",
             ]
         )
-    assert len(caught.value.problems) == 4
+    assert len(caught.value.problems) == 5
 
 
 def test_help_does_not_import_heavy_packages():

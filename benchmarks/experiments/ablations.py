@@ -81,8 +81,8 @@ def lines(preset: str) -> dict[str, Line]:
     if small:
         variants |= {
             "base_shallow": base("layers and width of model 2", SHALLOW[preset]),
-            "base_shallow_wide": base("layers of model 2, wider for the others", WIDER[preset]),
-            "base_no_train_mix": base("each text read once a pass", {"train_mix": ""}),
+            "base_shallow_wide": base("layers of model 2, wider instead of deeper", WIDER[preset]),
+            "base_no_train_mix": base("each text once per epoch", {"train_mix": ""}),
         }
     return variants
 

@@ -224,8 +224,11 @@ def searches(part: str, model: str, options: argparse.Namespace) -> list[Search]
 def ruled_runs(part: str, model: str, rule: Rule, options: argparse.Namespace) -> list[Run]:
     """Return the runs of "test" and "amounts", with learning rates from the rule."""
     factors = (0.5, 1.0, 2.0) if part == "test" else (1.0,)
-    pairs = itertools.product(searches(part, model, options), factors)
-    return [run for search, factor in pairs for run in search.runs(factor * rule(SHAPES[search.size][0]))]
+    runs = []
+    for search, factor in itertools.product(searches(part, model, options), factors):
+        width, *_ = SHAPES[search.size]
+        runs += search.runs(factor * rule(width, search.batch, search.amount))
+    return runs
 
 
 # --- tables ----------------------------------------------------------------------------------------------

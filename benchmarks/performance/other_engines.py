@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, (text, engine_logits) in generated.items():
         same = next((n for n, pair in enumerate(zip(expected, text, strict=True)) if len({*pair}) > 1), len(text))
         difference = float(np.abs(engine_logits - logits)[: same + 1].max())
-        speeds = [[options.tokens / time for time in times] for times in zip(*seconds[name], strict=True)]
+        speeds = [[options.tokens / each for each in times] for times in zip(*seconds[name], strict=True)]
         figures[name] = {"tokens_per_second": speeds, "largest_difference": difference, "same_tokens": same}
         shown = (command.spread(values, "{:,.1f}", statistics.median) for values in speeds)
         rows.append((name, *shown, f"{difference:.1e}", same))

@@ -317,6 +317,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--litgpt", type=Path, help="folder with the litgpt package and its dependencies")
     options = parser.parse_args(arguments)
     problems = command.at_least_one(options, "rounds", "steps", "processes")
+    unknown = [name for name in options.only or () if name not in CONTENDERS]
+    problems += [f"--only {name!r}: choose from {'; '.join(CONTENDERS)}" for name in unknown]
     for option, file in GIVEN_PEERS.values():
         if (folder := vars(options)[option]) and not (folder / file).is_file():
             problems.append(f"--{option} {folder}: contains no {file}")

@@ -145,7 +145,8 @@ class _Rank:
         if not self.code or (self.folder / f"lost.{self.number}").exists() or self.code == -signal.SIGABRT:
             return None  # NCCL aborts a rank with SIGABRT when another one does not respond
         if self.code < 0:
-            return 0, f"was killed by {signal.Signals(-self.code).name} (out of memory? see dmesg)"
+            name = next((known.name for known in signal.Signals if known == -self.code), f"signal {-self.code}")
+            return 0, f"was killed by {name} (out of memory? see dmesg)"
         return 1, f"failed with exit code {self.code}"
 
     def last_lines(self) -> str:

@@ -25,8 +25,8 @@ def arguments(corpus, *more):
 def test_nanogpt_is_included_only_with_a_valid_path(tmp_path):
     assert "nanoGPT" not in throughput.chosen(throughput.parse_options([]))
     with pytest.raises(UserError) as caught:
-        throughput.parse_options(["--nanogpt", str(tmp_path), "--rounds", "0"])
-    assert len(caught.value.problems) == 2
+        throughput.parse_options(["--nanogpt", str(tmp_path), "--rounds", "0", "--only", "nanogpt"])
+    assert len(caught.value.problems) == 3
     (tmp_path / "model.py").touch()
     assert "nanoGPT" in throughput.chosen(throughput.parse_options(["--nanogpt", str(tmp_path)]))
 

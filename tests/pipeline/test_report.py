@@ -105,6 +105,8 @@ def test_failures_are_reported_with_their_html_escaped(trained, tmp_path):
 def test_a_missing_run_is_refused_with_an_error(tmp_path, trained):
     with pytest.raises(UserError, match="no record of a run"):
         make_report.main(["--work_dir", str(tmp_path), "--data_dir", str(trained / "corpus")])
+    with pytest.raises(UserError, match="--seed"):
+        make_report.main(["--seed", str(2**63)])
 
 
 @pytest.mark.integration
