@@ -51,10 +51,10 @@ METRICS = (
     Metric(PRIMARY_TEST_BPB, "test, primary translation", _BPB, "{:.4f}", "lower"),
 )
 # For further training: scores before it, and forgetting on the old corpus's test text.
-CONTINUED = (
+FURTHER_TRAINING = (
     Metric("validation_bpb_before", "validation, before further training", _BPB, "{:.4f}", "lower"),
     Metric("test_bpb_before", "test, before further training", _BPB, "{:.4f}", "lower"),
     Metric("old_test_bpb_before", "old text's test, before further training", _BPB, "{:.4f}", "lower"),
     Metric("old_test_bpb", "old text's test", _BPB, "{:.4f}", "lower"),
 )
-BY_NAME = {metric.name: metric for metric in (*METRICS, *CONTINUED)}
+BY_NAME = {metric.name: metric for metric in (*METRICS, *FURTHER_TRAINING)}

@@ -7,7 +7,7 @@ from typing import Any
 
 from mvlm_core.evaluation.results import share
 from mvlm_core.files import template
-from mvlm_core.metrics import CONTINUED, METRICS
+from mvlm_core.metrics import FURTHER_TRAINING, METRICS
 
 
 def model_card(config: dict[str, Any], *, title: str, description: str, sources: str, remote_code: bool) -> str:
@@ -20,7 +20,9 @@ def model_card(config: dict[str, Any], *, title: str, description: str, sources:
     """
     results, settings = config["results"], config["settings"]
     figures = [
-        (metric.title, metric.text(results[metric.name])) for metric in (*METRICS, *CONTINUED) if metric.name in results
+        (metric.title, metric.text(results[metric.name]))
+        for metric in (*METRICS, *FURTHER_TRAINING)
+        if metric.name in results
     ]
     figures += [
         ("vocabulary", f"{config['tokenizer']['vocab_size']:,}"),
