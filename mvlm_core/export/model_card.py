@@ -19,11 +19,8 @@ def model_card(config: dict[str, Any], *, title: str, description: str, sources:
         remote_code: whether the export includes its modelling files.
     """
     results, settings = config["results"], config["settings"]
-    figures = [
-        (metric.title, metric.text(results[metric.name]))
-        for metric in (*METRICS, *FURTHER_TRAINING)
-        if metric.name in results
-    ]
+    known = [metric for metric in (*METRICS, *FURTHER_TRAINING) if metric.name in results]
+    figures = [(metric.title, metric.text(results[metric.name])) for metric in known]
     figures += [
         ("vocabulary", f"{config['tokenizer']['vocab_size']:,}"),
         ("training context, tokens", f"{settings['max_length']:,}"),
