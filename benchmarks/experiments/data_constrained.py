@@ -4,8 +4,8 @@
     python -m benchmarks.experiments.data_constrained --only hour       only the King James text, on two cores
 
 The twin has the h200 preset's ratio of text to parameters: whole books in all translations, up to --text_bytes, and
-0.9 million parameters. A single model makes 3 passes over the text, a student of such models (``--num_models``) makes
-more. Compute is in multiples of a single model's three passes. Scores are on the held-out books in all translations,
+0.9 million parameters. A single model is trained for 3 epochs, a student of such models (``--num_models``) for more.
+Compute is in multiples of a single model's three epochs. Scores are on the held-out books in all translations,
 and in the primary one only.
 """
 
@@ -55,14 +55,14 @@ WIDTH_EXPONENTS = {"mvlm_gpt2": -1.05, "simone_enhanced": -0.37}
 TEXT_EXPONENTS = {"mvlm_gpt2": 0.0, "simone_enhanced": -0.49}
 
 
-def _passes(count: float) -> str:
-    return f"{count:g} pass{'es' * (count != 1)}"
+def _epochs(count: float) -> str:
+    return f"{count:g} epoch{'s' * (count != 1)}"
 
 
 ALONE = (0.5, 1, 2, 3, 9)
-RECIPES: dict[str, dict[str, Any]] = {_passes(count): {"num_epochs": float(count)} for count in ALONE}
-RECIPES |= {f"{name} with decay 1.6": RECIPES[name] | {"weight_decay": 1.6} for name in ("3 passes", "9 passes")}
-# (passes, number of teachers, passes of each teacher)
+RECIPES: dict[str, dict[str, Any]] = {_epochs(count): {"num_epochs": float(count)} for count in ALONE}
+RECIPES |= {f"{name} with decay 1.6": RECIPES[name] | {"weight_decay": 1.6} for name in ("3 epochs", "9 epochs")}
+# (epochs, number of teachers, epochs of each teacher)
 STUDENTS = (
     (4.5, 1, 3),
     (9, 1, 3),
@@ -76,11 +76,11 @@ STUDENTS = (
     (18, 9, 1),
 )
 for count, teachers, of in STUDENTS:
-    name = f"{_passes(count)} with {teachers} teacher{'s' * (teachers > 1)}" + f" of {_passes(of)}" * (of != 3)
+    name = f"{_epochs(count)} with {teachers} teacher{'s' * (teachers > 1)}" + f" of {_epochs(of)}" * (of != 3)
     RECIPES[name] = {"num_epochs": float(count), "num_models": teachers + 1, "teacher_epochs": float(of)}
 RECIPES |= {
     f"{name} and dropout {dropout}": RECIPES[name] | {"dropout": dropout}
-    for name, dropout in itertools.product(("3 passes", "9 passes with 1 teacher"), (0.0, 0.1, 0.3))
+    for name, dropout in itertools.product(("3 epochs", "9 epochs with 1 teacher"), (0.0, 0.1, 0.3))
 }
 TWINS = {
     f"{model} {name}": Line(model, changes=TWIN | OWN[model] | recipe)
@@ -156,7 +156,7 @@ def rates(model: str, scale: float) -> dict[str, Any]:
 
 
 def compute(run: Run) -> float:
-    """Return the compute of a run's teachers and student, in multiples of a single model's three passes."""
+    """Return the compute of a run's teachers and student, in multiples of a single model's three epochs."""
     return sum((stage.num_epochs or 0) / 3 * relative_step_cost(stage) for stage in stages(run.settings()))
 
 

@@ -51,13 +51,13 @@ class TextPlan:
 
     Attributes:
         train_bytes: each training document counted once.
-        pass_bytes: bytes read in one epoch.
+        epoch_bytes: bytes read in one epoch.
         bytes_per_token: measured with the tokenizer that ``source`` describes.
         has_tokenizer, has_tokens: whether they are cached.
     """
 
     train_bytes: int
-    pass_bytes: int
+    epoch_bytes: int
     validation_bytes: int
     test_bytes: int
     bytes_per_token: float
@@ -172,15 +172,15 @@ def plan_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE], c
     )
     validation = validation_subset(corpus, whole=settings.validation_text == "all")
     test = [] if settings.no_test_score else corpus.split("test")
-    pass_bytes: float = sum(size * int(count) for size, count in zip(sizes, repeats, strict=True))
+    epoch_bytes: float = sum(size * int(count) for size, count in zip(sizes, repeats, strict=True))
     if (parent := source_of(settings)) is not None:
         old = old_text(settings, parent, corpus)
         test = 2 * [*test, *(old.test if old and not settings.no_test_score else [])]  # before and after
     if replay := replay_of(settings):
-        pass_bytes /= 1 - float(replay.share)
+        epoch_bytes /= 1 - float(replay.share)
     return TextPlan(
         train_bytes=sum(sizes),
-        pass_bytes=int(pass_bytes),
+        epoch_bytes=int(epoch_bytes),
         validation_bytes=sum(len(part.encode()) for _, part in validation),
         test_bytes=sum(document.size for document in test),
         bytes_per_token=per_token,
@@ -194,7 +194,7 @@ def planned_steps(settings: TrainingSettings, text: TextPlan) -> int | None:
     """Number of steps until the first limit is reached; None if only ``--max_hours`` limits the run."""
     tokens = settings.sequences_per_step * settings.max_length
     per_step = {
-        "num_epochs": tokens * text.bytes_per_token / text.pass_bytes,
+        "num_epochs": tokens * text.bytes_per_token / text.epoch_bytes,
         "max_steps": 1,
         "max_tokens": tokens,
         "max_bytes": tokens * text.bytes_per_token,
@@ -295,7 +295,7 @@ def _describe(
     return [
         f"{one.parameters:,} parameters; {flops / 1e6:,.0f} MFLOP per token (forward, backward, {hardware.precision})",
         f"about {steps * step_tokens / 1e6:,.1f} M tokens ({step_tokens:,} per step), {steps} steps, "
-        f"{steps * step_tokens * text.bytes_per_token / text.pass_bytes:.2f} epochs, "
+        f"{steps * step_tokens * text.bytes_per_token / text.epoch_bytes:.2f} epochs, "
         f"{flops * steps * step_tokens:.2g} FLOP",
         f"{text.bytes_per_token:.3f} bytes per token, {text.source}",
         f"memory with a micro-batch of {batch}: "

@@ -35,18 +35,18 @@ def test_every_line_is_a_valid_run_with_the_expected_compute(tmp_path, tiny_corp
     for run in runs:
         settings = run.settings().check()
         assert settings.data_dir.endswith(f"text-{some}") and settings.validation_text == "all"
-        assert settings.max_bytes is None, "the passes given replace the preset's length"
+        assert settings.max_bytes is None, "the epochs given replace the preset's length"
     (hour,) = data_constrained.plan(options_of(tmp_path, tiny_corpus, "--only", "hour", "--seeds", "1"))
     assert hour.settings().check().data_subset == "bible/kjv" and not hour.settings().train_mix
     with pytest.raises(UserError, match="no such line.*hour"):
         data_constrained.plan(options_of(tmp_path, tiny_corpus, "--only", "hour,no such line"))
     with pytest.raises(UserError, match="--processes 0"):
         options_of(tmp_path, tiny_corpus, "--processes", "0")
-    # 3 teacher passes plus 9 student passes, whose steps cost a third more: 1 + 4.
+    # 3 teacher epochs plus 9 student epochs, whose steps cost a third more: 1 + 4.
     by_line = {run.label: data_constrained.compute(run) for run in runs}
-    assert by_line["mvlm_gpt2 3 passes"] == 1 and by_line["mvlm_gpt2 9 passes"] == 3
-    assert by_line["mvlm_gpt2 9 passes with 1 teacher"] == pytest.approx(5)
-    assert by_line["simone_enhanced 18 passes with 3 teachers"] == pytest.approx(3 + 8)
+    assert by_line["mvlm_gpt2 3 epochs"] == 1 and by_line["mvlm_gpt2 9 epochs"] == 3
+    assert by_line["mvlm_gpt2 9 epochs with 1 teacher"] == pytest.approx(5)
+    assert by_line["simone_enhanced 18 epochs with 3 teachers"] == pytest.approx(3 + 8)
 
 
 def test_few_books_keep_all_translations_and_all_held_out_books(tmp_path, tiny_corpus):
@@ -108,8 +108,8 @@ def test_real_runs_make_a_table(tiny_corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data_constrained, "plan", tiny_plan)
     text = ["--text_bytes", str(max(largest_book(tiny_corpus).values())), "--seeds", "1"]
     for line, processes in (
-        ("simone_enhanced 9 passes with 1 teacher", "2"),
-        ("mvlm_gpt2 18 passes with 3 teachers", "1"),
+        ("simone_enhanced 9 epochs with 1 teacher", "2"),
+        ("mvlm_gpt2 18 epochs with 3 teachers", "1"),
     ):
         places = ["--data_dir", str(tiny_corpus), "--work_dir", str(tmp_path / "work"), "--ensembles"]
         assert data_constrained.main(["--only", line, "--processes", processes, *places, *text]) == 0
