@@ -29,7 +29,7 @@ def test_planned_text_and_steps_match_the_run(model, tiny_corpus, tmp_path):
     assert not before.has_tokenizer and not before.has_tokens and not (tmp_path / "cache").exists()
     text = prepare_text(settings, kind)
     after = plan_text(settings, kind, corpus)
-    assert after.has_tokenizer and after.has_tokens and after.pass_bytes > 1.9 * after.train_bytes
+    assert after.has_tokenizer and after.has_tokens and after.epoch_bytes > 1.9 * after.train_bytes
     for plan in (before, after):  # a text this small is sampled whole
         assert plan.bytes_per_token == pytest.approx(text.store.bytes_per_token, rel=0.002)
         assert planned_steps(settings, plan) == pytest.approx(total_steps(settings, text.batches), rel=0.02)
