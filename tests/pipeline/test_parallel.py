@@ -18,18 +18,23 @@ def three_threads(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
 
 
+def wait_for(file):
+    deadline = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < deadline, f"{file.name} does not appear"
+        time.sleep(0.01)
+
+
 def meet(folder, name, other):
     """Wait until the other worker has started as well."""
     (folder / name).touch()
-    while not (folder / other).exists():
-        time.sleep(0.01)
+    wait_for(folder / other)
     return name, os.getpid(), os.environ["OMP_NUM_THREADS"]
 
 
 def end(how, folder):
     if how == "raises":
-        while not (folder / "started").exists():
-            time.sleep(0.01)
+        wait_for(folder / "started")
         raise UserError(["one problem", "another"])
     if how == "dies":
         os._exit(3)
@@ -82,8 +87,7 @@ if __name__ == "__main__":
     (tmp_path / "parent.py").write_text(code)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen([sys.executable, tmp_path / "parent.py"], env=environment) as parent:
-        while not (tmp_path / "started").exists():
-            time.sleep(0.01)
+        wait_for(tmp_path / "started")
         below = psutil.Process(parent.pid).children(recursive=True)
         parent.kill()
     psutil.wait_procs(below, timeout=20)
