@@ -1,7 +1,7 @@
 """Causal self-attention with rotary embeddings and three governance heads: policy, memory and trace.
 
-Read down to ``point`` for what training runs. The rest of the file, from ``ForwardContext`` on, handles the KV cache,
-padding, traces and alternative kernels.
+Read down to ``point`` for the architecture. The rest of the file, from ``ForwardContext`` on, handles the KV cache,
+padding, traces and the choice of attention kernel.
 """
 
 from __future__ import annotations
