@@ -40,7 +40,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command_line(__doc__)
     add = parser.add_argument
     default = [REPOSITORY_ROOT / "models" / name for name in ("mvlm_gpt2", "simone_enhanced")]
-    add("models", nargs="*", type=Path, default=default, metavar="MODEL", help="[default: both of models/]")
+    models = "export folders or .tar.gz [default: models/mvlm_gpt2 and models/simone_enhanced]"
+    add("models", nargs="*", type=Path, default=default, metavar="MODEL", help=models)
     add("--data_dir", default=str(DEFAULT_DATA_DIR), help="the corpus the models were trained on")
     add("--data_subset", help="use only this subfolder of --data_dir [default: the first model's]")
     add("--split", choices=("validation", "test"), default="validation", help="held-out split [default validation]")
@@ -54,9 +55,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def option_problems(options: argparse.Namespace) -> list[str]:
-    problems = [f"--{name} {value}: at least 1" for name in SIZES if (value := getattr(options, name)) < 1]
+    problems = [f"--{name} {value}: must be at least 1" for name in SIZES if (value := getattr(options, name)) < 1]
     if not 0 <= options.seed < 2**63:
-        problems.append(f"--seed {options.seed}: from 0 to 2**63 - 1")
+        problems.append(f"--seed {options.seed}: must be from 0 to 2**63 - 1")
     if options.json and (options.json.is_dir() or not os.access(options.json.parent, os.W_OK)):
         problems.append(f"--json {options.json}: must be a file in an existing, writable folder")
     return problems
@@ -88,7 +89,10 @@ def evaluate_exports(options: argparse.Namespace, exports: dict[Path, Path]) -> 
     new = {export: folder for export, folder in exports.items() if str(export) not in results}
     for export, folder in new.items():
         if training_config(folder).get("data", {}).get("fingerprint") != corpus.fingerprint:
-            print(f"{export} was trained on another corpus: it may have seen held-out text, or not the train text")
+            print(
+                f"{export} was trained on another corpus: it may have seen the held-out text, or not have seen the "
+                "train text"
+            )
     work = partial(evaluate, device=hardware.device, bits_per_byte=not options.no_bits_per_byte)
     measured = parallel_map(work, [(folder, text) for folder in new.values()], on_cpu=hardware.device == "cpu")
     for export, result in zip(new, measured, strict=True):

@@ -62,7 +62,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     problems = [
-        f"--{name} {getattr(options, name)}: {rule}"
+        f"--{name} {getattr(options, name)}: must be {rule}"
         for name, rule, holds in (
             ("max_new_tokens", "at least 1", options.max_new_tokens >= 1),
             ("temperature", "0 or more", 0 <= options.temperature < math.inf),

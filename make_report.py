@@ -36,12 +36,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.device not in DEVICES:
         problems.append(f"--device {options.device}: unknown; choose one of {', '.join(DEVICES)}")
     if not 0 <= options.seed < 2**63:
-        problems.append(f"--seed {options.seed}: from 0 to 2**63 - 1")
+        problems.append(f"--seed {options.seed}: must be from 0 to 2**63 - 1")
     if not Path(options.data_dir).is_dir():
         problems.append(f"--data_dir {options.data_dir}: no such folder")
     options.layout = Layout(options.work_dir.absolute())
     if not problems and not read_json(options.layout.summary):
-        problems.append(f"{options.layout.summary}: no record of a run; train_all_models.py makes one")
+        problems.append(f"{options.layout.summary}: no record of a run; run train_all_models.py first")
     if problems:
         raise UserError(problems)
     return options

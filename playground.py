@@ -114,7 +114,7 @@ def write_tab(models: Models) -> None:
         length = gr.Slider(1, LONGEST, 80, step=1, label="Length in tokens")
     with gr.Row():
         go, stop = gr.Button("Write", variant="primary"), gr.Button("Stop")
-    gr.HTML("<p class=note>Surprise: 0 bits <span class=legend></span> 12 bits or more</p>")
+    gr.HTML("<p class=note>Surprisal: 0 bits <span class=legend></span> 12 bits or more</p>")
     write = show_user_errors(lambda *values: written(models, *values))
     inputs = [prompt, seed, temperature, top_p, length]
     run = gr.on([go.click, prompt.submit], write, inputs, gr.HTML(), **EVENT)

@@ -63,6 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
     problems = corpus_problems(args.data_dir)
     if args.check:
         print("\n".join(problems[:20]) if problems else f"{args.data_dir} is complete")
+        if problems:
+            place = "" if args.data_dir == DEFAULT_DATA_DIR else f" --data_dir {args.data_dir}"
+            print(f"to rebuild: python prepare_dataset.py{place}")
         return 1 if problems else 0
     if not problems and not args.force:
         if not args.quiet:

@@ -50,7 +50,7 @@ def validate_model(
     checks = Checks()
     samples: list[dict[str, Any]] = []
     finished = (folder / MANIFEST).is_file()
-    if not checks.add("files", "export", finished, f"{folder}{'' if finished else ' contains no finished export'}"):
+    if not checks.add("files", "export", finished, f"{folder}{'' if finished else ' is not a finished export'}"):
         return checks, samples
     try:
         files = check_files(folder, checks, MODELLING_FILES)
@@ -114,7 +114,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     problems = [f"{folder}: no such folder" for folder in options.folders if not Path(folder).is_dir()]
     if options.seed is not None and not 0 <= options.seed < 2**63:
-        problems.append(f"--seed {options.seed}: from 0 to 2**63 - 1")
+        problems.append(f"--seed {options.seed}: must be from 0 to 2**63 - 1")
     if options.device not in DEVICES:
         problems.append(f"--device {options.device}: unknown; choose one of {', '.join(DEVICES)}")
     if not options.quick and not Path(options.data_dir).is_dir():
@@ -141,7 +141,10 @@ def folders_to_check(options: argparse.Namespace, layout: Layout) -> dict[str, P
     requested = read_json(layout.summary).get("models")
     requested = list(requested) if isinstance(requested, dict) and requested else MODELS
     if invalid := [name for name in requested if "/" in name or name_problem(name)]:
-        raise UserError(f"{layout.summary}: {ascii(invalid[0])} is not a model; pass the folders to check instead")
+        raise UserError(
+            f"{layout.summary}: {ascii(invalid[0])} is not a valid model name; pass the export folders as MODEL_DIR "
+            "instead"
+        )
     return {name: layout.export(name) for name in requested}
 
 

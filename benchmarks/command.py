@@ -32,7 +32,7 @@ def whole_numbers(text: str) -> list[int]:
 
 def at_least_one(options: argparse.Namespace, *names: str) -> list[str]:
     """Return a problem for each of these options with a value below 1."""
-    return [f"--{name} {vars(options)[name]}: at least 1" for name in names if vars(options)[name] < 1]
+    return [f"--{name} {vars(options)[name]}: must be at least 1" for name in names if vars(options)[name] < 1]
 
 
 def chosen(only: str | None, known: Iterable[str], default: Iterable[str] | None = None) -> list[str]:

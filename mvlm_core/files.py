@@ -104,7 +104,7 @@ def output_folder_problems(folder: Path | str, flag: str = "--output_dir") -> li
     """Check that ``folder``, which need not exist yet, can be written to; return the problems."""
     folder = Path(folder).absolute()
     if not str(folder).isprintable():
-        return [f"{flag} {str(folder)!a}: choose a name of printable characters"]
+        return [f"{flag} {str(folder)!a}: non-printable characters in the path; choose another folder"]
     for part in [folder, *folder.parents]:
         if part.is_dir():
             return [] if os.access(part, os.W_OK | os.X_OK) else [f"{flag} {folder}: {part} is not writable"]

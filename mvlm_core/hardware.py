@@ -237,8 +237,8 @@ def caution(hardware: Hardware, preset: str) -> str | None:
     if preset != "h200" or hardware.device != "cuda" or hardware.compile:
         return None
     return (
-        f"THIS RUN IS NOT COMPILED ({hardware.reasons['compile']}), so each step is slower on a GPU rented by the "
-        "hour. By how much is not measured; `python -m benchmarks.performance.gpu_check` measures it here"
+        f"THIS RUN IS NOT COMPILED ({hardware.reasons['compile']}): each step is slower, by an amount not measured "
+        "yet; to measure it, run `python -m benchmarks.performance.gpu_check`"
     )
 
 
@@ -379,7 +379,10 @@ def _why_deterministic(requested: bool, device: str, attention_backend: str, pro
     if device == "cpu":
         return "CPU training always is" + (", with or without --deterministic" if requested else "")
     if not requested:
-        return "CUDA sums in varying order, so a resumed run is equal only to rounding; --deterministic makes it exact"
+        return (
+            "CUDA sums in varying order, so a resumed run matches only up to rounding; use --deterministic for a "
+            "bitwise match"
+        )
     if attention_backend in OPTIONAL_BACKENDS:
         problems.append(f"--deterministic cannot be used with --attention_backend {attention_backend}; use sdpa")
     return f"--deterministic: torch's deterministic kernels, cuBLAS workspace {CUBLAS_WORKSPACE}; slower, not measured"

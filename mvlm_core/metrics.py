@@ -54,7 +54,7 @@ METRICS = (
 FURTHER_TRAINING = (
     Metric("validation_bpb_before", "validation, before further training", _BPB, "{:.4f}", "lower"),
     Metric("test_bpb_before", "test, before further training", _BPB, "{:.4f}", "lower"),
-    Metric("old_test_bpb_before", "old text's test, before further training", _BPB, "{:.4f}", "lower"),
-    Metric("old_test_bpb", "old text's test", _BPB, "{:.4f}", "lower"),
+    Metric("old_test_bpb_before", "test, old corpus, before further training", _BPB, "{:.4f}", "lower"),
+    Metric("old_test_bpb", "test, old corpus", _BPB, "{:.4f}", "lower"),
 )
 BY_NAME = {metric.name: metric for metric in (*METRICS, *FURTHER_TRAINING)}

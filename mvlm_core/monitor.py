@@ -238,5 +238,5 @@ def _sample_psutil() -> str:
         with contextlib.suppress(psutil.Error):  # a child may end while it is counted
             resident += member.memory_info().rss
     free = psutil.virtual_memory().available
-    used = f"memory {resident / 2**30:.1f} GiB used here, {free / 2**30:.1f} GiB free"
+    used = f"memory {resident / 2**30:.1f} GiB used by this run, {free / 2**30:.1f} GiB free"
     return f"CPU {psutil.cpu_percent(interval=0.2):.0f} %, {used}"

@@ -154,8 +154,8 @@ class TrainingSettings:
     )  # fmt: skip
 
     init_from: str | None = _further(
-        None, "continue training from the weights, shape and tokenizer of this export (folder or .tar.gz); by default "
-        f"with its preset and length, but {CONTINUED_RATE} times the learning rate, and at most 2 epochs",
+        None, "continue training this export (folder or .tar.gz): its weights, shape and tokenizer, and by default its "
+        f"preset, with {CONTINUED_RATE} times the learning rate and at most 2 epochs",
     )  # fmt: skip
     replay: str | None = _further(
         None, "FOLDER=SHARE: to reduce forgetting, draw this share of sequences from the training text of that corpus; "
@@ -166,7 +166,7 @@ class TrainingSettings:
         None, "distill from these exports (comma-separated folders or .tar.gz with the same tokenizer)"
     )
     num_models: int = _distillation(
-        1, "train this many models: all but one are teachers, and the exported one learns from them and the text; "
+        1, "above 1: first train N - 1 teachers; the exported model learns from them and the text; "
         "helps when text is repeated for many epochs", minimum=1,
     )  # fmt: skip
     teacher_epochs: float = _distillation(

@@ -82,7 +82,7 @@ def test_all_bad_arguments_are_reported_in_one_error(tmp_path):
     assert [problem.split()[0] for problem in caught.value.problems] == ["--temperature", "--top_p", "--seed"]
     with pytest.raises(UserError, match="--seed -1.*not valid UTF-8"):
         generate.main([str(tmp_path), "\udcff", "--seed", "-1"])
-    for place, words in ((tmp_path, "no finished export"), (tmp_path / "none", "no such folder")):
+    for place, words in ((tmp_path, "not a finished export"), (tmp_path / "none", "no such folder")):
         with pytest.raises(UserError, match=words):
             generate.main([str(place), PROMPT])
 

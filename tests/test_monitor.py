@@ -171,7 +171,7 @@ def first_line(seconds: float = 0.02) -> tuple[str, str]:
 def test_sampling_without_a_gpu(empty_path: Path) -> None:
     source, line = first_line()
     assert source == "psutil"
-    assert "CPU" in line and "GiB used here" in line
+    assert "CPU" in line and "GiB used by this run" in line
 
 
 @without_cuda

@@ -67,7 +67,7 @@ def test_both_models_stream_their_continuations(models, monkeypatch):
         assert text.startswith("In the <i>beginning") and len(text) > 22 and name in section
         known = [bits for bits, _ in spans(section.split("</b>")[0])]
         assert f"prompt {sum(known) / 19:.2f} bits per byte" in section
-        assert "12 tokens written" in section
+        assert "12 tokens generated" in section
     assert pages[-1].count("<details") + pages[-1].count(" everywhere</p>") == 4, "fields, of the model with heads"
     assert "<i>" not in pages[-1]
 
@@ -81,7 +81,7 @@ def test_all_invalid_settings_are_reported_in_one_error(models):
     with pytest.raises(UserError) as caught:
         next(written(models, "In the", seed=-1, temperature=3, top_p=0, length=0.5))
     assert [problem.split()[0] for problem in caught.value.problems] == ["seed", "temperature", "top-p", "length"]
-    with pytest.raises(UserError, match="seed None: from 0"):
+    with pytest.raises(UserError, match="seed None: must be from 0"):
         next(written(models, "In the", **DRAW | {"seed": None}))
     with pytest.raises(UserError, match="cannot be read"):
         next(written(models, "\ud800", **DRAW))

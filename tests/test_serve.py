@@ -133,7 +133,7 @@ def test_a_prompt_begins_with_the_start_token(handler):
 def test_all_bad_arguments_are_reported_in_one_error(tmp_path):
     pytest.importorskip("fastapi")
     pytest.importorskip("openai")
-    with pytest.raises(UserError, match="no finished export"):
+    with pytest.raises(UserError, match="not a finished export"):
         serve.main([str(tmp_path)])
     with pytest.raises(UserError) as caught:
         serve.main([str(tmp_path), str(tmp_path / "none")])

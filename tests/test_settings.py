@@ -116,7 +116,9 @@ def test_validation_text_defaults_and_resume_compatibility():
         now = {f"--{name}": value for name, value in cls(preset="cpu").identity().items()}
         before = {name: value for name, value in now.items() if name != "--validation_text"}
         check_identity("a checkpoint", before, now)
-        with pytest.raises(UserError, match="a checkpoint of another run: --validation_text was primary, now all"):
+        with pytest.raises(
+            UserError, match="a checkpoint from a different run: --validation_text was primary, now all"
+        ):
             check_identity("a checkpoint", before, now | {"--validation_text": "all"})
 
 

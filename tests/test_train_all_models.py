@@ -362,14 +362,15 @@ def test_finished_models_refuse_a_different_preset_seed_or_text(job):
     assert job.run().returncode == 0
     before = job.summary()
     (job.data_dir / "bible" / "kjv" / "01-genesis.txt").write_text("Something else altogether.\n")
-    assert job.run("--dry_run").stdout.count("other text") == 2
+    assert job.run("--dry_run").stdout.count("trained on different text") == 2
     done = job.run()
-    assert done.returncode == 2 and "other text" in done.stderr and "--fresh" in done.stderr
+    assert done.returncode == 2 and "trained on different text" in done.stderr and "--fresh" in done.stderr
     planned = job.run("--dry_run", "--preset", "cpu", "--seed", "3").stdout
     assert planned.count("REFUSED") == 2 and "; kept" not in planned
     done = job.run("--preset", "cpu", "--seed", "3")
     assert done.returncode == 2
-    refusal = [line.removeprefix("error: ").strip("- ") for line in done.stderr.splitlines() if "finished with" in line]
+    lines = [line.removeprefix("error: ").strip("- ") for line in done.stderr.splitlines()]
+    refusal = [line for line in lines if "finished with" in line or "trained on different text" in line]
     assert len(refusal) == 4 and all(line in planned for line in refusal), "the dry run says what the run will"
     for name in before["models"]:
         assert f"{name}: finished with --preset smoke; this run asks for cpu" in done.stderr
@@ -385,7 +386,7 @@ def test_format_archives_are_packed_kept_and_withdrawn(job):
     assert job.statuses() == {"finished"}, "a model is good without them"
     assert job.offered() == sorted([*ARCHIVES, two[1]])
     done = job.run("--formats", "onnx,gguf")
-    assert done.returncode == 0 and "not as gguf: only a GPT-2" in done.stdout
+    assert done.returncode == 0 and "no GGUF: only a GPT-2" in done.stdout
     assert job.offered() == sorted(ARCHIVES + two) == sorted(read_checksums(job.layout.checksums))
     assert [check_archive(job.layout.downloads / name) for name in two] == [[], []]
     steps = (job.layout.downloads / "DOWNLOAD_INSTRUCTIONS.md").read_text()

@@ -109,7 +109,7 @@ def test_lossy_tokenizer_and_parsed_special_tokens_fail(export, tiny_corpus, tmp
     found = failed(
         capsys, str(export), "--quick", "--work_dir", str(tmp_path / "other"), "--data_dir", str(tiny_corpus)
     )
-    assert set(found) == {"round trip", "special words are ordinary text"}
+    assert set(found) == {"round trip", "text of special tokens is ordinary text"}
 
 
 def test_scores_are_recomputed_and_mismatches_fail(export, tiny_corpus, tmp_path, capsys, in_this_process):
@@ -163,7 +163,7 @@ def test_export_with_remote_code_is_not_loaded(export, tiny_corpus, tmp_path, ca
     seal(export)
     monkeypatch.setattr(validation, "run_python", lambda *_, **__: pytest.fail("it was run"))
     found = failed(capsys, str(export), "--work_dir", str(tmp_path / "other"), "--data_dir", str(tiny_corpus))
-    assert "no remote code" in found and "skipped" in found["loads elsewhere, offline, by itself"]
+    assert "no remote code" in found and "skipped" in found["loads offline in another folder, without this repository"]
 
 
 @pytest.mark.parametrize("config", [[], {"results": 3, "data": [], "settings": None}, {"results": {"test_bpb": "low"}}])

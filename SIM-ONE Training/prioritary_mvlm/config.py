@@ -52,7 +52,10 @@ class PrioritaryConfig(BibleSettings):
     }
 
     adamw_learning_rate: float = _own(
-        3e-3, "peak learning rate of AdamW for what Muon skips: embeddings, heads, vectors", "optimisation", above=0
+        3e-3,
+        "peak AdamW learning rate for parameters not trained by Muon: embeddings, heads, vectors",
+        "optimisation",
+        above=0,
     )
     output_head: str = _own(
         "tied", "output matrix: tied to the input embedding, or separate", "model", choices=("tied", "own")
@@ -64,8 +67,12 @@ class PrioritaryConfig(BibleSettings):
     alignment_weight: float = _own(
         0.5, "weight of the next-token cross-entropy weighted by document quality", "loss", minimum=0
     )
-    coherence_weight: float = _own(0.3, "initial weight of predicting the token after the next", "loss", minimum=0)
-    coherence_until: float = _own(0.5, "fraction of the run where that weight reaches 0", "loss", above=0, maximum=1)
+    coherence_weight: float = _own(
+        0.3, "initial weight of the auxiliary loss for the token after the next", "loss", minimum=0
+    )
+    coherence_until: float = _own(
+        0.5, "fraction of the run at which --coherence_weight reaches 0", "loss", above=0, maximum=1
+    )
 
     def inherit(self) -> list[str]:
         return inherit(self, NAME)

@@ -137,7 +137,7 @@ def table(found: Found, preset: str = "cpu") -> str:
     return command.table(("variant", "parameters", "validation (n)", *compared, "verdict"), rows) + (
         "\n\nValidation in bits per byte. Difference: from the reference above, seed by seed; below 0 is better.\n"
         f"Verdict: the effect of the row's change; noise below {NOISE} or below twice the mean's standard error.\n"
-        f"Parameters say by how much a size differs from the reference's, where by more than {OTHER_SIZE:.0%}."
+        f"Parameters: relative difference from the reference, shown above {OTHER_SIZE:.0%}."
     )
 
 

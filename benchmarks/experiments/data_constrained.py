@@ -118,7 +118,7 @@ def few_books(options: argparse.Namespace) -> Path:
             kept = books[book] + kept
             left -= size
     if left == options.text_bytes:
-        raise UserError(f"--text_bytes {left}: no train book is so small in all its translations")
+        raise UserError(f"--text_bytes {left}: every train book is larger, all translations together; raise it")
     options.work_dir.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=options.work_dir))
     files = [Path(document.path).with_suffix(kind) for document in kept for kind in (".txt", ".json")]

@@ -183,7 +183,10 @@ def make(runs: list[Run], folder: Path, options: argparse.Namespace) -> list[Run
         while running or (left and not late and signals.number is None):
             if not late and time.monotonic() >= options.deadline:
                 late = True
-                log.info("--hours are over, with %s runs left: the same command continues", len(left) + len(running))
+                log.info(
+                    "--hours reached with %s runs left: run the same command again to continue",
+                    len(left) + len(running),
+                )
                 signals.send(signal.SIGTERM)
             while left and len(running) < options.jobs and not late and signals.number is None:
                 run = left.popleft()

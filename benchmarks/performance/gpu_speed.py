@@ -103,7 +103,7 @@ def real_steps(o: Any) -> Iterator[Row]:
         rate = statistics.median(record["tokens_per_second"] for record in history[len(history) // 2 :])
         flops = step_cost(recipe_of(name).build, loop.settings, o.hardware, 1).flops_per_token * rate
         figures = {"steps": len(history), "tokens/s": rate} | shares(o, flops, o.hardware.precision)
-        figures |= {"GB": loop.peak_memory() / 1e9, "s in all": seconds, "loss": history[-1]["train_loss"]}
+        figures |= {"GB": loop.peak_memory() / 1e9, "total s": seconds, "loss": history[-1]["train_loss"]}
         spent = loop.state.spent
         figures |= {"s of evaluations": spent.evaluation_seconds, "s of checkpoints": spent.checkpoint_seconds}
         yield of, figures, None
@@ -145,7 +145,7 @@ def resume(o: Any) -> Iterator[Row]:
         again = loop.history()
         off = max(abs(a["train_loss"] - b["train_loss"]) for a, b in zip(history[-len(again) :], again, strict=True))
         same = off == 0 and all(value.cpu().equal(weights[key]) for key, value in loop.task.weights().items())
-        figures = {"from step": o.steps // 2, "most off in loss": off, "to the bit": "yes" if same else "no"}
+        figures = {"from step": o.steps // 2, "largest loss difference": off, "bitwise equal": "yes" if same else "no"}
         yield f"{name}, {preset}", figures, None
 
 
@@ -158,7 +158,7 @@ def compiled_or_not(o: Any) -> Iterator[Row]:
             step, (known, spent) = step_of(loop_of(o, name, o.presets[0], hardware)), compiled_so_far()
             first, (graphs, seconds) = once(step), compiled_so_far()
             later, (all_graphs, _) = timed(o, step), compiled_so_far()
-            figures = {"ms a step": 1000 * later, "s of the first": first, "s of compilation": seconds - spent}
+            figures = {"ms per step": 1000 * later, "s of first step": first, "s of compilation": seconds - spent}
             figures |= {"graphs": graphs - known, "recompiles": all_graphs - graphs}
             yield f"{name}, {'compiled' if hardware.compile else 'not compiled'}", figures, None
 

@@ -215,7 +215,7 @@ def problems(bench: Bench, place: Path, promised: Promised) -> list[str]:
         if step < promised.step:
             found.append(f"checkpoint of step {promised.step} lost, the newest is of {step}")
         if history != bench.expected["history"][: len(history)]:
-            found.append("the history is another one")
+            found.append("the history differs from the uninterrupted run's")
         if len(history) < step:
             found.append(f"the history ends at {len(history)}, before the checkpoint of {step}")
         if newest and newest.state["best_step"] not in (None, step):

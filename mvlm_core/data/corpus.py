@@ -245,13 +245,13 @@ class _FolderReader:
         """
         root, start = self.root, self.root / only
         if printable(str(root)) != str(root):  # the name goes into logs and the export's training_config.json
-            raise UserError(f"{what} {root}: a folder name with control characters or not in UTF-8; rename it")
+            raise UserError(f"{what} {root}: its path has control characters or is not valid UTF-8; rename it")
         build_it = "build the corpus with `python prepare_dataset.py`"
         if not root.is_dir():
             missing = "is not a folder" if root.exists() else "does not exist"
             raise UserError(f"{what} {root} {missing}; {build_it} or choose another folder")
         if not start.is_dir() or not start.resolve().is_relative_to(root):
-            raise UserError(f"{what} {root} has no folder {only}; {build_it}")
+            raise UserError(f"{what} {root} has no folder {only} (--data_subset); {build_it}")
         documents = [document for file in self._text_files(start) if (document := self._read_document(file))]
         if not documents:
             lines = [f"{what} {start} holds no readable .txt file"]
@@ -395,7 +395,7 @@ def _with_every_needed_split(documents: list[Document], root: Path) -> list[Docu
         spare = [d for d in candidates if d.split != needed or sum(e.split == needed for e in documents) > 1]
         if not spare:
             raise UserError(
-                f"{root} leaves no text for {split}: add a second .txt file, use --validation_dir, "
+                f"{root}: no text for the {split} split; add a second .txt file, use --validation_dir, "
                 f'or set "split": "{split}" in the .json of a file'
             )
         moved = replace(spare[0], split=split)

@@ -70,7 +70,10 @@ class ByteLevelBPE:
         """
         specials = list(dict.fromkeys(cls.SPECIAL_TOKENS.values()))  # one token may have several roles
         if vocab_size < 256 + len(specials):
-            raise UserError(f"a vocabulary of {vocab_size} is too small: 256 bytes and {len(specials)} special tokens")
+            raise UserError(
+                f"vocab_size {vocab_size} is too small: at least {256 + len(specials)} (256 bytes and {len(specials)} "
+                "special tokens)"
+            )
         tokenizer = cls._with_model(models.BPE())
         added = [AddedToken(text, special=True, normalized=False) for text in specials]
         trainer = trainers.BpeTrainer(

@@ -79,8 +79,8 @@ def rows(results: list[dict[str, Any]]) -> list[list[str]]:
     row("calibration error (ECE)", "calibration", "error", form=".2%")
     row("· mean confidence", "calibration", "confidence", form=".2%")
     row("· accuracy, next token", "calibration", "accuracy", form=".2%")
-    row("last word, all text before it", "cloze", "full")
-    row("last word, the verse alone", "cloze", "alone")
+    row("last word, full context", "cloze", "full")
+    row("last word, verse only", "cloze", "alone")
     for key, label in (("exact", "second half exact"), ("prefix", "common prefix"), ("longest", "longest match")):
         row(f"{label}, train", "memorization", "train", key)
         row(f"{label}, held out", "memorization", "held_out", key)

@@ -97,7 +97,7 @@ def notes(result: dict[str, Any], text: EvaluationSet) -> list[str]:
     """Notes for the table: sample sizes and how to read the errors."""
     train, held_out = (result["memorization"][name]["exact"]["count"] for name in ("train", "held_out"))
     return [
-        f"{len(text.verses)} held-out verses from different places ({result['cloze']['full']['count']} for the last "
+        f"{len(text.verses)} distinct held-out verses ({result['cloze']['full']['count']} for the last "
         f"word, {held_out} for memorization, and {train} training verses of the same translations and lengths); "
         f"{result['repetition']['reference']['rep_4']['count']} prompts continued by {text.words} words; seed "
         f"{text.seed}.",

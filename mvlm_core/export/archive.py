@@ -149,7 +149,7 @@ def _read_file(scan: _Scan, entry: Entry, content: Iterator[bytes], destination:
 def _compare_with_manifest(scan: _Scan) -> None:
     """Require exactly the manifest's files, with matching checksums, in a top folder with the manifest's name."""
     if scan.manifest_bytes is None:
-        scan.problems.append(f"no {MANIFEST} (or a far too large one)")
+        scan.problems.append(f"{MANIFEST}: missing, or larger than {MANIFEST_LIMIT:,} bytes")
         return
     try:
         scan.manifest = parse_manifest(scan.manifest_bytes)
@@ -168,7 +168,7 @@ def _compare_with_manifest(scan: _Scan) -> None:
             scan.problems.append(f"{name}: SHA-256 differs from the manifest's")
     useful = {str(parent) for name in expected for parent in PurePosixPath(name).parents}
     for folder in sorted(scan.folders - useful):
-        scan.problems.append(f"{folder}/: a folder without files of the manifest")
+        scan.problems.append(f"{folder}/: contains none of the manifest's files")
 
 
 def check_archive(archive: Path) -> list[str]:

@@ -56,7 +56,7 @@ def check_export(folder: Path, sources: Path, place: Path | None = None) -> None
         UserError: not a finished export, or it does not match its manifest; lists every problem.
     """
     if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder}: holds no finished export (no {MANIFEST})")
+        raise UserError(f"{folder}: not a finished export (no {MANIFEST})")
     checks = Checks()
     check_files(folder, checks, sources)
     if failed := [f"{place or folder}: {check.name}: {check.detail}" for check in checks if not check.passed]:
@@ -116,7 +116,7 @@ def check_files(folder: Path, checks: Checks, sources: Path) -> list[str]:
     checks.add_problems("files", "expected files", missing, "all present")
     known = BESIDE | {file.split("/")[0] for file in files}
     extra = sorted(set(files) - set(expected)) + sorted({path.name for path in folder.iterdir()} - known)
-    checks.add_problems("files", "no extra files", [f"{name} does not belong there" for name in extra], "none")
+    checks.add_problems("files", "no extra files", [f"unexpected file: {name}" for name in extra], "none")
     checks.add_problems("files", "no pickle", pickles(folder, files), "none")
     checks.add_problems("files", "no remote code", remote_code(folder), "auto_map stays inside the folder")
     checks.add_problems("files", "own code", foreign_code(folder, code, sources), "equal to the repository's own")
@@ -162,7 +162,7 @@ def foreign_code(folder: Path, code: set[str], sources: Path) -> list[str]:
 def remote_code(folder: Path) -> list[str]:
     """Report config entries, at any depth, that make transformers load code from outside the folder."""
     return [
-        f"{file}: {'.'.join(keys)} leads to {target}"
+        f"{file}: {'.'.join(keys)} refers to code outside the folder: {target}"
         for file in ("config.json", "tokenizer_config.json", "generation_config.json")
         for keys, target in _strings(read_json(folder / file))
         if any(key == "auto_map" or key.endswith("attn_implementation") for key in keys)
@@ -188,7 +188,7 @@ def pickles(folder: Path, files: list[str]) -> list[str]:
     for name in (*files, *(path.name for path in folder.iterdir() if path.is_file())):
         path = folder / name
         if path.suffix.lower() in PICKLE_SUFFIXES:
-            problems.append(f"{name}: a pickle by its name")
+            problems.append(f"{name}: file extension of a pickle")
         elif path.is_file():
             try:
                 with path.open("rb") as file:
@@ -198,7 +198,7 @@ def pickles(folder: Path, files: list[str]) -> list[str]:
                 continue
             # A safetensors file starts with its header length, which may look like a pickle, followed by "{".
             if start.startswith(PICKLE_MAGIC) and not (path.suffix == ".safetensors" and start[8:] == b"{"):
-                problems.append(f"{name}: a pickle by its first bytes")
+                problems.append(f"{name}: magic bytes of a pickle")
     return sorted(set(problems))
 
 

@@ -23,8 +23,8 @@ PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "gguf": ("gguf",)}
 RECORD = "formats.json"
 LOGITS_TOLERANCE = 1e-4  # between the logits of torch and of ONNX Runtime, both in float32
 NO_GGUF = (
-    "only a GPT-2 can be written as GGUF: Enhanced SIM-ONE uses half of the previous token's key and its value, which "
-    "llama.cpp and vLLM do not keep; write it as ONNX"
+    "only a GPT-2 can be written as GGUF: Enhanced SIM-ONE needs the previous token's key and value, which llama.cpp "
+    "and vLLM do not keep; export it to ONNX"
 )
 _README = Path(__file__).with_name("formats_readme.md")
 
@@ -36,7 +36,7 @@ def missing_packages(formats: Iterable[str]) -> list[str]:
         format: [name for name in PACKAGES[format] if importlib.util.find_spec(name) is None]
         for format in sorted(formats)
     }
-    return [f"{format} needs {', '.join(names)}: {command}" for format, names in missing.items() if names]
+    return [f"{format} needs {', '.join(names)}: install with {command}" for format, names in missing.items() if names]
 
 
 def supported(export: Path, formats: Iterable[str]) -> list[str]:

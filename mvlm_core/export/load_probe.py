@@ -98,7 +98,7 @@ def tokenizer_checks(tokenizer: Any, model: Any, request: dict[str, Any]) -> lis
     fits = f"{size:,} entries, highest id {highest:,}, {rows:,} rows"
     missing = [f"{role} missing" for role in ("bos_token", "eos_token") if not specials.get(role)]
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        missing.append("ids of start and end missing")
+        missing.append("bos_token_id or eos_token_id missing")
     named = [getattr(model.generation_config, role) for role in ("bos_token_id", "eos_token_id", "pad_token_id")]
     missing += [
         f"generation_config names {number}, which is not a special token"
@@ -110,7 +110,7 @@ def tokenizer_checks(tokenizer: Any, model: Any, request: dict[str, Any]) -> lis
         equals("tokenizer", "vocabulary fits the embedding", max(size, highest + 1) <= rows, fits),
         equals("tokenizer", "vocabulary size", size == recorded, f"{size:,}, recorded in training: {recorded}"),
         ("tokenizer", "special tokens", missing, ", ".join(sorted(set(map(str, specials.values()))))),
-        ("tokenizer", "special words are ordinary text", taken, "none is turned into a special token"),
+        ("tokenizer", "text of special tokens is ordinary text", taken, "none is encoded as a special token"),
     ]
 
 

@@ -111,7 +111,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         if path.is_symlink() or not path.is_file():
-            raise ArchiveError(f"{path}: no manifest, so no finished export")
+            raise ArchiveError(f"{path}: no manifest, so not a finished export")
         with path.open("rb") as file:
             return parse_manifest(file.read(MANIFEST_LIMIT + 1))
     except OSError as error:
@@ -159,9 +159,9 @@ def training_config(folder: Path, *required: str) -> dict[str, Any]:
         for section, key, expected, default in RECORDED:
             value = config.get(section, {}).get(key, default)
             if not isinstance(value, expected) or isinstance(value, str) and "\0" in value:
-                raise ValueError(f"{section}.{key} cannot be {printable(repr(value), limit=80)}")
+                raise ValueError(f"invalid {section}.{key}: {printable(repr(value), limit=80)}")
     except (ArchiveError, OSError, ValueError, RecursionError) as error:
-        log.warning("%s/%s is damaged, so the export does not count as finished: %s", folder, TRAINING_CONFIG, error)
+        log.warning("%s/%s is damaged; the export is treated as unfinished: %s", folder, TRAINING_CONFIG, error)
         return {}
     return config
 

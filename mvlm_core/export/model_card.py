@@ -25,7 +25,7 @@ def model_card(config: dict[str, Any], *, title: str, description: str, sources:
         ("vocabulary", f"{config['tokenizer']['vocab_size']:,}"),
         ("training context, tokens", f"{settings['max_length']:,}"),
         ("training steps", f"{results['steps']:,}; exported weights are from step {results['best_step']:,}"),
-        ("trained on", config["hardware"]["name"]),
+        ("training hardware", config["hardware"]["name"]),
     ]
     for part, verses in (("train", "training verses"), ("held_out", "held-out verses as a control")):
         exact = results["memorization"][part]["exact"]

@@ -104,7 +104,9 @@ def differences(stored: Score, sample: Score, context: int, tolerance: float) ->
         recorded = stored.documents.get(key)
         size = (document.bytes, document.tokens, window_count(document.tokens, context))
         if recorded is None or (recorded.bytes, recorded.tokens, len(recorded.windows)) != size:
-            problems.append(f"{key}: not {size[0]} bytes, {size[1]} tokens and {size[2]} windows, as the text has")
+            problems.append(
+                f"{key}: recorded size differs from the text's {size[0]} bytes, {size[1]} tokens and {size[2]} windows"
+            )
             continue
         for number, nats in document.windows.items():
             before = recorded.windows[number]

@@ -55,13 +55,13 @@ class BoundedStream:
             try:
                 chunk = self._file.read(size - len(data))
             except (EOFError, OSError, zlib.error, ValueError) as error:
-                raise Damaged(f"damaged or cut off ({error})") from None
+                raise Damaged(f"damaged or truncated ({error})") from None
             if not chunk:
                 break
             data += chunk
             self._seen += len(chunk)
             if self._seen > self._limit:
-                raise Damaged(f"unpacks to more than {self._limit:,} bytes: refused as a bomb")
+                raise Damaged(f"unpacks to more than {self._limit:,} bytes: refused as a decompression bomb")
         return data
 
 
@@ -104,7 +104,7 @@ def entries(stream: BoundedStream, problems: list[str]) -> Iterator[tuple[Entry,
     for count in range(ENTRY_LIMIT + 1):
         header = stream.read(BLOCK)
         if len(header) != BLOCK:
-            raise Damaged("cut off: no end mark")
+            raise Damaged("truncated: no end-of-archive marker")
         if header == bytes(BLOCK):
             break
         if count == ENTRY_LIMIT or len(problems) >= PROBLEM_LIMIT:
@@ -141,7 +141,7 @@ def _parse_header(header: bytes) -> Entry:
     if header[257:263] == b"ustar\0":
         name = prefix + b"/" + name if prefix else name
     elif header[345:].strip(b"\0"):
-        raise Damaged("entry header with fields that tar programs read differently")
+        raise Damaged("ambiguous entry header, which tar programs interpret differently")
     text = name.decode("utf-8", "backslashreplace")
     if kind == FOLDER_KIND:
         text = text.removesuffix("/")
@@ -172,9 +172,9 @@ def _content(stream: BoundedStream, entry: Entry) -> Iterator[bytes]:
     while left:
         data = stream.read(min(left, CHUNK))
         if not data:
-            raise Damaged(f"cut off inside {ascii(entry.name[:80])}")
+            raise Damaged(f"truncated inside {ascii(entry.name[:80])}")
         left -= len(data)
         yield data
     padding = -entry.size % BLOCK
     if len(stream.read(padding)) != padding:
-        raise Damaged(f"cut off after {ascii(entry.name[:80])}")
+        raise Damaged(f"truncated after {ascii(entry.name[:80])}")

@@ -48,7 +48,7 @@ ODD_TEXTS = (
 ORDINARY_WORDS = ("<eos>", "<bos>", "<|endoftext|>")  # must not be encoded as special tokens
 _SUM_TOLERANCE = 1e-9  # relative, for a score that is the sum of stored numbers
 LOADING_SECONDS = 900  # a real model takes a few; a malicious config may request endless layers
-LOADING = "loads elsewhere, offline, by itself"
+LOADING = "loads offline in another folder, without this repository"
 PROBE = Path(__file__).with_name("load_probe.py")
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -176,7 +176,10 @@ def check_scores(folder: Path, checks: Checks, *, data_dir: str, device: str, se
     same_text = answer["fingerprint"] == config.get("data", {}).get("fingerprint")
     detail = "the corpus is the one it was trained and scored on"
     if not same_text:
-        detail = f"the text in {data_dir} is not the one it was trained and scored on: no score can be compared"
+        detail = (
+            f"{data_dir} is not the corpus that the model was trained and scored on: pass that one with --data_dir, or "
+            "skip the scores with --quick"
+        )
     if not checks.add("scores", "same text", same_text, detail):
         return
     if sample := answer["sample"]:
@@ -199,10 +202,10 @@ def check_scores(folder: Path, checks: Checks, *, data_dir: str, device: str, se
 def check_packed(group: str, archive: Path, folder: Path, layout: Layout, checks: Checks) -> None:
     """Check the archive of a folder: valid, listed in SHA256SUMS, and equal to the folder."""
     if not archive.is_file():
-        checks.add(group, "there", False, f"{archive} is missing")
+        checks.add(group, "exists", False, f"{archive} is missing")
         return
-    checks.add(group, "there", True, f"{archive.stat().st_size / 1e6:.1f} MB")
-    good = checks.add_problems(group, "opens and holds what its manifest says", check_archive(archive), "good")
+    checks.add(group, "exists", True, f"{archive.stat().st_size / 1e6:.1f} MB")
+    good = checks.add_problems(group, "intact and matches its manifest", check_archive(archive), "all files match")
     listed = read_checksums(layout.checksums).get(archive.name)
     try:
         actual = sha256_file(archive)
@@ -223,7 +226,7 @@ def check_formats(name: str, folder: Path, layout: Layout, checks: Checks) -> No
         return
     formats = formats_of(made, folder)
     detail = ", ".join(formats) or f"{made}: a file differs from its manifest, or it was made from another export"
-    if not checks.add("formats", "made of this export", bool(formats), detail):
+    if not checks.add("formats", "made from this export", bool(formats), detail):
         return
     check_packed("formats", layout.formats_archive(name), made, layout, checks)
     if "onnx" in formats:
@@ -232,7 +235,8 @@ def check_formats(name: str, folder: Path, layout: Layout, checks: Checks) -> No
 
 def _check_logits(folder: Path, graph: Path, checks: Checks) -> None:
     if importlib.util.find_spec("onnxruntime") is None:
-        checks.add("formats", "ONNX logits left out", True, "onnxruntime is not installed: requirements-extras.txt")
+        detail = "onnxruntime is not installed (pip install -r requirements-extras.txt)"
+        checks.add("formats", "ONNX logits skipped", True, detail)
         return
     answer, reason = answer_of(["-m", "mvlm_core.export.onnx_format"], {"folder": str(folder), "graph": str(graph)})
     difference = answer.get("largest_difference", math.inf)

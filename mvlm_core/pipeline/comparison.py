@@ -79,7 +79,8 @@ def _sentences(result: dict[str, Any], names: list[str]) -> list[str]:
             ratio = result[key]["ratio"]
             if ratio is not None:
                 fair = abs(ratio - 1) <= tolerance
-                verdict = "equal for this purpose" if fair else "NOT equal, so the scores do not compare like with like"
+                unequal = "NOT equal, so the scores do not compare like with like"
+                verdict = f"equal within {tolerance:.0%}" if fair else unequal
                 sentences.append(f"{names[1]} has {ratio:.3f} times the {label} of {names[0]}: {verdict}.")
         sentences.append(
             "One seed each: this is the outcome of two runs, not an average; differences under "

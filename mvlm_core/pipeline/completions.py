@@ -125,7 +125,9 @@ class CheckedCompletions(CompletionHandler):
         length, context = len(prompt_ids(tokenizer, request.prompt)), context_of(model)
         if length >= context:
             raise HTTPException(
-                400, f"prompt: {length:,} tokens with the start token; the model's context is {context:,}"
+                400,
+                f"prompt: {length:,} tokens including the start token; the model's context is {context:,}: use a "
+                "shorter prompt",
             )
         fields = request.model_dump(exclude={"user", "n", "best_of", "echo", "presence_penalty"}, exclude_none=True)
         return fields | {"max_tokens": min(request.max_tokens, context - length)}
@@ -140,7 +142,7 @@ def completions_app(models: Mapping[str, tuple[Any, Any]]) -> FastAPI:
 
     @app.exception_handler(AnyHTTPException)
     async def refused(_: Any, error: AnyHTTPException) -> JSONResponse:
-        message = f"{error.detail}: {', '.join(PATHS)}" if error.detail == "Not Found" else error.detail
+        message = f"{error.detail}; available: {', '.join(PATHS)}" if error.detail == "Not Found" else error.detail
         return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, error.status_code)
 
     @app.exception_handler(RequestValidationError)

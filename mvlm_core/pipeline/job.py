@@ -109,8 +109,8 @@ class Job:
             corpus = self.corpus(only=data.get("only"))
             if data.get("fingerprint") != corpus.fingerprint:
                 differences.append(
-                    f"{name}: finished with other text ({data.get('train_documents')} training documents of "
-                    f"{data.get('data_dir')}); this run has {len(corpus.split('train'))} of {self.data_dir}"
+                    f"{name}: trained on different text ({data.get('train_documents')} training documents in "
+                    f"{data.get('data_dir')}); this run has {len(corpus.split('train'))} in {self.data_dir}"
                 )
         return differences
 

@@ -39,10 +39,10 @@ def check(options: argparse.Namespace, packages: tuple[str, ...]) -> None:
         UserError: lists every problem with the command line and the installation.
     """
     layout = Layout(REPOSITORY_ROOT)
-    problems = [] if 0 <= options.port < 65536 else [f"--port {options.port}: from 0 to 65535"]
+    problems = [] if 0 <= options.port < 65536 else [f"--port {options.port}: must be from 0 to 65535"]
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
         install = ".venv/bin/python -m pip install -r requirements-extras.txt"
-        problems.append(f"not installed: {', '.join(missing)}; {install}")
+        problems.append(f"not installed: {', '.join(missing)}; install with: {install}")
     if not options.models:
         exports, archives = sorted(layout.models.glob(f"*/{MANIFEST}")), sorted(layout.downloads.glob("*.tar.gz"))
         options.models = [manifest.parent for manifest in exports] or archives

@@ -45,7 +45,7 @@ def written(models: Models, prompt: str, seed: float, temperature: float, top_p:
         "length": (length, 1, LONGEST),
     }
     if problems := [
-        f"{name} {value}: from {low} to {high}"
+        f"{name} {value}: must be from {low} to {high}"
         for name, (value, low, high) in ranges.items()
         if finite_number(value) is None or not low <= value <= high  # None if a field is empty
     ]:
@@ -89,7 +89,8 @@ def costs(known: list[Token], new: list[Token]) -> str:
         size = max(1, sum(len(token.text.encode()) for token in known))
         facts.append(f"prompt {sum(token.bits for token in known) / size:.2f} bits per byte")
     if new:
-        facts.append(f"{len(new)} tokens written, {sum(token.bits for token in new) / len(new):.2f} bits each")
+        mean = sum(token.bits for token in new) / len(new)
+        facts.append(f"{len(new)} tokens generated, {mean:.2f} bits per token")
         most = sorted(new, key=lambda token: -token.bits)[:3]
         facts.append("most surprising " + ", ".join(f"“{token.text.strip()}” {token.bits:.1f}" for token in most))
     return "; ".join(facts)

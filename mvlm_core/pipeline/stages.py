@@ -241,7 +241,7 @@ def pack_formats(job: Job, summary: Summary, signals: Signals) -> bool:
         export, folder, archive = layout.export(name), layout.formats(name), layout.formats_archive(name)
         formats = supported(export, job.formats)
         if formats != sorted(job.formats):
-            log.info("%s: not as gguf: %s", name, NO_GGUF)
+            log.info("%s: no GGUF: %s", name, NO_GGUF)
         existing = formats_of(folder, export)
         if not existing or not set(formats) <= set(existing):
             shutil.rmtree(folder, ignore_errors=True)

@@ -190,7 +190,7 @@ def _intact_checkpoints(root: Path) -> Iterator[Checkpoint]:
             yield open_checkpoint(folder)
         except DamagedCheckpoint as damage:
             _set_aside(folder, _DAMAGED_SUFFIX)
-            log.warning("set aside a damaged checkpoint: %s", damage)
+            log.warning("damaged checkpoint ignored and renamed to *.damaged: %s", damage)
 
 
 def named_checkpoint(folder: Path | str) -> Checkpoint:
@@ -218,7 +218,7 @@ def set_aside_later(root: Path, step: int) -> None:
     for folder in checkpoint_folders(root):
         if _step_of(folder) > step:
             _set_aside(folder, _LATER_SUFFIX)
-            log.info("set aside %s: the run returns to step %s", folder, step)
+            log.info("renamed %s to *.superseded: the run returns to step %s", folder, step)
     if root.is_dir():
         fsync_path(root)  # before the history is truncated: no checkpoint may be newer than the history
 

@@ -233,6 +233,6 @@ def lost_connection(error: Exception) -> TrainingFailed:
     if folder := os.environ.get(FOLDER_VARIABLE):
         Path(folder, f"lost.{os.environ['RANK']}").touch()
     return TrainingFailed(
-        f"the processes of this run lost their connection ({str(error).splitlines()[0]}); find the first one that "
-        "failed, then restart all of them: they resume from the newest checkpoint"
+        f"the processes of this run lost their connection ({str(error).splitlines()[0]}); look for the error of the "
+        "process that failed first, then restart all: they resume from the newest checkpoint"
     )

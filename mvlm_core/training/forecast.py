@@ -82,7 +82,7 @@ class Law:
             for name, length in lengths.items()
             if length >= alone
         ]
-        measured = f"extrapolated from {self.scores[-1][0] / 1e6:.1f} M parameters and less"
+        measured = f"extrapolated from models of up to {self.scores[-1][0] / 1e6:.1f} M parameters"
         check = f"the smaller sizes predict the largest with an error of {self.relative_error():+.1%}"
         expected = f"expected bits per byte on the validation books: {', '.join(said)}"
         return [expected, f"  {measured}; {check}"] if said else []

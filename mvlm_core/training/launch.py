@@ -50,14 +50,15 @@ def rank_count(settings: TrainingSettings) -> int:
             raise UserError(f"--processes {settings.processes} starts its own processes: use it without torchrun")
         if settings.num_models > 1 and os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
             raise UserError(
-                f"--num_models {settings.num_models}: the student finds its teachers in a folder of one machine. "
-                "On several, give --num_models 1, or copy the teachers' exports to all and name them with --teacher"
+                f"--num_models {settings.num_models}: not supported on several machines, as the student reads its "
+                "teachers from one machine's disk. Use --num_models 1, or copy the teachers' exports to every machine "
+                "and pass them with --teacher"
             )
         return 1
     gpus = 0 if settings.device == "cpu" else gpu_count()
     if settings.gpus and settings.gpus > gpus:
-        chosen = " with --device cpu" if settings.device == "cpu" else " that torch can use on this machine"
-        raise UserError(f"--gpus {settings.gpus}: there are {gpus}{chosen}")
+        chosen = " with --device cpu" if settings.device == "cpu" else " to torch on this machine"
+        raise UserError(f"--gpus {settings.gpus}: only {gpus} available{chosen}")
     if settings.processes > 1:
         if gpus:
             raise UserError(f"--processes {settings.processes} is for CPU training: use --gpus N to choose GPUs")

@@ -299,7 +299,8 @@ class TrainingLoop:
         bar.refresh()
         log.info(
             f"measured: {', '.join(f'{kind} {seconds:.3g} s' for kind, seconds in durations.items())}. Length fixed at "
-            f"{total:,} steps ({self.task.batches.epoch_at(total):.2f} epochs), to end in {settings.max_hours:g} hours"
+            f"{total:,} steps ({self.task.batches.epoch_at(total):.2f} epochs), to finish within "
+            f"{settings.max_hours:g} hours"
         )
 
     def _later_step_seconds(self) -> float:
@@ -428,7 +429,9 @@ class TrainingLoop:
             TrainingFailed: too many rollbacks, or no such checkpoint.
         """
         diverged = self.state
-        advice = "start again with a lower --learning_rate, and look at the training text around the last steps"
+        advice = (
+            "start over with --fresh and a lower --learning_rate, and check the training text around the last steps"
+        )
         if diverged.guard.rollbacks >= ROLLBACKS_AT_MOST:
             raise TrainingFailed(f"{reason}, after {diverged.guard.rollbacks} rollbacks: {advice}")
         self._finish_save(wait=True)

@@ -207,7 +207,7 @@ class Optimizers:
             for quantity in _STATE[type(part)]
         }
         if tensors and (mismatched := sorted(tensors.keys() ^ expected.keys())):
-            raise ValueError(f"optimizer state missing or unknown: {', '.join(mismatched[:3])}")
+            raise ValueError(f"optimizer state does not match the model: {', '.join(mismatched[:3])}")
         for name, value in tensors.items():
             part, parameter, quantity = expected[name]
             shape = torch.Size() if quantity == "step" else parameter.shape
@@ -266,7 +266,7 @@ def copy_named(target: dict[str, Tensor], source: dict[str, Tensor], what: str) 
         ValueError: names or shapes differ; nothing has been copied.
     """
     if mismatched := sorted(target.keys() ^ source.keys()):
-        raise ValueError(f"{what} missing or of another model: {', '.join(mismatched[:3])}")
+        raise ValueError(f"{what} do not match the model: {', '.join(mismatched[:3])}")
     for name, tensor in source.items():
         if tensor.shape != target[name].shape:
             raise ValueError(f"{what}: {name} has shape {list(tensor.shape)}, not {list(target[name].shape)}")

@@ -134,7 +134,7 @@ def plan_run(
         f"{ENCODED_PER_SECOND / 1e6:.1f} MB/s per core ({hardware.threads} cores)",
         f"{COMPILE_SECONDS:.0f} s to compile" if compiled else "not compiled",
         f"{EXPORT_SECONDS:.0f} s to export",
-        f"{OVERHEAD / 1e9:.0f} GB in addition to tensors, activations as without compilation",
+        f"{OVERHEAD / 1e9:.0f} GB of memory besides tensors, activations as in an uncompiled run",
         "no early stopping",
     ]
     lines = [

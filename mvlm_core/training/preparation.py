@@ -138,9 +138,13 @@ def _check_teachers(teachers: Iterable[Source], tokenizer: ByteLevelBPE, context
     problems = []
     for teacher in teachers:
         if teacher.config["tokenizer"].get("sha256") != tokenizer.sha256:
-            problems.append(f"--teacher {teacher.folder}: different tokenizer; pass it with --tokenizer_path")
+            problems.append(
+                f"--teacher {teacher.folder}: different tokenizer; pass the teacher's with --tokenizer_path"
+            )
         if not isinstance(longest := teacher.config["settings"].get("max_length"), int) or longest < context:
-            problems.append(f"--teacher {teacher.folder}: a context of {longest} tokens, shorter than {context}")
+            problems.append(
+                f"--teacher {teacher.folder}: a context of {longest} tokens, shorter than --max_length {context}"
+            )
     if problems:
         raise UserError(problems)
 

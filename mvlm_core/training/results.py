@@ -139,7 +139,7 @@ def describe_text(text: PreparedText) -> str:
     return (
         f"First trained on: {first}\n\nThen trained further, from the export whose manifest has the SHA-256 "
         f"`{text.source.sha256}`, on: {describe_sources(text.corpus)}"
-    ) + (f"\n\nReplay, a share of {share:.3g}, was from: {old}" if share else "")
+    ) + (f"\n\nReplay ({share:.3g} of the sequences) from: {old}" if share else "")
 
 
 def report(results: dict[str, Any], score: Score, corpus: Corpus) -> None:

@@ -58,7 +58,9 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
     if (world := rank_count(settings)) > 1:
         if settings.processes > 1 or settings.gpus:
             raise UserError(f"{world} processes can only be started from a trainer's command line, not from Python")
-        log.warning("this process uses one of several GPUs; the trainers' command lines use all of them")
+        log.warning(
+            "this process uses only one of several GPUs; start the trainer from the command line to use all of them"
+        )
     return _run(Run(recipe, student, hardware, join(hardware.device)), own_teachers=bool(teachers))
 
 

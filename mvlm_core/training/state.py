@@ -124,5 +124,7 @@ def check_identity(what: str, recorded: Any, current: dict[str, Any]) -> None:
     old, new = _UNNAMED | (recorded if isinstance(recorded, dict) else {}), _UNNAMED | current
     differing = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     if differing:
-        problems = [f"{what} of another run: {name} was {old.get(name)}, now {new.get(name)}" for name in differing]
+        problems = [
+            f"{what} from a different run: {name} was {old.get(name)}, now {new.get(name)}" for name in differing
+        ]
         raise UserError([*problems, "restore those values, choose another --output_dir, or start over with --fresh"])

@@ -32,7 +32,7 @@ def test_bad_options_are_refused():
         with pytest.raises(argparse.ArgumentTypeError, match="whole numbers above 0"):
             command.whole_numbers(text)
     options = argparse.Namespace(rounds=0, steps=1)
-    assert command.at_least_one(options, "rounds", "steps") == ["--rounds 0: at least 1"]
+    assert command.at_least_one(options, "rounds", "steps") == ["--rounds 0: must be at least 1"]
     assert command.chosen(None, "abc") == ["a", "b", "c"] and command.chosen(None, "abc", "a") == ["a"]
     assert command.chosen("c, a", "abc", "b") == ["c", "a"]
     with pytest.raises(UserError) as caught:

@@ -59,7 +59,7 @@ def test_few_books_keep_all_translations_and_all_held_out_books(tmp_path, tiny_c
     assert {d.path for d in corpus.split("train")} == {d.path for d in whole.split("train") if d.book in chosen}
     for split in ("validation", "test"):
         assert [d.path for d in corpus.split(split)] == [d.path for d in whole.split(split)]
-    with pytest.raises(UserError, match="--text_bytes 1: no train book"):
+    with pytest.raises(UserError, match="--text_bytes 1: every train book is larger"):
         data_constrained.few_books(options_of(tmp_path, tiny_corpus, "--text_bytes", "1"))
 
 

@@ -50,7 +50,7 @@ def test_other_prose_is_scored_next_to_test_books_and_compressors(trained, corpu
 
 @pytest.mark.parametrize("arguments", ([], ["--text", "nowhere"], ["--tasks", "x", "--limit", "0"]))
 def test_unusable_arguments_are_refused(trained, arguments):
-    with pytest.raises(UserError, match=r"give --text|nowhere: no folder|--limit 0: at least 1"):
+    with pytest.raises(UserError, match=r"give --text|nowhere: no folder|--limit 0: must be at least 1"):
         generality.main([str(trained / MODELS[0]), *arguments])
 
 

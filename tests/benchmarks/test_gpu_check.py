@@ -46,7 +46,8 @@ def test_every_check_is_reported_and_passes_on_a_correct_machine(check, capsys):
         assert len(tensors) > 12 and all(one["its share of limit"] < 1 for one in tensors.values())
         steps = next(figures for (name, of), figures in by_name.items() if name == "real_steps" and model in of)
         assert steps["steps"] == 4 and steps["tokens/s"] > 0 and steps["of matrix product"] > 0
-        assert by_name["resume", f"{model}, smoke"] == {"from step": 2, "most off in loss": 0, "to the bit": "yes"}
+        resumed = by_name["resume", f"{model}, smoke"]
+        assert resumed == {"from step": 2, "largest loss difference": 0, "bitwise equal": "yes"}
         assert by_name["micro_batches", f"{model}, 4"]["GB"] > 0
     parts = next(figures for (_, of), figures in by_name.items() if of.startswith(MODELS[1]) and of.endswith("ms"))
     assert list(parts) == ["body", "loss", "optimizer", "data", "evaluation", "checkpoint"]
@@ -141,7 +142,7 @@ def test_compiled_models_are_checked_and_compilations_counted(check, monkeypatch
     assert code == 0 and rows["simone_enhanced, fp32, sdpa, compiled"]["right"]
     compiled, plain = (rows[f"simone_enhanced, {how}"]["figures"] for how in ("compiled", "not compiled"))
     assert compiled["graphs"] >= 1 and compiled["recompiles"] == 0 and plain["graphs"] == 0
-    assert 0 < compiled["s of compilation"] < compiled["s of the first"] and plain["s of compilation"] == 0
+    assert 0 < compiled["s of compilation"] < compiled["s of first step"] and plain["s of compilation"] == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -122,7 +122,7 @@ def test_parallel_runs_save_a_checkpoint_and_stop_at_the_deadline(finished, tmp_
 
     options.deadline = Deadline()
     assert runner.make(endless, tmp_path, options) == []
-    assert "--hours are over, with 2 runs left" in caplog.text
+    assert "--hours reached with 2 runs left" in caplog.text
     assert all(list((run.folder / "checkpoints").glob("step-*")) for run in endless), "both saved a checkpoint"
 
     short = runner.plan({"short": Line("mvlm_gpt2")}, options, values | {"max_steps": 2})

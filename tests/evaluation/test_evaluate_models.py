@@ -79,7 +79,7 @@ def test_all_problems_are_reported_before_any_measurement(trained, tmp_path):
     with pytest.raises(UserError) as caught:
         evaluate_models.main([str(argument) for argument in arguments])
     problems = "\n".join(caught.value.problems)
-    for words in ("rope_attention.py: differs", "no finished export", "no such folder"):
+    for words in ("rope_attention.py: differs", "not a finished export", "no such folder"):
         assert words in problems
-    flags = ["--verses 0: at least 1", "--seed -1: from 0 to 2**63 - 1", f"--json {arguments[-1]}"]
+    flags = ["--verses 0: must be at least 1", "--seed -1: must be from 0 to 2**63 - 1", f"--json {arguments[-1]}"]
     assert all(found.startswith(flag) for found, flag in zip(caught.value.problems, flags, strict=False))

@@ -83,19 +83,19 @@ def test_validation_detects_missing_changed_and_outdated_formats(export, capsys)
     folder, archive = layout.formats("mvlm_gpt2"), layout.formats_archive("mvlm_gpt2")
     write_formats(export, ["gguf"], folder)
     assert formats_of(folder, export) == ["gguf"]
-    assert failed()[0] == ["there"]
+    assert failed()[0] == ["exists"]
     digest = write_archive(folder, archive)
     with layout.checksums.open("a") as sums:
         sums.write(f"{digest}  {archive.name}\n")
     assert failed() == ([], 5)
     (folder / "gguf" / "Modelfile").write_text("FROM ./other.gguf")
-    assert failed()[0] == ["made of this export"] and formats_of(folder, export) == []
+    assert failed()[0] == ["made from this export"] and formats_of(folder, export) == []
     shutil.rmtree(folder)
-    assert failed()[0] == ["made of this export"], "the archive alone"
+    assert failed()[0] == ["made from this export"], "the archive alone"
     write_formats(export, ["gguf"], folder)
     set_json(export / "training_config.json", title="another run")
     seal(export)
-    assert failed()[0] == ["made of this export"]
+    assert failed()[0] == ["made from this export"]
 
 
 @pytest.mark.parametrize("more", ((), ("--onnx",)))
@@ -148,7 +148,7 @@ def test_all_invalid_arguments_are_reported_in_one_message(trained, tmp_path, mo
     with pytest.raises(UserError, match="no format"):
         export_formats.main([model, "--output", str(tmp_path / "out")])
     monkeypatch.setattr(formats, "PACKAGES", {"onnx": (), "gguf": ()})
-    for place, words in ((tmp_path, "no finished export"), (tmp_path / "none", "no such folder")):
+    for place, words in ((tmp_path, "not a finished export"), (tmp_path / "none", "no such folder")):
         with pytest.raises(UserError, match=words):
             export_formats.main([str(place), "--gguf", "--output", str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())

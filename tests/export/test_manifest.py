@@ -104,8 +104,8 @@ def test_training_config_is_read_only_from_a_finished_export(export):
     [
         ("results", {"steps": "many"}, "results.steps"),
         ("data", {"only": 5}, "data.only"),
-        ("settings", {"validation_split": "half"}, "settings.validation_split cannot be 'half'"),
-        ("settings", {"validation_dir": "a\0b"}, r"settings.validation_dir cannot be 'a\x00b'"),
+        ("settings", {"validation_split": "half"}, "invalid settings.validation_split: 'half'"),
+        ("settings", {"validation_dir": "a\0b"}, r"invalid settings.validation_dir: 'a\x00b'"),
         (None, {"hardware": []}, "hardware"),
         (None, {"identity": None}, "identity"),
     ],

@@ -39,6 +39,6 @@ def test_archive_checks_detect_damage_and_mismatches(export, monkeypatch):
     data = bytearray(layout.archive("mvlm_gpt2").read_bytes())
     data[len(data) // 2] ^= 1
     layout.archive("mvlm_gpt2").write_bytes(data)
-    assert found() == {"SHA256SUMS", "opens and holds what its manifest says"}
+    assert found() == {"SHA256SUMS", "intact and matches its manifest"}
     layout.archive("mvlm_gpt2").unlink()
-    assert found() == {"there"}
+    assert found() == {"exists"}

@@ -270,7 +270,7 @@ def test_pickles_and_custom_code_are_never_run(export, tmp_path, tiny_corpus, ca
         (export / "manifest.json").write_text(json.dumps(manifest))
     found = validate(export, tiny_corpus, capsys)
     assert words in found[check], found
-    assert "skipped" in found["loads elsewhere, offline, by itself"] and not marker.exists()
+    assert "skipped" in found["loads offline in another folder, without this repository"] and not marker.exists()
 
 
 @pytest.mark.parametrize("listed", [True, False], ids=["listed", "unlisted"])
@@ -284,4 +284,7 @@ def test_changed_modelling_files_are_not_run(whole_with_code, tmp_path, tiny_cor
         seal(folder)
     found = validate(folder, tiny_corpus, capsys)
     assert ".py: " in found["own code"], found
-    assert "skipped" in found["loads elsewhere, offline, by itself"] and not (tmp_path / "marker").exists()
+    assert (
+        "skipped" in found["loads offline in another folder, without this repository"]
+        and not (tmp_path / "marker").exists()
+    )

@@ -64,7 +64,9 @@ def test_report_is_self_contained_and_shows_the_runs_results(run):
     assert float(numbers[2].replace("−", "-").removesuffix(" %")) == pytest.approx(
         100 * (scores[1] / scores[0] - 1), abs=0.06
     )
-    headings = [page.index(f"<h2>{title}") for title in ("Curves", "Samples", "What the", "All numbers", "Setup")]
+    headings = [
+        page.index(f"<h2>{title}") for title in ("Curves", "Samples", "Governance head traces", "All results", "Setup")
+    ]
     assert headings == sorted(headings), "pictures before tables"
     assert page.count("<caption>") == page.count("<table>") and len(page) < 600_000
     assert page.count('<th scope="row">') == page.count("<tr>") - page.count("<thead>")

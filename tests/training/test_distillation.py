@@ -153,7 +153,7 @@ def test_unsuitable_teachers_are_refused_with_every_reason(trained, corpus, tmp_
         return error.value.problems
 
     two = problems(vocab_size=390, max_length=64)
-    assert len(two) == 2 and "different tokenizer" in two[0] and "32 tokens, shorter than 64" in two[1]
+    assert len(two) == 2 and "different tokenizer" in two[0] and "32 tokens, shorter than --max_length 64" in two[1]
     assert "no such folder or archive" in problems(teacher=str(tmp_path / "none"))[0]
     damaged = copy_export(trained / "mvlm_gpt2", tmp_path / "damaged")
     set_json(damaged / "training_config.json", "tokenizer", sha256="0")

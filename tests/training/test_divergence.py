@@ -107,7 +107,7 @@ def test_training_fails_after_three_rollbacks(tiny_corpus, tmp_path):
     loop = breaking_loop(
         "mvlm_gpt2", tiny_corpus, tmp_path, lambda step, rate: math.nan if step > 6 else 1.0, max_steps=40
     )
-    with pytest.raises(TrainingFailed, match="after 3 rollbacks: start again with a lower --learning_rate"):
+    with pytest.raises(TrainingFailed, match="after 3 rollbacks: start over with --fresh and a lower --learning_rate"):
         loop.run(StopAfter())
     assert checkpoint_folders(loop.checkpoint_root), "what was good is still there"
     assert all(record.get("skipped", False) == (record["step"] > 6) for record in read_history(loop.step_log.path))

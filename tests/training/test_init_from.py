@@ -163,11 +163,11 @@ def test_without_the_old_corpus_forgetting_is_not_measured(trained, tmp_path, ca
         recipe_of("mvlm_gpt2"), further("mvlm_gpt2", trained, tmp_path, init_from=str(source), replay=None, max_steps=2)
     )
     assert "forgetting is not measured: the export's corpus is not available" in caplog.text
-    assert "further training, old text's test, bits per byte: not measured" in caplog.text
+    assert "further training, test, old corpus, bits per byte: not measured" in caplog.text
     assert "First trained on: 4 documents, " in (folder / "README.md").read_text()
     results = training_config(folder, "results")["results"]
     assert results["old_test_bpb_before"] is None is results["old_test_bpb"] and results["test_bpb_before"] > 0
-    assert "old text's test, bits per byte | - |" in (folder / "README.md").read_text()
+    assert "test, old corpus, bits per byte | - |" in (folder / "README.md").read_text()
 
 
 def test_replay_uses_the_old_train_text_at_the_requested_share(trained, corpus, tmp_path):
@@ -251,7 +251,7 @@ def test_unusable_sources_are_refused_with_a_reason(trained, tmp_path):
         trained / "mvlm_gpt2", "mvlm_gpt2", "--output_dir", trained / "mvlm_gpt2"
     )
     (tmp_path / "empty").mkdir()
-    assert "no manifest, so no finished export" in one(tmp_path / "empty")
+    assert "no manifest, so not a finished export" in one(tmp_path / "empty")
     cut = copy_export(trained / "mvlm_gpt2", tmp_path / "cut")
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-1])
     assert "model.safetensors: SHA-256 differs" in one(cut)

@@ -208,7 +208,7 @@ def test_adamw_matches_torch_adamw_step_by_step():
 
 def test_copy_named_rejects_tensors_of_another_model():
     target = {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)}
-    with pytest.raises(ValueError, match="weights missing or of another model: bias"):
+    with pytest.raises(ValueError, match="weights do not match the model: bias"):
         copy_named(target, {"weight": torch.ones(2, 2)}, "weights")
     with pytest.raises(ValueError, match="weight has shape"):
         copy_named(target, {"bias": torch.ones(2), "weight": torch.ones(2)}, "weights")
