@@ -11,6 +11,7 @@ python prepare_dataset.py --add FOLDER       # add the .txt and .md files in FOL
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from bible_corpus.build import build_corpus, corpus_problems
@@ -62,10 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
         return list_or_add(args)
     problems = corpus_problems(args.data_dir)
     if args.check:
-        print("\n".join(problems[:20]) if problems else f"{args.data_dir} is complete")
-        if problems:
-            place = "" if args.data_dir == DEFAULT_DATA_DIR else f" --data_dir {args.data_dir}"
-            print(f"to rebuild: python prepare_dataset.py{place}")
+        place = "" if args.data_dir == DEFAULT_DATA_DIR else f" --data_dir {shlex.quote(str(args.data_dir))}"
+        repair = f"to rebuild: python prepare_dataset.py{place}"
+        print("\n".join([*problems[:20], repair]) if problems else f"{args.data_dir} is complete")
         return 1 if problems else 0
     if not problems and not args.force:
         if not args.quiet:

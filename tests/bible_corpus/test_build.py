@@ -159,6 +159,7 @@ def test_exit_codes(tmp_path):
     script = [sys.executable, str(REPOSITORY / "prepare_dataset.py")]
     run = subprocess.run([*script, "--check", "--data_dir", str(tmp_path)], capture_output=True, text=True)
     assert run.returncode == 1 and "no complete corpus" in run.stdout
+    assert run.stdout.endswith(f"to rebuild: python prepare_dataset.py --data_dir {tmp_path}\n")
     run = subprocess.run([*script, "--wheel_dir", str(tmp_path / "no")], capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr.startswith("error: --wheel_dir")
     run = subprocess.run(

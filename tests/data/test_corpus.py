@@ -206,7 +206,7 @@ def test_a_tiny_folder_gets_train_and_validation(tmp_path):
 def test_metadata_that_leaves_no_validation_text_is_refused(tmp_path):
     write(tmp_path, "a.txt", split="train")
     write(tmp_path, "b.txt", split="train")
-    with pytest.raises(UserError, match="no text for validation"):
+    with pytest.raises(UserError, match="no text for the validation split"):
         load_corpus(tmp_path)
 
 

@@ -139,7 +139,7 @@ def test_damaged_exports_are_refused_and_the_old_archive_is_kept(export, archive
         (entry("mvlm_gpt2/x", kind=tarfile.CONTTYPE), "contiguous"),
         (entry("mvlm_gpt2/x", kind=b"S"), "sparse"),
         (entry("mvlm_gpt2/x", kind=b"?"), "unknown kind"),
-        (entry("other", kind=tarfile.DIRTYPE), "folder without files"),
+        (entry("other", kind=tarfile.DIRTYPE), "none of the manifest's files"),
         (entry("mvlm_gpt2/" + "y" * 150), "long name"),
     ],
 )

@@ -70,7 +70,7 @@ def test_differences_name_each_kind_of_mismatch(stored):
     assert differences(stored, few, CONTEXT, 1e-4) == []
     for changes in ({"bytes": document.bytes + 1}, {"tokens": document.tokens - 1}, {"windows": {0: 1.0}}):
         (problem,) = differences(with_document(stored, key, **changes), few, CONTEXT, 1e-4)
-        assert problem.startswith(f"{key}: not {document.bytes} bytes")
+        assert problem.startswith(f"{key}: recorded size differs from the text's {document.bytes} bytes")
     (problem,) = differences(Score({"gone.txt": document} | stored.documents), few, CONTEXT, 1e-4)
     assert problem == "gone.txt: scored, but not in the corpus"
     # A large error in one window is named, a small one in all windows shows in their sum, rounding is tolerated.

@@ -73,7 +73,7 @@ def test_divergence_is_rolled_back_identically_with_and_without_interruptions(ti
     That checkpoint is still being written at that time.
     """
     monkeypatch.setattr("mvlm_core.training.checkpoint_writer.Thread", DelayedThread)
-    monkeypatch.setattr("mvlm_core.training.time_budget.learning_rate_scale", lambda *_: 1.0)
+    monkeypatch.setattr("mvlm_core.training.run_length.learning_rate_scale", lambda *_: 1.0)
 
     def run(work, *stops):
         def breaks(step, rate):
