@@ -18,7 +18,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from mvlm_core.console import command_line
+from mvlm_core.console import command_line, seed_problems
 from mvlm_core.errors import run_main
 from mvlm_core.export.file_checks import checked_exports
 from mvlm_core.files import read_json, sha256_file, write_json_atomic
@@ -56,8 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def option_problems(options: argparse.Namespace) -> list[str]:
     problems = [f"--{name} {value}: must be at least 1" for name in SIZES if (value := getattr(options, name)) < 1]
-    if not 0 <= options.seed < 2**63:
-        problems.append(f"--seed {options.seed}: must be from 0 to 2**63 - 1")
+    problems += seed_problems(options.seed)
     if options.json and (options.json.is_dir() or not os.access(options.json.parent, os.W_OK)):
         problems.append(f"--json {options.json}: must be a file in an existing, writable folder")
     return problems

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mvlm_core.console import command_line
+from mvlm_core.console import command_line, seed_problems
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.files import output_folder_problems, read_json
 from mvlm_core.hardware import DEVICES, set_process_environment
@@ -35,8 +35,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     problems = output_folder_problems(options.work_dir / "models", "--work_dir:")
     if options.device not in DEVICES:
         problems.append(f"--device {options.device}: unknown; choose one of {', '.join(DEVICES)}")
-    if not 0 <= options.seed < 2**63:
-        problems.append(f"--seed {options.seed}: must be from 0 to 2**63 - 1")
+    problems += seed_problems(options.seed)
     if not Path(options.data_dir).is_dir():
         problems.append(f"--data_dir {options.data_dir}: no such folder")
     options.layout = Layout(options.work_dir.absolute())

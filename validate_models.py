@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mvlm_core.console import command_line
+from mvlm_core.console import command_line, seed_problems
 from mvlm_core.errors import UserError, printable, run_main
 from mvlm_core.export.file_checks import Checks, check_files
 from mvlm_core.export.manifest import MANIFEST
@@ -113,8 +113,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, metavar="N", help="random seed of that sample [default: random]")
     options = parser.parse_args(arguments)
     problems = [f"{folder}: no such folder" for folder in options.folders if not Path(folder).is_dir()]
-    if options.seed is not None and not 0 <= options.seed < 2**63:
-        problems.append(f"--seed {options.seed}: must be from 0 to 2**63 - 1")
+    problems += [] if options.seed is None else seed_problems(options.seed)
     if options.device not in DEVICES:
         problems.append(f"--device {options.device}: unknown; choose one of {', '.join(DEVICES)}")
     if not options.quick and not Path(options.data_dir).is_dir():

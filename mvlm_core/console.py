@@ -120,6 +120,11 @@ def trainer_settings(
     return settings
 
 
+def seed_problems(seed: int) -> list[str]:
+    """Problems with the value of ``--seed``."""
+    return [] if 0 <= seed < 2**63 else [f"--seed {seed}: must be from 0 to 2**63 - 1"]
+
+
 def progress(total: int | None, desc: str, unit: str, *, initial: int = 0, quiet: bool = False, **bar: Any) -> tqdm:
     """Progress bar on stderr, disabled with ``quiet`` or if stderr is not a terminal."""
     hidden = quiet or not sys.stderr.isatty()

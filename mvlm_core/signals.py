@@ -21,6 +21,11 @@ def parent_is_gone() -> bool:
     return bool(parent) and os.getppid() != parent
 
 
+def signal_name(number: int) -> str:
+    """Name of a signal; some real-time signals have none."""
+    return next((known.name for known in signal.Signals if known == number), "an unknown signal")
+
+
 def end_on_sigterm() -> None:
     """For programs without checkpoints: exit with 143 on SIGTERM, after all ``with`` and ``finally`` blocks."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))

@@ -34,7 +34,7 @@ from mvlm_core.pipeline.job import Job
 from mvlm_core.pipeline.summary import Summary
 from mvlm_core.run_layout import Layout, training_history
 from mvlm_core.settings import CACHE_DIR
-from mvlm_core.signals import PARENT_VARIABLE
+from mvlm_core.signals import PARENT_VARIABLE, signal_name
 
 INSTRUCTIONS = Path(__file__).with_name("download_instructions.md")
 # Sizes of the evaluation suite by preset, in proportion to the training; other presets use the script's defaults.
@@ -114,7 +114,7 @@ def train_model(job: Job, name: str, summary: Summary, signals: Signals) -> int:
         except (ArchiveError, OSError) as error:
             code, tail = 1, [f"the trainer reported success, but its export is incomplete: {error}"]
     if code > 128:
-        tail.append(f"killed by {next((s.name for s in signal.Signals if s == code - 128), 'an unknown signal')}")
+        tail.append(f"killed by {signal_name(code - 128)}")
         if code == 128 + signal.SIGKILL:
             tail.append("(often the kernel's out-of-memory killer: try a smaller --batch_size)")
     append_tail(job.layout.log_file(name), code, tail)

@@ -27,7 +27,7 @@ import psutil
 from mvlm_core.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, LINE_BREAK, TrainingFailed, UserError, printable
 from mvlm_core.hardware import gpu_count
 from mvlm_core.settings import TrainingSettings
-from mvlm_core.signals import PARENT_VARIABLE, parent_is_gone
+from mvlm_core.signals import PARENT_VARIABLE, parent_is_gone, signal_name
 
 FOLDER_VARIABLE, MEMORY_VARIABLE = "MVLM_RANKS_FOLDER", "MVLM_RANKS_MEMORY"
 SHARED_BYTES = 16 << 20  # per CPU rank: larger all-reduces are chunked, which keeps the chunks in the CPU cache
@@ -146,8 +146,7 @@ class _Rank:
         if not self.code or (self.folder / f"lost.{self.number}").exists() or self.code == -signal.SIGABRT:
             return None  # NCCL aborts a rank with SIGABRT when another one does not respond
         if self.code < 0:
-            name = next((known.name for known in signal.Signals if known == -self.code), f"signal {-self.code}")
-            return 0, f"was killed by {name} (out of memory? see dmesg)"
+            return 0, f"was killed by {signal_name(-self.code)} (out of memory? see dmesg)"
         return 1, f"failed with exit code {self.code}"
 
     def last_lines(self) -> str:

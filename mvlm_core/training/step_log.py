@@ -30,9 +30,8 @@ class StepLog:
         self._tensorboard: TensorBoardWriter | None = None
         if run.settings.tensorboard and run.ranks.is_main:
             self._tensorboard = TensorBoardWriter(run.output_dir / TENSORBOARD_FOLDER)
-        self._pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []  # steps whose metrics are on the device
-        self._since = 0.0  # the run's wall time at the start of the first pending step
-        self._seconds = 0.0  # spent in pending steps
+        # Steps whose metrics are on the device: record, metrics, start in the run's wall time, seconds
+        self._pending: list[tuple[dict[str, Any], dict[str, Tensor], float, float]] = []
         self._records: list[dict[str, Any]] = []  # read from the device, not yet in the history file
 
     @property
@@ -42,10 +41,7 @@ class StepLog:
 
     def add(self, record: dict[str, Any], metrics: dict[str, Tensor], since: float, seconds: float) -> None:
         """Add a step that started at ``since`` (the run's wall time) and took ``seconds``, without synchronizing."""
-        if not self._pending:
-            self._since = since
-        self._pending.append((record, metrics))
-        self._seconds += seconds
+        self._pending.append((record, metrics, since, seconds))
 
     def read(self, state: LoopState, clock: Callable[[], float]) -> str | None:
         """Copy the pending steps' metrics from the device into records; the only method that synchronizes.
@@ -54,24 +50,24 @@ class StepLog:
         """
         started = clock()
         records = [
-            record | {name: float(value) for name, value in metrics.items()} for record, metrics in self._pending
+            record | {name: float(value) for name, value in metrics.items()} for record, metrics, *_ in self._pending
         ]
-        self._seconds += clock() - started
-        count = len(records)
+        since, count = self._pending[0][2], len(records)
+        seconds = sum(taken for *_, taken in self._pending) + clock() - started
         load = gpu_load(self._device)
-        common = {"tokens_per_second": count * self._tokens_per_step / self._seconds}
+        common = {"tokens_per_second": count * self._tokens_per_step / seconds}
         common |= {"memory_bytes": memory_in_use(self._device)} | ({} if load is None else {"gpu_load": load})
         reason = None
         for number, record in enumerate(records, 1):
-            record |= {"seconds": self._since + self._seconds * number / count} | common
+            record |= {"seconds": since + seconds * number / count} | common
             skipped = bool(record.pop("skipped"))
             reason = reason or state.guard.observe(record["step"], record["train_loss"], skipped)
             if skipped:
                 log.warning("step %s skipped: non-finite loss or gradient", record["step"])
                 record = {name: value for name, value in record.items() if math.isfinite(value)} | {"skipped": True}
             self._records.append(record)
-        state.step_seconds += self._seconds
-        self._pending, self._seconds = [], 0.0
+        state.step_seconds += seconds
+        self._pending = []
         return reason
 
     def show(self, bar: Any, state: LoopState, length: RunLength) -> None:
@@ -113,4 +109,4 @@ class StepLog:
 
     def discard(self) -> None:
         """Discard everything that has not been written."""
-        self._pending, self._seconds, self._records = [], 0.0, []
+        self._pending, self._records = [], []
