@@ -32,7 +32,7 @@ EXAMPLES = """examples:
   python mvlm_trainer.py --init_from models/mvlm_gpt2 --data_dir my_texts --output_dir models/further \\
       --replay mvlm_training_dataset_complete=0.2
                                              fine-tune a trained model on your own text
-If interrupted, run the same command again: training resumes from the newest checkpoint.
+If interrupted, run the same command again, without --fresh: training resumes from the newest checkpoint.
 """
 
 
@@ -123,7 +123,7 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from mvlm_core.training.cross_entropy import linear_cross_entropy
-    from mvlm_core.training.distillation import TEACHER_SHARE, load_teachers, teacher_of_step
+    from mvlm_core.training.distillation import TEACHER_SHARE
     from mvlm_core.training.distillation_loss import Prediction, distillation_loss
     from mvlm_core.training.optimizer import build_optimizers
     from mvlm_core.training.recipe import BuiltModel, StepLoss
@@ -144,12 +144,17 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
         pad_token_id=end,
     )
     model = GPT2LMHeadModel(config)
-    teachers = load_teachers(settings, GPT2LMHeadModel, hardware.device)
     layer = hardware.compiled(run_layer)
 
-    def loss(inputs: Tensor, targets: Tensor, _weights: Tensor, _share_done: float) -> StepLoss:
+    def loss(
+        inputs: Tensor,
+        targets: Tensor,
+        _weights: Tensor,
+        _share_done: float,
+        teacher: GPT2LMHeadModel | None = None,
+    ) -> StepLoss:
         hidden, weight = hidden_states(model, inputs, layer), model.lm_head.weight
-        if (teacher := teacher_of_step(teachers)) is None:
+        if teacher is None:
             total, nll = linear_cross_entropy(hidden, weight, targets, kernel=hardware.loss_kernel)
             return StepLoss(total, nll.mean())
         with torch.no_grad():

@@ -4,8 +4,8 @@
     corpus -> model 1 -> model 2 -> test scores, evaluation suite and comparison -> archives -> validation
     -> report
 
-If interrupted, run the same command again: finished stages are skipped and training resumes from its latest
-checkpoint. Ctrl-C (or SIGTERM) lets the running trainer save a checkpoint first; a second Ctrl-C stops at once.
+If interrupted, run the same command again, without --fresh: finished stages are skipped and training resumes from its
+latest checkpoint. Ctrl-C (or SIGTERM) lets the running trainer save a checkpoint first; a second Ctrl-C stops at once.
 Closing the terminal does not stop the job; output continues in the log files.
 
 Exit codes: 0 done, 1 something failed (the other model is still trained), 2 bad arguments or input, 130/143

@@ -18,7 +18,7 @@ EXAMPLES = """examples:
   python enhanced_train.py --init_from ../models/simone_enhanced --data_dir my_texts --output_dir ../models/further \\
       --replay ../mvlm_training_dataset_complete=0.2
                                                  fine-tune a trained model on your own text
-If interrupted, run the same command again: training resumes from the newest checkpoint.
+If interrupted, run the same command again, without --fresh: training resumes from the newest checkpoint.
 """
 
 

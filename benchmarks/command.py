@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mvlm_core.console import command_line
 from mvlm_core.errors import UserError
 from mvlm_core.files import write_json_atomic
 
@@ -16,8 +17,8 @@ EXIT_CODES = "Exit codes: 0 done, 1 something failed, 2 bad arguments, 130/143 s
 
 def new_parser(description: str | None, epilog: str = EXIT_CODES, *, json: bool = True) -> argparse.ArgumentParser:
     """Create a parser that shows the module docstring as help, with a ``--json`` option unless disabled."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=formatter)
+    parser = command_line(description)
+    parser.epilog = epilog
     if json:
         parser.add_argument("--json", type=Path, help="also write all figures to this file")
     return parser
@@ -31,8 +32,9 @@ def whole_numbers(text: str) -> list[int]:
 
 
 def at_least_one(options: argparse.Namespace, *names: str) -> list[str]:
-    """Return a problem for each of these options with a value below 1."""
-    return [f"--{name} {vars(options)[name]}: must be at least 1" for name in names if vars(options)[name] < 1]
+    """Return a problem for each of these options that is given and below 1."""
+    too_low = [name for name in names if (value := vars(options)[name]) is not None and value < 1]
+    return [f"--{name} {vars(options)[name]}: must be at least 1" for name in too_low]
 
 
 def chosen(only: str | None, known: Iterable[str], default: Iterable[str] | None = None) -> list[str]:

@@ -72,6 +72,7 @@ class Hardware:
         import torch
 
         torch._dynamo.config.optimize_ddp = False  # not needed: compiling per layer already overlaps DDP's buckets
+        torch._dynamo.config.recompile_limit = 32  # layer kinds × (student, teacher) × batch sizes
         return torch.compile(function, fullgraph=True, dynamic=False)
 
     @property
@@ -80,14 +81,11 @@ class Hardware:
         return self.compile or self.loss_kernel == "compiled"
 
     def release(self) -> None:
-        """Release cached memory and drop compiled graphs that are no longer needed: torch.compile gives up on a
-        function after eight recompilations."""
+        """Return cached memory to the device. Compiled graphs stay: another model of the same shape uses them too."""
         import torch
 
         if self.device == "cuda":
             torch.cuda.empty_cache()
-        if self.compiles:
-            torch.compiler.reset()
 
     @property
     def muon_dtype(self) -> Any:
@@ -128,12 +126,14 @@ def _use_deterministic_kernels() -> None:
     (Embedding.cu). Timing-based autotuning of the compiler, whose choices differ between processes, is also disabled.
     """
     import torch
+    import torch._inductor.config
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
     torch.use_deterministic_algorithms(True)
     # This code always writes memory before reading it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
+    torch._inductor.config.deterministic = True  # otherwise it times matmuls with and without padding
 
 
 def _keep_freed_memory() -> None:
@@ -204,7 +204,7 @@ def choose_hardware(
     if no_mixed_precision:
         why["precision"] = "--no_mixed_precision"
     attention_backend, why["attention_backend"] = _choose_attention(attention_backend, device, precision, problems)
-    compiled, why["compile"] = _choose_compile(no_compile, device)
+    compiled, why["compile"] = _choose_compile(no_compile, device, attention_backend)
     loss_kernel, why["loss_kernel"] = _choose_loss_kernel(loss_kernel, compiled, no_compile, problems)
     why["deterministic"] = _why_deterministic(deterministic, device, attention_backend, problems)
     if problems:
@@ -349,14 +349,16 @@ def _choose_attention(requested: str, device: str, precision: str, problems: lis
             )
         elif device != "cuda":
             problems.append(f"--attention_backend {requested}: needs a CUDA device; use sdpa")
-        elif requested == "flash_attn" and precision != "bf16":
-            problems.append("--attention_backend flash_attn: no fp32 kernels; use --precision bf16")
+        elif precision != "bf16":
+            problems.append(f"--attention_backend {requested}: only used in bf16; use --precision bf16, or sdpa")
     return requested, "requested"
 
 
-def _choose_compile(no_compile: bool, device: str) -> tuple[bool, str]:
+def _choose_compile(no_compile: bool, device: str, attention_backend: str) -> tuple[bool, str]:
     if no_compile:
         return False, "--no_compile"
+    if attention_backend in OPTIONAL_BACKENDS:
+        return False, f"torch.compile cannot trace the kernels of {attention_backend}"
     if device != "cuda":
         return False, "on a CPU no speed-up was measured, and compilation takes 44 s"
     missing = compiler_problem()

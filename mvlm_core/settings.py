@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, get_args, get_type_hints
 
 from mvlm_core.errors import UserError
-from mvlm_core.files import output_folder_problems
+from mvlm_core.files import output_file_problems, output_folder_problems
 from mvlm_core.hardware import ATTENTION_BACKENDS, DEVICES, LOSS_KERNELS, PRECISIONS, resolve_preset
 
 REPOSITORY_ROOT = Path(__file__).resolve().parent.parent
@@ -59,18 +59,16 @@ def option(
     *,
     choices: tuple[str, ...] | None = None,
     identity: bool = False,
-    aliases: tuple[str, ...] = (),
     **bounds: float,
 ) -> Any:
     """Define a field of a settings class.
 
     Args:
         identity: whether the value defines the run; a checkpoint with a different value is not resumed.
-        aliases: older names of the flag, which are still accepted but hidden from ``--help``.
         bounds: ``minimum``, ``maximum`` (inclusive), ``above``, ``below`` (exclusive).
     """
     metadata = {"default": default, "help": help, "group": group, "choices": choices, "identity": identity}
-    return field(default=None, metadata={**metadata, "aliases": aliases, "bounds": bounds})
+    return field(default=None, metadata={**metadata, "bounds": bounds})
 
 
 _data = partial(option, group="data")
@@ -191,10 +189,6 @@ class TrainingSettings:
     warmup_steps: int | None = _optimization(
         None, "steps of linear warm-up (default: 2 %% of the run; 50 with --max_hours)", minimum=0
     )
-    unigram_noise: float = _optimization(
-        0.0, "fraction of input tokens replaced by tokens drawn from the text, to reduce memorization of repeated text",
-        minimum=0, below=1, aliases=("input_noise",),
-    )  # fmt: skip
     weight_decay: float = _optimization(0.1, "decoupled weight decay for matrices", minimum=0)
     max_grad_norm: float = _optimization(1.0, "clip gradients to this norm; 0 disables clipping", minimum=0)
     optimizer: str = _optimization("adamw", "adamw, or muon for matrices with adamw for the rest", choices=OPTIMIZERS)
@@ -232,7 +226,7 @@ class TrainingSettings:
     eval_interval: int = option(200, "steps between evaluations", minimum=1)
     log_interval: int = option(10, "steps between log lines", minimum=1)
     checkpoint_interval: int = option(200, "steps between checkpoints", minimum=1)
-    keep_checkpoints: int = option(2, "newest checkpoints to keep in addition to the best; at least two", minimum=1)
+    keep_checkpoints: int = option(2, "newest checkpoints to keep in addition to the best", minimum=2)
     resume_from: str | None = option(None, "resume from this checkpoint folder (default: the newest valid one)")
     dry_run: bool = option(False, "estimate memory and time without training")
     prepare_only: bool = option(False, "only fill --cache_dir with the tokenizer and the tokens, without training")
@@ -244,11 +238,16 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         self._conflicts = self.inherit()
+        if self.validation_dir is not None:  # recorded with the export, which may be validated from another folder
+            self.validation_dir = str(Path(self.validation_dir).absolute())
         if self.preset in (None, "auto"):
             self.preset = "cpu" if self.device == "cpu" else resolve_preset("auto")[0]
         chosen = self.preset_values(self.preset)
-        if self.max_hours is not None and (by_hours := self.MODELS_BY_HOURS.get(self.preset)):
-            chosen["num_models"] = next(models for hours, models in by_hours if self.max_hours <= hours)
+        by_hours = self.MODELS_BY_HOURS.get(self.preset)
+        if self.teacher is not None:
+            chosen["num_models"] = 1
+        elif self.max_hours is not None and by_hours and vars(self)["num_models"] is None:
+            chosen["num_models"] = next((models for hours, models in by_hours if self.max_hours <= hours), 1)
             if chosen["num_models"] == 1 and self.num_epochs is None:
                 self.num_epochs = self.teacher_epochs or chosen["teacher_epochs"]
         if self.init_from is not None:
@@ -293,7 +292,20 @@ class TrainingSettings:
                 problems.append(f"--hidden_dim {self.hidden_dim} is not divisible by --num_heads {self.num_heads}")
         if self.output_dir is not None:
             problems += output_folder_problems(self.output_dir)
+            problems += self._teacher_problems(Path(self.output_dir))
+        if self.log_file is not None:
+            problems += output_file_problems(self.log_file, "--log_file")
+        if self.fresh and self.resume_from is not None:
+            problems.append("--fresh would delete the run that --resume_from continues: use only one")
         return problems
+
+    def _teacher_problems(self, output_dir: Path) -> list[str]:
+        if self.teacher is not None and self.num_models > 1:
+            return ["--teacher cannot be used with --num_models above 1, which trains its own teachers: use only one"]
+        if "," in str(output_dir) and self.num_models > 1:
+            return [f"--output_dir {output_dir}: with --num_models above 1, its path must not contain a comma"]
+        own = [place for place in self.teachers if Path(place).resolve() == output_dir.resolve()]
+        return [f"--teacher {place} is in --output_dir, which will be replaced: choose another folder" for place in own]
 
     def check(self) -> Self:
         """Return these settings; raise ``UserError`` listing every problem if there is any."""
@@ -313,12 +325,7 @@ class TrainingSettings:
 
     def identity(self) -> dict[str, Any]:
         """Values that define this run; a checkpoint is resumed only if they are equal."""
-        # A renamed setting keeps its first name here, so that older checkpoints still resume.
-        values = {
-            (*entry.metadata["aliases"], entry.name)[0]: getattr(self, entry.name)
-            for entry in fields(self)
-            if entry.metadata["identity"]
-        }
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.metadata["identity"]}
         return values | {"batch_size × gradient_accumulation_steps": self.sequences_per_step}
 
     def as_dict(self) -> dict[str, Any]:
@@ -374,8 +381,7 @@ def add_options(
             add = partial(add, type=value_type, metavar={int: "N", float: "X"}.get(value_type, "TEXT"))
         else:
             add = partial(add, action="store_true")
-        for name in (entry.name, *entry.metadata["aliases"]):
-            add(f"--{name}", help=help if name == entry.name else argparse.SUPPRESS)
+        add(f"--{entry.name}", help=help)
         if value_type is bool and entry.metadata["default"]:
             add(f"--no_{entry.name}", action="store_false", help=f"disable --{entry.name}")
 

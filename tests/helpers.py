@@ -12,18 +12,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-import mvlm_trainer
+import prioritary_mvlm.enhanced_trainer  # noqa: F401  imported before a test forks, instead of once in each child
+from benchmarks.experiments.runner import SETTINGS, recipe_of
 from mvlm_core.hardware import choose_hardware
 from mvlm_core.signals import StopRequest
+from mvlm_core.training.checkpoint import newest_checkpoint
 from mvlm_core.training.distributed import ALONE, Ranks
+from mvlm_core.training.history import read_history
 from mvlm_core.training.loop import TrainingLoop
 from mvlm_core.training.preparation import prepare_text
 from mvlm_core.training.task import Run, build_task
-from prioritary_mvlm import PrioritaryConfig
-from prioritary_mvlm.enhanced_trainer import RECIPE
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FIXTURES = REPOSITORY / "tests" / "fixtures"
@@ -37,6 +40,9 @@ BOOKS = (
     (40, "matthew", 5, "train"),
     (43, "john", 1, "train"),
 )
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without CUDA")
 
 # --- a corpus ------------------------------------------------------------------------------------------------
 
@@ -119,8 +125,9 @@ TINY = {
     "precision": "fp32",  # golden numbers and tolerances must also hold on processors with bf16
     "quiet": True,
 }
-EVERYTHING_ON = {"dropout": 0.1, "gradient_accumulation_steps": 2}
-MODELS = ("mvlm_gpt2", "simone_enhanced")
+MODELS = tuple(SETTINGS)
+# Fields of history records and checkpoint states that depend on the time taken or the memory in use.
+TIMES = ("seconds", "step_seconds", "spent", "timed_steps", "timed_seconds", "tokens_per_second", "memory_bytes")
 
 
 def tiny_settings(model: str, data_dir: Path, work: Path, **changes: Any) -> Any:
@@ -132,13 +139,13 @@ def tiny_settings(model: str, data_dir: Path, work: Path, **changes: Any) -> Any
         "cache_dir": str(work / "cache"),
         **changes,
     }
-    if model == "mvlm_gpt2":
-        return mvlm_trainer.GPT2Settings(**values)
-    return PrioritaryConfig(**values)
+    return SETTINGS[model](**values)
 
 
-def recipe_of(model: str) -> Any:
-    return mvlm_trainer.recipe() if model == "mvlm_gpt2" else RECIPE
+def everything_on(model: str) -> dict[str, float]:
+    """Settings that turn on dropout, gradient accumulation and all losses of the model."""
+    losses = {"alignment_weight": 0.5, "coherence_weight": 0.3} if model == "simone_enhanced" else {}
+    return {"dropout": 0.1, "gradient_accumulation_steps": 2, **losses}
 
 
 def make_loop(model: str, settings: Any, ranks: Ranks = ALONE, compiled: bool = False) -> TrainingLoop:
@@ -157,6 +164,26 @@ def make_loop(model: str, settings: Any, ranks: Ranks = ALONE, compiled: bool = 
     run = Run(recipe, settings, hardware, ranks)
     run.output_dir.mkdir(parents=True, exist_ok=True)
     return TrainingLoop(run, build_task(run, text))
+
+
+def without_times(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in TIMES}
+
+
+def final_state(loop: TrainingLoop) -> tuple[dict, dict, list[dict], dict]:
+    """Weights, optimizer tensors, history and state of a run's newest checkpoint; without times, hence reproducible."""
+    checkpoint = newest_checkpoint(loop.checkpoint_root)
+    history = [without_times(record) for record in read_history(loop.step_log.path)]
+    return checkpoint.tensors("model"), checkpoint.tensors("optimizer"), history, without_times(checkpoint.state)
+
+
+def assert_same_end(expected: tuple, found: tuple) -> None:
+    """Assert that two results of ``final_state``, or their first parts, are bit-identical."""
+    for tensors, others in zip(expected[:2], found[:2], strict=True):
+        assert tensors and tensors.keys() == others.keys()
+        differing = [name for name, tensor in tensors.items() if not torch.equal(tensor, others[name])]
+        assert not differing, differing
+    assert expected[2:] == found[2:], (expected[2:], found[2:])
 
 
 class StopAfter(StopRequest):
@@ -312,7 +339,8 @@ def raises_only(kind: type[Exception], call: Callable[[], Any]) -> tuple[Any, st
         return None, str(error)
 
 
-def add_nvidia_smi(folder: Path, script: str) -> None:
-    file = folder / "nvidia-smi"
-    file.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+def executable(file: Path, text: str) -> Path:
+    """Write an executable script."""
+    file.write_text(text, encoding="utf-8")
     file.chmod(0o755)
+    return file

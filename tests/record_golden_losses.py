@@ -9,8 +9,17 @@ from pathlib import Path
 import torch
 
 from mvlm_core.training.history import read_history
-from tests.helpers import MODELS, StopAfter, build_tiny_corpus, make_loop, tiny_settings
-from tests.training.test_loop import GOLDEN, everything_on
+from tests.helpers import FIXTURES, MODELS, StopAfter, build_tiny_corpus, everything_on, make_loop, tiny_settings
+
+GOLDEN = FIXTURES / "golden_losses.json"
+
+
+def golden_losses(model: str, corpus: Path, work: Path) -> list[float]:
+    """Train the golden run of a model and return its losses, one per step."""
+    changes = {**everything_on(model), "dropout": 0.0, "max_steps": 20}
+    loop = make_loop(model, tiny_settings(model, corpus, work, **changes))
+    loop.run(StopAfter())
+    return [record["train_loss"] for record in read_history(loop.step_log.path)]
 
 
 def main() -> None:
@@ -20,10 +29,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         corpus = build_tiny_corpus(Path(folder) / "corpus")
         for model in MODELS:
-            changes = {**everything_on(model), "dropout": 0.0, "max_steps": 20}
-            loop = make_loop(model, tiny_settings(model, corpus, Path(folder), **changes))
-            loop.run(StopAfter())
-            golden[model] = [round(record["train_loss"], 6) for record in read_history(loop.step_log.path)]
+            golden[model] = [round(loss, 6) for loss in golden_losses(model, corpus, Path(folder))]
     GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
 
 

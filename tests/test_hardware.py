@@ -25,11 +25,7 @@ from mvlm_core.hardware import (
     resolve_preset,
     set_process_environment,
 )
-from tests.helpers import add_nvidia_smi
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without CUDA")
-
+from tests.helpers import executable, needs_cuda, without_cuda
 
 pytestmark = pytest.mark.usefixtures("no_thread_setting")
 
@@ -80,6 +76,17 @@ def test_installed_backend_still_needs_cuda(backend: str, tmp_path: Path, monkey
         choose_hardware(device="cpu", attention_backend=backend)
 
 
+def test_optional_backends_are_not_compiled_and_need_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "xformers.py").write_text("", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    problems: list[str] = []
+    assert hardware._choose_attention("xformers", "cuda", "bf16", problems)[0] == "xformers" and not problems
+    hardware._choose_attention("xformers", "cuda", "fp32", problems)
+    assert len(problems) == 1 and "only used in bf16" in problems[0]
+    compiled, why = hardware._choose_compile(False, "cuda", "xformers")
+    assert not compiled and "xformers" in why
+
+
 def test_all_unknown_values_are_reported_in_one_error() -> None:
     with pytest.raises(UserError) as caught:
         choose_hardware(device="tpu", precision="fp8", attention_backend="magic", loss_kernel="fast")
@@ -94,8 +101,7 @@ def test_contradictory_precision_flags_are_refused() -> None:
 
 
 def test_switches_are_reported_as_reasons() -> None:
-    switches = {"no_mixed_precision": True, "no_compile": True}
-    chosen = choose_hardware(device="cpu", attention_backend="eager", **switches)
+    chosen = choose_hardware(device="cpu", attention_backend="eager", no_mixed_precision=True, no_compile=True)
     assert chosen.precision == "fp32" and chosen.reasons["precision"] == "--no_mixed_precision"
     assert chosen.compile is False and chosen.reasons["compile"] == "--no_compile"
     assert chosen.attention_backend == "eager"
@@ -103,12 +109,11 @@ def test_switches_are_reported_as_reasons() -> None:
 
 def test_description_says_whether_training_is_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
     def line(device: str, asked: bool) -> str:
-        problems: list[str] = []
         monkeypatch.setattr(hardware, "_choose_device", lambda *_: (device, "as if"))
         monkeypatch.setattr(hardware, "_choose_precision", lambda *_: ("fp32", "as if"))
         monkeypatch.setattr(hardware, "_name_and_memory", lambda _: ("some device", 0))
         chosen = choose_hardware(device=device, deterministic=asked)
-        assert not problems and chosen.deterministic is asked
+        assert chosen.deterministic is asked
         return next(each for each in describe(chosen) if each.startswith("deterministic"))
 
     assert "yes (CPU training always is)" in line("cpu", False)
@@ -261,13 +266,13 @@ def test_auto_preset_without_a_gpu(empty_path: Path) -> None:
 
 @without_cuda
 def test_auto_preset_with_a_gpu_that_torch_cannot_use(empty_path: Path) -> None:
-    add_nvidia_smi(empty_path, "exit 0")
+    executable(empty_path / "nvidia-smi", "#!/bin/sh\nexit 0\n")
     preset, why = resolve_preset("auto")
     assert preset == "cpu" and "torch" in why and "CUDA" in why
 
 
 def test_gpu_hidden_by_cuda_visible_devices_is_ignored(empty_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    add_nvidia_smi(empty_path, "exit 0")
+    executable(empty_path / "nvidia-smi", "#!/bin/sh\nexit 0\n")
     assert monitor.nvidia_may_be_there()
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
@@ -332,8 +337,7 @@ def test_compiler_problem_names_the_packages(empty_path: Path, monkeypatch: pyte
     (empty_path / "Python.h").touch()
     assert hardware.compiler_problem().endswith("a C compiler: sudo apt-get install build-essential")
     (empty_path / "Python.h").unlink()
-    add_nvidia_smi(empty_path, "exit 0")
-    (empty_path / "nvidia-smi").rename(empty_path / "gcc")
+    executable(empty_path / "gcc", "#!/bin/sh\nexit 0\n")
     assert hardware.compiler_problem().endswith(f"needs Python.h: sudo apt-get install {headers}")
     (empty_path / "Python.h").touch()
     assert hardware.compiler_problem() is None

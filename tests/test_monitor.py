@@ -22,8 +22,7 @@ from mvlm_core.monitor import (
     reset_peak_memory,
     resource_lines,
 )
-from tests.helpers import add_nvidia_smi
-from tests.test_hardware import needs_cuda, without_cuda
+from tests.helpers import executable, needs_cuda, without_cuda
 
 # --- threads and memory -----------------------------------------------------------------------------------
 
@@ -176,7 +175,7 @@ def test_sampling_without_a_gpu(empty_path: Path) -> None:
 
 @without_cuda
 def test_sampling_logs_why_nvml_is_unavailable(empty_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    add_nvidia_smi(empty_path, "exit 9")
+    executable(empty_path / "nvidia-smi", "#!/bin/sh\nexit 9\n")
     monitor.log.propagate = True
     with caplog.at_level("INFO", "mvlm"):
         assert first_line()[0] == "psutil"
@@ -184,7 +183,7 @@ def test_sampling_logs_why_nvml_is_unavailable(empty_path: Path, caplog: pytest.
 
 
 def test_sampling_omits_readings_a_gpu_does_not_support(empty_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    add_nvidia_smi(empty_path, "exit 9")
+    executable(empty_path / "nvidia-smi", "#!/bin/sh\nexit 9\n")
     memory = SimpleNamespace(used=40 * 2**30, total=140 * 2**30)
     power = {0: 645_200}
     monkeypatch.setattr("pynvml.nvmlInit", lambda: None)

@@ -19,6 +19,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.helpers import executable
+
 TOOLS = "bash sh sed awk df uname flock timeout rm mkdir cp cat dirname env".split()
 
 PYTHON_STAND_IN = """#!/bin/bash
@@ -45,12 +47,6 @@ case "$1 $2" in
 esac
 exec REAL_PYTHON "$@"
 """
-
-
-def executable(file: Path, text: str) -> Path:
-    file.write_text(text, encoding="utf-8")
-    file.chmod(0o755)
-    return file
 
 
 class Machine:

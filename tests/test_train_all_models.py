@@ -297,7 +297,7 @@ def test_second_sigint_kills_the_trainer_and_exits_at_once(job):
 
 def test_job_survives_sighup_and_a_closed_output_pipe(job):
     read_end, write_end = os.pipe()
-    running = job.start(stdout=write_end, MODE_mvlm_gpt2="ok", SECONDS_EACH="0.5")
+    running = job.start(stdout=write_end, SECONDS_EACH="0.5")
     os.close(write_end)
     job.wait_for("mvlm_gpt2", "starts")
     os.close(read_end)  # the reader of the output is gone
@@ -419,6 +419,7 @@ def test_max_hours_is_divided_between_the_models(tiny_corpus):
         (["--models", "gpt5"], "gpt5"),
         (["--models", ","], "--models"),
         (["--data_dir", "/no/such/folder"], "/no/such/folder"),
+        (["--data_dir", __file__], "test_train_all_models.py: no such folder"),
         (["--max_length", "0"], "--max_length 0"),
         (["--batch_size", "0"], "--batch_size 0"),
         (["--validation_split", "1.5"], "--validation_split 1.5"),

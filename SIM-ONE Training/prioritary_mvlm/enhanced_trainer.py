@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from mvlm_core.data.tokenizer import ByteLevelBPE
 from mvlm_core.hardware import Hardware
-from mvlm_core.training.distillation import load_teachers, teacher_of_step
 from mvlm_core.training.distillation_loss import Prediction
 from mvlm_core.training.forecast import Law
 from mvlm_core.training.optimizer import build_optimizers
@@ -57,18 +56,23 @@ def build(config: PrioritaryConfig, tokenizer: ByteLevelBPE, hardware: Hardware)
 
 
 def add_training(model: EnhancedSIMONEModel, config: PrioritaryConfig, hardware: Hardware) -> BuiltModel:
-    """Add the loss, the teachers, and the optimizers to a model."""
+    """Add the loss and the optimizers to a model."""
     weights = {name: getattr(config, name) for name in signature(ComprehensiveTrainingLoss).parameters}
     criterion = ComprehensiveTrainingLoss(**weights | {"loss_kernel": hardware.loss_kernel})
     modules: dict[str, nn.Module] = {"model": model, "loss": criterion}
-    teachers = load_teachers(config, EnhancedSIMONEModel, hardware.device)
     layer, pointer = hardware.compiled(run_layer), hardware.compiled(point)
     hidden_states = partial(EnhancedSIMONEModel.hidden_states, layer_function=layer, point_function=pointer)
 
-    def loss(inputs: Tensor, targets: Tensor, document_weights: Tensor, share_done: float) -> StepLoss:
+    def loss(
+        inputs: Tensor,
+        targets: Tensor,
+        document_weights: Tensor,
+        share_done: float,
+        teacher: EnhancedSIMONEModel | None = None,
+    ) -> StepLoss:
         hidden, pointing = hidden_states(model, inputs)
         taught = None
-        if (teacher := teacher_of_step(teachers)) is not None:
+        if teacher is not None:
             with torch.no_grad():
                 target = hidden_states(teacher, inputs)
             taught = Prediction(target[0], teacher.lm_head.weight, target[1])

@@ -76,6 +76,10 @@ class EnhancedSIMONEConfig(PreTrainedConfig):
         self.intermediate_size = self.intermediate_size or swiglu_width(4 * self.hidden_size)
         super().__post_init__(**kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Leave out the attention backend, which depends on the machine: a saved model uses the default."""
+        return {name: value for name, value in super().to_dict().items() if name != "attention_backend"}
+
 
 class EnhancedSIMONEBlock(GradientCheckpointingLayer):
     """Pre-norm transformer layer: attention with governance heads, then SwiGLU, each with a residual connection.

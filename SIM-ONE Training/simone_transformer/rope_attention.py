@@ -318,7 +318,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, sh
 
     Without a mask, attention is causal with equal lengths, or a single query attends to the whole cache; fused kernels
     handle both without an S×S matrix. A mask (padding, static cache, chunked prefill) is supported by "sdpa" and
-    "eager" only; the other backends fall back to "sdpa".
+    "eager" only; the other backends fall back to "sdpa", as they do where ``_fits_fused_kernels`` is false.
 
     Args:
         shifted: apply ``shift_keys`` to the keys.
@@ -330,9 +330,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, sh
         positions = torch.arange(key.shape[2] - query.shape[2], key.shape[2], device=key.device)
         return attention_probabilities(query, key, mask, positions).to(value.dtype) @ value
     causal = mask is None and query.shape[2] > 1
-    if mask is None and backend in _FUSED_KERNELS:
+    if mask is None and backend in _FUSED_KERNELS and _fits_fused_kernels(query):
         return _FUSED_KERNELS[backend](query, key, value, causal)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+
+
+def _fits_fused_kernels(query: Tensor) -> bool:
+    """Whether flash-attn and xformers support this tensor: half precision on a GPU, unlike evaluations in float32."""
+    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
 
 
 def attend_shifted_decode(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

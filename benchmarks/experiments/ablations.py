@@ -99,7 +99,7 @@ def plan(options: argparse.Namespace) -> list[Run]:
 def verdict(differences: list[float]) -> str:
     """Classify paired differences in bits per byte as "helps" (lower), "hurts", "noise" or "one seed"."""
     if len(differences) < 2:
-        return "one seed" if differences else "no pair"
+        return "one seed"
     mean, error = statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
     if abs(mean) < max(2 * error, NOISE):
         return "noise"
@@ -116,7 +116,7 @@ def row(name: str, line: Line, own: dict[int, Figures], reference: dict[int, Fig
     pairs = [(own[seed], reference[seed]) for seed in sorted(own.keys() & reference.keys())]
     differences = [mine["validation_bpb"] - theirs["validation_bpb"] for mine, theirs in pairs]
     if not pairs:
-        return [*cells, "", "", "", verdict([])]
+        return [*cells, "", "", "", "no pair"]
     size = pairs[0][0]["parameters"] / pairs[0][1]["parameters"] - 1
     if abs(size) > OTHER_SIZE:
         cells[1] += f" ({size:+.1%})".replace("-", "−")
@@ -142,12 +142,12 @@ def table(found: Found, preset: str = "cpu") -> str:
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    return runner.settled(runner.command_line(__doc__, "ablations", lines("cpu")).parse_args(arguments))
+    return runner.checked(runner.command_line(__doc__, "ablations", lines("cpu")).parse_args(arguments))
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
-    return runner.conduct(plan(options), options, partial(table, preset=options.preset))
+    return runner.run_experiment(plan(options), options, partial(table, preset=options.preset))
 
 
 if __name__ == "__main__":

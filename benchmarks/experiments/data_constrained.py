@@ -74,8 +74,10 @@ STUDENTS = (
     (2, 1, 1),
     (4.5, 1, 1),
     (3, 3, 1),
+    (9, 3, 1),
     (18, 3, 1),
     (18, 9, 1),
+    (60, 9, 1),
 )
 for count, teachers, of in STUDENTS:
     name = f"{_epochs(count)} with {teachers} teacher{'s' * (teachers > 1)}" + f" of {_epochs(of)}" * (of != 3)
@@ -194,8 +196,8 @@ class Ensemble:
     def __call__(self, **inputs: Any) -> SimpleNamespace:
         import torch
 
-        said = [model(**inputs).logits.log_softmax(-1) for model in self.models]
-        return SimpleNamespace(logits=torch.stack(said).logsumexp(0))  # up to a constant
+        log_probs = [model(**inputs).logits.log_softmax(-1) for model in self.models]
+        return SimpleNamespace(logits=torch.stack(log_probs).logsumexp(0))  # up to a constant
 
     def train(self, _mode: bool) -> None: ...
 
@@ -237,7 +239,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.text_bytes is None:
         options.text_bytes = round(options.scale * TEXT_BYTES)
-    options = runner.settled(options, "processes", "text_bytes")
+    options = runner.checked(options, "processes", "text_bytes")
     if options.scale != 1:
         options.root = options.root.with_name(f"{options.root.name}-scale-{options.scale:g}")
     return options
@@ -246,7 +248,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
     runs = plan(options)
-    code = runner.conduct(runs, options, table, figures)
+    code = runner.run_experiment(runs, options, table, figures)
     if options.ensembles:
         print("\n" + ensemble_table(runs))
     return code

@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     options = parse_options(arguments)
     problems = [] if options.text or options.tasks else ["give --text FOLDER, --tasks NAMES or both"]
-    problems += [] if options.limit is None else command.at_least_one(options, "limit")
+    problems += command.at_least_one(options, "limit")
     if options.text and not any(path.suffix.lower() in SUFFIXES for path in options.text.rglob("*")):
         problems.append(f"--text {options.text}: no folder with {' or '.join(SUFFIXES[:2])} files")
     set_process_environment()

@@ -52,10 +52,10 @@ def table(found: Found) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = runner.settled(runner.command_line(__doc__, "mixes", LINES).parse_args(arguments))
+    options = runner.checked(runner.command_line(__doc__, "mixes", LINES).parse_args(arguments))
     lines = {name: LINES[name] for name in command.chosen(options.only, LINES)}
     runs = runner.plan(lines, options, runner.shared_values(options))
-    return runner.conduct(runs, options, table, partial(score, data_dir=options.data_dir))
+    return runner.run_experiment(runs, options, table, partial(score, data_dir=options.data_dir))
 
 
 if __name__ == "__main__":

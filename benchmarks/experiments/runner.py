@@ -43,7 +43,7 @@ SETTINGS = {"mvlm_gpt2": mvlm_trainer.GPT2Settings, "simone_enhanced": Prioritar
 EPILOG = f"""Each run trains in a separate process, like the trainers, and saves its finished model in --work_dir.
 Run the command again to resume: finished runs are skipped, an interrupted one continues from its checkpoint.
 {command.EXIT_CODES}"""
-PLACES = {"output_dir", "cache_dir", "teacher"}  # paths, which do not identify a run
+PATHS = {"output_dir", "cache_dir", "teacher"}  # paths, which do not identify a run
 LOGGED = ("validation_bpb", "tokens_per_second", "seconds")  # metrics logged for each finished run
 Figures = dict[str, Any]
 Found = dict[str, dict[int, Figures]]  # label → seed → figures of a finished run
@@ -113,7 +113,7 @@ class Run:
         config = training_config(self.folder)
         actual, expected = config.get("settings"), stages(self.settings())[-1].as_dict()
         # A setting that was added after the run had its default value.
-        if not actual or any(actual.get(name, expected[name]) != expected[name] for name in expected.keys() - PLACES):
+        if not actual or any(actual.get(name, expected[name]) != expected[name] for name in expected.keys() - PATHS):
             return None
         hardware = {key: value for key, value in config["hardware"].items() if key != "device"}
         return config["results"] | {"origin": {"corpus": config["data"]["fingerprint"], **hardware}}
@@ -221,7 +221,7 @@ def outcome(run: Run, code: int) -> Figures | None:
     return result
 
 
-def conduct(
+def run_experiment(
     runs: list[Run],
     options: argparse.Namespace,
     table: Callable[[Found], str],
@@ -263,12 +263,12 @@ def command_line(description: str | None, name: str, lines: Iterable[str] = ()) 
     return parser
 
 
-def settled(options: argparse.Namespace, *counts: str) -> argparse.Namespace:
+def checked(options: argparse.Namespace, *counts: str) -> argparse.Namespace:
     """Check the parsed command line, make folders absolute, and add ``root``, a folder per preset and length, and
     ``deadline``.
 
     Args:
-        counts: options besides ``--seeds`` that must be at least 1.
+        counts: further options that must be at least 1.
 
     Raises:
         UserError: with all problems at once.
@@ -276,7 +276,7 @@ def settled(options: argparse.Namespace, *counts: str) -> argparse.Namespace:
     options.data_dir, options.work_dir = options.data_dir.absolute(), options.work_dir.absolute()
     options.root = options.work_dir / "-".join(str(part) for part in (options.preset, options.max_bytes) if part)
     problems = output_folder_problems(options.work_dir, "--work_dir")
-    problems += command.at_least_one(options, "seeds", "jobs", *counts)
+    problems += command.at_least_one(options, "seeds", "jobs", "max_bytes", *counts)
     if options.hours is not None and not 0 < options.hours < math.inf:
         problems.append(f"--hours {options.hours:g}: must be above 0")
     options.deadline = math.inf if options.hours is None else time.monotonic() + 3600 * options.hours

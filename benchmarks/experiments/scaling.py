@@ -309,19 +309,17 @@ def run_part(part: str, model: str, options: argparse.Namespace) -> list[Run]:
     """Execute the unfinished runs of one part for one model; return the failed ones."""
     if part in SEARCHES:
         return [run for search in searches(part, model, options) for run in search.make()]
-    if rule := rule_of(model, options):
-        runs = ruled_runs(part, model, rule, options)
-    else:
+    if not (rule := rule_of(model, options)):
         log.warning("%s: skipped for %s: run --only learning_rates first", part, model)
         return []
-    return runner.make(runs, options.root / model, options)
+    return runner.make(ruled_runs(part, model, rule, options), options.root / model, options)
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = runner.command_line(__doc__, "scaling", PARTS)
     parser.set_defaults(seeds=1, max_bytes=1_000_000)
     parser.add_argument("--model", choices=tuple(SETTINGS), help="only this model, for example to run one on each core")
-    return runner.settled(parser.parse_args(arguments), "max_bytes")
+    return runner.checked(parser.parse_args(arguments))
 
 
 def main(arguments: list[str] | None = None) -> int:

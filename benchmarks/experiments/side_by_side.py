@@ -106,7 +106,7 @@ def plot(found: Found, path: Path) -> None:
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = runner.command_line(__doc__, "side_by_side")
     parser.add_argument("--plot", type=Path, help="save the figure to this file")
-    return runner.settled(parser.parse_args(arguments))
+    return runner.checked(parser.parse_args(arguments))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
             plot(found, options.plot)
         return table(found)
 
-    return runner.conduct(plan(options), options, show, figures)
+    return runner.run_experiment(plan(options), options, show, figures)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ from mvlm_core.hardware import PRECISIONS, set_process_environment
 from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR, PRESET_NAMES
 
 EXIT_CODES = "Exit codes: 0 no errors found, 1 wrong numbers, 2 bad arguments."
-JUDGING = ("loss_and_gradients", "cached_decoding", "attention_backends")
-TIMING = ("products_and_clock", "real_steps", "resume", "all_reduce", "compiled_or_not", "micro_batches")
-MARKS = {None: "", True: "right", False: "WRONG"}
+CORRECTNESS = ("loss_and_gradients", "cached_decoding", "attention_backends")
+SPEED = ("products_and_clock", "real_steps", "resume", "all_reduce", "compiled_or_not", "micro_batches")
+MARKS = {None: "", True: "pass", False: "FAIL"}
 
 
 class OutOfTime(BaseException):
@@ -38,7 +38,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--device", choices=("cuda", "cpu"), default="cuda", help="[default cuda]")
     add("--minutes", type=float, default=10.0, help="time limit [default 10]")
-    add("--only", help=f"comma-separated checks to run, from: {', '.join(JUDGING + TIMING)}")
+    add("--only", help=f"comma-separated checks to run, from: {', '.join(CORRECTNESS + SPEED)}")
     add("--presets", help="presets for real_steps; other checks use the first one's [default h200, on a CPU smoke]")
     add("--precision", choices=PRECISIONS[1:], help="checked besides fp32, emulated if necessary [default: a run's]")
     add("--deterministic", action="store_true", help="check runs with this training flag: cost and reproducibility")
@@ -56,9 +56,9 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
             problems.append(f"--{name} {value}: at least {least}")
     if problems:
         raise UserError(problems)
-    o.left = command.chosen(o.only, JUDGING + TIMING)
+    o.left = command.chosen(o.only, CORRECTNESS + SPEED)
     o.places = {"data_dir": str(o.data_dir.absolute()), "cache_dir": str(o.cache_dir.absolute())}
-    o.cases, o.ceiling, o.finished, o.rows, o.broken = [], {}, {}, [], {}
+    o.cases, o.ceiling, o.finished, o.rows, o.failed = {}, {}, {}, [], {}
     return o
 
 
@@ -71,18 +71,18 @@ def make(o: argparse.Namespace) -> None:
     while o.left:
         name = o.left[0]
         o.hardware.apply()
-        if name in JUDGING:  # full fp32 precision: TF32 rounds to ten bits
+        if name in CORRECTNESS:  # full fp32 precision: TF32 rounds to ten bits
             torch.set_float32_matmul_precision("highest")
         try:
-            for of, figures, right in getattr(gpu_correctness if name in JUDGING else gpu_speed, name)(o):
-                o.rows.append({"check": name, "of": of, "figures": figures, "right": right})
+            for of, figures, passed in getattr(gpu_correctness if name in CORRECTNESS else gpu_speed, name)(o):
+                o.rows.append({"check": name, "of": of, "figures": figures, "passed": passed})
                 shown = {key: value for key, value in figures.items() if not isinstance(value, dict)}
                 cells = [f"{key} {v:,.4g}" if isinstance(v, float) else f"{key} {v}" for key, v in shown.items()]
-                print(command.row((name, of, ", ".join(cells), MARKS[right])), flush=True)
+                print(command.row((name, of, ", ".join(cells), MARKS[passed])), flush=True)
         except UserError:
             raise
         except Exception as error:  # continue with the remaining checks
-            o.broken[name] = f"{type(error).__name__}: {error}"
+            o.failed[name] = f"{type(error).__name__}: {error}"
         o.left.pop(0)
 
 
@@ -116,11 +116,11 @@ def main(arguments: list[str] | None = None) -> int:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
     print(f"\nNot reached: {', '.join(o.left)}." if o.left else "\nAll checks completed.")
-    print(*(f"{name} failed with an exception: {error}" for name, error in o.broken.items()), sep="\n")
+    print(*(f"{name} failed with an exception: {error}" for name, error in o.failed.items()), sep="\n")
     if o.json:
-        found = {"machine": machine, "rows": o.rows, "not_reached": o.left, "broke_off": o.broken}
+        found = {"machine": machine, "rows": o.rows, "not_reached": o.left, "failed_with_exception": o.failed}
         write_json_atomic(o.json, json.loads(json.dumps(found), parse_constant=str))  # NaN is not valid JSON
-    return 1 if any(row["right"] is False for row in o.rows) or o.broken.keys() & set(JUDGING) else 0
+    return 1 if any(row["passed"] is False for row in o.rows) or o.failed.keys() & set(CORRECTNESS) else 0
 
 
 if __name__ == "__main__":

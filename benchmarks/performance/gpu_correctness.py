@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.experiments.runner import SETTINGS, recipe_of
 from mvlm_core.hardware import ATTENTION_BACKENDS, Hardware
+from mvlm_core.training.distillation import TEACHER_SHARE
 from mvlm_core.training.preparation import prepare_text
 
 # Allows for a different summation order and for rounding between the matrix products.
@@ -136,10 +137,14 @@ class Case:
         preset: preset that defines text, vocabulary and width.
         layers, tokens: number of layers, and sequence length.
         places: data_dir and cache_dir settings.
+        is_student: whether the loss includes distillation from a teacher, which has other random weights.
     """
 
-    def __init__(self, name: str, preset: str, layers: int, tokens: int, places: dict[str, Any]) -> None:
-        self.name, self.recipe = name, recipe_of(name)
+    def __init__(
+        self, name: str, preset: str, layers: int, tokens: int, places: dict[str, Any], *, is_student: bool = False
+    ) -> None:
+        self.name, self.recipe, self.is_student = name, recipe_of(name), is_student
+        self.label = f"{name}, student" if is_student else name
         width = HEAD_WIDTH * max(2, SETTINGS[name](preset=preset).hidden_dim // HEAD_WIDTH)
         values = {"hidden_dim": width, "num_heads": width // HEAD_WIDTH, "ff_dim": 4 * width, "num_layers": layers}
         values |= {"max_length": tokens, "batch_size": SEQUENCES, "dropout": 0.0, "quiet": True, "preset": preset}
@@ -149,17 +154,17 @@ class Case:
         self.tokenizer, batch = text.tokenizer, text.batches.batch(0)
         alignment = torch.rand(batch.inputs.shape, generator=torch.Generator().manual_seed(0)) + 0.5
         self.batch = torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets), alignment
-        self.right = self._reference(torch.float64)
+        self.reference = self._reference(torch.float64)
         self.limits = {"fp32": self._limits(self._reference(torch.float32))}
         with RoundedProducts():
             rounded = self._reference(torch.float32)
         self.limits["bf16"] = self._limits(rounded)
 
-    def build(self, hardware: Hardware) -> tuple[Any, nn.ModuleDict]:
-        """Build the model as a run does, with this case's weights; return it and its modules on the device."""
+    def build(self, hardware: Hardware, seed: int = 0) -> tuple[Any, nn.ModuleDict]:
+        """Build the model as a run does, with random weights; return it and its modules on the device."""
         torch._dynamo.reset()  # dynamo stops compiling after several models of the same class
         built = self.recipe.build(self.settings, self.tokenizer, hardware)
-        modules, generator = nn.ModuleDict(built.modules), torch.Generator().manual_seed(0)
+        modules, generator = nn.ModuleDict(built.modules), torch.Generator().manual_seed(seed)
         for weight in modules.parameters():
             # Vectors are drawn around their initial value, 1 or 0.
             middle, spread = (0.0, weight.shape[1] ** -0.5) if weight.ndim > 1 else (weight.data.mean().round(), 0.3)
@@ -169,12 +174,20 @@ class Case:
         return built, modules.to(hardware.device).train()
 
     def _reference(self, dtype: torch.dtype) -> Answer:
-        built, modules = self.build(Hardware("cpu", "", 0, "fp32", "sdpa", False, 1, {}))
-        weights = {name: w.detach().to(dtype).requires_grad_() for name, w in modules.named_parameters()}
-        ids, targets, alignment = self.batch
-        loss, logits = REFERENCES[self.name](weights, built.model, self.settings, ids, targets, alignment.to(dtype))
+        weights, loss, logits = self._reference_loss(dtype, seed=0)
+        if self.is_student:
+            teacher = self._reference_loss(dtype, seed=1)[2].detach().softmax(-1)
+            distillation = -(teacher * logits.log_softmax(-1)).sum(-1).mean()
+            loss = (1 - TEACHER_SHARE) * loss + TEACHER_SHARE * distillation
         gradients = zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True)
         return Answer(float(loss.detach()), logits.detach().double(), {name: g.double() for name, g in gradients})
+
+    def _reference_loss(self, dtype: torch.dtype, seed: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Return the weights of ``build`` with this seed, and their reference loss and logits."""
+        built, modules = self.build(Hardware("cpu", "", 0, "fp32", "sdpa", False, 1, {}), seed)
+        weights = {name: w.detach().to(dtype).requires_grad_() for name, w in modules.named_parameters()}
+        ids, targets, alignment = self.batch
+        return weights, *REFERENCES[self.name](weights, built.model, self.settings, ids, targets, alignment.to(dtype))
 
     def _limits(self, rounded: Answer) -> Answer:
         """Return ``FACTOR`` times the relative error of the rounded reference.
@@ -182,23 +195,26 @@ class Case:
         A single error can be small by chance. So the loss tolerance uses the RMS error of the tokens, the logits the
         worst token, and each gradient at least the median error of all gradients.
         """
-        exact = self.right.gradients
+        exact = self.reference.gradients
         off = {name: float((g - exact[name]).norm() / exact[name].norm()) for name, g in rounded.gradients.items()}
         median = sorted(off.values())[len(off) // 2]
-        nll = [F.cross_entropy(answer.logits.mT, self.batch[1], reduction="none") for answer in (rounded, self.right)]
+        nll = [
+            F.cross_entropy(answer.logits.mT, self.batch[1], reduction="none") for answer in (rounded, self.reference)
+        ]
         loss = FACTOR * float((nll[0] - nll[1]).square().mean().sqrt() / nll[1].mean())
         gradients = {name: FACTOR * max(error, median) for name, error in off.items()}
-        return Answer(loss, FACTOR * worst_token(rounded.logits, self.right.logits), gradients)
+        return Answer(loss, FACTOR * worst_token(rounded.logits, self.reference.logits), gradients)
 
-    def judge_training(self, hardware: Hardware) -> Row:
+    def check_training(self, hardware: Hardware) -> Row:
         """Check the loss, and each gradient by cosine similarity and norm ratio."""
+        teacher = self.build(hardware, seed=1)[0].model.eval().requires_grad_(False) if self.is_student else None
         built, modules = self.build(hardware)
         with hardware.autocast():
-            total = built.loss(*(part.to(hardware.device) for part in self.batch), PROGRESS).total
+            total = built.loss(*(part.to(hardware.device) for part in self.batch), PROGRESS, teacher).total
         total.backward()
         limits, tensors = self.limits[hardware.precision], {}
         for name, weight in modules.named_parameters():
-            exact = self.right.gradients[name]
+            exact = self.reference.gradients[name]
             found = torch.zeros_like(exact) if weight.grad is None else weight.grad.double().cpu()
             cosine = float(F.cosine_similarity(found.flatten(), exact.flatten(), dim=0))
             ratio = float(found.norm() / exact.norm())
@@ -207,43 +223,44 @@ class Case:
             off = off if math.isfinite(ratio) else math.inf
             tensors[name] = {"its share of limit": off, "1 − cosine": 1 - cosine, "norm ratio": ratio}
         loss = float(total.detach())
-        loss_off = abs(loss / self.right.loss - 1) / limits.loss
+        loss_off = abs(loss / self.reference.loss - 1) / limits.loss
         worst = max(tensors, key=lambda name: tensors[name]["its share of limit"])
         figures = {"loss": loss, "share of limit": loss_off, "worst gradient": worst, **tensors[worst]}
-        right = bool(loss_off <= 1 and tensors[worst]["its share of limit"] <= 1)
-        return f"{self.name}, {words(hardware)}", figures | {"tensors": tensors}, right
+        passed = bool(loss_off <= 1 and tensors[worst]["its share of limit"] <= 1)
+        return f"{self.label}, {words(hardware)}", figures | {"tensors": tensors}, passed
 
     @torch.no_grad()
-    def judge_decoding(self, hardware: Hardware) -> Row:
+    def check_decoding(self, hardware: Hardware) -> Row:
         """Check the logits of a full pass and of cached decoding with a short prompt, single tokens and chunks."""
         model, ids = self.build(hardware)[0].model.eval(), self.batch[0].to(hardware.device)
-        limit, right, cache, at = self.limits[hardware.precision].logits, self.right.logits, None, 0
+        limit, exact, cache, at = self.limits[hardware.precision].logits, self.reference.logits, None, 0
         with hardware.autocast():
-            errors = [worst_token(model(ids, use_cache=False).logits, right) / limit]
+            errors = [worst_token(model(ids, use_cache=False).logits, exact) / limit]
             for count in (2, 1, 1, 1, 4, 1, ids.shape[1] - 12, 1, 1):  # early tokens have the most influence
                 output = model(ids[:, at : at + count], past_key_values=cache, use_cache=True)
                 cache, at = output.past_key_values, at + count
-                errors.append(worst_token(output.logits, right[:, at - count : at]) / limit)
+                errors.append(worst_token(output.logits, exact[:, at - count : at]) / limit)
         figures = {"share of limit": errors[0], "with a cache": max(errors[1:]), "limit": limit}
-        return f"{self.name}, {words(hardware)}", figures, all(error <= 1 for error in errors)
+        return f"{self.label}, {words(hardware)}", figures, all(error <= 1 for error in errors)
 
 
-def worst_token(found: Tensor, right: Tensor) -> float:
+def worst_token(found: Tensor, exact: Tensor) -> float:
     """Return the largest relative error of any token's logits, by norm."""
-    return float(((found.double().cpu() - right).norm(dim=-1) / right.norm(dim=-1)).max())
+    return float(((found.double().cpu() - exact).norm(dim=-1) / exact.norm(dim=-1)).max())
 
 
 def words(hardware: Hardware) -> str:
     return f"{hardware.precision}, {hardware.attention_backend}{', compiled' if hardware.compile else ''}"
 
 
-def cases(o: Any) -> list[Case]:
+def cases(o: Any, *, students: bool = False) -> list[Case]:
     """Return a case per model, with the first preset's width; created on first use."""
-    for name in list(SETTINGS)[len(o.cases) :]:
-        preset = SETTINGS[name](preset=o.presets[0])
-        layers, tokens = o.layers or min(preset.num_layers, 4), o.tokens or preset.max_length
-        o.cases.append(Case(name, preset.preset, layers, tokens, o.places))
-    return o.cases
+    for name in SETTINGS:
+        if (name, students) not in o.cases:
+            preset = SETTINGS[name](preset=o.presets[0])
+            layers, tokens = o.layers or min(preset.num_layers, 4), o.tokens or preset.max_length
+            o.cases[name, students] = Case(name, preset.preset, layers, tokens, o.places, is_student=students)
+    return [o.cases[name, students] for name in SETTINGS]
 
 
 def precisions(o: Any) -> list[Hardware]:
@@ -253,16 +270,16 @@ def precisions(o: Any) -> list[Hardware]:
 
 
 def loss_and_gradients(o: Any) -> Iterator[Row]:
-    for case in cases(o):
+    for case in [*cases(o), *cases(o, students=True)]:
         for hardware in precisions(o):
-            yield case.judge_training(hardware)
+            yield case.check_training(hardware)
             if o.hardware.compile:
-                yield case.judge_training(replace(hardware, compile=True, loss_kernel=o.hardware.loss_kernel))
+                yield case.check_training(replace(hardware, compile=True, loss_kernel=o.hardware.loss_kernel))
 
 
 def cached_decoding(o: Any) -> Iterator[Row]:
     for case in cases(o):
-        yield from map(case.judge_decoding, precisions(o))
+        yield from map(case.check_decoding, precisions(o))
 
 
 def attention_backends(o: Any) -> Iterator[Row]:
@@ -276,11 +293,11 @@ def attention_backends(o: Any) -> Iterator[Row]:
         for way, (one, only) in ways.items():
             try:
                 with profile(activities=activities) as ran, only:
-                    _, figures, right = case.judge_training(one)
+                    _, figures, passed = case.check_training(one)
             except (RuntimeError, ImportError) as error:  # not installed, or no kernel for these tensors
                 yield f"{case.name}, {way}", {NOT_HERE: str(error).splitlines()[0]}, None
                 continue
             names = {event.key for event in ran.key_averages()}
             fused = sorted({found for name in names for found in re.findall(FUSED, name)})
             ran_as = {"ran": ", ".join(fused) or "matrix products and softmax"}
-            yield f"{case.name}, {way}, {one.precision}", ran_as | figures, right
+            yield f"{case.name}, {way}, {one.precision}", ran_as | figures, passed

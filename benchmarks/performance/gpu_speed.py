@@ -6,6 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +42,8 @@ def loop_of(o: Any, name: str, preset: str, hardware: Hardware | None = None, **
     recipe, settings = recipe_of(name), SETTINGS[name](**values | o.places | changes).check()
     torch._dynamo.reset()  # dynamo stops compiling after several models of the same class
     text = prepare_text(settings, recipe.tokenizer_class)
-    return TrainingLoop(run := Run(recipe, settings, hardware or o.hardware), build_task(run, text))
+    run = Run(recipe, settings, hardware or o.hardware)
+    return TrainingLoop(run, build_task(run, text))
 
 
 def step_of(loop: TrainingLoop) -> Callable[[], None]:
@@ -128,13 +130,14 @@ def parts(o: Any, loop: TrainingLoop) -> dict[str, float]:
 
         return timed(o, work)
 
-    whole = backward(lambda: task.loss(*given, 1.0).total)
+    teacher = deepcopy(task.model).eval().requires_grad_(False)
+    whole, of_student = (backward(lambda of=of: task.loss(*given, 1.0, of).total) for of in (None, teacher))
     loss = backward(lambda: linear_cross_entropy(hidden, task.model.lm_head.weight, given[1], kernel=kernel)[0])
     optimizer = timed(o, lambda: (torch.nn.utils.clip_grad_norm_(weights, 1.0), task.optimizers.step()))
     data, state = timed(o, lambda: task.batches.batch(1, 0, count)), task.state_tensors()
     saved = once(lambda: save_checkpoint(o.folder / "timed", loop.state.step, state, {}))
-    found = {"body": whole - loss, "loss": loss, "optimizer": optimizer, "data": data}
-    return found | {"evaluation": once(task.evaluate), "checkpoint": saved}
+    found = {"body": whole - loss, "loss": loss, "body and loss with a teacher": of_student, "optimizer": optimizer}
+    return found | {"data": data, "evaluation": once(task.evaluate), "checkpoint": saved}
 
 
 def resume(o: Any) -> Iterator[Row]:

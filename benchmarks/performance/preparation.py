@@ -71,14 +71,14 @@ def run(data_dir: Path, cache_dir: Path, vocab_size: int) -> dict[str, Any]:
     started, peak = time.perf_counter(), 0
     process.start()
     while process.is_alive():
-        peak = max(peak, held_alone(process.pid))
+        peak = max(peak, unshared_memory(process.pid))
         time.sleep(SAMPLE_SECONDS)
     if process.exitcode:
         raise TrainingFailed(f"a preparation ended with exit code {process.exitcode}")
     return receiver.recv() | {"seconds": time.perf_counter() - started, "peak": peak}
 
 
-def held_alone(pid: int) -> int:
+def unshared_memory(pid: int) -> int:
     """Return the unshared memory (USS) of the process and its descendants, in bytes."""
     total = 0
     with suppress(psutil.Error):  # a process has just ended

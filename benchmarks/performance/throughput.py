@@ -59,7 +59,7 @@ CONTEXTS = {"cpu": 256, "124m": 1024}
 OURS = {
     "mvlm_gpt2": ("mvlm_gpt2", {}),
     "simone_enhanced": ("simone_enhanced", {"coherence_weight": 0.0}),
-    "simone_enhanced, coherence on": ("simone_enhanced", {"coherence_weight": 0.3}),
+    "simone_enhanced with coherence": ("simone_enhanced", {"coherence_weight": 0.3}),
 }
 
 
@@ -238,9 +238,9 @@ def turn(steps: int) -> tuple[float, int]:
     return statistics.median(seconds), peak_memory()
 
 
-def chosen(options: argparse.Namespace) -> list[str]:
-    names = [name for name in CONTENDERS if name not in GIVEN_PEERS or vars(options)[GIVEN_PEERS[name][0]]]
-    return [name for name in names if not options.only or name in options.only]
+def available(options: argparse.Namespace) -> list[str]:
+    """Return all contenders but the peers whose folder is not given."""
+    return [name for name in CONTENDERS if name not in GIVEN_PEERS or vars(options)[GIVEN_PEERS[name][0]]]
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -255,7 +255,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with ExitStack() as stack:
         # Other ranks may still write to their file store while the folder is removed.
         options.folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-        for name in chosen(options):
+        for name in command.chosen(options.only, available(options)):
             settings = settings_of(name, options)
             recipe = recipe_of(OURS.get(name, OURS["mvlm_gpt2"])[0])
             per_token = step_cost(recipe.build, settings, hardware, 1).flops_per_token
@@ -309,21 +309,20 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, default=7, help="turns per contender [default 7]")
     add("--steps", type=int, default=3, help="steps per turn [default 3]")
     add("--batch_size", type=int, help="sequences per step [default: the shape's]")
-    add("--only", type=lambda text: text.split(";"), help="contenders to run, separated by semicolons")
+    add("--only", metavar="CONTENDERS", help=f"comma-separated contenders, from: {', '.join(CONTENDERS)}")
     add("--data_dir", type=Path, default=DEFAULT_DATA_DIR, help="corpus for our two models")
     workers = "data-parallel CPU workers of our two models; memory is then that of the first only [default 1]"
     add("--processes", type=int, default=1, help=workers)
     add("--nanogpt", type=Path, help="folder with nanoGPT's model.py")
     add("--litgpt", type=Path, help="folder with the litgpt package and its dependencies")
     options = parser.parse_args(arguments)
-    problems = command.at_least_one(options, "rounds", "steps", "processes")
-    unknown = [name for name in options.only or () if name not in CONTENDERS]
-    problems += [f"--only {name!r}: choose from {'; '.join(CONTENDERS)}" for name in unknown]
+    problems = command.at_least_one(options, "rounds", "steps", "processes", "batch_size")
     for option, file in GIVEN_PEERS.values():
         if (folder := vars(options)[option]) and not (folder / file).is_file():
             problems.append(f"--{option} {folder}: contains no {file}")
     if problems:
         raise UserError(problems)
+    command.chosen(options.only, available(options))
     return options
 
 

@@ -1,5 +1,7 @@
 """Fault injection: kill small real training runs repeatedly and check that resuming gives the same result.
 
+    python -m benchmarks.reliability.fault_injection --kills 100
+
 Each run trains, exports and packs a tiny model. It is killed with SIGKILL at random times and before every file
 operation in its folder, stopped with SIGTERM, and its newest checkpoint is corrupted; after each fault it is restarted.
 The result is compared with an uninterrupted run: weights and optimizer state bit by bit, all history records except

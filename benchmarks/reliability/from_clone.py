@@ -29,18 +29,18 @@ class Failed(Exception):
     """A step's command failed; the message includes the end of its output."""
 
 
-def run(command: list[str | Path], cwd: Path, **environment: str) -> str:
+def run(words: list[str | Path], cwd: Path, **environment: str) -> str:
     """Run a command and return its output.
 
     Raises:
         Failed: its exit code is not 0.
     """
     done = subprocess.run(
-        [str(word) for word in command], cwd=cwd, env=os.environ | environment, stdin=subprocess.DEVNULL,
+        [str(word) for word in words], cwd=cwd, env=os.environ | environment, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
-        raise Failed(f"exit code {done.returncode} of {command}:\n{done.stdout[-4000:]}")
+        raise Failed(f"exit code {done.returncode} of {words}:\n{done.stdout[-4000:]}")
     return done.stdout
 
 
@@ -77,10 +77,8 @@ def first_hour(place: Path) -> Iterator[tuple[str, str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = command.new_parser(__doc__, json=False)
-    parser.add_argument("--scratch", type=Path, help="temporary folder to use [default: the system's]")
-    options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(dir=options.scratch) as place:
+    command.new_parser(__doc__, json=False).parse_args(arguments)
+    with tempfile.TemporaryDirectory() as place:
         print(command.head(("step", "seconds", "")), flush=True)
         started = time.monotonic()
         try:

@@ -1,5 +1,7 @@
 """Simulate power loss after every file operation of small real runs, and check what survives on disk.
 
+    python -m benchmarks.reliability.power_loss --resumed 20
+
 Records runs of a tiny model (from scratch, resumed after a kill, rolled back to an older checkpoint): every change to
 directory entries and file contents in the run's folder, and every fsync. Each prefix of the recording is replayed as
 three possible disk states: unflushed changes are lost; all names exist, but unflushed content is truncated or zeroed

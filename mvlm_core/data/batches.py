@@ -21,7 +21,7 @@ class Batch:
     """Sequences of training text.
 
     Attributes:
-        inputs, targets: ``[sequences, context]`` int64; targets are the inputs, before noise, shifted by one.
+        inputs, targets: ``[sequences, context]`` int64; targets are the inputs shifted by one.
         weights: ``[sequences, context]`` float32, the content-alignment weight of each target's document.
         text_bytes: UTF-8 bytes of the targets.
     """
@@ -36,8 +36,6 @@ class BatchSource:
     """Batches of ``sequences`` sequences of ``context`` tokens.
 
     Args:
-        unigram_noise: fraction of inputs replaced by tokens drawn from the text; targets are unchanged (unigram
-            noising, Xie et al., arXiv 1703.02573). It reduces memorization, as no input is seen twice in the same form.
         replay: another text that supplies ``replay_share`` of the sequences, evenly interleaved; epochs still count
             passes over ``store``.
     Raises:
@@ -51,12 +49,11 @@ class BatchSource:
         context: int,
         sequences: int,
         seed: int,
-        unigram_noise: float = 0.0,
         replay: BatchSource | None = None,
         replay_share: Fraction = Fraction(0),
     ) -> None:
         self.store, self.context, self.sequences, self.seed = store, context, sequences, seed
-        self.unigram_noise, self.replay, self.replay_share = unigram_noise, replay, replay_share
+        self.replay, self.replay_share = replay, replay_share
         self.tokens_per_epoch = int((np.diff(store.starts) * store.repeats).sum())
         self.sequences_per_epoch = (self.tokens_per_epoch - 1) // context
         if self.sequences_per_epoch < 1:
@@ -109,12 +106,7 @@ class BatchSource:
         self._shuffle(epoch)
         begin = self._shift + int(self._order[index]) * self.context
         tokens, weights = self._read(np.arange(begin, begin + self.context + 1) % self.tokens_per_epoch)
-        inputs = tokens[:-1]
-        if self.unigram_noise:
-            random = np.random.Generator(np.random.PCG64([self.seed, number, 1]))
-            others, _ = self._read(random.integers(self.tokens_per_epoch, size=self.context))
-            inputs = np.where(random.random(self.context) < self.unigram_noise, others, inputs)
-        return inputs, tokens[1:], weights[1:]
+        return tokens[:-1], tokens[1:], weights[1:]
 
     def _read(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and weights at positions in the current epoch's concatenated text."""

@@ -153,13 +153,39 @@ def score_documents(
             if progress is not None:
                 progress(scores[key].bytes)
 
-    for batch in _batches(selected(), context, batch_size):
-        logits, targets, new = window_logits(model, batch, device)
-        nll = token_nll(logits, targets).double().cpu() * new
-        for window, nats in zip(batch, nll.sum(dim=1).tolist(), strict=True):
+    try:
+        for window, nats in _window_nats(model, _batches(selected(), context, batch_size), batch_size, device):
             scores[window.key].windows[window.number] = nats
-    model.train(was_training)
+    finally:
+        model.train(was_training)
     return Score(scores)
+
+
+def _window_nats(
+    model: Any, batches: Iterable[list[Window]], batch_size: int, device: str
+) -> Iterator[tuple[Window, float]]:
+    """Yield each window and the nats of its new tokens; ``batch_size`` is halved when memory runs out."""
+    left: list[Window] = []
+    for batch in batches:
+        left += batch
+        while left:
+            nats = _nats(model, left[:batch_size], device)
+            if nats is None and batch_size == 1:
+                raise torch.OutOfMemoryError("one window of the model's context does not fit in memory")
+            if nats is None:
+                batch_size = -(-batch_size // 2)
+                continue
+            yield from zip(left, nats, strict=False)
+            del left[: len(nats)]
+
+
+def _nats(model: Any, batch: list[Window], device: str) -> list[float] | None:
+    """Nats of each window's new tokens; None if memory runs out."""
+    try:
+        logits, targets, new = window_logits(model, batch, device)
+        return (token_nll(logits, targets).double().cpu() * new).sum(dim=1).tolist()
+    except torch.OutOfMemoryError:
+        return None
 
 
 def _batches(windows: Iterable[Window], context: int, batch_size: int) -> Iterator[list[Window]]:

@@ -93,7 +93,7 @@ class Signals:
             if self.number is not None and not self._logged:
                 self._logged = True
                 name = signal.Signals(self.number).name
-                log.info("%s: forwarded; waiting for the checkpoint (Ctrl-C again stops immediately)", name)
+                log.info("%s: forwarded; waiting for the running stage to stop (Ctrl-C again stops immediately)", name)
             return None
         self._children.remove(child)
         return 128 - code if code < 0 else code

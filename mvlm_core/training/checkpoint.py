@@ -33,7 +33,6 @@ _NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY_PREFIX, _DELETED_PREFIX = ".writing-", ".deleting-"
 _DAMAGED_SUFFIX, _LATER_SUFFIX = ".damaged", ".superseded"
 _SPARE_BYTES = 1 << 20  # for the JSON files
-_LEAST_KEPT = 2
 log = logging.getLogger("mvlm")
 
 
@@ -230,7 +229,7 @@ def _set_aside(folder: Path, suffix: str) -> None:
 
 
 def rotate_checkpoints(root: Path, keep: int) -> None:
-    """Keep the ``keep`` newest checkpoints (at least two) and the best ones they refer to (``best_step``).
+    """Keep the ``keep`` newest checkpoints and the best ones they refer to (``best_step``).
 
     Checkpoints written only because of a signal do not count and are deleted once a newer one exists. Weights-only
     checkpoints do not count either.
@@ -239,7 +238,7 @@ def rotate_checkpoints(root: Path, keep: int) -> None:
     states = {folder: read_json(folder / "state.json") for folder in folders}
     whole = [folder for folder in folders if not states[folder].get("weights_only")]
     regular = [folder for folder in whole if not states[folder].get("for_signal_only")]
-    kept = {*folders[-1:], *whole[-1:], *regular[-max(keep, _LEAST_KEPT) :]}
+    kept = {*folders[-1:], *whole[-1:], *regular[-keep:]}
     best_steps = (states[folder].get("best_step") for folder in kept)
     best = {checkpoint_folder(root, step) for step in best_steps if isinstance(step, int)}
     for folder in folders:

@@ -91,7 +91,7 @@ def step_cost(
         (sequences, settings.max_length),
     )
     with FakeTensorMode():
-        built = build(replace(settings, teacher=None), TokenizerShape(settings.vocab_size), hardware)
+        built = build(settings, TokenizerShape(settings.vocab_size), hardware)
         for module in built.modules.values():
             module.train()
         inputs, targets = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))

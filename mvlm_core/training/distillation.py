@@ -8,6 +8,7 @@ benchmarks/README.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +18,8 @@ from mvlm_core.settings import TrainingSettings
 
 if TYPE_CHECKING:  # `stages` must not import torch
     from transformers import PreTrainedModel
+
+    from mvlm_core.training.init_from import Source
 
 TEACHERS = Path("checkpoints", "teachers")  # below the output folder
 TEACHER_SHARE = 0.7  # of the loss
@@ -33,7 +36,7 @@ def stages(settings: TrainingSettings) -> list[TrainingSettings]:
     if not count:
         return [settings]
     root = Path(settings.output_dir or "") / TEACHERS
-    shorter: dict[str, Any] = {"num_models": 1, "no_test_score": True}
+    shorter: dict[str, Any] = {"num_models": 1, "no_test_score": True, "resume_from": None}
     shorter["num_epochs"] = min(settings.num_epochs or math.inf, settings.teacher_epochs)
     if settings.max_hours is not None:
         shorter["max_hours"] = settings.max_hours / (count + 4)
@@ -57,16 +60,14 @@ def relative_step_cost(settings: TrainingSettings) -> float:
     return 1 if settings.teacher is None else 4 / 3
 
 
-def load_teachers(settings: TrainingSettings, model_class: type[Model], device: str) -> list[Model]:
-    """Load each export of ``--teacher`` as a frozen ``model_class`` on ``device``, without running the exports' code.
+def load_teachers(sources: Iterable[Source], model_class: type[Model], device: str) -> list[Model]:
+    """Load exports as frozen models of ``model_class`` on ``device``, without running the exports' code.
 
     Raises:
         UserError: an export is not a ``model_class``.
     """
-    from mvlm_core.training.preparation import teachers_of
-
     models: list[Model] = []
-    for source in teachers_of(settings):
+    for source in sources:
         try:
             model: Any = model_class.from_pretrained(source.folder, local_files_only=True, use_safetensors=True)
         except (ValueError, OSError, RuntimeError) as error:
@@ -75,7 +76,7 @@ def load_teachers(settings: TrainingSettings, model_class: type[Model], device: 
     return models
 
 
-def teacher_of_step(teachers: list[Model]) -> Model | None:
+def teacher_of_step(teachers: Sequence[Model]) -> Model | None:
     """Draw one teacher for a micro-batch; None without teachers.
 
     In expectation, the gradient is that of the teachers' mean distribution, at the cost of a single teacher. The draw

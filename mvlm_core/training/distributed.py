@@ -210,6 +210,8 @@ def join(device: str) -> Ranks:
     folder, threads, memory = os.environ.get(FOLDER_VARIABLE), torch.get_num_threads(), None
     # With teachers, each model has its own process group, and each group needs its own file.
     store = dist.FileStore(str(Path(folder, f"store{next(_groups)}")), world) if folder else None
+    if store is not None:
+        store.set_timeout(_TIMEOUT)
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=_TIMEOUT
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mvlm_core.errors import TrainingFailed
 from mvlm_core.signals import StopRequest
+from mvlm_core.training.distillation import teacher_of_step
 from mvlm_core.training.gradient_sync import GradientSync
 from mvlm_core.training.state import LoopState
 from mvlm_core.training.task import Run, TrainingTask
@@ -102,7 +103,7 @@ class GradientAccumulator:
         score = self.task.loss if self._sync is None else self._sync.loss
         with nullcontext() if self._sync is None else self._sync.micro_batch(last):
             with self.hardware.autocast():
-                loss = score(inputs, targets, weights, share_done)
+                loss = score(inputs, targets, weights, share_done, teacher_of_step(self.task.teachers))
             (loss.total * share).backward()
         metrics = {"train_loss": loss.train_loss, **loss.parts}
         return {name: value.detach() * share for name, value in metrics.items()}, batch.text_bytes

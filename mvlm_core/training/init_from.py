@@ -152,8 +152,9 @@ def inherit(settings: TrainingSettings, name: str) -> list[str]:
 def _take(settings: TrainingSettings, entry: Field[Any], source: Source) -> list[str]:
     """Take one shape setting from the export, or report how the given value conflicts with it."""
     recorded, default = source.config["settings"], entry.metadata["default"]
-    values = [recorded[name] for name in (entry.name, *entry.metadata["aliases"]) if name in recorded]
-    value = source.config["tokenizer"].get("vocab_size") if entry.name == "vocab_size" else (values or [default])[0]
+    value = recorded.get(entry.name, default)
+    if entry.name == "vocab_size":
+        value = source.config["tokenizer"].get("vocab_size")
     if type(value) is not type(default):
         return [f"--init_from {settings.init_from}: {TRAINING_CONFIG} has no usable {entry.name}"]
     given = getattr(settings, entry.name)

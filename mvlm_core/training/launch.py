@@ -246,8 +246,8 @@ class Supervisor:
             return EXIT_FAILED  # the main rank has already printed the reason
         (_, description), _, number = causes[0]
         raise TrainingFailed(
-            f"process {number} of {self.world} {description}: all processes were killed; the same command resumes from "
-            f"the newest checkpoint{self.ranks[number].last_lines()}"
+            f"process {number} of {self.world} {description}: all processes were killed; the same command, without "
+            f"--fresh, resumes from the newest checkpoint{self.ranks[number].last_lines()}"
         )
 
     def _main_code(self) -> int:

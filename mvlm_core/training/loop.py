@@ -103,7 +103,9 @@ class TrainingLoop:
                 bar.update(tokens)
                 self._after_step(stopping, bar)
                 if stopping and not self.state.finished:
-                    log.info(f"stopped at step {self.state.step} of {self.length}; the same command resumes here")
+                    log.info(
+                        f"stopped at step {self.state.step} of {self.length}; run again without --fresh to resume here"
+                    )
                     raise Stopped(stop.number)
 
     @property
@@ -150,7 +152,7 @@ class TrainingLoop:
         if fix_length:
             self._fix_length(bar)
         if evaluating:
-            self.state.stopped_early = self._should_stop_early() and not ending
+            self.state.stopped_early = not ending and self._should_stop_early()
             self.state.finished = ending or self.state.stopped_early
         # During a streak of bad steps, save nothing: rotation must not delete the checkpoints from before it.
         regular = self.state.finished or (due and self.state.guard.trouble_since is None)
@@ -377,6 +379,8 @@ class TrainingLoop:
 
     def _handle_failed_save(self, error: OSError) -> None:
         step, self._saved_step = self._saved_step, None
+        if step == self.state.best_step:  # the next evaluation is the best again
+            self.state.best_step = self.state.best_bpb = None
         if step == 0 or (self.state.finished and step == self.state.step):
             raise TrainingFailed(
                 f"cannot write a checkpoint to {self.checkpoint_root} ({error}); free some space and run again"
@@ -397,9 +401,19 @@ class TrainingLoop:
                 check_identity(f"{checkpoint.folder} is", checkpoint.state.get("identity"), self.task.identity)
                 if named:
                     checkpoints.set_aside_later(self.checkpoint_root, checkpoint.step)
-        if self._restore(checkpoint) and checkpoint is not None and self.state.step > 0:
+        if not self._restore(checkpoint):
+            return
+        if self.ranks.broadcast(self._best_is_missing()):  # it was in another folder: --resume_from
+            self.state.best_step = self.state.best_bpb = None
+        if checkpoint is not None and self.state.step > 0:
             if not self.length.is_reached(self.state.step):
                 log.info("resuming from %s (step %s of %s)", checkpoint.folder, checkpoint.step, self.length)
+
+    def _best_is_missing(self) -> bool:
+        best = self.state.best_step
+        if best is None or best == self.state.step:
+            return False
+        return not checkpoints.checkpoint_folder(self.checkpoint_root, best).is_dir()
 
     def _restore(self, checkpoint: checkpoints.Checkpoint | None) -> bool:
         """Load the main rank's checkpoint on every rank; return False if it has none."""

@@ -39,7 +39,7 @@ GPU_MEMORY = (8e9, 16e9, 24e9, 80e9, 141e9)
 SMALL_CARD = 24e9
 SAMPLE_BYTES = 8_000_000  # a tokenizer trained on this much text needs 0.5 % more tokens than one trained on all 64 MB
 SCORED_BYTES = 2_000_000
-TEACHERS = "teachers"
+TEACHERS_ITEM, COMPILATION = "teachers", "compilation"
 TIMED = ("training steps", "evaluations", "checkpoints")  # what --max_hours covers
 
 log = logging.getLogger("mvlm")
@@ -113,7 +113,8 @@ def plan_run(
     *teachers, student = stages(settings)
     cached = replace(text, has_tokenizer=True, has_tokens=True, test_bytes=0)
     estimates = [_items(stage, one, cached, rate, compiled, hardware.threads) for stage in teachers]
-    taught = [item for _, items in estimates for item in items]
+    # All teachers have the same compiled graphs; the student's step has graphs of its own.
+    taught = [item for n, (_, items) in enumerate(estimates) for item in items if n == 0 or item.name != COMPILATION]
     student = with_time_left(student, _timed(taught))
     steps, items = _items(student, one, text, rate, compiled, hardware.threads)
     expected: list[str] = []
@@ -122,8 +123,8 @@ def plan_run(
         expected = recipe.law.describe(one.parameters, _timed([*taught, *items]), unit)
     if teachers:
         each = f"{len(teachers)} × {estimates[0][0]:,} steps"
-        items.insert(1, Item(TEACHERS, sum(item.seconds for item in taught), each))
-    flops = rate * sum(item.seconds for item in items if item.name in ("training steps", TEACHERS))
+        items.insert(1, Item(TEACHERS_ITEM, sum(item.seconds for item in taught), each))
+    flops = rate * sum(item.seconds for item in items if item.name in ("training steps", TEACHERS_ITEM))
     assumptions = [
         f"{GPU_SHARE:.0%} of {GPU_PEAK / 1e12:.0f} TFLOP/s, half of that for evaluations in fp32, {PRICE}"
         if on_gpu
@@ -240,7 +241,7 @@ def _items(
     cached = "from the cache" if text.has_tokens else f"{text.train_bytes / 1e6:,.1f} MB"
     items = [
         Item("tokenizer and tokens", learning + encoding, cached),
-        Item("compilation", COMPILE_SECONDS if compiled else 0.0),
+        Item(COMPILATION, COMPILE_SECONDS if compiled else 0.0),
         Item(
             "training steps",
             steps * step_seconds,

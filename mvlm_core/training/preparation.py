@@ -95,7 +95,7 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
         tokenizer = cached_tokenizer(
             tokenizer_class, pieces, corpus.fingerprint, settings.vocab_size, settings.cache_dir, quiet=settings.quiet
         )
-    teachers = teachers_of(settings)
+    teachers = tuple(open_source(place, "--teacher") for place in settings.teachers)
     _check_teachers(teachers, tokenizer, settings.max_length)
     store = build_token_store(corpus, tokenizer, settings.cache_dir, mix=mix_of(settings), quiet=settings.quiet)
     log.info("%s training tokens, %.2f bytes per token", f"{len(store.tokens):,}", store.bytes_per_token)
@@ -104,7 +104,6 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
         context=settings.max_length,
         sequences=settings.sequences_per_step,
         seed=settings.seed,
-        unigram_noise=settings.unigram_noise,
     )
     if old is None or (replay := replay_of(settings)) is None:
         return PreparedText(corpus, only, tokenizer, batches(store), source, old, teachers)
@@ -123,15 +122,6 @@ def _replayed(settings: TrainingSettings, new: Corpus, tokenizer: ByteLevelBPE, 
     store.repeats[[document.sha256 in held_out for document in old.corpus.split("train")]] = 0
     log.info("replay: %s tokens of %s (--replay %s)", f"{len(store.tokens):,}", old.corpus.root, settings.replay)
     return store
-
-
-def teachers_of(settings: TrainingSettings) -> tuple[Source, ...]:
-    """Open and check the exports named by ``--teacher``.
-
-    Raises:
-        UserError: missing, unfinished or damaged export.
-    """
-    return tuple(open_source(place, "--teacher") for place in settings.teachers)
 
 
 def _check_teachers(teachers: Iterable[Source], tokenizer: ByteLevelBPE, context: int) -> None:

@@ -30,13 +30,14 @@ class BuiltModel:
     Attributes:
         model: the transformers causal language model to export.
         modules: every module with trainable weights, by name; includes the model as "model".
-        loss: (inputs, targets, document weights, share of the run done) → ``StepLoss`` or an equivalent object.
+        loss: (inputs, targets, document weights, share of the run done, teacher) → ``StepLoss`` or an equivalent
+            object; the teacher is a frozen model of the same class to distil from, or None.
         idle: share of the run done → parameters that get no gradient from then on, if that changes during a run.
     """
 
     model: Any
     modules: dict[str, nn.Module]
-    loss: Callable[[Tensor, Tensor, Tensor, float], Any]
+    loss: Callable[..., Any]
     optimizers: Optimizers
     idle: Callable[[float], Iterable[Tensor]] = field(default=lambda share_done: (), kw_only=True)
 

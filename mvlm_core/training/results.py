@@ -15,9 +15,10 @@ from mvlm_core.evaluation.memorization import extractable_memorization
 from mvlm_core.export.folder import remove_export, software_versions
 from mvlm_core.export.manifest import TEST_SCORES, training_config, verify_folder
 from mvlm_core.metrics import BY_NAME, METRICS, PRIMARY_TEST_BPB
+from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.history import HISTORY_NAME
 from mvlm_core.training.preparation import PreparedText
-from mvlm_core.training.state import LoopState, check_identity
+from mvlm_core.training.state import TEACHERS_KEY, LoopState, check_identity, settings_identity
 from mvlm_core.training.task import Run
 from mvlm_core.training.tensorboard import TENSORBOARD_FOLDER
 
@@ -39,8 +40,23 @@ def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None) -
     return bool(enough) and not verify_folder(output_dir)
 
 
+def check_before_teachers(output_dir: Path, settings: TrainingSettings, teachers: int) -> None:
+    """Check, before teachers are trained, that the folder does not hold a finished model of another run.
+
+    Raises:
+        UserError: the model has other settings or another number of teachers.
+    """
+    recorded = training_config(output_dir, "identity").get("identity")
+    if isinstance(recorded, dict):
+        expected = settings_identity(settings)
+        known = {name: value for name, value in recorded.items() if name in expected}
+        known["number of teachers"] = len(str(recorded.get(TEACHERS_KEY, "")).split(",")) * (TEACHERS_KEY in recorded)
+        check_identity(f"{output_dir} holds a finished model", known, expected | {"number of teachers": teachers})
+
+
 def delete_run(output_dir: Path, keep: Sequence[Path] = ()) -> None:
     """Delete only an earlier run's files from the folder, and keep the folders that contain the new teachers."""
+    output_dir = output_dir.resolve()  # as are the teachers' folders
     remove_export(output_dir)
     for folder in (*(output_dir / "checkpoints").glob("*"), output_dir / TENSORBOARD_FOLDER):
         if not any(folder in kept.parents for kept in keep):

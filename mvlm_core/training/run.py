@@ -28,7 +28,7 @@ from mvlm_core.training.loop import TrainingLoop
 from mvlm_core.training.plan import log_costs, plan_run, planned_and_actual
 from mvlm_core.training.preparation import PreparedText, prepare_text
 from mvlm_core.training.recipe import Recipe
-from mvlm_core.training.run_length import total_steps
+from mvlm_core.training.run_length import run_length
 from mvlm_core.training.state import run_identity
 from mvlm_core.training.task import Run, TrainingTask, build_task
 
@@ -50,10 +50,8 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
         print(plan_run(recipe, settings, hardware).text())
         return Path(settings.output_dir or "")
     *teachers, student = [settings] if settings.prepare_only else stages(settings)
-    for number, teacher in enumerate(teachers, 1):
-        log.info("teacher %s of %s: %s", number, len(teachers), teacher.output_dir)
-        run_training(recipe, teacher)
-        hardware.release()
+    if teachers and not settings.fresh:
+        results.check_before_teachers(Path(settings.output_dir or ""), settings, len(teachers))
     hardware.apply()
     if (world := rank_count(settings)) > 1:
         if settings.processes > 1 or settings.gpus:
@@ -61,6 +59,10 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
         log.warning(
             "this process uses only one of several GPUs; start the trainer from the command line to use all of them"
         )
+    for number, teacher in enumerate(teachers, 1):
+        log.info("teacher %s of %s: %s", number, len(teachers), teacher.output_dir)
+        _run(Run(recipe, teacher, hardware, join(hardware.device)))
+        hardware.release()
     return _run(Run(recipe, student, hardware, join(hardware.device)), own_teachers=bool(teachers))
 
 
@@ -93,7 +95,7 @@ def _run(run: Run, *, own_teachers: bool = False) -> Path:
             f"cannot split a batch of {text.batches.sequences} sequences across {ranks.world} processes: start fewer, "
             "or raise --batch_size or --gradient_accumulation_steps"
         )
-    identity, steps = run_identity(settings, text), total_steps(settings, text.batches)
+    identity, steps = run_identity(settings, text), run_length(settings, text.batches).limit
     min_steps = None if settings.max_hours else steps  # only checkpoints record the length fixed by --max_hours
     stop = StopRequest()
     with RunLock(run.output_dir, str(run.output_dir)) if ranks.is_main else nullcontext():

@@ -49,10 +49,12 @@ class RunLength:
 
     def learning_rate_scale(self, step: int, schedule: str) -> float:
         """Fraction of the peak learning rate at step ``step`` (from 0)."""
-        start = self.fixed_at or 0
-        if self.total is None or step < start:
-            return min(1.0, (step + 1) / max(1, self.warmup))
-        return learning_rate_scale(step - start, self.total - start, 0 if self.by_time else self.warmup, schedule)
+        warmed_up = min(1.0, (step + 1) / max(1, self.warmup))
+        if self.total is None or step < (self.fixed_at or 0):
+            return warmed_up
+        if self.fixed_at is None:
+            return learning_rate_scale(step, self.total, self.warmup, schedule)
+        return min(warmed_up, learning_rate_scale(step - self.fixed_at, self.total - self.fixed_at, 0, schedule))
 
     def __str__(self) -> str:
         return "?" if self.total is None else str(self.total)
@@ -65,8 +67,9 @@ def run_length(settings: TrainingSettings, batches: BatchSource) -> RunLength:
         UserError: the warm-up is not shorter than the run.
     """
     total, warmup = total_steps(settings, batches), settings.warmup_steps
-    if settings.max_hours is not None or total is None:
+    if settings.max_hours is not None:
         return RunLength(total, _WARMUP_STEPS if warmup is None else warmup, by_time=True)
+    assert total is not None  # every preset has a length
     if warmup is None:
         warmup = max(1, round(_WARMUP_SHARE * total))
     elif warmup >= total:  # the learning rate would never reach its peak

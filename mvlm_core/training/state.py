@@ -12,7 +12,16 @@ from mvlm_core.training.divergence import GuardState
 from mvlm_core.training.preparation import PreparedText
 
 # Defaults for settings missing from a recorded identity: removed since, or added after the checkpoint was written.
-_UNNAMED = {"--ema_decay": 0.0, "--z_loss_weight": 1e-4, "--num_members": 1, "--validation_text": "primary"}
+_DEFAULTS_IF_MISSING = {
+    "--ema_decay": 0.0,
+    "--input_noise": 0.0,
+    "--num_members": 1,
+    "--validation_text": "primary",
+    "--z_loss_weight": 1e-4,
+}
+
+
+TEACHERS_KEY = "--teacher, its manifest"  # of an identity: the teachers' hashes, separated by commas
 
 
 @dataclass
@@ -102,17 +111,21 @@ def _typed(cls: type, saved: Any) -> Any:
     return cls(**values)
 
 
+def settings_identity(settings: TrainingSettings) -> dict[str, Any]:
+    """The part of a run's identity that the settings determine."""
+    return {"--preset": settings.preset} | {f"--{name}": value for name, value in settings.identity().items()}
+
+
 def run_identity(settings: TrainingSettings, text: PreparedText) -> dict[str, Any]:
     """Settings and fingerprints that define a run; a checkpoint with a different identity is refused."""
-    flags = {f"--{name}": value for name, value in settings.identity().items()}
     fingerprints = {"corpus": text.corpus.fingerprint, "tokenizer": text.tokenizer.sha256}
     if text.source is not None:
         fingerprints["--init_from, its manifest"] = text.source.sha256
     if text.teachers:
-        fingerprints["--teacher, its manifest"] = ",".join(teacher.sha256 for teacher in text.teachers)
+        fingerprints[TEACHERS_KEY] = ",".join(teacher.sha256 for teacher in text.teachers)
     if text.old is not None and text.batches.replay is not None:
         fingerprints["--replay"] = f"{text.batches.replay_share} of {text.old.corpus.fingerprint}"
-    return {"--preset": settings.preset} | flags | fingerprints
+    return settings_identity(settings) | fingerprints
 
 
 def check_identity(what: str, recorded: Any, current: dict[str, Any]) -> None:
@@ -121,7 +134,7 @@ def check_identity(what: str, recorded: Any, current: dict[str, Any]) -> None:
     Raises:
         UserError: lists every value that differs.
     """
-    old, new = _UNNAMED | (recorded if isinstance(recorded, dict) else {}), _UNNAMED | current
+    old, new = _DEFAULTS_IF_MISSING | (recorded if isinstance(recorded, dict) else {}), _DEFAULTS_IF_MISSING | current
     differing = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     if differing:
         problems = [

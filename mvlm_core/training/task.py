@@ -19,6 +19,7 @@ from mvlm_core.errors import UserError
 from mvlm_core.evaluation.bits_per_byte import bits_per_byte, score_documents
 from mvlm_core.hardware import Hardware
 from mvlm_core.settings import TrainingSettings
+from mvlm_core.training.distillation import load_teachers
 from mvlm_core.training.distributed import ALONE, Ranks
 from mvlm_core.training.init_from import Source
 from mvlm_core.training.optimizer import copy_named
@@ -48,12 +49,14 @@ class TrainingTask(BuiltModel):
     Attributes:
         evaluate: returns validation bits per byte of the current weights.
         identity: settings, data and tokenizer; a checkpoint resumes only if its identity is equal.
+        teachers: frozen models on the device, of which each micro-batch distils from one.
         score_before: returns scores of an export's weights before the first step of further training.
     """
 
     batches: BatchSource
     evaluate: Callable[[], float]
     identity: dict[str, Any]
+    teachers: list[Any]
     score_before: Callable[[], ScoresBefore]
 
     def weights(self) -> dict[str, Tensor]:
@@ -120,6 +123,7 @@ def build_task(run: Run, text: PreparedText) -> TrainingTask:
         batches=text.batches,
         evaluate=evaluate,
         identity=run_identity(settings, text),
+        teachers=load_teachers(text.teachers, type(built.model), run.hardware.device),
         score_before=score_before,
     )
 

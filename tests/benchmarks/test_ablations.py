@@ -37,7 +37,6 @@ def test_only_option_includes_the_reference_and_refuses_unknown_names(tmp_path):
 @pytest.mark.parametrize(
     ("differences", "expected"),
     [
-        ([], "no pair"),
         ([0.3], "one seed"),
         ([-0.0162, -0.0045, -0.0164], "helps"),  # mean -0.0124, standard error 0.0039
         ([0.0162, 0.0045, 0.0164], "hurts"),

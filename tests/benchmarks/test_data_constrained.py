@@ -20,7 +20,7 @@ def options_of(tmp_path, data_dir, *arguments):
     )
 
 
-def largest_book(data_dir):
+def train_book_sizes(data_dir):
     sizes = Counter()
     for document in load_corpus(data_dir).split("train"):
         sizes[document.book] += document.size
@@ -28,7 +28,7 @@ def largest_book(data_dir):
 
 
 def test_every_line_is_a_valid_run_with_the_expected_compute(tmp_path, tiny_corpus):
-    some = str(max(largest_book(tiny_corpus).values()))
+    some = str(max(train_book_sizes(tiny_corpus).values()))
     options = options_of(tmp_path, tiny_corpus, "--text_bytes", some, "--seeds", "2")
     runs = data_constrained.plan(options)
     assert len({run.folder for run in runs}) == len(runs) == 2 * len(data_constrained.TWINS)
@@ -50,7 +50,7 @@ def test_every_line_is_a_valid_run_with_the_expected_compute(tmp_path, tiny_corp
 
 
 def test_few_books_keep_all_translations_and_all_held_out_books(tmp_path, tiny_corpus):
-    whole, sizes = load_corpus(tiny_corpus), largest_book(tiny_corpus)
+    whole, sizes = load_corpus(tiny_corpus), train_book_sizes(tiny_corpus)
     options = options_of(tmp_path, tiny_corpus, "--text_bytes", str(max(sizes.values())))
     corpus = load_corpus(data_constrained.few_books(options))
     chosen = {d.book for d in corpus.split("train")}
@@ -106,7 +106,7 @@ def test_real_runs_make_a_table(tiny_corpus, tmp_path, monkeypatch, capsys):
         ]
 
     monkeypatch.setattr(data_constrained, "plan", tiny_plan)
-    text = ["--text_bytes", str(max(largest_book(tiny_corpus).values())), "--seeds", "1"]
+    text = ["--text_bytes", str(max(train_book_sizes(tiny_corpus).values())), "--seeds", "1"]
     for line, processes in (
         ("simone_enhanced 9 epochs with 1 teacher", "2"),
         ("mvlm_gpt2 18 epochs with 3 teachers", "1"),

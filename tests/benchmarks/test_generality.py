@@ -25,13 +25,6 @@ def test_unigram_scores_depend_only_on_word_frequencies():
     assert score("", "dog the") == score("", "the dog") and score("", "unheard") == pytest.approx(math.log(1 / 10))
 
 
-@pytest.mark.parametrize(
-    ("scores", "answer", "credit"), [((-1, -2), 0, 1), ((-1, -2), 1, 0), ((-1, -1, -5), 1, 0.5), ((-1, -1, -5), 2, 0)]
-)
-def test_tied_answers_share_the_point(scores, answer, credit):
-    assert generality.choice_point(scores, answer) == credit
-
-
 def test_other_prose_is_scored_next_to_test_books_and_compressors(trained, corpus, tmp_path, capsys):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "manual.txt").write_text(PROSE)

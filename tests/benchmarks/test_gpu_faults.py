@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import transformers
 
 import mvlm_core.training.cross_entropy
+import mvlm_core.training.distillation
 import prioritary_mvlm.advanced_losses
 import prioritary_mvlm.enhanced_trainer
 import simone_transformer.enhanced_model
@@ -50,8 +51,8 @@ def in_model(monkeypatch, change):
     """Apply ``change`` to each model that is built for a device."""
     right = gpu_correctness.Case.build
 
-    def build(case, hardware):
-        built, modules = right(case, hardware)
+    def build(case, hardware, seed=0):
+        built, modules = right(case, hardware, seed)
         change(built.model)
         return built, modules
 
@@ -218,12 +219,25 @@ ALL.remove(("simone_enhanced", "no_value_residual", "bf16"))  # one layer has no
 @pytest.mark.parametrize("model", MODELS)
 def test_correct_models_stay_below_half_of_the_limits(model, precision, cases):
     case, hardware = cases[model, precision]
-    for judge in (case.judge_training, case.judge_decoding):
-        _, figures, right = judge(hardware)
+    for check in (case.check_training, case.check_decoding):
+        _, figures, right = check(hardware)
         shares = [
             value for name, value in figures.items() if name in ("share of limit", "its share of limit", "with a cache")
         ]
         assert right and len(shares) == 2 and max(shares) < 0.5
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_students_loss_is_checked(model, cases, monkeypatch):
+    case, hardware = cases[model, "fp32"]
+    places = {name: getattr(case.settings, name) for name in ("data_dir", "cache_dir")}
+    student = gpu_correctness.Case(model, "smoke", *SHAPES["fp32"], places, is_student=True)
+    label, figures, passed = student.check_training(hardware)
+    assert passed and label.startswith(f"{model}, student") and figures["its share of limit"] < 0.5
+    assert figures["loss"] != pytest.approx(case.check_training(hardware)[1]["loss"], rel=1e-3)
+    module = mvlm_core.training.distillation if model == "mvlm_gpt2" else prioritary_mvlm.advanced_losses
+    monkeypatch.setattr(module, "TEACHER_SHARE", module.TEACHER_SHARE + 0.01)
+    assert student.check_training(hardware)[2] is False
 
 
 def test_real_width_passes_and_a_dropped_head_is_detected(tiny_corpus, tmp_path, monkeypatch):
@@ -231,13 +245,14 @@ def test_real_width_passes_and_a_dropped_head_is_detected(tiny_corpus, tmp_path,
     places = {"data_dir": str(tiny_corpus), "cache_dir": str(tmp_path / "cache")}
     case = gpu_correctness.Case("simone_enhanced", "h200", 1, 32, places)
     cpu = choose_hardware(device="cpu", precision="fp32")
-    assert case.settings.num_heads == 12 and case.judge_training(cpu)[2] and case.judge_decoding(cpu)[2]
-    # The reference rounds no more than float32 must, or its limits would let faults through.
-    assert max(case.limits["fp32"].gradients.values()) < 100 * torch.finfo(torch.float32).eps
+    assert case.settings.num_heads == 12 and case.check_training(cpu)[2] and case.check_decoding(cpu)[2]
+    # The reference rounds no more than float32 must, or its limits would let faults through. The order of summation
+    # depends on the CPU: below 100 with AVX-512, 132 with AVX2.
+    assert max(case.limits["fp32"].gradients.values()) < 150 * torch.finfo(torch.float32).eps
     kept = torch.ones(12, 1, 1)
     kept[7] = 0
     in_attention(monkeypatch, lambda right, q, k, v, options: right(q, k, v, **options) * kept)
-    worst = case.judge_training(cpu)[1]["tensors"]
+    worst = case.check_training(cpu)[1]["tensors"]
     # The deviation exceeds the bf16 limit by far, too.
     assert max(one["1 − cosine"] for one in worst.values()) > 5 * max(case.limits["bf16"].gradients.values()) ** 2 / 2
 
@@ -246,7 +261,7 @@ def test_real_width_passes_and_a_dropped_head_is_detected(tiny_corpus, tmp_path,
 def test_training_faults_are_detected(model, fault, precision, cases, monkeypatch):
     case, hardware = cases[model, precision]
     (FAULTS | MODEL_2_FAULTS)[fault](monkeypatch, model)
-    assert case.judge_training(hardware)[2] is False
+    assert case.check_training(hardware)[2] is False
 
 
 @pytest.mark.parametrize("precision", SHAPES)
@@ -255,4 +270,4 @@ def test_training_faults_are_detected(model, fault, precision, cases, monkeypatc
 def test_decoding_faults_are_detected(model, fault, precision, cases, monkeypatch):
     case, hardware = cases[model, precision]
     fault(monkeypatch, model)
-    assert case.judge_decoding(hardware)[2] is False
+    assert case.check_decoding(hardware)[2] is False

@@ -10,7 +10,7 @@ from benchmarks.experiments import mixes, runner
 
 def test_every_mix_has_valid_settings_and_its_own_folder(tmp_path):
     parser = runner.command_line("", "mixes", mixes.LINES)
-    options = runner.settled(parser.parse_args(["--work_dir", str(tmp_path), "--max_bytes", "1000"]))
+    options = runner.checked(parser.parse_args(["--work_dir", str(tmp_path), "--max_bytes", "1000"]))
     runs = runner.plan(mixes.LINES, options, runner.shared_values(options))
     assert len({run.folder for run in runs}) == len(runs) == 3 * len(mixes.LINES)
     settings = {run.label: run.settings().check() for run in runs}

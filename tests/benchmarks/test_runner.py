@@ -15,7 +15,7 @@ from tests.helpers import TINY
 
 def options_of(tmp_path, *arguments):
     parser = runner.command_line("", "experiment", ["one", "two"])
-    return runner.settled(parser.parse_args(["--work_dir", str(tmp_path), *arguments]))
+    return runner.checked(parser.parse_args(["--work_dir", str(tmp_path), *arguments]))
 
 
 def test_lines_are_planned_seed_by_seed(tmp_path):
@@ -70,9 +70,8 @@ def test_finished_runs_are_skipped_and_failures_are_logged(trained, finished, tm
     assert good.result() is None
 
     shown = []
-    assert (
-        runner.conduct([good, bad, finished["mvlm_gpt2"]], options, lambda found: shown.append(found) or "TABLE") == 1
-    )
+    runs = [good, bad, finished["mvlm_gpt2"]]
+    assert runner.run_experiment(runs, options, lambda found: shown.append(found) or "TABLE") == 1
     assert "1 already finished" in caplog.text and f"{bad.name} failed: exit code 2" in caplog.text
     assert "no/such" in caplog.text, "the end of the run's log is shown"
     assert "TABLE" in (out := capsys.readouterr().out) and "2 of 3 runs finished" in out
@@ -92,15 +91,13 @@ def test_table_option_runs_nothing_and_warns_of_differing_origins(finished, tmp_
     monkeypatch.setattr(runner, "make", None)
     here = finished["mvlm_gpt2"]
     options = options_of(tmp_path, "--table")
-    assert (
-        runner.conduct([here, replace(here, values=here.values | {"seed": 7})], options, lambda found: str(list(found)))
-        == 0
-    )
+    runs = [here, replace(here, values=here.values | {"seed": 7})]
+    assert runner.run_experiment(runs, options, lambda found: str(list(found))) == 0
     out = capsys.readouterr().out
     assert out.startswith("['mvlm_gpt2']") and "1 of 2 runs" in out and "not to be compared" not in out
     result = here.result()
     monkeypatch.setattr(Run, "result", lambda run: result | {"origin": {"precision": run.seed}})
-    runner.conduct([here, replace(here, values=here.values | {"seed": 7})], options, str)
+    runner.run_experiment([here, replace(here, values=here.values | {"seed": 7})], options, str)
     assert 'not to be compared:\n  {"precision": 0}\n  {"precision": 7}' in capsys.readouterr().out
 
 

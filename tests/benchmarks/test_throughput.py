@@ -23,12 +23,14 @@ def arguments(corpus, *more):
 
 
 def test_nanogpt_is_included_only_with_a_valid_path(tmp_path):
-    assert "nanoGPT" not in throughput.chosen(throughput.parse_options([]))
+    assert "nanoGPT" not in throughput.available(throughput.parse_options([]))
     with pytest.raises(UserError) as caught:
-        throughput.parse_options(["--nanogpt", str(tmp_path), "--rounds", "0", "--only", "nanogpt"])
+        throughput.parse_options(["--nanogpt", str(tmp_path), "--rounds", "0", "--batch_size", "0"])
     assert len(caught.value.problems) == 3
+    with pytest.raises(UserError, match="--only 'nanoGPT': choose from"):
+        throughput.parse_options(["--only", "mvlm_gpt2,nanoGPT"])
     (tmp_path / "model.py").touch()
-    assert "nanoGPT" in throughput.chosen(throughput.parse_options(["--nanogpt", str(tmp_path)]))
+    assert "nanoGPT" in throughput.available(throughput.parse_options(["--nanogpt", str(tmp_path)]))
 
 
 @pytest.mark.parametrize("name", [*throughput.OURS, "transformers.Trainer"])

@@ -78,23 +78,6 @@ def test_a_mix_repeats_documents_as_often_as_specified():
     assert np.all(times <= wanted) and wanted.sum() - times.sum() <= CONTEXT
 
 
-def test_unigram_noise_replaces_inputs_but_not_targets():
-    store = make_store(lengths=(4000,), repeats=[2])
-    clean, noisy = (BatchSource(store, context=512, sequences=8, seed=3, unigram_noise=n) for n in (0.0, 0.25))
-    before, after = clean.batch(1), noisy.batch(1)
-    assert np.array_equal(before.targets, after.targets) and before.text_bytes == after.text_bytes
-    assert np.mean(before.inputs != after.inputs) == pytest.approx(0.25, abs=0.03)
-    assert np.array_equal(noisy.batch(1, 2, 3).inputs, after.inputs[2:5]), "the same for any micro-batch"
-    replaced = [batch.inputs != clean.batch(n).inputs for n, batch in ((n, noisy.batch(n)) for n in (0, 1))]
-    assert not np.array_equal(*replaced), "each sequence has noise of its own"
-
-
-def test_unigram_noise_is_drawn_only_from_documents_in_the_mix():
-    store = make_store(repeats=[1, 0, 0, 0, 0])
-    batches = BatchSource(store, context=CONTEXT, sequences=4, seed=0, unigram_noise=0.9)
-    assert batches.batch(0).inputs.max() < 100, "only the first document is read, so only its tokens are drawn"
-
-
 def test_replay_is_evenly_interleaved_and_keeps_each_data_order():
     old = source(seed=1)
     mixed = source(replay=old, replay_share=Fraction("0.3"))

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from mvlm_core.evaluation import bits_per_byte
 from mvlm_core.evaluation.bits_per_byte import (
     bits_per_byte_by_part,
     context_of,
@@ -88,6 +89,31 @@ def test_score_does_not_depend_on_the_batch_size(small, real_text):
         score_documents(model, tokenizer.encode, documents, start_id=2, context=16, batch_size=size) for size in (1, 32)
     )
     assert one.nats == pytest.approx(many.nats, rel=1e-6)
+
+
+def test_batches_are_halved_when_memory_runs_out(small, real_text, monkeypatch):
+    model, tokenizer = small
+    real, sizes, most = bits_per_byte.window_logits, [], 2
+
+    def window_logits(model, batch, device):
+        sizes.append(len(batch))
+        if len(batch) > most:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(model, batch, device)
+
+    def score():
+        documents = [(str(number), text[:400]) for number, text in enumerate(real_text[:5])]
+        return score_documents(model, tokenizer.encode, documents, start_id=2, context=16, batch_size=7)
+
+    expected = score()
+    monkeypatch.setattr(bits_per_byte, "window_logits", window_logits)
+    assert score().nats == pytest.approx(expected.nats, rel=1e-6) and sizes[:4] == [7, 4, 2, 2] and max(sizes[3:]) == 2
+    most = 0
+    model.train()
+    with pytest.raises(torch.OutOfMemoryError, match="one window"):
+        score()
+    assert model.training
+    model.eval()
 
 
 def test_sampled_windows_score_the_same_as_in_a_full_run(small, real_text):

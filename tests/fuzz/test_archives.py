@@ -1,12 +1,12 @@
-"""Malicious and damaged archives: about 2,000 cases, each refused with its name and a reason, or harmless.
+"""Malicious and damaged archives: each is refused with its name and a reason, or harmless.
 
 The members are written byte by byte, because libraries refuse to write most of them.
 """
 
 import gzip
+import hashlib
 import io
 import json
-import random
 import shutil
 import struct
 import tarfile
@@ -124,26 +124,24 @@ def tar_gz(path, blocks, tail=bytes(1024)):
     data=st.binary(max_size=700),
 )
 def test_extra_members_are_refused(good, place, place_in, name, kind, mode, link, prefix, magic, data):
-    """500 cases: a member of any name, kind, mode and header format, anywhere in a valid archive."""
+    """A member of any name, kind, mode and header format, anywhere in a valid archive."""
     extra = member(name, data, kind=kind, mode=mode, link=link, prefix=prefix, magic=magic)
     blocks = list(good[1])
     blocks.insert(min(place_in, len(blocks)), extra)
-    if header(name, kind=kind, prefix=prefix, magic=magic) == bytes(512):
-        return
     judge(tar_gz(place, blocks), refused=True)
 
 
 @pytest.mark.parametrize("kind", [b"0", b"5", b"1", b"2"], ids=["file", "folder", "hard link", "symbolic link"])
 @pytest.mark.parametrize("name", ODD_NAMES, ids=ascii)
 def test_extra_members_with_unsafe_names_are_refused(good, place, name, kind):
-    """Four cases per name: as a file, folder, hard link and symbolic link."""
+    """Each name as a file, folder, hard link and symbolic link."""
     data = b"x" if kind == b"0" else b""
     judge(tar_gz(place, [*good[1], member(name, data, kind=kind, link=b"/etc/passwd")]), refused=True)
 
 
 @pytest.mark.parametrize("kind", range(256))
 def test_only_regular_file_type_flags_are_accepted(good, place, kind):
-    """256 cases: every type flag in the header of a listed file; only the two of regular files are accepted."""
+    """Every type flag in the header of a listed file; only the two of regular files are accepted."""
     blocks = list(good[1])
     number = next(n for n, block in enumerate(blocks) if block.startswith(b"mvlm_gpt2/config.json\0"))
     block = bytearray(blocks[number][:512])
@@ -163,7 +161,7 @@ def test_only_regular_file_type_flags_are_accepted(good, place, kind):
 )
 @pytest.mark.parametrize("name", [b"mvlm_gpt2/config.json\0", b"mvlm_gpt2/\0"], ids=["file", "folder"])
 def test_wrong_member_sizes_are_refused(good, place, size_field, name):
-    """34 cases: sizes that are not numbers, negative, too large, or different from the content's."""
+    """Sizes that are not numbers, negative, too large, or different from the content's."""
     blocks = list(good[1])
     number = next(n for n, block in enumerate(blocks) if block.startswith(name))
     block = bytearray(blocks[number])
@@ -176,7 +174,7 @@ def test_wrong_member_sizes_are_refused(good, place, size_field, name):
 @cases(300)
 @given(number=st.integers(0, 5), field=st.integers(0, 511), data=st.binary(min_size=1, max_size=40))
 def test_fuzzed_headers_are_refused_or_harmless(good, place, number, field, data):
-    """300 cases: random bytes in a header whose checksum is then recomputed, so that it is valid."""
+    """Random bytes in a header whose checksum is then recomputed, so that it is valid."""
     blocks = list(good[1])
     block = bytearray(blocks[number % len(blocks)])
     block[field : min(field + len(data), 512)] = data[: 512 - field]
@@ -197,8 +195,8 @@ def test_fuzzed_headers_are_refused_or_harmless(good, place, number, field, data
     ),
     globally=st.booleans(),
 )
-def test_pax_headers_are_refused(tmp_path_factory, good, place, keys, globally):
-    """200 cases: PAX headers that rename, resize, link or sparsify the next member."""
+def test_pax_headers_are_refused(good, place, keys, globally):
+    """PAX headers that rename, resize, link or sparsify the next member."""
     place.write_bytes(good[0])
     entries = members(place)
     buffer = io.BytesIO()
@@ -216,19 +214,27 @@ def test_pax_headers_are_refused(tmp_path_factory, good, place, keys, globally):
 
 
 @cases(250)
-@given(seed=st.integers(0, 2**40), packed=st.booleans())
-def test_corrupted_archives_are_refused_or_extract_unchanged(good, place, seed, packed):
-    """250 cases: a flipped bit, truncation, insertion, zeros or repetition, in the packed or the unpacked bytes."""
+@given(seed=st.integers(0, 2**40), packed=st.booleans(), zeros=st.sampled_from([64, 512]))
+def test_corrupted_archives_are_refused_or_extract_unchanged(good, place, seed, packed, zeros):
+    """A flipped bit, truncation, insertion, zeros or repetition, in the packed or the unpacked bytes."""
     whole = good[0] if packed else gzip.decompress(good[0])
-    data = damaged(whole, seed)
+    data = damaged(whole, seed, zeros)  # 512: up to a whole tar block
     place.write_bytes(data if packed else gzip.compress(data, 1))
     judge(place)
+
+
+@cases(300)
+@given(data=st.binary(max_size=3000), packed=st.booleans())
+def test_random_bytes_are_refused(place, data, packed):
+    """Arbitrary bytes, as they are or gzipped."""
+    place.write_bytes(gzip.compress(data, 1, mtime=0) if packed else data)
+    judge(place, refused=True)
 
 
 @cases(150)
 @given(share=st.floats(0, 1, exclude_max=True), packed=st.booleans())
 def test_truncated_archives_are_refused(good, place, share, packed):
-    """150 cases: an archive, or the tar file in it, truncated at any point."""
+    """An archive, or the tar file in it, truncated at any point."""
     whole = good[0] if packed else b"".join(good[1]) + bytes(512)
     data = whole[: int(share * len(whole))]
     place.write_bytes(data if packed else gzip.compress(data, 1))
@@ -238,7 +244,7 @@ def test_truncated_archives_are_refused(good, place, share, packed):
 @cases(100)
 @given(tail=st.binary(min_size=1, max_size=600).filter(lambda tail: tail.strip(b"\0")), where=st.integers(0, 2))
 def test_trailing_data_is_refused(good, place, tail, where):
-    """100 cases: data after the end-of-archive blocks, after the gzip stream, or in a second stream."""
+    """Data after the end-of-archive blocks, after the gzip stream, or in a second stream."""
     if where == 0:
         tar_gz(place, good[1], bytes(1024) + tail)
     else:
@@ -249,8 +255,8 @@ def test_trailing_data_is_refused(good, place, tail, where):
 @cases(150)
 @given(data=st.data())
 def test_invalid_or_mismatched_manifests_are_refused(good, place, data):
-    """150 cases: manifests with extra, missing or wrong entries, and values of any type."""
-    files = {name: packaging.hashlib.sha256(content).hexdigest() for name, content in FILES.items()}
+    """Manifests with extra, missing or wrong entries, and values of any type."""
+    files = {name: hashlib.sha256(content).hexdigest() for name, content in FILES.items()}
     manifest = {"format": 1, "name": "mvlm_gpt2", "files": files}
     match data.draw(st.integers(0, 4)):
         case 0:
@@ -271,7 +277,7 @@ def test_invalid_or_mismatched_manifests_are_refused(good, place, data):
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("what", ["zeros in a file", "only end marks", "many members", "empty streams", "long name"])
 def test_decompression_bombs_are_refused(good, place, monkeypatch, what, layers):
-    """10 cases: small files that unpack to large ones."""
+    """Small files that unpack to large ones."""
     monkeypatch.setattr(packaging, "SIZE_ALLOWANCE", 4 << 20)
     zeros = bytes(32 << 20)
     content = {
@@ -294,28 +300,9 @@ GZIP_FLAGS = {"name without an end": 8, "comment without an end": 16, "extra fie
 @pytest.mark.parametrize("flag", GZIP_FLAGS.values(), ids=GZIP_FLAGS)
 @pytest.mark.parametrize("fill", [b"a", b"\xff"])
 def test_malformed_gzip_headers_are_refused(place, flag, fill):
-    """8 cases: unterminated optional fields and reserved flags in the gzip header."""
+    """Unterminated optional fields and reserved flags in the gzip header."""
     place.write_bytes(b"\x1f\x8b\x08" + struct.pack("<BIBB", flag, 0, 0, 255) + fill * 200_000)
     judge(place, refused=True)
-
-
-@cases(60)
-@given(seed=st.integers(0, 2**40))
-def test_archives_of_equal_exports_are_byte_identical(tmp_path_factory, seed):
-    """60 cases: the order and modification times of the files do not matter."""
-    chance, folder = random.Random(seed), tmp_path_factory.mktemp("equal")
-    letters = "abcXYZ019_-+"
-    names = {"".join(chance.choices(letters, k=4)).lstrip("-+") or "x" for _ in range(chance.randrange(1, 6))}
-    names = {name.rstrip(".") for name in {name.lower(): name for name in names}.values()}
-    files = {name: chance.randbytes(chance.randrange(3000)) for name in names}
-    first = make_export(folder / "a", files, name="m")
-    second = make_export(folder / "b", dict(reversed(files.items())), name="m")
-    (second / "manifest.json").write_bytes((first / "manifest.json").read_bytes())
-    for path in second.iterdir():
-        packaging.os.utime(path, (seed % 10**9, seed % 10**9))
-    assert write_archive(first, folder / "a.gz") == write_archive(second, folder / "b.gz")
-    assert (folder / "a.gz").read_bytes() == (folder / "b.gz").read_bytes() and check_archive(folder / "a.gz") == []
-    shutil.rmtree(folder)
 
 
 def test_archives_by_the_test_writer_are_accepted(good, place):

@@ -1,5 +1,4 @@
-"""Corpus folders with arbitrary contents: about 1,400 cases. Usable texts are loaded, the rest is skipped with a
-reason, and nothing blocks."""
+"""Corpus folders with arbitrary contents: usable texts are loaded, others are skipped with a reason; nothing blocks."""
 
 from __future__ import annotations
 
@@ -84,7 +83,7 @@ def reasons(corpus):
     data=st.binary(max_size=300) | ANY_TEXT.map(lambda text: text.encode("utf-8", "surrogatepass")),
 )
 def test_random_bytes_are_loaded_as_text_or_skipped(folder, start, data):
-    """300 cases: random bytes after each byte-order mark."""
+    """Random bytes after each byte-order mark."""
     (folder / "x.txt").write_bytes(start + data)
     corpus = load(folder)
     assert ("x.txt" in reasons(corpus)) != ("x.txt" in {document.path for document in corpus.documents})
@@ -93,7 +92,7 @@ def test_random_bytes_are_loaded_as_text_or_skipped(folder, start, data):
 @cases(150)
 @given(seed=st.integers(0, 2**40), encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32", "latin-1"]))
 def test_corrupted_text_is_loaded_or_skipped(folder, seed, encoding):
-    """150 cases: real text in five encodings with a flipped bit, truncation, insertion, zeros or repetition."""
+    """Real text in five encodings with a flipped bit, truncation, insertion, zeros or repetition."""
     text = random.Random(seed).choice(list(sample_books().values()))[:5000].replace("God", "Gött")
     (folder / "x.txt").write_bytes(damaged(text.encode(encoding, "replace"), seed))
     corpus = load(folder)
@@ -103,7 +102,7 @@ def test_corrupted_text_is_loaded_or_skipped(folder, seed, encoding):
 @cases(300)
 @given(metadata=st.dictionaries(st.sampled_from(KEYS) | ANY_TEXT, ANY_JSON, max_size=5) | ANY_JSON)
 def test_text_with_arbitrary_json_metadata_is_loaded(folder, metadata):
-    """300 cases: arbitrary JSON; if it is not an object, it is reported."""
+    """Arbitrary JSON; if it is not an object, it is reported."""
     (folder / "x.txt").write_text("some text")
     (folder / "x.json").write_text(json.dumps(metadata))
     corpus = load(folder)
@@ -128,7 +127,7 @@ GOOD_VALUES = {
     | st.sampled_from([float("nan"), float("inf"), float("-inf")]),
 )
 def test_invalid_metadata_values_are_reported_and_replaced_by_defaults(folder, key, value):
-    """300 cases: an invalid value is reported with its key; a valid one is used."""
+    """An invalid value is reported with its key; a valid one is used."""
     (folder / "x.txt").write_text("some text")
     (folder / "x.json").write_text(json.dumps({key: value}))
     corpus = load(folder)
@@ -145,7 +144,7 @@ def test_invalid_metadata_values_are_reported_and_replaced_by_defaults(folder, k
 @cases(200)
 @given(seed=st.integers(0, 2**40), encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"]))
 def test_text_with_corrupted_metadata_is_loaded(folder, tiny_corpus, seed, encoding):
-    """200 cases: the damaged metadata of a real book in five encodings."""
+    """The damaged metadata of a real book in five encodings."""
     metadata = (tiny_corpus / "bible/kjv/08-ruth.json").read_text()
     (folder / "x.txt").write_text("some text")
     (folder / "x.json").write_bytes(damaged(metadata.encode(encoding), seed))
@@ -154,7 +153,7 @@ def test_text_with_corrupted_metadata_is_loaded(folder, tiny_corpus, seed, encod
 
 @pytest.mark.parametrize("kind", BROKEN_JSON)
 def test_malformed_metadata_is_ignored_with_a_reason(folder, kind):
-    """21 cases: anything but a JSON object, or one that only some parsers accept."""
+    """Anything but a JSON object, or one that only some parsers accept."""
     (folder / "x.txt").write_text("some text")
     (folder / "x.json").write_bytes(BROKEN_JSON[kind])
     assert "metadata ignored" in reasons(load(folder))["x.json"]
@@ -205,7 +204,7 @@ ODD_KINDS = (
 @pytest.mark.parametrize("kind", ODD_KINDS)
 @pytest.mark.parametrize("name", ["x.txt", "x.json"])
 def test_special_files_are_skipped_without_blocking(folder, name, kind):
-    """20 cases: pipes, sockets, devices, folders and links, as a text and as its metadata."""
+    """Pipes, sockets, devices, folders and links, as a text and as its metadata."""
     (folder / "x.txt").write_text("some text")
     (folder / name).unlink(missing_ok=True)
     make_odd(folder / name, kind)
@@ -220,7 +219,7 @@ def test_special_files_are_skipped_without_blocking(folder, name, kind):
 )
 @pytest.mark.parametrize("kind", ["text", "binary", "folder"])
 def test_skipped_files_with_odd_names_can_be_logged(folder, tmp_path, name, kind):
-    """21 cases: names with invalid UTF-8 or control characters, of a text, a binary file and a folder."""
+    """Names with invalid UTF-8 or control characters, of a text, a binary file and a folder."""
     path = os.path.join(os.fsencode(folder), name)
     if kind == "folder":
         os.mkdir(path)
@@ -253,14 +252,14 @@ def test_skipped_files_with_odd_names_can_be_logged(folder, tmp_path, name, kind
     ids=["marks", "marks at the end", "a few marks", "a long word", "blanks", "short lines", "returns", "odd", "last"],
 )
 def test_pathological_texts_are_loaded_or_skipped_in_time(folder, data, reason):
-    """9 cases: long texts and runs of characters that make naive algorithms quadratic."""
+    """Long texts and runs of characters that make naive algorithms quadratic."""
     (folder / "x.txt").write_bytes(data.encode())
     found = reasons(load(folder))
     assert (reason is None) == ("x.txt" not in found) and (reason or "") in found.get("x.txt", "")
 
 
 def test_tokenizer_training_handles_very_long_words_in_time(tmp_path):
-    """1 case: words of 300,000 letters; training on them unsplit takes a hundred times as long."""
+    """Words of 300,000 letters; training on them unsplit takes a hundred times as long."""
     text = long_letters(300_000)
     with within(30):
         tokenizer = AdvancedBPETokenizer.train([text, f"In the beginning {text}"], 1500)
@@ -268,7 +267,7 @@ def test_tokenizer_training_handles_very_long_words_in_time(tmp_path):
 
 
 def test_splitting_long_words_leaves_ordinary_text_unchanged(real_text):
-    """1 case: text without very long words is unchanged, however long its lines; split words lose no letters."""
+    """Text without very long words is unchanged, however long its lines; split words lose no letters."""
     from mvlm_core.data.tokenizer import _split_long_words
 
     one_line = "".join(real_text).replace("\n", " ")
@@ -277,13 +276,13 @@ def test_splitting_long_words_leaves_ordinary_text_unchanged(real_text):
 
 
 def test_metadata_over_the_size_limit_is_ignored(folder):
-    """1 case: 16 MB of metadata."""
+    """16 MB of metadata."""
     (folder / "a.json").write_bytes(b" " * METADATA_LIMIT + b'{"split": "train"}')
     assert "over the limit" in reasons(load(folder))["a.json"]
 
 
 def test_paths_over_the_system_limit_are_skipped(folder):
-    """1 case: nested folders until a path exceeds the system's limit."""
+    """Nested folders until a path exceeds the system's limit."""
     here = os.getcwd()
     os.chdir(folder)
     for _ in range(40):
@@ -298,7 +297,7 @@ def test_paths_over_the_system_limit_are_skipped(folder):
 
 @pytest.mark.parametrize("name", ["x\nerror: y", "\x1b[31m", "\udcff"])
 def test_data_folders_with_unprintable_names_are_refused(tmp_path, folder, name):
-    """3 cases: the name of the data folder goes into logs and into the export."""
+    """The name of the data folder goes into logs and into the export."""
     odd = tmp_path / name
     folder.rename(odd)
     _, message = raises_only(UserError, lambda: load_corpus(odd))
@@ -306,7 +305,7 @@ def test_data_folders_with_unprintable_names_are_refused(tmp_path, folder, name)
 
 
 def test_trainer_exits_with_code_2_if_no_file_is_usable(tmp_path):
-    """1 case, in a subprocess: the files are named, without a traceback and without blocking."""
+    """In a subprocess: the files are named, without a traceback and without blocking."""
     for number, data in enumerate((b"\xff", bytes(range(256)), b"", b"a" + "\u0301".encode() * 5000)):
         (tmp_path / f"{number}.txt").write_bytes(data)
     os.mkfifo(tmp_path / "pipe.txt")
@@ -343,7 +342,7 @@ def cached(tmp_path_factory):
 @cases(40)
 @given(file=st.sampled_from(["index.json", "tokens.bin"]), seed=st.integers(0, 2**40), value=st.none() | ANY_JSON)
 def test_damaged_token_files_are_rebuilt_identically(cached, file, seed, value):
-    """40 cases: cached token files, damaged or replaced by other JSON."""
+    """Cached token files, damaged or replaced by other JSON."""
     folder, build, tokens = cached
     index = value is not None and file == "index.json"
     (folder / file).write_bytes(json.dumps(value).encode() if index else damaged((folder / file).read_bytes(), seed))

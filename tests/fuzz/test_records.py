@@ -1,5 +1,4 @@
-"""Fuzzed configurations and run records in exports with a matching manifest: about 750 cases, through all of their
-readers."""
+"""Fuzzed configurations and run records in exports with a matching manifest, through all of their readers."""
 
 from __future__ import annotations
 
@@ -21,10 +20,8 @@ from mvlm_core.pipeline import comparison
 from mvlm_core.pipeline.summary import Summary
 from mvlm_core.run_layout import Layout, training_history
 from tests.export.exports import seal, set_json
-from tests.fuzz.test_exports import export, whole  # noqa: F401  fixtures
 from tests.helpers import ANY_JSON, ANY_TEXT, HUGE, SCALARS, cases, raises_only, with_a_value_replaced, within
 
-# ruff: noqa: F811  the fixtures' names are those of the arguments
 CONFIG_KEYS = ["n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "activation_function", "model_type"]
 CONFIG_KEYS += ["layer_norm_epsilon", "dtype"]
 REQUEST = {"prompts": ["In the"], "texts": ["a b"], "specials": ["<eos>"], "parameters": 1, "vocabulary": 1}
@@ -34,7 +31,7 @@ NAMES = ["..", "../other", "/", ".", "", "run.lock", "a/b", "config.json"]
 @pytest.mark.parametrize("key", CONFIG_KEYS)
 @pytest.mark.parametrize("value", [None, "x", -1, 0, 7, [], {}, True, 1.5], ids=ascii)
 def test_models_with_invalid_config_values_load_or_are_refused(export, key, value):
-    """81 cases: wrong values in config.json, loaded as in the validator's subprocess: a one-line error, or a model."""
+    """Wrong values in config.json, loaded as in the validator's subprocess: a one-line error, or a model."""
     set_json(export / "config.json", **{key: value})
     logging.disable(logging.ERROR)
     try:
@@ -53,7 +50,7 @@ def test_models_with_invalid_config_values_load_or_are_refused(export, key, valu
     ids=["endless layers", "endless width"],
 )
 def test_models_too_large_to_load_fail_with_a_reason(export, monkeypatch, values, reason):
-    """2 cases in subprocesses: too many layers, too much memory."""
+    """In subprocesses: too many layers, too much memory."""
     if reason == "not done after":  # the other one fails by itself, however busy the machine is
         monkeypatch.setattr(validation, "LOADING_SECONDS", 3)
     set_json(export / "config.json", **values)
@@ -65,7 +62,7 @@ def test_models_too_large_to_load_fail_with_a_reason(export, monkeypatch, values
 
 
 def test_unknown_tokenizer_class_is_refused(export):
-    """1 case: a tokenizer class that does not exist, and a special token that is not a string."""
+    """A tokenizer class that does not exist, and a special token that is not a string."""
     set_json(export / "tokenizer_config.json", tokenizer_class="NoSuchTokenizer", bos_token=5)
     with pytest.raises(load_probe.Unusable, match=r"tokenizer_config\.json"):
         load_probe.probe(REQUEST | {"folder": str(export)})
@@ -73,9 +70,9 @@ def test_unknown_tokenizer_class_is_refused(export):
 
 @cases(200)
 @given(seed=st.integers(0, 2**40), value=ANY_JSON, deep=st.booleans())
-def test_fuzzed_training_config_is_read_or_refused(whole, export, monkeypatch, seed, value, deep):
-    """200 cases: arbitrary training_config.json with a matching manifest, through all of its readers."""
-    config = json.loads((whole / "training_config.json").read_text())
+def test_fuzzed_training_config_is_read_or_refused(trained, export, monkeypatch, seed, value, deep):
+    """Arbitrary training_config.json with a matching manifest, through all of its readers."""
+    config = json.loads((trained / "mvlm_gpt2" / "training_config.json").read_text())
     config = with_a_value_replaced(config, seed, value) if deep else value
     (export / "training_config.json").write_text(json.dumps(config))
     seal(export)
@@ -107,7 +104,7 @@ ENTRY = {"status": "finished", "parameters": 1, "bytes": 2, "tokens": 3, "test_b
     name=st.sampled_from(["mvlm_gpt2", "../x", "a/b"]) | ANY_TEXT,
 )
 def test_fuzzed_training_summary_is_read_or_refused(export, seed, value, deep, name):
-    """150 cases: arbitrary training_summary.json, through all of its readers."""
+    """Arbitrary training_summary.json, through all of its readers."""
     layout = Layout(export.parent.parent)
     value = with_a_value_replaced({"models": {name: ENTRY}}, seed, value) if deep else value
     layout.summary.write_text(json.dumps(value))
@@ -129,7 +126,7 @@ def test_fuzzed_training_summary_is_read_or_refused(export, seed, value, deep, n
 @cases(100)
 @given(seed=st.integers(0, 2**40), value=ANY_JSON, deep=st.booleans())
 def test_fuzzed_training_history_yields_only_plottable_records(export, tmp_path, seed, value, deep):
-    """100 cases: arbitrary training_history.json."""
+    """Arbitrary training_history.json."""
     history = [{"step": n, "bytes": n, "seconds": 0.1, "train_loss": 6.0, "validation_bpb": 2.0} for n in range(3)]
     path = export / "training_history.json"
     path.write_text(json.dumps(history))
@@ -147,7 +144,7 @@ def test_fuzzed_training_history_yields_only_plottable_records(export, tmp_path,
     whole_manifest=st.booleans(),
 )
 def test_remove_export_with_a_fuzzed_manifest_spares_other_files(export, files, value, whole_manifest):
-    """150 cases: manifests that list files outside, the lock or a folder: only the export's own files are deleted."""
+    """Manifests that list files outside, the lock or a folder: only the export's own files are deleted."""
     bystanders = [export.parent / "other", export / "run.lock", export / "checkpoints" / "x"]
     for path in bystanders:
         path.parent.mkdir(exist_ok=True)
@@ -161,7 +158,7 @@ def test_remove_export_with_a_fuzzed_manifest_spares_other_files(export, files, 
 
 
 def test_remove_export_spares_a_listed_lock_and_folder(export):
-    """1 case: a valid manifest that lists the run's lock and checkpoints: only the export's own file is deleted."""
+    """A valid manifest that lists the run's lock and checkpoints: only the export's own file is deleted."""
     (export / "run.lock").write_text("mine")
     (export / "checkpoints").mkdir()
     files = dict.fromkeys(["run.lock", "checkpoints", "config.json"], "0" * 64)
@@ -174,13 +171,13 @@ def test_remove_export_spares_a_listed_lock_and_folder(export):
 @cases(60)
 @given(data=st.binary(max_size=300) | st.binary(max_size=20).map(lambda b: b"0" * 64 + b"  " + b + b"\n"))
 def test_fuzzed_checksum_files_yield_only_valid_digests(tmp_path, data):
-    """60 cases: SHA256SUMS of arbitrary bytes."""
+    """SHA256SUMS of arbitrary bytes."""
     (tmp_path / "SHA256SUMS").write_bytes(data)
     assert all(len(digest) == 64 for digest in read_checksums(tmp_path / "SHA256SUMS").values())
 
 
 @pytest.mark.parametrize("said", [None, "3.0", HUGE, -HUGE, float("nan"), float("inf"), True, [], {}, 3, 3.01])
 def test_invalid_recorded_scores_never_match(said):
-    """11 cases: recorded scores that are invalid or differ never equal the measured one, and never overflow."""
+    """Recorded scores that are invalid or differ never equal the measured one, and never overflow."""
     assert not validation.same_score(said, 3.0, 1e-3) and validation.same_score(3.0, 3.0, 1e-3)
     assert validation.same_score(3.0005, 3.0, 1e-3) and not validation.same_score(3.0005, 3.0, 1e-4)

@@ -11,8 +11,7 @@ import torch
 from mvlm_core.errors import Stopped
 from mvlm_core.training.distributed import ALONE, Ranks, join
 from mvlm_core.training.loop import TrainingLoop
-from tests.helpers import StopAfter, make_loop, tiny_settings
-from tests.training.test_loop import everything_on
+from tests.helpers import StopAfter, everything_on, make_loop, tiny_settings
 
 
 def run(corpus: Path, work: Path, model: str, steps: int, ranks: Ranks = ALONE, **more: Any) -> TrainingLoop:

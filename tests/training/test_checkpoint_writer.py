@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mvlm_core.training.checkpoint_writer import CheckpointWriter
+from tests.helpers import needs_cuda
 
 
 def test_tensors_are_snapshotted_when_the_write_starts():
@@ -58,7 +59,7 @@ def test_write_errors_are_raised_once_by_wait(error):
     assert not writer.ended
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 def test_cuda_snapshot_ignores_later_work_on_the_stream():
     writer, written = CheckpointWriter(), []
     weight = torch.ones(64 << 20, device="cuda")

@@ -75,8 +75,7 @@ def test_twelve_layers_compile_to_few_graphs_with_static_shapes(model, layers, g
 
 
 def test_micro_batch_halving_does_not_hit_the_recompile_limit(graphs, tiny_corpus, tmp_path):
-    """Without a reset torch.compile gives up at a function's ninth shape, which ends the run."""
-    assert torch._dynamo.config.recompile_limit == 8
+    """By default torch.compile gives up at a function's ninth graph, which would end the run."""
     settings = tiny_settings("simone_enhanced", tiny_corpus, tmp_path, batch_size=32)
     loop = make_loop("simone_enhanced", settings, compiled=True)
     real, tried = loop.task.loss, []
@@ -91,6 +90,16 @@ def test_micro_batch_halving_does_not_hit_the_recompile_limit(graphs, tiny_corpu
     object.__setattr__(loop.task, "loss", loss)
     loop.gradients.find_micro_batch(loop.state, 0.0)
     assert tried == [32, 16, 8, 4, 2, 1] and loop.state.micro_batch == 1 and len(graphs) > 8
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_second_model_of_the_same_shape_compiles_nothing(model, graphs, tiny_corpus, tmp_path):
+    counts = []
+    for seed in range(2):
+        settings = tiny_settings(model, tiny_corpus, tmp_path / str(seed), seed=seed)
+        make_loop(model, settings, compiled=True).gradients.micro_batch(0, 0, 4, 0.0)
+        counts.append(len(graphs))
+    assert 0 < counts[0] == counts[1]
 
 
 class NoWaiting(TorchDispatchMode):

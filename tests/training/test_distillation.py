@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from mvlm_core.errors import Stopped, UserError
 from mvlm_core.evaluation.bits_per_byte import load_export
 from mvlm_core.export.manifest import training_config, verify_folder
 from mvlm_core.training.checkpoint import newest_checkpoint
-from mvlm_core.training.distillation import TEACHER_SHARE, TEACHERS, stages, with_time_left
+from mvlm_core.training.distillation import TEACHER_SHARE, TEACHERS, stages, teacher_of_step, with_time_left
 from mvlm_core.training.run import run_training
 from tests.export.exports import copy_export, seal, set_json
 from tests.helpers import MODELS, StopAfter, make_loop, recipe_of, tiny_settings
@@ -25,7 +26,7 @@ def corpus(trained):
 def first_loss(loop):
     batch = loop.task.batches.batch(0)
     inputs, targets, weights = map(torch.from_numpy, (batch.inputs, batch.targets, batch.weights))
-    return inputs, loop.task.loss(inputs, targets, weights, 0.9)
+    return inputs, loop.task.loss(inputs, targets, weights, 0.9, teacher_of_step(loop.task.teachers))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -54,7 +55,9 @@ def test_distillation_loss_matches_plain_transformers_logits(model, trained, cor
 
 def test_stages_divide_seeds_time_and_folders(tmp_path):
     lengths = {"max_hours": 1.2, "max_steps": 10, "num_epochs": 9.0}
-    settings = tiny_settings("mvlm_gpt2", tmp_path, tmp_path, num_models=3, seed=5, teacher_epochs=2.5, **lengths)
+    settings = tiny_settings(
+        "mvlm_gpt2", tmp_path, tmp_path, num_models=3, seed=5, teacher_epochs=2.5, resume_from="x", **lengths
+    )
     first, second, student = stages(settings)
     root = tmp_path / "mvlm_gpt2"
     teachers = root / "checkpoints" / "teachers"
@@ -62,6 +65,7 @@ def test_stages_divide_seeds_time_and_folders(tmp_path):
     assert [stage.num_models for stage in (first, second, student)] == [1, 1, 1]
     assert [stage.output_dir for stage in (first, second, student)] == [str(p) for p in (*teachers_in(teachers), root)]
     assert first.teacher is second.teacher is None
+    assert (first.resume_from, second.resume_from, student.resume_from) == (None, None, "x")
     assert student.teacher == ",".join(str(place) for place in teachers_in(teachers))
     assert first.no_test_score and second.no_test_score and not student.no_test_score
     assert first.max_hours == second.max_hours == pytest.approx(0.2), "at most"
@@ -131,9 +135,11 @@ def test_rerun_of_finished_teacher_and_student_trains_nothing(corpus, tmp_path, 
     assert (folder / "model.safetensors").read_bytes() == before
 
 
-def test_fresh_retrains_teacher_and_student(corpus, tmp_path):
+def test_fresh_retrains_teacher_and_student(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
     def run(**changes):
-        settings = tiny_settings("mvlm_gpt2", corpus, tmp_path, num_models=2, max_steps=4, **changes)
+        settings = tiny_settings("mvlm_gpt2", corpus, Path("relative"), num_models=2, max_steps=4, **changes)
         return run_training(recipe_of("mvlm_gpt2"), settings)
 
     folder = run()
@@ -171,3 +177,12 @@ def test_finished_run_without_the_teacher_is_rejected(trained, corpus, tmp_path)
         run_training(
             recipe_of(model), tiny_settings(model, corpus, tmp_path, max_steps=4, teacher=str(trained / model))
         )
+
+
+def test_a_finished_model_with_other_teachers_is_refused_before_teachers_are_trained(corpus, tmp_path):
+    run_training(recipe_of("mvlm_gpt2"), tiny_settings("mvlm_gpt2", corpus, tmp_path, max_steps=4))
+    with pytest.raises(UserError) as error:
+        settings = tiny_settings("mvlm_gpt2", corpus, tmp_path, max_steps=4, num_models=3, dropout=0.3)
+        run_training(recipe_of("mvlm_gpt2"), settings)
+    assert "number of teachers was 0, now 2" in str(error.value) and "--dropout was" in str(error.value)
+    assert not (tmp_path / "mvlm_gpt2" / TEACHERS).exists()

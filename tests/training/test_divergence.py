@@ -10,8 +10,16 @@ from mvlm_core.training.checkpoint import checkpoint_folders
 from mvlm_core.training.divergence import GuardState
 from mvlm_core.training.history import read_history
 from mvlm_core.training.optimizer import build_optimizers
-from tests.helpers import MODELS, DelayedThread, StopAfter, make_loop, tiny_settings
-from tests.training.test_loop import everything_on, final_state
+from tests.helpers import (
+    MODELS,
+    DelayedThread,
+    StopAfter,
+    assert_same_end,
+    everything_on,
+    final_state,
+    make_loop,
+    tiny_settings,
+)
 
 
 def breaking_loop(model, corpus, work, breaks, **changes):
@@ -40,8 +48,7 @@ def test_non_finite_step_leaves_weights_and_optimizer_unchanged(model, value, ti
 
     before = weights_after(5, lambda step, rate: 1.0)
     after = weights_after(6, lambda step, rate: value if step == 6 else 1.0)
-    for expected, found in zip(before[:2], after[:2], strict=True):
-        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert_same_end(before[:2], after[:2])
     assert after[3]["guard"]["skipped"] == 1 and after[3]["guard"]["trouble_since"] == 6
     last = after[2][-1]
     assert last["skipped"] is True and "train_loss" not in last and last["step"] == 6
@@ -98,9 +105,7 @@ def test_divergence_is_rolled_back_identically_with_and_without_interruptions(ti
     rates = [record["learning_rate"] for record in whole[2]]
     assert rates[4] == 2 * rates[5] == 2 * rates[19]
     for stops in ((7,), (7, 2, 3, 4)):
-        stopped = run(tmp_path / f"stopped{len(stops)}", *stops)
-        assert all(torch.equal(whole[0][name], stopped[0][name]) for name in whole[0])
-        assert whole[2:] == stopped[2:]
+        assert_same_end(whole, run(tmp_path / f"stopped{len(stops)}", *stops))
 
 
 def test_training_fails_after_three_rollbacks(tiny_corpus, tmp_path):

@@ -10,36 +10,25 @@ import pytest
 import torch
 
 from mvlm_core.errors import Stopped, TrainingFailed, UserError
+from mvlm_core.training import checkpoint
 from mvlm_core.training.checkpoint import checkpoint_folders, newest_checkpoint
 from mvlm_core.training.divergence import GuardState
 from mvlm_core.training.history import read_history
 from mvlm_core.training.run_length import total_steps
 from mvlm_core.training.state import LoopState
 from tests.helpers import (
-    EVERYTHING_ON,
-    FIXTURES,
     MODELS,
     DelayedThread,
     StopAfter,
     ThreadOfOneStep,
+    assert_same_end,
+    everything_on,
+    final_state,
     make_loop,
+    needs_cuda,
     tiny_settings,
 )
-
-TIMES = ("seconds", "step_seconds", "spent", "tokens_per_second", "memory_bytes")
-GOLDEN = FIXTURES / "golden_losses.json"
-
-
-def everything_on(model):
-    parts = {"alignment_weight": 0.5, "coherence_weight": 0.3} if model == "simone_enhanced" else {}
-    return {**EVERYTHING_ON, **parts}
-
-
-def final_state(loop):
-    checkpoint = newest_checkpoint(loop.checkpoint_root)
-    history = [{k: v for k, v in record.items() if k not in TIMES} for record in read_history(loop.step_log.path)]
-    state = {k: v for k, v in checkpoint.state.items() if k not in TIMES}
-    return checkpoint.tensors("model"), checkpoint.tensors("optimizer"), history, state
+from tests.record_golden_losses import GOLDEN, golden_losses
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -54,10 +43,7 @@ def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(model, tiny_corpus
     last = make_loop(model, settings)
     state = last.run(StopAfter())
     assert state.finished and state.step == 24
-    for expected, found in zip(final_state(whole)[:2], final_state(last)[:2], strict=True):
-        assert expected.keys() == found.keys() and expected
-        assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert final_state(whole)[2:] == final_state(last)[2:]
+    assert_same_end(final_state(whole), final_state(last))
     assert [record["step"] for record in read_history(last.step_log.path)] == list(range(1, 25))
 
 
@@ -78,9 +64,7 @@ def test_background_save_holds_the_state_of_its_own_step(thread, tiny_corpus, tm
     assert newest_checkpoint(killed.checkpoint_root).step == 6
     last = loop(tmp_path / "killed")
     last.run(StopAfter())
-    for expected, found in zip(final_state(whole)[:2], final_state(last)[:2], strict=True):
-        assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert final_state(whole)[2:] == final_state(last)[2:]
+    assert_same_end(final_state(whole), final_state(last))
 
 
 class FailAfter(StopAfter):
@@ -187,7 +171,7 @@ def test_checkpoints_of_a_different_corpus_or_tokenizer_are_rejected(tiny_corpus
 
 def test_harmless_changes_are_accepted(tiny_corpus, tmp_path):
     make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=3)).run(StopAfter())
-    changes = {"log_interval": 1, "batch_size": 2, "gradient_accumulation_steps": 2, "keep_checkpoints": 1}
+    changes = {"log_interval": 1, "batch_size": 2, "gradient_accumulation_steps": 2, "keep_checkpoints": 3}
     assert (
         make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **changes)).run(StopAfter()).step == 12
     )
@@ -202,9 +186,7 @@ def test_resume_from_an_older_checkpoint(tiny_corpus, tmp_path):
         "mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, keep_checkpoints=9, resume_from=str(older))
     )
     again.run(StopAfter())
-    found = final_state(again)
-    assert all(torch.equal(expected[0][name], found[0][name]) for name in expected[0])
-    assert expected[2:] == found[2:]
+    assert_same_end(expected, final_state(again))
 
 
 def test_early_stopping_waits_for_patience_and_min_epochs(tiny_corpus, tmp_path):
@@ -215,7 +197,7 @@ def test_early_stopping_waits_for_patience_and_min_epochs(tiny_corpus, tmp_path)
         max_steps=40,
         eval_interval=1,
         patience=2,
-        keep_checkpoints=1,
+        keep_checkpoints=2,
     )
     loop = make_loop("mvlm_gpt2", settings)
     settings.min_epochs = loop.task.batches.epoch_at(6)
@@ -252,12 +234,8 @@ def test_warmup_is_a_share_of_the_run_and_shorter_than_it(tiny_corpus, tmp_path)
 @pytest.mark.parametrize("model", MODELS)
 def test_golden_losses(model, tiny_corpus, tmp_path):
     """The first 20 losses as recorded by ``python -m tests.record_golden_losses``: refactoring must not change them."""
-    loop = make_loop(
-        model, tiny_settings(model, tiny_corpus, tmp_path, max_steps=20, **{**everything_on(model), "dropout": 0.0})
-    )
-    loop.run(StopAfter())
     golden = json.loads(GOLDEN.read_text())
-    losses = [record["train_loss"] for record in read_history(loop.step_log.path)]
+    losses = golden_losses(model, tiny_corpus, tmp_path)
     assert losses == pytest.approx(golden[model], rel=golden["relative_tolerance"])
 
 
@@ -294,6 +272,41 @@ def test_full_disk_skips_a_checkpoint_and_training_continues(tiny_corpus, tmp_pa
     assert torch.equal(*(final_state(each)[0]["model.transformer.wpe.weight"] for each in (whole, loop)))
 
 
+def scored(loop, *values):
+    """Let the loop's evaluations return these values."""
+    values = iter(values)
+    object.__setattr__(loop.task, "evaluate", lambda: next(values))
+    return loop
+
+
+def test_a_best_score_whose_weights_cannot_be_saved_does_not_count(tiny_corpus, tmp_path, monkeypatch):
+    save = checkpoint.save_checkpoint
+
+    def fails_once(root, step, tensors, state):
+        if step == 3:
+            raise OSError("no space left")
+        return save(root, step, tensors, state)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", fails_once)
+    settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=9, eval_interval=3, checkpoint_interval=100)
+    loop = scored(make_loop("mvlm_gpt2", settings), 1.0, 3.0, 4.0)
+    state = loop.run(StopAfter())
+    assert (state.best_step, state.best_bpb) == (6, 3.0)
+    loop.load_best()
+
+
+def test_continuing_in_another_folder_forgets_a_best_step_that_is_not_there(tiny_corpus, tmp_path):
+    values = {"max_steps": 6, "eval_interval": 3, "checkpoint_interval": 100}
+    first = scored(make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path / "a", **values)), 1.0, 2.0)
+    assert first.run(StopAfter()).best_step == 3
+    newest = newest_checkpoint(first.checkpoint_root).folder
+    settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path / "b", **values | {"max_steps": 9})
+    settings.resume_from = str(newest)
+    loop = scored(make_loop("mvlm_gpt2", settings), 4.0)
+    assert loop.run(StopAfter()).best_step == 9
+    loop.load_best()
+
+
 def test_disk_without_space_is_reported_before_the_first_step(tiny_corpus, tmp_path):
     loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path))
     with files_at_most(100), pytest.raises(TrainingFailed, match="cannot write a checkpoint.*free some space"):
@@ -318,12 +331,10 @@ def test_resume_is_exact_around_an_epoch_boundary(model, optimizer, tiny_corpus,
             loop(tmp_path / "parts").run(StopAfter(steps))
     parts = loop(tmp_path / "parts")
     parts.run(StopAfter())
-    for expected, found in zip(final_state(whole)[:2], final_state(parts)[:2], strict=True):
-        assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
-    assert final_state(whole)[2:] == final_state(parts)[2:]
+    assert_same_end(final_state(whole), final_state(parts))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("model", MODELS)
 def test_resume_is_exact_on_cuda_with_deterministic(model, tiny_corpus, tmp_path, monkeypatch):
     """Compiled, and in bf16 if the GPU supports it, like a real run."""
@@ -339,8 +350,6 @@ def test_resume_is_exact_on_cuda_with_deterministic(model, tiny_corpus, tmp_path
         torch.compiler.reset()  # another process compiles again
         parts = make_loop(model, tiny_settings(model, tiny_corpus, tmp_path / "b", **changes))
         parts.run(StopAfter())
-        for expected, found in zip(final_state(whole)[:2], final_state(parts)[:2], strict=True):
-            assert expected.keys() == found.keys()
-            assert all(torch.equal(expected[name], found[name]) for name in expected)
+        assert_same_end(final_state(whole)[:2], final_state(parts)[:2])  # the history also has the GPU's load
     finally:
         torch.use_deterministic_algorithms(False)

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -47,7 +48,8 @@ def test_newton_schulz_flops_are_counted(tiny_corpus, tmp_path):
         "coherence_weight": 0.0,
     }
     settings = tiny_settings("simone_enhanced", tiny_corpus, tmp_path, **shape)
-    cost = step_cost(recipe_of("simone_enhanced").build, settings, choose_hardware(device="cpu", precision="bf16"), 1)
+    hardware = replace(choose_hardware(**CPU), precision="bf16")
+    cost = step_cost(recipe_of("simone_enhanced").build, settings, hardware, 1)
     width, inner = 64, 192
     square, long = 3 * 2 * width**3, 2 * 2 * width**2 * inner + 2 * width**3
     assert cost.optimizer_flops == pytest.approx(3 * 5 * (4 * square + 3 * long), rel=0.02)
@@ -82,8 +84,9 @@ def test_plan_uses_up_max_hours(tiny_corpus, tmp_path):
     assert student == pytest.approx(1800 * 4 / 5, rel=0.01)
     assert items["teachers"] - beside == pytest.approx(1800 / 5, rel=0.01)
     student, items = planned(3)
-    assert 0 < items["teachers"] - 2 * beside < 60, "three epochs of a tiny corpus"
-    assert student == pytest.approx(1800 - (items["teachers"] - 2 * beside), rel=0.01)
+    beside += EXPORT_SECONDS  # the second teacher uses the first one's compiled graphs
+    assert 0 < items["teachers"] - beside < 60, "three epochs of a tiny corpus"
+    assert student == pytest.approx(1800 - (items["teachers"] - beside), rel=0.01)
 
 
 def test_planned_and_actual_costs_are_recorded_and_logged(tiny_corpus, tmp_path, caplog):
