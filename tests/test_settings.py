@@ -45,12 +45,14 @@ def test_flags_override_presets_and_presets_override_defaults():
     assert PrioritaryConfig(preset="smoke", memory_head=False).memory_head is False
 
 
-@pytest.mark.parametrize(("cls", "alone"), [(GPT2Settings, 3), (PrioritaryConfig, 1)])
-def test_max_hours_sets_the_number_of_models_and_epochs(cls, alone):
+@pytest.mark.parametrize(
+    ("cls", "alone", "counts"), [(GPT2Settings, 3, [1, 1, 2, 4, 8, 8]), (PrioritaryConfig, 1, [1, 2, 2, 4, 8, 8])]
+)
+def test_max_hours_sets_the_number_of_models_and_epochs(cls, alone, counts):
     def models(preset, **changes):
         return cls(preset=preset, **changes).num_models
 
-    assert [models("h200", max_hours=hours) for hours in (0.05, 0.08, 0.2, 0.5, 3.0, 30.0)] == [1, 1, 2, 4, 8, 8]
+    assert [models("h200", max_hours=hours) for hours in (0.05, 0.08, 0.2, 0.5, 3.0, 30.0)] == counts
     assert models("h200") == 4 and models("h200", max_hours=3.0, num_models=2) == 2
     assert models("cpu", max_hours=3.0) == 1, "enough text for one model"
     assert cls(preset="h200").teacher_epochs == alone

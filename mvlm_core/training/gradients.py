@@ -46,7 +46,9 @@ class GradientAccumulator:
                 self.micro_batch(state.step, 0, self.sequences(state), share_done)
                 self._unused = frozenset(p for p in optimizers.parameters() if p.grad is None)
                 return
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
                 reserved.clear()
             finally:
                 optimizers.zero_grad()
@@ -72,7 +74,9 @@ class GradientAccumulator:
             try:
                 metrics, text_bytes = self._own_part(state, share_done)
                 failed = False
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
                 metrics, text_bytes, failed = {}, 0, True
             if failed:  # outside the except block, where the failed step's tensors have been freed
                 self._halve(state)
@@ -148,6 +152,11 @@ class GradientAccumulator:
             f"out of memory: micro-batch halved to {state.micro_batch} sequences; "
             f"the global batch is still {self.task.batches.sequences}"
         )
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory ran out, also while compiling: the compiler wraps its backend's error."""
+    return isinstance(getattr(error, "inner_exception", error), torch.OutOfMemoryError)
 
 
 def _to_device(array: Any, device: str) -> Tensor:

@@ -4,11 +4,14 @@ import weakref
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 
 from mvlm_core.errors import Stopped, TrainingFailed
 from mvlm_core.training.checkpoint import newest_checkpoint
 from mvlm_core.training.history import read_history
 from tests.helpers import StopAfter, make_loop, tiny_settings
+
+OUT_OF_MEMORY = torch.OutOfMemoryError("out of memory")
 
 
 def test_gradient_accumulation_matches_one_large_batch(tiny_corpus, tmp_path):
@@ -20,13 +23,13 @@ def test_gradient_accumulation_matches_one_large_batch(tiny_corpus, tmp_path):
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
-def run_with_memory_for(limit, tiny_corpus, folder, batch_size=8):
+def run_with_memory_for(limit, tiny_corpus, folder, batch_size=8, error=OUT_OF_MEMORY):
     loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, folder, batch_size=batch_size, max_steps=6))
     real = loop.task.loss
 
     def loss(inputs, *rest):
         if inputs.shape[0] > limit:
-            raise torch.OutOfMemoryError("out of memory")
+            raise error
         return real(inputs, *rest)
 
     object.__setattr__(loop.task, "loss", loss)
@@ -41,6 +44,16 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_curve(tiny_corpus, t
     assert found == pytest.approx(expected, rel=1e-4)
     with pytest.raises(TrainingFailed, match="--max_length"):
         run_with_memory_for(0, tiny_corpus, tmp_path / "none")
+
+
+def test_only_a_lack_of_memory_halves_the_micro_batch_also_inside_the_compiler(tiny_corpus, tmp_path):
+    def failed(inner):
+        return BackendCompilerFailed("inductor", inner, None)
+
+    state, _ = run_with_memory_for(3, tiny_corpus, tmp_path / "memory", error=failed(OUT_OF_MEMORY))
+    assert state.micro_batch == 2
+    with pytest.raises(BackendCompilerFailed):
+        run_with_memory_for(3, tiny_corpus, tmp_path / "fault", error=failed(ValueError("a fault")))
 
 
 def test_activations_of_a_failed_step_are_freed_before_halving(tiny_corpus, tmp_path, monkeypatch):
