@@ -4,7 +4,7 @@
     python playground.py
     python playground.py models/simone_enhanced mvlm_gpt2_model.tar.gz --port 7861
 
-MODEL is an export folder or a .tar.gz; its files are verified before loading. Default: both models of models/ or
+MODEL is an export folder or a .tar.gz; its files are verified before loading. Default: all models in models/, else in
 models_for_download/. Tokens are shaded by their surprisal in bits; model 2 also shows its governance heads' activity
 layer by layer. The page works offline and loads nothing from other hosts.
 

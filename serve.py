@@ -8,7 +8,7 @@
          -d '{"model": "simone_enhanced", "prompt": "In the beginning", "max_tokens": 40, "stream": true}'
 
 MODEL is an export folder or a .tar.gz; its files are verified before loading, and its folder name is the model name in
-requests. Default: both models of models/ or models_for_download/.
+requests. Default: all models in models/, else in models_for_download/.
 
 Endpoints: GET /v1/models, GET /health and POST /v1/completions with model, prompt, max_tokens, temperature, top_p,
 frequency_penalty, seed, stop (the text ends with the token that completes it), suffix and stream. There is no chat

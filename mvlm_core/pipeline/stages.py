@@ -116,7 +116,8 @@ def train_model(job: Job, name: str, summary: Summary, signals: Signals) -> int:
     if code > 128:
         tail.append(f"killed by {signal_name(code - 128)}")
         if code == 128 + signal.SIGKILL:
-            tail.append("(often the kernel's out-of-memory killer: try a smaller --batch_size)")
+            tail.append("(often the kernel's out-of-memory killer: end other programs and run again,")
+            tail.append("or start over with --fresh and a smaller --batch_size)")
     append_tail(job.layout.log_file(name), code, tail)
     summary.update(name, status="failed", error="\n".join(tail[-TAIL_LINES:]))
     log.error("%s: FAILED with exit code %d; the end of its output:", name, code)
