@@ -107,8 +107,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if not Path(options.data_dir).is_dir() and not options.is_default_corpus:
         problems.append(f"--data_dir {options.data_dir}: no such folder")
     preset = options.preset if options.preset in PRESET_NAMES else "smoke"
-    problems += TrainingSettings(preset=preset, **options.settings).problems()
+    settings = TrainingSettings(preset=preset, **options.settings)
+    problems += settings.problems()
     problems += output_folder_problems(options.work_dir, "--work_dir")
+    if "," in str(Path(options.work_dir).absolute()) and settings.num_models > 1:
+        problems.append(f"--work_dir {options.work_dir}: with --num_models above 1, its path must not contain a comma")
     options.names = [name for name in TRAINERS if name in options.models]
     options.layout = layout = Layout(Path(options.work_dir).absolute())
     if not problems:

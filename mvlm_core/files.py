@@ -118,8 +118,8 @@ def output_file_problems(file: Path | str, flag: str) -> list[str]:
     """Check that ``file``, which need not exist yet, can be written; return the problems."""
     if Path(file).is_dir():
         return [f"{flag} {file} is a folder; name a file"]
-    if Path(file).exists() and not os.access(file, os.W_OK):
-        return [f"{flag} {file} is not writable"]
+    if Path(file).exists():
+        return [] if os.access(file, os.W_OK) else [f"{flag} {file} is not writable"]
     return output_folder_problems(Path(file).parent, flag)
 
 

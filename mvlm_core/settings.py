@@ -246,9 +246,9 @@ class TrainingSettings:
         by_hours = self.MODELS_BY_HOURS.get(self.preset)
         if self.teacher is not None:
             chosen["num_models"] = 1
-        elif self.max_hours is not None and by_hours and vars(self)["num_models"] is None:
+        elif self.max_hours is not None and by_hours:
             chosen["num_models"] = next((models for hours, models in by_hours if self.max_hours <= hours), 1)
-            if chosen["num_models"] == 1 and self.num_epochs is None:
+            if chosen["num_models"] == 1 and (self.num_models or 1) == 1 and self.num_epochs is None:
                 self.num_epochs = self.teacher_epochs or chosen["teacher_epochs"]
         if self.init_from is not None:
             chosen = self._continued(chosen)

@@ -177,7 +177,14 @@ def test_validation_folder_is_recorded_as_an_absolute_path(tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("--learning_rate", "nan"), ("--weight_decay", "-0.1"), ("--dropout", "1"), ("--seed", "-1"), ("--patience", "0")],
+    [
+        ("--learning_rate", "nan"),
+        ("--weight_decay", "-0.1"),
+        ("--dropout", "1"),
+        ("--seed", "-1"),
+        ("--patience", "0"),
+        ("--keep_checkpoints", "1"),
+    ],
 )
 def test_values_out_of_range_are_refused(flag, value):
     with pytest.raises(UserError, match=flag):

@@ -58,7 +58,8 @@ class TrainingLoop:
         self._saved_step: int | None = None  # step of the newest checkpoint, which may not be complete yet
         self._writer = CheckpointWriter()
         self._clock_start = 0.0  # clock reading at the first step, shifted so that interruptions do not count
-        self._compiled = (0, 0.0)  # graphs and seconds so far
+        self._compiled = compiled_so_far() if run.hardware.compiles else (0, 0.0)  # graphs and seconds
+        self._best_before: tuple[int | None, float | None] = (None, None)  # step and score before the latest best
 
     def run(self, stop: StopRequest) -> LoopState:
         """Train to the end.
@@ -70,7 +71,7 @@ class TrainingLoop:
         self._resume()
         if self.state.step == 0:
             self.state.before = self.task.score_before()
-        if self.length.is_reached(self.state.step) or (self.state.stopped_early and self.state.finished):
+        if self._is_over:
             return self.state
         self.state.finished = False
         stop.defer()
@@ -113,6 +114,10 @@ class TrainingLoop:
         """Length of the run; its total is None until ``--max_hours`` has fixed the number of steps."""
         return replace(self._length, fixed_at=self.state.fixed_at, fixed_steps=self.state.fixed_steps)
 
+    @property
+    def _is_over(self) -> bool:
+        return self.length.is_reached(self.state.step) or (self.state.stopped_early and self.state.finished)
+
     def history(self) -> list[dict[str, Any]]:
         """Return the records of all steps."""
         return read_history(self.step_log.path)
@@ -152,7 +157,7 @@ class TrainingLoop:
         if fix_length:
             self._fix_length(bar)
         if evaluating:
-            self.state.stopped_early = not ending and self._should_stop_early()
+            self.state.stopped_early = not ending and self.ranks.broadcast(self._should_stop_early())
             self.state.finished = ending or self.state.stopped_early
         # During a streak of bad steps, save nothing: rotation must not delete the checkpoints from before it.
         regular = self.state.finished or (due and self.state.guard.trouble_since is None)
@@ -225,6 +230,7 @@ class TrainingLoop:
         self.step_log.note(validation_bpb=value)
         improved = state.best_bpb is None or value < state.best_bpb
         if improved:
+            self._best_before = state.best_step, state.best_bpb
             state.best_step, state.best_bpb, state.evaluations_since_best = state.step, value, 0
         else:
             state.evaluations_since_best += 1
@@ -379,9 +385,10 @@ class TrainingLoop:
 
     def _handle_failed_save(self, error: OSError) -> None:
         step, self._saved_step = self._saved_step, None
-        if step == self.state.best_step:  # the next evaluation is the best again
-            self.state.best_step = self.state.best_bpb = None
-        if step == 0 or (self.state.finished and step == self.state.step):
+        if lost_best := step == self.state.best_step:
+            self.state.best_step, self.state.best_bpb = self._best_before
+        nothing_to_export = self.state.finished and lost_best and self.state.best_step is None
+        if step == 0 or (self.state.finished and step == self.state.step) or nothing_to_export:
             raise TrainingFailed(
                 f"cannot write a checkpoint to {self.checkpoint_root} ({error}); free some space and run again"
             ) from None
@@ -403,17 +410,20 @@ class TrainingLoop:
                     checkpoints.set_aside_later(self.checkpoint_root, checkpoint.step)
         if not self._restore(checkpoint):
             return
-        if self.ranks.broadcast(self._best_is_missing()):  # it was in another folder: --resume_from
+        if self.ranks.broadcast(checkpoint is not None and self._lacks_best(checkpoint)):
+            log.info("the best weights so far are not in this folder: the next evaluation counts as the best")
             self.state.best_step = self.state.best_bpb = None
         if checkpoint is not None and self.state.step > 0:
             if not self.length.is_reached(self.state.step):
                 log.info("resuming from %s (step %s of %s)", checkpoint.folder, checkpoint.step, self.length)
 
-    def _best_is_missing(self) -> bool:
-        best = self.state.best_step
-        if best is None or best == self.state.step:
+    def _lacks_best(self, checkpoint: checkpoints.Checkpoint) -> bool:
+        """Whether an unfinished run's best weights so far are missing: ``--resume_from`` may name another folder."""
+        best, root = self.state.best_step, self.checkpoint_root
+        if best is None or self._is_over:
             return False
-        return not checkpoints.checkpoint_folder(self.checkpoint_root, best).is_dir()
+        elsewhere = checkpoint.folder.parent.resolve() != root.resolve()
+        return elsewhere or not checkpoints.checkpoint_folder(root, best).is_dir()
 
     def _restore(self, checkpoint: checkpoints.Checkpoint | None) -> bool:
         """Load the main rank's checkpoint on every rank; return False if it has none."""

@@ -14,11 +14,13 @@ from mvlm_core.evaluation.bits_per_byte import Score, bits_per_byte_by_part, loa
 from mvlm_core.evaluation.memorization import extractable_memorization
 from mvlm_core.export.folder import remove_export, software_versions
 from mvlm_core.export.manifest import TEST_SCORES, training_config, verify_folder
+from mvlm_core.files import read_json
 from mvlm_core.metrics import BY_NAME, METRICS, PRIMARY_TEST_BPB
 from mvlm_core.settings import TrainingSettings
+from mvlm_core.training.checkpoint import checkpoint_folders
 from mvlm_core.training.history import HISTORY_NAME
 from mvlm_core.training.preparation import PreparedText
-from mvlm_core.training.state import TEACHERS_KEY, LoopState, check_identity, settings_identity
+from mvlm_core.training.state import LoopState, check_identity, check_settings
 from mvlm_core.training.task import Run
 from mvlm_core.training.tensorboard import TENSORBOARD_FOLDER
 
@@ -41,17 +43,17 @@ def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None) -
 
 
 def check_before_teachers(output_dir: Path, settings: TrainingSettings, teachers: int) -> None:
-    """Check, before teachers are trained, that the folder does not hold a finished model of another run.
+    """Check, before teachers are trained, that the folder does not hold another run: an export or a checkpoint.
 
     Raises:
-        UserError: the model has other settings or another number of teachers.
+        UserError: the run has other settings or another number of teachers.
     """
-    recorded = training_config(output_dir, "identity").get("identity")
+    recorded, what = training_config(output_dir, "identity").get("identity"), f"{output_dir} holds a finished model"
+    if recorded is None:
+        for folder in checkpoint_folders(output_dir / "checkpoints")[-1:]:
+            recorded, what = read_json(folder / "state.json").get("identity"), f"{folder} is"
     if isinstance(recorded, dict):
-        expected = settings_identity(settings)
-        known = {name: value for name, value in recorded.items() if name in expected}
-        known["number of teachers"] = len(str(recorded.get(TEACHERS_KEY, "")).split(",")) * (TEACHERS_KEY in recorded)
-        check_identity(f"{output_dir} holds a finished model", known, expected | {"number of teachers": teachers})
+        check_settings(what, recorded, settings, teachers)
 
 
 def delete_run(output_dir: Path, keep: Sequence[Path] = ()) -> None:

@@ -116,6 +116,18 @@ def settings_identity(settings: TrainingSettings) -> dict[str, Any]:
     return {"--preset": settings.preset} | {f"--{name}": value for name, value in settings.identity().items()}
 
 
+def check_settings(what: str, recorded: dict[str, Any], settings: TrainingSettings, teachers: int) -> None:
+    """Check the part of a recorded identity that is known before the teachers are trained, including their number.
+
+    Raises:
+        UserError: lists every value that differs.
+    """
+    expected = settings_identity(settings) | {"number of teachers": teachers}
+    known = {name: value for name, value in recorded.items() if name in expected or name in _DEFAULTS_IF_MISSING}
+    hashes = recorded.get(TEACHERS_KEY)
+    check_identity(what, known | {"number of teachers": len(str(hashes).split(",")) if hashes else 0}, expected)
+
+
 def run_identity(settings: TrainingSettings, text: PreparedText) -> dict[str, Any]:
     """Settings and fingerprints that define a run; a checkpoint with a different identity is refused."""
     fingerprints = {"corpus": text.corpus.fingerprint, "tokenizer": text.tokenizer.sha256}

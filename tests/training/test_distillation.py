@@ -179,8 +179,14 @@ def test_finished_run_without_the_teacher_is_rejected(trained, corpus, tmp_path)
         )
 
 
-def test_a_finished_model_with_other_teachers_is_refused_before_teachers_are_trained(corpus, tmp_path):
-    run_training(recipe_of("mvlm_gpt2"), tiny_settings("mvlm_gpt2", corpus, tmp_path, max_steps=4))
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_with_other_teachers_is_refused_before_teachers_are_trained(finished, corpus, tmp_path):
+    alone = tiny_settings("mvlm_gpt2", corpus, tmp_path, max_steps=4)
+    if finished:
+        run_training(recipe_of("mvlm_gpt2"), alone)
+    else:
+        with pytest.raises(Stopped):
+            make_loop("mvlm_gpt2", alone).run(StopAfter(2))
     with pytest.raises(UserError) as error:
         settings = tiny_settings("mvlm_gpt2", corpus, tmp_path, max_steps=4, num_models=3, dropout=0.3)
         run_training(recipe_of("mvlm_gpt2"), settings)

@@ -107,14 +107,15 @@ def test_the_best_checkpoint_holds_weights_only(tiny_corpus, tmp_path):
     assert weights and all(torch.equal(tensor, weights[name]) for name, tensor in again.task.weights().items())
 
 
-@pytest.mark.parametrize(("decay", "refused"), [(0.0, False), (0.9, True)])
-def test_removed_settings_are_refused_only_if_they_were_used(decay, refused, tiny_corpus, tmp_path):
+@pytest.mark.parametrize("flag", ["--ema_decay", "--input_noise"])
+@pytest.mark.parametrize(("value", "refused"), [(0.0, False), (0.9, True)])
+def test_removed_settings_are_refused_only_if_they_were_used(flag, value, refused, tiny_corpus, tmp_path):
     old = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=4))
-    old.task.identity["--ema_decay"] = decay
+    old.task.identity[flag] = value
     old.run(StopAfter())
     longer = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=6))
     if refused:
-        with pytest.raises(UserError, match="--ema_decay was 0.9, now 0.0"):
+        with pytest.raises(UserError, match=f"{flag} was 0.9, now 0.0"):
             longer.run(StopAfter())
     else:
         assert longer.run(StopAfter()).step == 6 and len(longer.history()) == 6
@@ -279,31 +280,37 @@ def scored(loop, *values):
     return loop
 
 
-def test_a_best_score_whose_weights_cannot_be_saved_does_not_count(tiny_corpus, tmp_path, monkeypatch):
+def test_if_the_best_weights_cannot_be_saved_the_best_before_is_kept(tiny_corpus, tmp_path, monkeypatch):
     save = checkpoint.save_checkpoint
 
     def fails_once(root, step, tensors, state):
-        if step == 3:
+        if step == 6:
             raise OSError("no space left")
         return save(root, step, tensors, state)
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", fails_once)
-    settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=9, eval_interval=3, checkpoint_interval=100)
-    loop = scored(make_loop("mvlm_gpt2", settings), 1.0, 3.0, 4.0)
+    settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=12, eval_interval=3, checkpoint_interval=100)
+    loop = scored(make_loop("mvlm_gpt2", settings), 1.3, 1.2, 1.4, 1.5)
     state = loop.run(StopAfter())
-    assert (state.best_step, state.best_bpb) == (6, 3.0)
+    assert (state.best_step, state.best_bpb) == (3, 1.3)
     loop.load_best()
+    state.best_step, loop._saved_step, loop._best_before = 9, 9, (None, None)
+    with pytest.raises(TrainingFailed, match="cannot write a checkpoint"):
+        loop._handle_failed_save(OSError("no space left"))
 
 
-def test_continuing_in_another_folder_forgets_a_best_step_that_is_not_there(tiny_corpus, tmp_path):
-    values = {"max_steps": 6, "eval_interval": 3, "checkpoint_interval": 100}
-    first = scored(make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path / "a", **values)), 1.0, 2.0)
-    assert first.run(StopAfter()).best_step == 3
+@pytest.mark.parametrize(("steps", "best"), [(6, 3), (9, 9)])
+def test_continuing_in_another_folder_forgets_a_best_step_that_is_not_there(steps, best, tiny_corpus, tmp_path, caplog):
+    values = {"eval_interval": 3, "checkpoint_interval": 100}
+    first = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path / "a", **values, max_steps=steps)
+    first = scored(make_loop("mvlm_gpt2", first), *([1.0, 2.0] if best == 3 else [2.0, 1.5, 1.0]))
+    assert first.run(StopAfter()).best_step == best
     newest = newest_checkpoint(first.checkpoint_root).folder
-    settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path / "b", **values | {"max_steps": 9})
-    settings.resume_from = str(newest)
-    loop = scored(make_loop("mvlm_gpt2", settings), 4.0)
-    assert loop.run(StopAfter()).best_step == 9
+    settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path / "b", **values, max_steps=12, resume_from=str(newest))
+    loop = scored(make_loop("mvlm_gpt2", settings), *([4.0, 5.0] if best == 3 else [4.0]))
+    caplog.set_level("INFO", "mvlm")
+    assert loop.run(StopAfter()).best_step == steps + 3
+    assert "the next evaluation counts as the best" in caplog.text
     loop.load_best()
 
 
