@@ -91,7 +91,7 @@ def test_download_instructions_explain_custom_code_only_where_needed(tmp_path):
         layout.export(name).mkdir(parents=True)
     (layout.export("coded") / "modelling.py").touch()
     both = stages.download_instructions(["plain", "coded"], layout, 'Say "so"')
-    assert "lets `coded` use" in both and 'tokenizer("Say \\"so\\"", return_tensors' in both
+    assert "lets `coded` use" in both and 'tokenizer.bos_token + "Say \\"so\\"", split_special' in both
     assert "tar -xzf plain_model.tar.gz\ntar -xzf coded_model.tar.gz\n" in both
     assert "nothing is fetched" not in stages.download_instructions(["plain"], layout, "x")
 
