@@ -308,6 +308,7 @@ def test_continuing_in_another_folder_forgets_a_best_step_that_is_not_there(step
     newest = newest_checkpoint(first.checkpoint_root).folder
     settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path / "b", **values, max_steps=12, resume_from=str(newest))
     loop = scored(make_loop("mvlm_gpt2", settings), *([4.0, 5.0] if best == 3 else [4.0]))
+    (loop.checkpoint_root / f"step-{best:08d}").mkdir(parents=True)  # of another run
     caplog.set_level("INFO", "mvlm")
     assert loop.run(StopAfter()).best_step == steps + 3
     assert "the next evaluation counts as the best" in caplog.text
