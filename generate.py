@@ -17,7 +17,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvlm_core.console import command_line
+from mvlm_core.console import command_line, seed_problems
 from mvlm_core.errors import UserError, printable, run_main
 from mvlm_core.export.file_checks import checked_export
 from mvlm_core.hardware import DEVICES, set_process_environment
@@ -67,11 +67,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             ("max_new_tokens", "at least 1", options.max_new_tokens >= 1),
             ("temperature", "0 or more", 0 <= options.temperature < math.inf),
             ("top_p", "above 0 and at most 1", 0 < options.top_p <= 1),
-            ("seed", "from 0 to 2**63 - 1", 0 <= options.seed < 2**63),
             ("device", f"one of {', '.join(DEVICES)}", options.device in DEVICES),
         )
         if not holds
     ]
+    problems += seed_problems(options.seed)
     if any("\ud800" <= character <= "\udfff" for character in options.prompt):  # surrogates: undecodable bytes
         problems.append("the prompt is not valid UTF-8")
     if problems:

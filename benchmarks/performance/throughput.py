@@ -255,7 +255,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with ExitStack() as stack:
         # Other ranks may still write to their file store while the folder is removed.
         options.folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-        for name in command.chosen(options.only, available(options)):
+        for name in options.contenders:
             settings = settings_of(name, options)
             recipe = recipe_of(OURS.get(name, OURS["mvlm_gpt2"])[0])
             per_token = step_cost(recipe.build, settings, hardware, 1).flops_per_token
@@ -322,7 +322,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
             problems.append(f"--{option} {folder}: contains no {file}")
     if problems:
         raise UserError(problems)
-    command.chosen(options.only, available(options))
+    options.contenders = command.chosen(options.only, available(options))
     return options
 
 

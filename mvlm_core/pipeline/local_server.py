@@ -44,8 +44,8 @@ def check(options: argparse.Namespace, packages: tuple[str, ...]) -> None:
         install = ".venv/bin/python -m pip install -r requirements-extras.txt"
         problems.append(f"not installed: {', '.join(missing)}; install with: {install}")
     if not options.models:
-        exports, archives = sorted(layout.models.glob(f"*/{MANIFEST}")), sorted(layout.downloads.glob("*_model.tar.gz"))
-        options.models = [manifest.parent for manifest in exports] or archives
+        exports = sorted(manifest.parent for manifest in layout.models.glob(f"*/{MANIFEST}"))
+        options.models = exports or sorted(layout.downloads.glob(layout.archive("*").name))
         if not options.models:
             problems.append(f"no model in {layout.models} or {layout.downloads}: train one first, or give a path")
     if problems:

@@ -385,10 +385,9 @@ class TrainingLoop:
 
     def _handle_failed_save(self, error: OSError) -> None:
         step, self._saved_step = self._saved_step, None
-        if lost_best := step == self.state.best_step:
+        if step == self.state.best_step:
             self.state.best_step, self.state.best_bpb = self._best_before
-        nothing_to_export = self.state.finished and lost_best and self.state.best_step is None
-        if step == 0 or (self.state.finished and step == self.state.step) or nothing_to_export:
+        if step == 0 or (self.state.finished and (step == self.state.step or self.state.best_step is None)):
             raise TrainingFailed(
                 f"cannot write a checkpoint to {self.checkpoint_root} ({error}); free some space and run again"
             ) from None
@@ -413,9 +412,8 @@ class TrainingLoop:
         if self.ranks.broadcast(checkpoint is not None and self._lacks_best(checkpoint)):
             log.info("the best weights so far are not in this folder: the next evaluation counts as the best")
             self.state.best_step = self.state.best_bpb = None
-        if checkpoint is not None and self.state.step > 0:
-            if not self.length.is_reached(self.state.step):
-                log.info("resuming from %s (step %s of %s)", checkpoint.folder, checkpoint.step, self.length)
+        if checkpoint is not None and self.state.step > 0 and not self.length.is_reached(self.state.step):
+            log.info("resuming from %s (step %s of %s)", checkpoint.folder, checkpoint.step, self.length)
 
     def _lacks_best(self, checkpoint: checkpoints.Checkpoint) -> bool:
         """Whether an unfinished run's best weights so far are missing: ``--resume_from`` may name another folder."""

@@ -19,8 +19,6 @@ _DEFAULTS_IF_MISSING = {
     "--validation_text": "primary",
     "--z_loss_weight": 1e-4,
 }
-
-
 TEACHERS_KEY = "--teacher, its manifest"  # of an identity: the teachers' hashes, separated by commas
 
 
