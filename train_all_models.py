@@ -110,8 +110,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     settings = TrainingSettings(preset=preset, **options.settings)
     problems += settings.problems()
     problems += output_folder_problems(options.work_dir, "--work_dir")
-    if "," in str(Path(options.work_dir).absolute()) and settings.num_models > 1:
-        problems.append(f"--work_dir {options.work_dir}: with --num_models above 1, its path must not contain a comma")
     options.names = [name for name in TRAINERS if name in options.models]
     options.layout = layout = Layout(Path(options.work_dir).absolute())
     if not problems:
@@ -160,8 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
         from bible_corpus import build
 
         ready = not (options.is_default_corpus and build.corpus_problems(DEFAULT_DATA_DIR))
-        show_plan(job, corpus_is_ready=ready)
-        return 0
+        return show_plan(job, corpus_is_ready=ready)
     with Signals() as signals:
         hardware = probe_hardware(job)
         if not options.is_default_corpus:  # check the user's own corpus before writing anything

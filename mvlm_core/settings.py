@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import math
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar, get_args, get_type_hints
+from types import UnionType
+from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from mvlm_core.errors import UserError
 from mvlm_core.files import output_file_problems, output_folder_problems
@@ -160,8 +161,8 @@ class TrainingSettings:
         "its test text is scored before and after (default: that of the export's own corpus, if available)",
     )  # fmt: skip
 
-    teacher: str | None = _distillation(
-        None, "distill from these exports (comma-separated folders or .tar.gz with the same tokenizer)"
+    teacher: Sequence[str] = _distillation(
+        (), "distill from these exports (one or more folders or .tar.gz with the same tokenizer)"
     )
     num_models: int = _distillation(
         1, "above 1: first train N - 1 teachers; the exported model learns from them and the text; "
@@ -244,7 +245,7 @@ class TrainingSettings:
             self.preset = "cpu" if self.device == "cpu" else resolve_preset("auto")[0]
         chosen = self.preset_values(self.preset)
         by_hours = self.MODELS_BY_HOURS.get(self.preset)
-        if self.teacher is not None:
+        if self.teacher:
             chosen["num_models"] = 1
         elif self.max_hours is not None and by_hours:
             chosen["num_models"] = next((models for hours, models in by_hours if self.max_hours <= hours), 1)
@@ -300,11 +301,9 @@ class TrainingSettings:
         return problems
 
     def _teacher_problems(self, output_dir: Path) -> list[str]:
-        if self.teacher is not None and self.num_models > 1:
+        if self.teacher and self.num_models > 1:
             return ["--teacher cannot be used with --num_models above 1, which trains its own teachers: use only one"]
-        if "," in str(output_dir) and self.num_models > 1:
-            return [f"--output_dir {output_dir}: with --num_models above 1, its path must not contain a comma"]
-        own = [place for place in self.teachers if Path(place).resolve() == output_dir.resolve()]
+        own = [place for place in self.teacher if Path(place).resolve() == output_dir.resolve()]
         return [f"--teacher {place} is in --output_dir, which will be replaced: choose another folder" for place in own]
 
     def check(self) -> Self:
@@ -312,11 +311,6 @@ class TrainingSettings:
         if problems := self.problems():
             raise UserError(problems)
         return self
-
-    @property
-    def teachers(self) -> list[str]:
-        """Exports named by ``--teacher``."""
-        return self.teacher.split(",") if self.teacher else []
 
     @property
     def sequences_per_step(self) -> int:
@@ -374,16 +368,23 @@ def add_options(
         heading = title or entry.metadata["group"]
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
-        value_type = next((part for part in get_args(hints[entry.name]) if part is not type(None)), hints[entry.name])
+        value_type = _without_none(hints[entry.name])
         help = entry.metadata["help"] if title else _help(cls, entry, value_type)
         add = partial(groups[heading].add_argument, dest=entry.name, default=None)
-        if value_type is not bool:
-            add = partial(add, type=value_type, metavar={int: "N", float: "X"}.get(value_type, "TEXT"))
-        else:
+        if value_type is bool:
             add = partial(add, action="store_true")
+        elif get_origin(value_type) is Sequence:
+            add = partial(add, nargs="+", metavar="TEXT")
+        else:
+            add = partial(add, type=value_type, metavar={int: "N", float: "X"}.get(value_type, "TEXT"))
         add(f"--{entry.name}", help=help)
         if value_type is bool and entry.metadata["default"]:
             add(f"--no_{entry.name}", action="store_false", help=f"disable --{entry.name}")
+
+
+def _without_none(hint: Any) -> Any:
+    """Return the ``T`` of a type hint ``T`` or ``T | None``."""
+    return next(part for part in get_args(hint) if part is not type(None)) if isinstance(hint, UnionType) else hint
 
 
 def _help(cls: type[TrainingSettings], entry: Field[Any], value_type: type) -> str:
@@ -394,7 +395,7 @@ def _help(cls: type[TrainingSettings], entry: Field[Any], value_type: type) -> s
     if meta["choices"] and not all(choice in text for choice in meta["choices"]):
         text += f" ({', '.join(meta['choices'])})"
     is_path = value_type is str and "/" in str(default)
-    notes = [] if default is None or is_path else [f"default {default}"]
+    notes = [] if default in (None, ()) or is_path else [f"default {default}"]
     for preset in PRESET_NAMES:
         values = cls.preset_values(preset)
         notes += [f"{preset} {values[entry.name]}"] if entry.name in values else []

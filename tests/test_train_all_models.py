@@ -362,7 +362,8 @@ def test_finished_models_refuse_a_different_preset_seed_or_text(job):
     assert job.run().returncode == 0
     before = job.summary()
     (job.data_dir / "bible" / "kjv" / "01-genesis.txt").write_text("Something else altogether.\n")
-    assert job.run("--dry_run").stdout.count("trained on different text") == 2
+    planned = job.run("--dry_run")
+    assert planned.returncode == 2 and planned.stdout.count("trained on different text") == 2
     done = job.run()
     assert done.returncode == 2 and "trained on different text" in done.stderr and "--fresh" in done.stderr
     planned = job.run("--dry_run", "--preset", "cpu", "--seed", "3").stdout
@@ -474,7 +475,7 @@ def test_dry_run_shows_the_estimates_and_writes_nothing(job, tmp_path, tiny_corp
     assert shown.count("starts from scratch (--fresh)") == shown.count("--fresh\n") == 2
     assert shown.count("\n  an hour,\n  2 GB\n") == 2 and shown.startswith("preset:   smoke (requested)\n")
     monkeypatch.setenv("MODE_dry_run", "no such place")
-    assert train_all_models.main(flags) == 0
+    assert train_all_models.main(flags) == 1, "the code of the trainers"
     shown = capsys.readouterr().out
     assert shown.count("  no estimate: no such place") == 2 and "--fresh" not in shown
     assert not (tmp_path / "w").exists()

@@ -29,7 +29,7 @@ from mvlm_core.cost_estimate import (
     format_costs,
 )
 from mvlm_core.data.corpus import Corpus, load_corpus
-from mvlm_core.errors import UserError
+from mvlm_core.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
 from mvlm_core.export.manifest import training_config
 from mvlm_core.hardware import HARDWARE_FLAGS, choose_hardware, describe
 from mvlm_core.run_layout import Layout
@@ -136,17 +136,21 @@ def _hardware(flags: dict[str, Any]) -> dict[str, Any]:
     return {"device": f"{hardware.device}: {hardware.name}", "lines": describe(hardware)}
 
 
-def show_plan(job: Job, *, corpus_is_ready: bool) -> None:
-    """Print what would run, with an estimate of time and cost. Writes nothing."""
+def show_plan(job: Job, *, corpus_is_ready: bool) -> int:
+    """Print what would run, with an estimate of time and cost; return the exit code. Writes nothing."""
     plans: dict[str, dict[str, Any]] = {}
+    code = EXIT_DONE
     print(f"preset:   {job.preset} ({job.preset_reason})")
     print(f"corpus:   {job.data_dir}{'' if corpus_is_ready else ' (to be built)'}")
     for name in job.names:
         command = job.trainer_command(name)
-        print(f"\n{name}: {_state(job, name, corpus_is_ready)}\n  output:  {job.layout.export(name)}")
+        if differences := job.differences(name, compare_text=corpus_is_ready):
+            code = EXIT_BAD_INPUT
+        print(f"\n{name}: {_state(job, name, differences)}\n  output:  {job.layout.export(name)}")
         print(f"  log:     {job.layout.log_file(name)}\n  command: {shlex.join(command)}", flush=True)
         if corpus_is_ready:
             plans[name] = plan = _trainer_plan(command)
+            code = max(code, plan["code"])
             lines = [*plan["lines"], *(format_costs(plan["items"], paid=plan["paid"]) if plan["items"] else ())]
             print("".join(f"  {line}\n" for line in lines), end="", flush=True)
     if not corpus_is_ready:
@@ -157,6 +161,7 @@ def show_plan(job: Job, *, corpus_is_ready: bool) -> None:
     if job.formats:
         print(f"          {', '.join(job.formats)} -> {job.layout.downloads}")
     print(f"          validation -> {job.layout.report}\n          report     -> {job.layout.page}")
+    return code
 
 
 def _trainer_plan(command: list[str]) -> dict[str, Any]:
@@ -164,10 +169,11 @@ def _trainer_plan(command: list[str]) -> dict[str, Any]:
     environment = os.environ | {JSON_VARIABLE: "1"}
     done = subprocess.run([*command, "--dry_run"], capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
-        return {"lines": [f"no estimate: {done.stderr.strip()[-500:]}"], "items": []}
+        code = max(EXIT_FAILED, done.returncode)  # negative after a signal
+        return {"code": code, "lines": [f"no estimate: {done.stderr.strip()[-500:]}"], "items": []}
     *log_lines, last = done.stdout.splitlines()
     plan = json.loads(last)
-    return plan | {"lines": [*log_lines, *plan["lines"]], "items": [Item(**item) for item in plan["items"]]}
+    return plan | {"code": EXIT_DONE, "lines": [*log_lines, *plan["lines"]], "items": [Item(**item) for item in plan["items"]]}
 
 
 def _show_costs(plans: dict[str, dict[str, Any]]) -> None:
@@ -200,10 +206,10 @@ def _finished(job: Job, name: str) -> dict[str, Any]:
     return results if all(isinstance(results.get(key), int) for key in ("parameters", "steps")) else {}
 
 
-def _state(job: Job, name: str, corpus_is_ready: bool) -> str:
+def _state(job: Job, name: str, differences: list[str]) -> str:
     if job.fresh:
         return "starts from scratch (--fresh)"
-    if differences := job.differences(name, compare_text=corpus_is_ready):
+    if differences:
         return "REFUSED: the run would end with exit code 2 before training\n" + "\n".join(
             f"  {line}" for line in (*differences, KEEP_OR_REPLACE)
         )

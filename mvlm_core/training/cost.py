@@ -108,7 +108,7 @@ def step_cost(
             for p in group["params"]
         )
         activations = sum(storage.nbytes() for storage in saved - {p.untyped_storage() for p in parameters})
-        teachers = settings.num_models - 1 or len(settings.teachers)
+        teachers = settings.num_models - 1 or len(settings.teacher)
         memory = StepMemory(weights, weights, moments, activations, teachers * weights)
         flops = counter.get_total_flops() / (sequences * settings.max_length)
         with FlopCounterMode(display=False) as products:

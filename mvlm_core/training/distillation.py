@@ -44,7 +44,7 @@ def stages(settings: TrainingSettings) -> list[TrainingSettings]:
         replace(settings, output_dir=str(root / str(number)), seed=(settings.seed + number + 1) % 2**32, **shorter)
         for number in range(count)
     ]
-    student = replace(settings, num_models=1, teacher=",".join(str(teacher.output_dir) for teacher in teachers))
+    student = replace(settings, num_models=1, teacher=tuple(str(teacher.output_dir) for teacher in teachers))
     return [*teachers, student]
 
 
@@ -57,7 +57,7 @@ def with_time_left(student: TrainingSettings, seconds: float) -> TrainingSetting
 
 def relative_step_cost(settings: TrainingSettings) -> float:
     """Cost of a training step relative to one without a teacher; a teacher adds its forward pass."""
-    return 1 if settings.teacher is None else 4 / 3
+    return 4 / 3 if settings.teacher else 1
 
 
 def load_teachers(sources: Iterable[Source], model_class: type[Model], device: str) -> list[Model]:

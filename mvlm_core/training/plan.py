@@ -275,7 +275,7 @@ def _law_applies(settings: TrainingSettings, corpus: Corpus, text: TextPlan, par
     """Whether the run is similar to those that the recipe's law was measured on."""
     low, high = TEXT_PER_PARAMETER
     has_translations = corpus.primary_translation is not None
-    from_scratch = settings.init_from is None and settings.teacher is None and settings.preset == "h200"
+    from_scratch = settings.init_from is None and not settings.teacher and settings.preset == "h200"
     return from_scratch and has_translations and low <= text.train_bytes / parameters <= high
 
 

@@ -95,7 +95,7 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
         tokenizer = cached_tokenizer(
             tokenizer_class, pieces, corpus.fingerprint, settings.vocab_size, settings.cache_dir, quiet=settings.quiet
         )
-    teachers = tuple(open_source(place, "--teacher") for place in settings.teachers)
+    teachers = tuple(open_source(place, "--teacher") for place in settings.teacher)
     _check_teachers(teachers, tokenizer, settings.max_length)
     store = build_token_store(corpus, tokenizer, settings.cache_dir, mix=mix_of(settings), quiet=settings.quiet)
     log.info("%s training tokens, %.2f bytes per token", f"{len(store.tokens):,}", store.bytes_per_token)

@@ -126,7 +126,7 @@ def test_training_step_does_not_synchronize_with_the_device(model, optimizer, ti
 @pytest.mark.parametrize(("model", "own", "of_the_teacher"), [("mvlm_gpt2", 2, 1), ("simone_enhanced", 5, 3)])
 def test_teachers_compile_to_separate_graphs(model, own, of_the_teacher, graphs, trained, tmp_path):
     """A teacher runs without gradients; student and teachers must not share one recompile limit."""
-    settings = tiny_settings(model, trained / "corpus", tmp_path, teacher=str(trained / model))
+    settings = tiny_settings(model, trained / "corpus", tmp_path, teacher=(str(trained / model),))
     plain, compiled = (make_loop(model, settings, compiled=each) for each in (False, True))
     for _ in range(2):
         expected, found = (loop.gradients.micro_batch(0, 0, 4, 0.0)[0] for loop in (plain, compiled))

@@ -76,7 +76,7 @@ def test_memory_estimate_includes_the_weights_of_all_teachers(tmp_path):
         return step_cost(recipe_of("mvlm_gpt2").build, settings, hardware, 2).memory
 
     alone = memory()
-    for found in (memory(num_models=3), memory(teacher="a,b")):
+    for found in (memory(num_models=3), memory(teacher=("a", "b"))):
         assert found.total - alone.total == found.teachers == 2 * alone.weights > 0 == alone.teachers
 
 

@@ -32,7 +32,7 @@ def first_loss(loop):
 @pytest.mark.parametrize("model", MODELS)
 def test_distillation_loss_matches_plain_transformers_logits(model, trained, corpus, tmp_path):
     """A student identical to its teacher scores the teacher's entropy."""
-    settings = tiny_settings(model, corpus, tmp_path, teacher=str(trained / model))
+    settings = tiny_settings(model, corpus, tmp_path, teacher=(str(trained / model),))
     loop = make_loop(model, settings)
     inputs, scored = first_loss(loop)
     teacher, _ = load_export(trained / model)
@@ -64,9 +64,9 @@ def test_stages_divide_seeds_time_and_folders(tmp_path):
     assert [stage.seed for stage in (first, second, student)] == [6, 7, 5]
     assert [stage.num_models for stage in (first, second, student)] == [1, 1, 1]
     assert [stage.output_dir for stage in (first, second, student)] == [str(p) for p in (*teachers_in(teachers), root)]
-    assert first.teacher is second.teacher is None
+    assert first.teacher == second.teacher == ()
     assert (first.resume_from, second.resume_from, student.resume_from) == (None, None, "x")
-    assert student.teacher == ",".join(str(place) for place in teachers_in(teachers))
+    assert student.teacher == tuple(str(place) for place in teachers_in(teachers))
     assert first.no_test_score and second.no_test_score and not student.no_test_score
     assert first.max_hours == second.max_hours == pytest.approx(0.2), "at most"
     assert with_time_left(student, 0.1 * 3600).max_hours == pytest.approx(1.1), "a teacher stops when it is done"
@@ -88,13 +88,13 @@ def test_each_micro_batch_draws_one_teacher_reproducibly(model, trained, corpus,
     other = run_training(recipe_of(model), tiny_settings(model, corpus, tmp_path / "other", seed=7))
     places = [str(trained / model), str(other)]
 
-    def losses(teacher):
-        loop = make_loop(model, tiny_settings(model, corpus, tmp_path / "student", teacher=teacher, dropout=0.0))
+    def losses(*teachers):
+        loop = make_loop(model, tiny_settings(model, corpus, tmp_path / "student", teacher=teachers, dropout=0.0))
         return [loop.gradients.micro_batch(0, first, 1, 0.9)[0]["distillation_loss"].item() for first in range(8)]
 
     alone = [losses(place) for place in places]
-    together = losses(",".join(places))
-    assert together == losses(",".join(places))
+    together = losses(*places)
+    assert together == losses(*places)
     drawn = [min((0, 1), key=lambda teacher: abs(alone[teacher][i] - loss)) for i, loss in enumerate(together)]
     assert set(drawn) == {0, 1}
     assert together == pytest.approx([alone[teacher][i] for i, teacher in enumerate(drawn)], rel=1e-6)
@@ -152,7 +152,7 @@ def test_fresh_retrains_teacher_and_student(corpus, tmp_path, monkeypatch):
 
 def test_unsuitable_teachers_are_refused_with_every_reason(trained, corpus, tmp_path):
     def problems(model="mvlm_gpt2", **changes):
-        settings = tiny_settings(model, corpus, tmp_path, **{"teacher": str(trained / "mvlm_gpt2")} | changes)
+        settings = tiny_settings(model, corpus, tmp_path, **{"teacher": (str(trained / "mvlm_gpt2"),)} | changes)
         with pytest.raises(UserError) as error:
             run_training(recipe_of(model), settings)
         assert not (tmp_path / model).exists(), "nothing is written before the teacher is known to be good"
@@ -160,12 +160,12 @@ def test_unsuitable_teachers_are_refused_with_every_reason(trained, corpus, tmp_
 
     two = problems(vocab_size=390, max_length=64)
     assert len(two) == 2 and "different tokenizer" in two[0] and "32 tokens, shorter than --max_length 64" in two[1]
-    assert "no such folder or archive" in problems(teacher=str(tmp_path / "none"))[0]
+    assert "no such folder or archive" in problems(teacher=(str(tmp_path / "none"),))[0]
     damaged = copy_export(trained / "mvlm_gpt2", tmp_path / "damaged")
     set_json(damaged / "training_config.json", "tokenizer", sha256="0")
-    assert "SHA-256 differs" in problems(teacher=str(damaged))[0]
+    assert "SHA-256 differs" in problems(teacher=(str(damaged),))[0]
     seal(damaged)
-    assert "different tokenizer" in problems(teacher=str(damaged))[0]
+    assert "different tokenizer" in problems(teacher=(str(damaged),))[0]
     assert "different tokenizer" in problems("simone_enhanced")[0]
 
 
@@ -175,7 +175,7 @@ def test_finished_run_without_the_teacher_is_rejected(trained, corpus, tmp_path)
     run_training(recipe_of(model), tiny_settings(model, corpus, tmp_path, max_steps=4))
     with pytest.raises(UserError, match="--teacher, its manifest was None"):
         run_training(
-            recipe_of(model), tiny_settings(model, corpus, tmp_path, max_steps=4, teacher=str(trained / model))
+            recipe_of(model), tiny_settings(model, corpus, tmp_path, max_steps=4, teacher=(str(trained / model),))
         )
 
 
