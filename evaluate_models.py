@@ -100,7 +100,7 @@ def evaluate_exports(options: argparse.Namespace, exports: dict[Path, Path]) -> 
         if options.json:
             write_json_atomic(options.json, identity | {"results": results})
     columns = [results[str(export)] for export in exports]
-    table = [[options.split, "text", *(place.name for place in exports)], ["---", *["---:"] * (len(columns) + 1)]]
+    table = [[options.split, "text", *(path.name for path in exports)], ["---", *["---:"] * (len(columns) + 1)]]
     print("\n".join("| " + " | ".join(cells) + " |" for cells in [*table, *rows(columns)]))
     print("\n".join(["", *notes(columns[0], text)]))
 

@@ -123,7 +123,7 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from mvlm_core.training.cross_entropy import linear_cross_entropy
-    from mvlm_core.training.distillation import TEACHER_SHARE
+    from mvlm_core.training.distillation import DISTILLATION_WEIGHT
     from mvlm_core.training.distillation_loss import Prediction, distillation_loss
     from mvlm_core.training.optimizer import build_optimizers
     from mvlm_core.training.recipe import BuiltModel, StepLoss
@@ -150,7 +150,7 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
         inputs: Tensor,
         targets: Tensor,
         _weights: Tensor,
-        _share_done: float,
+        _progress: float,
         teacher: GPT2LMHeadModel | None = None,
     ) -> StepLoss:
         hidden, weight = hidden_states(model, inputs, layer), model.lm_head.weight
@@ -158,9 +158,9 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
             total, nll = linear_cross_entropy(hidden, weight, targets, kernel=hardware.loss_kernel)
             return StepLoss(total, nll.mean())
         with torch.no_grad():
-            taught = Prediction(hidden_states(teacher, inputs, layer), teacher.lm_head.weight)
+            teacher_prediction = Prediction(hidden_states(teacher, inputs, layer), teacher.lm_head.weight)
         total, nll, soft = distillation_loss(
-            Prediction(hidden, weight), taught, targets, TEACHER_SHARE, kernel=hardware.loss_kernel
+            Prediction(hidden, weight), teacher_prediction, targets, DISTILLATION_WEIGHT, kernel=hardware.loss_kernel
         )
         return StepLoss(total, nll.mean(), {"distillation_loss": soft})
 

@@ -104,14 +104,14 @@ def write_tab(models: Models) -> None:
     """Build the "Write" tab: prompt and sampling settings above the models' continuations."""
     import gradio as gr
 
-    from mvlm_core.pipeline.playground import LONGEST, written
+    from mvlm_core.pipeline.playground import MAX_NEW_TOKENS, written
 
     prompt = gr.Textbox("In the beginning", label="Prompt", lines=2)
     with gr.Row():
         seed = gr.Number(0, label="Seed", precision=0, minimum=0)
         temperature = gr.Slider(0, 2, READABLE.temperature, step=0.05, label="Temperature")
         top_p = gr.Slider(0.05, 1, READABLE.top_p, step=0.05, label="Top-p")
-        length = gr.Slider(1, LONGEST, 80, step=1, label="Length in tokens")
+        length = gr.Slider(1, MAX_NEW_TOKENS, 80, step=1, label="Length in tokens")
     with gr.Row():
         go, stop = gr.Button("Write", variant="primary"), gr.Button("Stop")
     gr.HTML("<p class=note>Surprisal: 0 bits <span class=legend></span> 12 bits or more</p>")

@@ -28,13 +28,19 @@ def list_or_add(args: argparse.Namespace) -> int:
     if args.list:
         print("\n".join(import_texts.listing(load_corpus(args.data_dir))))
         return 0
+    if args.data_dir == DEFAULT_DATA_DIR and corpus_problems(DEFAULT_DATA_DIR):
+        raise UserError(
+            "the corpus is not complete; build it first, so that the texts can be compared with its held-out "
+            "books: python prepare_dataset.py"
+        )
     has_texts = args.data_dir.is_dir() and any(args.data_dir.rglob("*.txt"))
     texts = import_texts.gather(args.add, load_corpus(args.data_dir) if has_texts else None)
     print("\n".join(import_texts.report(texts)))
+    folder = import_texts.target_folder(texts, args.data_dir)
     if args.dry_run:
         print("nothing was written (--dry_run)")
         return 0
-    folder = import_texts.add(texts, args.data_dir)
+    import_texts.add(texts, folder)
     print(f"added to {folder}; existing models were not trained on it (retrain with --fresh)")
     return 0
 

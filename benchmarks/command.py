@@ -37,7 +37,7 @@ def at_least_one(options: argparse.Namespace, *names: str) -> list[str]:
     return [f"--{name} {vars(options)[name]}: must be at least 1" for name in too_low]
 
 
-def chosen(only: str | None, known: Iterable[str], default: Iterable[str] | None = None) -> list[str]:
+def parse_only(only: str | None, known: Iterable[str], default: Iterable[str] | None = None) -> list[str]:
     """Return the comma-separated names given to ``--only``; otherwise ``default``, otherwise all.
 
     Raises:
@@ -66,10 +66,10 @@ def table(columns: Sequence[str], rows: Iterable[Iterable[object]], left: int = 
 
 
 def spread(
-    values: Sequence[float], form: str = "{:.4f}", middle: Callable[[Sequence[float]], float] = statistics.mean
+    values: Sequence[float], form: str = "{:.4f}", center: Callable[[Sequence[float]], float] = statistics.mean
 ) -> str:
-    """Format ``mean (min … max)``, or only the mean if minimum and maximum format identically."""
-    shown = [form.format(of(values)).replace("-", "−") for of in (middle, min, max)]
+    """Format ``center (min … max)``, or only the center if minimum and maximum format identically."""
+    shown = [form.format(statistic(values)).replace("-", "−") for statistic in (center, min, max)]
     return shown[0] if shown[1] == shown[2] else "{} ({} … {})".format(*shown)
 
 
@@ -82,10 +82,10 @@ def deviation(values: Sequence[float]) -> str:
 def show(text: str, figures: Any, options: argparse.Namespace) -> None:
     """Print the tables and write their figures to the ``--json`` file, if given."""
     print(text)
-    keep(figures, options)
+    save_json(figures, options)
 
 
-def keep(figures: Any, options: argparse.Namespace) -> None:
+def save_json(figures: Any, options: argparse.Namespace) -> None:
     """Write the figures to the ``--json`` file, if given."""
     if options.json:
         write_json_atomic(options.json, figures)

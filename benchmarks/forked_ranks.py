@@ -18,10 +18,10 @@ def fork_ranks(world: int, folder: Path) -> int:
     import torch
 
     torch.set_num_threads(1)  # a forked child cannot use its parent's threads
-    memory = shared_memory(world)
-    environments = [rank_environment(rank, world, folder) for rank in range(world)]
+    shared = {MEMORY_VARIABLE: str(shared_memory(world))}
+    environments = [rank_environment(rank, world, folder) | shared for rank in range(world)]
     rank = next((rank for rank in range(1, world) if os.fork() == 0), 0)
-    os.environ |= environments[rank] | ({} if memory is None else {MEMORY_VARIABLE: str(memory)})
+    os.environ |= environments[rank]
     if rank == 0:
         del os.environ[PARENT_VARIABLE]
     else:

@@ -18,7 +18,7 @@ import numpy as np
 from bible_corpus.ngram_overlap import LENGTH, NgramHasher
 from mvlm_core.data.corpus import SPLITS, Corpus, Document, decode
 from mvlm_core.errors import UserError, printable
-from mvlm_core.files import output_folder_problems, read_regular
+from mvlm_core.files import output_folder_problems, read_json, read_regular
 
 FOLDER = "added"  # in the data folder; one subfolder per import
 SUFFIXES = (".txt", ".md", ".markdown")
@@ -30,12 +30,18 @@ LEAK_LIMIT = 0.01
 
 @dataclass(frozen=True)
 class ImportedText:
-    """A text that can be added. ``shared``: number of its n-grams that also occur in held-out text."""
+    """A text that can be added.
+
+    Attributes:
+        shared: number of its n-grams that also occur in held-out text.
+        metadata: content of the ``.json`` file of the same name.
+    """
 
     path: str
     title: str
     text: str
     shared: int
+    metadata: dict[str, Any]
 
 
 @dataclass
@@ -99,6 +105,8 @@ def gather(source: Path, corpus: Corpus | None) -> Import:
         path = file.relative_to(source).as_posix()
         if file.is_dir() or any(part.startswith(".") for part in Path(path).parts):
             continue
+        if file.suffix == ".json" and any(file.with_suffix(suffix).is_file() for suffix in SUFFIXES):
+            continue  # metadata, read with its text
         try:
             result.texts.append(_read(file, path, known, overlap))
         except (OSError, ValueError) as error:
@@ -119,7 +127,20 @@ def _read(file: Path, path: str, known: dict[str, str], overlap: HeldOutOverlap)
     first = known.setdefault(hashlib.sha256(text.encode()).hexdigest(), path)
     if first != path:
         raise ValueError(f"the same text as {first}")
-    return ImportedText(path, title_of(path, raw, is_markdown), text, overlap(text))
+    metadata = _metadata(file.with_suffix(".json"))
+    title = str(metadata.get("title") or title_of(path, raw, is_markdown))
+    return ImportedText(path, title, text, overlap(text), metadata)
+
+
+def _metadata(file: Path) -> dict[str, Any]:
+    """Read the metadata of a text; {} if it has none. Raises ValueError if it cannot be used."""
+    if not file.exists():
+        return {}
+    if not (metadata := read_json(file)):
+        raise ValueError(f"its metadata {file.name} is not a JSON object: correct or remove it")
+    if (split := metadata.get("split")) not in (None, *SPLITS):
+        raise ValueError(f"its metadata {file.name} has the split {split!r:.40}: use one of {', '.join(SPLITS)}")
+    return metadata
 
 
 class HeldOutOverlap:
@@ -146,8 +167,8 @@ class HeldOutOverlap:
         return shared
 
 
-def add(imported: Import, data_dir: Path) -> Path:
-    """Write the texts with their metadata atomically into a folder in ``data_dir`` and return it.
+def target_folder(imported: Import, data_dir: Path) -> Path:
+    """Return the new folder in ``data_dir`` for the texts.
 
     Raises:
         UserError: nothing to add, or the folder already exists or cannot be written.
@@ -160,6 +181,11 @@ def add(imported: Import, data_dir: Path) -> Path:
         problems.append(f"--add {imported.source}: contains nothing to add")
     if problems:
         raise UserError(problems)
+    return target
+
+
+def add(imported: Import, target: Path) -> None:
+    """Write the texts with their metadata atomically into the folder ``target``."""
     staging = target.with_name(f".{target.name}-{os.getpid()}")
     try:
         for text in imported.texts:
@@ -168,19 +194,14 @@ def add(imported: Import, data_dir: Path) -> Path:
             if file.exists():  # a .txt and a .md with the same name
                 file = file.with_name(f"{Path(text.path).name}.txt")
             file.write_bytes(data)
-            metadata: dict[str, Any] = {
-                "title": text.title,
-                "source": f"{imported.source.name}/{text.path}",
-                "category": "user data",
-                **({"split": imported.split} if imported.split else {}),
-                "word_count": len(text.text.split()),
-                "sha256": hashlib.sha256(data).hexdigest(),
-            }
+            defaults = {"source": f"{imported.source.name}/{text.path}", "category": "user data"}
+            defaults |= {"split": imported.split} if imported.split else {}
+            measured = {"word_count": len(text.text.split()), "sha256": hashlib.sha256(data).hexdigest()}
+            metadata = defaults | text.metadata | {"title": text.title} | measured
             file.with_suffix(".json").write_text(json.dumps(metadata, ensure_ascii=False) + "\n", encoding="utf-8")
         os.rename(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return target
 
 
 def report(imported: Import) -> list[str]:

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-LINE_BREAK = "\n"
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
 
@@ -55,7 +54,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(main() or EXIT_DONE)
     except UserError as error:
         for problem in error.problems:
-            print(f"error: {printable(problem, LINE_BREAK)}", file=sys.stderr)
+            print("error: " + printable(problem, keep="\n"), file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except TrainingFailed as error:
         print(f"failed: {error}", file=sys.stderr)

@@ -1,9 +1,9 @@
-"""Metrics of a training run, defined once for all records, tables and plots: name, label, unit and direction."""
+"""Metrics of a training run, defined once for all records, tables and plots: name, label and unit."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 # The file format fixes this name; the corpus manifest names the translation.
 PRIMARY_TEST_BPB = "test_bpb_kjv"
@@ -18,14 +18,12 @@ class Metric:
         label: display name without the unit.
         unit: "" for a plain number.
         form: format string for `str.format`.
-        better: which direction is better; None if neither.
     """
 
     name: str
     label: str
     unit: str
     form: str = "{:,.0f}"
-    better: Literal["lower", "higher"] | None = None
 
     @property
     def title(self) -> str:
@@ -42,19 +40,19 @@ METRICS = (
     Metric("parameters", "parameters", ""),
     Metric("bytes", "training text", "bytes"),
     Metric("tokens", "training text", "tokens"),
-    Metric("seconds", "training time", "seconds", better="lower"),
-    Metric("tokens_per_second", "training speed", "tokens/s", better="higher"),
-    Metric("peak_memory_bytes", "peak memory", "bytes", better="lower"),
-    Metric("size_bytes", "model files", "bytes", better="lower"),  # known once the export is written
-    Metric("validation_bpb", "validation", _BPB, "{:.4f}", "lower"),
-    Metric("test_bpb", "test", _BPB, "{:.4f}", "lower"),
-    Metric(PRIMARY_TEST_BPB, "test, primary translation", _BPB, "{:.4f}", "lower"),
+    Metric("seconds", "training time", "seconds"),
+    Metric("tokens_per_second", "training speed", "tokens/s"),
+    Metric("peak_memory_bytes", "peak memory", "bytes"),
+    Metric("size_bytes", "model files", "bytes"),  # known once the export is written
+    Metric("validation_bpb", "validation", _BPB, "{:.4f}"),
+    Metric("test_bpb", "test", _BPB, "{:.4f}"),
+    Metric(PRIMARY_TEST_BPB, "test, primary translation", _BPB, "{:.4f}"),
 )
 # For further training: scores before it, and forgetting on the old corpus's test text.
 FURTHER_TRAINING = (
-    Metric("validation_bpb_before", "validation, before further training", _BPB, "{:.4f}", "lower"),
-    Metric("test_bpb_before", "test, before further training", _BPB, "{:.4f}", "lower"),
-    Metric("old_test_bpb_before", "test, old corpus, before further training", _BPB, "{:.4f}", "lower"),
-    Metric("old_test_bpb", "test, old corpus", _BPB, "{:.4f}", "lower"),
+    Metric("validation_bpb_before", "validation, before further training", _BPB, "{:.4f}"),
+    Metric("test_bpb_before", "test, before further training", _BPB, "{:.4f}"),
+    Metric("old_test_bpb_before", "test, old corpus, before further training", _BPB, "{:.4f}"),
+    Metric("old_test_bpb", "test, old corpus", _BPB, "{:.4f}"),
 )
 BY_NAME = {metric.name: metric for metric in (*METRICS, *FURTHER_TRAINING)}

@@ -44,7 +44,7 @@ class Sampling:
 # Default sampling of exports, generate.py and the report: of the values tried, the closest to the repetition and
 # predictability of the books themselves (benchmarks/experiments/decoding.py).
 READABLE = Sampling(temperature=0.9, top_p=0.9)
-SMALLEST_VOCABULARY = 260  # 256 bytes and four special tokens
+MIN_VOCABULARY = 260  # 256 bytes and four special tokens
 _BOUNDS = {
     "minimum": ("at least", operator.ge),
     "above": ("above", operator.gt),
@@ -172,7 +172,7 @@ class TrainingSettings:
         3.0, "train a teacher for at most this many epochs: a model without a teacher overfits sooner", above=0
     )
 
-    vocab_size: int = _model(32000, "vocabulary size", minimum=SMALLEST_VOCABULARY, maximum=1_000_000)
+    vocab_size: int = _model(32000, "vocabulary size", minimum=MIN_VOCABULARY, maximum=1_000_000)
     hidden_dim: int = _model(768, "hidden size", minimum=2)
     num_heads: int = _model(12, "attention heads per layer", minimum=1)
     ff_dim: int = _model(3072, "feed-forward size without gating; a gated layer uses 2/3 of it", minimum=1)
@@ -303,8 +303,8 @@ class TrainingSettings:
     def _teacher_problems(self, output_dir: Path) -> list[str]:
         if self.teacher and self.num_models > 1:
             return ["--teacher cannot be used with --num_models above 1, which trains its own teachers: use only one"]
-        own = [place for place in self.teacher if Path(place).resolve() == output_dir.resolve()]
-        return [f"--teacher {place} is in --output_dir, which will be replaced: choose another folder" for place in own]
+        own = [path for path in self.teacher if Path(path).resolve() == output_dir.resolve()]
+        return [f"--teacher {path} is in --output_dir, which will be replaced: choose another folder" for path in own]
 
     def check(self) -> Self:
         """Return these settings; raise ``UserError`` listing every problem if there is any."""

@@ -22,7 +22,7 @@ from benchmarks.experiments.runner import SETTINGS, recipe_of
 from mvlm_core.hardware import choose_hardware
 from mvlm_core.signals import StopRequest
 from mvlm_core.training.checkpoint import newest_checkpoint
-from mvlm_core.training.distributed import ALONE, Ranks
+from mvlm_core.training.distributed import SINGLE_RANK, Ranks
 from mvlm_core.training.history import read_history
 from mvlm_core.training.loop import TrainingLoop
 from mvlm_core.training.preparation import prepare_text
@@ -148,7 +148,7 @@ def everything_on(model: str) -> dict[str, float]:
     return {"dropout": 0.1, "gradient_accumulation_steps": 2, **losses}
 
 
-def make_loop(model: str, settings: Any, ranks: Ranks = ALONE, compiled: bool = False) -> TrainingLoop:
+def make_loop(model: str, settings: Any, ranks: Ranks = SINGLE_RANK, compiled: bool = False) -> TrainingLoop:
     """The training loop as the trainers build it, not yet started.
 
     Args:

@@ -16,7 +16,7 @@ import playground
 from mvlm_core.data.corpus import load_corpus
 from mvlm_core.errors import UserError
 from mvlm_core.evaluation.bits_per_byte import load_export, score_loaded
-from mvlm_core.evaluation.surprise import Heads, Token
+from mvlm_core.evaluation.surprisal import GovernanceTraces, Token
 from mvlm_core.export.archive import write_archive
 from mvlm_core.export.manifest import training_config
 from mvlm_core.pipeline import local_server
@@ -95,7 +95,7 @@ def test_token_shading_grows_with_bits_and_escapes_html():
 
 def test_heat_map_has_a_row_per_layer_and_a_column_per_token():
     fields = {"memory": ("a share", [[0.0, 0.5], [1.0, 0.25]]), "policy": ("a gate", [[1.0, 1.0], [1.0, 1.0]])}
-    page = HTML.heat_map("m", Heads(["In", " <b>"], ["layer 1", "layer 2"], fields))
+    page = HTML.heat_map("m", GovernanceTraces(["In", " <b>"], ["layer 1", "layer 2"], fields))
     assert cells(page) == [["", "In", "<b>"], ["layer 1", "0.00", "0.50"], ["layer 2", "1.00", "0.25"]]
     assert re.findall(r"--heat:([\d.]+)", page) == ["0.00", "0.50", "1.00", "0.25"]
     assert "a gate: 1.00 everywhere" in page and page.count("<table") == 1 and 'tabindex="0"' in page

@@ -12,8 +12,8 @@ import torch
 from mvlm_core.errors import UserError
 from mvlm_core.hardware import choose_hardware
 from mvlm_core.settings import add_options, parse_settings
-from mvlm_core.training.cost import TokenizerShape
-from mvlm_core.training.distillation import stages, with_time_left
+from mvlm_core.training.cost import StubTokenizer
+from mvlm_core.training.distillation import teacher_and_student_settings, with_time_left
 from mvlm_core.training.state import check_identity
 from mvlm_trainer import GPT2Settings
 from prioritary_mvlm import PrioritaryConfig
@@ -78,7 +78,7 @@ def test_teachers_are_given_or_trained_but_not_both(cls):
 
 @pytest.mark.parametrize("cls", [GPT2Settings, PrioritaryConfig])
 def test_a_students_length_is_not_limited_like_that_of_a_model_alone(cls):
-    student = stages(cls(preset="h200", max_hours=0.09, output_dir="models/x"))[-1]
+    student = teacher_and_student_settings(cls(preset="h200", max_hours=0.09, output_dir="models/x"))[-1]
     assert student.num_epochs is None and with_time_left(student, 200).num_epochs is None
 
 
@@ -115,7 +115,7 @@ def test_parameter_counts_of_both_models_match_within_2_percent(preset):
     for model, cls in (("mvlm_gpt2", GPT2Settings), ("simone_enhanced", PrioritaryConfig)):
         settings = cls(preset=preset)
         with torch.device("meta"):
-            built = recipe_of(model).build(settings, TokenizerShape(settings.vocab_size), choose_hardware(device="cpu"))
+            built = recipe_of(model).build(settings, StubTokenizer(settings.vocab_size), choose_hardware(device="cpu"))
         counts.append(built.model.num_parameters())
     assert counts[0] == pytest.approx(counts[1], rel=0.02)
 

@@ -27,7 +27,8 @@ import hashlib, json, os, signal, sys, time
 from pathlib import Path
 if "--dry_run" in sys.argv:
     print("an hour,")
-    print(json.dumps({"lines": ["2 GB"], "items": [], "assumptions": [], "paid": False, "export_bytes": 0}))
+    plan = {"lines": ["2 GB"], "items": [], "steps": int(os.environ.get("STEPS", 9)), "assumptions": [], "paid": False}
+    print(json.dumps(plan | {"export_bytes": 0}))
     sys.exit(os.environ.get("MODE_dry_run"))
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 out, name = Path(flags["--output_dir"]), Path(flags["--output_dir"]).name
@@ -106,7 +107,7 @@ sys.exit(any(name in bad for name in found) or len(found) < len(asked))
 FORMATS = """
 import os, sys
 from pathlib import Path
-from mvlm_core.export.formats import RECORD, source_of
+from mvlm_core.export.formats import RECORD, manifest_sha256
 from mvlm_core.export.manifest import write_manifest
 from mvlm_core.files import sha256_file, write_json_atomic
 export, output = Path(sys.argv[1]), Path(sys.argv[3])
@@ -115,7 +116,7 @@ if export.name == os.environ.get("FORMATS_FAIL"):
     sys.exit("the graph says something else")
 output.mkdir()
 kinds = [flag.removeprefix("--") for flag in sys.argv[4:]]
-write_json_atomic(output / RECORD, {"source": source_of(export), "formats": kinds})
+write_json_atomic(output / RECORD, {"source": manifest_sha256(export), "formats": kinds})
 write_manifest(output, output.name, {RECORD: sha256_file(output / RECORD)})
 """
 
@@ -262,6 +263,63 @@ def test_killed_trainer_incomplete_export_and_bad_input_are_reported(job):
     assert job.run(MODE_mvlm_gpt2="bad", MODE_simone_enhanced="bad").returncode == 2
 
 
+def test_refused_trainers_leave_finished_models_as_they_were(job):
+    assert job.run().returncode == 0
+    before, archives = job.summary(), read_checksums(job.layout.checksums)
+    assert job.run(MODE_mvlm_gpt2="bad", MODE_simone_enhanced="bad").returncode == 2
+    assert job.summary() == before and read_checksums(job.layout.checksums) == archives
+    done = job.run(MODE_mvlm_gpt2="bad")
+    assert done.returncode == 1 and "the finished model in" in done.stdout
+    assert job.statuses() == {"finished"} and job.offered() == ARCHIVES
+    assert read_checksums(job.layout.checksums)[ARCHIVES[0]] == archives[ARCHIVES[0]]
+
+
+def test_interrupted_fresh_run_resumes_without_fresh(job):
+    """It has deleted both models, so the second one is neither kept nor refused."""
+    assert job.run().returncode == 0
+    (job.data_dir / "bible" / "kjv" / "01-genesis.txt").write_text("Something else altogether.\n")
+    refused = job.run("--fresh", MODE_dry_run="out of disk space")
+    assert refused.returncode == 2 and "out of disk space" in refused.stderr and job.offered() == ARCHIVES
+    assert all((job.layout.export(name) / "manifest.json").is_file() for name in job.summary()["models"])
+    running = job.start("--fresh", MODE_mvlm_gpt2="slow")
+    job.wait_for("mvlm_gpt2", "waiting")
+    running.terminate()
+    assert running.wait(timeout=20) == 143
+    assert not (job.layout.export("simone_enhanced") / "manifest.json").exists()
+    assert job.run(MODE_mvlm_gpt2="slow", MODE_simone_enhanced="new").returncode == 0
+    assert (job.layout.export("simone_enhanced") / "model.safetensors").read_text() == "simone_enhanced new"
+
+
+def test_archive_of_a_deleted_model_is_not_offered(job):
+    assert job.run().returncode == 0
+    running = job.start("--fresh", MODE_mvlm_gpt2="slow")
+    job.wait_for("mvlm_gpt2", "waiting")
+    running.terminate()
+    running.wait(timeout=20)
+    assert job.run("--models", "mvlm_gpt2").returncode == 0
+    assert list(read_checksums(job.layout.checksums)) == job.offered() == ARCHIVES[:1]
+
+
+def test_model_of_another_text_is_not_packed_beside_a_kept_one(job):
+    assert job.run().returncode == 0
+    (job.data_dir / "bible" / "kjv" / "01-genesis.txt").write_text("Something else altogether.\n")
+    only = ("--models", "simone_enhanced", "--fresh")
+    planned, done = job.run("--dry_run", *only), job.run(*only)
+    assert planned.returncode == done.returncode == 2
+    for told in (planned.stdout, done.stderr):
+        assert "mvlm_gpt2: trained on different text" in told and "simone_enhanced: trained" not in told
+    assert job.offered() == ARCHIVES and job.statuses() == {"finished"}
+
+
+def test_report_and_plot_of_an_earlier_run_do_not_outlast_a_failure(job):
+    assert job.run().returncode == 0
+    for file in (job.layout.page, job.layout.plot):
+        file.write_text("old")
+    done = job.run()
+    assert done.returncode == 0 and "the report failed" in done.stdout and "open in a browser" not in done.stdout
+    assert not job.layout.page.exists() and not job.layout.plot.exists()
+
+
 @pytest.mark.parametrize("name, number", [("mvlm_gpt2", signal.SIGINT), ("simone_enhanced", signal.SIGTERM)])
 def test_signal_is_forwarded_once_and_the_next_run_resumes(job, name, number):
     running = job.start(**{f"MODE_{name}": "slow"})
@@ -366,6 +424,7 @@ def test_finished_models_refuse_a_different_preset_seed_or_text(job):
     assert planned.returncode == 2 and planned.stdout.count("trained on different text") == 2
     done = job.run()
     assert done.returncode == 2 and "trained on different text" in done.stderr and "--fresh" in done.stderr
+    assert before == job.summary()
     planned = job.run("--dry_run", "--preset", "cpu", "--seed", "3").stdout
     assert planned.count("REFUSED") == 2 and "; kept" not in planned
     done = job.run("--preset", "cpu", "--seed", "3")

@@ -11,10 +11,10 @@ from functools import partial
 from torch import Tensor, nn
 
 from mvlm_core.training.cross_entropy import linear_cross_entropy
-from mvlm_core.training.distillation import TEACHER_SHARE
+from mvlm_core.training.distillation import DISTILLATION_WEIGHT
 from mvlm_core.training.distillation_loss import Prediction, distillation_loss
 from mvlm_core.training.recipe import StepLoss
-from simone_transformer.rope_attention import Pointing
+from simone_transformer.rope_attention import PointerOutput
 
 
 class ComprehensiveTrainingLoss(nn.Module):
@@ -65,7 +65,7 @@ class ComprehensiveTrainingLoss(nn.Module):
             return 0.0
         return self.coherence_weight * (1 - progress / self.coherence_until)
 
-    def idle_parameters(self, progress: float) -> list[nn.Parameter]:
+    def unused_parameters(self, progress: float) -> list[nn.Parameter]:
         """Parameters that get no gradient at this point: the coherence adapter's, once its weight is 0."""
         return [] if self.ahead is None or self.coherence_weight_at(progress) > 0 else list(self.ahead.parameters())
 
@@ -76,7 +76,7 @@ class ComprehensiveTrainingLoss(nn.Module):
         targets: Tensor,
         document_weights: Tensor,
         progress: float,
-        pointing: Pointing | None = None,
+        pointer_output: PointerOutput | None = None,
         teacher: Prediction | None = None,
     ) -> StepLoss:
         """Compute the loss of one micro-batch.
@@ -87,8 +87,9 @@ class ComprehensiveTrainingLoss(nn.Module):
             targets: ``[batch, seq]``, next-token ids.
             document_weights: ``[batch, seq]``, mean 1 over the train text.
             progress: fraction of the run completed.
-            pointing: the pointer head's output, mixed into the prediction for the first two terms.
-            teacher: a teacher's prediction. Distillation gets ``TEACHER_SHARE`` of the loss, the three terms the rest.
+            pointer_output: the pointer head's output, mixed into the prediction for the first two terms.
+            teacher: a teacher's prediction; distillation gets ``DISTILLATION_WEIGHT`` of the loss, the three terms the
+                rest.
         """
         token_weights = None
         if self.alignment_weight > 0 or self.accuracy_weight != 1:
@@ -96,12 +97,12 @@ class ComprehensiveTrainingLoss(nn.Module):
         cross_entropy = partial(linear_cross_entropy, kernel=self.loss_kernel)
         weight, parts = self.coherence_weight_at(progress), {}
         if teacher is None:
-            mixture = None if pointing is None else (pointing.vocabulary, pointing.log_prob(targets))
+            mixture = None if pointer_output is None else (pointer_output.vocabulary, pointer_output.log_prob(targets))
             total, nll = cross_entropy(hidden, output_weight, targets, token_weights, mixture=mixture)
         else:
-            student, weight = Prediction(hidden, output_weight, pointing), (1 - TEACHER_SHARE) * weight
+            student, weight = Prediction(hidden, output_weight, pointer_output), (1 - DISTILLATION_WEIGHT) * weight
             total, nll, parts["distillation_loss"] = distillation_loss(
-                student, teacher, targets, TEACHER_SHARE, token_weights, self.loss_kernel
+                student, teacher, targets, DISTILLATION_WEIGHT, token_weights, self.loss_kernel
             )
         parts |= {"accuracy_loss": nll.mean(), "alignment_loss": (nll * document_weights).mean()}
         if self.ahead is not None and weight > 0:

@@ -67,16 +67,18 @@ def add_training(model: EnhancedSIMONEModel, config: PrioritaryConfig, hardware:
         inputs: Tensor,
         targets: Tensor,
         document_weights: Tensor,
-        share_done: float,
+        progress: float,
         teacher: EnhancedSIMONEModel | None = None,
     ) -> StepLoss:
-        hidden, pointing = hidden_states(model, inputs)
-        taught = None
+        hidden, pointer_output = hidden_states(model, inputs)
+        teacher_prediction = None
         if teacher is not None:
             with torch.no_grad():
                 target = hidden_states(teacher, inputs)
-            taught = Prediction(target[0], teacher.lm_head.weight, target[1])
-        return criterion(hidden, model.lm_head.weight, targets, document_weights, share_done, pointing, taught)
+            teacher_prediction = Prediction(target[0], teacher.lm_head.weight, target[1])
+        return criterion(
+            hidden, model.lm_head.weight, targets, document_weights, progress, pointer_output, teacher_prediction
+        )
 
     optimizers = build_optimizers(
         ((f"{prefix}.{name}", p) for prefix, module in modules.items() for name, p in module.named_parameters()),
@@ -87,7 +89,7 @@ def add_training(model: EnhancedSIMONEModel, config: PrioritaryConfig, hardware:
         embedding_names=("embed_tokens", "lm_head", "policy_head", "memory_head"),
         muon_dtype=hardware.muon_dtype,
     )
-    return BuiltModel(model, modules, loss, optimizers, idle=criterion.idle_parameters)
+    return BuiltModel(model, modules, loss, optimizers, unused_parameters=criterion.unused_parameters)
 
 
 RECIPE = Recipe(

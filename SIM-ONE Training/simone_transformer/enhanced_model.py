@@ -27,7 +27,7 @@ from .rope_attention import (
     EnhancedGovernanceAttention,
     ForwardContext,
     PointerHead,
-    Pointing,
+    PointerOutput,
     RotaryEmbedding,
     point,
 )
@@ -128,13 +128,13 @@ class EnhancedSIMONEOutput(CausalLMOutputWithPast):
         policy_logits: ``[batch, seq, heads]``, or None if the policy head is off.
         memory_signals: ``[batch, seq, heads]``, or None if the memory head is off; always None in the first layer.
         traces: ``[batch, seq, heads, 4]``, with the fields of ``rope_attention.TRACE_FIELDS``.
-        pointing: the pointer's log probabilities, or None if the memory head is off.
+        pointer_output: the pointer's log probabilities, or None if the memory head is off.
     """
 
     policy_logits: tuple[Tensor | None, ...] | None = None
     memory_signals: tuple[Tensor | None, ...] | None = None
     traces: tuple[Tensor, ...] | None = None
-    pointing: Pointing | None = None
+    pointer_output: PointerOutput | None = None
 
 
 class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
@@ -168,8 +168,8 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         context: ForwardContext | None = None,
         layer_function: Callable[..., tuple[Tensor, Tensor]] = run_layer,
-        point_function: Callable[..., Pointing] = point,
-    ) -> tuple[Tensor, Pointing | None]:
+        point_function: Callable[..., PointerOutput] = point,
+    ) -> tuple[Tensor, PointerOutput | None]:
         """Return the normalised last hidden states ``[batch, seq, hidden_size]`` and the pointer head's output, if any.
 
         Args:
@@ -192,13 +192,13 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
         key = context.cache_pointer_keys(key, input_ids)
         x, _ = layer_function(self.layers[-1], x, rotary, value_residual, context)
         key, ids, visible = context.cached_pointer_keys(key, input_ids)
-        pointing = None if ids is None else point_function(query, key, sentinel, ids, visible)
-        return self.final_norm(x), pointing
+        pointer_output = None if ids is None else point_function(query, key, sentinel, ids, visible)
+        return self.final_norm(x), pointer_output
 
-    def predict(self, hidden: Tensor, pointing: Pointing | None) -> Tensor:
+    def predict(self, hidden: Tensor, pointer_output: PointerOutput | None) -> Tensor:
         """Return logits, or log probabilities if the model has a pointer, ``[batch, seq, vocab]``."""
         logits = self.lm_head(hidden)
-        return logits if pointing is None else pointing.mix(logits)
+        return logits if pointer_output is None else pointer_output.mix(logits)
 
     @can_return_tuple
     def forward(
@@ -218,7 +218,7 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
 
         Args:
             labels: ``[batch, seq]``, -100 is ignored; shifted internally, as in other transformers models.
-            output_traces: fill ``policy_logits``, ``memory_signals``, ``traces`` and ``pointing``.
+            output_traces: fill ``policy_logits``, ``memory_signals``, ``traces`` and ``pointer_output``.
         Raises:
             ValueError: not exactly one of ``input_ids`` and ``inputs_embeds`` was given, or ``output_traces=True`` on a
                 model without a trace head.
@@ -230,15 +230,15 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
         embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         context = self._context(embeddings, attention_mask, position_ids, self._cache(past_key_values, use_cache))
         context.head_outputs = [] if output_traces else None
-        hidden, pointing = self.hidden_states(input_ids, inputs_embeds=embeddings, context=context)
+        hidden, pointer_output = self.hidden_states(input_ids, inputs_embeds=embeddings, context=context)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.predict(hidden[:, kept], None if pointing is None else pointing.select(kept))
+        logits = self.predict(hidden[:, kept], None if pointer_output is None else pointer_output.select(kept))
         output = EnhancedSIMONEOutput(logits=logits, past_key_values=context.cache)
         if labels is not None:
             output.loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if output_traces:
             output.policy_logits, output.memory_signals, output.traces = zip(*context.head_outputs or (), strict=True)
-            output.pointing = pointing
+            output.pointer_output = pointer_output
         return output
 
     def _context(
@@ -281,9 +281,9 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
         means = torch.stack(output.traces).float().mean(dim=(0, 3))[0]
         columns = means.T.tolist()
         traces = {name: (text, values) for (name, text), values in zip(TRACE_FIELDS.items(), columns, strict=True)}
-        if output.pointing is not None:
+        if output.pointer_output is not None:
             targets = input_ids[:, 1:]
-            copied = output.pointing.select(slice(-1)).log_prob(targets)
+            copied = output.pointer_output.select(slice(-1)).log_prob(targets)
             total = output.logits[:, :-1].gather(-1, targets[..., None]).squeeze(-1)
             traces["copied"] = COPIED, [0.0, *(copied - total).exp()[0].tolist()]
         return traces

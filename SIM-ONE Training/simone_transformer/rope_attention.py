@@ -190,7 +190,7 @@ class PointerHead(nn.Module):
         return query.unsqueeze(1), key.unsqueeze(1), sentinel
 
 
-class Pointing(NamedTuple):
+class PointerOutput(NamedTuple):
     """Log probabilities from the pointer's softmax.
 
     Attributes:
@@ -215,12 +215,12 @@ class Pointing(NamedTuple):
         copied = torch.zeros_like(own).scatter_add(2, ids, self.tokens.exp())
         return torch.logaddexp(own, copied.clamp(min=torch.finfo(own.dtype).tiny).log())
 
-    def select(self, positions: slice | Tensor) -> Pointing:
+    def select(self, positions: slice | Tensor) -> PointerOutput:
         """Restrict to these query positions."""
-        return Pointing(self.vocabulary[:, positions], self.tokens[:, positions], self.ids)
+        return PointerOutput(self.vocabulary[:, positions], self.tokens[:, positions], self.ids)
 
 
-def point(query: Tensor, key: Tensor, sentinel: Tensor, ids: Tensor, visible: Tensor | None = None) -> Pointing:
+def point(query: Tensor, key: Tensor, sentinel: Tensor, ids: Tensor, visible: Tensor | None = None) -> PointerOutput:
     """Compute the softmax of a ``PointerHead``.
 
     Args:
@@ -236,7 +236,7 @@ def point(query: Tensor, key: Tensor, sentinel: Tensor, ids: Tensor, visible: Te
     scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     sentinel = sentinel.to(scores.dtype)
     log_total = torch.logaddexp(scores.logsumexp(-1), sentinel)
-    return Pointing(sentinel - log_total, scores - log_total[..., None], ids)
+    return PointerOutput(sentinel - log_total, scores - log_total[..., None], ids)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Ablations: train with one part changed and compare with the unchanged model, paired by seed.
+"""Ablations: train with one component changed and compare with the unchanged model, paired by seed.
 
     python -m benchmarks.experiments.ablations --seeds 3 --max_bytes 1400000
     python -m benchmarks.experiments.ablations --only no_memory,gelu           also runs their references
@@ -16,12 +16,12 @@ from functools import partial
 
 from benchmarks import command
 from benchmarks.experiments import runner
-from benchmarks.experiments.runner import Figures, Found, Line, Run
+from benchmarks.experiments.runner import Figures, ResultsBySeed, Run, Variant
 from mvlm_core.errors import run_main
 
 REFERENCES = {"mvlm_gpt2": "baseline", "simone_enhanced": "full"}
 NOISE = 0.005  # bits per byte: smaller single-run differences are noise (benchmarks/LOG.md)
-OTHER_SIZE = 0.02  # relative difference in parameters above which a row shows it
+SIZE_TOLERANCE = 0.02  # relative difference in parameters above which a row shows it
 
 # Shapes derived from the preset's: model 2 with a tied output matrix and more layers; the baseline with model 2's
 # layers and width; the baseline with model 2's layers, widened to keep its parameter count.
@@ -37,12 +37,12 @@ def rates(model: str, preset: str, factor: float) -> dict[str, float]:
     return {name: factor * values[name] for name in ("learning_rate", "adamw_learning_rate") if name in values}
 
 
-def lines(preset: str) -> dict[str, Line]:
+def variants_of(preset: str) -> dict[str, Variant]:
     """Return all variants by name, the most important first.
 
     Each optimizer is tried at two learning rates: AdamW near the baseline's best, Muon near model 2's.
     """
-    full, base = partial(Line, "simone_enhanced"), partial(Line, "mvlm_gpt2")
+    full, base = partial(Variant, "simone_enhanced"), partial(Variant, "mvlm_gpt2")
     variants = {
         "full": full("model 2, preset"),
         "baseline": base("model 1, preset"),
@@ -52,15 +52,15 @@ def lines(preset: str) -> dict[str, Line]:
         "base_double_rate": base("twice the learning rate", rates("mvlm_gpt2", preset, 2)),
         "no_policy": full("without the policy head", {"policy_head": False}),
         "no_memory": full("without the memory head", {"memory_head": False}),
-        "no_pointer": full("without the memory head's pointer", classic_part="no_pointer"),
+        "no_pointer": full("without the memory head's pointer", component_swap="no_pointer"),
         "no_coherence": full("without the coherence loss", {"coherence_weight": 0.0}),
         "no_alignment": full(
             "accuracy loss instead of content alignment", {"accuracy_weight": 1.0, "alignment_weight": 0.0}
         ),
-        "learned_positions": full("learned position embeddings instead of rotary", classic_part="learned_positions"),
-        "plain_queries": full("without QK-norm", classic_part="plain_queries"),
-        "layer_norm": full("LayerNorm instead of RMSNorm", classic_part="layer_norm"),
-        "gelu": full("GPT-2's feed-forward layer instead of SwiGLU", classic_part="gelu"),
+        "learned_positions": full("learned position embeddings instead of rotary", component_swap="learned_positions"),
+        "plain_queries": full("without QK-norm", component_swap="plain_queries"),
+        "layer_norm": full("LayerNorm instead of RMSNorm", component_swap="layer_norm"),
+        "gelu": full("GPT-2's feed-forward layer instead of SwiGLU", component_swap="gelu"),
         "adamw_2e-3": full("AdamW at 0.002 instead of Muon", {"optimizer": "adamw", "learning_rate": 2e-3}),
         "adamw_4e-3": full("AdamW at 0.004 instead of Muon", {"optimizer": "adamw", "learning_rate": 4e-3}),
         "cosine": full("cosine decay to a tenth instead of linear to zero", {"lr_schedule": "cosine"}),
@@ -87,13 +87,13 @@ def lines(preset: str) -> dict[str, Line]:
     return variants
 
 
-def plan(options: argparse.Namespace) -> list[Run]:
-    """Return the runs of the chosen variants and of their references."""
-    known = lines(options.preset)
-    names = set(command.chosen(options.only, known))
-    names |= {REFERENCES[known[name].model] for name in names}
-    selected = {name: line for name, line in known.items() if name in names}
-    return runner.plan(selected, options, runner.shared_values(options))
+def make_runs(options: argparse.Namespace) -> list[Run]:
+    """Create the runs of the variants in ``--only`` and of their references."""
+    variants = variants_of(options.preset)
+    names = set(command.parse_only(options.only, variants))
+    names |= {REFERENCES[variants[name].model] for name in names}
+    selected = {name: variant for name, variant in variants.items() if name in names}
+    return runner.make_runs(selected, options, runner.shared_values(options))
 
 
 def verdict(differences: list[float]) -> str:
@@ -106,48 +106,48 @@ def verdict(differences: list[float]) -> str:
     return "helps" if mean < 0 else "hurts"
 
 
-def row(name: str, line: Line, own: dict[int, Figures], reference: dict[int, Figures]) -> list[str]:
+def row(name: str, variant: Variant, own: dict[int, Figures], reference: dict[int, Figures]) -> list[str]:
     """Compare a variant with the unchanged model, paired by seed."""
     parameters = f"{next(iter(own.values()))['parameters']:,}"
     bits = command.deviation([figures["validation_bpb"] for figures in own.values()])
-    cells = [f"`{name}` {line.what}", parameters, f"{bits} ({len(own)})"]
-    if name == REFERENCES[line.model]:
+    cells = [f"`{name}` {variant.description}", parameters, f"{bits} ({len(own)})"]
+    if name == REFERENCES[variant.model]:
         return [*cells, "", "", "", "reference"]
     pairs = [(own[seed], reference[seed]) for seed in sorted(own.keys() & reference.keys())]
-    differences = [mine["validation_bpb"] - theirs["validation_bpb"] for mine, theirs in pairs]
+    differences = [changed["validation_bpb"] - base["validation_bpb"] for changed, base in pairs]
     if not pairs:
         return [*cells, "", "", "", "no pair"]
     size = pairs[0][0]["parameters"] / pairs[0][1]["parameters"] - 1
-    if abs(size) > OTHER_SIZE:
+    if abs(size) > SIZE_TOLERANCE:
         cells[1] += f" ({size:+.1%})".replace("-", "−")
     ratios = [
-        f"{statistics.mean(mine[name] / theirs[name] for mine, theirs in pairs):.3f}"
+        f"{statistics.mean(changed[name] / base[name] for changed, base in pairs):.3f}"
         for name in ("tokens_per_second", "peak_memory_bytes")
     ]
     return [*cells, command.spread(differences, "{:+.4f}"), *ratios, verdict(differences)]
 
 
-def table(found: Found, preset: str = "cpu") -> str:
+def table(results: ResultsBySeed, preset: str = "cpu") -> str:
     compared = ("difference, mean (min … max)", "tokens/s, ratio", "peak memory, ratio")
     rows = [
-        row(name, line, found[name], found.get(REFERENCES[line.model], {}))
-        for name, line in lines(preset).items()
-        if name in found
+        row(name, variant, results[name], results.get(REFERENCES[variant.model], {}))
+        for name, variant in variants_of(preset).items()
+        if name in results
     ]
     return command.table(("variant", "parameters", "validation (n)", *compared, "verdict"), rows) + (
         "\n\nValidation in bits per byte. Difference: from the reference above, seed by seed; below 0 is better.\n"
         f"Verdict: the effect of the row's change; noise below {NOISE} or below twice the mean's standard error.\n"
-        f"Parameters: relative difference from the reference, shown above {OTHER_SIZE:.0%}."
+        f"Parameters: relative difference from the reference, shown above {SIZE_TOLERANCE:.0%}."
     )
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    return runner.checked(runner.command_line(__doc__, "ablations", lines("cpu")).parse_args(arguments))
+    return runner.checked(runner.command_line(__doc__, "ablations", variants_of("cpu")).parse_args(arguments))
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
-    return runner.run_experiment(plan(options), options, partial(table, preset=options.preset))
+    return runner.run_experiment(make_runs(options), options, partial(table, preset=options.preset))
 
 
 if __name__ == "__main__":

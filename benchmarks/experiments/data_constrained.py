@@ -1,12 +1,12 @@
 """Data-constrained training: spend much compute on little text, over many epochs.
 
-    python -m benchmarks.experiments.data_constrained                   a small twin of the h200 preset, both models
+    python -m benchmarks.experiments.data_constrained                   proxies of the h200 preset, both models
     python -m benchmarks.experiments.data_constrained --only hour       only the King James text, on two cores
 
-The twin has the h200 preset's ratio of text to parameters: whole books in all translations, up to --text_bytes, and
-0.9 million parameters. A single model is trained for 3 epochs, a student of such models (``--num_models``) for more.
-Compute is in multiples of a single model's three epochs. Scores are on the held-out books in all translations,
-and in the primary one only.
+A proxy model has the h200 preset's ratio of text to parameters: whole books in all translations, up to --text_bytes,
+and 0.9 million parameters. ``3ep`` is a single model trained for three epochs, ``18ep-3x1ep`` the student of three
+teachers of one epoch each, trained for 18 epochs. Compute is in multiples of ``3ep``. Scores are on the held-out books
+in all translations, and in the primary one only.
 """
 
 from __future__ import annotations
@@ -19,33 +19,34 @@ import statistics
 import tempfile
 from collections import defaultdict
 from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from benchmarks import command
 from benchmarks.experiments import runner
-from benchmarks.experiments.runner import Figures, Found, Line, Run
+from benchmarks.experiments.runner import Figures, ResultsBySeed, Run, Variant
 from bible_corpus.books import PRIMARY_TRANSLATION
 from mvlm_core.data.corpus import MANIFEST_NAME, load_corpus, validation_subset
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.export.manifest import training_config
 from mvlm_core.metrics import PRIMARY_TEST_BPB
-from mvlm_core.training.distillation import relative_step_cost, stages
+from mvlm_core.training.distillation import relative_step_cost, teacher_and_student_settings
 
 RATES: dict[str, dict[str, Any]] = {
     "mvlm_gpt2": {"learning_rate": 2e-3},
     "simone_enhanced": {"learning_rate": 0.02, "adamw_learning_rate": 0.01},
 }
-OWN: dict[str, dict[str, Any]] = {
+PER_MODEL: dict[str, dict[str, Any]] = {
     "mvlm_gpt2": {"dropout": 0.0},
     "simone_enhanced": {"dropout": 0.1, "output_head": "tied"},
 }
-TWIN: dict[str, Any] = {"max_length": 256, "vocab_size": 2048, "batch_size": 8, "train_mix": ""}
-TWIN |= {"validation_text": "all", "weight_decay": 0.4}
+PROXY: dict[str, Any] = {"max_length": 256, "vocab_size": 2048, "batch_size": 8, "train_mix": ""}
+PROXY |= {"validation_text": "all", "weight_decay": 0.4}
 TEXT_BYTES = 500_000
-# Shapes by scale: parameters relative to the twin's 0.9 million, and text in proportion. Learning rates at other scales
-# follow the rules of benchmarks/experiments/scaling.py, like those of the h200 preset.
+# Shapes by scale: parameters relative to the proxy's 0.9 million, and text in proportion. Learning rates at other
+# scales follow the rules of benchmarks/experiments/scaling.py, like those of the h200 preset.
 SHAPES: dict[float, dict[str, Any]] = {
     0.25: {"hidden_dim": 64, "num_heads": 1, "ff_dim": 256, "num_layers": 2},
     1: {"hidden_dim": 128, "num_heads": 2, "ff_dim": 512, "num_layers": 3},
@@ -55,51 +56,49 @@ WIDTH_EXPONENTS = {"mvlm_gpt2": -1.05, "simone_enhanced": -0.37}
 TEXT_EXPONENTS = {"mvlm_gpt2": 0.0, "simone_enhanced": -0.49}
 
 
-def _epochs(count: float) -> str:
-    return f"{count:g} epoch{'s' * (count != 1)}"
+@dataclass(frozen=True)
+class ProxyRecipe:
+    """How a proxy model is trained: alone, or as the student of its teachers. ``overrides`` are further settings."""
+
+    epochs: float
+    teachers: int = 0
+    teacher_epochs: float = 3
+    overrides: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """Short name: ``18ep-3x1ep`` is 18 epochs with three teachers of one epoch each."""
+        teachers = f"-{self.teachers}x{self.teacher_epochs:g}ep" if self.teachers else ""
+        return f"{self.epochs:g}ep{teachers}" + "".join(f"-{name}{value:g}" for name, value in self.overrides.items())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        values: dict[str, Any] = {"num_epochs": float(self.epochs)}
+        if self.teachers:
+            values |= {"num_models": self.teachers + 1, "teacher_epochs": float(self.teacher_epochs)}
+        return values | self.overrides
 
 
-ALONE = (0.5, 1, 2, 3, 9)
-RECIPES: dict[str, dict[str, Any]] = {_epochs(count): {"num_epochs": float(count)} for count in ALONE}
-RECIPES |= {f"{name} with decay 1.6": RECIPES[name] | {"weight_decay": 1.6} for name in ("3 epochs", "9 epochs")}
-# (epochs, number of teachers, epochs of each teacher)
-STUDENTS = (
-    (4.5, 1, 3),
-    (9, 1, 3),
-    (18, 3, 3),
-    (36, 14, 3),
-    (52, 7, 3),
-    (209, 7, 3),
-    (1, 1, 1),
-    (2, 1, 1),
-    (4.5, 1, 1),
-    (3, 3, 1),
-    (9, 3, 1),
-    (18, 3, 1),
-    (18, 9, 1),
-    (60, 9, 1),
-)
-for count, teachers, of in STUDENTS:
-    name = f"{_epochs(count)} with {teachers} teacher{'s' * (teachers > 1)}" + f" of {_epochs(of)}" * (of != 3)
-    RECIPES[name] = {"num_epochs": float(count), "num_models": teachers + 1, "teacher_epochs": float(of)}
-RECIPES |= {
-    f"{name} and dropout {dropout}": RECIPES[name] | {"dropout": dropout}
-    for name, dropout in itertools.product(("3 epochs", "9 epochs with 1 teacher"), (0.0, 0.1, 0.3))
-}
-TWINS = {
-    f"{model} {name}": Line(model, changes=TWIN | OWN[model] | recipe)
-    for (name, recipe), model in itertools.product(RECIPES.items(), RATES)
-    if recipe.get("dropout") != OWN[model]["dropout"]  # otherwise it equals the line without dropout in its name
+# Epochs, number of teachers, and epochs of each teacher.
+STUDENTS = ((1, 1, 1), (2, 1, 1), (4.5, 1, 1), (3, 3, 1), (9, 3, 1), (18, 3, 1), (18, 9, 1), (60, 9, 1))
+STUDENTS += ((4.5, 1, 3), (9, 1, 3), (18, 3, 3), (36, 14, 3), (52, 7, 3))
+RECIPES = [ProxyRecipe(epochs) for epochs in (1, 2, 3)]
+RECIPES += [ProxyRecipe(*student) for student in STUDENTS]
+RECIPES += [ProxyRecipe(9, 1, overrides={"dropout": dropout}) for dropout in (0.0, 0.1, 0.3)]
+PROXIES = {
+    f"{model} {recipe.id}": Variant(model, overrides=PROXY | PER_MODEL[model] | recipe.settings)
+    for recipe, model in itertools.product(RECIPES, RATES)
+    if recipe.overrides.get("dropout") != PER_MODEL[model]["dropout"]  # otherwise it repeats the recipe without it
 }
 HOUR: dict[str, Any] = {"data_subset": f"bible/{PRIMARY_TRANSLATION}", "train_mix": "", "max_length": 512}
 HOUR |= {"hidden_dim": 192, "num_heads": 3, "ff_dim": 768, "num_layers": 6, "vocab_size": 4096, "batch_size": 8}
 HOUR |= {"weight_decay": 0.2, "num_models": 3, "num_epochs": 9.0}
 HOUR_RATES = RATES | {"simone_enhanced": RATES["simone_enhanced"] | {"adamw_learning_rate": 0.006}}
 HOURS = {
-    name: Line(model, changes=HOUR_RATES[model] | OWN[model] | HOUR)
+    name: Variant(model, overrides=HOUR_RATES[model] | PER_MODEL[model] | HOUR)
     for name, model in {"hour": "simone_enhanced", "mvlm_gpt2 hour": "mvlm_gpt2"}.items()
 }
-LINES = TWINS | HOURS
+VARIANTS = PROXIES | HOURS
 
 
 def few_books(options: argparse.Namespace) -> Path:
@@ -133,23 +132,19 @@ def few_books(options: argparse.Namespace) -> Path:
     return folder
 
 
-def plan(options: argparse.Namespace) -> list[Run]:
-    """Create a run for each line and seed.
+def make_runs(options: argparse.Namespace) -> list[Run]:
+    """Create a run for each variant and seed.
 
     Raises:
-        UserError: an unknown line.
+        UserError: an unknown variant.
     """
-    lines = {name: LINES[name] for name in command.chosen(options.only, LINES, TWINS)}
+    variants = {name: VARIANTS[name] for name in command.parse_only(options.only, VARIANTS, PROXIES)}
     shared = runner.shared_values(options, test_score=True) | {"eval_interval": 10**6, "processes": options.processes}
-    if lines.keys() & TWINS.keys():
-        twin = SHAPES[options.scale] | {"data_dir": str(few_books(options))}
-        lines = {
-            name: Line(line.model, changes=line.changes | twin | rates(line.model, options.scale))
-            if name in TWINS
-            else line
-            for name, line in lines.items()
-        }
-    return runner.plan(lines, options, shared)
+    for name in variants.keys() & PROXIES.keys():
+        scaled = SHAPES[options.scale] | rates(variants[name].model, options.scale)
+        overrides = variants[name].overrides | scaled | {"data_dir": str(few_books(options))}
+        variants[name] = replace(variants[name], overrides=overrides)
+    return runner.make_runs(variants, options, shared)
 
 
 def rates(model: str, scale: float) -> dict[str, Any]:
@@ -161,7 +156,8 @@ def rates(model: str, scale: float) -> dict[str, Any]:
 
 def compute(run: Run) -> float:
     """Return the compute of a run's teachers and student, in multiples of a single model's three epochs."""
-    return sum((stage.num_epochs or 0) / 3 * relative_step_cost(stage) for stage in stages(run.settings()))
+    models = teacher_and_student_settings(run.settings())
+    return sum((model.num_epochs or 0) / 3 * relative_step_cost(model) for model in models)
 
 
 def figures(run: Run) -> Figures:
@@ -169,11 +165,11 @@ def figures(run: Run) -> Figures:
     return (run.result() or {}) | {"compute": compute(run)}
 
 
-def table(found: Found) -> str:
-    """Format a table with a row for each line with finished runs."""
-    columns = ("line", "seeds", "parameters", "compute", "validation", "test", f"test, {PRIMARY_TRANSLATION}")
+def table(results: ResultsBySeed) -> str:
+    """Format a table with a row for each variant with finished runs."""
+    columns = ("variant", "seeds", "parameters", "compute", "validation", "test", f"test, {PRIMARY_TRANSLATION}")
     rows = []
-    for name, seeds in found.items():
+    for name, seeds in results.items():
         runs = list(seeds.values())
         scores = [[run[key] for run in runs] for key in ("validation_bpb", "test_bpb", PRIMARY_TEST_BPB)]
         size = f"{statistics.mean(run['parameters'] for run in runs):,.0f}"
@@ -205,14 +201,14 @@ class Ensemble:
 
 
 def ensemble_table(runs: list[Run]) -> str:
-    """Format a table of teachers, their ensemble and the student, for lines with several teachers and finished runs."""
+    """Format a table of teachers, their ensemble and the student, for finished runs with several teachers."""
     from mvlm_core.evaluation.bits_per_byte import score_loaded
     from mvlm_core.training.preparation import read_corpus
 
-    found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    results: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for run in runs:
         settings = run.settings()
-        *teachers, _ = [Path(str(stage.output_dir)) for stage in stages(settings)]
+        *teachers, _ = [Path(str(model.output_dir)) for model in teacher_and_student_settings(settings)]
         if len(teachers) < 2 or (result := run.result()) is None:
             continue
         alone = [training_config(teacher)["results"]["validation_bpb"] for teacher in teachers]
@@ -220,10 +216,10 @@ def ensemble_table(runs: list[Run]) -> str:
         texts = validation_subset(corpus, whole=settings.validation_text == "all")
         named = ((document.path, text) for document, text in texts)
         together = score_loaded(ensemble, ensemble.tokenizer, named).bits_per_byte
-        found[run.label].append((statistics.mean(alone), together, result["validation_bpb"]))
-    columns = ("line", "seeds", "teachers alone", "their ensemble", "student", "share of the ensemble's gain")
+        results[run.label].append((statistics.mean(alone), together, result["validation_bpb"]))
+    columns = ("variant", "seeds", "teachers alone", "their ensemble", "student", "share of the ensemble's gain")
     rows = []
-    for label, scores in found.items():
+    for label, scores in results.items():
         shares = [(alone - student) / (alone - together) for alone, together, student in scores]
         values = [*map(command.spread, zip(*scores, strict=True)), command.spread(shares, "{:.2f}")]
         rows.append((label, len(scores), *values))
@@ -231,9 +227,9 @@ def ensemble_table(runs: list[Run]) -> str:
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = runner.command_line(__doc__, "data_constrained", LINES)
-    parser.add_argument("--scale", type=float, choices=SHAPES, default=1, help="size and text of the twin [default 1]")
-    parser.add_argument("--text_bytes", type=int, help=f"text of the twin [default {TEXT_BYTES:,} times --scale]")
+    parser = runner.command_line(__doc__, "data_constrained", VARIANTS)
+    parser.add_argument("--scale", type=float, choices=SHAPES, default=1, help="size and text of a proxy [default 1]")
+    parser.add_argument("--text_bytes", type=int, help=f"text of a proxy [default {TEXT_BYTES:,} times --scale]")
     parser.add_argument("--processes", type=int, default=1, help="CPU workers per run [default 1]")
     parser.add_argument("--ensembles", action="store_true", help="also score the ensemble of each student's teachers")
     options = parser.parse_args(arguments)
@@ -247,7 +243,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
-    runs = plan(options)
+    runs = make_runs(options)
     code = runner.run_experiment(runs, options, table, figures)
     if options.ensembles:
         print("\n" + ensemble_table(runs))

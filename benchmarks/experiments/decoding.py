@@ -24,8 +24,8 @@ TEMPERATURES, NUCLEI = (0.6, 0.7, 0.8, 0.9, 1.0), (0.9, 0.95, 1.0)
 
 
 def settings() -> dict[str, Sampling | None]:
-    drawn = {f"temperature {t:g}, top-p {p:g}": Sampling(t, p) for t in TEMPERATURES for p in NUCLEI}
-    return {"greedy": None} | drawn
+    sampled = {f"temperature {t:g}, top-p {p:g}": Sampling(t, p) for t in TEMPERATURES for p in NUCLEI}
+    return {"greedy": None} | sampled
 
 
 def measured(texts: list[str], train: bytes) -> dict[str, float]:
@@ -33,49 +33,46 @@ def measured(texts: list[str], train: bytes) -> dict[str, float]:
     from mvlm_core.evaluation.generation import diversity
 
     words = [text.split()[:WORDS] for text in texts]
-    found, data = diversity(words), "\n".join(" ".join(part) for part in words).encode()
+    repetitiveness, data = diversity(words), "\n".join(" ".join(part) for part in words).encode()
     bits = sum(ppmd_bits(train, [data], PPMD_ORDER)) / len(data)
-    return {"rep_4": found.rep_4.value, "distinct_2": found.distinct_2, "bits_per_byte": bits}
+    return {"rep_4": repetitiveness.rep_4.value, "distinct_2": repetitiveness.distinct_2, "bits_per_byte": bits}
 
 
-def distance(found: dict[str, float], books: dict[str, float]) -> float:
+def distance(figures: dict[str, float], books: dict[str, float]) -> float:
     """Sum the relative differences to the books in distinct bigrams and bits per byte and the absolute difference in
     repeated 4-grams, which are rare in the books."""
-    relative = sum(abs(found[name] / books[name] - 1) for name in ("distinct_2", "bits_per_byte"))
-    return relative + abs(found["rep_4"] - books["rep_4"])
+    relative = sum(abs(figures[name] / books[name] - 1) for name in ("distinct_2", "bits_per_byte"))
+    return relative + abs(figures["rep_4"] - books["rep_4"])
 
 
 def measure(export: Path, corpus: Corpus, train: bytes, count: int, seed: int) -> dict[str, dict[str, float]]:
     """Return the results of ``measured`` for each setting and for the books' own text."""
-    from mvlm_core.evaluation.bits_per_byte import context_of, encode, load_export
-    from mvlm_core.evaluation.generation import continuations, prompt_ids
+    from mvlm_core.evaluation.bits_per_byte import load_export
+    from mvlm_core.evaluation.generation import continuation_prompts, continuations
 
     model, tokenizer = load_export(export)
     held_out = corpus.primary_part("validation") or corpus.split("validation")
     verses = sample_verses((v for v in verses_of(held_out) if followed_by(v, WORDS) is not None), count, seed)
-    own = [followed_by(verse, WORDS) or "" for verse in verses]
-    lengths = [min(len(encode(tokenizer, text)) * 5 // 4 + 8, context_of(model) // 2) for text in own]
-    rooms = [context_of(model) - length for length in lengths]
-    prompts = [prompt_ids(tokenizer, verse.before, room) for verse, room in zip(verses, rooms, strict=True)]
-    found = {"the books": measured(own, train)}
+    prompts, lengths, references = continuation_prompts(model, tokenizer, verses, WORDS)
+    results = {"the books": measured(references, train)}
     for name, sample in settings().items():
-        found[name] = measured(continuations(model, tokenizer, prompts, lengths, sample=sample, seed=seed), train)
-    return found
+        results[name] = measured(continuations(model, tokenizer, prompts, lengths, sample=sample, seed=seed), train)
+    return results
 
 
-def table(found: dict[str, dict[str, float]], title: str) -> str:
-    books = found["the books"]
-    apart = {name: distance(values, books) for name, values in found.items() if name != "the books"}
-    best = min(apart, key=lambda name: apart[name])
+def table(results: dict[str, dict[str, float]], title: str) -> str:
+    books = results["the books"]
+    distances = {name: distance(figures, books) for name, figures in results.items() if name != "the books"}
+    best = min(distances, key=distances.__getitem__)
     rows = [
         (
             f"**{name}**" if name == best else name,
-            f"{values['rep_4']:.1%}",
-            f"{values['distinct_2']:.1%}",
-            f"{values['bits_per_byte']:.3f}",
-            f"{apart[name]:.3f}" if name in apart else "",
+            f"{figures['rep_4']:.1%}",
+            f"{figures['distinct_2']:.1%}",
+            f"{figures['bits_per_byte']:.3f}",
+            f"{distances[name]:.3f}" if name in distances else "",
         )
-        for name, values in found.items()
+        for name, figures in results.items()
     ]
     return command.table((title, "repeated 4-grams", "distinct 2-grams", "bits/byte by PPMd", "distance"), rows)
 
@@ -95,8 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
     corpus = load_corpus(options.data_dir)
     if not (train := compared_texts(corpus)[0]):
         raise UserError(f"--data_dir {options.data_dir}: no train and test text to prime PPMd with")
-    found = {str(folder): measure(folder, corpus, train, options.verses, options.seed) for folder in options.models}
-    command.show("\n\n".join(table(values, folder) for folder, values in found.items()), found, options)
+    by_model = {str(folder): measure(folder, corpus, train, options.verses, options.seed) for folder in options.models}
+    command.show("\n\n".join(table(results, folder) for folder, results in by_model.items()), by_model, options)
     return 0
 
 

@@ -23,7 +23,7 @@ from benchmarks import command
 from bible_corpus.import_texts import SUFFIXES, gather
 from mvlm_core.data.corpus import Corpus, load_corpus
 from mvlm_core.errors import UserError, run_main
-from mvlm_core.evaluation.compression import LABELS, bits_by_part
+from mvlm_core.evaluation.compression import LABELS, compressed_bits_by_part
 from mvlm_core.evaluation.results import Mean, as_json, choice_point, mean, share
 from mvlm_core.export.file_checks import checked_exports
 from mvlm_core.hardware import set_process_environment
@@ -56,7 +56,7 @@ def answer_questions(model: Any, tokenizer: Any, options: argparse.Namespace) ->
     manager = TaskManager(include_path=options.task_folder and str(options.task_folder))
     if unknown := [name for name in options.tasks.split(",") if name not in manager.all_tasks]:
         raise UserError([f"--tasks {name}: lm_eval knows no such task; is --task_folder right?" for name in unknown])
-    found = simple_evaluate(
+    samples_by_task = simple_evaluate(
         HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16),
         tasks=options.tasks.split(","),
         task_manager=manager,
@@ -65,7 +65,7 @@ def answer_questions(model: Any, tokenizer: Any, options: argparse.Namespace) ->
         bootstrap_iters=0,
     )["samples"]
     questions: dict[str, list[dict[str, Any]]] = {}
-    for task, samples in found.items():
+    for task, samples in samples_by_task.items():
         if not all(isinstance(sample["target"], int) and len(sample["arguments"]) > 1 for sample in samples):
             raise UserError(f"--tasks {task}: not a multiple-choice task")
         questions[task] = [
@@ -111,21 +111,22 @@ def text_rows(models: dict[str, tuple[Any, Any]], corpus: Corpus, folder: Path) 
     for title, texts in (("test books", books), (str(folder), other)):
         parts = [text.encode() for _, text in texts]
         size = sum(map(len, parts))
-        rows[title] = {"bytes": size} | {LABELS[key]: n / size for key, (_, n) in bits_by_part(corpus, parts).items()}
+        bits = compressed_bits_by_part(corpus, parts)
+        rows[title] = {"bytes": size} | {LABELS[key]: n / size for key, (_, n) in bits.items()}
         for name, (model, tokenizer) in models.items():
             rows[title][name] = score_loaded(model, tokenizer, texts).bits_per_byte
     return rows
 
 
-def tables(found: dict[str, Any]) -> str:
+def tables(results: dict[str, Any]) -> str:
     parts = []
-    if rows := found.get("text"):
+    if rows := results.get("text"):
         columns = list(next(iter(rows.values())))
         cells = [
             [title, f"{row['bytes']:,}", *(f"{row[key]:.3f}" for key in columns[1:])] for title, row in rows.items()
         ]
         parts.append(command.table(("bits per byte", *columns), cells))
-    if rows := found.get("tasks"):
+    if rows := results.get("tasks"):
         columns = list(next(iter(rows.values())))[2:]
         parts.append(
             command.table(
@@ -162,12 +163,12 @@ def main(arguments: list[str] | None = None) -> int:
     with checked_exports(options.models, MODELLING_FILES, problems) as folders:
         corpus = load_corpus(options.data_dir)
         models = {str(place): load_export(folder) for place, folder in zip(options.models, folders, strict=True)}
-        found: dict[str, Any] = {}
+        results: dict[str, Any] = {}
         if options.text:
-            found["text"] = text_rows(models, corpus, options.text)
+            results["text"] = text_rows(models, corpus, options.text)
         if options.tasks:
-            found["tasks"] = task_rows(models, corpus, options)
-    command.show(tables(found), as_json(found), options)
+            results["tasks"] = task_rows(models, corpus, options)
+    command.show(tables(results), as_json(results), options)
     return 0
 
 

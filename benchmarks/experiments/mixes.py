@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks import command
 from benchmarks.experiments import runner
-from benchmarks.experiments.runner import Figures, Found, Line, Run
+from benchmarks.experiments.runner import Figures, ResultsBySeed, Run, Variant
 from bible_corpus.books import PRIMARY_TRANSLATION
 from mvlm_core.console import log
 from mvlm_core.data.corpus import load_corpus
@@ -24,37 +24,37 @@ from mvlm_core.files import write_json_atomic
 PRIMARY = f"bible/{PRIMARY_TRANSLATION}"
 MIXES = {"all alike": {"train_mix": ""}} | {f"primary {n} times": {"train_mix": f"{PRIMARY}={n}"} for n in (4, 16, 64)}
 MIXES["primary only"] = {"train_mix": "", "data_subset": PRIMARY}
-LINES = {name: Line("simone_enhanced", changes=changes) for name, changes in MIXES.items()}
+VARIANTS = {name: Variant("simone_enhanced", overrides=overrides) for name, overrides in MIXES.items()}
 
 
 def score(run: Run, data_dir: Path) -> Figures:
     """Compute bits per byte on the validation books of all translations, cached next to the run."""
     from mvlm_core.evaluation.bits_per_byte import bits_per_byte_by_part, score_export
 
-    kept = run.folder.with_suffix(".scores.json")
-    if kept.is_file() and kept.stat().st_mtime > (run.folder / "model.safetensors").stat().st_mtime:
-        return json.loads(kept.read_text(encoding="utf-8"))
+    cached = run.folder.with_suffix(".scores.json")
+    if cached.is_file() and cached.stat().st_mtime > (run.folder / "model.safetensors").stat().st_mtime:
+        return json.loads(cached.read_text(encoding="utf-8"))
     log.info("scoring %s", run.name)
     corpus = load_corpus(data_dir)
     parts = bits_per_byte_by_part(score_export(run.folder, corpus, split="validation"), corpus.split("validation"))
     primary = parts.translations.get(corpus.primary_translation)
-    found = {"all": parts.all, "primary": primary, "translations": parts.translations}
-    write_json_atomic(kept, found)
-    return found
+    scores = {"all": parts.all, "primary": primary, "translations": parts.translations}
+    write_json_atomic(cached, scores)
+    return scores
 
 
-def table(found: Found) -> str:
+def table(results: ResultsBySeed) -> str:
     rows = [
         (name, len(seeds), *(command.deviation([one[key] for one in seeds.values()]) for key in ("primary", "all")))
-        for name, seeds in found.items()
+        for name, seeds in results.items()
     ]
     return command.table(("mix", "seeds", "primary translation", "all translations"), rows)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = runner.checked(runner.command_line(__doc__, "mixes", LINES).parse_args(arguments))
-    lines = {name: LINES[name] for name in command.chosen(options.only, LINES)}
-    runs = runner.plan(lines, options, runner.shared_values(options))
+    options = runner.checked(runner.command_line(__doc__, "mixes", VARIANTS).parse_args(arguments))
+    variants = {name: VARIANTS[name] for name in command.parse_only(options.only, VARIANTS)}
+    runs = runner.make_runs(variants, options, runner.shared_values(options))
     return runner.run_experiment(runs, options, table, partial(score, data_dir=options.data_dir))
 
 

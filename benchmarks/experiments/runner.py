@@ -1,11 +1,12 @@
 """Experiment runner: each training run is a separate process; finished runs are kept, interrupted ones resumed.
 
-An experiment defines its lines, the settings each one changes, and its table; this module does the rest.
+An experiment defines its variants, the settings each one overrides, and its table; this module does the rest.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import mvlm_trainer
 from benchmarks import command
 from mvlm_core.console import log, outlive_terminal, setup_logging
-from mvlm_core.errors import LINE_BREAK, UserError, printable, run_main
+from mvlm_core.errors import UserError, printable, run_main
 from mvlm_core.export.manifest import training_config
 from mvlm_core.files import RunLock, output_folder_problems
 from mvlm_core.hardware import set_process_environment
@@ -33,7 +34,7 @@ from mvlm_core.monitor import available_threads
 from mvlm_core.pipeline.child_process import Signals
 from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR, REPOSITORY_ROOT, TrainingSettings
 from mvlm_core.signals import PARENT_VARIABLE
-from mvlm_core.training.distillation import stages
+from mvlm_core.training.distillation import teacher_and_student_settings
 from prioritary_mvlm.config import PrioritaryConfig
 
 if TYPE_CHECKING:
@@ -46,39 +47,40 @@ Run the command again to resume: finished runs are skipped, an interrupted one c
 PATHS = {"output_dir", "cache_dir", "teacher"}  # paths, which do not identify a run
 LOGGED = ("validation_bpb", "tokens_per_second", "seconds")  # metrics logged for each finished run
 Figures = dict[str, Any]
-Found = dict[str, dict[int, Figures]]  # label → seed → figures of a finished run
+ResultsBySeed = dict[str, dict[int, Figures]]  # label → seed → figures of a finished run
 
 
-def recipe_of(model: str, classic_part: str | None = None) -> Recipe:
-    """Return the training recipe of a model, for model 2 optionally with a classic part. Imports torch."""
+def recipe_of(model: str, component_swap: str | None = None) -> Recipe:
+    """Return the training recipe of a model, for model 2 optionally with a swapped component. Imports torch."""
     if model == "mvlm_gpt2":
         return mvlm_trainer.recipe()
     from prioritary_mvlm.enhanced_trainer import RECIPE
 
-    if not classic_part:
+    if not component_swap:
         return RECIPE
-    from benchmarks.experiments.classic_parts import with_classic_part
+    from benchmarks.experiments.component_swaps import with_component_swap
 
-    return with_classic_part(RECIPE, classic_part)
+    return with_component_swap(RECIPE, component_swap)
 
 
 @dataclass(frozen=True)
-class Line:
-    """One line of an experiment's table: a model, and the ``changes`` to the preset's settings.
+class Variant:
+    """One variant of an experiment, a row of its table.
 
     Attributes:
-        classic_part: name of the part from ``classic_parts.py`` to use.
+        overrides: settings that differ from the preset's and the experiment's.
+        component_swap: name of the swap from ``component_swaps.py`` to apply.
     """
 
     model: str
-    what: str = ""
-    changes: dict[str, Any] = field(default_factory=dict)
-    classic_part: str | None = None
+    description: str = ""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    component_swap: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One training run of the line ``label``, in its own folder.
+    """One training run of the variant ``label``, in its own folder.
 
     Attributes:
         values: explicit settings, including seed and output_dir; the rest comes from the preset.
@@ -87,7 +89,7 @@ class Run:
     label: str
     model: str
     values: dict[str, Any]
-    classic_part: str | None = None
+    component_swap: str | None = None
 
     @property
     def seed(self) -> int:
@@ -111,7 +113,7 @@ class Run:
     def result(self) -> Figures | None:
         """Return the results and origin of this run, or None if it is unfinished or had other settings."""
         config = training_config(self.folder)
-        actual, expected = config.get("settings"), stages(self.settings())[-1].as_dict()
+        actual, expected = config.get("settings"), teacher_and_student_settings(self.settings())[-1].as_dict()
         # A setting that was added after the run had its default value.
         if not actual or any(actual.get(name, expected[name]) != expected[name] for name in expected.keys() - PATHS):
             return None
@@ -123,15 +125,14 @@ class Run:
         return json.loads((self.folder / "training_history.json").read_text(encoding="utf-8"))
 
 
-def plan(lines: Mapping[str, Line], options: argparse.Namespace, shared: dict[str, Any]) -> list[Run]:
-    """Create a run for each line and seed, ordered by seed, so that an early stop leaves complete seeds and a machine
-    that slows down affects all lines equally."""
-    return [
-        Run(label, line.model, shared | line.changes | {"seed": seed, "output_dir": str(folder)}, line.classic_part)
-        for seed in range(options.seeds)
-        for label, line in lines.items()
-        for folder in [options.root / label.replace(" ", "-") / f"seed{seed}"]
-    ]
+def make_runs(variants: Mapping[str, Variant], options: argparse.Namespace, shared: dict[str, Any]) -> list[Run]:
+    """Create a run for each variant and seed, ordered by seed, so that an early stop leaves complete seeds and a
+    machine that slows down affects all variants equally."""
+    runs = []
+    for seed, (label, variant) in itertools.product(range(options.seeds), variants.items()):
+        place = {"seed": seed, "output_dir": str(options.root / label.replace(" ", "-") / f"seed{seed}")}
+        runs.append(Run(label, variant.model, shared | variant.overrides | place, variant.component_swap))
+    return runs
 
 
 def run_one() -> int:
@@ -146,7 +147,7 @@ def run_one() -> int:
         return code
     from mvlm_core.training.run import run_training
 
-    run_training(recipe_of(run.model, run.classic_part), settings)
+    run_training(recipe_of(run.model, run.component_swap), settings)
     return 0
 
 
@@ -162,7 +163,7 @@ def start(run: Run, signals: Signals, jobs: int) -> subprocess.Popen[bytes]:
         return signals.start(child, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY_ROOT)
 
 
-def make(runs: list[Run], folder: Path, options: argparse.Namespace) -> list[Run]:
+def run_all(runs: list[Run], folder: Path, options: argparse.Namespace) -> list[Run]:
     """Execute the unfinished runs, ``--jobs`` at a time, until ``--hours`` have passed; return the failed ones.
 
     Locks ``folder`` and survives a closed terminal.
@@ -214,7 +215,7 @@ def outcome(run: Run, code: int) -> Figures | None:
     if result is None:
         problem = f"exit code {code}" if code else f"{run.folder} contains a run with other settings: remove it"
         tail = "\n".join(run.log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-        log.error("%s failed: %s; end of %s:\n%s", run.name, problem, run.log_file, printable(tail, LINE_BREAK))
+        log.error("%s failed: %s; end of %s:\n%s", run.name, problem, run.log_file, printable(tail, keep="\n"))
     else:
         for checkpoint in run.folder.rglob("step-*"):  # 80 MB per run; keep the finished model and its teachers
             shutil.rmtree(checkpoint, ignore_errors=True)
@@ -224,17 +225,17 @@ def outcome(run: Run, code: int) -> Figures | None:
 def run_experiment(
     runs: list[Run],
     options: argparse.Namespace,
-    table: Callable[[Found], str],
+    table: Callable[[ResultsBySeed], str],
     figures: Callable[[Run], Figures | None] = Run.result,
 ) -> int:
     """Execute missing runs (none with ``--table``), show the table of finished ones and return the exit code."""
-    failed = [] if options.table else make(runs, options.root, options)
+    failed = [] if options.table else run_all(runs, options.root, options)
     finished = {run: result["origin"] for run in runs if (result := run.result()) is not None}
-    found: Found = {}
+    results: ResultsBySeed = {}
     for run in finished:
-        found.setdefault(run.label, {})[run.seed] = figures(run)
-    if found:
-        command.show(table(found), found, options)
+        results.setdefault(run.label, {})[run.seed] = figures(run)
+    if results:
+        command.show(table(results), results, options)
     print(f"\nPreset {options.preset}; {len(finished)} of {len(runs)} runs finished.")
     origins = {json.dumps(origin) for origin in finished.values()}
     if len(origins) > 1:  # different machines, precisions or texts
@@ -242,12 +243,15 @@ def run_experiment(
     return 1 if failed else 0
 
 
-def command_line(description: str | None, name: str, lines: Iterable[str] = ()) -> argparse.ArgumentParser:
+def command_line(
+    description: str | None, name: str, choices: Iterable[str] = (), *, kind: str = "variants"
+) -> argparse.ArgumentParser:
     """Create a parser with the options common to all experiments.
 
     Args:
         name: the experiment's folder in .cache.
-        lines: choices of ``--only``; without any, the option is left out.
+        choices: choices of ``--only``; without any, the option is left out.
+        kind: what the choices are, for the help text.
     """
     parser = command.new_parser(description, EPILOG)
     parser.add_argument("--preset", choices=("cpu", "smoke", "h200"), default="cpu", help="[default cpu]")
@@ -258,8 +262,8 @@ def command_line(description: str | None, name: str, lines: Iterable[str] = ()) 
     parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR)
     parser.add_argument("--work_dir", type=Path, default=CACHE_DIR / name, help=f"[default .cache/{name}]")
     parser.add_argument("--table", action="store_true", help="run nothing, only print finished runs")
-    if names := ", ".join(lines):
-        parser.add_argument("--only", metavar="LINES", help=f"comma-separated lines to run, from: {names}")
+    if names := ", ".join(choices):
+        parser.add_argument("--only", metavar=kind.upper(), help=f"comma-separated {kind} to run, from: {names}")
     return parser
 
 

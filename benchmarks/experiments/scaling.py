@@ -28,7 +28,7 @@ from typing import Any
 
 from benchmarks import command
 from benchmarks.experiments import runner
-from benchmarks.experiments.runner import SETTINGS, Line, Run
+from benchmarks.experiments.runner import SETTINGS, Run, Variant
 from mvlm_core.console import log
 from mvlm_core.errors import run_main
 
@@ -38,7 +38,7 @@ CONTEXT, BATCH = 256, 8
 # name → (width, layers): about 2, 7, 19 and 27 million parameters with 4,096 tokens.
 SHAPES = {"small": (192, 3), "medium": (320, 5), "large": (448, 7), "test": (512, 8)}
 STARTS = {"mvlm_gpt2": 2e-3, "simone_enhanced": 0.02}
-MOST_RATES = 6  # learning rates tried by one search
+MAX_RATES = 6  # learning rates tried by one search
 # Part → (size, batch, text in units of --max_bytes) of each search or, for the last two parts, of each run.
 POINTS = {
     "learning_rates": [("small", BATCH, 1), ("medium", BATCH, 1), ("large", BATCH, 1)],
@@ -85,7 +85,7 @@ class Law:
 
 
 def next_rates(points: dict[float, float], start: float) -> list[float]:
-    """Return the learning rates to try next; none once the best one lies between two others, or after ``MOST_RATES``.
+    """Return the learning rates to try next; none once the best one lies between two others, or after ``MAX_RATES``.
 
     Args:
         points: learning rate → bits per byte.
@@ -94,7 +94,7 @@ def next_rates(points: dict[float, float], start: float) -> list[float]:
         return [start / 2, start, start * 2]
     rates = sorted(points)
     lowest = min(rates, key=points.__getitem__)
-    if len(rates) >= MOST_RATES or rates[0] < lowest < rates[-1]:
+    if len(rates) >= MAX_RATES or rates[0] < lowest < rates[-1]:
         return []
     return [lowest / 2 if lowest == rates[0] else lowest * 2]
 
@@ -148,7 +148,7 @@ def fit_law(points: list[tuple[int, int, float]]) -> Law:
     import numpy as np
 
     parameters, size, y = (np.array(column, dtype=float) for column in zip(*points, strict=True))
-    exponents, found = [step / 20 for step in range(2, 21)], []
+    exponents, fits = [step / 20 for step in range(2, 21)], []
     for alpha, beta in itertools.product(exponents, exponents):
         columns = np.stack((np.ones_like(y), parameters**-alpha, size**-beta), axis=1)
         scale = columns.max(axis=0)
@@ -158,8 +158,9 @@ def fit_law(points: list[tuple[int, int, float]]) -> Law:
             solved[terms] = np.linalg.lstsq((columns / scale)[:, terms], y, rcond=None)[0]
             if (solved >= 0).all():
                 floor, a, b = (solved / scale).tolist()
-                found.append((float(((columns / scale @ solved - y) ** 2).sum()), Law(floor, a, alpha, b, beta)))
-    return min(found, key=lambda pair: pair[0])[1]
+                error = float(((columns / scale @ solved - y) ** 2).sum())
+                fits.append((error, Law(floor, a, alpha, b, beta)))
+    return min(fits, key=lambda fit: fit[0])[1]
 
 
 # --- runs ------------------------------------------------------------------------------------------------
@@ -175,8 +176,8 @@ class Search:
     batch: int = BATCH
     amount: int = 1
 
-    def values(self, rate: float) -> dict[str, Any]:
-        """Return the settings of a run at this learning rate."""
+    def overrides(self, rate: float) -> dict[str, Any]:
+        """Return the settings of a run at this learning rate that differ from the preset's."""
         width, layers = SHAPES[self.size]
         values = {"hidden_dim": width, "num_layers": layers, "num_heads": width // HEAD_DIM, "ff_dim": 4 * width}
         values |= {"max_length": CONTEXT, "train_mix": "", "eval_interval": 10**6, "learning_rate": rate}
@@ -186,28 +187,29 @@ class Search:
             values |= {"output_head": "tied", "adamw_learning_rate": rate / 2, "coherence_weight": 0.0}
         return values
 
-    def runs(self, rate: float) -> list[Run]:
+    def runs_at(self, rate: float) -> list[Run]:
         """Return the runs at one learning rate, one per seed."""
         batch = f"-batch{self.batch}" if self.batch != BATCH else ""
         amount = f"-amount{self.amount}" if self.amount > 1 else ""
-        line = {f"{self.model} {self.size}{batch}{amount} {rate:.2e}": Line(self.model, changes=self.values(rate))}
-        return runner.plan(line, self.options, runner.shared_values(self.options))
+        label = f"{self.model} {self.size}{batch}{amount} {rate:.2e}"
+        variant = Variant(self.model, overrides=self.overrides(rate))
+        return runner.make_runs({label: variant}, self.options, runner.shared_values(self.options))
 
     def points(self) -> dict[float, float]:
         """Return learning rate → mean bits per byte over the finished runs."""
-        found: dict[float, float] = {}
-        while new := next_rates(found, STARTS[self.model]):
-            values = {rate: [bits for _, _, bits in figures(self.runs(rate))] for rate in new}
-            found |= {rate: statistics.mean(bits) for rate, bits in values.items() if bits}
-            if not all(values.values()):
+        scores: dict[float, float] = {}
+        while new := next_rates(scores, STARTS[self.model]):
+            by_rate = {rate: [bits for _, _, bits in figures(self.runs_at(rate))] for rate in new}
+            scores |= {rate: statistics.mean(bits) for rate, bits in by_rate.items() if bits}
+            if not all(by_rate.values()):
                 break
-        return found
+        return scores
 
-    def make(self) -> list[Run]:
+    def run_all(self) -> list[Run]:
         """Run the search to completion; return the failed runs."""
         while new := next_rates(self.points(), STARTS[self.model]):
-            runs = [run for rate in new for run in self.runs(rate)]
-            if failed := runner.make(runs, self.options.root / self.model, self.options):
+            runs = [run for rate in new for run in self.runs_at(rate)]
+            if failed := runner.run_all(runs, self.options.root / self.model, self.options):
                 return failed
         return []
 
@@ -227,7 +229,7 @@ def ruled_runs(part: str, model: str, rule: Rule, options: argparse.Namespace) -
     runs = []
     for search, factor in itertools.product(searches(part, model, options), factors):
         width, *_ = SHAPES[search.size]
-        runs += search.runs(factor * rule(width, search.batch, search.amount))
+        runs += search.runs_at(factor * rule(width, search.batch, search.amount))
     return runs
 
 
@@ -253,13 +255,13 @@ def rule_of(model: str, options: argparse.Namespace) -> Rule | None:
 
 def law_of(model: str, rule: Rule, options: argparse.Namespace) -> Law | None:
     """Fit the law to the best runs of the three sizes and the runs on more text; None if one is missing."""
-    more = ruled_runs("amounts", model, rule, options)
-    if any(run.result() is None for run in more):
+    runs = ruled_runs("amounts", model, rule, options)
+    if any(run.result() is None for run in runs):
         return None
     for search in searches("learning_rates", model, options):
-        found = search.points()
-        more += search.runs(min(found, key=found.__getitem__))
-    return fit_law(figures(more))
+        points = search.points()
+        runs += search.runs_at(min(points, key=points.__getitem__))
+    return fit_law(figures(runs))
 
 
 def search_table(options: argparse.Namespace) -> str:
@@ -268,9 +270,9 @@ def search_table(options: argparse.Namespace) -> str:
     for model, part in itertools.product(SETTINGS, SEARCHES):
         for search in searches(part, model, options):
             if points := search.points():
-                size = f"{search.size}, {figures(search.runs(min(points)))[0][0]:,} parameters"
+                size = f"{search.size}, {figures(search.runs_at(min(points)))[0][0]:,} parameters"
                 cells = ", ".join(f"{rate:g}: {value:.4f}" for rate, value in sorted(points.items()))
-                best = f"{found:.2g}" if (found := search.best()) else "unfinished"
+                best = f"{rate:.2g}" if (rate := search.best()) else "unfinished"
                 rows.append((model, size, cells, search.batch, search.amount, best))
     columns = ("model", "size", "bits per byte by learning rate", "batch", "text", "best learning rate")
     return command.table(columns, rows, left=3)
@@ -296,27 +298,27 @@ def rule_lines(model: str, rule: Rule, law: Law | None, options: argparse.Namesp
 
 def report(options: argparse.Namespace) -> None:
     """Show the tables of all finished runs."""
-    text, found = [search_table(options)], {}
+    text, fitted = [search_table(options)], {}
     for model in SETTINGS:
         if rule := rule_of(model, options):
             law = law_of(model, rule, options)
-            found[model] = {"rule": asdict(rule)} | ({"law": asdict(law)} if law else {})
+            fitted[model] = {"rule": asdict(rule)} | ({"law": asdict(law)} if law else {})
             text += rule_lines(model, rule, law, options)
-    command.show("\n".join(text), found, options)
+    command.show("\n".join(text), fitted, options)
 
 
 def run_part(part: str, model: str, options: argparse.Namespace) -> list[Run]:
     """Execute the unfinished runs of one part for one model; return the failed ones."""
     if part in SEARCHES:
-        return [run for search in searches(part, model, options) for run in search.make()]
+        return [run for search in searches(part, model, options) for run in search.run_all()]
     if not (rule := rule_of(model, options)):
         log.warning("%s: skipped for %s: run --only learning_rates first", part, model)
         return []
-    return runner.make(ruled_runs(part, model, rule, options), options.root / model, options)
+    return runner.run_all(ruled_runs(part, model, rule, options), options.root / model, options)
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = runner.command_line(__doc__, "scaling", PARTS)
+    parser = runner.command_line(__doc__, "scaling", PARTS, kind="parts")
     parser.set_defaults(seeds=1, max_bytes=1_000_000)
     parser.add_argument("--model", choices=tuple(SETTINGS), help="only this model, for example to run one on each core")
     return runner.checked(parser.parse_args(arguments))
@@ -325,7 +327,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
     models = (options.model,) if options.model else tuple(SETTINGS)
-    parts = () if options.table else command.chosen(options.only, PARTS)
+    parts = () if options.table else command.parse_only(options.only, PARTS)
     failed = [run for part in parts for model in models for run in run_part(part, model, options)]
     report(options)
     return 1 if failed else 0

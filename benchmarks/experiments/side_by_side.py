@@ -15,18 +15,18 @@ from typing import Any
 
 from benchmarks import command
 from benchmarks.experiments import runner
-from benchmarks.experiments.runner import SETTINGS, Figures, Found, Line, Run
+from benchmarks.experiments.runner import SETTINGS, Figures, ResultsBySeed, Run, Variant
 from mvlm_core.errors import run_main
-from mvlm_core.export.plots import STYLES
+from mvlm_core.export.plots import BY_TEXT, BY_TIME, STYLES
 from mvlm_core.files import write_atomic
 from mvlm_core.metrics import METRICS
 
 NAMES = tuple(SETTINGS)
 
 
-def plan(options: argparse.Namespace) -> list[Run]:
-    lines = {name: Line(name) for name in NAMES}
-    return runner.plan(lines, options, runner.shared_values(options, test_score=True))
+def make_runs(options: argparse.Namespace) -> list[Run]:
+    variants = {name: Variant(name) for name in NAMES}
+    return runner.make_runs(variants, options, runner.shared_values(options, test_score=True))
 
 
 def figures(run: Run) -> Figures:
@@ -50,14 +50,14 @@ def reached(first: Figures, second: Figures) -> dict[str, float] | None:
     return None
 
 
-def pairs(found: Found) -> list[tuple[Figures, Figures]]:
+def pairs(results: ResultsBySeed) -> list[tuple[Figures, Figures]]:
     """Return both models' figures for the seeds that both have finished."""
-    first, second = (found.get(name, {}) for name in NAMES)
+    first, second = (results.get(name, {}) for name in NAMES)
     return [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
 
 
-def table(found: Found) -> str:
-    seeds = pairs(found)
+def table(results: ResultsBySeed) -> str:
+    seeds = pairs(results)
     rows: list[tuple[str, ...]] = []
     for metric in METRICS:
         columns = [[one.get(metric.name) for one in models] for models in zip(*seeds, strict=True)]
@@ -74,25 +74,25 @@ def table(found: Found) -> str:
     return command.table((f"{len(seeds)} seeds: mean (min … max)", *NAMES, "ratio, paired by seed"), rows)
 
 
-def plot(found: Found, path: Path) -> None:
+def plot(results: ResultsBySeed, path: Path) -> None:
     """Plot validation against text and time: mean over seeds as a line, range as a band."""
     import numpy as np
     from matplotlib.figure import Figure
 
-    figure, seeds = Figure(figsize=(10, 4.2), layout="constrained"), pairs(found)  # no pyplot: no display, no state
-    panels = (("bytes", 1e6, "training text read, MB"), ("seconds", 1.0, "seconds of training"))
-    for axes, (key, unit, words) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+    figure, seeds = Figure(figsize=(10, 4.2), layout="constrained"), pairs(results)  # no pyplot: no display, no state
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (key, unit, xlabel) in zip(panels, (BY_TEXT, BY_TIME), strict=True):
         for style, name, models in zip(STYLES, NAMES, zip(*seeds, strict=True), strict=True):
             runs: list[list[dict[str, Any]]] = [one["evaluations"] for one in models]
             steps = range(min(len(run) for run in runs))
             x = np.mean([[run[step][key] / unit for step in steps] for run in runs], axis=0)
             y = np.array([[run[step]["validation_bpb"] for step in steps] for run in runs])
             axes.fill_between(x, y.min(axis=0), y.max(axis=0), color=style["color"], alpha=0.3, linewidth=0)
-            line = {key: style[key] for key in ("color", "linestyle", "marker")}
-            axes.plot(x, y.mean(axis=0), label=name, markersize=4, **line)
+            look: dict[str, Any] = {part: style[part] for part in ("color", "linestyle", "marker")}
+            axes.plot(x, y.mean(axis=0), label=name, markersize=4, **look)
             if name == NAMES[0]:
                 axes.axhline(y[:, -1].mean(), color="0.4", linewidth=1, linestyle=":")
-        axes.set(xlabel=words, xlim=(0, None))
+        axes.set(xlabel=xlabel, xlim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend()
     figure.axes[0].set_ylabel("validation, bits per byte")
@@ -112,12 +112,12 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
 
-    def show(found: Found) -> str:
-        if options.plot and pairs(found):
-            plot(found, options.plot)
-        return table(found)
+    def show(results: ResultsBySeed) -> str:
+        if options.plot and pairs(results):
+            plot(results, options.plot)
+        return table(results)
 
-    return runner.run_experiment(plan(options), options, show, figures)
+    return runner.run_experiment(make_runs(options), options, show, figures)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import command
+from benchmarks.performance.gpu_session import Session
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.files import write_json_atomic
 from mvlm_core.hardware import PRECISIONS, set_process_environment
 from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR, PRESET_NAMES
 
 EXIT_CODES = "Exit codes: 0 no errors found, 1 wrong numbers, 2 bad arguments."
+# Names of the checks, in the modules' ``CHECKS``: their functions need torch, which is imported after parsing.
 CORRECTNESS = ("loss_and_gradients", "cached_decoding", "attention_backends")
 SPEED = ("products_and_clock", "real_steps", "resume", "all_reduce", "compiled_or_not", "micro_batches")
 MARKS = {None: "", True: "pass", False: "FAIL"}
@@ -33,7 +35,7 @@ class OutOfTime(BaseException):
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
-    """Parse the command line and add the checks' shared state: cases, measured peaks, finished runs, table rows."""
+    """Parse the command line; add ``checks``, the names of the checks to run."""
     parser = command.new_parser(__doc__, EXIT_CODES)
     add = parser.add_argument
     add("--device", choices=("cuda", "cpu"), default="cuda", help="[default cuda]")
@@ -48,46 +50,45 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     add("--seconds", type=float, default=3.0, help="duration of each timing [default 3]")
     add("--data_dir", type=Path, default=DEFAULT_DATA_DIR)
     add("--cache_dir", type=Path, default=CACHE_DIR, help="cache of tokenizers and tokens")
-    o = parser.parse_args(arguments)
-    o.presets = (o.presets or {"cuda": "h200", "cpu": "smoke"}[o.device]).split(",")
-    problems = [f"--presets {name}: unknown" for name in o.presets if name not in PRESET_NAMES[1:]]
-    for name, least in {"minutes": 0.001, "layers": 1, "tokens": 16, "steps": 2}.items():
-        if (value := vars(o)[name]) is not None and value < least:
-            problems.append(f"--{name} {value}: at least {least}")
+    options = parser.parse_args(arguments)
+    options.presets = (options.presets or {"cuda": "h200", "cpu": "smoke"}[options.device]).split(",")
+    problems = [f"--presets {name}: unknown" for name in options.presets if name not in PRESET_NAMES[1:]]
+    for name, min_ in {"minutes": 0.001, "layers": 1, "tokens": 16, "steps": 2}.items():
+        if (value := vars(options)[name]) is not None and value < min_:
+            problems.append(f"--{name} {value}: at least {min_}")
     if problems:
         raise UserError(problems)
-    o.left = command.chosen(o.only, CORRECTNESS + SPEED)
-    o.places = {"data_dir": str(o.data_dir.absolute()), "cache_dir": str(o.cache_dir.absolute())}
-    o.cases, o.ceiling, o.finished, o.rows, o.failed = {}, {}, {}, [], {}
-    return o
+    options.checks = command.parse_only(options.only, CORRECTNESS + SPEED)
+    return options
 
 
-def make(o: argparse.Namespace) -> None:
+def run_checks(session: Session) -> None:
     """Run the remaining checks; store and print each row as it is produced."""
     import torch
 
     from benchmarks.performance import gpu_correctness, gpu_speed
 
-    while o.left:
-        name = o.left[0]
-        o.hardware.apply()
+    checks = gpu_correctness.CHECKS | gpu_speed.CHECKS
+    while session.remaining:
+        name = session.remaining[0]
+        session.hardware.apply()
         if name in CORRECTNESS:  # full fp32 precision: TF32 rounds to ten bits
             torch.set_float32_matmul_precision("highest")
         try:
-            for of, figures, passed in getattr(gpu_correctness if name in CORRECTNESS else gpu_speed, name)(o):
-                o.rows.append({"check": name, "of": of, "figures": figures, "passed": passed})
+            for case, figures, passed in checks[name](session):
+                session.rows.append({"check": name, "case": case, "figures": figures, "passed": passed})
                 shown = {key: value for key, value in figures.items() if not isinstance(value, dict)}
                 cells = [f"{key} {v:,.4g}" if isinstance(v, float) else f"{key} {v}" for key, v in shown.items()]
-                print(command.row((name, of, ", ".join(cells), MARKS[passed])), flush=True)
+                print(command.row((name, case, ", ".join(cells), MARKS[passed])), flush=True)
         except UserError:
             raise
         except Exception as error:  # continue with the remaining checks
-            o.failed[name] = f"{type(error).__name__}: {error}"
-        o.left.pop(0)
+            session.failed[name] = f"{type(error).__name__}: {error}"
+        session.remaining.pop(0)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    o = parse_options(arguments)
+    options = parse_options(arguments)
     set_process_environment()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silence the profiler's start and stop messages
     import torch
@@ -98,29 +99,30 @@ def main(arguments: list[str] | None = None) -> int:
     def end(*_: Any) -> None:
         raise OutOfTime
 
-    o.hardware = choose_hardware(device=o.device, deterministic=o.deterministic)
-    o.hardware.apply()
+    hardware = choose_hardware(device=options.device, deterministic=options.deterministic)
+    hardware.apply()
     hush_transformers()
-    products = f"fp32 matmul precision: {torch.get_float32_matmul_precision()} (highest in correctness checks)"
-    machine = [*describe(o.hardware), f"torch {torch.__version__}, {products}"]
-    print("\n".join(machine) + "\n\n" + command.head(("check", "of", "found", ""), left=4), flush=True)
+    matmul = f"fp32 matmul precision: {torch.get_float32_matmul_precision()} (highest in correctness checks)"
+    machine = [*describe(hardware), f"torch {torch.__version__}, {matmul}"]
+    print("\n".join(machine) + "\n\n" + command.head(("check", "case", "measured", "result"), left=4), flush=True)
     before = signal.signal(signal.SIGALRM, end)
-    with tempfile.TemporaryDirectory() as folder:
-        o.folder = Path(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        session = Session(options, hardware, Path(scratch), list(options.checks))
         try:
-            signal.setitimer(signal.ITIMER_REAL, 60 * o.minutes)
-            make(o)
+            signal.setitimer(signal.ITIMER_REAL, 60 * options.minutes)
+            run_checks(session)
         except OutOfTime:
             pass
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
-    print(f"\nNot reached: {', '.join(o.left)}." if o.left else "\nAll checks completed.")
-    print(*(f"{name} failed with an exception: {error}" for name, error in o.failed.items()), sep="\n")
-    if o.json:
-        found = {"machine": machine, "rows": o.rows, "not_reached": o.left, "failed_with_exception": o.failed}
-        write_json_atomic(o.json, json.loads(json.dumps(found), parse_constant=str))  # NaN is not valid JSON
-    return 1 if any(row["passed"] is False for row in o.rows) or o.failed.keys() & set(CORRECTNESS) else 0
+    remaining, failed = session.remaining, session.failed
+    print(f"\nNot reached: {', '.join(remaining)}." if remaining else "\nAll checks completed.")
+    print(*(f"{name} failed with an exception: {error}" for name, error in failed.items()), sep="\n")
+    if options.json:
+        report = {"machine": machine, "rows": session.rows, "not_reached": remaining, "failed_with_exception": failed}
+        write_json_atomic(options.json, json.loads(json.dumps(report), parse_constant=str))  # NaN is not valid JSON
+    return 1 if any(row["passed"] is False for row in session.rows) or failed.keys() & set(CORRECTNESS) else 0
 
 
 if __name__ == "__main__":

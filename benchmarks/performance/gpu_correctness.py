@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,8 +24,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.experiments.runner import SETTINGS, recipe_of
+from benchmarks.performance.gpu_session import NOT_HERE, Row, Session
 from mvlm_core.hardware import ATTENTION_BACKENDS, OPTIONAL_BACKENDS, Hardware
-from mvlm_core.training.distillation import TEACHER_SHARE
+from mvlm_core.training.distillation import DISTILLATION_WEIGHT
 from mvlm_core.training.preparation import prepare_text
 
 # Allows for a different summation order and for rounding between the matrix products.
@@ -36,9 +37,7 @@ PROGRESS = 0.2  # fraction of the run completed; the coherence weight is still a
 EVERYTHING = {"policy_head": True, "memory_head": True, "alignment_weight": 0.5, "coherence_weight": 0.3}
 KERNELS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")  # PyTorch's attention kernels
 FUSED = r"\w*(?:_scaled_dot_product|flash|fmha|sdpa)\w*"  # matches names of kernels and of PyTorch operators
-NOT_HERE = "not on this machine"
 Losses = tuple[Tensor, Tensor]  # the loss, and logits [batch, seq, vocab]
-Row = tuple[str, dict[str, Any], bool | None]  # label, figures, and whether they are correct (None: not checked)
 
 
 class RoundedProducts(TorchDispatchMode):
@@ -167,8 +166,8 @@ class Case:
         modules, generator = nn.ModuleDict(built.modules), torch.Generator().manual_seed(seed)
         for weight in modules.parameters():
             # Vectors are drawn around their initial value, 1 or 0.
-            middle, spread = (0.0, weight.shape[1] ** -0.5) if weight.ndim > 1 else (weight.data.mean().round(), 0.3)
-            weight.data = middle + spread * torch.randn(weight.shape, generator=generator)
+            center, spread = (0.0, weight.shape[1] ** -0.5) if weight.ndim > 1 else (weight.data.mean().round(), 0.3)
+            weight.data = center + spread * torch.randn(weight.shape, generator=generator)
         if self.name == "simone_enhanced":
             built.model.pointer.sentinel.data.fill_(-(HEAD_WIDTH**0.5))  # the initial value would hardly copy any token
         return built, modules.to(hardware.device).train()
@@ -178,7 +177,7 @@ class Case:
         if self.is_student:
             teacher = self._reference_loss(dtype, seed=1)[2].detach().softmax(-1)
             distillation = -(teacher * logits.log_softmax(-1)).sum(-1).mean()
-            loss = (1 - TEACHER_SHARE) * loss + TEACHER_SHARE * distillation
+            loss = (1 - DISTILLATION_WEIGHT) * loss + DISTILLATION_WEIGHT * distillation
         gradients = zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True)
         return Answer(float(loss.detach()), logits.detach().double(), {name: g.double() for name, g in gradients})
 
@@ -215,9 +214,9 @@ class Case:
         limits, tensors = self.limits[hardware.precision], {}
         for name, weight in modules.named_parameters():
             exact = self.reference.gradients[name]
-            found = torch.zeros_like(exact) if weight.grad is None else weight.grad.double().cpu()
-            cosine = float(F.cosine_similarity(found.flatten(), exact.flatten(), dim=0))
-            ratio = float(found.norm() / exact.norm())
+            gradient = torch.zeros_like(exact) if weight.grad is None else weight.grad.double().cpu()
+            cosine = float(F.cosine_similarity(gradient.flatten(), exact.flatten(), dim=0))
+            ratio = float(gradient.norm() / exact.norm())
             # A small relative error rotates a vector by at most that angle, and 1 − cosine is half the angle squared.
             off = max(max(0.0, 2 - 2 * cosine) ** 0.5, abs(ratio - 1)) / limits.gradients[name]
             off = off if math.isfinite(ratio) else math.inf
@@ -244,49 +243,52 @@ class Case:
         return f"{self.label}, {words(hardware)}", figures, all(error <= 1 for error in errors)
 
 
-def worst_token(found: Tensor, exact: Tensor) -> float:
+def worst_token(logits: Tensor, exact: Tensor) -> float:
     """Return the largest relative error of any token's logits, by norm."""
-    return float(((found.double().cpu() - exact).norm(dim=-1) / exact.norm(dim=-1)).max())
+    return float(((logits.double().cpu() - exact).norm(dim=-1) / exact.norm(dim=-1)).max())
 
 
 def words(hardware: Hardware) -> str:
     return f"{hardware.precision}, {hardware.attention_backend}{', compiled' if hardware.compile else ''}"
 
 
-def cases(o: Any, *, students: bool = False) -> list[Case]:
+def cases(session: Session, *, students: bool = False) -> list[Case]:
     """Return a case per model, with the first preset's width; created on first use."""
+    options = session.options
     for name in SETTINGS:
-        if (name, students) not in o.cases:
-            preset = SETTINGS[name](preset=o.presets[0])
-            layers, tokens = o.layers or min(preset.num_layers, 4), o.tokens or preset.max_length
-            o.cases[name, students] = Case(name, preset.preset, layers, tokens, o.places, is_student=students)
-    return [o.cases[name, students] for name in SETTINGS]
+        if (name, students) not in session.cases:
+            preset = SETTINGS[name](preset=options.presets[0])
+            layers, tokens = options.layers or min(preset.num_layers, 4), options.tokens or preset.max_length
+            case = Case(name, preset.preset, layers, tokens, session.places, is_student=students)
+            session.cases[name, students] = case
+    return [session.cases[name, students] for name in SETTINGS]
 
 
-def precisions(o: Any) -> list[Hardware]:
+def precisions(session: Session) -> list[Hardware]:
     """Return uncompiled hardware settings for float32 and for a run's precision (or ``--precision``)."""
-    kinds = dict.fromkeys(("fp32", o.precision or o.hardware.precision))
-    return [replace(o.hardware, precision=kind, compile=False, loss_kernel="blocks") for kind in kinds]
+    kinds = dict.fromkeys(("fp32", session.options.precision or session.hardware.precision))
+    return [replace(session.hardware, precision=kind, compile=False, loss_kernel="blocks") for kind in kinds]
 
 
-def loss_and_gradients(o: Any) -> Iterator[Row]:
-    for case in [*cases(o), *cases(o, students=True)]:
-        for hardware in precisions(o):
+def loss_and_gradients(session: Session) -> Iterator[Row]:
+    own = session.hardware
+    for case in [*cases(session), *cases(session, students=True)]:
+        for hardware in precisions(session):
             yield case.check_training(hardware)
-            if o.hardware.compile:
-                yield case.check_training(replace(hardware, compile=True, loss_kernel=o.hardware.loss_kernel))
+            if own.compile:
+                yield case.check_training(replace(hardware, compile=True, loss_kernel=own.loss_kernel))
 
 
-def cached_decoding(o: Any) -> Iterator[Row]:
-    for case in cases(o):
-        yield from map(case.check_decoding, precisions(o))
+def cached_decoding(session: Session) -> Iterator[Row]:
+    for case in cases(session):
+        yield from map(case.check_decoding, precisions(session))
 
 
-def attention_backends(o: Any) -> Iterator[Row]:
+def attention_backends(session: Session) -> Iterator[Row]:
     """Check each backend and each of PyTorch's attention kernels, and report which kernel ran."""
-    hardware = precisions(o)[-1]
+    hardware = precisions(session)[-1]
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (hardware.device == "cuda")
-    for case in cases(o):
+    for case in cases(session):
         known = ATTENTION_BACKENDS[1:] if case.name == "simone_enhanced" else ["sdpa"]
         ways = {name: (replace(hardware, attention_backend=name), nullcontext()) for name in known}
         ways |= {f"sdpa by {name}": (hardware, sdpa_kernel(getattr(SDPBackend, name))) for name in KERNELS}
@@ -301,6 +303,13 @@ def attention_backends(o: Any) -> Iterator[Row]:
                 yield f"{case.name}, {way}", {NOT_HERE: str(error).splitlines()[0]}, None
                 continue
             names = {event.key for event in ran.key_averages()}
-            fused = sorted({found for name in names for found in re.findall(FUSED, name)})
+            fused = sorted({kernel for name in names for kernel in re.findall(FUSED, name)})
             ran_as = {"ran": ", ".join(fused) or "matrix products and softmax"}
             yield f"{case.name}, {way}, {one.precision}", ran_as | figures, passed
+
+
+CHECKS: dict[str, Callable[[Session], Iterator[Row]]] = {
+    "loss_and_gradients": loss_and_gradients,
+    "cached_decoding": cached_decoding,
+    "attention_backends": attention_backends,
+}

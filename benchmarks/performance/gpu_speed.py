@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 import time
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.experiments.runner import SETTINGS, recipe_of
-from benchmarks.performance.gpu_correctness import NOT_HERE, Row
+from benchmarks.performance.gpu_session import NOT_HERE, FinishedRun, Row, Session
 from mvlm_core.hardware import Hardware, compiled_so_far
 from mvlm_core.monitor import peak_memory, reset_peak_memory
 from mvlm_core.signals import StopRequest
@@ -35,14 +36,17 @@ class NeverStops(StopRequest):
         """Leave this process's signal handlers unchanged."""
 
 
-def loop_of(o: Any, name: str, preset: str, hardware: Hardware | None = None, **changes: Any) -> TrainingLoop:
+def loop_of(
+    session: Session, name: str, preset: str, hardware: Hardware | None = None, **overrides: Any
+) -> TrainingLoop:
     """Create the training loop of a preset in a new folder, without starting it."""
-    values = {"preset": preset, "output_dir": tempfile.mkdtemp(dir=o.folder), "max_steps": o.steps, "quiet": True}
-    values |= {"eval_interval": o.steps, "checkpoint_interval": o.steps // 2, "keep_checkpoints": 9}
-    recipe, settings = recipe_of(name), SETTINGS[name](**values | o.places | changes).check()
+    steps = session.options.steps
+    values = {"preset": preset, "output_dir": tempfile.mkdtemp(dir=session.scratch), "max_steps": steps, "quiet": True}
+    values |= {"eval_interval": steps, "checkpoint_interval": steps // 2, "keep_checkpoints": 9}
+    recipe, settings = recipe_of(name), SETTINGS[name](**values | session.places | overrides).check()
     torch._dynamo.reset()  # dynamo stops compiling after several models of the same class
     text = prepare_text(settings, recipe.tokenizer_class)
-    run = Run(recipe, settings, hardware or o.hardware)
+    run = Run(recipe, settings, hardware or session.hardware)
     return TrainingLoop(run, build_task(run, text))
 
 
@@ -61,18 +65,18 @@ def once(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def timed(o: Any, work: Callable[[], Any]) -> float:
+def timed(session: Session, work: Callable[[], Any]) -> float:
     """Return the median time of a call, repeated for ``--seconds`` after a warm-up call."""
-    found, until = [once(work)], time.perf_counter() + o.seconds
-    while len(found) < 4 or time.perf_counter() < until:
-        found.append(once(work))
-    return statistics.median(found[1:])
+    seconds, until = [once(work)], time.perf_counter() + session.options.seconds
+    while len(seconds) < 4 or time.perf_counter() < until:
+        seconds.append(once(work))
+    return statistics.median(seconds[1:])
 
 
-def shares(o: Any, flops: float, precision: str) -> dict[str, float]:
+def shares(session: Session, flops: float, precision: str) -> dict[str, float]:
     """Return FLOP/s and their share of the data-sheet peak and of the measured matmul speed, where known."""
-    sheet = device_peak(o.hardware.name) if precision == "bf16" else None
-    peaks = {"of data sheet": sheet, "of matrix product": o.ceiling.get(precision)}
+    sheet = device_peak(session.hardware.name) if precision == "bf16" else None
+    peaks = {"of data sheet": sheet, "of matrix product": session.matmul_peak.get(precision)}
     return {"TFLOP/s": flops / 1e12} | {name: flops / peak for name, peak in peaks.items() if peak}
 
 
@@ -80,41 +84,43 @@ def device_peak(name: str) -> float | None:
     return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
-def products_and_clock(o: Any) -> Iterator[Row]:
+def products_and_clock(session: Session) -> Iterator[Row]:
     """Measure matrix products as the upper bound, and the clock and power during them."""
+    device = session.hardware.device
     for precision, dtype, cpu_size in (("fp32", torch.float32, 1024), ("bf16", torch.bfloat16, 192)):
-        size = cpu_size if o.hardware.device == "cpu" else 8192
-        factor = torch.randn(size, size, device=o.hardware.device).to(dtype)
-        flops = 2 * size**3 / timed(o, lambda factor=factor: factor @ factor)
-        yield f"{precision}, {size} × {size}", shares(o, flops, precision), None
-        o.ceiling[precision] = flops
+        size = cpu_size if device == "cpu" else 8192
+        factor = torch.randn(size, size, device=device).to(dtype)
+        flops = 2 * size**3 / timed(session, lambda factor=factor: factor @ factor)
+        yield f"{precision}, {size} × {size}", shares(session, flops, precision), None
+        session.matmul_peak[precision] = flops
     figures: dict[str, Any] = {NOT_HERE: "no GPU"}
-    if o.hardware.device == "cuda":
+    if device == "cuda":
         for _ in range(500):  # keep the GPU busy while reading NVML
             factor @ factor
         figures = {"MHz": torch.cuda.clock_rate(), "W": torch.cuda.power_draw() / 1000, "°C": torch.cuda.temperature()}
-    yield f"clock and power, {o.hardware.name}", figures, None
+    yield f"clock and power, {session.hardware.name}", figures, None
 
 
-def real_steps(o: Any) -> Iterator[Row]:
+def real_steps(session: Session) -> Iterator[Row]:
     """Train each model for ``--steps`` steps and break down the step time."""
-    for preset, name in ((preset, name) for preset in o.presets for name in SETTINGS):
-        loop, of = loop_of(o, name, preset), f"{name}, {preset}, {o.hardware.precision}"
+    hardware = session.hardware
+    for preset, name in itertools.product(session.options.presets, SETTINGS):
+        loop, case = loop_of(session, name, preset), f"{name}, {preset}, {hardware.precision}"
         seconds = once(lambda loop=loop: loop.run(NeverStops()))
         history = loop.history()
         rate = statistics.median(record["tokens_per_second"] for record in history[len(history) // 2 :])
-        flops = step_cost(recipe_of(name).build, loop.settings, o.hardware, 1).flops_per_token * rate
-        figures = {"steps": len(history), "tokens/s": rate} | shares(o, flops, o.hardware.precision)
+        flops = step_cost(recipe_of(name).build, loop.settings, hardware, 1).flops_per_token * rate
+        figures = {"steps": len(history), "tokens/s": rate} | shares(session, flops, hardware.precision)
         figures |= {"GB": loop.peak_memory() / 1e9, "total s": seconds, "loss": history[-1]["train_loss"]}
         spent = loop.state.spent
         figures |= {"s of evaluations": spent.evaluation_seconds, "s of checkpoints": spent.checkpoint_seconds}
-        yield of, figures, None
+        yield case, figures, None
         weights = {key: value.cpu().clone() for key, value in loop.task.weights().items()}
-        o.finished[preset, name] = loop.checkpoint_root, history, weights
-        yield f"{of}, ms", {part: 1000 * value for part, value in parts(o, loop).items()}, None
+        session.finished[preset, name] = FinishedRun(loop.checkpoint_root, history, weights)
+        yield f"{case}, ms", {part: 1000 * value for part, value in parts(session, loop).items()}, None
 
 
-def parts(o: Any, loop: TrainingLoop) -> dict[str, float]:
+def parts(session: Session, loop: TrainingLoop) -> dict[str, float]:
     """Time each part of a step, an evaluation and a checkpoint, in seconds."""
     task, hardware, count = loop.task, loop.hardware, loop.state.micro_batch
     batch = task.batches.batch(0, 0, count)
@@ -128,68 +134,73 @@ def parts(o: Any, loop: TrainingLoop) -> dict[str, float]:
                 total = loss()
             total.backward()
 
-        return timed(o, work)
+        return timed(session, work)
 
     teacher = deepcopy(task.model).eval().requires_grad_(False)
-    whole, of_student = (backward(lambda of=of: task.loss(*given, 1.0, of).total) for of in (None, teacher))
+    whole, of_student = (backward(lambda t=t: task.loss(*given, 1.0, t).total) for t in (None, teacher))
     loss = backward(lambda: linear_cross_entropy(hidden, task.model.lm_head.weight, given[1], kernel=kernel)[0])
-    optimizer = timed(o, lambda: (torch.nn.utils.clip_grad_norm_(weights, 1.0), task.optimizers.step()))
-    data, state = timed(o, lambda: task.batches.batch(1, 0, count)), task.state_tensors()
-    saved = once(lambda: save_checkpoint(o.folder / "timed", loop.state.step, state, {}))
-    found = {"body": whole - loss, "loss": loss, "body and loss with a teacher": of_student, "optimizer": optimizer}
-    return found | {"data": data, "evaluation": once(task.evaluate), "checkpoint": saved}
+    optimizer = timed(session, lambda: (torch.nn.utils.clip_grad_norm_(weights, 1.0), task.optimizers.step()))
+    data, state = timed(session, lambda: task.batches.batch(1, 0, count)), task.state_tensors()
+    saved = once(lambda: save_checkpoint(session.scratch / "timed", loop.state.step, state, {}))
+    seconds = {"body": whole - loss, "loss": loss, "body and loss with a teacher": of_student, "optimizer": optimizer}
+    return seconds | {"data": data, "evaluation": once(task.evaluate), "checkpoint": saved}
 
 
-def resume(o: Any) -> Iterator[Row]:
-    """Resume from the middle checkpoint and check whether losses and weights are bit-identical."""
-    for (preset, name), (checkpoints, history, weights) in o.finished.items():
-        loop = loop_of(o, name, preset, resume_from=str(checkpoint_folder(checkpoints, o.steps // 2)))
+def resume(session: Session) -> Iterator[Row]:
+    """Resume from the checkpoint in the middle and check whether losses and weights are bit-identical."""
+    step = session.options.steps // 2
+    for (preset, name), run in session.finished.items():
+        loop = loop_of(session, name, preset, resume_from=str(checkpoint_folder(run.checkpoints, step)))
         loop.run(NeverStops())
         again = loop.history()
-        off = max(abs(a["train_loss"] - b["train_loss"]) for a, b in zip(history[-len(again) :], again, strict=True))
-        same = off == 0 and all(value.cpu().equal(weights[key]) for key, value in loop.task.weights().items())
-        figures = {"from step": o.steps // 2, "largest loss difference": off, "bitwise equal": "yes" if same else "no"}
+        pairs = zip(run.history[-len(again) :], again, strict=True)
+        off = max(abs(a["train_loss"] - b["train_loss"]) for a, b in pairs)
+        same = off == 0 and all(value.cpu().equal(run.weights[key]) for key, value in loop.task.weights().items())
+        figures = {"from step": step, "largest loss difference": off, "bitwise equal": "yes" if same else "no"}
         yield f"{name}, {preset}", figures, None
 
 
-def compiled_or_not(o: Any) -> Iterator[Row]:
-    if not o.hardware.compile:
-        yield o.hardware.name, {NOT_HERE: o.hardware.reasons["compile"]}, None
+def compiled_or_not(session: Session) -> Iterator[Row]:
+    own, preset = session.hardware, session.options.presets[0]
+    if not own.compile:
+        yield own.name, {NOT_HERE: own.reasons["compile"]}, None
         return
     for name in SETTINGS:
-        for hardware in (o.hardware, replace(o.hardware, compile=False, loss_kernel="blocks")):
-            step, (known, spent) = step_of(loop_of(o, name, o.presets[0], hardware)), compiled_so_far()
+        for hardware in (own, replace(own, compile=False, loss_kernel="blocks")):
+            step, (known, spent) = step_of(loop_of(session, name, preset, hardware)), compiled_so_far()
             first, (graphs, seconds) = once(step), compiled_so_far()
-            later, (all_graphs, _) = timed(o, step), compiled_so_far()
+            later, (all_graphs, _) = timed(session, step), compiled_so_far()
             figures = {"ms per step": 1000 * later, "s of first step": first, "s of compilation": seconds - spent}
             figures |= {"graphs": graphs - known, "recompiles": all_graphs - graphs}
             yield f"{name}, {'compiled' if hardware.compile else 'not compiled'}", figures, None
 
 
-def micro_batches(o: Any) -> Iterator[Row]:
+def micro_batches(session: Session) -> Iterator[Row]:
     """Measure speed and memory of each micro-batch size, up to the first that does not fit."""
+    device, preset = session.hardware.device, session.options.presets[0]
     for name in SETTINGS:
         for size in MICRO_BATCHES:
-            loop = loop_of(o, name, o.presets[0], batch_size=size)
-            reset_peak_memory(o.hardware.device)
-            seconds = timed(o, step_of(loop))
+            loop = loop_of(session, name, preset, batch_size=size)
+            reset_peak_memory(device)
+            seconds = timed(session, step_of(loop))
             if loop.state.micro_batch < size:  # halved after running out of memory, as in a run
                 yield f"{name}, {size}", {"out of memory": ""}, None
                 break
             speed = loop.task.batches.tokens_per_batch / seconds
             del loop  # free its memory before the next one
-            yield f"{name}, {size}", {"tokens/s": speed, "GB": peak_memory(o.hardware.device) / 1e9}, None
+            yield f"{name}, {size}", {"tokens/s": speed, "GB": peak_memory(device) / 1e9}, None
 
 
-def all_reduce(o: Any, world: int | None = None, megabytes: int = 500) -> Iterator[Row]:
+def all_reduce(session: Session, world: int | None = None, megabytes: int = 500) -> Iterator[Row]:
     """All-reduce this many megabytes over all GPUs (or ``world`` CPU processes); check the sum, measure bandwidth."""
     backend = "gloo" if world else "nccl"
-    world = world or (torch.cuda.device_count() if o.hardware.device == "cuda" else 0)
+    world = world or (torch.cuda.device_count() if session.hardware.device == "cuda" else 0)
     if world < 2:
         yield "NCCL", {NOT_HERE: "no two GPUs"}, None
         return
-    torch.multiprocessing.spawn(_reduce, (world, backend, megabytes, str(o.folder)), nprocs=world, daemon=True)
-    sums, seconds = torch.load(o.folder / "reduced.pt", weights_only=True)
+    arguments = world, backend, megabytes, str(session.scratch)
+    torch.multiprocessing.spawn(_reduce, arguments, nprocs=world, daemon=True)
+    sums, seconds = torch.load(session.scratch / "reduced.pt", weights_only=True)
     speed = {"ms": 1000 * seconds, "GB/s": 2 * (world - 1) / world * megabytes / 1000 / seconds}
     yield f"{backend}, {world} × {megabytes} MB", speed, sums == [world, world]
 
@@ -206,3 +217,13 @@ def _reduce(rank: int, world: int, backend: str, megabytes: int, folder: str) ->
     if rank == 0:
         torch.save((sums, seconds), f"{folder}/reduced.pt")
     dist.destroy_process_group()
+
+
+CHECKS: dict[str, Callable[[Session], Iterator[Row]]] = {
+    "products_and_clock": products_and_clock,
+    "real_steps": real_steps,
+    "resume": resume,
+    "all_reduce": all_reduce,
+    "compiled_or_not": compiled_or_not,
+    "micro_batches": micro_batches,
+}

@@ -36,13 +36,14 @@ SHAPES = {
 }
 
 
-def seconds(do: Callable[[], Any], rounds: int) -> list[float]:
-    found = []
+def timed(work: Callable[[], Any], rounds: int) -> list[float]:
+    """Return the seconds of each of ``rounds`` calls."""
+    seconds = []
     for _ in range(rounds):
         started = time.perf_counter()
-        do()
-        found.append(time.perf_counter() - started)
-    return found
+        work()
+        seconds.append(time.perf_counter() - started)
+    return seconds
 
 
 def first_step(script: str, data_dir: Path) -> None:
@@ -61,12 +62,12 @@ def build(model: str, shape: dict[str, int]) -> Any:
     import torch
 
     from mvlm_core.hardware import choose_hardware
-    from mvlm_core.training.cost import TokenizerShape
+    from mvlm_core.training.cost import StubTokenizer
 
     settings = SETTINGS[model](**{"preset": "cpu", "max_length": NEW_TOKENS + 1} | shape)
     hardware = choose_hardware(device="cpu", precision="fp32", no_compile=True)
     torch.manual_seed(0)
-    return recipe_of(model).build(settings, TokenizerShape(settings.vocab_size), hardware)
+    return recipe_of(model).build(settings, StubTokenizer(settings.vocab_size), hardware)
 
 
 def generate(model: Any, cached: bool) -> None:
@@ -117,10 +118,10 @@ def measure_saves(options: argparse.Namespace) -> Iterator[tuple[str, list[float
                 rotate_checkpoints(root, 2)
 
             label = f"save of {size / 1e9:.2f} GB, {model}"
-            yield f"{label}: synchronous", seconds(partial(write, tensors), options.rounds)
+            yield f"{label}: synchronous", timed(partial(write, tensors), options.rounds)
             blocked = []
             for _ in range(options.rounds + 1):
-                blocked += seconds(partial(writer.start, tensors, write), 1)
+                blocked += timed(partial(writer.start, tensors, write), 1)
                 writer.wait()
             yield f"{label}: asynchronous, first copy (allocates)", blocked[:1]
             yield f"{label}: asynchronous, later copies", blocked[1:]
@@ -133,18 +134,18 @@ def measure(options: argparse.Namespace) -> Iterator[tuple[str, list[float]]]:
     for script in ENTRY_POINTS:
         child = [sys.executable, REPOSITORY_ROOT / script, "--help"]
         show_help = partial(subprocess.run, child, check=True, stdout=subprocess.DEVNULL)
-        yield f"--help of {script}", seconds(show_help, options.rounds)
+        yield f"--help of {script}", timed(show_help, options.rounds)
     for model, script in TRAINERS.items():
         first_step(script, options.data_dir)  # fills the cache
-        yield f"launch to first step, {model}", seconds(partial(first_step, script, options.data_dir), options.rounds)
+        yield f"launch to first step, {model}", timed(partial(first_step, script, options.data_dir), options.rounds)
     choose_hardware(device="cpu").apply()
     for model in TRAINERS:
         for name, shape in SHAPES.items():
             built = build(model, shape).model.eval()
             for cached in (True, False):
                 words = f"{NEW_TOKENS} tokens {'with' if cached else 'without'} KV cache, {model}, {name}"
-                yield words, seconds(partial(generate, built, cached), options.rounds)
-        yield f"scoring the whole test text, {model}", seconds(partial(score, model, options.data_dir), 1)
+                yield words, timed(partial(generate, built, cached), options.rounds)
+        yield f"scoring the whole test text, {model}", timed(partial(score, model, options.data_dir), 1)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -158,12 +159,12 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(problems)
     options.data_dir = options.data_dir.absolute()
     set_process_environment()
-    found = {}
+    results = {}
     print(command.head(("measurement", "seconds (min … max)")), flush=True)
     for words, times in (measure_saves if options.checkpoint else measure)(options):
         print(command.row((words, command.spread(times, "{:.2f}", statistics.median))), flush=True)
-        found[words] = times
-    command.keep(found, options)
+        results[words] = times
+    command.save_json(results, options)
     return 0
 
 

@@ -87,12 +87,12 @@ def engines(export: Path, formats: Path) -> tuple[dict[str, Callable[[], Reader]
 
     threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
     model, tokenizer = load_export(export)
-    found: dict[str, Callable[[], Reader]] = {"PyTorch": partial(torch_reader, model)}
+    makers: dict[str, Callable[[], Reader]] = {"PyTorch": partial(torch_reader, model)}
     if (path := formats / "onnx" / "model.onnx").is_file():
-        found["ONNX Runtime"] = partial(onnx_reader, CachedGraph(path, threads=threads))
+        makers["ONNX Runtime"] = partial(onnx_reader, CachedGraph(path, threads=threads))
     for path in (formats / "gguf").glob("*.gguf"):
-        found["llama.cpp"] = partial(gguf_reader, open_llama(path, context_of(model), threads))
-    return found, tokenizer
+        makers["llama.cpp"] = partial(gguf_reader, open_llama(path, context_of(model), threads))
+    return makers, tokenizer
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -114,8 +114,8 @@ def main(arguments: list[str] | None = None) -> int:
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in makers}
     generated = {}
     for _ in range(options.rounds):
-        for name, make in makers.items():
-            read = make()
+        for name, new_reader in makers.items():
+            read = new_reader()
             wall, cpu = time.perf_counter(), time.process_time()
             generated[name] = greedy(read, prompt, options.tokens)
             seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))

@@ -60,8 +60,8 @@ def prepare(sender: Connection, data_dir: Path, cache_dir: Path, vocab_size: int
 
     preparation.build_token_store = timed
     tokens = len(preparation.prepare_text(settings, RECIPE.tokenizer_class).store.tokens)
-    start, middle, end = *marks, time.perf_counter()
-    sender.send({"tokenizer_seconds": middle - start, "token_seconds": end - middle, "tokens": tokens})
+    start, encoding, end = *marks, time.perf_counter()
+    sender.send({"tokenizer_seconds": encoding - start, "token_seconds": end - encoding, "tokens": tokens})
 
 
 def run(data_dir: Path, cache_dir: Path, vocab_size: int) -> dict[str, Any]:
@@ -98,16 +98,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     columns = ("text, MB", "tokenizer, s", "tokens, s", "MB/s", "total, s", "peak memory, MB")
     print(command.head(columns, left=0), flush=True)
-    found = []
+    results = []
     for copies in options.copies:
         with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
             size = lay_out(options.data_dir, copies, Path(scratch) / "text")
             one = run(Path(scratch) / "text", Path(scratch) / "cache", options.vocab_size)
-        found.append(one | {"copies": copies, "bytes": size})
+        results.append(one | {"copies": copies, "bytes": size})
         figures = (size / 1e6, one["tokenizer_seconds"], one["token_seconds"], size / 1e6 / one["token_seconds"])
         cells = [f"{figure:.1f}" for figure in (*figures, one["seconds"])]
         print(command.row([*cells, f"{one['peak'] / 1e6:.0f}"]), flush=True)
-    command.keep(found, options)
+    command.save_json(results, options)
     return 0
 
 

@@ -42,7 +42,7 @@ Contender = tuple[Callable[[], None], int]  # a function that runs one step, and
 _steps: list[Callable[[], None]] = []  # in a contender's process: its step function
 
 
-# Settings of model 1 and its peers, and model 2's changes to them. "cpu" is the preset, but its baseline uses GPT-2's
+# Settings of model 1 and its peers, and model 2's overrides of them. "cpu" is the preset, but its baseline uses GPT-2's
 # own feed-forward width, which the peers cannot change.
 SHAPES = {
     "cpu": (
@@ -55,7 +55,7 @@ SHAPES = {
     ),
 }
 CONTEXTS = {"cpu": 256, "124m": 1024}
-# Name → model and changed settings.
+# Name → model and overrides.
 OURS = {
     "mvlm_gpt2": ("mvlm_gpt2", {}),
     "simone_enhanced": ("simone_enhanced", {"coherence_weight": 0.0}),
@@ -65,8 +65,8 @@ OURS = {
 
 def settings_of(name: str, options: argparse.Namespace) -> TrainingSettings:
     """Return the settings of one of ``OURS``; a peer gets model 1's."""
-    model, changes = OURS.get(name, OURS["mvlm_gpt2"])
-    shape, of_model_2 = SHAPES[options.shape]
+    model, overrides = OURS.get(name, OURS["mvlm_gpt2"])
+    shape, model_2_shape = SHAPES[options.shape]
     values = {"preset": "cpu", "quiet": True, "max_steps": 10**6, "precision": options.precision}
     values |= shape | {"max_length": CONTEXTS[options.shape]}
     values |= {"data_dir": str(options.data_dir.absolute()), "cache_dir": str(CACHE_DIR)}
@@ -74,7 +74,7 @@ def settings_of(name: str, options: argparse.Namespace) -> TrainingSettings:
     if options.batch_size:
         values["batch_size"] = options.batch_size
     if model == "simone_enhanced":
-        values |= of_model_2 | changes
+        values |= model_2_shape | overrides
     return SETTINGS[model](**values).check()
 
 
@@ -83,12 +83,12 @@ def ours(name: str, settings: TrainingSettings, options: argparse.Namespace) -> 
     from benchmarks.forked_ranks import fork_ranks
     from mvlm_core.hardware import choose_hardware
     from mvlm_core.signals import StopRequest
-    from mvlm_core.training.distributed import ALONE, join
+    from mvlm_core.training.distributed import SINGLE_RANK, join
     from mvlm_core.training.loop import TrainingLoop
     from mvlm_core.training.preparation import prepare_text
     from mvlm_core.training.task import Run, build_task
 
-    recipe, ranks = recipe_of(OURS[name][0]), ALONE
+    recipe, ranks = recipe_of(OURS[name][0]), SINGLE_RANK
     text = prepare_text(settings, recipe.tokenizer_class)
     if options.processes > 1:
         fork_ranks(options.processes, Path(tempfile.mkdtemp(dir=options.folder)))
@@ -251,7 +251,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     hardware = choose_hardware(precision=options.precision)
     hardware.apply()
-    facts, pools, peaks, found = {}, {}, [], {}
+    facts, pools, peaks, contenders = {}, {}, [], {}
     with ExitStack() as stack:
         # Other ranks may still write to their file store while the folder is removed.
         options.folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
@@ -271,7 +271,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for name, (per_token, parameters, before) in facts.items():
         rounds, memory = [seconds for seconds, _ in turns[name]], turns[name][-1][1]
         flops = per_token * tokens / statistics.median(rounds)
-        found[name] = {
+        contenders[name] = {
             "parameters": parameters,
             "flops_per_token": per_token,
             "tokens_per_second": tokens / statistics.median(rounds),
@@ -282,7 +282,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "share_of_peak": flops / peak,
         }
     result = {"shape": options.shape, "tokens_per_step": tokens, "precision": options.precision}
-    return result | {"matmul_peak": peak, "contenders": found}
+    return result | {"matmul_peak": peak, "contenders": contenders}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -322,7 +322,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
             problems.append(f"--{option} {folder}: contains no {file}")
     if problems:
         raise UserError(problems)
-    options.contenders = command.chosen(options.only, available(options))
+    options.contenders = command.parse_only(options.only, available(options))
     return options
 
 

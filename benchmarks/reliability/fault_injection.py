@@ -33,7 +33,9 @@ from mvlm_core.errors import UserError, run_main
 MODELS = ("mvlm_gpt2", "simone_enhanced")
 STEPS, CHECKPOINT_INTERVAL = 24, 4
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"}
-TIMES = ("seconds", "step_seconds", "spent", "tokens_per_second", "memory_bytes")
+# Fields of history records and checkpoint states that depend on the time taken or the memory in use, so that even an
+# identical run differs in them. The timed steps and their seconds are zero without --max_hours, as here.
+TIMES = ("seconds", "step_seconds", "spent", "timed_steps", "timed_seconds", "tokens_per_second", "memory_bytes")
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 DAMAGES = ("flip a bit", "cut in half", "delete")
 PRELOAD = ["tests.helpers", "safetensors.torch", "transformers.models.gpt2", "matplotlib.pyplot"]
@@ -56,7 +58,7 @@ def before_file_operations(place: str, do: Callable[[], None]) -> None:
     sys.addaudithook(hook)
 
 
-def train_and_pack(model: str, corpus: str, place: str, **changes: Any) -> None:
+def train_and_pack(model: str, corpus: str, place: str, **overrides: Any) -> None:
     """Train, export and pack a model as the pipeline does."""
     import torch
 
@@ -68,8 +70,8 @@ def train_and_pack(model: str, corpus: str, place: str, **changes: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     intervals = {"checkpoint_interval": CHECKPOINT_INTERVAL, "eval_interval": 6, "log_interval": 1}
-    changes |= intervals | {"max_steps": STEPS, "dropout": 0.1, "cache_dir": str(Path(corpus).parent / "cache")}
-    settings = tiny_settings(model, Path(corpus), Path(place), **changes)
+    overrides |= intervals | {"max_steps": STEPS, "dropout": 0.1, "cache_dir": str(Path(corpus).parent / "cache")}
+    settings = tiny_settings(model, Path(corpus), Path(place), **overrides)
     try:
         folder = run_training(recipe_of(model), settings)
     except Stopped as stop:
@@ -186,11 +188,11 @@ class Bench:
         steps = []
         for folder in checkpoint_folders(place / self.model / "checkpoints"):
             try:
-                found = open_checkpoint(folder)
+                checkpoint = open_checkpoint(folder)
             except DamagedCheckpoint:
                 outcome.lost_checkpoints += 1
             else:
-                steps += [] if found.state["weights_only"] else [found.step]
+                steps += [] if checkpoint.state["weights_only"] else [checkpoint.step]
         if steps:
             records = self.history(place)
             outcome.repeated.append(max(0, (records[-1]["step"] if records else 0) - max(steps)))
@@ -203,13 +205,13 @@ class Bench:
             outcome.differing += 1
             print(f"  differs: {after}, {place}, exit code {code}", flush=True)
 
-    def stop_at_random(self, number: signal.Signals, count: int, chance: random.Random) -> Outcome:
+    def stop_at_random(self, number: signal.Signals, count: int, rng: random.Random) -> Outcome:
         """Send each run several signals, at times drawn uniformly over its duration."""
         outcome = Outcome(self.model, f"{number.name} at a random moment")
         while outcome.tried < count:
             place = next(self.places)
             for _ in range(min(5, count - outcome.tried)):
-                code, _ = self.start(place, after=chance.uniform(0, self.seconds), number=number)
+                code, _ = self.start(place, after=rng.uniform(0, self.seconds), number=number)
                 if code != 0:  # otherwise the run had already finished
                     self.after_fault(place, outcome)
             self.finish(place, outcome, outcome.fault)
@@ -226,13 +228,13 @@ class Bench:
         return outcome
 
     def damage_newest(
-        self, chance: random.Random, kinds: Iterable[tuple[str, str]] = tuple(itertools.product(FILES, DAMAGES))
+        self, rng: random.Random, kinds: Iterable[tuple[str, str]] = tuple(itertools.product(FILES, DAMAGES))
     ) -> Outcome:
         """For each file and kind of damage: kill mid-run, damage that file in the newest checkpoint, and resume."""
         outcome = Outcome(self.model, "newest checkpoint damaged")
         for name, damage in kinds:
             place = next(self.places)
-            self.start(place, kill_before=int(self.events * chance.uniform(0.4, 0.6)))
+            self.start(place, kill_before=int(self.events * rng.uniform(0.4, 0.6)))
             file = self.resumable(place)[-1] / name
             content = bytearray(file.read_bytes())
             if damage == "delete":
@@ -240,7 +242,7 @@ class Bench:
             elif damage == "cut in half":
                 file.write_bytes(content[: len(content) // 2])
             else:
-                content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+                content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
                 file.write_bytes(content)
             outcome.tried += 1
             self.finish(place, outcome, f"{name}, {damage}")
@@ -248,6 +250,7 @@ class Bench:
 
 
 def without_times(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a history record or a checkpoint state without ``TIMES``."""
     return {name: value for name, value in record.items() if name not in TIMES}
 
 
@@ -261,11 +264,11 @@ def benches(models: Iterable[str]) -> Iterator[Bench]:
 
 
 def faults(bench: Bench, kills: int, every: int, seed: int) -> Iterator[Outcome]:
-    chance = random.Random(seed)
-    yield bench.stop_at_random(signal.SIGKILL, kills, chance)
+    rng = random.Random(seed)
+    yield bench.stop_at_random(signal.SIGKILL, kills, rng)
     yield bench.kill_at_writes(every)
-    yield bench.stop_at_random(signal.SIGTERM, max(5, kills // 5), chance)
-    yield bench.damage_newest(chance)
+    yield bench.stop_at_random(signal.SIGTERM, max(5, kills // 5), rng)
+    yield bench.damage_newest(rng)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -277,7 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if problems := command.at_least_one(options, "kills", "every"):
         raise UserError(problems)
-    models = command.chosen(options.only, MODELS)
+    models = command.parse_only(options.only, MODELS)
     columns = ("model", "fault", "tried", "runs finished", "differing", "lost checkpoints", "steps repeated, mean")
     print(command.head(columns, left=2), flush=True)
     outcomes: list[Outcome] = []

@@ -20,6 +20,7 @@ import random
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,10 +78,10 @@ class Recorder:
         self._fsync, os.fsync = os.fsync, self._sync
         before_file_operations(str(place), self.look)
 
-    def promise(self, **changes: Any) -> None:
-        """Record a new durability guarantee."""
+    def promise(self, **fields: Any) -> None:
+        """Record a new durability guarantee, with these fields of ``Promised`` replaced."""
         self.look()
-        self.promised = replace(self.promised, **changes)
+        self.promised = replace(self.promised, **fields)
         self.operations.append(Operation("promise", value=self.promised))
 
     def _sync(self, descriptor: int) -> None:
@@ -94,31 +95,31 @@ class Recorder:
         """Record all changes since the last inspection: file contents first, then names."""
         if self._looking:  # ignore the file operations of the inspection itself
             return
-        found: dict[int, Content] = {}
+        contents: dict[int, Content] = {}
         self._looking = True
-        self._visit(self.place, found)
+        self._visit(self.place, contents)
         self._looking = False
-        for item, content in sorted(found.items(), key=lambda pair: isinstance(pair[1], dict)):
+        for item, content in sorted(contents.items(), key=lambda pair: isinstance(pair[1], dict)):
             if content != self._contents.get(item):
                 self.operations.append(Operation("write", item, content))
-        self._contents = found
+        self._contents = contents
         # A freed inode may be reused by another file.
-        self._items = {inode: item for inode, item in self._items.items() if item in found}
+        self._items = {inode: item for inode, item in self._items.items() if item in contents}
 
-    def _visit(self, path: Path, found: dict[int, Content]) -> int:
-        """Return the item at ``path``; add its content, and everything below it, to ``found``."""
+    def _visit(self, path: Path, contents: dict[int, Content]) -> int:
+        """Return the item at ``path``; add its content, and everything below it, to ``contents``."""
         inode = path.stat(follow_symlinks=False).st_ino
         if inode not in self._items:
             self._items[inode], self._count = self._count, self._count + 1
         item = self._items[inode]
         if path.is_dir():
-            found[item] = {child.name: self._visit(child, found) for child in sorted(path.iterdir())}
+            contents[item] = {child.name: self._visit(child, contents) for child in sorted(path.iterdir())}
         else:
-            found[item] = path.read_bytes()
+            contents[item] = path.read_bytes()
         return item
 
 
-def recorded_job(line: Any, model: str, corpus: str, place: str, changes: dict[str, Any]) -> None:
+def recorded_job(sender: Connection, model: str, corpus: str, place: str, overrides: dict[str, Any]) -> None:
     """Child process: run ``train_and_pack`` and send the recorded disk operations."""
     from mvlm_core.export import archive
     from mvlm_core.training import checkpoint as checkpoints
@@ -145,9 +146,9 @@ def recorded_job(line: Any, model: str, corpus: str, place: str, changes: dict[s
 
     checkpoints.save_checkpoint, checkpoints.set_aside_later = recorded_save, recorded_return
     archive.write_archive = recorded_pack
-    train_and_pack(model, corpus, place, **changes)
-    line.send((recorder.operations, recorder.start))
-    line.close()
+    train_and_pack(model, corpus, place, **overrides)
+    sender.send((recorder.operations, recorder.start))
+    sender.close()
 
 
 class Disk:
@@ -163,33 +164,33 @@ class Disk:
         elif operation.kind == "sync":
             self.contents[item] = self.contents[item][-1:]
 
-    def after_power_loss(self, way: str, chance: random.Random) -> Tree:
+    def after_power_loss(self, way: str, rng: random.Random) -> Tree:
         """Return the files and folders found after the power loss."""
         tree: Tree = {}
 
         def find(folder: int, path: str) -> None:
             contents = self.contents[folder]
-            entries = {DROPPED: contents[0], TORN: contents[-1], MIXED: chance.choice(contents)}[way]
+            entries = {DROPPED: contents[0], TORN: contents[-1], MIXED: rng.choice(contents)}[way]
             for name, item in entries.items():
                 if isinstance(self.contents[item][0], dict):
                     tree[path + name] = None
                     find(item, f"{path}{name}/")
                 else:
-                    tree[path + name] = torn(self.contents[item], way, chance)
+                    tree[path + name] = torn(self.contents[item], way, rng)
 
         find(ROOT, "")
         return tree
 
 
-def torn(contents: list[bytes], way: str, chance: random.Random) -> bytes:
+def torn(contents: list[bytes], way: str, rng: random.Random) -> bytes:
     """Return a file's content after the power loss: the flushed version, or the start of a later one."""
     flushed, *later = contents
-    if way == DROPPED or not later or (way == MIXED and chance.random() < 0.3):
+    if way == DROPPED or not later or (way == MIXED and rng.random() < 0.3):
         return flushed
-    newest = later[-1] if way == TORN else chance.choice(later)
+    newest = later[-1] if way == TORN else rng.choice(later)
     same = len(flushed) if newest.startswith(flushed) else 0
-    cut = (same + len(newest)) // 2 if way == TORN else chance.randint(same, len(newest))
-    return newest[:cut] + bytes(len(newest) - cut) * chance.randint(0, 1)
+    cut = (same + len(newest)) // 2 if way == TORN else rng.randint(same, len(newest))
+    return newest[:cut] + bytes(len(newest) - cut) * rng.randint(0, 1)
 
 
 def lay_out(tree: Tree, place: Path) -> Path:
@@ -210,32 +211,32 @@ def problems(bench: Bench, place: Path, promised: Promised) -> list[str]:
     from mvlm_core.files import sha256_file
     from mvlm_core.training.checkpoint import DamagedCheckpoint, checkpoint_folder, newest_checkpoint, open_checkpoint
 
-    folder, archive, found = place / bench.model, place / f"{bench.model}_model.tar.gz", []
+    folder, archive, losses = place / bench.model, place / f"{bench.model}_model.tar.gz", []
     try:
         newest, history = newest_checkpoint(folder / "checkpoints"), bench.history(place)
         step = newest.step if newest else -1
         if step < promised.step:
-            found.append(f"checkpoint of step {promised.step} lost, the newest is of {step}")
+            losses.append(f"checkpoint of step {promised.step} lost, the newest is of {step}")
         if history != bench.expected["history"][: len(history)]:
-            found.append("the history differs from the uninterrupted run's")
+            losses.append("the history differs from the uninterrupted run's")
         if len(history) < step:
-            found.append(f"the history ends at {len(history)}, before the checkpoint of {step}")
+            losses.append(f"the history ends at {len(history)}, before the checkpoint of {step}")
         if newest and newest.state["best_step"] not in (None, step):
             open_checkpoint(checkpoint_folder(folder / "checkpoints", newest.state["best_step"]))
         exported = not verify_folder(folder)
         if exported and sha256_file(folder / "model.safetensors") != bench.expected["export"]:
-            found.append("the export holds other weights")
+            losses.append("the export holds other weights")
         if promised.exported and not exported:
-            found.append("finished export lost")
+            losses.append("finished export lost")
         if archive.exists() and check_archive(archive):
-            found.append("a damaged archive under its final name")
+            losses.append("a damaged archive under its final name")
         if promised.archived and not archive.exists():
-            found.append("finished archive lost")
+            losses.append("finished archive lost")
     except DamagedCheckpoint as damage:
-        found.append(f"the best checkpoint is lost: {damage}")
+        losses.append(f"the best checkpoint is lost: {damage}")
     except Exception as error:  # readers must not raise any other exception
-        found.append(f"traceback: {type(error).__name__}: {error}")
-    return found
+        losses.append(f"traceback: {type(error).__name__}: {error}")
+    return losses
 
 
 @dataclass
@@ -259,16 +260,16 @@ class Outcome:
 class Recording:
     """Recording of one run, and the disk states after each of its prefixes."""
 
-    def __init__(self, bench: Bench, name: str, place: Path, **changes: Any) -> None:
+    def __init__(self, bench: Bench, name: str, place: Path, **overrides: Any) -> None:
         self.bench, self.outcome = bench, Outcome(bench.model, name)
         place.mkdir(exist_ok=True)
-        ours, theirs = CONTEXT.Pipe(duplex=False)
-        arguments = (theirs, bench.model, str(bench.corpus), str(place), changes)
+        receiver, sender = CONTEXT.Pipe(duplex=False)
+        arguments = (sender, bench.model, str(bench.corpus), str(place), overrides)
         process = CONTEXT.Process(target=recorded_job, args=arguments)
         process.start()
-        theirs.close()
+        sender.close()
         try:
-            self.operations, self.start = ours.recv()
+            self.operations, self.start = receiver.recv()
         except EOFError:
             raise SystemExit(f"the run to be recorded failed: {name}") from None
         process.join()
@@ -294,9 +295,9 @@ class Recording:
             seen[way] = tree, promised
             outcome.opened += 1
             with tempfile.TemporaryDirectory(dir=self.bench.root) as folder:
-                if found := problems(self.bench, lay_out(tree, Path(folder) / "disk"), promised):
+                if losses := problems(self.bench, lay_out(tree, Path(folder) / "disk"), promised):
                     outcome.broken += 1
-                    print(f"  {outcome.run}, prefix {number}, {way}: {'; '.join(found)}", flush=True)
+                    print(f"  {outcome.run}, prefix {number}, {way}: {'; '.join(losses)}", flush=True)
         return outcome
 
     def resume_some(self, count: int, seed: int) -> Outcome:
@@ -329,7 +330,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if bad := command.at_least_one(options, "every"):
         raise UserError(bad)
-    models = command.chosen(options.only, MODELS)
+    models = command.parse_only(options.only, MODELS)
     columns = ("model", "run", "prefixes", "states opened", "broken", "resumed", "differing")
     print(command.head(columns, left=2), flush=True)
     outcomes: list[Outcome] = []

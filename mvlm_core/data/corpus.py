@@ -25,7 +25,7 @@ from mvlm_core.files import read_json, read_regular
 
 SPLITS = ("train", "validation", "test")
 MANIFEST_NAME = "corpus_manifest.json"  # in a built corpus; optional in a user's folder
-HIGHEST_SCORE = 10.0
+MAX_SCORE = 10.0
 VALIDATION_SUBSET_BYTES = 65_536
 METADATA_LIMIT = 16 << 20  # bytes; the largest in the built corpus is 60 kilobytes
 # NFC normalization of a run of combining marks takes quadratic time (a minute for 0.3 MB). Real text has a few in a
@@ -330,8 +330,8 @@ class _FolderReader:
             return default
 
         split = value("split", lambda given: given in SPLITS, f"one of {', '.join(SPLITS)}")
-        quality = value("quality_score", _is_score, "a number from 0 to 10", HIGHEST_SCORE)
-        alignment = value("biblical_alignment", _is_score, "a number from 0 to 10", HIGHEST_SCORE)
+        quality = value("quality_score", _is_score, "a number from 0 to 10", MAX_SCORE)
+        alignment = value("biblical_alignment", _is_score, "a number from 0 to 10", MAX_SCORE)
         translation, book = (value(key, _is_text, "text") for key in ("translation", "book"))
         if problems:
             self._skip(file.with_suffix(".json"), "; ".join(problems) + "; the text is used with defaults")
@@ -368,7 +368,7 @@ def _is_text(value: Any) -> bool:
 
 def _is_score(value: Any) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 <= value <= HIGHEST_SCORE  # False for NaN
+    return is_number and 0 <= value <= MAX_SCORE  # False for NaN
 
 
 def _hash_share(path: str) -> float:

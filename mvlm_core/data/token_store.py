@@ -47,7 +47,6 @@ class TokenStore:
     token_bytes: np.ndarray
     text_bytes: int
     bytes_per_token: float
-    fingerprint: str
 
 
 def parse_mix(mix: str | None) -> dict[str, int]:
@@ -138,7 +137,6 @@ def build_token_store(
         token_bytes=tokenizer.token_bytes(),
         text_bytes=int(sizes.sum()),
         bytes_per_token=float((sizes * repeats).sum() / (lengths * repeats).sum()),
-        fingerprint=folder.name,
     )
 
 

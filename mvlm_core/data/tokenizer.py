@@ -19,8 +19,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from mvlm_core.errors import Stopped, UserError
 from mvlm_core.files import read_regular, write_atomic
 
-_LONGEST_WORD = 1000  # characters; BPE training is quadratic in the length of a word
-_TOO_LONG = re.compile(rf"\S{{{_LONGEST_WORD}}}")
+_MAX_WORD_LENGTH = 1000  # characters; BPE training is quadratic in the length of a word
+_TOO_LONG = re.compile(rf"\S{{{_MAX_WORD_LENGTH}}}")
 # Byte-level BPE maps each byte to one of 256 visible characters (Radford et al. 2019), so a token's length in
 # characters is the number of bytes it encodes.
 _ROUND_TRIP_SAMPLE = "In the beginning  God\tcreated\n\n\u2018heaven\u2019 \u00e9\U0001f54a <eos> <|endoftext|>\r\n"
@@ -209,10 +209,10 @@ def _checked_json(file: Path) -> str:
 
 
 def _split_long_words(texts: Iterable[str]) -> Iterator[str]:
-    """Split texts within words of ``_LONGEST_WORD`` characters (no language has any); yield other texts unchanged."""
+    """Split texts within words of ``_MAX_WORD_LENGTH`` characters (no language has any); yield others unchanged."""
     for text in texts:
         start = 0
-        if max(map(len, text.split("\n"))) >= _LONGEST_WORD:
+        if max(map(len, text.split("\n"))) >= _MAX_WORD_LENGTH:
             for word in _TOO_LONG.finditer(text):
                 yield text[start : word.end()]
                 start = word.end()

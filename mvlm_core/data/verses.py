@@ -17,12 +17,12 @@ WORD = re.compile(r"\S+")
 
 @dataclass(frozen=True, slots=True)
 class Verse:
-    """A line of a document, ``begin`` to ``end`` in its text. ``place`` is the same in every translation."""
+    """A line of a document, ``begin`` to ``end`` in its text. ``reference`` is the same in every translation."""
 
     document: str
     begin: int
     end: int
-    place: str
+    reference: str
     translation: str | None
 
     @property
@@ -35,26 +35,26 @@ class Verse:
         return self.document[: self.begin]
 
 
-def verses_of(documents: Iterable[Document], least_words: int = 1) -> Iterator[Verse]:
-    """Yield all lines of at least ``least_words`` words; ``place`` is path:line without verse names in the metadata."""
+def verses_of(documents: Iterable[Document], min_words: int = 1) -> Iterator[Verse]:
+    """Yield all lines of at least ``min_words`` words; ``reference`` is path:line if the metadata names no verses."""
     for document in documents:
         text, names = document.read(), document.metadata.get("verses")
         lines = list(LINE.finditer(text))
-        places = [f"{document.path}:{number}" for number in range(1, len(lines) + 1)]
+        references = [f"{document.path}:{number}" for number in range(1, len(lines) + 1)]
         if document.book is not None and isinstance(names, list) and len(names) == len(lines):
-            places = [f"{document.book} {name}" for name in names]
-        for line, place in zip(lines, places, strict=True):
-            if len(line[0].split()) >= least_words:
-                yield Verse(text, line.start(), line.end(), place, document.translation)
+            references = [f"{document.book} {name}" for name in names]
+        for line, reference in zip(lines, references, strict=True):
+            if len(line[0].split()) >= min_words:
+                yield Verse(text, line.start(), line.end(), reference, document.translation)
 
 
 def sample_verses(verses: Iterable[Verse], count: int, seed: int) -> list[Verse]:
-    """Draw up to ``count`` verses, one per place, as translations of the same verse are not independent."""
+    """Draw up to ``count`` verses, one per reference, as translations of the same verse are not independent."""
     pool = list(verses)
     chosen: dict[str, Verse] = {}
     random.Random(seed).shuffle(pool)
     for verse in pool:
-        chosen.setdefault(verse.place, verse)
+        chosen.setdefault(verse.reference, verse)
     return list(islice(chosen.values(), count))
 
 

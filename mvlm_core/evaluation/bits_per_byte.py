@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
@@ -61,9 +61,9 @@ class Score:
     def bits_per_byte(self) -> float:
         return bits_per_byte(self.nats, self.bytes)
 
-    def part(self, keep: Callable[[str], bool]) -> Score:
-        """Restrict the score to documents whose key ``keep`` accepts."""
-        return Score({key: value for key, value in self.documents.items() if keep(key)})
+    def part(self, keys: Collection[str]) -> Score:
+        """Restrict the score to documents with these keys."""
+        return Score({key: value for key, value in self.documents.items() if key in keys})
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def bits_per_byte_by_part(score: Score, documents: Sequence[Document]) -> BitsPe
         for document in documents:
             if (name := getattr(document, attribute)) is not None:
                 groups[name].add(document.path)
-        return {name: score.part(paths.__contains__).bits_per_byte for name, paths in groups.items()}
+        return {name: score.part(paths).bits_per_byte for name, paths in groups.items()}
 
     return BitsPerByte(score.bits_per_byte, by("book"), by("translation"))
 

@@ -14,6 +14,9 @@ from mvlm_core.data.verses import Verse
 from mvlm_core.evaluation.bits_per_byte import Window, context_of, encode, window_logits
 from mvlm_core.evaluation.generation import prompt_ids
 
+BINS = 15
+_BATCH_SIZE = 16
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -31,35 +34,33 @@ class Calibration:
     tokens: int
 
 
-def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> Calibration:
-    """Expected calibration error with ``bins`` bins of equal width (Guo et al. 2017, arXiv:1706.04599, equation 3).
+def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> Calibration:
+    """Expected calibration error with ``BINS`` bins of equal width (Guo et al. 2017, arXiv:1706.04599, equation 3).
 
-    Predictions fall into bins ((b - 1) / bins, b / bins] by the probability of the most likely token; the error is the
+    Predictions fall into bins ((b - 1) / BINS, b / BINS] by the probability of the most likely token; the error is the
     mean over predictions of abs(accuracy - mean confidence) of their bin.
     """
     confidence, correct = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     if not len(confidence):
         return Calibration(math.nan, math.nan, math.nan, 0)
-    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gaps = np.bincount(index, weights=correct - confidence, minlength=bins)
+    index = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    gaps = np.bincount(index, weights=correct - confidence, minlength=BINS)
     error = float(np.abs(gaps).sum()) / len(confidence)
     return Calibration(error, float(confidence.mean()), float(correct.mean()), len(confidence))
 
 
 @torch.inference_mode()
-def calibration(
-    model: Any, tokenizer: Any, verses: Iterable[Verse], *, bins: int = 15, batch_size: int = 16
-) -> Calibration:
+def calibration(model: Any, tokenizer: Any, verses: Iterable[Verse]) -> Calibration:
     """Calibration on the tokens of the verses, each predicted from all the text that precedes it."""
     context, items, confidence, correct = context_of(model), [], [np.empty(0)], [np.empty(0)]
     for verse in verses:
         verse_ids = encode(tokenizer, verse.text + "\n")
         ids = np.array((prompt_ids(tokenizer, verse.before, context + 1) + verse_ids)[-context - 1 :])
-        items.append(Window(verse.place, 0, ids[:-1], ids[1:], max(0, len(ids) - 1 - len(verse_ids))))
+        items.append(Window(verse.reference, 0, ids[:-1], ids[1:], max(0, len(ids) - 1 - len(verse_ids))))
     items.sort(key=lambda item: (len(item.inputs), item.first_new))  # to minimize padding and unused logits
-    for start in range(0, len(items), batch_size):
-        logits, targets, new = window_logits(model, items[start : start + batch_size], str(model.device))
+    for start in range(0, len(items), _BATCH_SIZE):
+        logits, targets, new = window_logits(model, items[start : start + _BATCH_SIZE], str(model.device))
         top, predicted = logits.float().softmax(dim=-1).max(dim=-1)
         confidence.append(top.cpu()[new].numpy())
         correct.append((predicted == targets).cpu()[new].numpy())
-    return calibration_error(np.concatenate(confidence), np.concatenate(correct), bins)
+    return calibration_error(np.concatenate(confidence), np.concatenate(correct))

@@ -89,7 +89,7 @@ def ppmd_bits(train: bytes, parts: Sequence[bytes], order: int) -> list[float]:
     return [8.0 * len(encoder.encode(part)) for part in parts]
 
 
-def bits_by_part(corpus: Corpus, parts: Sequence[bytes]) -> dict[str, tuple[list[float], float]]:
+def compressed_bits_by_part(corpus: Corpus, parts: Sequence[bytes]) -> dict[str, tuple[list[float], float]]:
     """Code lengths in bits of consecutive parts of a text and their total, by method; primed with training text.
 
     PPMd emits a byte as soon as it is determined, so a part's length is accurate to about a byte. xz buffers its output

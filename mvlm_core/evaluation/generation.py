@@ -157,13 +157,12 @@ class Diversity:
     words: float
 
 
-def repetition(
-    model: Any, tokenizer: Any, verses: Iterable[Verse], *, words: int = 64, seed: int = 0, batch_size: int = 32
-) -> dict[str, Diversity]:
-    """Diversity of "greedy" and "sampled" continuations of the text before each verse, and of the true "reference".
+def continuation_prompts(
+    model: Any, tokenizer: Any, verses: Iterable[Verse], words: int
+) -> tuple[list[list[int]], list[int], list[str]]:
+    """Prompts before verses, the tokens to continue each by, and the ``words`` words that follow it in the text.
 
-    Texts are ``words`` words long; continuations are limited to half the context. Verses without preceding text, or
-    with too little text after them, are skipped.
+    Lengths are limited to half the context. Verses with nothing before or too little text after them are skipped.
     """
     context, prompts, lengths, references = context_of(model), [], [], []
     for verse in verses:
@@ -173,8 +172,19 @@ def repetition(
             prompts.append(prompt_ids(tokenizer, verse.before, context - length))
             lengths.append(length)
             references.append(text)
+    return prompts, lengths, references
+
+
+def repetition(
+    model: Any, tokenizer: Any, verses: Iterable[Verse], *, words: int, seed: int = 0
+) -> dict[str, Diversity]:
+    """Diversity of "greedy" and "sampled" continuations of the text before each verse, and of the true "reference".
+
+    Texts are up to ``words`` words long. Prompts, lengths and skipped verses: ``continuation_prompts``.
+    """
+    prompts, lengths, references = continuation_prompts(model, tokenizer, verses, words)
     greedy, sampled = (
-        continuations(model, tokenizer, prompts, lengths, sample=sample, seed=seed, batch_size=batch_size)
+        continuations(model, tokenizer, prompts, lengths, sample=sample, seed=seed)
         for sample in (None, Sampling())
     )
     by_name = {"greedy": greedy, "sampled": sampled, "reference": references}

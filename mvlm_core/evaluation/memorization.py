@@ -13,11 +13,11 @@ from mvlm_core.evaluation.bits_per_byte import context_of, encode
 from mvlm_core.evaluation.generation import continuations, prompt_ids
 from mvlm_core.evaluation.results import Mean, as_json, mean
 
-LEAST_WORDS = 8  # per verse, so that its second half has at least four
+MIN_WORDS = 8  # per verse, so that its second half has at least four
 _LETTERS = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
 
 
-def cloze(model: Any, tokenizer: Any, verses: Iterable[Verse], *, batch_size: int = 32) -> dict[str, Mean]:
+def cloze(model: Any, tokenizer: Any, verses: Iterable[Verse]) -> dict[str, Mean]:
     """Accuracy of predicting the last word of a verse, as in LAMBADA (Paperno et al. 2016, arXiv:1606.06031), given all
     the text before it ("full") or the verse alone ("alone").
 
@@ -38,7 +38,7 @@ def cloze(model: Any, tokenizer: Any, verses: Iterable[Verse], *, batch_size: in
             prompt_ids(tokenizer, head if alone else before + head, context - length)
             for before, head, _, length in items
         ]
-        generated = continuations(model, tokenizer, prompts, lengths, batch_size=batch_size)
+        generated = continuations(model, tokenizer, prompts, lengths)
         return mean([_is_word(text, word) for text, (_, _, word, _) in zip(generated, items, strict=True)])
 
     return {"full": accuracy(alone=False), "alone": accuracy(alone=True)}
@@ -48,7 +48,7 @@ def _is_word(text: str, word: str) -> bool:
     return text.startswith(word) and not re.match(r"['\u2019]?[^\W\d_]", text[len(word) :])
 
 
-def extraction(model: Any, tokenizer: Any, verses: Iterable[Verse], *, batch_size: int = 32) -> dict[str, Mean]:
+def extraction(model: Any, tokenizer: Any, verses: Iterable[Verse]) -> dict[str, Mean]:
     """Extractable memorization (Carlini et al. 2023, arXiv:2202.07646): given the first half of a verse's words, the
     greedy continuation, with as many tokens as the second half, is compared with that half.
 
@@ -70,7 +70,7 @@ def extraction(model: Any, tokenizer: Any, verses: Iterable[Verse], *, batch_siz
             prompts.append(prompt)
             lengths.append(length)
             references.append(verse.text[cut:].split())
-    generated = continuations(model, tokenizer, prompts, lengths, batch_size=batch_size)
+    generated = continuations(model, tokenizer, prompts, lengths)
     shares = [overlap(text.split(), words) for text, words in zip(generated, references, strict=True)]
     return {name: mean([share[n] for share in shares]) for n, name in enumerate(("exact", "prefix", "longest"))}
 
@@ -92,7 +92,7 @@ def extractable_memorization(
     Limited to the primary translation if it has validation text: it is read most often and so memorized first.
     """
     split = corpus.primary_part if corpus.primary_part("validation") else corpus.split
-    control = sample_verses(verses_of(split("validation"), LEAST_WORDS), verses, seed)
+    control = sample_verses(verses_of(split("validation"), MIN_WORDS), verses, seed)
     train = matched_verses(control, verses_of(split("train")), seed)
     return {
         name: as_json(extraction(model, tokenizer, drawn)) for name, drawn in (("train", train), ("held_out", control))

@@ -18,6 +18,8 @@ from mvlm_core.data.verses import Verse
 from mvlm_core.evaluation.bits_per_byte import score_loaded
 from mvlm_core.evaluation.results import Mean, choice_point, mean
 
+MIN_PAIRS = 20  # of a rule that is reported
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -37,7 +39,7 @@ class Pair:
     bad: str
 
 
-def minimal_pairs(verses: Iterable[Verse], rules: Iterable[Rule], *, per_rule: int = 200, seed: int = 0) -> list[Pair]:
+def minimal_pairs(verses: Iterable[Verse], rules: Iterable[Rule], *, per_rule: int, seed: int = 0) -> list[Pair]:
     """Draw up to ``per_rule`` pairs for each rule at random from the distinct verses that match it.
 
     Only the first match in a verse is changed.
@@ -57,16 +59,14 @@ def pair_point(good_nats: float, bad_nats: float) -> float:
     return choice_point((-good_nats, -bad_nats), 0)
 
 
-def pair_accuracy(
-    model: Any, tokenizer: Any, pairs: Sequence[Pair], *, least: int = 20, batch_size: int = 32
-) -> dict[str, Mean]:
-    """Mean of ``pair_point`` by rule, for rules with at least ``least`` pairs.
+def pair_accuracy(model: Any, tokenizer: Any, pairs: Sequence[Pair]) -> dict[str, Mean]:
+    """Mean of ``pair_point`` by rule, for rules with at least ``MIN_PAIRS`` pairs.
 
     The whole verse with its line break is scored as a separate document.
     """
     texts = sorted({text for pair in pairs for text in (pair.good, pair.bad)}, key=lambda text: (len(text), text))
-    score = score_loaded(model, tokenizer, ((text, text + "\n") for text in texts), batch_size=batch_size)
+    score = score_loaded(model, tokenizer, ((text, text + "\n") for text in texts), batch_size=32)
     points: dict[str, list[float]] = defaultdict(list)
     for pair in pairs:
         points[pair.rule].append(pair_point(score.documents[pair.good].nats, score.documents[pair.bad].nats))
-    return {rule: mean(values) for rule, values in points.items() if len(values) >= least}
+    return {rule: mean(values) for rule, values in points.items() if len(values) >= MIN_PAIRS}

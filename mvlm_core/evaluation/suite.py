@@ -15,7 +15,7 @@ from mvlm_core.data.verses import Verse, followed_by, matched_verses, sample_ver
 from mvlm_core.evaluation.bits_per_byte import bits_per_byte_by_part, load_export, score_loaded
 from mvlm_core.evaluation.calibration import calibration
 from mvlm_core.evaluation.generation import repetition
-from mvlm_core.evaluation.memorization import LEAST_WORDS, cloze, extraction
+from mvlm_core.evaluation.memorization import MIN_WORDS, cloze, extraction
 from mvlm_core.evaluation.minimal_pairs import Pair, Rule, minimal_pairs, pair_accuracy
 from mvlm_core.evaluation.results import as_json
 
@@ -45,11 +45,11 @@ def draw(
     split: str,
     rules: Sequence[Rule],
     *,
-    verses: int = 300,
-    prompts: int = 100,
-    words: int = 64,
-    pairs: int = 200,
-    seed: int = 0,
+    verses: int,
+    prompts: int,
+    words: int,
+    pairs: int,
+    seed: int,
 ) -> EvaluationSet:
     """Draw an evaluation set from ``split`` ("validation" or "test").
 
@@ -58,7 +58,7 @@ def draw(
     """
     held_out = corpus.split(split)
     every = list(verses_of(held_out))
-    chosen = sample_verses(verses_of(held_out, LEAST_WORDS), verses, seed)
+    chosen = sample_verses(verses_of(held_out, MIN_WORDS), verses, seed)
     return EvaluationSet(
         held_out,
         chosen,

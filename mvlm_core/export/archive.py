@@ -225,16 +225,16 @@ def extract_archive(archive: Path, destination: Path) -> Path:
 
 
 @contextmanager
-def opened(place: Path) -> Iterator[Path]:
+def opened(path: Path) -> Iterator[Path]:
     """Open an export folder, or check a ``.tar.gz`` and extract it to a temporary folder while the context is open.
 
     Raises:
         UserError: no such folder or archive, or an invalid archive.
     """
-    if not place.exists():
-        raise UserError(f"{place}: no such folder or archive; train a model first, or give the path of one")
-    if place.is_dir():
-        yield place
+    if not path.exists():
+        raise UserError(f"{path}: no such folder or archive; train a model first, or give the path of one")
+    if path.is_dir():
+        yield path
         return
     with tempfile.TemporaryDirectory(prefix="mvlm-open-") as scratch:
-        yield extract_archive(place, Path(scratch))
+        yield extract_archive(path, Path(scratch))

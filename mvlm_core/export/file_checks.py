@@ -14,14 +14,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvlm_core.errors import LINE_BREAK, UserError, printable
+from mvlm_core.errors import UserError, printable
 from mvlm_core.export.archive import opened
 from mvlm_core.export.folder import STAGING_NAME
-from mvlm_core.export.manifest import EXPECTED_FILES, MANIFEST, TEST_SCORES, ArchiveError, read_manifest, verify_folder
+from mvlm_core.export.manifest import (
+    CHECKPOINTS,
+    EXPECTED_FILES,
+    HISTORY_LOG,
+    MANIFEST,
+    TENSORBOARD,
+    TEST_SCORES,
+    ArchiveError,
+    read_manifest,
+    verify_folder,
+)
 from mvlm_core.files import LOCK_NAME, read_json, read_regular
 
 # Allowed in an export folder in addition to the manifest's files; never packed into an archive.
-BESIDE = {MANIFEST, STAGING_NAME, LOCK_NAME, TEST_SCORES, "checkpoints", "training_history.jsonl", "tensorboard"}
+BESIDE = {MANIFEST, STAGING_NAME, LOCK_NAME, TEST_SCORES, CHECKPOINTS, HISTORY_LOG, TENSORBOARD}
 PICKLE_SUFFIXES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
 PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch's zip, protocols 2 to 5
 JSON_LIMIT = 256 << 20  # bytes; a tokenizer is a few MB, the history of a long run tens of MB
@@ -39,19 +49,19 @@ class Checks(list[Check]):
     """Checks of one model, in order."""
 
     def add(self, group: str, name: str, passed: bool, detail: str = "") -> bool:
-        self.append(Check(group, name, bool(passed), printable(detail, LINE_BREAK)))
+        self.append(Check(group, name, bool(passed), printable(detail, keep="\n")))
         return bool(passed)
 
     def add_problems(self, group: str, name: str, problems: list[str], good: str) -> bool:
         return self.add(group, name, not problems, "; ".join(problems[:20]) if problems else good)
 
 
-def check_export(folder: Path, sources: Path, place: Path | None = None) -> None:
+def check_export(folder: Path, sources: Path, path: Path | None = None) -> None:
     """Check an export folder's files.
 
     Args:
         sources: the folder with the repository's own modelling files; no other code is run.
-        place: path given by the user, if different from ``folder``.
+        path: path given by the user, if different from ``folder``.
     Raises:
         UserError: not a finished export, or it does not match its manifest; lists every problem.
     """
@@ -59,23 +69,23 @@ def check_export(folder: Path, sources: Path, place: Path | None = None) -> None
         raise UserError(f"{folder}: not a finished export (no {MANIFEST})")
     checks = Checks()
     check_files(folder, checks, sources)
-    if failed := [f"{place or folder}: {check.name}: {check.detail}" for check in checks if not check.passed]:
+    if failed := [f"{path or folder}: {check.name}: {check.detail}" for check in checks if not check.passed]:
         raise UserError(failed)
 
 
 @contextmanager
-def checked_export(place: Path, sources: Path) -> Iterator[Path]:
+def checked_export(path: Path, sources: Path) -> Iterator[Path]:
     """Open and check an export folder or ``.tar.gz``; an archive is unpacked only while the context is open.
 
     Raises:
         UserError: see ``opened`` and ``check_export``.
     """
-    with checked_exports([place], sources) as (folder,):
+    with checked_exports([path], sources) as (folder,):
         yield folder
 
 
 @contextmanager
-def checked_exports(places: Sequence[Path], sources: Path, problems: Sequence[str] = ()) -> Iterator[list[Path]]:
+def checked_exports(paths: Sequence[Path], sources: Path, problems: Sequence[str] = ()) -> Iterator[list[Path]]:
     """``checked_export`` for several paths.
 
     Args:
@@ -85,10 +95,10 @@ def checked_exports(places: Sequence[Path], sources: Path, problems: Sequence[st
     """
     folders, all_problems = [], list(problems)
     with ExitStack() as stack:
-        for place in places:
+        for path in paths:
             try:
-                folder = stack.enter_context(opened(place))
-                check_export(folder, sources, place)
+                folder = stack.enter_context(opened(path))
+                check_export(folder, sources, path)
                 folders.append(folder)
             except UserError as error:
                 all_problems += error.problems

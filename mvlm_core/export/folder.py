@@ -11,7 +11,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mvlm_core.export.manifest import MANIFEST, TRAINING_CONFIG, ArchiveError, read_manifest, write_manifest
+from mvlm_core.export.manifest import (
+    CHECKPOINTS,
+    HISTORY_LOG,
+    MANIFEST,
+    TENSORBOARD,
+    TEST_SCORES,
+    TRAINING_CONFIG,
+    ArchiveError,
+    read_manifest,
+    write_manifest,
+)
 from mvlm_core.export.plots import plot_history
 from mvlm_core.files import LOCK_NAME, fsync_path, sha256_file, write_json_atomic
 from mvlm_core.settings import READABLE
@@ -61,6 +71,21 @@ def finish_export(staging: Path, config: dict[str, Any], card: str, output_dir: 
     fsync_path(output_dir)
     write_manifest(output_dir, config["model"], hashes)
     staging.rmdir()
+
+
+def delete_run(output_dir: Path, keep: Path | None = None) -> None:
+    """Delete only an earlier run's files from the folder: export, checkpoints, history.
+
+    Args:
+        keep: a folder below ``output_dir``, such as a new teacher, to keep along with its siblings.
+    """
+    output_dir = output_dir.resolve()
+    remove_export(output_dir)
+    for folder in (*(output_dir / CHECKPOINTS).glob("*"), output_dir / TENSORBOARD):
+        if keep is None or folder not in keep.resolve().parents:
+            shutil.rmtree(folder, ignore_errors=True)
+    for name in (HISTORY_LOG, TEST_SCORES):
+        (output_dir / name).unlink(missing_ok=True)
 
 
 def remove_export(output_dir: Path) -> None:

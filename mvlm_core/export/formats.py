@@ -45,7 +45,7 @@ def supported(export: Path, formats: Iterable[str]) -> list[str]:
     return sorted(format for format in formats if format != "gguf" or is_gpt2)
 
 
-def source_of(export: Path) -> str:
+def manifest_sha256(export: Path) -> str:
     """Identify an export by the SHA-256 of its manifest."""
     return sha256_file(export / MANIFEST)
 
@@ -55,7 +55,7 @@ def formats_of(folder: Path, export: Path) -> list[str]:
     if verify_folder(folder):
         return []
     record = read_json(folder / RECORD)
-    return list(record.get("formats", ())) if record.get("source") == source_of(export) else []
+    return list(record.get("formats", ())) if record.get("source") == manifest_sha256(export) else []
 
 
 def write_formats(export: Path, formats: Iterable[str], output: Path) -> None:
@@ -76,7 +76,7 @@ def write_formats(export: Path, formats: Iterable[str], output: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     make_folder(partial)
     try:
-        record = {"model": name, "source": source_of(export), "formats": formats}
+        record = {"model": name, "source": manifest_sha256(export), "formats": formats}
         if "onnx" in formats:
             record["onnx_largest_difference"] = _add_onnx(export, partial / "onnx")
         if "gguf" in formats:

@@ -20,6 +20,7 @@ MANIFEST_FORMAT = 1
 MANIFEST_LIMIT = 1 << 20  # bytes; a real one is a few kilobytes
 TRAINING_CONFIG = "training_config.json"
 TEST_SCORES = "test_scores.json"  # in the export folder but not part of the export: see `scores`
+CHECKPOINTS, HISTORY_LOG, TENSORBOARD = "checkpoints", "training_history.jsonl", "tensorboard"  # likewise
 EXPECTED_FILES = (
     "config.json",
     "generation_config.json",
@@ -39,6 +40,12 @@ RECORDED: tuple[tuple[str, str, Any, Any], ...] = (  # section, key, type, defau
     ("settings", "validation_dir", str | None, None),
 )
 log = logging.getLogger("mvlm")
+
+
+def exports_in(folder: Path) -> list[Path]:
+    """Return the exports directly below ``folder``, sorted by name."""
+    found = (manifest.parent for manifest in folder.glob(f"*/{MANIFEST}"))
+    return sorted(export for export in found if (export / TRAINING_CONFIG).is_file())  # not a folder of other formats
 
 
 class ArchiveError(UserError):

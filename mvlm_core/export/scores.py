@@ -39,7 +39,7 @@ from mvlm_core.metrics import PRIMARY_TEST_BPB
 SAME_MACHINE, OTHER_MACHINE = 1e-4, 1e-3
 # If a fraction q of n windows has wrong nats, a sampling rate s misses all of them with probability (1 - s) ** (q * n):
 # 2e-4 for one in fifty of 3,200. Small errors in all windows show up in the sums. Short texts are scored completely.
-_LEAST_WINDOWS = 64
+_MIN_WINDOWS = 64
 # A window has few tokens, so rounding errors cancel less than over a whole text.
 _WINDOW_TOLERANCE = 10
 _SMALL_WINDOW = 10.0  # nats; windows with fewer get the absolute tolerance of one with this many
@@ -85,7 +85,7 @@ def _document(value: dict[str, Any]) -> DocumentScore:
 def drawn_windows(stored: Score, seed: int) -> Iterator[bool]:
     """Yield for each window, in order over all documents, whether it is in the sample drawn with this seed."""
     count = sum(len(document.windows) for document in stored.documents.values())
-    share = max(RESCORED_SHARE, _LEAST_WINDOWS / max(1, count))
+    share = max(RESCORED_SHARE, _MIN_WINDOWS / max(1, count))
     rng = random.Random(seed)
     while True:
         yield rng.random() < share
@@ -153,7 +153,7 @@ def rescore(folder: Path, *, data_dir: str, device: str, seed: int, whole: bool)
         score = stored
     primary = {document.path for document in corpus.primary_part("test")}
     result["test_bpb"] = score.bits_per_byte
-    result[PRIMARY_TEST_BPB] = score.part(lambda path: path in primary).bits_per_byte if primary else None
+    result[PRIMARY_TEST_BPB] = score.part(primary).bits_per_byte if primary else None
     return result
 
 

@@ -8,7 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -32,9 +32,11 @@ from mvlm_core.data.corpus import Corpus, load_corpus
 from mvlm_core.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
 from mvlm_core.export.manifest import training_config
 from mvlm_core.hardware import HARDWARE_FLAGS, choose_hardware, describe
+from mvlm_core.pipeline.summary import finished_models
 from mvlm_core.run_layout import Layout
 
 KEEP_OR_REPLACE = "use --fresh to delete these models and start over, or another --work_dir to keep them"
+ONE_TEXT = "models packed together must share their text: train them together, or use another --work_dir"
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,10 +85,16 @@ class Job:
         return [sys.executable, str(self.scripts[stage]), *map(str, arguments), "--data_dir", self.data_dir, *device]
 
     def check_finished_models(self) -> None:
-        """Raise UserError if a finished model differs from the request in preset, settings or text."""
+        """Check that finished models fit the request.
+
+        Raises:
+            UserError: one differs in preset, settings or text, or one that was not requested differs in text.
+        """
         differences = [line for name in self.names for line in self.differences(name)]
-        if differences:
-            raise UserError([*differences, KEEP_OR_REPLACE])
+        others = self.other_texts()
+        problems = [*differences, *([KEEP_OR_REPLACE] if differences else []), *others, *([ONE_TEXT] if others else [])]
+        if problems:
+            raise UserError(problems)
 
     def differences(self, name: str, *, compare_text: bool = True) -> list[str]:
         """List differences between a finished model and the request; empty if there is no finished model to keep.
@@ -106,13 +114,23 @@ class Job:
             if requested.get(flag, value) != value and (flag == "preset" or value is not None)
         ]
         if compare_text and config.get("preset") == self.preset:
-            corpus = self.corpus(only=data.get("only"))
-            if data.get("fingerprint") != corpus.fingerprint:
-                differences.append(
-                    f"{name}: trained on different text ({data.get('train_documents')} training documents in "
-                    f"{data.get('data_dir')}); this run has {len(corpus.split('train'))} in {self.data_dir}"
-                )
+            differences += self._text_differences(name, data)
         return differences
+
+    def other_texts(self) -> list[str]:
+        """List the kept models that were not requested and were trained on different text."""
+        kept = [name for name in finished_models(self.layout) if name in self.trainers and name not in self.names]
+        configs = {name: training_config(self.layout.export(name)) for name in kept}
+        return [line for name in kept for line in self._text_differences(name, configs[name].get("data") or {})]
+
+    def _text_differences(self, name: str, data: dict[str, Any]) -> list[str]:
+        corpus = self.corpus(only=data.get("only"))
+        if data.get("fingerprint") == corpus.fingerprint:
+            return []
+        return [
+            f"{name}: trained on different text ({data.get('train_documents')} training documents in "
+            f"{data.get('data_dir')}); this run has {len(corpus.split('train'))} in {self.data_dir}"
+        ]
 
 
 def probe_hardware(job: Job) -> dict[str, Any]:
@@ -146,17 +164,22 @@ def show_plan(job: Job, *, corpus_is_ready: bool) -> int:
         command = job.trainer_command(name)
         if differences := job.differences(name, compare_text=corpus_is_ready):
             code = EXIT_BAD_INPUT
-        print(f"\n{name}: {_state(job, name, differences)}\n  output:  {job.layout.export(name)}")
+        plan = trainer_plan(command) if corpus_is_ready else {}
+        state = _state(job, name, differences, plan.get("steps"))
+        print(f"\n{name}: {state}\n  output:  {job.layout.export(name)}")
         print(f"  log:     {job.layout.log_file(name)}\n  command: {shlex.join(command)}", flush=True)
-        if corpus_is_ready:
-            plans[name] = plan = _trainer_plan(command)
+        if plan:
+            plans[name] = plan
             code = max(code, plan["code"])
             lines = [*plan["lines"], *(format_costs(plan["items"], paid=plan["paid"]) if plan["items"] else ())]
             print("".join(f"  {line}\n" for line in lines), end="", flush=True)
     if not corpus_is_ready:
         print(f"\nfor an estimate, build the corpus first (about {CORPUS_SECONDS:.0f} s): prepare_dataset.py")
-    if unfinished := {name: plan for name, plan in plans.items() if plan["items"] and not _finished(job, name)}:
-        _show_costs(unfinished)
+    if others := job.other_texts() if corpus_is_ready else []:
+        code = EXIT_BAD_INPUT
+        print("\n" + _refusal([*others, ONE_TEXT]))
+    if left := {name: plan for name, plan in plans.items() if plan["items"] and not _kept(job, name, plan["steps"])}:
+        _show_costs(left)
     print(f"\nthen:     comparison -> {job.layout.plot}\n          archives   -> {job.layout.downloads}")
     if job.formats:
         print(f"          {', '.join(job.formats)} -> {job.layout.downloads}")
@@ -164,16 +187,20 @@ def show_plan(job: Job, *, corpus_is_ready: bool) -> int:
     return code
 
 
-def _trainer_plan(command: list[str]) -> dict[str, Any]:
-    """Run a trainer's dry run; return the plan it prints as JSON after its log lines, without items if it failed."""
+def trainer_plan(command: list[str]) -> dict[str, Any]:
+    """Run a trainer's dry run; return its exit code and the plan it prints as JSON, without items if it failed."""
     environment = os.environ | {JSON_VARIABLE: "1"}
     done = subprocess.run([*command, "--dry_run"], capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         code = max(EXIT_FAILED, done.returncode)  # negative after a signal
-        return {"code": code, "lines": [f"no estimate: {done.stderr.strip()[-500:]}"], "items": []}
+        return {"code": code, "steps": None, "lines": [f"no estimate: {done.stderr.strip()[-500:]}"], "items": []}
     *log_lines, last = done.stdout.splitlines()
     plan = json.loads(last)
-    return plan | {"code": EXIT_DONE, "lines": [*log_lines, *plan["lines"]], "items": [Item(**item) for item in plan["items"]]}
+    return plan | {
+        "code": EXIT_DONE,
+        "lines": [*log_lines, *plan["lines"]],
+        "items": [Item(**item) for item in plan["items"]],
+    }
 
 
 def _show_costs(plans: dict[str, dict[str, Any]]) -> None:
@@ -201,19 +228,28 @@ def _show_costs(plans: dict[str, dict[str, Any]]) -> None:
 
 
 def _finished(job: Job, name: str) -> dict[str, Any]:
-    """Results of a finished model that is kept; {} if it will be trained."""
+    """Results of a finished model that is not deleted; {} if there is none."""
     results = {} if job.fresh else training_config(job.layout.export(name)).get("results", {})
     return results if all(isinstance(results.get(key), int) for key in ("parameters", "steps")) else {}
 
 
-def _state(job: Job, name: str, differences: list[str]) -> str:
+def _kept(job: Job, name: str, steps: int | None) -> bool:
+    """Whether the model is finished and as long as the requested run of about ``steps`` (None: any number)."""
+    results = _finished(job, name)
+    return bool(results) and (results.get("stopped_early") is True or results["steps"] >= 0.95 * (steps or 0))
+
+
+def _refusal(problems: Sequence[str]) -> str:
+    return "\n  ".join(["REFUSED: the run would end with exit code 2 before training", *problems])
+
+
+def _state(job: Job, name: str, differences: list[str], steps: int | None) -> str:
     if job.fresh:
         return "starts from scratch (--fresh)"
     if differences:
-        return "REFUSED: the run would end with exit code 2 before training\n" + "\n".join(
-            f"  {line}" for line in (*differences, KEEP_OR_REPLACE)
-        )
+        return _refusal([*differences, KEEP_OR_REPLACE])
     if results := _finished(job, name):
-        return f"finished: {results['parameters']:,} parameters, {results['steps']:,} steps; kept"
+        size = f"finished: {results['parameters']:,} parameters, {results['steps']:,} steps"
+        return f"{size}; kept" if _kept(job, name, steps) else f"{size}; continues to {steps:,} (estimate: all steps)"
     checkpoints = len(list((job.layout.export(name) / "checkpoints").rglob("step-*")))
     return f"resumes from its checkpoints ({checkpoints})" if checkpoints else "starts from scratch"

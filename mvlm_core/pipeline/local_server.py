@@ -12,7 +12,7 @@ from typing import Any
 from mvlm_core.console import command_line
 from mvlm_core.errors import UserError
 from mvlm_core.export.file_checks import checked_exports
-from mvlm_core.export.manifest import MANIFEST
+from mvlm_core.export.manifest import exports_in
 from mvlm_core.hardware import DEVICES, choose_hardware, limit_decoding_threads, set_process_environment
 from mvlm_core.run_layout import Layout
 from mvlm_core.settings import REPOSITORY_ROOT
@@ -44,8 +44,7 @@ def check(options: argparse.Namespace, packages: tuple[str, ...]) -> None:
         install = ".venv/bin/python -m pip install -r requirements-extras.txt"
         problems.append(f"not installed: {', '.join(missing)}; install with: {install}")
     if not options.models:
-        exports = sorted(manifest.parent for manifest in layout.models.glob(f"*/{MANIFEST}"))
-        options.models = exports or sorted(layout.downloads.glob(layout.archive("*").name))
+        options.models = exports_in(layout.models) or sorted(layout.downloads.glob(layout.archive("*").name))
         if not options.models:
             problems.append(f"no model in {layout.models} or {layout.downloads}: train one first, or give a path")
     if problems:

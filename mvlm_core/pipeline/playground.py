@@ -11,20 +11,27 @@ from typing import Any
 from mvlm_core.data.corpus import Corpus, decode
 from mvlm_core.errors import UserError
 from mvlm_core.evaluation.bits_per_byte import encode
-from mvlm_core.evaluation.compression import LABELS
-from mvlm_core.evaluation.compression import bits_by_part as compressed
-from mvlm_core.evaluation.surprise import Token, bits_by_part, fitting, governance, read, sentences, write
+from mvlm_core.evaluation.compression import LABELS, compressed_bits_by_part
+from mvlm_core.evaluation.surprisal import (
+    Token,
+    bits_by_part,
+    fit_to_context,
+    governance_traces,
+    score_tokens,
+    sentences,
+    stream_tokens,
+)
 from mvlm_core.export.archive import opened
-from mvlm_core.export.manifest import MANIFEST, read_manifest, training_config, verify_folder
+from mvlm_core.export.manifest import MANIFEST, exports_in, read_manifest, training_config, verify_folder
 from mvlm_core.files import template
 from mvlm_core.metrics import METRICS
 from mvlm_core.pipeline.report import SHAPE
-from mvlm_core.run_layout import finite_number
+from mvlm_core.run_layout import Layout, finite_number
 
 Models = Mapping[str, tuple[Any, Any]]  # name → (model, tokenizer)
 UPDATE_SECONDS = 0.15
 TEXT_LIMIT = 64 << 10  # bytes of text to score: some minutes for a large model on a CPU
-LONGEST = 512  # tokens to generate
+MAX_NEW_TOKENS = 512  # tokens to generate
 STYLE = Path(__file__).with_name("playground.css")
 HTML = template(STYLE.with_suffix(".html")).module
 
@@ -42,7 +49,7 @@ def written(models: Models, prompt: str, seed: float, temperature: float, top_p:
         "seed": (seed, 0, 2**53),
         "temperature": (temperature, 0, 2),
         "top-p": (top_p, 0.01, 1),
-        "length": (length, 1, LONGEST),
+        "length": (length, 1, MAX_NEW_TOKENS),
     }
     if problems := [
         f"{name} {value}: must be from {low} to {high}"
@@ -52,9 +59,9 @@ def written(models: Models, prompt: str, seed: float, temperature: float, top_p:
         raise UserError(problems)
     prompt, panels, streams = clean(prompt), [], []
     for name, (model, tokenizer) in models.items():
-        ids, room = fitting(model, tokenizer, prompt, int(length))
-        panels.append((name, read(model, tokenizer, ids), list[Token]()))
-        streams.append(write(model, tokenizer, ids, room, temperature=temperature, top_p=top_p, seed=int(seed)))
+        ids, room = fit_to_context(model, tokenizer, prompt, int(length))
+        panels.append((name, score_tokens(model, tokenizer, ids), list[Token]()))
+        streams.append(stream_tokens(model, tokenizer, ids, room, temperature=temperature, top_p=top_p, seed=int(seed)))
 
     def page() -> str:
         return str(HTML.side_by_side([(name, known, new, costs(known, new)) for name, known, new in panels]))
@@ -66,7 +73,7 @@ def written(models: Models, prompt: str, seed: float, temperature: float, top_p:
         if time.monotonic() - shown > UPDATE_SECONDS:
             shown = time.monotonic()
             yield page()
-    by_name = {name: governance(*models[name], [*known, *new]) for name, known, new in panels}
+    by_name = {name: governance_traces(*models[name], [*known, *new]) for name, known, new in panels}
     yield page() + "".join(HTML.heat_map(name, heads) for name, heads in by_name.items() if heads)
 
 
@@ -115,7 +122,7 @@ def scored(models: Models, text: str, corpus: Callable[[], Corpus]) -> Iterator[
     columns: dict[str, tuple[list[float], float]] = {}
     panels = []
     for name, (model, tokenizer) in models.items():
-        tokens = read(model, tokenizer, encode(tokenizer, text))
+        tokens = score_tokens(model, tokenizer, encode(tokenizer, text))
         bits = bits_by_part(tokens, parts)
         columns[name] = bits, sum(bits)
         panels.append((name, tokens))
@@ -130,7 +137,7 @@ def scored(models: Models, text: str, corpus: Callable[[], Corpus]) -> Iterator[
 
     yield page("Bits per byte. Priming the compressors with the training text takes some seconds …")
     try:
-        lengths = compressed(corpus(), [part.encode() for part in parts])
+        lengths = compressed_bits_by_part(corpus(), [part.encode() for part in parts])
     except UserError as error:
         yield page(f"No compressors: {error}")
         return
@@ -178,7 +185,8 @@ def exports_at(place: Path) -> list[Path]:
     """Return ``place`` itself, or the exports and archives in it if it is a folder of them."""
     if (place / MANIFEST).is_file() or not place.is_dir():
         return [place]
-    return sorted([*(manifest.parent for manifest in place.glob(f"*/{MANIFEST}")), *place.glob("*.tar.gz")]) or [place]
+    archives = {*place.glob("*.tar.gz")} - {*place.glob(Layout(place).formats_archive("*").name)}
+    return sorted([*exports_in(place), *archives]) or [place]
 
 
 def record_of(place: Path) -> dict[str, Any]:

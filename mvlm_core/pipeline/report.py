@@ -46,8 +46,8 @@ def draw_prompts(corpus: Corpus, seed: int) -> tuple[list[tuple[str, str, str]],
     for verse in verses[:2]:
         words = verse.text.split(" ")
         half = len(words) // 2
-        prompts.append((" ".join(words[:half]), f"{verse.place}, held out", " ".join(words[half:])))
-    return prompts, [(verse.text, f"{verse.place}, held out") for verse in verses[2:]]
+        prompts.append((" ".join(words[:half]), f"{verse.reference}, held out", " ".join(words[half:])))
+    return prompts, [(verse.text, f"{verse.reference}, held out") for verse in verses[2:]]
 
 
 def samples_and_traces(

@@ -14,23 +14,25 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from mvlm_core.data.corpus import SPLITS
-from mvlm_core.errors import Stopped
+from mvlm_core.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, Stopped, UserError
 from mvlm_core.evaluation.compression import compression_baselines
 from mvlm_core.export.archive import matches_export, write_archive
+from mvlm_core.export.folder import delete_run
 from mvlm_core.export.formats import NO_GGUF, formats_of, supported
 from mvlm_core.export.manifest import ArchiveError, training_config
-from mvlm_core.files import read_json, sha256_file, template, write_atomic
+from mvlm_core.files import RunLock, read_json, sha256_file, template, write_atomic
 from mvlm_core.monitor import resource_lines
 from mvlm_core.pipeline import plots
 from mvlm_core.pipeline.child_process import TAIL_LINES, Signals, note, run_child
 from mvlm_core.pipeline.comparison import compare, scores_by_part, table
-from mvlm_core.pipeline.job import Job
+from mvlm_core.pipeline.job import Job, trainer_plan
 from mvlm_core.pipeline.summary import Summary
 from mvlm_core.run_layout import Layout, training_history
 from mvlm_core.settings import CACHE_DIR
@@ -56,8 +58,13 @@ def run_stages(job: Job, hardware: dict[str, Any], log_file: Path, signals: Sign
     for line in hardware["lines"]:
         log.info("%s", line)
     prepare_corpus(job, signals)
+    if job.fresh:
+        delete_earlier_runs(job)
     summary = Summary(job.layout, job.names, preset=job.preset, device=hardware["device"])
     codes = train_models(job, summary, log_file, signals)
+    if all(code == EXIT_BAD_INPUT for code in codes):
+        summary.restore()
+        return EXIT_BAD_INPUT
     compared = compare_models(job, summary, signals)
     pack_models(job, summary, signals)
     packed = pack_formats(job, summary, signals)
@@ -65,9 +72,8 @@ def run_stages(job: Job, hardware: dict[str, Any], log_file: Path, signals: Sign
     summary.close()
     make_report(job, signals)
     log_results(job.layout, summary, compared, log_file)
-    if codes and all(code == 2 for code in codes):
-        return 2
-    return 0 if validated and packed and not summary.with_status("failed") else 1
+    good = validated and packed and not any(codes) and not summary.with_status("failed")
+    return EXIT_DONE if good else EXIT_FAILED
 
 
 # --- corpus and training ------------------------------------------------------------------------------------
@@ -81,6 +87,23 @@ def prepare_corpus(job: Job, signals: Signals) -> None:
     corpus = job.corpus()
     counts = ", ".join(f"{len(corpus.split(split))} {split}" for split in SPLITS)
     log.info("corpus: %s documents; %d files skipped", counts, len(corpus.skipped))
+
+
+def delete_earlier_runs(job: Job) -> None:
+    """Delete the earlier runs of all requested models, so that an interrupted job with ``--fresh`` resumes without it.
+
+    Raises:
+        UserError: a trainer would refuse these settings, or a model is being trained; nothing has been deleted.
+    """
+    folders = [job.layout.export(name) for name in job.names]
+    plans = [trainer_plan(job.trainer_command(folder.name)) for folder in folders if folder.is_dir()]
+    if problems := [line for plan in plans if plan["code"] for line in plan["lines"]]:
+        raise UserError(problems)
+    with ExitStack() as locks:
+        for folder in folders:
+            locks.enter_context(RunLock(folder, str(folder)))
+        for folder in folders:
+            delete_run(folder)
 
 
 def train_models(job: Job, summary: Summary, log_file: Path, signals: Signals) -> list[int]:
@@ -123,6 +146,10 @@ def train_model(job: Job, name: str, summary: Summary, signals: Signals) -> int:
     log.error("%s: FAILED with exit code %d; the end of its output:", name, code)
     for line in tail:
         log.error("    %s", line)
+    if code == EXIT_BAD_INPUT and training_config(job.layout.export(name)):  # the trainer has changed nothing
+        with suppress(ArchiveError, OSError):
+            summary.take_results(name)
+            log.error("%s: the finished model in %s is kept", name, job.layout.export(name))
     return code
 
 
@@ -159,6 +186,7 @@ def append_tail(log_file: Path, code: int, tail: list[str]) -> None:
 def compare_models(job: Job, summary: Summary, signals: Signals) -> list[str]:
     """Compare and plot the finished models of this preset and text; return the table's lines."""
     log.info("=== comparison")
+    job.layout.plot.unlink(missing_ok=True)
     finished = summary.with_status("finished")
     configs = {name: training_config(job.layout.export(name)) for name in job.trainers if name in finished}
     configs = {name: config for name, config in configs.items() if config.get("preset") == job.preset}
@@ -261,10 +289,10 @@ def pack_formats(job: Job, summary: Summary, signals: Signals) -> bool:
 def write_download_notes(job: Job, summary: Summary) -> None:
     """Write SHA256SUMS, the summary and the download instructions next to the archives."""
     layout, instructions = job.layout, job.layout.downloads / "DOWNLOAD_INSTRUCTIONS.md"
-    for name in summary.with_status("failed"):  # do not offer an archive from an earlier run
+    offered = [name for name in summary.with_status("finished") if layout.archive(name).is_file()]
+    for name in {*job.trainers, *summary.models} - {*offered}:  # do not offer an archive from an earlier run
         layout.archive(name).unlink(missing_ok=True)
         layout.formats_archive(name).unlink(missing_ok=True)
-    offered = [name for name in summary.with_status("finished") if layout.archive(name).is_file()]
     if offered:
         archives = [layout.archive(name) for name in offered]
         archives += [other for name in offered if (other := layout.formats_archive(name)).is_file()]
@@ -302,6 +330,7 @@ def validate_models(job: Job, summary: Summary, signals: Signals) -> bool:
 def make_report(job: Job, signals: Signals) -> None:
     """Write `models/report.html`."""
     log.info("=== report")
+    job.layout.page.unlink(missing_ok=True)
     _run_optional("the report", job.script_command("report", "--work_dir", job.layout.root), signals)
 
 

@@ -22,21 +22,28 @@ def _entry(status: str, results: dict[str, Any], archive: object = None) -> dict
     return {"status": status} | numbers | {"archive": archive if isinstance(archive, str) else None}
 
 
+def finished_models(layout: Layout) -> dict[str, dict[str, Any]]:
+    """Entries of the models that the last run finished or kept, as long as their export exists."""
+    models = read_json(layout.summary).get("models")
+    return {
+        name: entry
+        for name, entry in (models.items() if isinstance(models, dict) else ())
+        if not ("/" in name or name_problem(name))
+        and isinstance(entry, dict)
+        and entry.get("status") == "finished"
+        and training_config(layout.export(name))
+    }
+
+
 class Summary:
     """Summary of a run: `models` by name, each with status, results and archive."""
 
     def __init__(self, layout: Layout, names: list[str], *, preset: str, device: str) -> None:
-        earlier = read_json(layout.summary).get("models")
-        self.layout = layout
-        # Keep entries of an earlier run's models that this run does not train, as long as their export exists.
+        self.layout, self._earlier = layout, read_json(layout.summary)
         kept = {
             name: _entry("finished", entry, entry.get("archive"))
-            for name, entry in (earlier.items() if isinstance(earlier, dict) else ())
+            for name, entry in finished_models(layout).items()
             if name not in names
-            and not ("/" in name or name_problem(name))
-            and isinstance(entry, dict)
-            and entry.get("status") == "finished"
-            and training_config(layout.export(name))
         }
         self.models: dict[str, dict[str, Any]] = kept | {name: _entry("waiting", {}) for name in names}
         self.value: dict[str, Any] = {"device": device, "preset": preset, "started": now(), "finished": None}
@@ -65,6 +72,11 @@ class Summary:
 
     def save(self) -> None:
         write_json_atomic(self.layout.summary, self.value)
+
+    def restore(self) -> None:
+        """Put back the earlier run's summary, if there is one, because this run has changed nothing."""
+        if self._earlier:
+            write_json_atomic(self.layout.summary, self._earlier)
 
     def copy_to_downloads(self) -> None:
         write_json_atomic(self.layout.downloads / self.layout.summary.name, self.value)

@@ -17,7 +17,7 @@ OVERHEAD = 2e9  # bytes: CUDA context, kernel workspaces, fragmentation
 
 
 @dataclass(frozen=True)
-class TokenizerShape:
+class StubTokenizer:
     """Placeholder for a tokenizer that is not trained yet, used to build a model."""
 
     vocab_size: int
@@ -91,7 +91,7 @@ def step_cost(
         (sequences, settings.max_length),
     )
     with FakeTensorMode():
-        built = build(settings, TokenizerShape(settings.vocab_size), hardware)
+        built = build(settings, StubTokenizer(settings.vocab_size), hardware)
         for module in built.modules.values():
             module.train()
         inputs, targets = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
@@ -118,15 +118,15 @@ def step_cost(
         return StepCost(built.model.num_parameters(), memory, flops, products.get_total_flops())
 
 
-def fitting_micro_batch(one: StepMemory, two: StepMemory, memory_bytes: float, most: int) -> int | None:
-    """Largest micro-batch that fits, halving from ``most`` as the trainer does; None if not even one sequence fits.
+def fitting_micro_batch(one: StepMemory, two: StepMemory, memory_bytes: float, max_sequences: int) -> int | None:
+    """Largest micro-batch that fits, halving from ``max_sequences`` as the trainer does; None if no sequence fits.
 
     Args:
         one, two: memory of micro-batches of one and two sequences; each additional sequence adds the difference.
     """
     each = two.activations - one.activations
     fixed = one.total - each + OVERHEAD
-    sequences = most
+    sequences = max_sequences
     while sequences > 1 and fixed + sequences * each > memory_bytes:
         sequences = -(-sequences // 2)
     return sequences if fixed + sequences * each <= memory_bytes else None

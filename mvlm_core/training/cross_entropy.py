@@ -17,7 +17,7 @@ from torch import Tensor
 
 # Bytes of logits per block: small enough for a CPU's last-level cache, or small compared with a GPU's memory.
 _BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
-LEAST_ROWS = 128  # per block, or dim / 2 if larger: each block reads the output matrix and its gradient once
+MIN_ROWS = 128  # per block, or dim / 2 if larger: each block reads the output matrix and its gradient once
 ALIGNMENT = 64  # pad the output matrix to a multiple of this many rows: kernels are slow at GPT-2's 50,257
 
 
@@ -33,7 +33,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         token_weights: Tensor,
         rows: int,
         kernel: str,
-        log_share: Tensor | None,
+        log_vocab_prob: Tensor | None,
         log_other: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         count = targets.numel()
@@ -55,8 +55,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, count, rows):
             part = slice(start, min(start + rows, count))
             nll[part], gradient = score(hidden[part], matrix, targets[part], vocab, needs_grad)
-            if log_share is not None and log_other is not None:
-                own = log_share[part] - nll[part]
+            if log_vocab_prob is not None and log_other is not None:
+                own = log_vocab_prob[part] - nll[part]
                 nll[part] = -torch.logaddexp(own, log_other[part])
                 responsibility[part] = (own + nll[part]).exp()
             if gradient is None or grad_hidden is None or grad_weight is None:
@@ -70,13 +70,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.addmm(grad_weight, gradient.t(), scaled, out=grad_weight)
             else:
                 grad_weight += gradient.t() @ scaled
-        grad_share = grad_other = None
-        if log_share is not None:
-            grad_share, grad_other = (
+        grad_vocab = grad_other = None
+        if log_vocab_prob is not None:
+            grad_vocab, grad_other = (
                 -token_weights * responsibility / count,
                 token_weights * (responsibility - 1) / count,
             )
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight[:vocab], grad_share, grad_other)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight[:vocab], grad_vocab, grad_other)
         ctx.mark_non_differentiable(nll)
         return (token_weights * nll).sum() / count, nll
 
@@ -147,15 +147,15 @@ def compiled_block(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def even_rows(count: int, most: int) -> int:
-    """Rows per block so that all blocks have the same size near ``most``, if possible: each size is compiled anew."""
-    fewest = -(-count // most)
-    return next((count // blocks for blocks in range(fewest, 2 * fewest) if count % blocks == 0), most)
+def even_rows(count: int, max_rows: int) -> int:
+    """Rows per block so that all blocks have the same size near ``max_rows`` if possible: each size is recompiled."""
+    fewest = -(-count // max_rows)
+    return next((count // blocks for blocks in range(fewest, 2 * fewest) if count % blocks == 0), max_rows)
 
 
 def rows_at_a_time(vocab: int, dim: int, device: str) -> int:
     """Rows of logits that ``linear_cross_entropy`` computes at a time on this device type."""
-    return max(LEAST_ROWS, dim // 2, _BLOCK_BYTES.get(device, 64 << 20) // (4 * vocab))
+    return max(MIN_ROWS, dim // 2, _BLOCK_BYTES.get(device, 64 << 20) // (4 * vocab))
 
 
 def linear_cross_entropy(
@@ -189,8 +189,8 @@ def linear_cross_entropy(
     if token_weights is None:
         token_weights = torch.ones_like(flat_targets, dtype=torch.float32)
     rows = block_rows or rows_at_a_time(weight.shape[0], weight.shape[1], device)
-    share, other = (None, None) if mixture is None else (part.reshape(-1) for part in mixture)
+    log_vocab_prob, log_other = (None, None) if mixture is None else (part.reshape(-1) for part in mixture)
     loss, nll = _LinearCrossEntropy.apply(
-        flat, weight, flat_targets, token_weights.reshape(-1), rows, kernel, share, other
+        flat, weight, flat_targets, token_weights.reshape(-1), rows, kernel, log_vocab_prob, log_other
     )
     return loss, nll.view(targets.shape)

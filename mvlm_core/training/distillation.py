@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mvlm_core.errors import UserError
 from mvlm_core.settings import TrainingSettings
 
-if TYPE_CHECKING:  # `stages` must not import torch
+if TYPE_CHECKING:  # `teacher_and_student_settings` must not import torch
     from transformers import PreTrainedModel
 
-    from mvlm_core.training.init_from import Source
+    from mvlm_core.training.init_from import PretrainedExport
 
 TEACHERS = Path("checkpoints", "teachers")  # below the output folder
-TEACHER_SHARE = 0.7  # of the loss
+DISTILLATION_WEIGHT = 0.7  # share of the loss that comes from the teacher
 Model = TypeVar("Model", bound="PreTrainedModel")
 
 
-def stages(settings: TrainingSettings) -> list[TrainingSettings]:
+def teacher_and_student_settings(settings: TrainingSettings) -> list[TrainingSettings]:
     """Return the settings of each model of ``--num_models``: teachers, then their student, which is exported.
 
     Each teacher has its own seed and is trained for ``--teacher_epochs``, or as long as the student if that is shorter.
@@ -60,18 +60,18 @@ def relative_step_cost(settings: TrainingSettings) -> float:
     return 4 / 3 if settings.teacher else 1
 
 
-def load_teachers(sources: Iterable[Source], model_class: type[Model], device: str) -> list[Model]:
+def load_teachers(exports: Iterable[PretrainedExport], model_class: type[Model], device: str) -> list[Model]:
     """Load exports as frozen models of ``model_class`` on ``device``, without running the exports' code.
 
     Raises:
         UserError: an export is not a ``model_class``.
     """
     models: list[Model] = []
-    for source in sources:
+    for export in exports:
         try:
-            model: Any = model_class.from_pretrained(source.folder, local_files_only=True, use_safetensors=True)
+            model: Any = model_class.from_pretrained(export.folder, local_files_only=True, use_safetensors=True)
         except (ValueError, OSError, RuntimeError) as error:
-            raise UserError(f"--teacher {source.folder}: not a {model_class.__name__}: {error}") from None
+            raise UserError(f"--teacher {export.folder}: not a {model_class.__name__}: {error}") from None
         models.append(model.eval().requires_grad_(False).to(device))
     return models
 

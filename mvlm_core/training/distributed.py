@@ -37,42 +37,42 @@ class Ranks:
     """This process's rank and the process groups of the run.
 
     Attributes:
-        rank, world: rank and world size.
-        host: gloo process group for host memory; None with a single rank.
-        local, local_world: rank and world size on this machine.
-        memory: shared memory of CPU ranks started by ``launch``: each writes its own part and reads the others'.
+        rank, world_size: as in ``torch.distributed``.
+        cpu_group: gloo process group for tensors in host memory; None with a single rank.
+        local_rank, local_world_size: rank and world size on this machine.
+        shared_memory: memory shared by CPU ranks started by ``launch``: each writes its own part and reads the others'.
         threads: the process's thread count before ``join``.
     """
 
     rank: int = 0
-    world: int = 1
-    host: Any = None
-    local: int = 0
-    local_world: int = 1
-    memory: mmap.mmap | None = None
+    world_size: int = 1
+    cpu_group: Any = None
+    local_rank: int = 0
+    local_world_size: int = 1
+    shared_memory: mmap.mmap | None = None
     threads: int = 0
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def part(self, count: int) -> range:
+    def shard(self, count: int) -> range:
         """This rank's contiguous range of ``count`` items; the ranks' ranges partition them."""
-        return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+        return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
-    def part_by_size(self, sizes: Sequence[int]) -> list[int]:
+    def balanced_shard(self, sizes: Sequence[int]) -> list[int]:
         """Sorted indices of this rank's items, balanced by size: the largest item goes to the least loaded rank."""
-        loads, indices = [0] * self.world, []
+        loads, indices = [0] * self.world_size, []
         for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
-            least = loads.index(min(loads))
-            loads[least] += sizes[index]
-            if least == self.rank:
+            least_loaded = loads.index(min(loads))
+            loads[least_loaded] += sizes[index]
+            if least_loaded == self.rank:
                 indices.append(index)
         return sorted(indices)
 
     def sum_on_device(self, tensors: Iterable[Tensor]) -> None:
         """Sum each tensor over all ranks, in place, with one all-reduce."""
-        if self.world == 1:
+        if self.world_size == 1:
             return
         summed = list(tensors)
         flat = torch.cat([tensor.reshape(-1) for tensor in summed])
@@ -81,12 +81,12 @@ class Ranks:
             tensor.copy_(part.view_as(tensor))
 
     def all_gather(self, part: Tensor) -> Tensor:
-        """Concatenate the equally shaped parts ``[count, …]`` of all ranks into ``[world · count, …]``."""
-        gathered = part.new_empty(self.world, part.numel())
-        if self.memory is None:
+        """Concatenate the equally shaped parts ``[count, …]`` of all ranks into ``[world_size · count, …]``."""
+        gathered = part.new_empty(self.world_size, part.numel())
+        if self.shared_memory is None:
             _collective(dist.all_gather_into_tensor, gathered.view(-1), part.reshape(-1))
         else:
-            shared = torch.frombuffer(self.memory, dtype=part.dtype).view(self.world, -1)
+            shared = torch.frombuffer(self.shared_memory, dtype=part.dtype).view(self.world_size, -1)
             for chunk, target in zip(
                 part.reshape(-1).split(shared.shape[1]), gathered.split(shared.shape[1], dim=1), strict=True
             ):
@@ -98,15 +98,15 @@ class Ranks:
 
     def sum_numbers(self, *values: float) -> list[float]:
         """Sum numbers over all ranks, in float64 on the host."""
-        if self.world == 1:
+        if self.world_size == 1:
             return list(values)
         numbers = torch.tensor(values, dtype=torch.float64)
-        _collective(dist.all_reduce, numbers, group=self.host)
+        _collective(dist.all_reduce, numbers, group=self.cpu_group)
         return numbers.tolist()
 
     def start_sum(self, flat: Tensor) -> torch.futures.Future[Tensor]:
         """Start an in-place all-reduce of a vector; return a future of the result."""
-        if self.memory is None:
+        if self.shared_memory is None:
             work = _collective(dist.all_reduce, flat, async_op=True)
             return work.get_future().then(lambda future: future.value()[0])
         self._sum(flat)
@@ -115,10 +115,10 @@ class Ranks:
         return done
 
     def _sum(self, flat: Tensor) -> None:
-        if self.memory is None:
+        if self.shared_memory is None:
             _collective(dist.all_reduce, flat)
             return
-        shared = torch.frombuffer(self.memory, dtype=flat.dtype).view(self.world, -1)
+        shared = torch.frombuffer(self.shared_memory, dtype=flat.dtype).view(self.world_size, -1)
         for chunk in flat.split(shared.shape[1]):
             parts = shared[:, : len(chunk)]
             parts[self.rank].copy_(chunk)
@@ -128,28 +128,28 @@ class Ranks:
 
     def broadcast(self, value: Any) -> Any:
         """Return the main rank's ``value`` (plain data) on every rank."""
-        if self.world == 1:
+        if self.world_size == 1:
             return value
         holder = [value]
-        _collective(dist.broadcast_object_list, holder, src=0, group=self.host)
+        _collective(dist.broadcast_object_list, holder, src=0, group=self.cpu_group)
         return holder[0]
 
     def broadcast_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the main rank's named tensors on every rank, in host memory; other ranks may pass {}."""
-        if self.world == 1:
+        if self.world_size == 1:
             return tensors
         shapes = self.broadcast({name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})
         received = {}
         for name, (shape, dtype) in shapes.items():
             tensor = tensors[name].detach().cpu().contiguous() if self.is_main else torch.empty(shape, dtype=dtype)
-            _collective(dist.broadcast, tensor, src=0, group=self.host)
+            _collective(dist.broadcast, tensor, src=0, group=self.cpu_group)
             received[name] = tensor
         return received
 
     def barrier(self) -> None:
         """Wait until every rank reaches this point."""
-        if self.world > 1:
-            _collective(dist.barrier, group=self.host)
+        if self.world_size > 1:
+            _collective(dist.barrier, group=self.cpu_group)
 
     def wait_for_first(self, key: str) -> None:
         """Wait until the first rank of each machine reaches this point; polls, so there is no timeout.
@@ -157,14 +157,14 @@ class Ranks:
         Raises:
             Stopped: the supervisor has ended.
         """
-        self._poll_store(key, self.local == 0, self.world // self.local_world)
+        self._poll_store(key, self.local_rank == 0, self.world_size // self.local_world_size)
 
     def wait_for_main(self, key: str) -> None:
         """Like ``wait_for_first``, but for the main rank only; each call needs a new ``key``."""
         self._poll_store(key, self.is_main, 1)
 
     def _poll_store(self, key: str, done: bool, count: int) -> None:
-        if self.world == 1:
+        if self.world_size == 1:
             return
         store = dist.distributed_c10d._get_default_store()  # torch.distributed has no public accessor
         if done:
@@ -176,18 +176,18 @@ class Ranks:
 
     def shorten_timeout(self) -> None:
         """Lower the timeout of collectives to that of a step; call it once everything is compiled."""
-        if self.world > 1:
-            for group in (dist.group.WORLD, self.host):
+        if self.world_size > 1:
+            for group in (dist.group.WORLD, self.cpu_group):
                 dist.distributed_c10d._set_pg_timeout(_STEP_TIMEOUT, group)
 
-    def leave(self) -> None:
+    def destroy(self) -> None:
         """Destroy the process group and restore the thread count, for the main rank's work after training."""
-        if self.world > 1:
+        if self.world_size > 1:
             dist.destroy_process_group()
             torch.set_num_threads(self.threads)
 
 
-ALONE = Ranks()
+SINGLE_RANK = Ranks()
 
 
 def join(device: str) -> Ranks:
@@ -196,31 +196,32 @@ def join(device: str) -> Ranks:
     Raises:
         UserError: more processes than GPUs on this machine.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return ALONE
-    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size == 1:
+        return SINGLE_RANK
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
-        if local >= torch.cuda.device_count():
+        if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"torchrun --nproc_per_node started more processes than this machine has GPUs "
                 f"({torch.cuda.device_count()}); start one per GPU"
             )
-        torch.cuda.set_device(local)
-    folder, threads, memory = os.environ.get(FOLDER_VARIABLE), torch.get_num_threads(), None
+        torch.cuda.set_device(local_rank)
+    folder, threads, shared_memory = os.environ.get(FOLDER_VARIABLE), torch.get_num_threads(), None
     # With teachers, each model has its own process group, and each group needs its own file.
-    store = dist.FileStore(str(Path(folder, f"store{next(_groups)}")), world) if folder else None
+    store = dist.FileStore(str(Path(folder, f"store{next(_groups)}")), world_size) if folder else None
     if store is not None:
         store.set_timeout(_TIMEOUT)
     dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=_TIMEOUT
+        "nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT
     )
-    host = dist.new_group(backend="gloo", timeout=_TIMEOUT) if device == "cuda" else dist.group.WORLD
+    cpu_group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if device == "cuda" else dist.group.WORLD
     if folder and device == "cpu":
         torch.set_num_threads(1)
         if MEMORY_VARIABLE in os.environ:
-            memory = mmap.mmap(int(os.environ[MEMORY_VARIABLE]), 0)
-    return Ranks(rank, world, host, local, int(os.environ.get("LOCAL_WORLD_SIZE", world)), memory, threads)
+            shared_memory = mmap.mmap(int(os.environ[MEMORY_VARIABLE]), 0)
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return Ranks(rank, world_size, cpu_group, local_rank, local_world_size, shared_memory, threads)
 
 
 def _collective(operation: Any, *arguments: Any, **options: Any) -> Any:

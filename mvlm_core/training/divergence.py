@@ -13,11 +13,11 @@ _SKIPPED_IN_A_ROW = 5
 _HIGH_IN_A_ROW = 50
 # "Far above" means by this many mean absolute deviations and at least this many nats per token. A bad batch of real
 # text stays below both; a diverged run is several nats above and stays there.
-_DEVIATIONS, _LEAST_NATS = 8.0, 0.7
-_MEMORY = 0.98
+_DEVIATIONS, _MIN_NATS = 8.0, 0.7
+_EMA_DECAY = 0.98  # of the running mean and deviation
 _STEPS_BEFORE_JUDGING = 50
 
-ROLLBACKS_AT_MOST = 3
+MAX_ROLLBACKS = 3
 LEARNING_RATE_AFTER_ROLLBACK = 0.5
 
 
@@ -55,7 +55,7 @@ class GuardState:
                 return f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient"
             return None
         self.skipped_in_a_row = 0
-        limit = self.mean + max(_DEVIATIONS * self.deviation, _LEAST_NATS)
+        limit = self.mean + max(_DEVIATIONS * self.deviation, _MIN_NATS)
         if self.judged >= _STEPS_BEFORE_JUDGING and train_loss > limit:
             self.high_in_a_row += 1
             self.trouble_since = self.trouble_since or step
@@ -65,13 +65,13 @@ class GuardState:
                 )
             return None
         self.high_in_a_row, self.trouble_since = 0, None
-        self._remember(train_loss)
+        self._update_ema(train_loss)
         return None
 
-    def _remember(self, train_loss: float) -> None:
+    def _update_ema(self, train_loss: float) -> None:
         self.judged += 1
         # A plain mean at first, then an exponential moving average, so that early losses are soon forgotten.
-        weight = max(1 / self.judged, 1 - _MEMORY)
+        weight = max(1 / self.judged, 1 - _EMA_DECAY)
         self.deviation += weight * (abs(train_loss - self.mean) * (self.judged > 1) - self.deviation)
         self.mean += weight * (train_loss - self.mean)
 

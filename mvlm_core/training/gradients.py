@@ -1,21 +1,24 @@
 """Gradients of a global batch, accumulated over micro-batches, which are halved if memory runs out, and over ranks."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: DDP reads a hook's annotations as types.
 import logging
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mvlm_core.errors import TrainingFailed
 from mvlm_core.signals import StopRequest
 from mvlm_core.training.distillation import teacher_of_step
-from mvlm_core.training.gradient_sync import GradientSync
+from mvlm_core.training.distributed import Ranks, lost_connection
 from mvlm_core.training.state import LoopState
 from mvlm_core.training.task import Run, TrainingTask
 
+BUCKET_MB = 25  # of gradients that are all-reduced together
 log = logging.getLogger("mvlm")
 
 
@@ -24,10 +27,10 @@ class GradientAccumulator:
 
     def __init__(self, run: Run, task: TrainingTask) -> None:
         self.task, self.hardware, self.ranks, self.seed = task, run.hardware, run.ranks, run.settings.seed
-        self._unused: frozenset[Tensor] = frozenset()  # parameters that get no gradient
+        self._unused_parameters: frozenset[Tensor] = frozenset()  # they get no gradient
         self._sync: GradientSync | None = None  # None with a single rank
 
-    def find_micro_batch(self, state: LoopState, share_done: float) -> None:
+    def find_micro_batch(self, state: LoopState, progress: float) -> None:
         """Halve the micro-batch until a trial pass before the first step fits in memory; nothing else is changed.
 
         Memory is reserved for optimizer state that does not exist yet and, with several ranks, for the all-reduce
@@ -41,10 +44,10 @@ class GradientAccumulator:
         while True:
             reserved: list[Tensor] = []
             try:
-                copies = 2 * empty + (self.ranks.world > 1)
+                copies = 2 * empty + (self.ranks.world_size > 1)
                 reserved = [torch.empty_like(p) for p in optimizers.parameters() for _ in range(copies)]
-                self.micro_batch(state.step, 0, self.sequences(state), share_done)
-                self._unused = frozenset(p for p in optimizers.parameters() if p.grad is None)
+                self.micro_batch(state.step, 0, self.sequences(state), progress)
+                self._unused_parameters = frozenset(p for p in optimizers.parameters() if p.grad is None)
                 return
             except RuntimeError as error:
                 if not _out_of_memory(error):
@@ -56,11 +59,9 @@ class GradientAccumulator:
 
     def sequences(self, state: LoopState) -> int:
         """Number of sequences in this rank's first micro-batch of a step."""
-        return min(state.micro_batch, len(self.ranks.part(self.task.batches.sequences)))
+        return min(state.micro_batch, len(self.ranks.shard(self.task.batches.sequences)))
 
-    def accumulate(
-        self, state: LoopState, share_done: float, stop: StopRequest
-    ) -> tuple[dict[str, Tensor], float, bool]:
+    def accumulate(self, state: LoopState, progress: float, stop: StopRequest) -> tuple[dict[str, Tensor], float, bool]:
         """Accumulate gradients over a step's global batch; return its metrics, text bytes, and whether to stop.
 
         A rank that runs out of memory halves its micro-batch and repeats the step. If it has already all-reduced some
@@ -70,9 +71,9 @@ class GradientAccumulator:
             TrainingFailed: one sequence does not fit.
         """
         while True:
-            self._prepare_sync(share_done)
+            self._prepare_sync(progress)
             try:
-                metrics, text_bytes = self._own_part(state, share_done)
+                metrics, text_bytes = self._own_shard(state, progress)
                 failed = False
             except RuntimeError as error:
                 if not _out_of_memory(error):
@@ -80,9 +81,9 @@ class GradientAccumulator:
                 metrics, text_bytes, failed = {}, 0, True
             if failed:  # outside the except block, where the failed step's tensors have been freed
                 self._halve(state)
-                if self._sync is None or not self._sync.exchanging:
+                if self._sync is None or not self._sync.all_reducing:
                     continue
-                self._sync.finish_exchange()
+                self._sync.finish_all_reduce()
             all_bytes, stopping, failures = self.ranks.sum_numbers(text_bytes, stop.is_set(), failed)
             if not failures:
                 self.ranks.sum_on_device(metrics.values())
@@ -91,7 +92,7 @@ class GradientAccumulator:
             self._close_sync()
 
     def micro_batch(
-        self, step: int, first: int, count: int, share_done: float, last: bool = False
+        self, step: int, first: int, count: int, progress: float, last: bool = False
     ) -> tuple[dict[str, Tensor], int]:
         """Run forward and backward on one micro-batch; metrics are weighted by its share of the global batch.
 
@@ -107,33 +108,33 @@ class GradientAccumulator:
         score = self.task.loss if self._sync is None else self._sync.loss
         with nullcontext() if self._sync is None else self._sync.micro_batch(last):
             with self.hardware.autocast():
-                loss = score(inputs, targets, weights, share_done, teacher_of_step(self.task.teachers))
+                loss = score(inputs, targets, weights, progress, teacher_of_step(self.task.teachers))
             (loss.total * share).backward()
         metrics = {"train_loss": loss.train_loss, **loss.parts}
         return {name: value.detach() * share for name, value in metrics.items()}, batch.text_bytes
 
-    def _own_part(self, state: LoopState, share_done: float) -> tuple[dict[str, Tensor], int]:
+    def _own_shard(self, state: LoopState, progress: float) -> tuple[dict[str, Tensor], int]:
         """Accumulate gradients over this rank's micro-batches; return summed metrics and text bytes."""
         sums: dict[str, Tensor] = {}
         text_bytes = 0
-        part = self.ranks.part(self.task.batches.sequences)
-        for first in range(part.start, part.stop, state.micro_batch):
-            count = min(state.micro_batch, part.stop - first)
-            metrics, size = self.micro_batch(state.step, first, count, share_done, last=first + count == part.stop)
+        shard = self.ranks.shard(self.task.batches.sequences)
+        for first in range(shard.start, shard.stop, state.micro_batch):
+            count = min(state.micro_batch, shard.stop - first)
+            metrics, size = self.micro_batch(state.step, first, count, progress, last=first + count == shard.stop)
             for name, value in metrics.items():
                 sums[name] = sums[name] + value if name in sums else value
             text_bytes += size
         return sums, text_bytes
 
-    def _prepare_sync(self, share_done: float) -> None:
+    def _prepare_sync(self, progress: float) -> None:
         """With several ranks, set up the gradient all-reduce for the parameters that currently get a gradient."""
-        if self.ranks.world == 1:
+        if self.ranks.world_size == 1:
             return
-        idle = self._unused.union(self.task.idle(share_done))
-        if self._sync is not None and self._sync.idle != idle:
+        unused = self._unused_parameters.union(self.task.unused_parameters(progress))
+        if self._sync is not None and self._sync.unused_parameters != unused:
             self._close_sync()
         if self._sync is None:
-            self._sync = GradientSync(self.task.modules, self.task.loss, self.ranks, idle)
+            self._sync = GradientSync(self.task.modules, self.task.loss, self.ranks, unused)
 
     def _close_sync(self) -> None:
         if self._sync is not None:
@@ -169,3 +170,85 @@ def _micro_batch_seed(seed: int, step: int, first_sequence: int) -> int:
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + first_sequence * 0x94D049BB133111EB) % 2**64
     mixed = (mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93 % 2**64
     return (mixed ^ (mixed >> 32)) % 2**63
+
+
+# --- all-reduce over ranks, in buckets, overlapped with the backward pass -----------------------------------
+
+
+class _WholeLoss(nn.Module):
+    """Wraps a loss and all modules it uses in one module, as DistributedDataParallel requires."""
+
+    def __init__(self, modules: dict[str, nn.Module], loss: Callable[..., Any]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict(modules)
+        self.loss = loss
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.loss(*inputs)
+
+
+class _Buckets:
+    """All-reduces the buckets of one backward pass and counts them."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks, self.done = ranks, 0
+
+    def sum(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        self.done += 1
+        return self.ranks.start_sum(bucket.buffer())
+
+
+class GradientSync:
+    """Wraps a loss in ``DistributedDataParallel``; the last backward pass of a step sums the gradients over the ranks.
+
+    Gradients are summed, not averaged, because each micro-batch's loss is already weighted by its share of the global
+    batch, so ranks may have shards of unequal size.
+
+    Args:
+        modules: every module with trainable weights.
+        unused_parameters: those that get no gradient, for which DDP would wait forever.
+    """
+
+    def __init__(
+        self,
+        modules: dict[str, nn.Module],
+        loss: Callable[..., Any],
+        ranks: Ranks,
+        unused_parameters: frozenset[Tensor],
+    ) -> None:
+        self.unused_parameters, self.buckets = unused_parameters, _Buckets(ranks)
+        self.all_reducing = False  # whether the micro-batch that sums the gradients is in progress
+        whole = _WholeLoss(modules, loss)
+        ignored = [name for name, parameter in whole.named_parameters() if parameter in unused_parameters]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(whole, ignored)
+        # All ranks hold the same weights already (`TrainingLoop._resume`), and no module has buffers that change.
+        self._ddp = DistributedDataParallel(
+            whole, init_sync=False, forward_sync_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB
+        )
+        self._ddp.register_comm_hook(self.buckets, _Buckets.sum)
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        """Wrap a micro-batch's ``loss`` and backward pass; only the ``last`` one sums the gradients."""
+        self.buckets.done, self.all_reducing = 0, last
+        try:
+            with nullcontext() if last else self._ddp.no_sync():
+                yield
+        except dist.DistBackendError as error:
+            raise lost_connection(error) from None
+        self.all_reducing = False
+
+    def loss(self, *inputs: Any) -> Any:
+        return self._ddp(*inputs)
+
+    def finish_all_reduce(self) -> None:
+        """After a micro-batch failed midway, all-reduce zeros for the remaining buckets, so that no other rank hangs.
+
+        The gradients and this object are then unusable: all ranks repeat the step with a new ``GradientSync``.
+        """
+        for bucket in self._ddp.reducer._get_zeros_like_grad_buckets()[self.buckets.done :]:
+            self.buckets.sum(bucket).wait()
+
+    def close(self) -> None:
+        """Remove the autograd hooks."""
+        self._ddp.reducer._remove_autograd_hooks()

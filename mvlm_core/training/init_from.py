@@ -27,8 +27,8 @@ atexit.register(_unpacked.close)
 
 
 @dataclass(frozen=True)
-class Source:
-    """A finished export that passed its checks.
+class PretrainedExport:
+    """A finished export that passed its checks, to start from (``--init_from``) or to distill from (``--teacher``).
 
     Attributes:
         folder: contains its files; an unpacked archive is deleted when this process ends.
@@ -57,8 +57,8 @@ class Replay:
     share: Fraction
 
 
-def open_source(place: str, flag: str = "--init_from") -> Source:
-    """Open and check the export at ``place``, a folder or a ``.tar.gz``; unpacked at most once per process.
+def open_export(path: str, flag: str = "--init_from") -> PretrainedExport:
+    """Open and check the export at ``path``, a folder or a ``.tar.gz``; unpacked at most once per process.
 
     Args:
         flag: flag name for error messages.
@@ -66,16 +66,16 @@ def open_source(place: str, flag: str = "--init_from") -> Source:
     Raises:
         UserError: missing, unfinished or damaged export, or an archive that fails its checks.
     """
-    path = Path(place).resolve()
-    file = path / MANIFEST if path.is_dir() else path
+    resolved = Path(path).resolve()
+    file = resolved / MANIFEST if resolved.is_dir() else resolved
     try:
-        return _open(path, file.stat().st_mtime_ns if file.exists() else 0)
+        return _open(resolved, file.stat().st_mtime_ns if file.exists() else 0)
     except UserError as error:
         raise UserError([f"{flag} {problem}" for problem in error.problems]) from None
 
 
 @cache
-def _open(path: Path, _written: int) -> Source:
+def _open(path: Path, _written: int) -> PretrainedExport:
     folder = _unpacked.enter_context(opened(path))
     manifest = read_manifest(folder)
     problems = [f"{path}: {name} is missing" for name in NEEDED if name not in manifest["files"]]
@@ -84,12 +84,12 @@ def _open(path: Path, _written: int) -> Source:
     config = training_config(folder, "settings", "data", "tokenizer")
     if not config:
         raise UserError(f"{path}: {TRAINING_CONFIG} is damaged")
-    return Source(folder, manifest["name"], sha256_file(folder / MANIFEST), config)
+    return PretrainedExport(folder, manifest["name"], sha256_file(folder / MANIFEST), config)
 
 
-def source_of(settings: TrainingSettings) -> Source | None:
+def base_export(settings: TrainingSettings) -> PretrainedExport | None:
     """Open the export that a run with these settings starts from; None if it trains from scratch."""
-    return None if settings.init_from is None else open_source(settings.init_from)
+    return None if settings.init_from is None else open_export(settings.init_from)
 
 
 def replay_of(settings: TrainingSettings) -> Replay | None:
@@ -134,27 +134,27 @@ def inherit(settings: TrainingSettings, name: str) -> list[str]:
     if settings.tokenizer_path is not None:
         problems.append("--tokenizer_path cannot be used with --init_from, which uses the export's tokenizer")
     try:
-        source = open_source(settings.init_from)
+        base = open_export(settings.init_from)
     except UserError as error:
         return [*problems, *error.problems]
-    if settings.output_dir is not None and Path(settings.output_dir).resolve() == source.folder.resolve():
+    if settings.output_dir is not None and Path(settings.output_dir).resolve() == base.folder.resolve():
         problems.append(f"--output_dir {settings.output_dir} is the export of --init_from; choose another folder")
-    if source.name != name:
-        return [*problems, f"--init_from {settings.init_from} is an export of {source.name}, not of {name}"]
-    if settings.preset in (None, "auto") and source.config.get("preset") in PRESET_NAMES:
-        settings.preset = source.config["preset"]
+    if base.name != name:
+        return [*problems, f"--init_from {settings.init_from} is an export of {base.name}, not of {name}"]
+    if settings.preset in (None, "auto") and base.config.get("preset") in PRESET_NAMES:
+        settings.preset = base.config["preset"]
     for entry in fields(settings):
         if entry.metadata["group"] in ("model", "governance") and entry.name != "dropout":
-            problems += _take(settings, entry, source)
+            problems += _take(settings, entry, base)
     return problems
 
 
-def _take(settings: TrainingSettings, entry: Field[Any], source: Source) -> list[str]:
+def _take(settings: TrainingSettings, entry: Field[Any], base: PretrainedExport) -> list[str]:
     """Take one shape setting from the export, or report how the given value conflicts with it."""
-    recorded, default = source.config["settings"], entry.metadata["default"]
+    recorded, default = base.config["settings"], entry.metadata["default"]
     value = recorded.get(entry.name, default)
     if entry.name == "vocab_size":
-        value = source.config["tokenizer"].get("vocab_size")
+        value = base.config["tokenizer"].get("vocab_size")
     if type(value) is not type(default):
         return [f"--init_from {settings.init_from}: {TRAINING_CONFIG} has no usable {entry.name}"]
     given = getattr(settings, entry.name)

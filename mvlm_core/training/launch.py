@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from mvlm_core.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, LINE_BREAK, TrainingFailed, UserError, printable
+from mvlm_core.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, TrainingFailed, UserError, printable
 from mvlm_core.hardware import gpu_count
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.signals import PARENT_VARIABLE, parent_is_gone, signal_name
@@ -85,25 +85,25 @@ def run_ranks(settings: TrainingSettings, arguments: Sequence[str]) -> int | Non
         UserError: see ``rank_count``.
         TrainingFailed: a rank died or does not respond.
     """
-    world = 1 if settings.dry_run else rank_count(settings)
-    if world == 1:
+    world_size = 1 if settings.dry_run else rank_count(settings)
+    if world_size == 1:
         return None
     if settings.processes > 1:
-        log.info("each batch is split across %s processes", world)
+        log.info("each batch is split across %s processes", world_size)
     else:
-        log.info("each batch is split across %s of the %s GPUs on this machine (--gpus N)", world, gpu_count())
+        log.info("each batch is split across %s of the %s GPUs on this machine (--gpus N)", world_size, gpu_count())
     command = [sys.executable, *arguments]
-    return Supervisor(command, world, settings.log_file, shares_memory=settings.processes > 1).run()
+    return Supervisor(command, world_size, settings.log_file, shares_memory=settings.processes > 1).run()
 
 
-def rank_environment(rank: int, world: int, folder: Path | str) -> dict[str, str]:
+def rank_environment(rank: int, world_size: int, folder: Path | str) -> dict[str, str]:
     """Environment variables of one rank on this machine; ``folder`` is empty and private to the run."""
     interface = _loopback()
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
         "GLOO_SOCKET_IFNAME": interface,
         "NCCL_SOCKET_IFNAME": interface,
         FOLDER_VARIABLE: str(folder),
@@ -111,10 +111,10 @@ def rank_environment(rank: int, world: int, folder: Path | str) -> dict[str, str
     }
 
 
-def shared_memory(world: int) -> int:
+def shared_memory(world_size: int) -> int:
     """Create anonymous shared memory for the all-reduce of CPU ranks; return its descriptor, which ranks inherit."""
     memory = os.memfd_create("mvlm_sums", 0)
-    os.truncate(memory, world * SHARED_BYTES)
+    os.truncate(memory, world_size * SHARED_BYTES)
     return memory
 
 
@@ -156,8 +156,9 @@ class _Rank:
             text = self.log.read_text(encoding="utf-8", errors="replace")
         except OSError:
             return ""
-        lines = "\n".join(f"  {line}" for line in text.strip().splitlines()[-_TAIL_LINES:])
-        return f"; the end of {self.log}:\n{printable(lines, LINE_BREAK)}" if lines else f"; {self.log} is empty"
+        tail = "\n".join(f"  {line}" for line in text.strip().splitlines()[-_TAIL_LINES:])
+        lines = printable(tail, keep="\n")
+        return f"; the end of {self.log}:\n{lines}" if lines else f"; {self.log} is empty"
 
 
 class Supervisor:
@@ -170,8 +171,8 @@ class Supervisor:
         shares_memory: whether all-reduces go through shared memory (CPU ranks).
     """
 
-    def __init__(self, command: list[str], world: int, log_file: str | None, *, shares_memory: bool) -> None:
-        self.command, self.world, self.log_file, self.shares_memory = command, world, log_file, shares_memory
+    def __init__(self, command: list[str], world_size: int, log_file: str | None, *, shares_memory: bool) -> None:
+        self.command, self.world_size, self.log_file, self.shares_memory = command, world_size, log_file, shares_memory
         self.signals: list[int] = []
         self.ranks: list[_Rank] = []
         self._forwarded = False
@@ -203,10 +204,10 @@ class Supervisor:
 
     def _start(self, folder: Path) -> None:
         environment = dict(os.environ)
-        memory = shared_memory(self.world) if self.shares_memory else None
+        memory = shared_memory(self.world_size) if self.shares_memory else None
         if memory is not None:
             environment[MEMORY_VARIABLE] = str(memory)
-        for number in range(self.world):
+        for number in range(self.world_size):
             path = None
             options: dict[str, Any] = {}
             if number:
@@ -216,7 +217,7 @@ class Supervisor:
             # In its own session, so that Ctrl-C reaches a rank only once, forwarded from here.
             process = subprocess.Popen(
                 self.command,
-                env=environment | rank_environment(number, self.world, folder),
+                env=environment | rank_environment(number, self.world_size, folder),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
                 pass_fds=() if memory is None else (memory,),
@@ -246,8 +247,8 @@ class Supervisor:
             return EXIT_FAILED  # the main rank has already printed the reason
         (_, description), _, number = causes[0]
         raise TrainingFailed(
-            f"process {number} of {self.world} {description}: all processes were killed; the same command, without "
-            f"--fresh, resumes from the newest checkpoint{self.ranks[number].last_lines()}"
+            f"process {number} of {self.world_size} {description}: all processes were killed; the same command, "
+            f"without --fresh, resumes from the newest checkpoint{self.ranks[number].last_lines()}"
         )
 
     def _main_code(self) -> int:

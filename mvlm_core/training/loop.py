@@ -28,14 +28,12 @@ from mvlm_core.monitor import peak_memory
 from mvlm_core.signals import StopRequest
 from mvlm_core.training import checkpoint as checkpoints
 from mvlm_core.training.checkpoint_writer import CheckpointWriter, NamedTensors
-from mvlm_core.training.divergence import ROLLBACKS_AT_MOST
+from mvlm_core.training.divergence import MAX_ROLLBACKS
 from mvlm_core.training.gradients import GradientAccumulator
-from mvlm_core.training.history import read_history, truncate_history
-from mvlm_core.training.run_length import RunLength, run_length
+from mvlm_core.training.history import StepLog, read_history, truncate_history
+from mvlm_core.training.run_length import RunLength, TimeBudget, run_length, steps_within
 from mvlm_core.training.state import LoopState, Overhead, check_identity
-from mvlm_core.training.step_log import StepLog
 from mvlm_core.training.task import Run, TrainingTask
-from mvlm_core.training.time_budget import TimeBudget, steps_within
 
 log = logging.getLogger("mvlm")
 
@@ -75,7 +73,7 @@ class TrainingLoop:
             return self.state
         self.state.finished = False
         stop.defer()
-        self.gradients.find_micro_batch(self.state, self.length.share(self.state.step))
+        self.gradients.find_micro_batch(self.state, self.length.progress(self.state.step))
         self._report_compilation()
         if self.state.step == 0:
             self._save(in_background=False)  # fail now, not after an hour, if the disk is full or read-only
@@ -178,7 +176,7 @@ class TrainingLoop:
         length = self.length
         scale = length.learning_rate_scale(state.step, self.settings.lr_schedule)
         learning_rate = optimizers.set_scale(scale * state.guard.rate_factor)
-        metrics, all_bytes, stopping = self.gradients.accumulate(state, length.share(state.step), stop)
+        metrics, all_bytes, stopping = self.gradients.accumulate(state, length.progress(state.step), stop)
         parameters = [p for p in optimizers.parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf)
         skipped = (~(norm.isfinite() & metrics["train_loss"].isfinite())).float()
@@ -315,17 +313,17 @@ class TrainingLoop:
         """Average extra seconds of later steps over current ones, as loss terms switch on or off; changes no state."""
         count = self.gradients.sequences(self.state)
 
-        def seconds(share: float) -> float:
+        def seconds(at_progress: float) -> float:
             started = self.clock()
-            self.gradients.micro_batch(self.state.step, 0, count, share)
+            self.gradients.micro_batch(self.state.step, 0, count, at_progress)
             self._wait_for_device()
             return self.clock() - started
 
-        shares = (0.0, 0.125, 0.375, 0.625, 0.875)
-        rounds = [[seconds(share) for share in shares] for _ in range(3)]
+        points = (0.0, 0.125, 0.375, 0.625, 0.875)
+        rounds = [[seconds(point) for point in points] for _ in range(3)]
         self.task.optimizers.zero_grad()
         first, *later = (min(times) for times in zip(*rounds, strict=True))
-        return (sum(later) / len(later) - first) * -(-len(self.ranks.part(self.task.batches.sequences)) // count)
+        return (sum(later) / len(later) - first) * -(-len(self.ranks.shard(self.task.batches.sequences)) // count)
 
     def _wait_for_device(self) -> None:
         if self.hardware.device == "cuda":
@@ -454,7 +452,7 @@ class TrainingLoop:
         advice = (
             "start over with --fresh and a lower --learning_rate, and check the training text around the last steps"
         )
-        if diverged.guard.rollbacks >= ROLLBACKS_AT_MOST:
+        if diverged.guard.rollbacks >= MAX_ROLLBACKS:
             raise TrainingFailed(f"{reason}, after {diverged.guard.rollbacks} rollbacks: {advice}")
         self._finish_save(wait=True)
         checkpoint = None
@@ -471,5 +469,5 @@ class TrainingLoop:
         bar.update((self.state.step - diverged.step) * self.task.batches.tokens_per_batch)
         log.warning(
             f"{reason}: rolled back to step {self.state.step}, learning rate scaled by {guard.rate_factor} "
-            f"(rollback {guard.rollbacks} of at most {ROLLBACKS_AT_MOST})"
+            f"(rollback {guard.rollbacks} of at most {MAX_ROLLBACKS})"
         )

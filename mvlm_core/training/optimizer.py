@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mvlm_core.training.distributed import ALONE, Ranks
+from mvlm_core.training.distributed import SINGLE_RANK, Ranks
 
 # Newton–Schulz iteration of Muon (Jordan et al. 2024, github.com/KellerJordan/Muon): a quintic whose slope at zero is
 # large, so that five iterations bring every singular value near 1.
@@ -89,7 +89,7 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         super().__init__(list(params), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
-        self.ranks: Ranks = ALONE
+        self.ranks: Ranks = SINGLE_RANK
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure is ever evaluated
@@ -127,9 +127,9 @@ class Muon(torch.optim.Optimizer):
 
     def _orthogonalize_batch(self, matrices: Tensor) -> Tensor:
         """Orthogonalize matrices that all ranks hold; each rank computes its share, followed by an all-gather."""
-        if self.ranks.world == 1:
+        if self.ranks.world_size == 1:
             return orthogonalize(matrices, dtype=self.dtype)
-        per_rank = -(-len(matrices) // self.ranks.world)
+        per_rank = -(-len(matrices) // self.ranks.world_size)
         padded = torch.zeros_like(matrices[:1]).repeat(per_rank, 1, 1)  # the last ranks may have fewer, or none
         part = matrices[self.ranks.rank * per_rank :][:per_rank]
         if len(part):

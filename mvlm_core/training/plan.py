@@ -18,9 +18,9 @@ from mvlm_core.data.tokenizer import ByteLevelBPE, tokenizer_folder
 from mvlm_core.hardware import Hardware
 from mvlm_core.settings import LENGTHS, TrainingSettings
 from mvlm_core.training.cost import OVERHEAD, StepCost, fitting_micro_batch, step_cost
-from mvlm_core.training.distillation import relative_step_cost, stages, with_time_left
+from mvlm_core.training.distillation import relative_step_cost, teacher_and_student_settings, with_time_left
 from mvlm_core.training.forecast import TEXT_PER_PARAMETER, UNIT_EPOCHS
-from mvlm_core.training.init_from import replay_of, source_of
+from mvlm_core.training.init_from import base_export, replay_of
 from mvlm_core.training.launch import describe_gpus, rank_count
 from mvlm_core.training.preparation import mix_of, old_text, read_corpus, tokenizer_path
 from mvlm_core.training.recipe import Recipe
@@ -68,10 +68,14 @@ class TextPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Description of the run (``lines``), its itemized estimate (``items``), and the ``assumptions`` behind it."""
+    """Description of the run (``lines``), its itemized estimate (``items``), and the ``assumptions`` behind it.
+
+    ``steps`` is an estimate, and None with ``--max_hours``.
+    """
 
     lines: list[str]
     items: list[Item]
+    steps: int | None
     assumptions: list[str]
     paid: bool
     export_bytes: int
@@ -86,13 +90,13 @@ class Plan:
 
 
 def plan_run(
-    recipe: Recipe, settings: TrainingSettings, hardware: Hardware, ended: LoopState | None = None, world: int = 0
+    recipe: Recipe, settings: TrainingSettings, hardware: Hardware, ended: LoopState | None = None, world_size: int = 0
 ) -> Plan:
     """Plan a run with these settings. Writes nothing.
 
     Args:
         ended: final state of a finished run, to plan exactly the steps it took.
-        world: world size; by default, that of the run on this machine.
+        world_size: by default, that of the run on this machine.
 
     Raises:
         UserError: the corpus is missing or unusable.
@@ -104,26 +108,28 @@ def plan_run(
         hardware = replace(hardware, precision="bf16")
     one, two = (step_cost(recipe.build, settings, hardware, sequences) for sequences in (1, 2))
     matrix = 0.0 if on_gpu else matrix_rate()
-    ranks = world or (rank_count(settings) if hardware.device == "cuda" else 1)
+    ranks = world_size or (rank_count(settings) if hardware.device == "cuda" else 1)
     rate = GPU_PEAK * GPU_SHARE * ranks if on_gpu else matrix * CPU_SHARE[hardware.precision]
     compiled = on_gpu and not settings.no_compile
     if ended is not None:
         settings = replace(settings, max_steps=ended.step, max_hours=None)
         text = replace(text, has_tokenizer=False, has_tokens=False)  # cached by now, but not when the run started
-    *teachers, student = stages(settings)
+    *teachers, student = teacher_and_student_settings(settings)
     cached = replace(text, has_tokenizer=True, has_tokens=True, test_bytes=0)
-    estimates = [_items(stage, one, cached, rate, compiled, hardware.threads) for stage in teachers]
+    estimates = [_items(teacher, one, cached, rate, compiled, hardware.threads) for teacher in teachers]
     # All teachers have the same compiled graphs; the student's step has graphs of its own.
-    taught = [item for n, (_, items) in enumerate(estimates) for item in items if n == 0 or item.name != COMPILATION]
-    student = with_time_left(student, _timed(taught))
+    teacher_items = [
+        item for n, (_, items) in enumerate(estimates) for item in items if n == 0 or item.name != COMPILATION
+    ]
+    student = with_time_left(student, _timed(teacher_items))
     steps, items = _items(student, one, text, rate, compiled, hardware.threads)
     expected: list[str] = []
     if _law_applies(settings, corpus, text, one.parameters):
         unit = _timed(_items(_unit(settings), one, cached, rate, compiled, hardware.threads)[1])
-        expected = recipe.law.describe(one.parameters, _timed([*taught, *items]), unit)
+        expected = recipe.law.describe(one.parameters, _timed([*teacher_items, *items]), unit)
     if teachers:
         each = f"{len(teachers)} × {estimates[0][0]:,} steps"
-        items.insert(1, Item(TEACHERS_ITEM, sum(item.seconds for item in taught), each))
+        items.insert(1, Item(TEACHERS_ITEM, sum(item.seconds for item in teacher_items), each))
     flops = rate * sum(item.seconds for item in items if item.name in ("training steps", TEACHERS_ITEM))
     assumptions = [
         f"{GPU_SHARE:.0%} of {GPU_PEAK / 1e12:.0f} TFLOP/s, half of that for evaluations in fp32, {PRICE}"
@@ -144,7 +150,8 @@ def plan_run(
         *_cards(settings, one, two, flops, on_gpu),
         *expected,
     ]
-    return Plan(lines, items, assumptions, on_gpu, one.memory.weights)
+    fixed = None if settings.max_hours is not None else steps
+    return Plan(lines, items, fixed, assumptions, on_gpu, one.memory.weights)
 
 
 def plan_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE], corpus: Corpus) -> TextPlan:
@@ -174,8 +181,8 @@ def plan_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE], c
     validation = validation_subset(corpus, whole=settings.validation_text == "all")
     test = [] if settings.no_test_score else corpus.split("test")
     epoch_bytes: float = sum(size * int(count) for size, count in zip(sizes, repeats, strict=True))
-    if (parent := source_of(settings)) is not None:
-        old = old_text(settings, parent, corpus)
+    if (base := base_export(settings)) is not None:
+        old = old_text(settings, base, corpus)
         test = 2 * [*test, *(old.test if old and not settings.no_test_score else [])]  # before and after
     if replay := replay_of(settings):
         epoch_bytes /= 1 - float(replay.share)

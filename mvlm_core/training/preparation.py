@@ -15,8 +15,8 @@ from mvlm_core.data.tokenizer import ByteLevelBPE, cached_tokenizer
 from mvlm_core.errors import UserError
 from mvlm_core.export.manifest import corpus_choice
 from mvlm_core.settings import TrainingSettings
-from mvlm_core.training.distributed import ALONE, Ranks
-from mvlm_core.training.init_from import Source, open_source, replay_of, source_of
+from mvlm_core.training.distributed import SINGLE_RANK, Ranks
+from mvlm_core.training.init_from import PretrainedExport, base_export, open_export, replay_of
 
 _SKIPPED_SHOWN = 20
 log = logging.getLogger("mvlm")
@@ -42,7 +42,7 @@ class PreparedText:
 
     Attributes:
         only: the subfolder the corpus is limited to, if any.
-        source, old: for further training, the export to start from and the text that may be forgotten.
+        base, old: for further training, the export to start from and the text that may be forgotten.
         teachers: the exports to distill from.
     """
 
@@ -50,16 +50,18 @@ class PreparedText:
     only: str | None
     tokenizer: ByteLevelBPE
     batches: BatchSource
-    source: Source | None = None
+    base: PretrainedExport | None = None
     old: OldText | None = None
-    teachers: tuple[Source, ...] = ()
+    teachers: tuple[PretrainedExport, ...] = ()
 
     @property
     def store(self) -> TokenStore:
         return self.batches.store
 
 
-def prepare_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE], ranks: Ranks = ALONE) -> PreparedText:
+def prepare_text(
+    settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE], ranks: Ranks = SINGLE_RANK
+) -> PreparedText:
     """Read the corpus, tokenize the training split and set up the batches.
 
     The first rank of each machine fills the cache; the others wait and then read it.
@@ -67,7 +69,7 @@ def prepare_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]
     Raises:
         UserError: no corpus, no usable text, or an unreadable tokenizer.
     """
-    if ranks.local == 0:
+    if ranks.local_rank == 0:
         text = _prepare(settings, tokenizer_class)
         ranks.wait_for_first("text")
         return text
@@ -85,9 +87,9 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
     if len(corpus.skipped) > _SKIPPED_SHOWN:
         log.warning("skipped %s more files", len(corpus.skipped) - _SKIPPED_SHOWN)
     old = None
-    if (source := source_of(settings)) is not None:
+    if (base := base_export(settings)) is not None:
         log.info("starting from the export %s", settings.init_from)
-        old = old_text(settings, source, corpus)
+        old = old_text(settings, base, corpus)
     if path := tokenizer_path(settings):
         tokenizer = tokenizer_class.load(path)
     else:
@@ -95,7 +97,7 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
         tokenizer = cached_tokenizer(
             tokenizer_class, pieces, corpus.fingerprint, settings.vocab_size, settings.cache_dir, quiet=settings.quiet
         )
-    teachers = tuple(open_source(place, "--teacher") for place in settings.teacher)
+    teachers = tuple(open_export(path, "--teacher") for path in settings.teacher)
     _check_teachers(teachers, tokenizer, settings.max_length)
     store = build_token_store(corpus, tokenizer, settings.cache_dir, mix=mix_of(settings), quiet=settings.quiet)
     log.info("%s training tokens, %.2f bytes per token", f"{len(store.tokens):,}", store.bytes_per_token)
@@ -106,13 +108,13 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
         seed=settings.seed,
     )
     if old is None or (replay := replay_of(settings)) is None:
-        return PreparedText(corpus, only, tokenizer, batches(store), source, old, teachers)
+        return PreparedText(corpus, only, tokenizer, batches(store), base, old, teachers)
     try:
         replayed = batches(_replayed(settings, corpus, tokenizer, old))
     except UserError as error:
         raise _replay_error(settings, error) from None
     mixed = batches(store, replay=replayed, replay_share=replay.share)
-    return PreparedText(corpus, only, tokenizer, mixed, source, old, teachers)
+    return PreparedText(corpus, only, tokenizer, mixed, base, old, teachers)
 
 
 def _replayed(settings: TrainingSettings, new: Corpus, tokenizer: ByteLevelBPE, old: OldText) -> TokenStore:
@@ -124,7 +126,7 @@ def _replayed(settings: TrainingSettings, new: Corpus, tokenizer: ByteLevelBPE, 
     return store
 
 
-def _check_teachers(teachers: Iterable[Source], tokenizer: ByteLevelBPE, context: int) -> None:
+def _check_teachers(teachers: Iterable[PretrainedExport], tokenizer: ByteLevelBPE, context: int) -> None:
     problems = []
     for teacher in teachers:
         if teacher.config["tokenizer"].get("sha256") != tokenizer.sha256:
@@ -146,20 +148,20 @@ def _replay_error(settings: TrainingSettings, error: Exception) -> UserError:
 
 def tokenizer_path(settings: TrainingSettings) -> Path | str | None:
     """Path of the run's existing tokenizer; None if one will be trained."""
-    source = source_of(settings)
-    return settings.tokenizer_path if source is None else source.folder
+    base = base_export(settings)
+    return settings.tokenizer_path if base is None else base.folder
 
 
-def old_text(settings: TrainingSettings, source: Source, new: Corpus) -> OldText | None:
+def old_text(settings: TrainingSettings, base: PretrainedExport, new: Corpus) -> OldText | None:
     """Load the text that further training may make a model forget; log and return None if it is not on this machine.
 
     Raises:
         UserError: the corpus of ``--replay`` cannot be read.
     """
-    replay, data = replay_of(settings), source.config["data"]
+    replay, data = replay_of(settings), base.config["data"]
     root = replay.folder if replay else Path(str(data.get("data_dir")))
     try:
-        choice = corpus_choice(source.folder)
+        choice = corpus_choice(base.folder)
         for name, path in (
             ("only", root / (choice["only"] or "")),
             ("validation_dir", choice["validation_dir"] or ""),
@@ -178,7 +180,7 @@ def old_text(settings: TrainingSettings, source: Source, new: Corpus) -> OldText
         return None
     known = {document.sha256 for document in new.documents}
     test = [document for document in corpus.split("test") if document.sha256 not in known]
-    mix = source.config["settings"].get("train_mix") if is_own else None
+    mix = base.config["settings"].get("train_mix") if is_own else None
     if not isinstance(mix, str) or not all((root / folder).is_dir() for folder in parse_mix(mix)):
         mix = None  # no mix, or a preset's mix that did not apply to this corpus
     return OldText(corpus, mix, test)

@@ -30,16 +30,16 @@ class BuiltModel:
     Attributes:
         model: the transformers causal language model to export.
         modules: every module with trainable weights, by name; includes the model as "model".
-        loss: (inputs, targets, document weights, share of the run done, teacher) → ``StepLoss`` or an equivalent
-            object; the teacher is a frozen model of the same class to distil from, or None.
-        idle: share of the run done → parameters that get no gradient from then on, if that changes during a run.
+        loss: (inputs, targets, document weights, progress, teacher) → ``StepLoss`` or an equivalent object; progress is
+            the completed fraction of the run, the teacher a frozen model of the same class to distil from, or None.
+        unused_parameters: progress → parameters that get no gradient from then on, if that changes during a run.
     """
 
     model: Any
     modules: dict[str, nn.Module]
     loss: Callable[..., Any]
     optimizers: Optimizers
-    idle: Callable[[float], Iterable[Tensor]] = field(default=lambda share_done: (), kw_only=True)
+    unused_parameters: Callable[[float], Iterable[Tensor]] = field(default=lambda progress: (), kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -84,11 +84,11 @@ def score_old(export: Path, run: Run, text: PreparedText) -> float | None:
     return score_loaded(*load_export(export, run.hardware.device), documents).bits_per_byte
 
 
-def measure(model: Any, tokenizer: Any, corpus: Corpus, state: LoopState, score: Score) -> dict[str, Any]:
+def collect_metrics(model: Any, tokenizer: Any, corpus: Corpus, state: LoopState, score: Score) -> dict[str, Any]:
     """Collect the run's metrics (None where nothing can be measured) and supporting details."""
     scored = [document for document in corpus.split("test") if document.path in score.documents]
     parts = bits_per_byte_by_part(score, scored)
-    primary = score.part({document.path for document in corpus.primary_part("test")}.__contains__)
+    primary = score.part({document.path for document in corpus.primary_part("test")})
     model.eval()
     values = vars(state) | {
         "parameters": model.num_parameters(),
@@ -110,10 +110,12 @@ def measure(model: Any, tokenizer: Any, corpus: Corpus, state: LoopState, score:
     }
 
 
-def record(run: Run, text: PreparedText, identity: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+def training_config_content(
+    run: Run, text: PreparedText, identity: dict[str, Any], results: dict[str, Any]
+) -> dict[str, Any]:
     """Content of ``training_config.json``: settings, data, tokenizer, hardware, software and results of the run."""
-    hardware, source = run.hardware, text.source
-    origin = {"init_from": {"manifest_sha256": source.sha256, "data": source.config["data"]}} if source else {}
+    hardware, base = run.hardware, text.base
+    origin = {"init_from": {"manifest_sha256": base.sha256, "data": base.config["data"]}} if base else {}
     return {
         "model": run.recipe.name,
         "preset": run.settings.preset,
@@ -147,20 +149,20 @@ def describe_sources(corpus: Corpus) -> str:
 
 def describe_text(text: PreparedText) -> str:
     """Describe all text that the model was trained on, for the model card."""
-    if text.source is None:
+    if text.base is None:
         return describe_sources(text.corpus)
-    data, old = text.source.config["data"], "" if text.old is None else describe_sources(text.old.corpus)
+    data, old = text.base.config["data"], "" if text.old is None else describe_sources(text.old.corpus)
     first = f"{data.get('train_documents')} documents, {data.get('train_bytes')} bytes of text."
     if text.old is not None and text.old.corpus.fingerprint == data.get("fingerprint"):
         first = old
     share = float(text.batches.replay_share)
     return (
         f"First trained on: {first}\n\nThen trained further, from the export whose manifest has the SHA-256 "
-        f"`{text.source.sha256}`, on: {describe_sources(text.corpus)}"
+        f"`{text.base.sha256}`, on: {describe_sources(text.corpus)}"
     ) + (f"\n\nReplay ({share:.3g} of the sequences) from: {old}" if share else "")
 
 
-def report(results: dict[str, Any], score: Score, corpus: Corpus) -> None:
+def log_scores(results: dict[str, Any], score: Score, corpus: Corpus) -> None:
     """Log the scores."""
     log.info("validation %.4f bits per byte at step %s", results["validation_bpb"], results["best_step"])
     if score.bytes:

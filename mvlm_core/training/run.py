@@ -21,7 +21,7 @@ from mvlm_core.hardware import HARDWARE_FLAGS, caution, choose_hardware, describ
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.signals import StopRequest
 from mvlm_core.training import results
-from mvlm_core.training.distillation import stages, with_time_left
+from mvlm_core.training.distillation import teacher_and_student_settings, with_time_left
 from mvlm_core.training.distributed import join
 from mvlm_core.training.launch import FOLDER_VARIABLE, rank_count
 from mvlm_core.training.loop import TrainingLoop
@@ -49,13 +49,15 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
     if settings.dry_run:
         print(plan_run(recipe, settings, hardware).text())
         return Path(settings.output_dir or "")
-    *teachers, student = [settings] if settings.prepare_only else stages(settings)
+    *teachers, student = [settings] if settings.prepare_only else teacher_and_student_settings(settings)
     if teachers and not settings.fresh:
         results.check_before_teachers(Path(settings.output_dir or ""), settings, len(teachers))
     hardware.apply()
-    if (world := rank_count(settings)) > 1:
+    if (world_size := rank_count(settings)) > 1:
         if settings.processes > 1 or settings.gpus:
-            raise UserError(f"{world} processes can only be started from a trainer's command line, not from Python")
+            raise UserError(
+                f"{world_size} processes can only be started from a trainer's command line, not from Python"
+            )
         log.warning(
             "this process uses only one of several GPUs; start the trainer from the command line to use all of them"
         )
@@ -79,8 +81,8 @@ def _run(run: Run, *, own_teachers: bool = False) -> Path:
         log.info(line)
     if warning := caution(run.hardware, settings.preset):
         log.warning(warning)
-    if ranks.world > 1 and FOLDER_VARIABLE not in os.environ:
-        log.info("each batch is split across %s processes", ranks.world)
+    if ranks.world_size > 1 and FOLDER_VARIABLE not in os.environ:
+        log.info("each batch is split across %s processes", ranks.world_size)
     started = time.perf_counter()
     text = prepare_text(settings, run.recipe.tokenizer_class, ranks)
     prepared = time.perf_counter() - started
@@ -90,10 +92,10 @@ def _run(run: Run, *, own_teachers: bool = False) -> Path:
     if settings.prepare_only:
         log.info("prepared: tokenizer and tokens are in %s", settings.cache_dir)
         return run.output_dir
-    if text.batches.sequences < ranks.world:
+    if text.batches.sequences < ranks.world_size:
         raise UserError(
-            f"cannot split a batch of {text.batches.sequences} sequences across {ranks.world} processes: start fewer, "
-            "or raise --batch_size or --gradient_accumulation_steps"
+            f"cannot split a batch of {text.batches.sequences} sequences across {ranks.world_size} processes: start "
+            "fewer, or raise --batch_size or --gradient_accumulation_steps"
         )
     identity, steps = run_identity(settings, text), run_length(settings, text.batches).limit
     min_steps = None if settings.max_hours else steps  # only checkpoints record the length fixed by --max_hours
@@ -104,7 +106,7 @@ def _run(run: Run, *, own_teachers: bool = False) -> Path:
         finished = ranks.is_main and not settings.fresh and results.is_finished(run.output_dir, identity, min_steps)
         if ranks.broadcast(finished):
             log.info("already finished: %s (use --fresh to train again)", run.output_dir)
-            ranks.leave()  # a student may still have to be trained
+            ranks.destroy()  # a student may still have to be trained
             return run.output_dir
         stop.raise_at_once()
         task = build_task(run, text)
@@ -112,7 +114,7 @@ def _run(run: Run, *, own_teachers: bool = False) -> Path:
         _announce(run, task, steps)
         loop.run(stop)
         peak_memory_bytes = loop.peak_memory()
-        ranks.leave()
+        ranks.destroy()
         stop.raise_at_once()
         if ranks.is_main:
             try:
@@ -148,15 +150,15 @@ def _export(
     tokenizer = text.tokenizer.for_transformers(run.settings.max_length)
     staging = stage_model(task.model, tokenizer, loop.history(), recipe.title, run.output_dir)
     score = results.score_test(staging, run, text.corpus)
-    measured = results.measure(task.model, tokenizer, text.corpus, loop.state, score)
-    if text.source is not None:
+    measured = results.collect_metrics(task.model, tokenizer, text.corpus, loop.state, score)
+    if text.base is not None:
         measured |= {f"{name}_before": value for name, value in vars(loop.state.before).items()}
         measured["old_test_bpb"] = results.score_old(staging, run, text)
     measured["peak_memory_bytes"] = peak_memory_bytes
     measured["seconds"] += sum(teacher.seconds for teacher in text.teachers)
-    config = results.record(run, text, task.identity, measured)
+    config = results.training_config_content(run, text, task.identity, measured)
     if run.settings.preset != "smoke":  # planning it would take as long as training it
-        plan = plan_run(recipe, run.settings, run.hardware, loop.state, run.ranks.world)
+        plan = plan_run(recipe, run.settings, run.hardware, loop.state, run.ranks.world_size)
         config["costs"] = planned_and_actual(plan, loop.state, prepared, time.perf_counter() - started)
         log_costs(config["costs"])
     sources = results.describe_text(text)
@@ -166,5 +168,5 @@ def _export(
     finish_export(staging, config, card, run.output_dir)
     if score.documents:
         write_scores(run.output_dir, score)
-    results.report(measured, score, text.corpus)
+    results.log_scores(measured, score, text.corpus)
     log.info("exported to %s", run.output_dir)

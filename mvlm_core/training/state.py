@@ -129,8 +129,8 @@ def check_settings(what: str, recorded: dict[str, Any], settings: TrainingSettin
 def run_identity(settings: TrainingSettings, text: PreparedText) -> dict[str, Any]:
     """Settings and fingerprints that define a run; a checkpoint with a different identity is refused."""
     fingerprints = {"corpus": text.corpus.fingerprint, "tokenizer": text.tokenizer.sha256}
-    if text.source is not None:
-        fingerprints["--init_from, its manifest"] = text.source.sha256
+    if text.base is not None:
+        fingerprints["--init_from, its manifest"] = text.base.sha256
     if text.teachers:
         fingerprints[TEACHERS_KEY] = ",".join(teacher.sha256 for teacher in text.teachers)
     if text.old is not None and text.batches.replay is not None:

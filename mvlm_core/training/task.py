@@ -20,8 +20,8 @@ from mvlm_core.evaluation.bits_per_byte import bits_per_byte, score_documents
 from mvlm_core.hardware import Hardware
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.distillation import load_teachers
-from mvlm_core.training.distributed import ALONE, Ranks
-from mvlm_core.training.init_from import Source
+from mvlm_core.training.distributed import SINGLE_RANK, Ranks
+from mvlm_core.training.init_from import PretrainedExport
 from mvlm_core.training.optimizer import copy_named
 from mvlm_core.training.preparation import PreparedText
 from mvlm_core.training.recipe import BuiltModel, Recipe
@@ -35,7 +35,7 @@ class Run:
     recipe: Recipe
     settings: TrainingSettings
     hardware: Hardware
-    ranks: Ranks = ALONE
+    ranks: Ranks = SINGLE_RANK
 
     @property
     def output_dir(self) -> Path:
@@ -83,13 +83,13 @@ def build_task(run: Run, text: PreparedText) -> TrainingTask:
     settings, ranks = run.settings, run.ranks
     torch.manual_seed(settings.seed)
     built = run.recipe.build(settings, text.tokenizer, run.hardware)
-    if text.source is not None:
-        load_weights(built.model, text.source, settings.max_length)
+    if text.base is not None:
+        load_weights(built.model, text.base, settings.max_length)
     built.optimizers.spread_over(ranks)
     for module in built.modules.values():
         module.to(run.hardware.device).train()
     subset = validation_subset(text.corpus, whole=settings.validation_text == "all")
-    validation = own_part([(document.path, part) for document, part in subset], ranks)
+    validation = own_shard([(document.path, part) for document, part in subset], ranks)
     encode = cache(text.tokenizer.encode)  # the same text at every evaluation
 
     def bpb(documents: list[tuple[str, str]], encode: Callable[[str], list[int]]) -> float:
@@ -109,10 +109,10 @@ def build_task(run: Run, text: PreparedText) -> TrainingTask:
     def test_bpb(documents: list[Document]) -> float | None:
         if settings.no_test_score or not documents:
             return None
-        return bpb(own_part([(d.path, d.read()) for d in documents], ranks), text.tokenizer.encode)
+        return bpb(own_shard([(d.path, d.read()) for d in documents], ranks), text.tokenizer.encode)
 
     def score_before() -> ScoresBefore:
-        if text.source is None:
+        if text.base is None:
             return ScoresBefore()
         return ScoresBefore(
             evaluate(), test_bpb(text.corpus.split("test")), test_bpb(text.old.test if text.old else [])
@@ -128,9 +128,9 @@ def build_task(run: Run, text: PreparedText) -> TrainingTask:
     )
 
 
-def own_part(documents: list[tuple[str, str]], ranks: Ranks) -> list[tuple[str, str]]:
+def own_shard(documents: list[tuple[str, str]], ranks: Ranks) -> list[tuple[str, str]]:
     """This rank's share of (path, text) pairs, balanced by bytes."""
-    return [documents[index] for index in ranks.part_by_size([len(text.encode()) for _, text in documents])]
+    return [documents[index] for index in ranks.balanced_shard([len(text.encode()) for _, text in documents])]
 
 
 def named_weights(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
@@ -145,19 +145,19 @@ def named_weights(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
     return named
 
 
-def load_weights(model: nn.Module, source: Source, context: int) -> None:
+def load_weights(model: nn.Module, base: PretrainedExport, context: int) -> None:
     """Copy an export's weights into a model of the same shape, whose ``context`` may be shorter.
 
     Raises:
         UserError: shapes differ, or the weights cannot be read.
     """
-    longer = source.config["settings"].get("max_length")
+    longer = base.config["settings"].get("max_length")
     try:
-        saved = load_file(source.folder / "model.safetensors")
+        saved = load_file(base.folder / "model.safetensors")
         target = named_weights({"": model})
         for name, tensor in saved.items():
             if name in target and tensor.ndim and len(tensor) == longer and len(target[name]) == context:
                 saved[name] = tensor[:context]  # position embeddings: only the first rows are needed
         copy_named(target, saved, "weights")
     except (ValueError, SafetensorError, OSError) as error:
-        raise UserError(f"--init_from: {source.folder / 'model.safetensors'} does not fit: {error}") from None
+        raise UserError(f"--init_from: {base.folder / 'model.safetensors'} does not fit: {error}") from None

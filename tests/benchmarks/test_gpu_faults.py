@@ -236,7 +236,7 @@ def test_a_students_loss_is_checked(model, cases, monkeypatch):
     assert passed and label.startswith(f"{model}, student") and figures["its share of limit"] < 0.5
     assert figures["loss"] != pytest.approx(case.check_training(hardware)[1]["loss"], rel=1e-3)
     module = mvlm_core.training.distillation if model == "mvlm_gpt2" else prioritary_mvlm.advanced_losses
-    monkeypatch.setattr(module, "TEACHER_SHARE", module.TEACHER_SHARE + 0.01)
+    monkeypatch.setattr(module, "DISTILLATION_WEIGHT", module.DISTILLATION_WEIGHT + 0.01)
     assert student.check_training(hardware)[2] is False
 
 

@@ -22,7 +22,6 @@ def make_store(lengths=(100, 37, 250, 8, 90), repeats=None):
         token_bytes=np.full(total, 3),
         text_bytes=3 * total,
         bytes_per_token=3.0,
-        fingerprint="x",
     )
 
 

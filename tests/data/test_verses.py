@@ -15,8 +15,8 @@ def corpus(tmp_path_factory):
 
 def test_verses_have_their_place_and_preceding_text(corpus):
     verses = list(verses_of(corpus.split("validation")))
-    assert len(verses) == 2 * len({verse.place for verse in verses}), "two translations of the same places"
-    sixteenth = next(v for v in verses if v.place == "Ruth 1:16" and v.translation == "kjv")
+    assert len(verses) == 2 * len({verse.reference for verse in verses}), "two translations of the same verses"
+    sixteenth = next(v for v in verses if v.reference == "Ruth 1:16" and v.translation == "kjv")
     assert sixteenth.text.startswith("And Ruth said, Intreat me not to leave thee")
     assert sixteenth.before.endswith("return thou after thy sister in law.\n")
     assert sixteenth.document.startswith(sixteenth.before + sixteenth.text + "\n")
@@ -29,9 +29,9 @@ def test_verses_have_their_place_and_preceding_text(corpus):
 
 def test_samples_have_no_duplicate_places_and_depend_on_the_seed(corpus):
     verses = list(verses_of(corpus.documents))
-    places = {verse.place for verse in verses}
+    references = {verse.reference for verse in verses}
     whole = sample_verses(verses, 10**6, 1)
-    assert {verse.place for verse in whole} == places and len(whole) == len(places) == len(verses) / 2
+    assert {verse.reference for verse in whole} == references and len(whole) == len(references) == len(verses) / 2
     assert 0.35 < sum(v.translation == "kjv" for v in whole) / len(whole) < 0.65
     assert sample_verses(verses, 30, 1) == whole[:30] != sample_verses(verses, 30, 2)
 

@@ -67,7 +67,7 @@ def test_score_matches_a_token_by_token_reference(small, real_text):
         assert found.nats == pytest.approx(by_hand(model, tokenizer, text, 16), rel=1e-5)
         assert sorted(found.windows) == list(range(window_count(found.tokens, 16)))
     assert score.bits_per_byte == pytest.approx(score.nats / math.log(2) / sum(len(t.encode()) for _, t in documents))
-    assert math.isnan(score.part(lambda key: key == "empty").bits_per_byte)
+    assert math.isnan(score.part({"empty"}).bits_per_byte)
 
 
 def test_a_uniform_model_scores_log_vocabulary_size_per_token(small, real_text):

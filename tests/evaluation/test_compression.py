@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mvlm_core.data.corpus import MANIFEST_NAME, load_corpus
-from mvlm_core.evaluation.compression import METHODS, bits_by_part, compression_baselines
+from mvlm_core.evaluation.compression import METHODS, compressed_bits_by_part, compression_baselines
 
 
 def test_compressors_are_primed_with_the_train_text(tiny_corpus, tmp_path):
@@ -39,7 +39,7 @@ def test_ppmd_code_lengths_by_part_add_up_to_the_total(tiny_corpus):
     corpus = load_corpus(tiny_corpus)
     train = "".join(d.read() for d in corpus.split("train") if d.translation == "kjv").encode()
     parts = [train[:300], b" My dog ate a pizza on Tuesday.", b" Behold, a son."]
-    found = bits_by_part(corpus, parts)
+    found = compressed_bits_by_part(corpus, parts)
     for name, (_, size) in METHODS.items():
         lengths, total = found[name]
         # Ending the code takes a byte or two, which the parts do not include.
@@ -52,4 +52,4 @@ def test_ppmd_code_lengths_by_part_add_up_to_the_total(tiny_corpus):
 def test_there_are_no_code_lengths_without_train_text(tiny_corpus):
     corpus = load_corpus(tiny_corpus)
     none = replace(corpus, documents=tuple(d for d in corpus.documents if d.split != "train"))
-    assert bits_by_part(none, [b"In the beginning"]) == {}
+    assert compressed_bits_by_part(none, [b"In the beginning"]) == {}

@@ -15,7 +15,7 @@ def test_pairs_of_known_verses():
         "Ye are the salt of the earth: and we have seen it.",
         "They that dwell in Shethou art said that he is of himself.",
     ]
-    pairs = minimal_pairs([verse_of(text) for text in [*verses, verses[0]]], RULES)
+    pairs = minimal_pairs([verse_of(text) for text in [*verses, verses[0]]], RULES, per_rule=200)
     changes = {}
     for pair in pairs:
         good, bad = pair.good.split(), pair.bad.split()
@@ -51,7 +51,7 @@ def test_ties_score_half_a_point():
 def test_a_model_prefers_the_verses_it_was_trained_on(couples, tokenizer, overfitted):
     pairs = [
         Pair("all", p.good, p.bad)
-        for p in minimal_pairs([verse for couple in couples[:KNOWN] for verse in couple], RULES)
+        for p in minimal_pairs([verse for couple in couples[:KNOWN] for verse in couple], RULES, per_rule=200)
     ]
     assert len(pairs) >= 20
     turned = [Pair("turned", pair.bad, pair.good) for pair in pairs]

@@ -32,9 +32,9 @@ def make(**weights):
 
 
 def parts_on(model, loss, rows):
-    hidden, pointing = model.hidden_states(rows[:, :-1])
+    hidden, pointer_output = model.hidden_states(rows[:, :-1])
     weights = torch.ones(rows.shape[0], CONTEXT)
-    result = loss(hidden, model.lm_head.weight, rows[:, 1:], weights, progress=0.0, pointing=pointing)
+    result = loss(hidden, model.lm_head.weight, rows[:, 1:], weights, progress=0.0, pointer_output=pointer_output)
     return {name: value.item() for name, value in result.parts.items()}, result.total
 
 
@@ -117,8 +117,8 @@ def test_alignment_loss_is_weighted_per_document(sequences):
     model, loss = make(accuracy_weight=0.0, alignment_weight=1.0)
     rows = sequences[:8]
     weights = torch.linspace(0, 2, 8)[:, None].expand(8, CONTEXT)
-    hidden, pointing = model.hidden_states(rows[:, :-1])
-    result = loss(hidden, model.lm_head.weight, rows[:, 1:], weights, 0.0, pointing)
+    hidden, pointer_output = model.hidden_states(rows[:, :-1])
+    result = loss(hidden, model.lm_head.weight, rows[:, 1:], weights, 0.0, pointer_output)
     nll = torch.nn.functional.cross_entropy(
         model(rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none"
     ).view(8, CONTEXT)

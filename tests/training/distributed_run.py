@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from mvlm_core.errors import Stopped
-from mvlm_core.training.distributed import ALONE, Ranks, join
+from mvlm_core.training.distributed import SINGLE_RANK, Ranks, join
 from mvlm_core.training.loop import TrainingLoop
 from tests.helpers import StopAfter, everything_on, make_loop, tiny_settings
 
 
-def run(corpus: Path, work: Path, model: str, steps: int, ranks: Ranks = ALONE, **more: Any) -> TrainingLoop:
+def run(corpus: Path, work: Path, model: str, steps: int, ranks: Ranks = SINGLE_RANK, **more: Any) -> TrainingLoop:
     """Train for up to ``steps`` steps from the newest checkpoint, alone or as one of several ranks.
 
     Args:
@@ -30,7 +30,7 @@ def run(corpus: Path, work: Path, model: str, steps: int, ranks: Ranks = ALONE, 
         loop.run(StopAfter(steps))
     except Stopped:
         pass
-    loop.ranks.leave()
+    loop.ranks.destroy()
     return loop
 
 

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvlm_core.hardware import choose_hardware
 from mvlm_core.training import cross_entropy
-from mvlm_core.training.cost import TokenizerShape
+from mvlm_core.training.cost import StubTokenizer
 from tests.helpers import MODELS, StopAfter, make_loop, recipe_of, tiny_settings
 
 
@@ -39,7 +39,7 @@ def built(model, tmp_path, *, compiled, **changes):
     if compiled:
         hardware = replace(hardware, compile=True, loss_kernel="compiled")
     torch.manual_seed(0)
-    made = recipe_of(model).build(settings, TokenizerShape(400), hardware)
+    made = recipe_of(model).build(settings, StubTokenizer(400), hardware)
     for module in made.modules.values():
         module.train()
     return made

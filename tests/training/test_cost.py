@@ -24,7 +24,7 @@ import gc, json, sys
 from pathlib import Path
 import torch
 from tests.helpers import recipe_of, tiny_settings
-from mvlm_core.training.cost import TokenizerShape, step_cost
+from mvlm_core.training.cost import StubTokenizer, step_cost
 from mvlm_core.hardware import choose_hardware
 from mvlm_core.monitor import memory_in_use, peak_memory, reset_peak_memory
 
@@ -36,7 +36,7 @@ def measure(model, shape):
     gc.collect()
     before = memory_in_use()
     reset_peak_memory()
-    built = recipe.build(settings, TokenizerShape(4096), hardware)
+    built = recipe.build(settings, StubTokenizer(4096), hardware)
     for _ in range(2):
         ids = torch.randint(4096, (settings.batch_size, settings.max_length))
         built.loss(ids, ids, torch.ones(ids.shape), 0.0).total.backward()
@@ -99,7 +99,7 @@ def test_micro_batches_are_halved_until_they_fit():
         return StepMemory(10**9, 10**9, 10**9, sequences * 10**9)
 
     def fits(size):
-        return fitting_micro_batch(memory(1), memory(2), size, most=32)
+        return fitting_micro_batch(memory(1), memory(2), size, max_sequences=32)
 
     assert [fits(size) for size in (80e9, 37e9, 36e9, 21e9, 20e9, 6e9, 5e9)] == [32, 32, 16, 16, 8, 1, None]
 

@@ -12,7 +12,13 @@ from mvlm_core.errors import Stopped, UserError
 from mvlm_core.evaluation.bits_per_byte import load_export
 from mvlm_core.export.manifest import training_config, verify_folder
 from mvlm_core.training.checkpoint import newest_checkpoint
-from mvlm_core.training.distillation import TEACHER_SHARE, TEACHERS, stages, teacher_of_step, with_time_left
+from mvlm_core.training.distillation import (
+    DISTILLATION_WEIGHT,
+    TEACHERS,
+    teacher_and_student_settings,
+    teacher_of_step,
+    with_time_left,
+)
 from mvlm_core.training.run import run_training
 from tests.export.exports import copy_export, seal, set_json
 from tests.helpers import MODELS, StopAfter, make_loop, recipe_of, tiny_settings
@@ -43,7 +49,7 @@ def test_distillation_loss_matches_plain_transformers_logits(model, trained, cor
     torch.testing.assert_close(scored.parts["distillation_loss"], soft, rtol=1e-5, atol=1e-6)
     alone = make_loop(model, tiny_settings(model, corpus, tmp_path / "alone"))
     _, plain = first_loss(alone)
-    expected = (1 - TEACHER_SHARE) * plain.total + TEACHER_SHARE * soft
+    expected = (1 - DISTILLATION_WEIGHT) * plain.total + DISTILLATION_WEIGHT * soft
     torch.testing.assert_close(scored.total, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(scored.train_loss, plain.train_loss)  # remains the cross-entropy of the text
 
@@ -53,29 +59,29 @@ def test_distillation_loss_matches_plain_transformers_logits(model, trained, cor
     torch.testing.assert_close(same.parts["distillation_loss"], entropy, rtol=1e-5, atol=1e-6)
 
 
-def test_stages_divide_seeds_time_and_folders(tmp_path):
+def test_teachers_and_student_divide_seeds_time_and_folders(tmp_path):
     lengths = {"max_hours": 1.2, "max_steps": 10, "num_epochs": 9.0}
     settings = tiny_settings(
         "mvlm_gpt2", tmp_path, tmp_path, num_models=3, seed=5, teacher_epochs=2.5, resume_from="x", **lengths
     )
-    first, second, student = stages(settings)
+    first, second, student = teacher_and_student_settings(settings)
     root = tmp_path / "mvlm_gpt2"
     teachers = root / "checkpoints" / "teachers"
-    assert [stage.seed for stage in (first, second, student)] == [6, 7, 5]
-    assert [stage.num_models for stage in (first, second, student)] == [1, 1, 1]
-    assert [stage.output_dir for stage in (first, second, student)] == [str(p) for p in (*teachers_in(teachers), root)]
+    assert [model.seed for model in (first, second, student)] == [6, 7, 5]
+    assert [model.num_models for model in (first, second, student)] == [1, 1, 1]
+    assert [model.output_dir for model in (first, second, student)] == [str(p) for p in (*teachers_in(teachers), root)]
     assert first.teacher == second.teacher == ()
     assert (first.resume_from, second.resume_from, student.resume_from) == (None, None, "x")
-    assert student.teacher == tuple(str(place) for place in teachers_in(teachers))
+    assert student.teacher == tuple(str(path) for path in teachers_in(teachers))
     assert first.no_test_score and second.no_test_score and not student.no_test_score
     assert first.max_hours == second.max_hours == pytest.approx(0.2), "at most"
     assert with_time_left(student, 0.1 * 3600).max_hours == pytest.approx(1.1), "a teacher stops when it is done"
     assert with_time_left(student, 2 * 3600).max_hours > 0
     assert (first.num_epochs, student.num_epochs) == (2.5, 9) and first.max_steps == student.max_steps == 10
-    assert stages(replace(settings, num_epochs=1.0))[0].num_epochs == 1
-    assert stages(replace(settings, num_models=1)) == [replace(settings, num_models=1)]
+    assert teacher_and_student_settings(replace(settings, num_epochs=1.0))[0].num_epochs == 1
+    assert teacher_and_student_settings(replace(settings, num_models=1)) == [replace(settings, num_models=1)]
     untimed = replace(settings, max_hours=None)
-    assert stages(untimed)[0].max_hours is None and with_time_left(untimed, 3600) == untimed
+    assert teacher_and_student_settings(untimed)[0].max_hours is None and with_time_left(untimed, 3600) == untimed
 
 
 def teachers_in(folder, count=2):
@@ -107,7 +113,7 @@ def test_interrupted_student_resumes_bit_identically(model, corpus, tmp_path):
     other = tiny_settings(model, corpus, tmp_path / "b", **values)
     shutil.copytree(whole / TEACHERS, tmp_path / "b" / model / TEACHERS)
     with pytest.raises(Stopped):
-        make_loop(model, stages(other)[-1]).run(StopAfter(3))
+        make_loop(model, teacher_and_student_settings(other)[-1]).run(StopAfter(3))
     folder = run_training(recipe_of(model), other)
     expected, found = (newest_checkpoint(place / "checkpoints").tensors("model") for place in (whole, folder))
     assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)

@@ -5,7 +5,7 @@ import torch
 
 import mvlm_core.training.distillation_loss as module
 from mvlm_core.training.distillation_loss import Prediction, distillation_loss
-from simone_transformer.rope_attention import Pointing
+from simone_transformer.rope_attention import PointerOutput
 
 BATCH, SEQ, VOCAB, DIM = 3, 5, 70, 8  # 70 entries: padded to 128
 
@@ -16,29 +16,29 @@ def prediction(seed, width, pointer, dtype=torch.float64):
     def draw(*shape):
         return torch.randn(shape, generator=generator, dtype=dtype).requires_grad_()
 
-    pointing = None
+    pointer_output = None
     if pointer:  # a softmax over a sentinel and the tokens so far
         scores = draw(BATCH, SEQ, SEQ + 1).detach()
         hidden = torch.ones(SEQ, SEQ, dtype=torch.bool).triu(1)
         log = scores.masked_fill(torch.nn.functional.pad(hidden, (1, 0)), torch.finfo(dtype).min).log_softmax(-1)
         ids = torch.randint(9, (BATCH, SEQ), generator=generator)  # few distinct ids: positions with the same id add up
-        pointing = log[..., 0].requires_grad_(), log[..., 1:].requires_grad_(), ids
-    return Prediction(draw(BATCH, SEQ, width), draw(VOCAB, width), pointing)
+        pointer_output = log[..., 0].requires_grad_(), log[..., 1:].requires_grad_(), ids
+    return Prediction(draw(BATCH, SEQ, width), draw(VOCAB, width), pointer_output)
 
 
 def log_probabilities(model):
     logits = model.hidden @ model.weight.t()
-    return logits.log_softmax(-1) if model.pointing is None else Pointing(*model.pointing).mix(logits)
+    return logits.log_softmax(-1) if model.pointer_output is None else PointerOutput(*model.pointer_output).mix(logits)
 
 
 def differentiable(model):
-    return [model.hidden, model.weight, *(model.pointing or ())[:2]]
+    return [model.hidden, model.weight, *(model.pointer_output or ())[:2]]
 
 
 @pytest.mark.parametrize("rows", [100, 4, 1])
 @pytest.mark.parametrize("pointers", [(False, False), (True, True), (True, False), (False, True)])
 def test_loss_and_gradients_match_autograd(rows, pointers, monkeypatch):
-    monkeypatch.setattr(module, "LEAST_ROWS", rows)
+    monkeypatch.setattr(module, "MIN_ROWS", rows)
     monkeypatch.setattr(module, "rows_at_a_time", lambda *_shape: 1)
     student, teacher = prediction(0, DIM, pointers[0]), prediction(1, 2 * DIM, pointers[1])
     generator = torch.Generator().manual_seed(2)
@@ -46,11 +46,11 @@ def test_loss_and_gradients_match_autograd(rows, pointers, monkeypatch):
     weights = torch.rand(BATCH, SEQ, generator=generator, dtype=torch.float64)
     said, wanted = log_probabilities(student), log_probabilities(teacher).detach().exp()
     text = -said.gather(-1, targets[..., None]).squeeze(-1)
-    taught = -(wanted * said).sum(-1)
-    expected = (0.4 * weights * text + 0.6 * taught).mean()
+    from_teacher = -(wanted * said).sum(-1)
+    expected = (0.4 * weights * text + 0.6 * from_teacher).mean()
 
     loss, nll, soft = distillation_loss(student, teacher, targets, 0.6, weights)
-    torch.testing.assert_close((loss, nll, soft), (expected, text, taught.mean()), rtol=1e-12, atol=0)
+    torch.testing.assert_close((loss, nll, soft), (expected, text, from_teacher.mean()), rtol=1e-12, atol=0)
     parameters = differentiable(student)
     found, by_hand = (torch.autograd.grad(3 * total, parameters) for total in (loss, expected))
     torch.testing.assert_close(found, by_hand, rtol=1e-9, atol=1e-15)

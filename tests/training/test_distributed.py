@@ -18,10 +18,10 @@ import torch.distributed as dist
 
 from benchmarks.forked_ranks import fork_ranks
 from mvlm_core.errors import TrainingFailed
-from mvlm_core.training import distributed, gradient_sync, launch
+from mvlm_core.training import distributed, gradients, launch
 from mvlm_core.training.checkpoint import newest_checkpoint
-from mvlm_core.training.distributed import ALONE, Ranks, join
-from mvlm_core.training.gradient_sync import GradientSync
+from mvlm_core.training.distributed import SINGLE_RANK, Ranks, join
+from mvlm_core.training.gradients import GradientSync
 from mvlm_core.training.history import read_history
 from mvlm_core.training.loop import TrainingLoop
 from tests.helpers import REPOSITORY
@@ -50,16 +50,16 @@ def weights(folder, model):
     return newest_checkpoint(folder / model / "checkpoints").tensors("model")
 
 
-def test_parts_cover_every_item_once_and_are_balanced():
+def test_shards_cover_every_item_once_and_are_balanced():
     for world in (1, 2, 3, 8):
-        parts = [list(Ranks(rank, world).part(10)) for rank in range(world)]
-        assert sum(parts, []) == list(range(10))
+        shards = [list(Ranks(rank, world).shard(10)) for rank in range(world)]
+        assert sum(shards, []) == list(range(10))
         sizes = [9, 1, 1, 1, 8, 2, 7, 3]
-        shares = [Ranks(rank, world).part_by_size(sizes) for rank in range(world)]
-        assert sorted(sum(shares, [])) == list(range(8)) and all(share == sorted(share) for share in shares)
-        loads = [sum(sizes[index] for index in share) for share in shares]
+        balanced = [Ranks(rank, world).balanced_shard(sizes) for rank in range(world)]
+        assert sorted(sum(balanced, [])) == list(range(8)) and all(shard == sorted(shard) for shard in balanced)
+        loads = [sum(sizes[index] for index in shard) for shard in balanced]
         assert max(loads) == max(9, -(-32 // world)), "no rank has more than it must"
-    assert ALONE.is_main and ALONE.sum_numbers(1, 2.5) == [1, 2.5] and ALONE.broadcast("x") == "x"
+    assert SINGLE_RANK.is_main and SINGLE_RANK.sum_numbers(1, 2.5) == [1, 2.5] and SINGLE_RANK.broadcast("x") == "x"
 
 
 def in_ranks(world, work):
@@ -105,8 +105,8 @@ def test_collectives_are_correct_and_identical_on_all_ranks(dtype, shared, monke
             generator = torch.Generator().manual_seed(rank)
             return [torch.randn(3, 1000, generator=generator, dtype=dtype), torch.full((), float(rank), dtype=dtype)]
 
-        assert ranks.memory is not None
-        ranks = ranks if shared else replace(ranks, memory=None)
+        assert ranks.shared_memory is not None
+        ranks = ranks if shared else replace(ranks, shared_memory=None)
         found = mine(ranks.rank)
         ranks.sum_on_device(found)
         expected = [sum(parts) for parts in zip(*(mine(rank) for rank in range(3)), strict=True)]
@@ -195,7 +195,7 @@ TURNS = {"two": [(2, 99)], "four": [(4, 99)], "turns": [(1, 13), (2, 10), (4, 12
 )
 def test_several_ranks_reproduce_the_single_process_run(model, turns, tiny_corpus, tmp_path, monkeypatch):
     """Fifty steps in float64, in buckets of a few matrices; model 2's coherence loss ends half-way."""
-    monkeypatch.setattr(gradient_sync, "BUCKET_MB", 0.05)
+    monkeypatch.setattr(gradients, "BUCKET_MB", 0.05)
     alone(tiny_corpus, tmp_path / "alone", model, 99)
     for world, steps in TURNS[turns]:
         by(world, tiny_corpus, tmp_path / "others", model, steps)
@@ -221,16 +221,16 @@ def test_further_training_on_two_ranks_matches_one_process(trained, tmp_path):
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_out_of_memory_on_one_rank_restarts_the_step_on_all(where, tiny_corpus, tmp_path, monkeypatch):
-    """Parts of 2, 3 and 3 sequences. Only the last rank runs out of memory, before it has exchanged a gradient or
+    """Parts of 2, 3 and 3 sequences. Only the last rank runs out of memory, before it has all-reduced a gradient or
     after its first bucket: the others wait for it, and all restart the step."""
-    monkeypatch.setattr(gradient_sync, "BUCKET_MB", 0.01)
+    monkeypatch.setattr(gradients, "BUCKET_MB", 0.01)
     alone(tiny_corpus, tmp_path / "alone", "simone_enhanced", 12)
 
     def train(ranks):
         real, failures = GradientSync.loss, []
 
         def fill(sync, buckets):
-            if sync.exchanging and sync.buckets.done == buckets and not failures and ranks.rank == 2:
+            if sync.all_reducing and sync.buckets.done == buckets and not failures and ranks.rank == 2:
                 failures.append(buckets)
                 raise torch.OutOfMemoryError("CUDA out of memory")
 

@@ -108,7 +108,7 @@ def test_micro_batch_trial_does_not_affect_training(tiny_corpus, tmp_path):
             "simone_enhanced", tiny_settings("simone_enhanced", tiny_corpus, tmp_path / str(trial), dropout=0.2)
         )
         if not trial:
-            loop.gradients.find_micro_batch = lambda state, share_done: None
+            loop.gradients.find_micro_batch = lambda state, progress: None
         loop.run(StopAfter())
         weights = newest_checkpoint(loop.checkpoint_root).tensors("model")
         found.append((weights, [record["train_loss"] for record in read_history(loop.step_log.path)]))

@@ -20,7 +20,7 @@ from mvlm_core.export.manifest import training_config
 from mvlm_core.settings import CONTINUED_RATE, parse_settings
 from mvlm_core.training.checkpoint import newest_checkpoint
 from mvlm_core.training.history import read_history
-from mvlm_core.training.init_from import open_source
+from mvlm_core.training.init_from import open_export
 from mvlm_core.training.plan import plan_run
 from mvlm_core.training.preparation import old_text
 from mvlm_core.training.run import run_training
@@ -71,14 +71,14 @@ def test_gain_and_forgetting_match_the_scores_of_both_exports(model, trained, co
     card = (folder / "README.md").read_text()
     for name in ("validation_bpb_before", "test_bpb_before", "old_test_bpb_before", "old_test_bpb"):
         assert f"| {results[name]:.4f} |" in card
-    assert config["init_from"]["manifest_sha256"] == open_source(str(trained / model)).sha256
+    assert config["init_from"]["manifest_sha256"] == open_export(str(trained / model)).sha256
     assert "First trained on" in card and "Translations: kjv" in card and "Translations: plain" in card
     assert (folder / "tokenizer.json").read_bytes() == (trained / model / "tokenizer.json").read_bytes()
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_training_starts_from_the_exports_weights_and_resumes_bit_identically(model, trained, tmp_path):
-    settings = {place: further(model, trained, tmp_path / place) for place in ("whole", "parts")}
+    settings = {name: further(model, trained, tmp_path / name) for name in ("whole", "parts")}
     whole = make_loop(model, settings["whole"])
     first = load_file(trained / model / "model.safetensors")
     assert all(torch.equal(whole.task.weights()[f"model.{name}"], tensor) for name, tensor in first.items())
@@ -95,7 +95,7 @@ def test_training_starts_from_the_exports_weights_and_resumes_bit_identically(mo
     assert losses[0] == losses[1] and len(losses[0]) == 12
 
 
-def test_source_and_replay_are_part_of_the_run_identity(trained, corpus, tmp_path):
+def test_base_and_replay_are_part_of_the_run_identity(trained, corpus, tmp_path):
     with pytest.raises(Stopped):
         make_loop("mvlm_gpt2", further("mvlm_gpt2", trained, tmp_path)).run(StopAfter(2))
     other = copy_export(trained / "mvlm_gpt2", tmp_path / "other")
@@ -118,8 +118,8 @@ def test_an_archive_gives_the_same_run_as_its_folder(trained, tmp_path):
     archive = tmp_path / "model.tar.gz"
     write_archive(trained / "simone_enhanced", archive)
     tasks = [
-        make_loop("simone_enhanced", further("simone_enhanced", trained, tmp_path / str(n), init_from=str(place))).task
-        for n, place in enumerate((trained / "simone_enhanced", archive))
+        make_loop("simone_enhanced", further("simone_enhanced", trained, tmp_path / str(n), init_from=str(path))).task
+        for n, path in enumerate((trained / "simone_enhanced", archive))
     ]
     assert tasks[0].identity == tasks[1].identity
     assert all(torch.equal(tensor, tasks[1].weights()[name]) for name, tensor in tasks[0].weights().items())
@@ -239,7 +239,7 @@ def test_all_problems_are_reported_in_one_error(trained, tmp_path):
     assert len(refused("simone_enhanced", trained, tmp_path, *given)) == 6
 
 
-def test_unusable_sources_are_refused_with_a_reason(trained, tmp_path):
+def test_unusable_exports_are_refused_with_a_reason(trained, tmp_path):
     def one(init_from, model="mvlm_gpt2", *arguments):
         problems = refused(model, trained, tmp_path, *arguments, init_from=init_from)
         assert len(problems) == 1
@@ -277,14 +277,14 @@ def test_malformed_training_configs_are_refused_or_harmless(trained, tmp_path):
     changed = [with_a_value_replaced(record, seed, odd[seed % len(odd)]) for seed in range(66)]
     for section, key in (("data", "data_dir"), ("data", "only"), ("settings", "train_mix"), ("settings", "num_heads")):
         changed += [record | {section: record[section] | {key: value}} for value in odd]
-    corpus, outcomes, place = load_corpus(trained / "corpus"), set(), str(source)
+    corpus, outcomes, path = load_corpus(trained / "corpus"), set(), str(source)
     for value in changed:
         (source / "training_config.json").write_text(json.dumps(value))
         seal(source, "simone_enhanced")
-        settings = PrioritaryConfig(init_from=place, data_dir=str(trained / "corpus"), device="cpu")
+        settings = PrioritaryConfig(init_from=path, data_dir=str(trained / "corpus"), device="cpu")
         if settings.problems():
             outcomes.add("refused")
             continue
-        old, problem = raises_only(UserError, lambda settings=settings: old_text(settings, open_source(place), corpus))
+        old, problem = raises_only(UserError, lambda settings=settings: old_text(settings, open_export(path), corpus))
         outcomes.add("refused later" if problem else "not measured" if old is None else "measured")
     assert outcomes == {"refused", "refused later", "not measured", "measured"}

@@ -1,4 +1,4 @@
-"""Surprise: bits of tokens and sentences agree with bits per byte and with generation."""
+"""Surprisal: bits of tokens and sentences agree with bits per byte and with generation."""
 
 import math
 
@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from mvlm_core.evaluation.bits_per_byte import encode, score_loaded
-from mvlm_core.evaluation.surprise import (
+from mvlm_core.evaluation.surprisal import (
     Token,
     bits_by_part,
-    fitting,
-    governance,
-    read,
+    fit_to_context,
+    governance_traces,
+    score_tokens,
     sentences,
+    stream_tokens,
     words,
-    write,
 )
 from tests.evaluation import CONTEXT
 
@@ -25,7 +25,7 @@ TEXT = "“Fear not,” said he; é 🕊 for unto you!  Behold.\nAnd it came to 
 def test_token_bits_add_up_to_the_bits_per_byte_score(make, tokenizer, real_text, name):
     model, text = make(name), real_text[0]
     ids = encode(tokenizer, text)
-    tokens = read(model, tokenizer, ids, batch_size=3)
+    tokens = score_tokens(model, tokenizer, ids, batch_size=3)
     assert len(ids) > 3 * CONTEXT and [token.id for token in tokens] == ids
     assert "".join(token.text for token in tokens) == text
     nats = score_loaded(model, tokenizer, [("text", text)]).nats
@@ -38,9 +38,9 @@ def test_token_bits_add_up_to_the_bits_per_byte_score(make, tokenizer, real_text
 @pytest.mark.parametrize("temperature", (0, 0.9))
 def test_generated_tokens_have_the_same_bits_when_scored_again(make, tokenizer, name, temperature):
     model = make(name)
-    ids, length = fitting(model, tokenizer, "In the beginning", 20)
-    drawn = list(write(model, tokenizer, ids, length, temperature=temperature, top_p=0.95, seed=3))
-    again = read(model, tokenizer, [*ids, *(token.id for token in drawn)])[len(ids) :]
+    ids, length = fit_to_context(model, tokenizer, "In the beginning", 20)
+    drawn = list(stream_tokens(model, tokenizer, ids, length, temperature=temperature, top_p=0.95, seed=3))
+    again = score_tokens(model, tokenizer, [*ids, *(token.id for token in drawn)])[len(ids) :]
     assert [token.bits for token in drawn] == pytest.approx([token.bits for token in again], abs=1e-3)
 
 
@@ -49,7 +49,9 @@ def test_generation_is_seeded_and_stops_at_the_end_token(make, tokenizer):
     ids = encode(tokenizer, "In the beginning")
 
     def text(seed, temperature=1.0):
-        return [token.id for token in write(model, tokenizer, ids, 8, temperature=temperature, top_p=1, seed=seed)]
+        return [
+            token.id for token in stream_tokens(model, tokenizer, ids, 8, temperature=temperature, top_p=1, seed=seed)
+        ]
 
     assert text(1) == text(1) != text(2) and text(1, 0) == text(2, 0)
     first = text(1, 0)[0]
@@ -61,14 +63,14 @@ def test_generation_is_seeded_and_stops_at_the_end_token(make, tokenizer):
 def test_prompt_and_length_share_the_context(make, tokenizer):
     model = make()
     short, long = "In the", "and it came to pass " * 200
-    assert fitting(model, tokenizer, short, 10) == (encode(tokenizer, short), 10)
-    ids, length = fitting(model, tokenizer, short, 10_000)
+    assert fit_to_context(model, tokenizer, short, 10) == (encode(tokenizer, short), 10)
+    ids, length = fit_to_context(model, tokenizer, short, 10_000)
     assert 1 + len(ids) + length == CONTEXT
     for wanted in (1, 10_000):
-        ids, length = fitting(model, tokenizer, long, wanted)
+        ids, length = fit_to_context(model, tokenizer, long, wanted)
         assert 1 + len(ids) + length == CONTEXT and ids == encode(tokenizer, long)[-len(ids) :]
         assert length == min(wanted, (CONTEXT - 1) // 2), "half of the context is the prompt's"
-    assert fitting(model, tokenizer, "", 5) == ([], 5)
+    assert fit_to_context(model, tokenizer, "", 5) == ([], 5)
 
 
 def test_sentence_splitting_preserves_the_whole_text():
@@ -96,16 +98,18 @@ def test_words_include_the_whitespace_before_them():
 
 def test_governance_traces_are_averaged_over_heads_and_word_tokens(make, tokenizer):
     model = make()
-    tokens = read(model, tokenizer, encode(tokenizer, "In the beginning God created the heaven"))
-    heads = governance(model, tokenizer, tokens)
-    assert "".join(heads.words) == "In the beginning God created the heaven" and heads.layers == ["layer 1", "layer 2"]
-    assert list(heads.fields) == ["policy", "memory", "entropy", "distance"]
+    tokens = score_tokens(model, tokenizer, encode(tokenizer, "In the beginning God created the heaven"))
+    found = governance_traces(model, tokenizer, tokens)
+    assert "".join(found.words) == "In the beginning God created the heaven" and found.layers == ["layer 1", "layer 2"]
+    assert list(found.fields) == ["policy", "memory", "entropy", "distance"]
     ids = torch.tensor([[tokenizer.bos_token_id, *(token.id for token in tokens)]])
     with torch.inference_mode():
         traces = model(ids, output_traces=True).traces
-    place = next(n for n, group in enumerate(words([token.text for token in tokens])) if len(group) > 1)
-    group = [n + 1 for n in words([token.text for token in tokens])[place]]
+    word = next(n for n, group in enumerate(words([token.text for token in tokens])) if len(group) > 1)
+    group = [n + 1 for n in words([token.text for token in tokens])[word]]
     expected = traces[1][0, group, :, 3].mean()
-    assert heads.fields["distance"][1][1][place] == pytest.approx(float(expected), rel=1e-4)
-    assert all(len(row) == len(heads.words) for _, rows in heads.fields.values() for row in rows)
-    assert governance(make("gpt2"), tokenizer, tokens) is None and governance(model, tokenizer, []) is None
+    assert found.fields["distance"][1][1][word] == pytest.approx(float(expected), rel=1e-4)
+    assert all(len(row) == len(found.words) for _, rows in found.fields.values() for row in rows)
+    assert (
+        governance_traces(make("gpt2"), tokenizer, tokens) is None and governance_traces(model, tokenizer, []) is None
+    )

@@ -6,7 +6,7 @@ import torch
 from benchmarks.experiments.classic_parts import CLASSIC_PARTS
 from benchmarks.experiments.runner import recipe_of
 from mvlm_core.hardware import choose_hardware
-from mvlm_core.training.cost import TokenizerShape
+from mvlm_core.training.cost import StubTokenizer
 from tests.helpers import tiny_settings
 
 
@@ -14,7 +14,7 @@ def built(part, folder):
     settings = tiny_settings("simone_enhanced", folder, folder, hidden_dim=64, num_layers=3)
     torch.manual_seed(0)
     return recipe_of("simone_enhanced", part).build(
-        settings, TokenizerShape(400), choose_hardware(device="cpu", precision="fp32")
+        settings, StubTokenizer(400), choose_hardware(device="cpu", precision="fp32")
     )
 
 

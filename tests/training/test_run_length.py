@@ -7,9 +7,8 @@ from mvlm_core.training import checkpoint as checkpoints
 from mvlm_core.training.checkpoint import newest_checkpoint
 from mvlm_core.training.history import read_history
 from mvlm_core.training.optimizer import learning_rate_scale
-from mvlm_core.training.run_length import RunLength
+from mvlm_core.training.run_length import RunLength, steps_within
 from mvlm_core.training.state import LoopState
-from mvlm_core.training.time_budget import steps_within
 from tests.helpers import (
     MODELS,
     ImmediateThread,
@@ -44,9 +43,9 @@ def clocked_loop(tiny_corpus, monkeypatch):
         loop = make_loop(model, settings)
         loss, evaluate = loop.task.loss, loop.task.evaluate
 
-        def slow_loss(inputs, targets, weights, share_done, teacher):
-            now[0] += FADED_STEP if own and share_done >= 0.5 else STEP
-            return loss(inputs, targets, weights, share_done, teacher)
+        def slow_loss(inputs, targets, weights, progress, teacher):
+            now[0] += FADED_STEP if own and progress >= 0.5 else STEP
+            return loss(inputs, targets, weights, progress, teacher)
 
         def slow_evaluation():
             now[0] += EVALUATION
@@ -131,7 +130,7 @@ def test_run_without_max_hours_keeps_the_usual_schedule():
     length = RunLength(100, 10)
     assert str(length) == "100" and not length.is_reached(99) and length.is_reached(100)
     for step in range(100):
-        assert length.share(step) == step / 100
+        assert length.progress(step) == step / 100
         assert length.learning_rate_scale(step, "cosine") == learning_rate_scale(step, 100, 10, "cosine")
 
 

@@ -40,7 +40,7 @@ def tokens_of(tokenizer: Any, scored: Iterable[tuple[int, float]]) -> Iterator[T
 
 
 @torch.inference_mode()
-def read(model: Any, tokenizer: Any, ids: Sequence[int], *, batch_size: int = 8) -> list[Token]:
+def score_tokens(model: Any, tokenizer: Any, ids: Sequence[int], *, batch_size: int = 8) -> list[Token]:
     """Score the tokens of a text of any length, each once and in the same windows as bits per byte."""
     every = list(windows("", list(ids), tokenizer.bos_token_id, context_of(model)))
     bits: list[float] = []
@@ -50,7 +50,7 @@ def read(model: Any, tokenizer: Any, ids: Sequence[int], *, batch_size: int = 8)
     return list(tokens_of(tokenizer, zip(ids, bits, strict=True)))
 
 
-def fitting(model: Any, tokenizer: Any, prompt: str, length: int) -> tuple[list[int], int]:
+def fit_to_context(model: Any, tokenizer: Any, prompt: str, length: int) -> tuple[list[int], int]:
     """Fit a prompt and a continuation into the context; return the prompt's ids and the continuation's length.
 
     The continuation is shortened to the space left by the prompt, but to no less than half the context; beyond that the
@@ -63,7 +63,7 @@ def fitting(model: Any, tokenizer: Any, prompt: str, length: int) -> tuple[list[
 
 
 @torch.inference_mode()
-def write(
+def stream_tokens(
     model: Any, tokenizer: Any, ids: list[int], length: int, *, temperature: float, top_p: float, seed: int
 ) -> Iterator[Token]:
     """Stream up to ``length`` tokens that continue ``ids``; generation stops after the end token.
@@ -133,7 +133,7 @@ def words(texts: Sequence[str]) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
-class Heads:
+class GovernanceTraces:
     """Traces of a model's governance heads: field → meaning and ``[layer][word]`` values, averaged over the word's
     tokens and the layer's heads."""
 
@@ -143,7 +143,7 @@ class Heads:
 
 
 @torch.inference_mode()
-def governance(model: Any, tokenizer: Any, tokens: Sequence[Token]) -> Heads | None:
+def governance_traces(model: Any, tokenizer: Any, tokens: Sequence[Token]) -> GovernanceTraces | None:
     """Compute governance traces over a text that fits the context; None if the model has none."""
     if not tokens or not getattr(model, "trace_fields", None):
         return None
@@ -153,7 +153,7 @@ def governance(model: Any, tokenizer: Any, tokens: Sequence[Token]) -> Heads | N
     means = torch.stack([traces[:, indices].mean(dim=1) for indices in groups], dim=1)  # layer, word, field
     layers = [f"layer {number}" for number in range(1, len(means) + 1)]
     fields = enumerate(model.trace_fields.items())
-    return Heads(
+    return GovernanceTraces(
         ["".join(tokens[index].text for index in indices) for indices in groups],
         layers,
         {name: (meaning, means[:, :, number].tolist()) for number, (name, meaning) in fields},

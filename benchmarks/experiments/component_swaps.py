@@ -1,6 +1,7 @@
-"""Ablation parts: model 2 with one modern part replaced by its classic counterpart, at a similar parameter count.
+"""Component swaps for ablations: model 2 with one component replaced by its classic counterpart, or removed, at a
+similar parameter count.
 
-Each function replaces modules of a built model. The exported modelling files do not match the resulting weights, so
+Each function changes a built model. The exported modelling files do not match the resulting weights, so
 only the figures of such an export can be used, with ``no_test_score``.
 """
 
@@ -63,17 +64,17 @@ def learned_positions(model: EnhancedSIMONEModel) -> None:
     model.rotary.register_forward_hook(lambda *call: (torch.ones_like(call[2][0]), torch.zeros_like(call[2][1])))
 
 
-CLASSIC_PARTS: dict[str, Callable[[EnhancedSIMONEModel], None]] = {
-    part.__name__: part for part in (layer_norm, gelu, no_pointer, plain_queries, learned_positions)
+COMPONENT_SWAPS: dict[str, Callable[[EnhancedSIMONEModel], None]] = {
+    swap.__name__: swap for swap in (layer_norm, gelu, no_pointer, plain_queries, learned_positions)
 }
 
 
-def with_classic_part(recipe: Recipe, part: str) -> Recipe:
-    """Return model 2's recipe with one of ``CLASSIC_PARTS``."""
+def with_component_swap(recipe: Recipe, name: str) -> Recipe:
+    """Return model 2's recipe with one of ``COMPONENT_SWAPS``."""
 
     def build(config: PrioritaryConfig, tokenizer: ByteLevelBPE, hardware: Hardware) -> BuiltModel:
         model = EnhancedSIMONEModel(model_config(config, tokenizer, hardware.attention_backend))
-        CLASSIC_PARTS[part](model)
+        COMPONENT_SWAPS[name](model)
         return add_training(model, config, hardware)
 
     return replace(recipe, build=build)
