@@ -29,7 +29,7 @@ EXAMPLES = """examples:
   python mvlm_trainer.py                     train with the preset for this machine
   python mvlm_trainer.py --preset smoke      one-minute smoke test
   python mvlm_trainer.py --num_epochs 2 --learning_rate 6e-4
-  python mvlm_trainer.py --init_from models/mvlm_gpt2 --data_dir my_texts --output_dir models/further \\
+  python mvlm_trainer.py --init_from models/mvlm_gpt2 --data_dir my_texts --output_dir models/fine_tuned \\
       --replay mvlm_training_dataset_complete=0.2
                                              fine-tune a trained model on your own text
 If interrupted, run the same command again, without --fresh: training resumes from the newest checkpoint.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from bible_corpus.books import PRIMARY_TRANSLATION
-from mvlm_core.settings import CONTINUED, TrainingSettings
+from mvlm_core.settings import FINE_TUNING, TrainingSettings
 
 
 @dataclass
@@ -17,5 +17,5 @@ class BibleSettings(TrainingSettings):
         # Half of the training text is the primary translation, the other half all translations equally.
         "cpu": {"train_mix": f"bible/{PRIMARY_TRANSLATION}=16"},
         "smoke": {"data_subset": f"bible/{PRIMARY_TRANSLATION}"},
-        CONTINUED: {"train_mix": None, "data_subset": None},  # fine-tuning uses the user's text
+        FINE_TUNING: {"train_mix": None, "data_subset": None},  # fine-tuning uses the user's text
     }

@@ -28,8 +28,8 @@ SCHEDULES = ("cosine", "linear")
 OPTIMIZERS = ("adamw", "muon")
 VALIDATION_TEXTS = ("primary", "all")
 LENGTHS = ("num_epochs", "max_steps", "max_tokens", "max_bytes", "max_hours")
-CONTINUED = "init_from"  # key in PRESETS: values that --init_from applies on top of any preset
-CONTINUED_RATE = 0.3  # times the preset's peak learning rate
+FINE_TUNING = "init_from"  # key in PRESETS: values that --init_from applies on top of any preset
+FINE_TUNING_RATE = 0.3  # times the preset's peak learning rate
 Settings = TypeVar("Settings", bound="TrainingSettings")
 
 
@@ -77,7 +77,7 @@ _model = partial(option, group="model", identity=True)
 _optimization = partial(option, group="optimisation", identity=True)
 _length = partial(option, group="length", minimum=1)
 _hardware = partial(option, group="hardware")
-_further = partial(option, group="further training")
+_fine_tuning = partial(option, group="fine-tuning")
 _distillation = partial(option, group="distillation")
 
 
@@ -126,7 +126,7 @@ class TrainingSettings:
             "checkpoint_interval": 20,
             "log_interval": 5,
         },
-        CONTINUED: {"num_epochs": 2.0, "num_models": 1},
+        FINE_TUNING: {"num_epochs": 2.0, "num_models": 1},
     }
     # For presets with teachers: (upper limit of --max_hours, number of models), from the same experiments. On an H200,
     # one model takes about 2.5 minutes for three epochs, and teachers should take a quarter to a third of the time.
@@ -152,13 +152,13 @@ class TrainingSettings:
         "or 64 KB if there is none) or all", choices=VALIDATION_TEXTS, identity=True,
     )  # fmt: skip
 
-    init_from: str | None = _further(
+    init_from: str | None = _fine_tuning(
         None, "continue training this export (folder or .tar.gz): its weights, shape and tokenizer, and by default its "
-        f"preset, with {CONTINUED_RATE} times the learning rate and at most 2 epochs",
+        f"preset, with {FINE_TUNING_RATE} times the learning rate and at most 2 epochs",
     )  # fmt: skip
-    replay: str | None = _further(
-        None, "FOLDER=SHARE: to reduce forgetting, draw this share of sequences from the training text of that corpus; "
-        "its test text is scored before and after (default: that of the export's own corpus, if available)",
+    replay: str | None = _fine_tuning(
+        None, "FOLDER=SHARE: to reduce forgetting, draw this share of the sequences from the training text of that corpus, "
+        "and score its test text before and after (without --replay: that of the export's own corpus, if unchanged)",
     )  # fmt: skip
 
     teacher: Sequence[str] = _distillation(
@@ -169,7 +169,7 @@ class TrainingSettings:
         "helps when text is repeated for many epochs", minimum=1,
     )  # fmt: skip
     teacher_epochs: float = _distillation(
-        3.0, "train a teacher for at most this many epochs: a model without a teacher overfits sooner", above=0
+        3.0, "maximum epochs per teacher: without a teacher of its own, a model overfits sooner", above=0
     )
 
     vocab_size: int = _model(32000, "vocabulary size", minimum=MIN_VOCABULARY, maximum=1_000_000)
@@ -199,11 +199,11 @@ class TrainingSettings:
     max_tokens: int | None = _length(None, "stop after this many tokens")
     max_bytes: int | None = _length(None, "stop after this many bytes of training text")
     max_hours: float | None = option(
-        None, "train for at most this many hours, including evaluations and checkpoints: the number of steps is fixed "
-        "after timing the first minute (or tenth of the limit); setup and final scoring are extra", "length", above=0,
+        None, "train for at most this many hours, with evaluations and checkpoints, without set-up and final scoring; "
+        "the number of steps is fixed after timing the first minute (or a tenth of the limit)", "length", above=0,
     )  # fmt: skip
     patience: int | None = _length(None, "stop after this many evaluations without improvement")
-    min_epochs: float = _length(1.0, "never stop early before this many epochs", minimum=0)
+    min_epochs: float = _length(1.0, "no early stopping before this many epochs", minimum=0)
 
     seed: int = option(0, "seed for weights, data order and dropout", minimum=0, maximum=2**32 - 1, identity=True)
     device: str = _hardware("auto", "auto, cpu or cuda", choices=DEVICES)
@@ -230,9 +230,9 @@ class TrainingSettings:
     keep_checkpoints: int = option(2, "newest checkpoints to keep in addition to the best", minimum=2)
     resume_from: str | None = option(None, "resume from this checkpoint folder (default: the newest valid one)")
     dry_run: bool = option(False, "estimate memory and time without training")
-    prepare_only: bool = option(False, "only fill --cache_dir with the tokenizer and the tokens, without training")
+    prepare_only: bool = option(False, "only train the tokenizer and tokenize the text into --cache_dir")
     fresh: bool = option(False, "delete the run in --output_dir and start over")
-    no_test_score: bool = option(False, "do not read the test split; for sweeps, whose choices must not depend on it")
+    no_test_score: bool = option(False, "skip the test split; for hyperparameter sweeps")
     log_file: str | None = option(None, "also append the log to this file")
     tensorboard: bool = option(False, "also write TensorBoard event files to the output folder")
     quiet: bool = option(False, "no progress bar")
@@ -252,7 +252,7 @@ class TrainingSettings:
             if chosen["num_models"] == 1 and (self.num_models or 1) == 1 and self.num_epochs is None:
                 self.num_epochs = self.teacher_epochs or chosen["teacher_epochs"]
         if self.init_from is not None:
-            chosen = self._continued(chosen)
+            chosen = self._fine_tuning_values(chosen)
         # An explicit length replaces all of the preset's lengths: --max_steps 5000 means 5,000 steps, not the preset's
         # one epoch. If several are given, the first one reached ends the run.
         lengths = [name for name in LENGTHS if getattr(self, name) is not None]
@@ -275,14 +275,14 @@ class TrainingSettings:
         """Copy the values that must match the export of ``--init_from``; return conflicts with it."""
         return []
 
-    def _continued(self, chosen: dict[str, Any]) -> dict[str, Any]:
+    def _fine_tuning_values(self, chosen: dict[str, Any]) -> dict[str, Any]:
         """Adapt a preset's values to a run that starts from a trained model."""
         rates = {
-            entry.name: CONTINUED_RATE * chosen.get(entry.name, entry.metadata["default"])
+            entry.name: FINE_TUNING_RATE * chosen.get(entry.name, entry.metadata["default"])
             for entry in fields(self)
             if entry.name.endswith("learning_rate")
         }
-        return chosen | rates | self.preset_values(CONTINUED)
+        return chosen | rates | self.preset_values(FINE_TUNING)
 
     def problems(self) -> list[str]:
         """Return every problem with these values, one sentence each."""

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import prioritary_mvlm.enhanced_trainer  # noqa: F401  imported before a test forks, instead of once in each child
 from benchmarks.experiments.runner import SETTINGS, recipe_of
+from benchmarks.reliability.fault_injection import without_times
 from mvlm_core.hardware import choose_hardware
 from mvlm_core.signals import StopRequest
 from mvlm_core.training.checkpoint import newest_checkpoint
@@ -126,8 +127,6 @@ TINY = {
     "quiet": True,
 }
 MODELS = tuple(SETTINGS)
-# Fields of history records and checkpoint states that depend on the time taken or the memory in use.
-TIMES = ("seconds", "step_seconds", "spent", "timed_steps", "timed_seconds", "tokens_per_second", "memory_bytes")
 
 
 def tiny_settings(model: str, data_dir: Path, work: Path, **changes: Any) -> Any:
@@ -164,10 +163,6 @@ def make_loop(model: str, settings: Any, ranks: Ranks = SINGLE_RANK, compiled: b
     run = Run(recipe, settings, hardware, ranks)
     run.output_dir.mkdir(parents=True, exist_ok=True)
     return TrainingLoop(run, build_task(run, text))
-
-
-def without_times(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name not in TIMES}
 
 
 def final_state(loop: TrainingLoop) -> tuple[dict, dict, list[dict], dict]:
@@ -285,15 +280,15 @@ def cases(count: int) -> settings:
 
 def damaged(data: bytes, seed: int, zeros: int = 64) -> bytes:
     """``data`` with one kind of damage: a flipped bit, a cut, an insertion, zeros or a repeated part."""
-    chance, data = random.Random(seed), bytearray(data)
-    place = chance.randrange(len(data))
-    match chance.randrange(5):
+    rng, data = random.Random(seed), bytearray(data)
+    place = rng.randrange(len(data))
+    match rng.randrange(5):
         case 0:
-            data[place] ^= 1 << chance.randrange(8)
+            data[place] ^= 1 << rng.randrange(8)
         case 1:
             del data[place:]
         case 2:
-            data[place:place] = chance.randbytes(chance.randrange(1, 600))
+            data[place:place] = rng.randbytes(rng.randrange(1, 600))
         case 3:
             data[place : place + zeros] = bytes(len(data[place : place + zeros]))
         case 4:
@@ -303,10 +298,10 @@ def damaged(data: bytes, seed: int, zeros: int = 64) -> bytes:
 
 def with_a_value_replaced(value: Any, seed: int, new: Any) -> Any:
     """A copy of a JSON value with ``new`` in place of one of its parts, at any depth."""
-    chance, copy = random.Random(seed), json.loads(json.dumps(value))
+    rng, copy = random.Random(seed), json.loads(json.dumps(value))
     parent, key, node = None, None, copy
-    while isinstance(node, dict | list) and node and (parent is None or chance.random() < 0.8):
-        parent, key = node, chance.choice(list(node) if isinstance(node, dict) else range(len(node)))
+    while isinstance(node, dict | list) and node and (parent is None or rng.random() < 0.8):
+        parent, key = node, rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
         node = parent[key]
     if parent is None:
         return new

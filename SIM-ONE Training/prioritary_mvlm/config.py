@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from bible_corpus.settings import BibleSettings
-from mvlm_core.settings import CONTINUED, option
+from mvlm_core.settings import FINE_TUNING, option
 from mvlm_core.training.init_from import inherit
 
 NAME = "simone_enhanced"  # name of the export folder and the archive
@@ -49,7 +49,7 @@ class PrioritaryConfig(BibleSettings):
         },
         "cpu": SMALL,
         "smoke": SMALL,
-        CONTINUED: {"coherence_weight": 0.0},  # the export does not contain the coherence adapter
+        FINE_TUNING: {"coherence_weight": 0.0},  # the export does not contain the coherence adapter
     }
 
     MODELS_BY_HOURS: ClassVar[dict[str, tuple[tuple[float, int], ...]]] = {

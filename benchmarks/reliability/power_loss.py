@@ -211,32 +211,32 @@ def problems(bench: Bench, place: Path, promised: Promised) -> list[str]:
     from mvlm_core.files import sha256_file
     from mvlm_core.training.checkpoint import DamagedCheckpoint, checkpoint_folder, newest_checkpoint, open_checkpoint
 
-    folder, archive, losses = place / bench.model, place / f"{bench.model}_model.tar.gz", []
+    folder, archive, issues = place / bench.model, place / f"{bench.model}_model.tar.gz", []
     try:
         newest, history = newest_checkpoint(folder / "checkpoints"), bench.history(place)
         step = newest.step if newest else -1
         if step < promised.step:
-            losses.append(f"checkpoint of step {promised.step} lost, the newest is of {step}")
+            issues.append(f"checkpoint of step {promised.step} lost, the newest is of {step}")
         if history != bench.expected["history"][: len(history)]:
-            losses.append("the history differs from the uninterrupted run's")
+            issues.append("the history differs from the uninterrupted run's")
         if len(history) < step:
-            losses.append(f"the history ends at {len(history)}, before the checkpoint of {step}")
+            issues.append(f"the history ends at {len(history)}, before the checkpoint of {step}")
         if newest and newest.state["best_step"] not in (None, step):
             open_checkpoint(checkpoint_folder(folder / "checkpoints", newest.state["best_step"]))
         exported = not verify_folder(folder)
         if exported and sha256_file(folder / "model.safetensors") != bench.expected["export"]:
-            losses.append("the export holds other weights")
+            issues.append("the export holds other weights")
         if promised.exported and not exported:
-            losses.append("finished export lost")
+            issues.append("finished export lost")
         if archive.exists() and check_archive(archive):
-            losses.append("a damaged archive under its final name")
+            issues.append("a damaged archive under its final name")
         if promised.archived and not archive.exists():
-            losses.append("finished archive lost")
+            issues.append("finished archive lost")
     except DamagedCheckpoint as damage:
-        losses.append(f"the best checkpoint is lost: {damage}")
+        issues.append(f"the best checkpoint is lost: {damage}")
     except Exception as error:  # readers must not raise any other exception
-        losses.append(f"traceback: {type(error).__name__}: {error}")
-    return losses
+        issues.append(f"traceback: {type(error).__name__}: {error}")
+    return issues
 
 
 @dataclass
@@ -295,9 +295,9 @@ class Recording:
             seen[way] = tree, promised
             outcome.opened += 1
             with tempfile.TemporaryDirectory(dir=self.bench.root) as folder:
-                if losses := problems(self.bench, lay_out(tree, Path(folder) / "disk"), promised):
+                if issues := problems(self.bench, lay_out(tree, Path(folder) / "disk"), promised):
                     outcome.broken += 1
-                    print(f"  {outcome.run}, prefix {number}, {way}: {'; '.join(losses)}", flush=True)
+                    print(f"  {outcome.run}, prefix {number}, {way}: {'; '.join(issues)}", flush=True)
         return outcome
 
     def resume_some(self, count: int, seed: int) -> Outcome:

@@ -184,8 +184,7 @@ def repetition(
     """
     prompts, lengths, references = continuation_prompts(model, tokenizer, verses, words)
     greedy, sampled = (
-        continuations(model, tokenizer, prompts, lengths, sample=sample, seed=seed)
-        for sample in (None, Sampling())
+        continuations(model, tokenizer, prompts, lengths, sample=sample, seed=seed) for sample in (None, Sampling())
     )
     by_name = {"greedy": greedy, "sampled": sampled, "reference": references}
     return {name: diversity([text.split()[:words] for text in texts]) for name, texts in by_name.items()}

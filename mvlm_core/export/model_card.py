@@ -7,7 +7,7 @@ from typing import Any
 
 from mvlm_core.evaluation.results import share
 from mvlm_core.files import template
-from mvlm_core.metrics import FURTHER_TRAINING, METRICS
+from mvlm_core.metrics import FINE_TUNING_METRICS, METRICS
 
 
 def model_card(config: dict[str, Any], *, title: str, description: str, sources: str, remote_code: bool) -> str:
@@ -19,7 +19,7 @@ def model_card(config: dict[str, Any], *, title: str, description: str, sources:
         remote_code: whether the export includes its modelling files.
     """
     results, settings = config["results"], config["settings"]
-    known = [metric for metric in (*METRICS, *FURTHER_TRAINING) if metric.name in results]
+    known = [metric for metric in (*METRICS, *FINE_TUNING_METRICS) if metric.name in results]
     figures = [(metric.title, metric.text(results[metric.name])) for metric in known]
     figures += [
         ("vocabulary", f"{config['tokenizer']['vocab_size']:,}"),

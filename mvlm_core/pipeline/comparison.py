@@ -6,17 +6,15 @@ than one run with one seed supports.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from mvlm_core.evaluation.compression import LABELS
 from mvlm_core.evaluation.results import rows as suite_rows
-from mvlm_core.metrics import BY_NAME, METRICS, PRIMARY_TEST_BPB
+from mvlm_core.metrics import BY_NAME, METRICS, NOISE_BPB, PRIMARY_TEST_BPB
 from mvlm_core.run_layout import finite_number
 
-NOISE_NATS = 0.005  # nats per token; smaller differences between single runs are noise
 # Must be equal for a fair comparison: metric, label for the sentence, and relative tolerance.
-FAIRNESS = (("parameters", "parameters", 0.02), ("bytes", "bytes of training text", 0.01))
+FAIRNESS = (("parameters", "parameters", 0.02), ("bytes", "training text", 0.01))
 PARTS = ("book", "translation")
 
 
@@ -78,14 +76,11 @@ def _sentences(result: dict[str, Any], names: list[str]) -> list[str]:
         for key, label, tolerance in FAIRNESS:
             ratio = result[key]["ratio"]
             if ratio is not None:
-                fair = abs(ratio - 1) <= tolerance
-                unequal = "NOT equal, so the scores do not compare like with like"
-                verdict = f"equal within {tolerance:.0%}" if fair else unequal
-                sentences.append(f"{names[1]} has {ratio:.3f} times the {label} of {names[0]}: {verdict}.")
-        sentences.append(
-            "One seed each: this is the outcome of two runs, not an average; differences under "
-            f"{NOISE_NATS} nats per token are noise."
-        )
+                matched = abs(ratio - 1) <= tolerance
+                unmatched = "NOT matched, so the scores are not directly comparable"
+                verdict = f"matched within {tolerance:.0%}" if matched else unmatched
+                sentences.append(f"Ratio of {label}, {names[1]} to {names[0]}: {ratio:.3f}, {verdict}.")
+        sentences.append(f"One run per model: differences below {NOISE_BPB} bits per byte are noise.")
     return sentences + _against_baselines(result, names)
 
 
@@ -94,19 +89,14 @@ def _verdict(result: dict[str, Any], names: list[str]) -> list[str]:
     scores = result["test_bpb"]
     if None in (scores[name] for name in names):
         return []
-    sizes = [(result["bytes"][name], result["tokens"][name]) for name in names]
-    bytes_per_token = [text / tokens for text, tokens in sizes if text and tokens]
     better, worse = sorted(names, key=lambda name: scores[name])
-    difference, amount = scores[worse] - scores[better], ""
-    if bytes_per_token:
-        nats = difference * math.log(2) * sum(bytes_per_token) / len(bytes_per_token)
-        if nats < NOISE_NATS:
-            both = " and ".join(f"{scores[name]:.4f}" for name in names)
-            return [f"On the test text both score the same within noise ({both} bits per byte)."]
-        amount = f", about {nats:.3f} nats per token"
+    difference = scores[worse] - scores[better]
+    if difference < NOISE_BPB:
+        both = " and ".join(f"{scores[name]:.4f}" for name in names)
+        return [f"On the test text both score the same within noise ({both} bits per byte)."]
     return [
         f"On the test text {better} scores {scores[better]:.4f} bits per byte, {worse} {scores[worse]:.4f}: "
-        f"{difference / scores[worse]:.1%} less{amount}."
+        f"{difference / scores[worse]:.1%} lower."
     ]
 
 
@@ -116,7 +106,7 @@ def _against_baselines(result: dict[str, Any], names: list[str]) -> list[str]:
         return []
     scores = result[PRIMARY_TEST_BPB if baselines["translation"] else "test_bpb"]
     label, best = LABELS["ppmd_order_16"], baselines["ppmd_order_16"]
-    verdicts = "the model loses to a compressor, so it is undertrained", "the model predicts this text better"
+    verdicts = "worse than the compressor: the model is undertrained", "the model predicts this text better"
     return [
         f"{name} scores {scores[name]:.3f} bits per byte on {_baseline_text(baselines)}, {label} {best:.3f}: "
         f"{verdicts[scores[name] < best]}."

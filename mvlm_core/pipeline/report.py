@@ -15,6 +15,7 @@ from mvlm_core.export.file_checks import check_export
 from mvlm_core.export.manifest import corpus_choice, training_config
 from mvlm_core.files import read_json, template, write_atomic
 from mvlm_core.hardware import choose_hardware
+from mvlm_core.metrics import BY_NAME
 from mvlm_core.pipeline.comparison import baseline_lines, evaluation_rows, metric_rows
 from mvlm_core.pipeline.plots import figures
 from mvlm_core.run_layout import Layout, training_history
@@ -136,6 +137,8 @@ def make_report(layout: Layout, data_dir: str, sources: Path, *, device: str, se
         facts=facts(summary, {name: config for name, config in configs.items() if config}),
         names=names,
         sentences=comparison.get("sentences", []),
+        test=comparison.get("test_bpb"),
+        test_metric=BY_NAME["test_bpb"],
         metrics=metric_rows(comparison, names) if comparison else [],
         baselines=baseline_lines(comparison),
         suite=evaluation_rows(comparison, names),

@@ -328,10 +328,14 @@ def validate_models(job: Job, summary: Summary, signals: Signals) -> bool:
 
 
 def make_report(job: Job, signals: Signals) -> None:
-    """Write `models/report.html`."""
+    """Write `models/report.html` and copy it to the downloads."""
     log.info("=== report")
-    job.layout.page.unlink(missing_ok=True)
-    _run_optional("the report", job.script_command("report", "--work_dir", job.layout.root), signals)
+    page = job.layout.page
+    copy = job.layout.downloads / page.name
+    for file in (page, copy):
+        file.unlink(missing_ok=True)
+    if _run_optional("the report", job.script_command("report", "--work_dir", job.layout.root), signals):
+        shutil.copyfile(page, copy)
 
 
 def log_results(layout: Layout, summary: Summary, compared: list[str], log_file: Path) -> None:

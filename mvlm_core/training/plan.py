@@ -117,10 +117,7 @@ def plan_run(
     *teachers, student = teacher_and_student_settings(settings)
     cached = replace(text, has_tokenizer=True, has_tokens=True, test_bytes=0)
     estimates = [_items(teacher, one, cached, rate, compiled, hardware.threads) for teacher in teachers]
-    # All teachers have the same compiled graphs; the student's step has graphs of its own.
-    teacher_items = [
-        item for n, (_, items) in enumerate(estimates) for item in items if n == 0 or item.name != COMPILATION
-    ]
+    teacher_items = _compiled_once([items for _, items in estimates])
     student = with_time_left(student, _timed(teacher_items))
     steps, items = _items(student, one, text, rate, compiled, hardware.threads)
     expected: list[str] = []
@@ -271,6 +268,11 @@ def _items(
         ),
     ]
     return steps, items
+
+
+def _compiled_once(teachers: list[list[Item]]) -> list[Item]:
+    """Items of all teachers: these have the same compiled graphs, while the student's step has graphs of its own."""
+    return [item for n, items in enumerate(teachers) for item in items if n == 0 or item.name != COMPILATION]
 
 
 def _timed(items: list[Item]) -> float:

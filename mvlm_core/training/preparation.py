@@ -42,7 +42,7 @@ class PreparedText:
 
     Attributes:
         only: the subfolder the corpus is limited to, if any.
-        base, old: for further training, the export to start from and the text that may be forgotten.
+        base, old: for fine-tuning, the export to start from and the text that may be forgotten.
         teachers: the exports to distill from.
     """
 
@@ -153,7 +153,7 @@ def tokenizer_path(settings: TrainingSettings) -> Path | str | None:
 
 
 def old_text(settings: TrainingSettings, base: PretrainedExport, new: Corpus) -> OldText | None:
-    """Load the text that further training may make a model forget; log and return None if it is not on this machine.
+    """Load the text that fine-tuning may make a model forget; log and return None if it is not on this machine.
 
     Raises:
         UserError: the corpus of ``--replay`` cannot be read.

@@ -157,7 +157,7 @@ def describe_text(text: PreparedText) -> str:
         first = old
     share = float(text.batches.replay_share)
     return (
-        f"First trained on: {first}\n\nThen trained further, from the export whose manifest has the SHA-256 "
+        f"First trained on: {first}\n\nThen fine-tuned, from the export whose manifest has the SHA-256 "
         f"`{text.base.sha256}`, on: {describe_sources(text.corpus)}"
     ) + (f"\n\nReplay ({share:.3g} of the sequences) from: {old}" if share else "")
 
@@ -172,4 +172,4 @@ def log_scores(results: dict[str, Any], score: Score, corpus: Corpus) -> None:
     for name in ("validation_bpb", "test_bpb", "old_test_bpb") if "old_test_bpb" in results else ():
         now, before = results[name], results[f"{name}_before"]
         change = "not measured" if None in (now, before) else f"{before:.4f} → {now:.4f} ({now / before - 1:+.1%})"
-        log.info("further training, %s: %s", BY_NAME[name].title, change)
+        log.info("fine-tuning, %s: %s", BY_NAME[name].title, change)

@@ -50,7 +50,7 @@ class TrainingTask(BuiltModel):
         evaluate: returns validation bits per byte of the current weights.
         identity: settings, data and tokenizer; a checkpoint resumes only if its identity is equal.
         teachers: frozen models on the device, of which each micro-batch distils from one.
-        score_before: returns scores of an export's weights before the first step of further training.
+        score_before: returns scores of an export's weights before the first step of fine-tuning.
     """
 
     batches: BatchSource

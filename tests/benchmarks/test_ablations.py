@@ -12,26 +12,26 @@ def options_of(tmp_path, *arguments):
 
 @pytest.mark.parametrize("preset", ["cpu", "smoke", "h200"])
 def test_every_variant_is_one_valid_change(tmp_path, preset):
-    runs = ablations.plan(options_of(tmp_path, "--preset", preset, "--seeds", "1", "--max_bytes", "1000"))
-    lines = ablations.lines(preset)
-    assert [run.label for run in runs] == list(lines) and len({run.folder for run in runs}) == len(lines)
+    runs = ablations.make_runs(options_of(tmp_path, "--preset", preset, "--seeds", "1", "--max_bytes", "1000"))
+    variants = ablations.variants_of(preset)
+    assert [run.label for run in runs] == list(variants) and len({run.folder for run in runs}) == len(variants)
     settings = {run.label: run.settings().check() for run in runs}
     for run in runs:
-        mine, reference = settings[run.label], settings[ablations.REFERENCES[run.model]]
-        assert mine.max_bytes == 1000 and mine.no_test_score
-        differing = {name for name, value in mine.identity().items() if value != reference.identity()[name]}
-        assert differing == set(lines[run.label].changes)
-        assert bool(differing) or bool(run.classic_part) == (mine is not reference)
+        changed, reference = settings[run.label], settings[ablations.REFERENCES[run.model]]
+        assert changed.max_bytes == 1000 and changed.no_test_score
+        differing = {name for name, value in changed.identity().items() if value != reference.identity()[name]}
+        assert differing == set(variants[run.label].overrides)
+        assert bool(differing) or bool(run.component_swap) == (changed is not reference)
     assert settings["no_coherence"].coherence_weight == 0.0
     assert settings["base_half_rate"].learning_rate == settings["baseline"].learning_rate / 2
     assert ("tied_head" in settings) == (preset != "h200")
 
 
 def test_only_option_includes_the_reference_and_refuses_unknown_names(tmp_path):
-    runs = ablations.plan(options_of(tmp_path, "--only", "base_linear", "--seeds", "1"))
+    runs = ablations.make_runs(options_of(tmp_path, "--only", "base_linear", "--seeds", "1"))
     assert [run.label for run in runs] == ["baseline", "base_linear"]
     with pytest.raises(UserError, match="no_such"):
-        ablations.plan(options_of(tmp_path, "--only", "full,no_such"))
+        ablations.make_runs(options_of(tmp_path, "--only", "full,no_such"))
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,10 @@ def test_table_spread_and_deviation_formatting():
 
 
 def test_show_prints_the_table_and_writes_the_json_file(tmp_path, capsys):
-    options = command.new_parser("").parse_args(["--json", str(tmp_path / "found.json")])
+    options = command.new_parser("").parse_args(["--json", str(tmp_path / "results.json")])
     command.show("a table", {"figure": 1}, options)
     assert capsys.readouterr().out == "a table\n"
-    assert json.loads((tmp_path / "found.json").read_text()) == {"figure": 1}
+    assert json.loads((tmp_path / "results.json").read_text()) == {"figure": 1}
 
 
 def test_bad_options_are_refused():
@@ -33,8 +33,8 @@ def test_bad_options_are_refused():
             command.whole_numbers(text)
     options = argparse.Namespace(rounds=0, steps=1)
     assert command.at_least_one(options, "rounds", "steps") == ["--rounds 0: must be at least 1"]
-    assert command.chosen(None, "abc") == ["a", "b", "c"] and command.chosen(None, "abc", "a") == ["a"]
-    assert command.chosen("c, a", "abc", "b") == ["c", "a"]
+    assert command.parse_only(None, "abc") == ["a", "b", "c"] and command.parse_only(None, "abc", "a") == ["a"]
+    assert command.parse_only("c, a", "abc", "b") == ["c", "a"]
     with pytest.raises(UserError) as caught:
-        command.chosen("x,a,y", "abc")
+        command.parse_only("x,a,y", "abc")
     assert [problem.split(":")[0] for problem in caught.value.problems] == ["--only 'x'", "--only 'y'"]

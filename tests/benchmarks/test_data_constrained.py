@@ -1,4 +1,4 @@
-"""``benchmarks/experiments/data_constrained.py``: valid lines, a subset of whole books, and a table of real runs."""
+"""``benchmarks/experiments/data_constrained.py``: valid variants, a subset of whole books, and a table of real runs."""
 
 from collections import Counter
 from dataclasses import replace
@@ -27,26 +27,36 @@ def train_book_sizes(data_dir):
     return sizes
 
 
-def test_every_line_is_a_valid_run_with_the_expected_compute(tmp_path, tiny_corpus):
+def test_every_variant_is_a_valid_run_with_the_expected_compute(tmp_path, tiny_corpus):
     some = str(max(train_book_sizes(tiny_corpus).values()))
     options = options_of(tmp_path, tiny_corpus, "--text_bytes", some, "--seeds", "2")
-    runs = data_constrained.plan(options)
-    assert len({run.folder for run in runs}) == len(runs) == 2 * len(data_constrained.TWINS)
+    runs = data_constrained.make_runs(options)
+    assert len({run.folder for run in runs}) == len(runs) == 2 * len(data_constrained.PROXIES)
     for run in runs:
         settings = run.settings().check()
         assert settings.data_dir.endswith(f"text-{some}") and settings.validation_text == "all"
         assert settings.max_bytes is None, "the epochs given replace the preset's length"
-    (hour,) = data_constrained.plan(options_of(tmp_path, tiny_corpus, "--only", "hour", "--seeds", "1"))
+    (hour,) = data_constrained.make_runs(options_of(tmp_path, tiny_corpus, "--only", "hour", "--seeds", "1"))
     assert hour.settings().check().data_subset == "bible/kjv" and not hour.settings().train_mix
-    with pytest.raises(UserError, match="no such line.*hour"):
-        data_constrained.plan(options_of(tmp_path, tiny_corpus, "--only", "hour,no such line"))
+    with pytest.raises(UserError, match="no such variant.*hour"):
+        data_constrained.make_runs(options_of(tmp_path, tiny_corpus, "--only", "hour,no such variant"))
     with pytest.raises(UserError, match="--processes 0"):
         options_of(tmp_path, tiny_corpus, "--processes", "0")
     # 3 teacher epochs plus 9 student epochs, whose steps cost a third more: 1 + 4.
-    by_line = {run.label: data_constrained.compute(run) for run in runs}
-    assert by_line["mvlm_gpt2 3 epochs"] == 1 and by_line["mvlm_gpt2 9 epochs"] == 3
-    assert by_line["mvlm_gpt2 9 epochs with 1 teacher"] == pytest.approx(5)
-    assert by_line["simone_enhanced 18 epochs with 3 teachers"] == pytest.approx(3 + 8)
+    compute = {run.label: data_constrained.compute(run) for run in runs}
+    assert compute["mvlm_gpt2 3ep"] == 1 and compute["mvlm_gpt2 1ep"] == pytest.approx(1 / 3)
+    assert compute["mvlm_gpt2 9ep-1x3ep"] == compute["mvlm_gpt2 9ep-1x3ep-dropout0.1"] == pytest.approx(5)
+    assert compute["simone_enhanced 18ep-3x3ep"] == pytest.approx(3 + 8)
+    assert compute["simone_enhanced 18ep-3x1ep"] == pytest.approx(1 + 8)
+
+
+def test_recipes_have_short_ids_and_explicit_settings():
+    recipe = data_constrained.ProxyRecipe(4.5, 2, 1, {"dropout": 0.1})
+    assert recipe.id == "4.5ep-2x1ep-dropout0.1"
+    assert recipe.settings == {"num_epochs": 4.5, "num_models": 3, "teacher_epochs": 1.0, "dropout": 0.1}
+    assert data_constrained.ProxyRecipe(3).id == "3ep" and data_constrained.ProxyRecipe(3).settings == {"num_epochs": 3}
+    repeated = {"simone_enhanced 9ep-1x3ep-dropout0.1", "mvlm_gpt2 9ep-1x3ep-dropout0"}
+    assert not repeated & data_constrained.PROXIES.keys(), "each model's own dropout"
 
 
 def test_few_books_keep_all_translations_and_all_held_out_books(tmp_path, tiny_corpus):
@@ -69,7 +79,7 @@ def cells_of(line):
 
 def test_finished_runs_make_a_table(finished, tmp_path, tiny_corpus, monkeypatch, capsys):
     run = finished["mvlm_gpt2"]
-    monkeypatch.setattr(data_constrained, "plan", lambda options: [run])
+    monkeypatch.setattr(data_constrained, "make_runs", lambda options: [run])
     monkeypatch.setattr(data_constrained, "compute", lambda run: 5.0)
     assert data_constrained.main(["--table", "--work_dir", str(tmp_path)]) == 0
     header, _, row = capsys.readouterr().out.splitlines()[:3]
@@ -98,26 +108,22 @@ def test_real_runs_make_a_table(tiny_corpus, tmp_path, monkeypatch, capsys):
     """A SIM-ONE student of one teacher on two CPU workers, and a GPT-2 student of three with their ensemble."""
     monkeypatch.setattr(runner, "setup_logging", lambda *_, **__: None)
     monkeypatch.setattr(runner, "outlive_terminal", lambda: None)
-    plain = data_constrained.plan
+    make_runs = data_constrained.make_runs
 
-    def tiny_plan(options):
-        return [
-            replace(run, values=run.values | TINY | {"num_epochs": 0.5, "max_steps": None}) for run in plain(options)
-        ]
+    def tiny_runs(options):
+        tiny = TINY | {"num_epochs": 0.5, "max_steps": None}
+        return [replace(run, values=run.values | tiny) for run in make_runs(options)]
 
-    monkeypatch.setattr(data_constrained, "plan", tiny_plan)
+    monkeypatch.setattr(data_constrained, "make_runs", tiny_runs)
     text = ["--text_bytes", str(max(train_book_sizes(tiny_corpus).values())), "--seeds", "1"]
-    for line, processes in (
-        ("simone_enhanced 9 epochs with 1 teacher", "2"),
-        ("mvlm_gpt2 18 epochs with 3 teachers", "1"),
-    ):
+    for variant, processes in (("simone_enhanced 9ep-1x3ep", "2"), ("mvlm_gpt2 18ep-3x3ep", "1")):
         places = ["--data_dir", str(tiny_corpus), "--work_dir", str(tmp_path / "work"), "--ensembles"]
-        assert data_constrained.main(["--only", line, "--processes", processes, *places, *text]) == 0
+        assert data_constrained.main(["--only", variant, "--processes", processes, *places, *text]) == 0
         printed = capsys.readouterr().out.strip().splitlines()
         cells = cells_of(printed[2])
-        assert cells[:2] == [line, "1"] and all(1 < float(cell) < 8 for cell in cells[4:])
+        assert cells[:2] == [variant, "1"] and all(1 < float(cell) < 8 for cell in cells[4:])
     label, seeds, alone, together, student, share = cells_of(printed[-1])
-    assert (label, seeds, student) == (line, "1", cells[4]), "a student of one teacher has no ensemble beside it"
+    assert (label, seeds, student) == (variant, "1", cells[4]), "a student of one teacher has no ensemble beside it"
     assert float(together) < float(alone), "the mean of the probabilities is better than the mean of the scores"
     gain = float(alone) - float(together)
     assert float(share) == pytest.approx((float(alone) - float(student)) / gain, abs=0.01 + 2e-4 / gain)

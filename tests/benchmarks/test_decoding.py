@@ -32,12 +32,12 @@ def test_repetitive_and_shuffled_text_differ_from_the_books(corpus, train):
 
 
 def test_every_setting_is_measured_and_the_nearest_is_marked(trained, corpus, train):
-    found = decoding.measure(trained / "mvlm_gpt2", corpus, train, 2, 0)
-    assert list(found) == ["the books", *decoding.settings()] and len(found) == 17
-    rows = decoding.table(found, "model").splitlines()
+    results = decoding.measure(trained / "mvlm_gpt2", corpus, train, 2, 0)
+    assert list(results) == ["the books", *decoding.settings()] and len(results) == 17
+    rows = decoding.table(results, "model").splitlines()
     marked = [row for row in rows if "**" in row]
-    apart = {name: decoding.distance(values, found["the books"]) for name, values in list(found.items())[1:]}
-    assert len(rows) == 19 and len(marked) == 1 and min(apart, key=apart.get) in marked[0]
+    distances = {name: decoding.distance(figures, results["the books"]) for name, figures in [*results.items()][1:]}
+    assert len(rows) == 19 and len(marked) == 1 and min(distances, key=distances.get) in marked[0]
 
 
 def test_a_missing_folder_is_refused(tmp_path):

@@ -29,9 +29,9 @@ def test_other_prose_is_scored_next_to_test_books_and_compressors(trained, corpu
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "manual.txt").write_text(PROSE)
     exports = [str(trained / name) for name in MODELS]
-    arguments = ["--text", str(tmp_path / "texts"), "--data_dir", str(corpus), "--json", str(tmp_path / "found.json")]
+    arguments = ["--text", str(tmp_path / "texts"), "--data_dir", str(corpus), "--json", str(tmp_path / "results.json")]
     assert generality.main([*exports, *arguments]) == 0
-    rows = json.loads((tmp_path / "found.json").read_text())["text"]
+    rows = json.loads((tmp_path / "results.json").read_text())["text"]
     books, prose = rows["test books"], rows[str(tmp_path / "texts")]
     assert prose["bytes"] == len(PROSE.encode())
     for export in exports:
@@ -64,8 +64,8 @@ def test_lm_eval_tasks_are_scored_and_unknown_ones_refused(trained, corpus, tmp_
     )
     exports = [str(trained / name) for name in MODELS]
     options = ["--tasks", "endings", "--task_folder", str(tmp_path), "--data_dir", str(corpus)]
-    assert generality.main([*exports, *options, "--json", str(tmp_path / "found.json")]) == 0
-    row = json.loads((tmp_path / "found.json").read_text())["tasks"]["endings"]
+    assert generality.main([*exports, *options, "--json", str(tmp_path / "results.json")]) == 0
+    row = json.loads((tmp_path / "results.json").read_text())["tasks"]["endings"]
     assert row["questions"] == 12 and row["chance"] == pytest.approx(1 / 3)
     assert row["unigram"]["value"] == pytest.approx(1 / 3)  # the same words three times
     for export in exports:

@@ -27,7 +27,7 @@ def check(tiny_corpus, tmp_path, monkeypatch):
     def run(*arguments):
         places = ["--data_dir", str(tiny_corpus), "--cache_dir", str(tmp_path / "cache")]
         size = ["--layers", "1", "--tokens", "32", "--steps", "4", "--seconds", "0"]
-        file = tmp_path / "found.json"
+        file = tmp_path / "report.json"
         code = gpu_check.main(["--device", "cpu", *places, *size, "--json", str(file), *arguments])
         return code, json.loads(file.read_text())
 
@@ -35,31 +35,31 @@ def check(tiny_corpus, tmp_path, monkeypatch):
 
 
 def test_every_check_is_reported_and_passes_on_a_correct_machine(check, capsys):
-    code, found = check()
-    assert code == 0 and found["not_reached"] == [] and found["failed_with_exception"] == {}
-    rows, table = found["rows"], capsys.readouterr().out
+    code, report = check()
+    assert code == 0 and report["not_reached"] == [] and report["failed_with_exception"] == {}
+    rows, table = report["rows"], capsys.readouterr().out
     assert {row["check"] for row in rows} == {*gpu_check.CORRECTNESS, *gpu_check.SPEED}
     assert table.count("\n| ") == len(rows) + 2 and "FAIL" not in table
-    by_name = {(row["check"], row["of"]): row["figures"] for row in rows}
+    by_name = {(row["check"], row["case"]): row["figures"] for row in rows}
     for model in MODELS:
         tensors = by_name["loss_and_gradients", f"{model}, fp32, sdpa"]["tensors"]
         assert len(tensors) > 12 and all(one["its share of limit"] < 1 for one in tensors.values())
-        steps = next(figures for (name, of), figures in by_name.items() if name == "real_steps" and model in of)
+        steps = next(figures for (name, case), figures in by_name.items() if name == "real_steps" and model in case)
         assert steps["steps"] == 4 and steps["tokens/s"] > 0 and steps["of matrix product"] > 0
         resumed = by_name["resume", f"{model}, smoke"]
         assert resumed == {"from step": 2, "largest loss difference": 0, "bitwise equal": "yes"}
         assert by_name["micro_batches", f"{model}, 4"]["GB"] > 0
-    parts = next(figures for (_, of), figures in by_name.items() if of.startswith(MODELS[1]) and of.endswith("ms"))
+    parts = next(f for (_, case), f in by_name.items() if case.startswith(MODELS[1]) and case.endswith("ms"))
     timed = ["body", "loss", "body and loss with a teacher", "optimizer", "data", "evaluation", "checkpoint"]
     assert list(parts) == timed
     assert all(milliseconds > 0 for name, milliseconds in parts.items() if name != "body")
     ran = {
-        of: figures["ran"]
-        for (name, of), figures in by_name.items()
+        case: figures["ran"]
+        for (name, case), figures in by_name.items()
         if name == "attention_backends" and "ran" in figures
     }
     assert any("flash_attention_for_cpu" in kernels for kernels in ran.values())
-    assert any(", eager" in of and kernels == "matrix products and softmax" for of, kernels in ran.items())
+    assert any(", eager" in case and kernels == "matrix products and softmax" for case, kernels in ran.items())
     missing = {name for (name, _), figures in by_name.items() if gpu_correctness.NOT_HERE in figures}
     assert missing >= {"attention_backends", "products_and_clock", "compiled_or_not", "all_reduce"}
 
@@ -68,21 +68,22 @@ def test_every_check_is_reported_and_passes_on_a_correct_machine(check, capsys):
 def test_wrong_attention_output_fails_with_exit_code_1(factor, check, capsys, monkeypatch):
     right = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kwargs: right(*args, **kwargs) * factor)
-    code, found = check("--only", "loss_and_gradients,products_and_clock", "--precision", "bf16")
+    code, report = check("--only", "loss_and_gradients,products_and_clock", "--precision", "bf16")
     assert code == 1 and "FAIL" in capsys.readouterr().out
-    assert [row["passed"] for row in found["rows"]][:4] == [False] * 4
+    assert [row["passed"] for row in report["rows"]][:4] == [False] * 4
 
 
 @pytest.mark.parametrize("name, code", [("loss_and_gradients", 1), ("products_and_clock", 0)])
 def test_a_crashing_check_does_not_stop_the_others(name, code, check, monkeypatch):
-    def broken(_options):
+    def broken(_session):
         yield "something", {}, None
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(gpu_correctness if name in gpu_check.CORRECTNESS else gpu_speed, name, broken)
-    found_code, found = check("--only", f"{name},all_reduce")
-    assert found_code == code and found["failed_with_exception"] == {name: "RuntimeError: no such kernel"}
-    assert [row["check"] for row in found["rows"]] == [name, "all_reduce"]
+    module = gpu_correctness if name in gpu_check.CORRECTNESS else gpu_speed
+    monkeypatch.setitem(module.CHECKS, name, broken)
+    actual_code, report = check("--only", f"{name},all_reduce")
+    assert actual_code == code and report["failed_with_exception"] == {name: "RuntimeError: no such kernel"}
+    assert [row["check"] for row in report["rows"]] == [name, "all_reduce"]
 
 
 def test_micro_batch_sweep_stops_at_out_of_memory(check, monkeypatch):
@@ -96,14 +97,14 @@ def test_micro_batch_sweep_stops_at_out_of_memory(check, monkeypatch):
     monkeypatch.setattr(GradientAccumulator, "micro_batch", small)
     monkeypatch.setattr(gpu_speed, "MICRO_BATCHES", (2, 4, 8))
     rows = check("--only", "micro_batches")[1]["rows"]
-    assert [row["of"] for row in rows] == [f"{model}, {size}" for model in MODELS for size in (2, 4)]
+    assert [row["case"] for row in rows] == [f"{model}, {size}" for model in MODELS for size in (2, 4)]
     assert ["out of memory" in row["figures"] for row in rows] == [False, True] * 2
 
 
 def test_time_limit_is_kept_and_unreached_checks_are_listed(check, capsys, monkeypatch):
-    monkeypatch.setattr(gpu_speed, "timed", lambda _options, work: [work() for _ in range(10**9)])
-    code, found = check("--minutes", "0.01", "--only", "products_and_clock,resume")
-    assert code == 0 and found["not_reached"] == ["products_and_clock", "resume"]
+    monkeypatch.setattr(gpu_speed, "timed", lambda _session, work: [work() for _ in range(10**9)])
+    code, report = check("--minutes", "0.01", "--only", "products_and_clock,resume")
+    assert code == 0 and report["not_reached"] == ["products_and_clock", "resume"]
     assert "Not reached: products_and_clock, resume." in capsys.readouterr().out
 
 
@@ -116,6 +117,11 @@ def test_bad_arguments():
         gpu_check.parse_options(["--only", "speed"])
 
 
+def test_the_names_offered_by_only_are_those_of_the_checks():
+    assert (*gpu_correctness.CHECKS,) == gpu_check.CORRECTNESS and (*gpu_speed.CHECKS,) == gpu_check.SPEED
+    assert gpu_check.parse_options([]).checks == [*gpu_check.CORRECTNESS, *gpu_check.SPEED]
+
+
 def test_peak_flops_are_looked_up_by_device_name():
     assert gpu_speed.device_peak("NVIDIA H200") == gpu_speed.device_peak("NVIDIA H100 80GB HBM3") == 989e12
     assert gpu_speed.device_peak("NVIDIA H100 PCIe") == 756e12 and gpu_speed.device_peak("AMD EPYC") is None
@@ -124,8 +130,8 @@ def test_peak_flops_are_looked_up_by_device_name():
 @pytest.mark.integration
 def test_all_reduce_sums_across_processes(tmp_path):
     """The code of the NCCL check, run with gloo."""
-    ((of, figures, right),) = gpu_speed.all_reduce(SimpleNamespace(folder=tmp_path), world=2, megabytes=1)
-    assert right and of == "gloo, 2 × 1 MB" and figures["GB/s"] > 0
+    ((case, figures, right),) = gpu_speed.all_reduce(SimpleNamespace(scratch=tmp_path), world=2, megabytes=1)
+    assert right and case == "gloo, 2 × 1 MB" and figures["GB/s"] > 0
 
 
 @pytest.mark.integration
@@ -138,8 +144,8 @@ def test_compiled_models_are_checked_and_compilations_counted(check, monkeypatch
     for module in (gpu_correctness, gpu_speed):
         monkeypatch.setattr(module, "SETTINGS", {MODELS[1]: PrioritaryConfig})  # one model: compilation is slow
     monkeypatch.setattr(hardware, "choose_hardware", lambda **_: replace(cpu, compile=True, loss_kernel="compiled"))
-    code, found = check("--only", "loss_and_gradients,compiled_or_not")
-    rows = {row["of"]: row for row in found["rows"]}
+    code, report = check("--only", "loss_and_gradients,compiled_or_not")
+    rows = {row["case"]: row for row in report["rows"]}
     assert code == 0 and rows["simone_enhanced, fp32, sdpa, compiled"]["passed"]
     compiled, plain = (rows[f"simone_enhanced, {how}"]["figures"] for how in ("compiled", "not compiled"))
     assert compiled["graphs"] >= 1 and compiled["recompiles"] == 0 and plain["graphs"] == 0

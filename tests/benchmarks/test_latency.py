@@ -22,9 +22,9 @@ def test_generation_reads_one_token_per_pass_with_the_cache(model, monkeypatch):
 
 def test_the_table_has_median_and_spread(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(latency, "measure", lambda options: [("it", [3.0, 1.0, 2.0])])
-    assert latency.main(["--json", str(tmp_path / "found.json")]) == 0
+    assert latency.main(["--json", str(tmp_path / "results.json")]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "| it | 2.00 (1.00 … 3.00) |"
-    assert json.loads((tmp_path / "found.json").read_text()) == {"it": [3.0, 1.0, 2.0]}
+    assert json.loads((tmp_path / "results.json").read_text()) == {"it": [3.0, 1.0, 2.0]}
 
 
 def test_scoring_reads_the_whole_test_text(tiny_corpus, monkeypatch):

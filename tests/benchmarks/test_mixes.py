@@ -9,10 +9,10 @@ from benchmarks.experiments import mixes, runner
 
 
 def test_every_mix_has_valid_settings_and_its_own_folder(tmp_path):
-    parser = runner.command_line("", "mixes", mixes.LINES)
+    parser = runner.command_line("", "mixes", mixes.VARIANTS)
     options = runner.checked(parser.parse_args(["--work_dir", str(tmp_path), "--max_bytes", "1000"]))
-    runs = runner.plan(mixes.LINES, options, runner.shared_values(options))
-    assert len({run.folder for run in runs}) == len(runs) == 3 * len(mixes.LINES)
+    runs = runner.make_runs(mixes.VARIANTS, options, runner.shared_values(options))
+    assert len({run.folder for run in runs}) == len(runs) == 3 * len(mixes.VARIANTS)
     settings = {run.label: run.settings().check() for run in runs}
     assert [one.train_mix for one in settings.values()] == ["", "bible/kjv=4", "bible/kjv=16", "bible/kjv=64", ""]
     assert [one.data_subset for one in settings.values()] == [None] * 4 + ["bible/kjv"]
@@ -22,13 +22,13 @@ def test_a_finished_run_is_scored_on_all_translations_only_once(finished, tmp_pa
     run = finished["simone_enhanced"]
     folder = shutil.copytree(run.folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
     run = replace(run, label="all alike", values=run.values | {"output_dir": str(folder)})
-    monkeypatch.setattr(runner, "plan", lambda lines, *_: [run] if list(lines) == ["all alike"] else [])
+    monkeypatch.setattr(runner, "make_runs", lambda variants, *_: [run] if list(variants) == ["all alike"] else [])
     arguments = ["--table", "--only", "all alike", "--work_dir", str(tmp_path), "--data_dir", run.values["data_dir"]]
     assert mixes.main(arguments) == 0
     table = capsys.readouterr().out
-    found = mixes.score(run, run.values["data_dir"])
-    assert f"| all alike | 1 | {found['primary']:.4f} | {found['all']:.4f} |" in table
-    assert set(found["translations"]) == {"kjv", "plain"} and found["all"] != found["primary"]
-    assert found["primary"] == pytest.approx(run.result()["validation_bpb"], rel=1e-4)
+    scores = mixes.score(run, run.values["data_dir"])
+    assert f"| all alike | 1 | {scores['primary']:.4f} | {scores['all']:.4f} |" in table
+    assert set(scores["translations"]) == {"kjv", "plain"} and scores["all"] != scores["primary"]
+    assert scores["primary"] == pytest.approx(run.result()["validation_bpb"], rel=1e-4)
     monkeypatch.setattr("mvlm_core.evaluation.bits_per_byte.score_export", None)
     assert mixes.main(arguments) == 0 and capsys.readouterr().out == table, "nothing is scored twice"

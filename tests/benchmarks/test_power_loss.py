@@ -78,13 +78,13 @@ def test_simulated_disk_contents_after_power_loss():
         Operation("sync", 0),
         Operation("write", 0, {"b": 1}),
     ]
-    found = []
+    trees = []
     for step in steps:
         disk.apply(step)
-        found.append({way: disk.after_power_loss(way, random.Random(1)) for way in WAYS})
-    assert [each[DROPPED] for each in found] == [{}, {}, {}, {}, {"a": b"0123"}, {"a": b"0123"}]
-    assert found[1][TORN] in ({"a": b"01"}, {"a": b"01\0\0"}) and found[2][TORN] == {"a": b"0123"}
-    assert found[5][TORN] in ({"b": b"0123456"}, {"b": b"0123456\0\0\0"})
-    assert all(len(each[MIXED]) <= 1 for each in found), "a name is renamed, never twice there"
+        trees.append({way: disk.after_power_loss(way, random.Random(1)) for way in WAYS})
+    assert [each[DROPPED] for each in trees] == [{}, {}, {}, {}, {"a": b"0123"}, {"a": b"0123"}]
+    assert trees[1][TORN] in ({"a": b"01"}, {"a": b"01\0\0"}) and trees[2][TORN] == {"a": b"0123"}
+    assert trees[5][TORN] in ({"b": b"0123456"}, {"b": b"0123456\0\0\0"})
+    assert all(len(each[MIXED]) <= 1 for each in trees), "a name is renamed, never twice there"
     contents = {content for seed in range(50) for content in disk.after_power_loss(MIXED, random.Random(seed)).values()}
     assert all(content.startswith(b"0123") for content in contents) and len(contents) > 5

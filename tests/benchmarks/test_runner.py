@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from benchmarks.experiments import runner
-from benchmarks.experiments.runner import Line, Run
+from benchmarks.experiments.runner import Run, Variant
 from mvlm_core.errors import UserError
 from tests.helpers import TINY
 
@@ -18,13 +18,16 @@ def options_of(tmp_path, *arguments):
     return runner.checked(parser.parse_args(["--work_dir", str(tmp_path), *arguments]))
 
 
-def test_lines_are_planned_seed_by_seed(tmp_path):
-    lines = {"a b": Line("mvlm_gpt2", changes={"dropout": 0.2}), "c": Line("simone_enhanced", classic_part="gelu")}
+def test_runs_are_made_seed_by_seed(tmp_path):
+    variants = {
+        "a b": Variant("mvlm_gpt2", overrides={"dropout": 0.2}),
+        "c": Variant("simone_enhanced", component_swap="gelu"),
+    }
     options = options_of(tmp_path, "--seeds", "2", "--max_bytes", "1000")
-    runs = runner.plan(lines, options, runner.shared_values(options) | {"dropout": 0.1})
+    runs = runner.make_runs(variants, options, runner.shared_values(options) | {"dropout": 0.1})
     assert [run.name for run in runs] == ["a b, seed 0", "c, seed 0", "a b, seed 1", "c, seed 1"]
-    assert [run.values["dropout"] for run in runs[:2]] == [0.2, 0.1], "a line's settings beat the shared ones"
-    assert runs[3].classic_part == "gelu" and runs[2].folder == tmp_path / "cpu-1000" / "a-b" / "seed1"
+    assert [run.values["dropout"] for run in runs[:2]] == [0.2, 0.1], "a variant's overrides beat the shared settings"
+    assert runs[3].component_swap == "gelu" and runs[2].folder == tmp_path / "cpu-1000" / "a-b" / "seed1"
     for run in runs:
         settings = run.settings().check()
         assert settings.max_bytes == 1000 and settings.num_epochs is None and settings.no_test_score
@@ -40,7 +43,7 @@ def test_bad_arguments_are_refused(tmp_path):
         options_of(tmp_path, "--seeds", "0")
     bad = Run("bad", "mvlm_gpt2", TINY | {"learning_rate": -1.0, "output_dir": str(tmp_path / "bad")})
     with pytest.raises(UserError, match="--learning_rate -1.0: must be above 0"):
-        runner.make([bad], tmp_path / "work", options_of(tmp_path))
+        runner.run_all([bad], tmp_path / "work", options_of(tmp_path))
     assert not (tmp_path / "work").exists(), "nothing is written before the settings are known to be good"
 
 
@@ -54,7 +57,7 @@ def test_only_a_run_with_the_same_settings_counts_as_finished(finished):
 
 
 def test_finished_runs_are_skipped_and_failures_are_logged(trained, finished, tmp_path, caplog, capsys, monkeypatch):
-    """One good run with a classic part and one bad one, each in its own process."""
+    """One good run with a swapped component and one bad one, each in its own process."""
     monkeypatch.setattr(runner, "setup_logging", lambda *_, **__: None)  # caplog listens instead
     monkeypatch.setattr(runner, "outlive_terminal", lambda: None)
     monkeypatch.setattr(runner, "set_process_environment", lambda: None)
@@ -62,16 +65,16 @@ def test_finished_runs_are_skipped_and_failures_are_logged(trained, finished, tm
     monkeypatch.setattr(runner.log, "propagate", True)
     options = options_of(tmp_path, "--seeds", "1")
     shared = finished["simone_enhanced"].values | {"no_test_score": True}
-    lines = {
-        "good": Line("simone_enhanced", changes={"max_steps": 3}, classic_part="layer_norm"),
-        "bad": Line("mvlm_gpt2", changes={"data_subset": "no/such"}),
+    variants = {
+        "good": Variant("simone_enhanced", overrides={"max_steps": 3}, component_swap="layer_norm"),
+        "bad": Variant("mvlm_gpt2", overrides={"data_subset": "no/such"}),
     }
-    good, bad = runner.plan(lines, options, shared)
+    good, bad = runner.make_runs(variants, options, shared)
     assert good.result() is None
 
     shown = []
     runs = [good, bad, finished["mvlm_gpt2"]]
-    assert runner.run_experiment(runs, options, lambda found: shown.append(found) or "TABLE") == 1
+    assert runner.run_experiment(runs, options, lambda results: shown.append(results) or "TABLE") == 1
     assert "1 already finished" in caplog.text and f"{bad.name} failed: exit code 2" in caplog.text
     assert "no/such" in caplog.text, "the end of the run's log is shown"
     assert "TABLE" in (out := capsys.readouterr().out) and "2 of 3 runs finished" in out
@@ -82,17 +85,17 @@ def test_finished_runs_are_skipped_and_failures_are_logged(trained, finished, tm
     tests = {name: value for name, value in result.items() if name.startswith("test")}
     assert tests and not any(tests.values()), "the test books are not read"
 
-    monkeypatch.setattr(sys, "argv", ["runner.py", json.dumps(asdict(replace(good, classic_part=None)))])
+    monkeypatch.setattr(sys, "argv", ["runner.py", json.dumps(asdict(replace(good, component_swap=None)))])
     runner.run_one()
     assert f"already finished: {good.folder}" in caplog.text
 
 
 def test_table_option_runs_nothing_and_warns_of_differing_origins(finished, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(runner, "make", None)
+    monkeypatch.setattr(runner, "run_all", None)
     here = finished["mvlm_gpt2"]
     options = options_of(tmp_path, "--table")
     runs = [here, replace(here, values=here.values | {"seed": 7})]
-    assert runner.run_experiment(runs, options, lambda found: str(list(found))) == 0
+    assert runner.run_experiment(runs, options, lambda results: str(list(results))) == 0
     out = capsys.readouterr().out
     assert out.startswith("['mvlm_gpt2']") and "1 of 2 runs" in out and "not to be compared" not in out
     result = here.result()
@@ -108,7 +111,7 @@ def test_parallel_runs_save_a_checkpoint_and_stop_at_the_deadline(finished, tmp_
     caplog.set_level(logging.INFO, "mvlm")
     options = options_of(tmp_path, "--seeds", "2", "--jobs", "2", "--hours", "1")
     values = finished["mvlm_gpt2"].values | {"no_test_score": True, "max_steps": 100_000}
-    endless = runner.plan({"endless": Line("mvlm_gpt2")}, options, values)
+    endless = runner.make_runs({"endless": Variant("mvlm_gpt2")}, options, values)
 
     def both_are_training():
         return all(" validation " in run.log_file.read_text() for run in endless if run.log_file.exists())
@@ -118,13 +121,13 @@ def test_parallel_runs_save_a_checkpoint_and_stop_at_the_deadline(finished, tmp_
             return all(run.log_file.exists() for run in endless) and both_are_training()
 
     options.deadline = Deadline()
-    assert runner.make(endless, tmp_path, options) == []
+    assert runner.run_all(endless, tmp_path, options) == []
     assert "--hours reached with 2 runs left" in caplog.text
     assert all(list((run.folder / "checkpoints").glob("step-*")) for run in endless), "both saved a checkpoint"
 
-    short = runner.plan({"short": Line("mvlm_gpt2")}, options, values | {"max_steps": 2})
+    short = runner.make_runs({"short": Variant("mvlm_gpt2")}, options, values | {"max_steps": 2})
     options.deadline = float("inf")
-    assert runner.make(short, tmp_path, options) == [] and all(run.result() for run in short)
+    assert runner.run_all(short, tmp_path, options) == [] and all(run.result() for run in short)
 
 
 @pytest.mark.parametrize("arguments", (["--jobs", "0"], ["--hours", "0"], ["--hours", "nan"]))

@@ -33,9 +33,9 @@ def test_learning_rate_rule_recovers_known_power_laws():
 def test_scaling_law_fit_recovers_a_known_law():
     law = scaling.Law(floor=0.7, a=60.0, alpha=0.35, b=90.0, beta=0.4)
     sizes = [(2e6, 1e6), (7e6, 1e6), (19e6, 1e6), (2e6, 4e6), (2e6, 8e6), (7e6, 4e6)]
-    found = scaling.fit_law([(n, size, law(n, size)) for n, size in sizes])
-    assert (found.alpha, found.beta) == (0.35, 0.4)
-    assert found(110e6, 7e8) == pytest.approx(law(110e6, 7e8), abs=1e-6)
+    fitted = scaling.fit_law([(n, size, law(n, size)) for n, size in sizes])
+    assert (fitted.alpha, fitted.beta) == (0.35, 0.4)
+    assert fitted(110e6, 7e8) == pytest.approx(law(110e6, 7e8), abs=1e-6)
 
 
 def test_scaling_law_has_no_size_term_if_size_does_not_help():
@@ -43,9 +43,9 @@ def test_scaling_law_has_no_size_term_if_size_does_not_help():
         return 0.7 + 90.0 * size**-0.4 + 0.01 * math.log(n / 2e6)
 
     sizes = [(2e6, 1e6), (7e6, 1e6), (19e6, 1e6), (2e6, 4e6), (2e6, 8e6), (7e6, 4e6)]
-    found = scaling.fit_law([(n, size, bits(n, size)) for n, size in sizes])
-    assert found.a == 0 and found.b > 0
-    assert found(2e6, 4e6) == pytest.approx(bits(2e6, 4e6), abs=0.02)
+    fitted = scaling.fit_law([(n, size, bits(n, size)) for n, size in sizes])
+    assert fitted.a == 0 and fitted.b > 0
+    assert fitted(2e6, 4e6) == pytest.approx(bits(2e6, 4e6), abs=0.02)
 
 
 def test_rate_search_continues_until_the_minimum_is_bracketed():
@@ -58,7 +58,7 @@ def test_rate_search_continues_until_the_minimum_is_bracketed():
     assert searched(0.0021) == [0.001, 0.002, 0.004]
     assert searched(0.0042) == [0.001, 0.002, 0.004, 0.008]
     assert searched(0.0003) == [0.000125, 0.00025, 0.0005, 0.001, 0.002, 0.004]
-    assert len(searched(1e-9)) == scaling.MOST_RATES, "no search without an end"
+    assert len(searched(1e-9)) == scaling.MAX_RATES, "no search without an end"
 
 
 def test_planned_runs_have_valid_settings_and_the_expected_sizes(tmp_path, tiny_corpus):
@@ -67,13 +67,13 @@ def test_planned_runs_have_valid_settings_and_the_expected_sizes(tmp_path, tiny_
         folders = set()
         for part in ("learning_rates", "batches"):
             for search in scaling.searches(part, model, options):
-                settings = search.runs(rate)[0].settings().check()
+                settings = search.runs_at(rate)[0].settings().check()
                 assert settings.hidden_dim // settings.num_heads == 64 and settings.max_bytes == options.max_bytes
                 assert settings.batch_size == search.batch
                 folders.add(settings.output_dir)
                 assert search.points() == {} and search.best() is None
         (longer,) = scaling.searches("lengths", model, options)
-        assert longer.runs(rate)[0].settings().max_bytes == 4 * options.max_bytes
+        assert longer.runs_at(rate)[0].settings().max_bytes == 4 * options.max_bytes
         rule = scaling.Rule(rate, 0.0, d=-0.5)
         more = scaling.ruled_runs("amounts", model, rule, options)
         amounts = [run.settings().max_bytes // options.max_bytes for run in more]
@@ -97,13 +97,13 @@ def test_finished_runs_yield_rules_laws_and_tables(tmp_path, tiny_corpus, monkey
         return {"parameters": parameters, "bytes": size, "validation_bpb": loss, "origin": {}}
 
     monkeypatch.setattr(scaling.Run, "result", result)
-    monkeypatch.setattr(scaling.runner, "make", lambda runs, folder, options: [])
-    options = options_of(tmp_path, tiny_corpus, "--json", str(tmp_path / "found.json"))
+    monkeypatch.setattr(scaling.runner, "run_all", lambda runs, folder, options: [])
+    options = options_of(tmp_path, tiny_corpus, "--json", str(tmp_path / "results.json"))
     assert not [run for part in scaling.PARTS for run in scaling.run_part(part, "mvlm_gpt2", options)]
-    found = scaling.rule_of("mvlm_gpt2", options)
-    assert [found.a, found.b, found.c, found.d] == pytest.approx([0.5, -1.0, 0.5, -0.25])
+    fitted = scaling.rule_of("mvlm_gpt2", options)
+    assert [fitted.a, fitted.b, fitted.c, fitted.d] == pytest.approx([0.5, -1.0, 0.5, -0.25])
     scaling.report(options)
     out = capsys.readouterr().out
     assert out.count("| mvlm_gpt2 | small, ") == 4
     assert "best learning rate = 0.5 · width ** -1.00 · (batch / 8) ** 0.50 · text ** -0.25" in out
-    assert json.loads((tmp_path / "found.json").read_text()).keys() == scaling.SETTINGS.keys()
+    assert json.loads((tmp_path / "results.json").read_text()).keys() == scaling.SETTINGS.keys()

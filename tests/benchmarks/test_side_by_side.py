@@ -28,11 +28,11 @@ def test_share_of_bytes_and_seconds_to_reach_the_other_model():
 
 
 def test_table_matches_hand_computed_values():
-    found = {
+    results = {
         FIRST: {0: figures([2.0, 1.8], test=2.0), 1: figures([2.0, 1.8], test=2.2), 2: figures([9.0], test=9.0)},
         SECOND: {1: figures([1.9, 1.5], test=1.8), 0: figures([1.7, 1.4], test=1.6)},
     }
-    lines = side_by_side.table(found).splitlines()
+    lines = side_by_side.table(results).splitlines()
     assert lines[0].startswith("| 2 seeds: mean (min … max) |"), "seeds that both have finished"
     assert "| validation, bits per byte | 1.8000 | 1.4500 (1.4000 … 1.5000) | 0.806 (0.778 … 0.833) |" in lines
     assert (
@@ -44,10 +44,10 @@ def test_table_matches_hand_computed_values():
 
 
 def test_finished_runs_make_a_table_and_a_plot(finished, tmp_path, monkeypatch, capsys):
-    runs = side_by_side.plan(side_by_side.parse_options(["--seeds", "2", "--work_dir", str(tmp_path)]))
+    runs = side_by_side.make_runs(side_by_side.parse_options(["--seeds", "2", "--work_dir", str(tmp_path)]))
     assert [run.label for run in runs] == [FIRST, SECOND, FIRST, SECOND]
     assert not any(run.settings().check().no_test_score for run in runs)
-    monkeypatch.setattr(side_by_side, "plan", lambda options: list(finished.values()))
+    monkeypatch.setattr(side_by_side, "make_runs", lambda options: list(finished.values()))
     places = ["--work_dir", str(tmp_path), "--plot", str(tmp_path / "plot.png")]
     assert side_by_side.main(["--table", *places]) == 0
     table = capsys.readouterr().out

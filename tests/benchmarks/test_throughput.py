@@ -57,14 +57,14 @@ def test_throughput_ratios_are_computed_round_by_round():
 def test_throughput_of_our_models_and_transformers_trainer_is_measured(tiny_corpus):
     """In real processes, at sizes whose parameters and FLOPs are known."""
     result = throughput.measure(throughput.parse_options(arguments(tiny_corpus, "--processes", "2")))
-    found = result["contenders"]
-    assert list(found) == [*throughput.CONTENDERS][:4] and result["tokens_per_step"] == 64
+    contenders = result["contenders"]
+    assert list(contenders) == [*throughput.CONTENDERS][:4] and result["tokens_per_step"] == 64
     assert len(throughput.table(result).splitlines()) == 8
     for name in ("mvlm_gpt2", "transformers.Trainer"):
-        assert found[name]["parameters"] == PARAMETERS
-        assert found[name]["flops_per_token"] == pytest.approx(FLOPS, rel=0.03)
-    for one in found.values():
+        assert contenders[name]["parameters"] == PARAMETERS
+        assert contenders[name]["flops_per_token"] == pytest.approx(FLOPS, rel=0.03)
+    for one in contenders.values():
         assert len(one["rounds"]) == 2 and one["tokens_per_second"] > 0 and one["step_memory"] >= 0
         assert one["share_of_peak"] == pytest.approx(one["flops_per_second"] / result["matmul_peak"])
-    _, plain, coherent, _ = (one["flops_per_token"] for one in found.values())
+    _, plain, coherent, _ = (one["flops_per_token"] for one in contenders.values())
     assert coherent - plain == pytest.approx(6 * (300 * 64 + 64**2), rel=0.05), "the second prediction and its adapter"

@@ -37,13 +37,12 @@ def test_comparison_reports_equal_budgets_and_differences_within_noise():
     result = comparison.compare(models, NAMES, BASELINES)
     assert result["parameters"]["equal_within_2_percent"] and result["bytes"]["equal_within_1_percent"]
     words = " ".join(result["sentences"])
-    assert "6.7% less" in words and "one seed" in words.lower() and words.count("predicts this text better") == 2
+    assert "6.7% lower" in words and "One run per model" in words and words.count("predicts this text better") == 2
     assert "simone_enhanced scores 1.4000 bits per byte, mvlm_gpt2 1.5000" in words
-    # 0.001 bits a byte are 0.0028 nats a token at 4 bytes each: noise
     models["simone_enhanced"] = entry(1030, 1_020_000, 1.501)
     result = comparison.compare(models, NAMES, BASELINES | {"ppmd_order_16": 1.4})
     words = " ".join(result["sentences"])
-    assert "within noise" in words and words.count("NOT equal") == 2 and words.count("loses to a compressor") == 2
+    assert "within noise" in words and words.count("NOT matched") == 2 and words.count("worse than the compressor") == 2
     assert not result["parameters"]["equal_within_2_percent"] and not result["bytes"]["equal_within_1_percent"]
     assert any("PPMd order 16 1.400" in line for line in comparison.table(result, NAMES))
 
@@ -64,7 +63,7 @@ def test_baselines_are_compared_with_the_score_on_the_same_text():
     ):
         result = comparison.compare(model, ["mvlm_gpt2"], BASELINES | {"translation": translation})
         assert words in result["sentences"][-1]
-    assert result["sentences"][-1].endswith("the model loses to a compressor, so it is undertrained.")
+    assert result["sentences"][-1].endswith("worse than the compressor: the model is undertrained.")
 
 
 def test_metric_rows_list_all_metrics_books_and_extreme_translations():

@@ -17,7 +17,7 @@ from mvlm_core.errors import Stopped, UserError
 from mvlm_core.evaluation.bits_per_byte import load_export, score_loaded
 from mvlm_core.export.archive import write_archive
 from mvlm_core.export.manifest import training_config
-from mvlm_core.settings import CONTINUED_RATE, parse_settings
+from mvlm_core.settings import FINE_TUNING_RATE, parse_settings
 from mvlm_core.training.checkpoint import newest_checkpoint
 from mvlm_core.training.history import read_history
 from mvlm_core.training.init_from import open_export
@@ -134,13 +134,13 @@ def test_shape_preset_and_defaults_come_from_the_export(model, trained, tmp_path
     settings, usual = parse(), CLASSES[model](preset="smoke")
     assert (settings.preset, settings.hidden_dim, settings.num_layers, settings.max_length) == ("smoke", 32, 2, 32)
     assert settings.vocab_size == 400 and settings.data_subset is None and settings.train_mix is None
-    assert settings.learning_rate == pytest.approx(CONTINUED_RATE * usual.learning_rate)
+    assert settings.learning_rate == pytest.approx(FINE_TUNING_RATE * usual.learning_rate)
     assert (settings.num_epochs, settings.max_bytes) == (2.0, usual.max_bytes) and settings.optimizer == usual.optimizer
     given = parse("--learning_rate", "0.5", "--max_steps", "7", "--max_length", "16", "--dropout", "0.3")
     assert (given.learning_rate, given.max_steps, given.num_epochs) == (0.5, 7, None)
     assert (given.max_length, given.dropout) == (16, 0.3)
     if model == "simone_enhanced":
-        assert settings.adamw_learning_rate == pytest.approx(CONTINUED_RATE * usual.adamw_learning_rate)
+        assert settings.adamw_learning_rate == pytest.approx(FINE_TUNING_RATE * usual.adamw_learning_rate)
         assert settings.coherence_weight == 0 and settings.output_head == usual.output_head
 
 
@@ -163,7 +163,7 @@ def test_without_the_old_corpus_forgetting_is_not_measured(trained, tmp_path, ca
         recipe_of("mvlm_gpt2"), further("mvlm_gpt2", trained, tmp_path, init_from=str(source), replay=None, max_steps=2)
     )
     assert "forgetting is not measured: the export's corpus is not available" in caplog.text
-    assert "further training, test, old corpus, bits per byte: not measured" in caplog.text
+    assert "fine-tuning, test, old corpus, bits per byte: not measured" in caplog.text
     assert "First trained on: 4 documents, " in (folder / "README.md").read_text()
     results = training_config(folder, "results")["results"]
     assert results["old_test_bpb_before"] is None is results["old_test_bpb"] and results["test_bpb_before"] > 0
