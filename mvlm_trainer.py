@@ -192,6 +192,7 @@ def recipe() -> Recipe:
             gains=((1, 1.0), (3, 0.995), (11, 0.963)),
             gain_error=0.013,
         ),
+        only_sdpa=True,
     )
 
 

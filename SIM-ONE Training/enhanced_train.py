@@ -16,7 +16,7 @@ EXAMPLES = """examples:
   python enhanced_train.py --preset smoke        one-minute smoke test
   python enhanced_train.py --no_policy_head --coherence_weight 0.2
   python enhanced_train.py --init_from ../models/simone_enhanced --data_dir ../my_texts \\
-      --output_dir ../models/further --replay ../mvlm_training_dataset_complete=0.2
+      --output_dir ../models/fine_tuned --replay ../mvlm_training_dataset_complete=0.2
                                                  fine-tune a trained model on your own text
 If interrupted, run the same command again, without --fresh: training resumes from the newest checkpoint.
 """

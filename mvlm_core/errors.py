@@ -60,7 +60,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
     except Stopped as stop:
-        print(f"{stop}; run the same command again, without --fresh, to resume", file=sys.stderr)
+        print(f"{stop}; run the same command again, without --fresh and --resume_from, to resume", file=sys.stderr)
         sys.exit(128 + stop.signal_number)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

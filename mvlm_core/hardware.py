@@ -285,7 +285,7 @@ def gpu_count() -> int:
         return 0
     import torch
 
-    return torch.cuda.device_count()
+    return torch.cuda.device_count() if _cuda_state()[0] else 0  # the driver also counts GPUs that CUDA cannot use
 
 
 def _choose_device(requested: str, problems: list[str]) -> tuple[str, str]:

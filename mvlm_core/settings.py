@@ -157,7 +157,7 @@ class TrainingSettings:
         f"preset, with {FINE_TUNING_RATE} times the learning rate and at most 2 epochs",
     )  # fmt: skip
     replay: str | None = _fine_tuning(
-        None, "FOLDER=SHARE: to reduce forgetting, draw this share of the sequences from the training text of that corpus, "
+        None, "FOLDER=SHARE: to reduce forgetting, draw this share of the sequences from that corpus's training text, "
         "and score its test text before and after (without --replay: that of the export's own corpus, if unchanged)",
     )  # fmt: skip
 
@@ -247,7 +247,7 @@ class TrainingSettings:
         by_hours = self.MODELS_BY_HOURS.get(self.preset)
         if self.teacher:
             chosen["num_models"] = 1
-        elif self.max_hours is not None and by_hours:
+        elif self.max_hours is not None and by_hours and self.init_from is None:
             chosen["num_models"] = next((models for hours, models in by_hours if self.max_hours <= hours), 1)
             if chosen["num_models"] == 1 and (self.num_models or 1) == 1 and self.num_epochs is None:
                 self.num_epochs = self.teacher_epochs or chosen["teacher_epochs"]

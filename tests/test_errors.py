@@ -25,7 +25,7 @@ def run(body, **pipes):
         (
             "(_ for _ in ()).throw(Stopped(15))",
             143,
-            "stopped by SIGTERM; run the same command again, without --fresh, to resume\n",
+            "stopped by SIGTERM; run the same command again, without --fresh and --resume_from, to resume\n",
         ),
     ],
 )

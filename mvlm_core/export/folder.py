@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -73,16 +74,12 @@ def finish_export(staging: Path, config: dict[str, Any], card: str, output_dir: 
     staging.rmdir()
 
 
-def delete_run(output_dir: Path, keep: Path | None = None) -> None:
-    """Delete only an earlier run's files from the folder: export, checkpoints, history.
-
-    Args:
-        keep: a folder below ``output_dir``, such as a new teacher, to keep along with its siblings.
-    """
-    output_dir = output_dir.resolve()
+def delete_run(output_dir: Path, keep: Sequence[Path] = ()) -> None:
+    """Delete only an earlier run's files from the folder, except what contains one of the ``keep`` folders."""
+    output_dir, kept = output_dir.resolve(), [folder.resolve() for folder in keep]
     remove_export(output_dir)
     for folder in (*(output_dir / CHECKPOINTS).glob("*"), output_dir / TENSORBOARD):
-        if keep is None or folder not in keep.resolve().parents:
+        if not any(folder in below.parents for below in kept):
             shutil.rmtree(folder, ignore_errors=True)
     for name in (HISTORY_LOG, TEST_SCORES):
         (output_dir / name).unlink(missing_ok=True)

@@ -15,12 +15,14 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from mvlm_core.errors import Stopped, TrainingFailed, UserError
 from mvlm_core.signals import parent_is_gone
@@ -208,10 +210,8 @@ def join(device: str) -> Ranks:
             )
         torch.cuda.set_device(local_rank)
     folder, threads, shared_memory = os.environ.get(FOLDER_VARIABLE), torch.get_num_threads(), None
-    # With teachers, each model has its own process group, and each group needs its own file.
-    store = dist.FileStore(str(Path(folder, f"store{next(_groups)}")), world_size) if folder else None
-    if store is not None:
-        store.set_timeout(_TIMEOUT)
+    # With teachers, each model has its own process group, and each group needs its own keys.
+    store = dist.PrefixStore(f"model{next(_groups)}", _store(folder, world_size))
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT
     )
@@ -222,6 +222,14 @@ def join(device: str) -> Ranks:
             shared_memory = mmap.mmap(int(os.environ[MEMORY_VARIABLE]), 0)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return Ranks(rank, world_size, cpu_group, local_rank, local_world_size, shared_memory, threads)
+
+
+@cache
+def _store(folder: str | None, world_size: int) -> dist.Store:
+    """The key-value store of all process groups: a file for ranks started by the supervisor, else torchrun's."""
+    store = dist.FileStore(str(Path(folder, "store")), world_size) if folder else next(rendezvous("env://"))[0]
+    store.set_timeout(_TIMEOUT)
+    return store
 
 
 def _collective(operation: Any, *arguments: Any, **options: Any) -> Any:

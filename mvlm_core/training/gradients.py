@@ -47,7 +47,9 @@ class GradientAccumulator:
                 copies = 2 * empty + (self.ranks.world_size > 1)
                 reserved = [torch.empty_like(p) for p in optimizers.parameters() for _ in range(copies)]
                 self.micro_batch(state.step, 0, self.sequences(state), progress)
-                self._unused_parameters = frozenset(p for p in optimizers.parameters() if p.grad is None)
+                without = {p for p in optimizers.parameters() if p.grad is None}
+                # Not those that are unused for now only: a rollback may return to steps that use them.
+                self._unused_parameters = frozenset(without.difference(self.task.unused_parameters(progress)))
                 return
             except RuntimeError as error:
                 if not _out_of_memory(error):

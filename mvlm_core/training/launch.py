@@ -243,7 +243,13 @@ class Supervisor:
             return code
         outcomes = [(rank.failure(), rank.ended or 0.0, rank.number) for rank in self.ranks]
         causes = sorted((failure, ended, number) for failure, ended, number in outcomes if failure)
-        if not causes or (causes[0][2] == 0 and main.code == EXIT_FAILED):
+        if not causes:
+            logs = ", ".join(str(rank.log) for rank in self.ranks[1:])
+            raise TrainingFailed(
+                f"the {self.world_size} processes lost each other, and none of them reported why (a GPU fault ends a "
+                f"process this way: see dmesg and {logs}); the same command, without --fresh, resumes"
+            )
+        if causes[0][2] == 0 and main.code == EXIT_FAILED:
             return EXIT_FAILED  # the main rank has already printed the reason
         (_, description), _, number = causes[0]
         raise TrainingFailed(

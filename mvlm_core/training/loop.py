@@ -457,7 +457,10 @@ class TrainingLoop:
         self._finish_save(wait=True)
         checkpoint = None
         if self.ranks.is_main:
-            checkpoint = checkpoints.newest_good_checkpoint(self.checkpoint_root, diverged.guard.trouble_since)
+            # The first bad loss was computed with the weights of the step before, so that one is not trusted either.
+            since = diverged.guard.trouble_since
+            before = None if since is None else max(1, since - 1)
+            checkpoint = checkpoints.newest_good_checkpoint(self.checkpoint_root, before)
             if checkpoint is not None:
                 checkpoints.set_aside_later(self.checkpoint_root, checkpoint.step)
         self.step_log.discard()

@@ -208,6 +208,8 @@ class Optimizers:
         }
         if tensors and (mismatched := sorted(tensors.keys() ^ expected.keys())):
             raise ValueError(f"optimizer state does not match the model: {', '.join(mismatched[:3])}")
+        for part in self.parts:
+            part.state.clear()
         for name, value in tensors.items():
             part, parameter, quantity = expected[name]
             shape = torch.Size() if quantity == "step" else parameter.shape
@@ -250,8 +252,9 @@ def build_optimizers(
     inner = [p for name, p in matrices if is_inner(name, p)]
     outer = [p for name, p in matrices if not is_inner(name, p)]
     groups = [{"params": outer, "weight_decay": 0.0}, {"params": vectors, "weight_decay": 0.0}]
-    muon = Muon(inner, lr=learning_rate, weight_decay=weight_decay, dtype=muon_dtype)
-    return Optimizers([muon, _adamw(groups, adamw_learning_rate or learning_rate, _BETAS_BESIDE_MUON)], names)
+    adamw = _adamw(groups, adamw_learning_rate or learning_rate, _BETAS_BESIDE_MUON)
+    muon = [Muon(inner, lr=learning_rate, weight_decay=weight_decay, dtype=muon_dtype)] if inner else []
+    return Optimizers([*muon, adamw], names)
 
 
 def _adamw(groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float]) -> torch.optim.AdamW:

@@ -112,7 +112,8 @@ def plan_run(
     rate = GPU_PEAK * GPU_SHARE * ranks if on_gpu else matrix * CPU_SHARE[hardware.precision]
     compiled = on_gpu and not settings.no_compile
     if ended is not None:
-        settings = replace(settings, max_steps=ended.step, max_hours=None)
+        lengths: dict[str, Any] = dict.fromkeys(LENGTHS) | {"max_steps": ended.step}
+        settings = replace(settings, **lengths)
         text = replace(text, has_tokenizer=False, has_tokens=False)  # cached by now, but not when the run started
     *teachers, student = teacher_and_student_settings(settings)
     cached = replace(text, has_tokenizer=True, has_tokens=True, test_bytes=0)
@@ -128,19 +129,7 @@ def plan_run(
         each = f"{len(teachers)} × {estimates[0][0]:,} steps"
         items.insert(1, Item(TEACHERS_ITEM, sum(item.seconds for item in teacher_items), each))
     flops = rate * sum(item.seconds for item in items if item.name in ("training steps", TEACHERS_ITEM))
-    assumptions = [
-        f"{GPU_SHARE:.0%} of {GPU_PEAK / 1e12:.0f} TFLOP/s, half of that for evaluations in fp32, {PRICE}"
-        if on_gpu
-        else f"{CPU_SHARE[hardware.precision]:.0%} of the {matrix / 1e9:.0f} GFLOP/s just measured for an fp32 matmul, "
-        f"in {hardware.precision}",
-        f"checkpoints copied at {COPIED_PER_SECOND / 1e9:.0f} GB/s, written in the background",
-        f"tokenizer training at {LEARNED_PER_SECOND / 1e6:.0f} MB/s and tokenization at "
-        f"{ENCODED_PER_SECOND / 1e6:.1f} MB/s per core ({hardware.threads} cores)",
-        f"{COMPILE_SECONDS:.0f} s to compile" if compiled else "not compiled",
-        f"{EXPORT_SECONDS:.0f} s to export",
-        f"{OVERHEAD / 1e9:.0f} GB of memory besides tensors, activations as in an uncompiled run",
-        "no early stopping",
-    ]
+    assumptions = _assumptions(hardware, on_gpu, matrix, compiled)
     lines = [
         describe_gpus(settings),
         *_describe(settings, one, two, text, steps, hardware),
@@ -268,6 +257,23 @@ def _items(
         ),
     ]
     return steps, items
+
+
+def _assumptions(hardware: Hardware, on_gpu: bool, matrix: float, compiled: bool) -> list[str]:
+    """Describe what the estimate assumes; ``matrix`` is the measured rate of an fp32 matmul on a CPU, in FLOP/s."""
+    return [
+        f"{GPU_SHARE:.0%} of {GPU_PEAK / 1e12:.0f} TFLOP/s, half of that for evaluations in fp32, {PRICE}"
+        if on_gpu
+        else f"{CPU_SHARE[hardware.precision]:.0%} of the {matrix / 1e9:.0f} GFLOP/s just measured for an fp32 matmul, "
+        f"in {hardware.precision}",
+        f"checkpoints copied at {COPIED_PER_SECOND / 1e9:.0f} GB/s, written in the background",
+        f"tokenizer training at {LEARNED_PER_SECOND / 1e6:.0f} MB/s and tokenization at "
+        f"{ENCODED_PER_SECOND / 1e6:.1f} MB/s per core ({hardware.threads} cores)",
+        f"{COMPILE_SECONDS:.0f} s to compile" if compiled else "not compiled",
+        f"{EXPORT_SECONDS:.0f} s to export",
+        f"{OVERHEAD / 1e9:.0f} GB of memory besides tensors, activations as in an uncompiled run",
+        "no early stopping",
+    ]
 
 
 def _compiled_once(teachers: list[list[Item]]) -> list[Item]:

@@ -50,6 +50,7 @@ class Recipe:
         name: used for the export folder and the archive.
         build: (settings, tokenizer, hardware) → newly initialized model on the CPU; the generator is already seeded.
         law: forecasts the score of the ``h200`` preset.
+        only_sdpa: whether the model has no attention kernel other than PyTorch's.
     """
 
     name: str
@@ -59,3 +60,4 @@ class Recipe:
     tokenizer_class: type[ByteLevelBPE]
     build: Callable[[Any, ByteLevelBPE, Hardware], BuiltModel]
     law: Law
+    only_sdpa: bool = False

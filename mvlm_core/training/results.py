@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +10,15 @@ from mvlm_core.console import progress
 from mvlm_core.data.corpus import Corpus
 from mvlm_core.evaluation.bits_per_byte import Score, bits_per_byte_by_part, load_export, score_export, score_loaded
 from mvlm_core.evaluation.memorization import extractable_memorization
-from mvlm_core.export.folder import remove_export, software_versions
-from mvlm_core.export.manifest import TEST_SCORES, training_config, verify_folder
+from mvlm_core.export.folder import software_versions
+from mvlm_core.export.manifest import training_config, verify_folder
 from mvlm_core.files import read_json
 from mvlm_core.metrics import BY_NAME, METRICS, PRIMARY_TEST_BPB
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.checkpoint import checkpoint_folders
-from mvlm_core.training.history import HISTORY_NAME
 from mvlm_core.training.preparation import PreparedText
 from mvlm_core.training.state import LoopState, check_identity, check_settings
 from mvlm_core.training.task import Run
-from mvlm_core.training.tensorboard import TENSORBOARD_FOLDER
 
 log = logging.getLogger("mvlm")
 
@@ -42,8 +38,8 @@ def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None) -
     return bool(enough) and not verify_folder(output_dir)
 
 
-def check_before_teachers(output_dir: Path, settings: TrainingSettings, teachers: int) -> None:
-    """Check, before teachers are trained, that the folder does not hold another run: an export or a checkpoint.
+def check_earlier_run(output_dir: Path, settings: TrainingSettings) -> None:
+    """Check, before the text is read and teachers are trained, that the folder does not hold another run.
 
     Raises:
         UserError: the run has other settings or another number of teachers.
@@ -53,18 +49,7 @@ def check_before_teachers(output_dir: Path, settings: TrainingSettings, teachers
         for folder in checkpoint_folders(output_dir / "checkpoints")[-1:]:
             recorded, what = read_json(folder / "state.json").get("identity"), f"{folder} is"
     if isinstance(recorded, dict):
-        check_settings(what, recorded, settings, teachers)
-
-
-def delete_run(output_dir: Path, keep: Sequence[Path] = ()) -> None:
-    """Delete only an earlier run's files from the folder, and keep the folders that contain the new teachers."""
-    output_dir = output_dir.resolve()  # as are the teachers' folders
-    remove_export(output_dir)
-    for folder in (*(output_dir / "checkpoints").glob("*"), output_dir / TENSORBOARD_FOLDER):
-        if not any(folder in kept.parents for kept in keep):
-            shutil.rmtree(folder, ignore_errors=True)
-    for name in (HISTORY_NAME, TEST_SCORES):
-        (output_dir / name).unlink(missing_ok=True)
+        check_settings(what, recorded, settings, len(settings.teacher) or settings.num_models - 1)
 
 
 def score_test(export: Path, run: Run, corpus: Corpus) -> Score:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 
 from mvlm_core.console import hush_transformers
 from mvlm_core.errors import TrainingFailed, UserError
-from mvlm_core.export.folder import finish_export, stage_model
+from mvlm_core.export.folder import delete_run, finish_export, stage_model
 from mvlm_core.export.model_card import model_card
 from mvlm_core.export.scores import write_scores
 from mvlm_core.files import RunLock
-from mvlm_core.hardware import HARDWARE_FLAGS, caution, choose_hardware, describe
+from mvlm_core.hardware import HARDWARE_FLAGS, OPTIONAL_BACKENDS, caution, choose_hardware, describe
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.signals import StopRequest
 from mvlm_core.training import results
@@ -44,14 +44,19 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
         TrainingFailed: the run cannot continue.
     """
     settings.check()
-    hardware = choose_hardware(**{name: getattr(settings, name) for name in HARDWARE_FLAGS})
+    flags = {name: getattr(settings, name) for name in HARDWARE_FLAGS}
+    if recipe.only_sdpa and (backend := settings.attention_backend) in OPTIONAL_BACKENDS:
+        log.info("--attention_backend %s: not used by %s, which has sdpa only", backend, recipe.title)
+        flags["attention_backend"] = "sdpa"
+    hardware = choose_hardware(**flags)
     hush_transformers()
+    output_dir = Path(settings.output_dir or "")
+    if not (settings.fresh or settings.prepare_only):
+        results.check_earlier_run(output_dir, settings)
     if settings.dry_run:
         print(plan_run(recipe, settings, hardware).text())
-        return Path(settings.output_dir or "")
+        return output_dir
     *teachers, student = [settings] if settings.prepare_only else teacher_and_student_settings(settings)
-    if teachers and not settings.fresh:
-        results.check_before_teachers(Path(settings.output_dir or ""), settings, len(teachers))
     hardware.apply()
     if (world_size := rank_count(settings)) > 1:
         if settings.processes > 1 or settings.gpus:
@@ -63,15 +68,16 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
         )
     for number, teacher in enumerate(teachers, 1):
         log.info("teacher %s of %s: %s", number, len(teachers), teacher.output_dir)
-        _run(Run(recipe, teacher, hardware, join(hardware.device)))
+        _run(Run(recipe, teacher, hardware, join(hardware.device)), student_dir=output_dir)
         hardware.release()
     return _run(Run(recipe, student, hardware, join(hardware.device)), own_teachers=bool(teachers))
 
 
-def _run(run: Run, *, own_teachers: bool = False) -> Path:
+def _run(run: Run, *, student_dir: Path | None = None, own_teachers: bool = False) -> Path:
     """Run one rank.
 
     Args:
+        student_dir: for a teacher, the output folder of its student, which is also locked and, with --fresh, cleared.
         own_teachers: whether this run trained the teachers, which have used part of ``--max_hours``.
     """
     settings, ranks = run.settings, run.ranks
@@ -100,12 +106,16 @@ def _run(run: Run, *, own_teachers: bool = False) -> Path:
     identity, steps = run_identity(settings, text), run_length(settings, text.batches).limit
     min_steps = None if settings.max_hours else steps  # only checkpoints record the length fixed by --max_hours
     stop = StopRequest()
-    with RunLock(run.output_dir, str(run.output_dir)) if ranks.is_main else nullcontext():
-        if ranks.is_main and settings.fresh:
-            results.delete_run(run.output_dir, keep=[teacher.folder for teacher in text.teachers])
+    with ExitStack() as locks:
+        for folder in (student_dir, run.output_dir):
+            if folder is not None and ranks.is_main:
+                locks.enter_context(RunLock(folder, str(folder)))
+                if settings.fresh:
+                    delete_run(folder, keep=[run.output_dir, *(teacher.folder for teacher in text.teachers)])
         finished = ranks.is_main and not settings.fresh and results.is_finished(run.output_dir, identity, min_steps)
         if ranks.broadcast(finished):
-            log.info("already finished: %s (use --fresh to train again)", run.output_dir)
+            longer = "to train longer, give a larger --num_epochs or --max_steps; to start over, --fresh"
+            log.info("already finished: %s (%s)", run.output_dir, longer)
             ranks.destroy()  # a student may still have to be trained
             return run.output_dir
         stop.raise_at_once()

@@ -108,6 +108,29 @@ def test_divergence_is_rolled_back_identically_with_and_without_interruptions(ti
         assert_same_end(whole, run(tmp_path / f"stopped{len(stops)}", *stops))
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_rollback_distrusts_the_weights_of_the_first_bad_step_and_clears_the_optimizer(
+    model, tiny_corpus, tmp_path, monkeypatch
+):
+    """NaN from step 6 on: its loss was computed with the weights of step 5, so the run starts over, at half the rate.
+
+    It then equals a run with half the rate.
+    """
+    monkeypatch.setattr("mvlm_core.training.run_length.learning_rate_scale", lambda *_: 1.0)
+    changes = {"max_steps": 12, "eval_interval": 20, "weight_decay": 0.0}
+    usual = tiny_settings(model, tiny_corpus, tmp_path)
+    rates = [name for name in ("learning_rate", "adamw_learning_rate") if hasattr(usual, name)]
+    full = usual.learning_rate
+    broken = breaking_loop(
+        model, tiny_corpus, tmp_path / "a", lambda step, rate: math.nan if step > 5 and rate == full else 1.0, **changes
+    )
+    assert broken.run(StopAfter()).guard.rollbacks == 1
+    halved = {name: getattr(usual, name) / 2 for name in rates}
+    slow = breaking_loop(model, tiny_corpus, tmp_path / "b", lambda step, rate: 1.0, **changes, **halved)
+    slow.run(StopAfter())
+    assert_same_end(final_state(broken)[:2], final_state(slow)[:2])
+
+
 def test_training_fails_after_three_rollbacks(tiny_corpus, tmp_path):
     loop = breaking_loop(
         "mvlm_gpt2", tiny_corpus, tmp_path, lambda step, rate: math.nan if step > 6 else 1.0, max_steps=40
