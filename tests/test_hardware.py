@@ -57,6 +57,13 @@ def test_auto_device_follows_torch() -> None:
 
 
 @without_cuda
+def test_gpus_that_cuda_cannot_use_are_not_counted(monkeypatch) -> None:
+    monkeypatch.setattr(hardware, "nvidia_may_be_there", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)  # as the driver counts them
+    assert hardware.gpu_count() == 0
+
+
+@without_cuda
 def test_missing_device_and_backend_are_reported_in_one_error() -> None:
     if importlib.util.find_spec("flash_attn"):
         pytest.skip("flash_attn is installed")

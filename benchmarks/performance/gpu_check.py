@@ -40,7 +40,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--device", choices=("cuda", "cpu"), default="cuda", help="[default cuda]")
     add("--minutes", type=float, default=10.0, help="time limit [default 10]")
-    add("--only", help=f"comma-separated checks to run, from: {', '.join(CORRECTNESS + SPEED)}")
+    add("--only", metavar="CHECKS", help=f"comma-separated checks to run, from: {', '.join(CORRECTNESS + SPEED)}")
     add("--presets", help="presets for real_steps; other checks use the first one's [default h200, on a CPU smoke]")
     add("--precision", choices=PRECISIONS[1:], help="checked besides fp32, emulated if necessary [default: a run's]")
     add("--deterministic", action="store_true", help="check runs with this training flag: cost and reproducibility")

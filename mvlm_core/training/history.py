@@ -15,14 +15,14 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from mvlm_core.export.manifest import HISTORY_LOG, TENSORBOARD
 from mvlm_core.files import fsync_path, write_atomic
 from mvlm_core.monitor import gpu_load, memory_in_use
 from mvlm_core.training.run_length import RunLength
 from mvlm_core.training.state import LoopState
 from mvlm_core.training.task import Run
-from mvlm_core.training.tensorboard import TENSORBOARD_FOLDER, TensorBoardWriter
+from mvlm_core.training.tensorboard import TensorBoardWriter
 
-HISTORY_NAME = "training_history.jsonl"
 log = logging.getLogger("mvlm")
 
 
@@ -30,11 +30,11 @@ class StepLog:
     """Collects a record of each step from its metrics on the device; the main rank writes it to the history file."""
 
     def __init__(self, run: Run, tokens_per_step: int) -> None:
-        self.path: Path = run.output_dir / HISTORY_NAME
+        self.path: Path = run.output_dir / HISTORY_LOG
         self._device, self._is_main, self._tokens_per_step = run.hardware.device, run.ranks.is_main, tokens_per_step
         self._tensorboard: TensorBoardWriter | None = None
         if run.settings.tensorboard and run.ranks.is_main:
-            self._tensorboard = TensorBoardWriter(run.output_dir / TENSORBOARD_FOLDER)
+            self._tensorboard = TensorBoardWriter(run.output_dir / TENSORBOARD)
         # Steps whose metrics are on the device: record, metrics, start in the run's wall time, seconds
         self._pending: list[tuple[dict[str, Any], dict[str, Tensor], float, float]] = []
         self._records: list[dict[str, Any]] = []  # read from the device, not yet in the history file

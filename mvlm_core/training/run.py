@@ -81,14 +81,7 @@ def _run(run: Run, *, student_dir: Path | None = None, own_teachers: bool = Fals
         own_teachers: whether this run trained the teachers, which have used part of ``--max_hours``.
     """
     settings, ranks = run.settings, run.ranks
-    if not ranks.is_main and FOLDER_VARIABLE not in os.environ:  # torchrun has one console for all ranks
-        log.setLevel(logging.ERROR)
-    for line in describe(run.hardware):
-        log.info(line)
-    if warning := caution(run.hardware, settings.preset):
-        log.warning(warning)
-    if ranks.world_size > 1 and FOLDER_VARIABLE not in os.environ:
-        log.info("each batch is split across %s processes", ranks.world_size)
+    _log_hardware(run)
     started = time.perf_counter()
     text = prepare_text(settings, run.recipe.tokenizer_class, ranks)
     prepared = time.perf_counter() - started
@@ -134,6 +127,19 @@ def _run(run: Run, *, student_dir: Path | None = None, own_teachers: bool = Fals
                     f"training finished, but the export cannot be written: {error}; free some space and run again"
                 ) from None
     return run.output_dir
+
+
+def _log_hardware(run: Run) -> None:
+    """Log the hardware and the number of processes, on the main rank only if all share one console."""
+    unsupervised = FOLDER_VARIABLE not in os.environ
+    if not run.ranks.is_main and unsupervised:  # torchrun has one console for all ranks
+        log.setLevel(logging.ERROR)
+    for line in describe(run.hardware):
+        log.info(line)
+    if warning := caution(run.hardware, run.settings.preset):
+        log.warning(warning)
+    if run.ranks.world_size > 1 and unsupervised:
+        log.info("each batch is split across %s processes", run.ranks.world_size)
 
 
 def _announce(run: Run, task: TrainingTask, steps: int | None) -> None:

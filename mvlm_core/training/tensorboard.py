@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-TENSORBOARD_FOLDER = "tensorboard"
 NOT_PLOTTED = {"step", "tokens", "bytes", "seconds", "epoch", "skipped"}
 log = logging.getLogger("mvlm")
 

@@ -11,6 +11,7 @@ import torch
 from mvlm_core.errors import Stopped, UserError
 from mvlm_core.evaluation.bits_per_byte import load_export
 from mvlm_core.export.manifest import training_config, verify_folder
+from mvlm_core.files import RunLock
 from mvlm_core.training.checkpoint import newest_checkpoint
 from mvlm_core.training.distillation import (
     DISTILLATION_WEIGHT,
@@ -19,6 +20,7 @@ from mvlm_core.training.distillation import (
     teacher_of_step,
     with_time_left,
 )
+from mvlm_core.training.loop import TrainingLoop
 from mvlm_core.training.run import run_training
 from tests.export.exports import copy_export, seal, set_json
 from tests.helpers import MODELS, StopAfter, make_loop, recipe_of, tiny_settings
@@ -156,6 +158,46 @@ def test_fresh_retrains_teacher_and_student(corpus, tmp_path, monkeypatch):
     assert not verify_folder(teacher) and not verify_folder(folder)
 
 
+def test_interrupted_fresh_run_resumes_without_the_old_student(corpus, tmp_path, monkeypatch):
+    """--fresh clears the student's folder before the first teacher is trained."""
+
+    def run(**changes):
+        settings = tiny_settings("mvlm_gpt2", corpus, tmp_path, num_models=2, max_steps=4, **changes)
+        return run_training(recipe_of("mvlm_gpt2"), settings)
+
+    def stopped(*_):
+        raise Stopped(15)
+
+    folder = run()
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(TrainingLoop, "run", stopped)
+        run(fresh=True, seed=1)
+    assert not training_config(folder) and not list(folder.glob("checkpoints/step-*"))
+    assert training_config(run(seed=1), "settings")["settings"]["seed"] == 1
+
+
+def test_output_folder_is_locked_while_a_teacher_is_trained(corpus, tmp_path):
+    settings = tiny_settings("mvlm_gpt2", corpus, tmp_path, num_models=2, max_steps=4)
+    folder = Path(settings.output_dir)
+    with RunLock(folder, str(folder)), pytest.raises(UserError, match="in use by process"):
+        run_training(recipe_of("mvlm_gpt2"), settings)
+    assert not (folder / TEACHERS / "0" / "checkpoints").exists()
+
+
+def test_dry_run_is_refused_if_the_run_would_be(corpus, tmp_path, capsys):
+    def run(**changes):
+        return run_training(
+            recipe_of("mvlm_gpt2"), tiny_settings("mvlm_gpt2", corpus, tmp_path, max_steps=4, **changes)
+        )
+
+    run()
+    run(dry_run=True)
+    assert "training steps" in capsys.readouterr().out
+    with pytest.raises(UserError, match="number of teachers was 0, now 2"):
+        run(dry_run=True, num_models=3)
+    run(dry_run=True, num_models=3, fresh=True)
+
+
 def test_unsuitable_teachers_are_refused_with_every_reason(trained, corpus, tmp_path):
     def problems(model="mvlm_gpt2", **changes):
         settings = tiny_settings(model, corpus, tmp_path, **{"teacher": (str(trained / "mvlm_gpt2"),)} | changes)
@@ -179,7 +221,7 @@ def test_finished_run_without_the_teacher_is_rejected(trained, corpus, tmp_path)
     """A model trained without the teacher is not taken for the result of this run."""
     model = "mvlm_gpt2"
     run_training(recipe_of(model), tiny_settings(model, corpus, tmp_path, max_steps=4))
-    with pytest.raises(UserError, match="--teacher, its manifest was None"):
+    with pytest.raises(UserError, match="number of teachers was 0, now 1"):
         run_training(
             recipe_of(model), tiny_settings(model, corpus, tmp_path, max_steps=4, teacher=(str(trained / model),))
         )

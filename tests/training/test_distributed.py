@@ -18,8 +18,10 @@ import torch.distributed as dist
 
 from benchmarks.forked_ranks import fork_ranks
 from mvlm_core.errors import TrainingFailed
+from mvlm_core.export.manifest import training_config
 from mvlm_core.training import distributed, gradients, launch
 from mvlm_core.training.checkpoint import newest_checkpoint
+from mvlm_core.training.distillation import TEACHERS
 from mvlm_core.training.distributed import SINGLE_RANK, Ranks, join
 from mvlm_core.training.gradients import GradientSync
 from mvlm_core.training.history import read_history
@@ -263,6 +265,17 @@ def test_torchrun_reproduces_the_single_process_run(tiny_corpus, tmp_path):
     result = start(2, tiny_corpus, tmp_path / "two", "simone_enhanced", 99)
     assert result.returncode == 0, result.stderr
     check_curve(tmp_path / "two", "simone_enhanced", tmp_path / "alone")
+
+
+@pytest.mark.integration
+def test_torchrun_trains_teachers_and_student(tiny_corpus, tmp_path):
+    """Each model has a process group of its own on the agent's one store."""
+    places = ["--data_dir", tiny_corpus, "--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "cache"]
+    flags = [*"--preset smoke --device cpu --max_steps 3 --num_models 3".split(), *places]
+    result = start(2, *flags, program=("mvlm_trainer.py",))
+    assert result.returncode == 0, result.stderr
+    for folder in (tmp_path / "out", *(tmp_path / "out" / TEACHERS).iterdir()):
+        assert training_config(folder, "results")["results"]["steps"] == 3
 
 
 @pytest.mark.integration

@@ -206,6 +206,13 @@ def test_adamw_matches_torch_adamw_step_by_step():
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
+def test_model_too_small_for_muon_uses_adamw_alone():
+    layers = nn.ModuleList([nn.Embedding(40, 16), nn.Linear(16, 40)])
+    optimizers = build_optimizers(layers.named_parameters(), kind="muon", learning_rate=0.02, weight_decay=0.1)
+    assert [type(part) for part in optimizers.parts] == [torch.optim.AdamW]
+    assert {*optimizers.parameters()} == {*layers.parameters()}
+
+
 def test_copy_named_rejects_tensors_of_another_model():
     target = {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)}
     with pytest.raises(ValueError, match="weights do not match the model: bias"):

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,6 +74,18 @@ def test_rerun_of_a_finished_run_changes_nothing(trained, caplog, monkeypatch):
         run_training(recipe_of(name), settings)
     assert "already finished" in caplog.text
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir() if file.is_file()} == before
+
+
+def test_model_with_sdpa_only_ignores_other_attention_kernels(tiny_corpus, tmp_path, caplog):
+    settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, attention_backend="flash_attn", dry_run=True)
+    caplog.set_level("INFO", "mvlm")
+    run_training(recipe_of("mvlm_gpt2"), settings)
+    assert "--attention_backend flash_attn: not used by MVLM-GPT2" in caplog.text
+    with pytest.raises(UserError, match="flash_attn"):
+        run_training(
+            recipe_of("simone_enhanced"),
+            replace(tiny_settings("simone_enhanced", tiny_corpus, tmp_path), attention_backend="flash_attn"),
+        )
 
 
 def test_evaluated_weights_are_the_exported_ones(trained):

@@ -4,9 +4,10 @@ import logging
 
 import pytest
 
+from mvlm_core.export.manifest import TENSORBOARD
 from mvlm_core.training.history import read_history
 from mvlm_core.training.run import run_training
-from mvlm_core.training.tensorboard import TENSORBOARD_FOLDER, TensorBoardWriter
+from mvlm_core.training.tensorboard import TensorBoardWriter
 from tests.helpers import StopAfter, make_loop, tiny_settings
 
 
@@ -21,7 +22,7 @@ def test_scalars_match_the_history(tiny_corpus, tmp_path):
     from prioritary_mvlm.enhanced_trainer import RECIPE
 
     folder = run_training(RECIPE, tiny_settings("simone_enhanced", tiny_corpus, tmp_path, tensorboard=True))
-    history, found = read_history(folder / "training_history.jsonl"), scalars(folder / TENSORBOARD_FOLDER)
+    history, found = read_history(folder / "training_history.jsonl"), scalars(folder / TENSORBOARD)
     assert len(history) == 12
     for name in ("train_loss", "validation_bpb", "learning_rate", "grad_norm", "tokens_per_second"):
         wanted = {record["step"]: pytest.approx(record[name], rel=1e-6) for record in history if name in record}
@@ -40,7 +41,7 @@ def test_repeated_steps_replace_earlier_scalars(tmp_path):
 def test_tensorboard_errors_are_logged_once_and_do_not_stop_training(tiny_corpus, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("mvlm"), "propagate", True)
     loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, tensorboard=True))
-    (loop.step_log.path.parent / TENSORBOARD_FOLDER).write_text("in the way")
+    (loop.step_log.path.parent / TENSORBOARD).write_text("in the way")
     assert loop.run(StopAfter()).step == 12
     assert caplog.text.count("training continues without") == 1
 
