@@ -57,6 +57,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def option_problems(options: argparse.Namespace) -> list[str]:
     problems = [f"--{name} {value}: must be at least 1" for name in SIZES if (value := getattr(options, name)) < 1]
     problems += seed_problems(options.seed)
+    if not Path(options.data_dir).is_dir():
+        problems.append(f"--data_dir {options.data_dir}: no such folder")
     if options.json and (options.json.is_dir() or not os.access(options.json.parent, os.W_OK)):
         problems.append(f"--json {options.json}: must be a file in an existing, writable folder")
     return problems

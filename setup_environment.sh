@@ -47,6 +47,9 @@ parse_arguments() {
         if [ "$1" = --python ]; then ASKED_PYTHON="$2"; else ASKED_INDEX="${2%/}"; fi
         shift 2
     done
+    if [ -n "$ASKED_PYTHON" ] && ! command -v "$ASKED_PYTHON" >/dev/null; then
+        misuse "--python $ASKED_PYTHON: no such program"
+    fi
 }
 
 stay_in_this_folder() {

@@ -112,7 +112,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add_scope("--whole", action="store_true", help="recompute them on the full test text instead of a sample")
     add("--seed", type=int, metavar="N", help="random seed of that sample [default: random]")
     options = parser.parse_args(arguments)
-    problems = [f"{folder}: no such folder" for folder in options.folders if not Path(folder).is_dir()]
+    problems = [
+        f"{folder}: {'not a folder; unpack an archive first' if Path(folder).exists() else 'no such folder'}"
+        for folder in options.folders
+        if not Path(folder).is_dir()
+    ]
     problems += [] if options.seed is None else seed_problems(options.seed)
     if options.device not in DEVICES:
         problems.append(f"--device {options.device}: unknown; choose one of {', '.join(DEVICES)}")

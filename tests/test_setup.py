@@ -114,7 +114,14 @@ def test_help_is_quick_and_names_every_option(machine: Machine) -> None:
         assert option in answer.stdout
 
 
-@pytest.mark.parametrize(("arguments", "says"), [(["--no_corpse"], "--no_corpse"), (["--python"], "needs a value")])
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--no_corpse"], "--no_corpse"),
+        (["--python"], "needs a value"),
+        (["--python", "/no/python"], "/no/python: no such program"),
+    ],
+)
 def test_bad_options_exit_with_code_2(machine: Machine, arguments: list[str], says: str) -> None:
     answer = machine.run(*arguments)
     assert answer.returncode == 2

@@ -8,6 +8,7 @@ from typing import Any
 
 from mvlm_core.console import progress
 from mvlm_core.data.corpus import Corpus
+from mvlm_core.errors import printable
 from mvlm_core.evaluation.bits_per_byte import Score, bits_per_byte_by_part, load_export, score_export, score_loaded
 from mvlm_core.evaluation.memorization import extractable_memorization
 from mvlm_core.export.folder import software_versions
@@ -20,6 +21,7 @@ from mvlm_core.training.preparation import PreparedText
 from mvlm_core.training.state import LoopState, check_identity, check_settings
 from mvlm_core.training.task import Run
 
+MAX_LISTED = 30  # titles, authors and licences in the model card
 log = logging.getLogger("mvlm")
 
 
@@ -121,15 +123,21 @@ def training_config_content(
 
 
 def describe_sources(corpus: Corpus) -> str:
-    """Describe the training text for the model card."""
+    """Describe the training text for the model card, with titles and authors of texts that belong to no translation."""
     train = corpus.split("train")
-    translations = sorted({document.translation for document in train if document.translation})
-    sentence = f"{len(train)} documents, {sum(document.size for document in train) / 1e6:.1f} MB of text."
-    if not translations:
-        return sentence
-    licenses = sorted({str(d.metadata.get("license")) for d in train if d.metadata.get("license")})
-    listed = f" Licences as recorded in the corpus: {'; '.join(licenses)}." if licenses else ""
-    return f"{sentence} Translations: {', '.join(translations)}.{listed}"
+    own = [document for document in train if not document.translation]
+    listed: dict[str, set[Any]] = {
+        "Translations": {document.translation for document in train},
+        "Titles": {document.metadata.get("title") for document in own},
+        "Authors": {document.metadata.get("author") for document in own},
+        "Licences as recorded in the corpus": {document.metadata.get("license") for document in train},
+    }
+    sentences = [f"{len(train)} documents, {sum(document.size for document in train) / 1e6:.1f} MB of text."]
+    for label, values in listed.items():
+        if names := sorted({printable(str(value), limit=200) for value in values if value}):
+            more = f"; and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+            sentences.append(f"{label}: {'; '.join(names[:MAX_LISTED])}{more}.")
+    return " ".join(sentences)
 
 
 def describe_text(text: PreparedText) -> str:

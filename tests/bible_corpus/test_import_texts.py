@@ -1,6 +1,7 @@
 """``prepare_dataset.py --add`` and ``--list``: accepted texts, refused texts with reasons, no held-out leaks."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,7 @@ import prepare_dataset
 from bible_corpus import import_texts
 from mvlm_core.data.corpus import load_corpus
 from mvlm_core.errors import UserError
+from mvlm_core.training.results import describe_sources
 from tests.helpers import sample_books
 
 MARKDOWN = """---
@@ -90,6 +92,49 @@ def test_held_out_copies_are_refused_and_short_quotations_counted(tiny_corpus, f
     assert [(text.path, text.shared) for text in found.texts] == [("quotation.txt", 2)]
     share = float(found.refused["copy.txt"].split()[1].rstrip("%"))
     assert share == pytest.approx(50, abs=2) and "bible/kjv/08-ruth.txt" in found.refused["copy.txt"]
+
+
+def test_metadata_beside_a_text_is_imported_with_it(tiny_corpus, folder, capsys):
+    own = {"title": "Mine", "author": "A. Writer", "license": "CC-BY-4.0", "quality_score": 2, "word_count": 99}
+    (folder / "mine.md").write_text("# A heading\n\nSome words of my own.\n")
+    (folder / "mine.json").write_text(json.dumps(own))
+    (folder / "held.txt").write_text("Words to be held out.\n")
+    (folder / "held.json").write_text('{"split": "test"}')
+    (folder / "bad.txt").write_text("Other words.\n")
+    (folder / "bad.json").write_text('{"split": "exam"}')
+    (folder / "broken.txt").write_text("Yet other words.\n")
+    (folder / "broken.json").write_text("[")
+    (folder / "alone.json").write_text("{}")
+    assert add(folder, tiny_corpus) == 0
+    told = capsys.readouterr().out
+    assert "not added: bad.txt: its metadata bad.json has the split 'exam'" in told
+    assert "not added: broken.txt: its metadata broken.json is not a JSON object" in told
+    assert "not added: alone.json" in told and "mine.json" not in told
+    corpus = load_corpus(tiny_corpus)
+    documents = {Path(document.path).stem: document for document in corpus.documents}
+    assert documents["held"].split == "test" and documents["mine"].split == "train"
+    assert documents["mine"].quality_score == 2 and documents["mine"].metadata["word_count"] == 7
+    card = describe_sources(corpus)
+    for text in ("Titles: Mine.", "Authors: A. Writer.", "CC-BY-4.0", "Translations: kjv"):
+        assert text in card
+
+
+def test_dry_run_refuses_what_the_run_would(tiny_corpus, folder):
+    (folder / "good.txt").write_text("good words\n")
+    assert add(folder, tiny_corpus) == 0
+    (folder / "more.txt").write_text("more words\n")
+    for flags in ((), ("--dry_run",)):
+        with pytest.raises(UserError, match="already exists"):
+            add(folder, tiny_corpus, *flags)
+
+
+def test_texts_are_added_only_to_a_complete_default_corpus(folder, tmp_path, monkeypatch):
+    """Without its held-out books they could not be compared with them."""
+    (folder / "good.txt").write_text("good words\n")
+    monkeypatch.setattr(prepare_dataset, "DEFAULT_DATA_DIR", tmp_path / "empty")
+    with pytest.raises(UserError, match="build it first"):
+        add(folder, tmp_path / "empty")
+    assert not (tmp_path / "empty").exists()
 
 
 def test_dry_run_lists_unreadable_files_with_reasons_and_writes_nothing(tiny_corpus, folder, capsys):
