@@ -27,8 +27,8 @@ import hashlib, json, os, signal, sys, time
 from pathlib import Path
 if "--dry_run" in sys.argv:
     print("an hour,")
-    plan = {"lines": ["2 GB"], "items": [], "steps": int(os.environ.get("STEPS", 9)), "assumptions": [], "paid": False}
-    print(json.dumps(plan | {"export_bytes": 0}))
+    plan = {"lines": ["2 GB"], "items": [], "steps": int(os.environ.get("STEPS", 9)), "assumptions": []}
+    print(json.dumps(plan | {"rented": False, "export_bytes": 0}))
     sys.exit(os.environ.get("MODE_dry_run"))
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 out, name = Path(flags["--output_dir"]), Path(flags["--output_dir"]).name
@@ -288,6 +288,12 @@ def test_interrupted_fresh_run_resumes_without_fresh(job):
     assert not (job.layout.export("simone_enhanced") / "manifest.json").exists()
     assert job.run(MODE_mvlm_gpt2="slow", MODE_simone_enhanced="new").returncode == 0
     assert (job.layout.export("simone_enhanced") / "model.safetensors").read_text() == "simone_enhanced new"
+
+
+def test_dry_run_says_whether_a_finished_model_is_kept_or_trained_on(job):
+    assert job.run().returncode == 0
+    assert job.run("--dry_run").stdout.count("9 steps; kept") == 2
+    assert job.run("--dry_run", STEPS="20").stdout.count("9 steps; continues to 20") == 2
 
 
 def test_archive_of_a_deleted_model_is_not_offered(job):

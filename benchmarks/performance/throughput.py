@@ -247,7 +247,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run all rounds; return each contender's figures."""
     from mvlm_core.hardware import choose_hardware
     from mvlm_core.training.cost import step_cost
-    from mvlm_core.training.plan import matrix_rate
+    from mvlm_core.training.plan import matmul_flops
 
     hardware = choose_hardware(precision=options.precision)
     hardware.apply()
@@ -264,7 +264,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             print(f"{name}: ready", file=sys.stderr, flush=True)
         turns: dict[str, list[tuple[float, int]]] = {name: [] for name in pools}
         for _ in range(options.rounds):
-            peaks.append(matrix_rate(options.precision, 2048))
+            peaks.append(matmul_flops(options.precision, 2048))
             for name, pool in pools.items():
                 turns[name].append(pool.submit(turn, options.steps).result())
     peak, tokens = statistics.median(peaks), settings.batch_size * settings.max_length

@@ -18,13 +18,14 @@ from typing import Any
 
 from mvlm_core.cost_estimate import (
     CORPUS_SECONDS,
+    EXPORT,
     JSON_VARIABLE,
     PACKAGES_SECONDS,
-    PACKED_PER_SECOND,
-    READ_PER_SECOND,
+    PACKING_BYTES_PER_SECOND,
     REPORT_SECONDS,
     RESCORED_SHARE,
     SUITE_SECONDS,
+    VERIFICATION_BYTES_PER_SECOND,
     Item,
     format_costs,
 )
@@ -171,7 +172,10 @@ def show_plan(job: Job, *, corpus_is_ready: bool) -> int:
         if plan:
             plans[name] = plan
             code = max(code, plan["code"])
-            lines = [*plan["lines"], *(format_costs(plan["items"], paid=plan["paid"]) if plan["items"] else ())]
+            lines = [
+                *plan["lines"],
+                *(format_costs(plan["items"], rented=plan["rented"]) if plan["items"] else ()),
+            ]
             print("".join(f"  {line}\n" for line in lines), end="", flush=True)
     if not corpus_is_ready:
         print(f"\nfor an estimate, build the corpus first (about {CORPUS_SECONDS:.0f} s): prepare_dataset.py")
@@ -205,24 +209,25 @@ def trainer_plan(command: list[str]) -> dict[str, Any]:
 
 def _show_costs(plans: dict[str, dict[str, Any]]) -> None:
     """Print the total for the models to be trained and the other stages."""
-    paid = any(plan["paid"] for plan in plans.values())
+    rented = any(plan["rented"] for plan in plans.values())
     size, count = sum(plan["export_bytes"] for plan in plans.values()), len(plans)
-    items = [Item("packages", PACKAGES_SECONDS, "on a fresh machine")] if paid else []
+    items = [Item("packages", PACKAGES_SECONDS, "on a fresh machine")] if rented else []
     items += [Item(name, sum(item.seconds for item in plan["items"])) for name, plan in plans.items()]
-    scoring = sum(plan["items"][-1].seconds for plan in plans.values())
+    scoring = sum(item.seconds for plan in plans.values() for item in plan["items"] if item.name == EXPORT)
+    checking = scoring * RESCORED_SHARE + size / VERIFICATION_BYTES_PER_SECOND
     items += [
         Item("evaluation suite", SUITE_SECONDS * count, f"{count} models"),
-        Item("archives", size / PACKED_PER_SECOND, f"{size / 1e9:.2f} GB of weights"),
-        Item("validation", scoring * RESCORED_SHARE + size / READ_PER_SECOND, "archives read, scores from a sample"),
+        Item("archives", size / PACKING_BYTES_PER_SECOND, f"{size / 1e9:.2f} GB of weights"),
+        Item("validation", checking, "archives read, scores from a sample"),
         Item("comparison and report", REPORT_SECONDS),
     ]
     print("\ntotal:")
-    print("".join(f"  {line}\n" for line in format_costs(items, paid=paid)), end="")
+    print("".join(f"  {line}\n" for line in format_costs(items, rented=rented)), end="")
     assumptions = dict.fromkeys(text for plan in plans.values() for text in plan["assumptions"])
     own = (
         f"{PACKAGES_SECONDS:.0f} s for packages, {SUITE_SECONDS:.0f} s per model for the suite, archives written at "
-        f"{PACKED_PER_SECOND / 1e6:.0f} MB/s and read at {READ_PER_SECOND / 1e6:.0f} MB/s, {REPORT_SECONDS:.0f} s for "
-        "the report"
+        f"{PACKING_BYTES_PER_SECOND / 1e6:.0f} MB/s and read at {VERIFICATION_BYTES_PER_SECOND / 1e6:.0f} MB/s, "
+        f"{REPORT_SECONDS:.0f} s for the report"
     )
     print("\nassumed:  " + ";\n          ".join([*assumptions, own]))
 

@@ -11,7 +11,19 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from mvlm_core.cost_estimate import JSON_VARIABLE, PRICE, Item, format_costs
+from mvlm_core.cost_estimate import (
+    CHECKPOINTS,
+    COMPILATION,
+    EVALUATIONS,
+    EXPORT,
+    JSON_VARIABLE,
+    PREPARATION,
+    PRICE,
+    STEPS,
+    TEACHERS,
+    Item,
+    format_costs,
+)
 from mvlm_core.data.corpus import Corpus, validation_subset
 from mvlm_core.data.token_store import document_repeats, token_folder
 from mvlm_core.data.tokenizer import ByteLevelBPE, tokenizer_folder
@@ -28,19 +40,18 @@ from mvlm_core.training.state import LoopState
 
 # Assumptions; those that an estimate uses are printed with it.
 GPU_PEAK = 989e12  # FLOP/s of an H200 or H100, bf16 without sparsity
-GPU_SHARE = 0.35  # plain GPT-2 training at this size reached 0.29 to 0.40 of the bf16 peak on A100 and H100
-CPU_SHARE = {"fp32": 0.45, "bf16": 0.75}  # of the fp32 matmul rate, by precision (benchmarks/LOG.md)
+GPU_MFU = 0.35  # plain GPT-2 training at this size reached 0.29 to 0.40 of the bf16 peak on A100 and H100
+CPU_MFU = {"fp32": 0.45, "bf16": 0.75}  # of the fp32 matmul rate, by precision (benchmarks/LOG.md)
 COMPILE_SECONDS = 90.0
-COPIED_PER_SECOND = 5e9  # bytes of a checkpoint copied to host memory while training waits; a thread writes them
-LEARNED_PER_SECOND = 4e6  # bytes of text per core when training a tokenizer (benchmarks/README.md)
-ENCODED_PER_SECOND = 2.5e6  # bytes of text per core when tokenizing
+HOST_COPY_BYTES_PER_SECOND = 5e9  # a checkpoint, copied to host memory while training waits; a thread writes it
+BPE_TRAINING_BYTES_PER_SECOND = 4e6  # text, per core (benchmarks/README.md)
+TOKENIZATION_BYTES_PER_SECOND = 2.5e6  # text, per core
 EXPORT_SECONDS = 20.0
 GPU_MEMORY = (8e9, 16e9, 24e9, 80e9, 141e9)
 SMALL_CARD = 24e9
 SAMPLE_BYTES = 8_000_000  # a tokenizer trained on this much text needs 0.5 % more tokens than one trained on all 64 MB
 SCORED_BYTES = 2_000_000
-TEACHERS_ITEM, COMPILATION = "teachers", "compilation"
-TIMED = ("training steps", "evaluations", "checkpoints")  # what --max_hours covers
+TIMED = (STEPS, EVALUATIONS, CHECKPOINTS)  # what --max_hours covers
 
 log = logging.getLogger("mvlm")
 
@@ -77,7 +88,7 @@ class Plan:
     items: list[Item]
     steps: int | None
     assumptions: list[str]
-    paid: bool
+    rented: bool
     export_bytes: int
 
     def text(self) -> str:
@@ -85,7 +96,11 @@ class Plan:
         if os.environ.get(JSON_VARIABLE):
             return json.dumps(asdict(self))
         return "\n".join(
-            [*self.lines, *format_costs(self.items, paid=self.paid), "assumed: " + "; ".join(self.assumptions)]
+            [
+                *self.lines,
+                *format_costs(self.items, rented=self.rented),
+                "assumed: " + "; ".join(self.assumptions),
+            ]
         )
 
 
@@ -107,9 +122,9 @@ def plan_run(
     if on_gpu and not settings.no_mixed_precision and settings.precision != "fp32":
         hardware = replace(hardware, precision="bf16")
     one, two = (step_cost(recipe.build, settings, hardware, sequences) for sequences in (1, 2))
-    matrix = 0.0 if on_gpu else matrix_rate()
+    matrix = 0.0 if on_gpu else matmul_flops()
     ranks = world_size or (rank_count(settings) if hardware.device == "cuda" else 1)
-    rate = GPU_PEAK * GPU_SHARE * ranks if on_gpu else matrix * CPU_SHARE[hardware.precision]
+    rate = GPU_PEAK * GPU_MFU * ranks if on_gpu else matrix * CPU_MFU[hardware.precision]
     compiled = on_gpu and not settings.no_compile
     if ended is not None:
         lengths: dict[str, Any] = dict.fromkeys(LENGTHS) | {"max_steps": ended.step}
@@ -127,8 +142,8 @@ def plan_run(
         expected = recipe.law.describe(one.parameters, _timed([*teacher_items, *items]), unit)
     if teachers:
         each = f"{len(teachers)} × {estimates[0][0]:,} steps"
-        items.insert(1, Item(TEACHERS_ITEM, sum(item.seconds for item in teacher_items), each))
-    flops = rate * sum(item.seconds for item in items if item.name in ("training steps", TEACHERS_ITEM))
+        items.insert(1, Item(TEACHERS, sum(item.seconds for item in teacher_items), each))
+    flops = rate * sum(item.seconds for item in items if item.name in (STEPS, TEACHERS))
     assumptions = _assumptions(hardware, on_gpu, matrix, compiled)
     lines = [
         describe_gpus(settings),
@@ -220,7 +235,7 @@ def _items(
     best, regular = cost.memory.weights, cost.memory.weights + cost.memory.optimizer
     step_seconds = (model + optimizer) / rate
     saved_per_step = regular / settings.checkpoint_interval + best / settings.eval_interval
-    overhead = score_flops / score_rate / settings.eval_interval + saved_per_step / COPIED_PER_SECOND
+    overhead = score_flops / score_rate / settings.eval_interval + saved_per_step / HOST_COPY_BYTES_PER_SECOND
     steps = planned_steps(settings, text)
     if settings.max_hours is not None:
         fitting = max(1, round(settings.max_hours * 3600 / (step_seconds + overhead)))
@@ -229,29 +244,29 @@ def _items(
     evaluations = -(-steps // settings.eval_interval)
     saves = steps // settings.checkpoint_interval
     test_tokens, test_flops = scoring(text.test_bytes)
-    learning = 0.0 if text.has_tokenizer else text.train_bytes / LEARNED_PER_SECOND / cores
-    encoding = 0.0 if text.has_tokens else text.train_bytes / ENCODED_PER_SECOND / cores
+    learning = 0.0 if text.has_tokenizer else text.train_bytes / BPE_TRAINING_BYTES_PER_SECOND / cores
+    encoding = 0.0 if text.has_tokens else text.train_bytes / TOKENIZATION_BYTES_PER_SECOND / cores
     cached = "from the cache" if text.has_tokens else f"{text.train_bytes / 1e6:,.1f} MB"
     items = [
-        Item("tokenizer and tokens", learning + encoding, cached),
+        Item(PREPARATION, learning + encoding, cached),
         Item(COMPILATION, COMPILE_SECONDS if compiled else 0.0),
         Item(
-            "training steps",
+            STEPS,
             steps * step_seconds,
             f"{steps:,} × ({model:.3g} FLOP for the model + {optimizer:.2g} for Muon's Newton-Schulz iteration)",
         ),
         Item(
-            "evaluations",
+            EVALUATIONS,
             evaluations * score_flops / score_rate,
             f"{evaluations} × {scored / 1e6:.2f} M tokens, {score_flops:.2g} FLOP",
         ),
         Item(
-            "checkpoints",
-            (saves * regular + evaluations * best) / COPIED_PER_SECOND,
+            CHECKPOINTS,
+            (saves * regular + evaluations * best) / HOST_COPY_BYTES_PER_SECOND,
             f"{saves} × {regular / 1e9:.2f} GB, and at most {evaluations} × {best / 1e9:.2f} GB for the best weights",
         ),
         Item(
-            "export and test scores",
+            EXPORT,
             EXPORT_SECONDS + test_flops / score_rate,
             f"{test_tokens / 1e6:.2f} M tokens, {test_flops:.2g} FLOP",
         ),
@@ -262,13 +277,13 @@ def _items(
 def _assumptions(hardware: Hardware, on_gpu: bool, matrix: float, compiled: bool) -> list[str]:
     """Describe what the estimate assumes; ``matrix`` is the measured rate of an fp32 matmul on a CPU, in FLOP/s."""
     return [
-        f"{GPU_SHARE:.0%} of {GPU_PEAK / 1e12:.0f} TFLOP/s, half of that for evaluations in fp32, {PRICE}"
+        f"MFU of {GPU_MFU:.0%} ({GPU_PEAK / 1e12:.0f} TFLOP/s), half of that for evaluations in fp32, {PRICE}"
         if on_gpu
-        else f"{CPU_SHARE[hardware.precision]:.0%} of the {matrix / 1e9:.0f} GFLOP/s just measured for an fp32 matmul, "
+        else f"{CPU_MFU[hardware.precision]:.0%} of the {matrix / 1e9:.0f} GFLOP/s just measured for an fp32 matmul, "
         f"in {hardware.precision}",
-        f"checkpoints copied at {COPIED_PER_SECOND / 1e9:.0f} GB/s, written in the background",
-        f"tokenizer training at {LEARNED_PER_SECOND / 1e6:.0f} MB/s and tokenization at "
-        f"{ENCODED_PER_SECOND / 1e6:.1f} MB/s per core ({hardware.threads} cores)",
+        f"checkpoints copied at {HOST_COPY_BYTES_PER_SECOND / 1e9:.0f} GB/s, written in the background",
+        f"tokenizer training at {BPE_TRAINING_BYTES_PER_SECOND / 1e6:.0f} MB/s and tokenization at "
+        f"{TOKENIZATION_BYTES_PER_SECOND / 1e6:.1f} MB/s per core ({hardware.threads} cores)",
         f"{COMPILE_SECONDS:.0f} s to compile" if compiled else "not compiled",
         f"{EXPORT_SECONDS:.0f} s to export",
         f"{OVERHEAD / 1e9:.0f} GB of memory besides tensors, activations as in an uncompiled run",
@@ -330,7 +345,7 @@ def _cards(settings: TrainingSettings, one: StepCost, two: StepCost, flops: floa
         for size, count in fits.items()
     ]
     if settings.preset == "h200":
-        hours = flops / (100e12 * GPU_SHARE) / 3600
+        hours = flops / (100e12 * GPU_MFU) / 3600
         lines.append(
             f"a GPU with 8 to {SMALL_CARD / 1e9:.0f} GB: {hours:.1f} hours of steps at a bf16 peak of 100 TFLOP/s, "
             "half that at 200; for less, use --preset cpu --device cuda, or --max_hours"
@@ -338,7 +353,7 @@ def _cards(settings: TrainingSettings, one: StepCost, two: StepCost, flops: floa
     return lines
 
 
-def matrix_rate(precision: str = "fp32", size: int = 1024) -> float:
+def matmul_flops(precision: str = "fp32", size: int = 1024) -> float:
     """Measure the FLOP/s of a square matmul ("fp32" or "bf16") on this CPU, the best of five."""
     import torch
 
@@ -359,11 +374,11 @@ def planned_and_actual(plan: Plan, state: LoopState, prepared: float, exported: 
     """
     spent = state.spent
     actual = {
-        "tokenizer and tokens": prepared,
-        "training steps": state.step_seconds,
-        "evaluations": spent.evaluation_seconds,
-        "checkpoints": spent.checkpoint_seconds,
-        "export and test scores": exported,
+        PREPARATION: prepared,
+        STEPS: state.step_seconds,
+        EVALUATIONS: spent.evaluation_seconds,
+        CHECKPOINTS: spent.checkpoint_seconds,
+        EXPORT: exported,
     }
     planned = {item.name: item.seconds for item in plan.items}
     return {name: {"planned": planned.get(name, 0.0), "actual": seconds} for name, seconds in actual.items()}

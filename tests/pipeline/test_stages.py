@@ -121,10 +121,11 @@ def test_orphans_write_to_the_export_and_have_lost_their_parent(tmp_path, parent
 PLANNER = """
 import json, os
 assert os.environ["MVLM_PLAN_AS_JSON"]
-items = [{"name": name, "seconds": seconds, "detail": ""} for name, seconds in (("steps", 1800.0), ("scores", 60.0))]
+seconds = {"training steps": 1800.0, "export and test scores": 60.0}
+items = [{"name": name, "seconds": value, "detail": ""} for name, value in seconds.items()]
 print("a line of the log")
-plan = {"lines": ["how it is"], "items": items, "assumptions": ["a rate"], "paid": True, "export_bytes": 3 * 10**7}
-print(json.dumps(plan))
+plan = {"lines": ["how it is"], "items": items, "steps": 9, "assumptions": ["a rate"], "rented": True}
+print(json.dumps(plan | {"export_bytes": 3 * 10**7}))
 """
 
 

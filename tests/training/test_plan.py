@@ -62,10 +62,10 @@ def test_newton_schulz_flops_are_counted(tiny_corpus, tmp_path):
 
 
 def test_the_costs_add_up():
-    lines = format_costs([Item("one", 90, "x"), Item("two", 3600)], paid=True)
+    lines = format_costs([Item("one", 90, "x"), Item("two", 3600)], rented=True)
     assert lines[0].startswith("one") and "1.5 min" in lines[0] and lines[0].endswith("x")
     assert "61.5 min" in lines[-1] and f"{3690 / 3600 * PRICE_PER_HOUR:.2f} dollars" in lines[-1]
-    assert not any("dollars" in line for line in format_costs([Item("one", 90)], paid=False))
+    assert not any("dollars" in line for line in format_costs([Item("one", 90)], rented=False))
 
 
 def test_plan_uses_up_max_hours(tiny_corpus, tmp_path):
