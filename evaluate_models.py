@@ -4,7 +4,7 @@
     python evaluate_models.py [MODEL ...] [--split test] [--json FILE]
 
 MODEL is an export folder or a .tar.gz. Prints one table with a column per MODEL; ± is the standard error over samples.
-The column "text" has the held-out text's own values. Results already in the --json file for the same weights, text
+The column "reference text" has the held-out text's own values. Results already in the --json file for the same weights, text
 and options are reused. Sources of the metrics: the modules of mvlm_core/evaluation.
 
 Exit codes: 0 done, 2 bad arguments or unusable models, 130/143 stopped by a signal.
@@ -102,7 +102,10 @@ def evaluate_exports(options: argparse.Namespace, exports: dict[Path, Path]) -> 
         if options.json:
             write_json_atomic(options.json, identity | {"results": results})
     columns = [results[str(export)] for export in exports]
-    table = [[options.split, "text", *(path.name for path in exports)], ["---", *["---:"] * (len(columns) + 1)]]
+    table = [
+        [options.split, "reference text", *(path.name for path in exports)],
+        ["---", *["---:"] * (len(columns) + 1)],
+    ]
     print("\n".join("| " + " | ".join(cells) + " |" for cells in [*table, *rows(columns)]))
     print("\n".join(["", *notes(columns[0], text)]))
 

@@ -21,7 +21,7 @@ from mvlm_core.console import command_line, seed_problems
 from mvlm_core.errors import UserError, printable, run_main
 from mvlm_core.export.file_checks import checked_export
 from mvlm_core.hardware import DEVICES, set_process_environment
-from mvlm_core.settings import READABLE
+from mvlm_core.settings import DEFAULT_SAMPLING
 from mvlm_core.signals import end_on_sigterm
 from prioritary_mvlm.config import MODELLING_FILES
 
@@ -43,13 +43,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--temperature",
         type=float,
-        default=READABLE.temperature,
+        default=DEFAULT_SAMPLING.temperature,
         help="sampling temperature; 0: greedy decoding [%(default)s]",
     )
     add(
         "--top_p",
         type=float,
-        default=READABLE.top_p,
+        default=DEFAULT_SAMPLING.top_p,
         help="nucleus sampling: keep the most likely tokens up to this total probability [%(default)s]",
     )
     add("--seed", type=int, default=0, help="random seed [default 0]")

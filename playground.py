@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.pipeline import local_server
-from mvlm_core.settings import DEFAULT_DATA_DIR, READABLE
+from mvlm_core.settings import DEFAULT_DATA_DIR, DEFAULT_SAMPLING
 from mvlm_core.signals import end_on_sigterm
 from prioritary_mvlm.config import MODELLING_FILES
 
@@ -109,8 +109,8 @@ def write_tab(models: Models) -> None:
     prompt = gr.Textbox("In the beginning", label="Prompt", lines=2)
     with gr.Row():
         seed = gr.Number(0, label="Seed", precision=0, minimum=0)
-        temperature = gr.Slider(0, 2, READABLE.temperature, step=0.05, label="Temperature")
-        top_p = gr.Slider(0.05, 1, READABLE.top_p, step=0.05, label="Top-p")
+        temperature = gr.Slider(0, 2, DEFAULT_SAMPLING.temperature, step=0.05, label="Temperature")
+        top_p = gr.Slider(0.05, 1, DEFAULT_SAMPLING.top_p, step=0.05, label="Top-p")
         length = gr.Slider(1, MAX_NEW_TOKENS, 80, step=1, label="Length in tokens")
     with gr.Row():
         go, stop = gr.Button("Write", variant="primary"), gr.Button("Stop")

@@ -43,7 +43,7 @@ class Sampling:
 
 # Default sampling of exports, generate.py and the report: of the values tried, the closest to the repetition and
 # predictability of the books themselves (benchmarks/experiments/decoding.py).
-READABLE = Sampling(temperature=0.9, top_p=0.9)
+DEFAULT_SAMPLING = Sampling(temperature=0.9, top_p=0.9)
 MIN_VOCABULARY = 260  # 256 bytes and four special tokens
 _BOUNDS = {
     "minimum": ("at least", operator.ge),

@@ -8,6 +8,7 @@ import platform
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from mvlm_core.export.manifest import (
 )
 from mvlm_core.export.plots import plot_history
 from mvlm_core.files import LOCK_NAME, fsync_path, sha256_file, write_json_atomic
-from mvlm_core.settings import READABLE
+from mvlm_core.settings import DEFAULT_SAMPLING
 
 STAGING_NAME = ".export"
 
@@ -41,7 +42,9 @@ def stage_model(model: Any, tokenizer: Any, history: list[dict[str, Any]], title
     staging = output_dir / STAGING_NAME
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    model.generation_config.update(do_sample=True, temperature=READABLE.temperature, top_p=READABLE.top_p)
+    model.generation_config.update(
+        do_sample=True, temperature=DEFAULT_SAMPLING.temperature, top_p=DEFAULT_SAMPLING.top_p
+    )
     model.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
     _name_tokenizer_class(staging / "tokenizer_config.json")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_core.files import read_json
-from mvlm_core.settings import READABLE
+from mvlm_core.settings import DEFAULT_SAMPLING
 
 # Matrices that GPT-2 stores as ``[in, out]``; GGUF, like most formats, uses ``[out, in]``.
 _TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -67,5 +67,5 @@ def modelfile(gguf_name: str, context: int) -> str:
     """Ollama Modelfile for plain text completion, without a chat template."""
     return (
         f"FROM ./{gguf_name}\nTEMPLATE {{{{ .Prompt }}}}\nPARAMETER num_ctx {context}\n"
-        f"PARAMETER temperature {READABLE.temperature}\nPARAMETER top_p {READABLE.top_p}\n"
+        f"PARAMETER temperature {DEFAULT_SAMPLING.temperature}\nPARAMETER top_p {DEFAULT_SAMPLING.top_p}\n"
     )

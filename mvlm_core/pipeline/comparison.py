@@ -136,7 +136,7 @@ def table(comparison: dict[str, Any], names: list[str]) -> list[str]:
     """Format the whole comparison as lines of plain text."""
     lines = text_table(["", *names, "ratio"], metric_rows(comparison, names))
     if rows := evaluation_rows(comparison, names):
-        lines += ["", *text_table(["evaluation suite, test split", "the text", *names], rows), ""]
+        lines += ["", *text_table(["evaluation suite, test split", "reference text", *names], rows), ""]
     return [*lines, *baseline_lines(comparison), "", *comparison["sentences"]]
 
 

@@ -19,7 +19,7 @@ from mvlm_core.metrics import BY_NAME
 from mvlm_core.pipeline.comparison import baseline_lines, evaluation_rows, metric_rows
 from mvlm_core.pipeline.plots import figures
 from mvlm_core.run_layout import Layout, training_history
-from mvlm_core.settings import READABLE
+from mvlm_core.settings import DEFAULT_SAMPLING
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 CONTINUATION = 80  # tokens
@@ -75,7 +75,7 @@ def samples_and_traces(
         room = context_of(model)
         length = min(CONTINUATION, room // 2)
         ids = [prompt_ids(tokenizer, prompt, room - length) for prompt, _, _ in prompts]
-        texts = continuations(model, tokenizer, ids, [length] * len(ids), sample=READABLE, seed=seed)
+        texts = continuations(model, tokenizer, ids, [length] * len(ids), sample=DEFAULT_SAMPLING, seed=seed)
         for sample, text in zip(samples, texts, strict=True):
             sample["written"][name] = text
         for text, source in traced if getattr(model, "trace_fields", None) else ():
@@ -142,7 +142,7 @@ def make_report(layout: Layout, data_dir: str, sources: Path, *, device: str, se
         metrics=metric_rows(comparison, names) if comparison else [],
         baselines=baseline_lines(comparison),
         suite=evaluation_rows(comparison, names),
-        sampling=READABLE,
+        sampling=DEFAULT_SAMPLING,
         figures=figures(histories, comparison.get("test_bpb_by_book", {})),
         failures=failures,
         checked=sum(len(model.get("checks", [])) for model in validation.get("models", {}).values()),

@@ -49,7 +49,7 @@ def test_all_models_share_one_table_and_results_are_cached(evaluate, variant, tr
     write_archive(trained / "simone_enhanced", archive)
     arguments = [gpt2, archive, "--json", tmp_path / "out.json"]
     table, printed = evaluate(*arguments)
-    assert table[0] == ["validation", "text", gpt2.name, archive.name] and {len(row) for row in table} == {4}
+    assert table[0] == ["validation", "reference text", gpt2.name, archive.name] and {len(row) for row in table} == {4}
     labels = [row[0] for row in table]
     assert {"bits per byte", "· Ruth", "· kjv", "calibration error (ECE)", "rep-4, sampled"} <= set(labels)
     results = json.loads((tmp_path / "out.json").read_text())["results"]
