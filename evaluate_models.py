@@ -4,8 +4,8 @@
     python evaluate_models.py [MODEL ...] [--split test] [--json FILE]
 
 MODEL is an export folder or a .tar.gz. Prints one table with a column per MODEL; ± is the standard error over samples.
-The column "reference text" has the held-out text's own values. Results already in the --json file for the same weights, text
-and options are reused. Sources of the metrics: the modules of mvlm_core/evaluation.
+The column "reference text" has the held-out text's own values. Results already in the --json file for the same
+weights, text and options are reused. Sources of the metrics: the modules of mvlm_core/evaluation.
 
 Exit codes: 0 done, 2 bad arguments or unusable models, 130/143 stopped by a signal.
 """
