@@ -154,8 +154,13 @@ def test_default_models_are_exports_or_else_archives(trained, tmp_path, monkeypa
     archive.touch()
     local_server.check(options := local_server.parser_of("", 1).parse_args([]), ())
     assert options.models == [archive]
-    (tmp_path / "models" / "simone_enhanced").mkdir(parents=True)
-    (tmp_path / "models" / "simone_enhanced" / "manifest.json").touch()
+    for folder, files in {
+        "simone_enhanced": ("manifest.json", "training_config.json"),
+        "simone_enhanced_formats": ("manifest.json",),
+    }.items():
+        (tmp_path / "models" / folder).mkdir(parents=True)
+        for file in files:
+            (tmp_path / "models" / folder / file).touch()
     local_server.check(options := local_server.parser_of("", 1).parse_args([]), ())
     assert options.models == [tmp_path / "models" / "simone_enhanced"]
 
