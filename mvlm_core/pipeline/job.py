@@ -172,11 +172,8 @@ def show_plan(job: Job, *, corpus_is_ready: bool) -> int:
         if plan:
             plans[name] = plan
             code = max(code, plan["code"])
-            lines = [
-                *plan["lines"],
-                *(format_costs(plan["items"], rented=plan["rented"]) if plan["items"] else ()),
-            ]
-            print("".join(f"  {line}\n" for line in lines), end="", flush=True)
+            costs = format_costs(plan["items"], rented=plan["rented"]) if plan["items"] else []
+            print("".join(f"  {line}\n" for line in [*plan["lines"], *costs]), end="", flush=True)
     if not corpus_is_ready:
         print(f"\nfor an estimate, build the corpus first (about {CORPUS_SECONDS:.0f} s): prepare_dataset.py")
     if others := job.other_texts() if corpus_is_ready else []:

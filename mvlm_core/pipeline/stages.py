@@ -101,6 +101,7 @@ def delete_earlier_runs(job: Job) -> None:
         raise UserError(problems)
     with ExitStack() as locks:
         for folder in folders:
+            wait_for_orphans(folder)
             locks.enter_context(RunLock(folder, str(folder)))
         for folder in folders:
             delete_run(folder)
