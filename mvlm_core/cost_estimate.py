@@ -16,8 +16,6 @@ RESCORED_SHARE = 1 / 8  # of the test split's windows, during validation
 VERIFICATION_BYTES_PER_SECOND = 200e6  # archives, unpacked and hashed
 # Environment variable that makes a trainer's dry run print its plan as JSON, for the main job to add up.
 JSON_VARIABLE = "MVLM_PLAN_AS_JSON"
-
-
 # Names of the items.
 PREPARATION, COMPILATION, TEACHERS, STEPS = "tokenizer and tokens", "compilation", "teachers", "training steps"
 EVALUATIONS, CHECKPOINTS, EXPORT = "evaluations", "checkpoints", "export and test scores"

@@ -31,7 +31,7 @@ from mvlm_core.cost_estimate import (
 )
 from mvlm_core.data.corpus import Corpus, load_corpus
 from mvlm_core.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
-from mvlm_core.export.manifest import training_config
+from mvlm_core.export.manifest import CHECKPOINTS, training_config
 from mvlm_core.hardware import HARDWARE_FLAGS, choose_hardware, describe
 from mvlm_core.pipeline.summary import finished_models
 from mvlm_core.run_layout import Layout
@@ -92,9 +92,8 @@ class Job:
             UserError: one differs in preset, settings or text, or one that was not requested differs in text.
         """
         differences = [line for name in self.names for line in self.differences(name)]
-        others = self.other_texts()
-        problems = [*differences, *([KEEP_OR_REPLACE] if differences else []), *others, *([ONE_TEXT] if others else [])]
-        if problems:
+        problems = [*differences, KEEP_OR_REPLACE] if differences else []
+        if problems := problems + self.other_texts():
             raise UserError(problems)
 
     def differences(self, name: str, *, compare_text: bool = True) -> list[str]:
@@ -119,10 +118,12 @@ class Job:
         return differences
 
     def other_texts(self) -> list[str]:
-        """List the kept models that were not requested and were trained on different text."""
-        kept = [name for name in finished_models(self.layout) if name in self.trainers and name not in self.names]
-        configs = {name: training_config(self.layout.export(name)) for name in kept}
-        return [line for name in kept for line in self._text_differences(name, configs[name].get("data") or {})]
+        """List the kept models that were not requested and were trained on different text, with what to do."""
+        lines = []
+        for name in finished_models(self.layout):
+            if name in self.trainers and name not in self.names:
+                lines += self._text_differences(name, training_config(self.layout.export(name)).get("data") or {})
+        return [*lines, ONE_TEXT] if lines else []
 
     def _text_differences(self, name: str, data: dict[str, Any]) -> list[str]:
         corpus = self.corpus(only=data.get("only"))
@@ -178,7 +179,7 @@ def show_plan(job: Job, *, corpus_is_ready: bool) -> int:
         print(f"\nfor an estimate, build the corpus first (about {CORPUS_SECONDS:.0f} s): prepare_dataset.py")
     if others := job.other_texts() if corpus_is_ready else []:
         code = EXIT_BAD_INPUT
-        print("\n" + _refusal([*others, ONE_TEXT]))
+        print("\n" + _refusal(others))
     if left := {name: plan for name, plan in plans.items() if plan["items"] and not _kept(job, name, plan["steps"])}:
         _show_costs(left)
     print(f"\nthen:     comparison -> {job.layout.plot}\n          archives   -> {job.layout.downloads}")
@@ -253,5 +254,5 @@ def _state(job: Job, name: str, differences: list[str], steps: int | None) -> st
     if results := _finished(job, name):
         size = f"finished: {results['parameters']:,} parameters, {results['steps']:,} steps"
         return f"{size}; kept" if _kept(job, name, steps) else f"{size}; continues to {steps:,} (estimate: all steps)"
-    checkpoints = len(list((job.layout.export(name) / "checkpoints").rglob("step-*")))
+    checkpoints = len(list((job.layout.export(name) / CHECKPOINTS).rglob("step-*")))
     return f"resumes from its checkpoints ({checkpoints})" if checkpoints else "starts from scratch"

@@ -22,6 +22,7 @@ from torch import nn
 
 from mvlm_core.console import progress
 from mvlm_core.errors import Stopped, TrainingFailed, UserError
+from mvlm_core.export.manifest import CHECKPOINTS
 from mvlm_core.files import fsync_path
 from mvlm_core.hardware import compiled_so_far
 from mvlm_core.monitor import peak_memory
@@ -49,7 +50,7 @@ class TrainingLoop:
         self._length = run_length(run.settings, task.batches)
         self._budget: TimeBudget | None = None
         self.clock = time.perf_counter
-        self.checkpoint_root = run.output_dir / "checkpoints"
+        self.checkpoint_root = run.output_dir / CHECKPOINTS
         self.state = LoopState(micro_batch=run.settings.batch_size)
         self.gradients = GradientAccumulator(run, task)
         self.step_log = StepLog(run, task.batches.tokens_per_batch)

@@ -127,8 +127,7 @@ def plan_run(
     rate = GPU_PEAK * GPU_MFU * ranks if on_gpu else matrix * CPU_MFU[hardware.precision]
     compiled = on_gpu and not settings.no_compile
     if ended is not None:
-        lengths: dict[str, Any] = dict.fromkeys(LENGTHS) | {"max_steps": ended.step}
-        settings = replace(settings, **lengths)
+        settings = _limited_to(settings, max_steps=ended.step)
         text = replace(text, has_tokenizer=False, has_tokens=False)  # cached by now, but not when the run started
     *teachers, student = teacher_and_student_settings(settings)
     cached = replace(text, has_tokenizer=True, has_tokens=True, test_bytes=0)
@@ -138,7 +137,8 @@ def plan_run(
     steps, items = _items(student, one, text, rate, compiled, hardware.threads)
     expected: list[str] = []
     if _law_applies(settings, corpus, text, one.parameters):
-        unit = _timed(_items(_unit(settings), one, cached, rate, compiled, hardware.threads)[1])
+        alone = _limited_to(settings, num_epochs=UNIT_EPOCHS, num_models=1)  # the forecast's unit of compute
+        unit = _timed(_items(alone, one, cached, rate, compiled, hardware.threads)[1])
         expected = recipe.law.describe(one.parameters, _timed([*teacher_items, *items]), unit)
     if teachers:
         each = f"{len(teachers)} × {estimates[0][0]:,} steps"
@@ -309,10 +309,10 @@ def _law_applies(settings: TrainingSettings, corpus: Corpus, text: TextPlan, par
     return from_scratch and has_translations and low <= text.train_bytes / parameters <= high
 
 
-def _unit(settings: TrainingSettings) -> TrainingSettings:
-    """Settings of the forecast's unit of compute: one model, trained for ``UNIT_EPOCHS`` without other limits."""
-    length: dict[str, Any] = dict.fromkeys(LENGTHS) | {"num_epochs": UNIT_EPOCHS}
-    return replace(settings, num_models=1, **length)
+def _limited_to(settings: TrainingSettings, **values: Any) -> TrainingSettings:
+    """Replace ``values``, with no limit on the run's length other than theirs."""
+    changes: dict[str, Any] = dict.fromkeys(LENGTHS) | values
+    return replace(settings, **changes)
 
 
 def _describe(

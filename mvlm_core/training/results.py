@@ -12,7 +12,7 @@ from mvlm_core.errors import printable
 from mvlm_core.evaluation.bits_per_byte import Score, bits_per_byte_by_part, load_export, score_export, score_loaded
 from mvlm_core.evaluation.memorization import extractable_memorization
 from mvlm_core.export.folder import software_versions
-from mvlm_core.export.manifest import training_config, verify_folder
+from mvlm_core.export.manifest import CHECKPOINTS, training_config, verify_folder
 from mvlm_core.files import read_json
 from mvlm_core.metrics import BY_NAME, METRICS, PRIMARY_TEST_BPB
 from mvlm_core.settings import TrainingSettings
@@ -48,7 +48,7 @@ def check_earlier_run(output_dir: Path, settings: TrainingSettings) -> None:
     """
     recorded, what = training_config(output_dir, "identity").get("identity"), f"{output_dir} holds a finished model"
     if recorded is None:
-        for folder in checkpoint_folders(output_dir / "checkpoints")[-1:]:
+        for folder in checkpoint_folders(output_dir / CHECKPOINTS)[-1:]:
             recorded, what = read_json(folder / "state.json").get("identity"), f"{folder} is"
     if isinstance(recorded, dict):
         check_settings(what, recorded, settings, len(settings.teacher) or settings.num_models - 1)
