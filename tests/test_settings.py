@@ -120,18 +120,16 @@ def test_parameter_counts_of_both_models_match_within_2_percent(preset):
     assert counts[0] == pytest.approx(counts[1], rel=0.02)
 
 
-def test_validation_text_defaults_and_resume_compatibility():
+def test_validation_text_defaults_and_a_resume_needs_the_same():
     for cls in (GPT2Settings, PrioritaryConfig):
         texts = {preset: cls(preset=preset).validation_text for preset in ("h200", "cpu", "smoke")}
         assert texts == {"h200": "all", "cpu": "primary", "smoke": "primary"}
-        # A checkpoint without this setting still resumes; one that was scored on other text does not.
         now = {f"--{name}": value for name, value in cls(preset="cpu").identity().items()}
-        before = {name: value for name, value in now.items() if name != "--validation_text"}
-        check_identity("a checkpoint", before, now)
+        check_identity("a checkpoint", now, now)
         with pytest.raises(
             UserError, match="a checkpoint from a different run: --validation_text was primary, now all"
         ):
-            check_identity("a checkpoint", before, now | {"--validation_text": "all"})
+            check_identity("a checkpoint", now, now | {"--validation_text": "all"})
 
 
 def test_explicit_length_replaces_the_presets():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from mvlm_core.errors import UserError
@@ -11,14 +11,6 @@ from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.divergence import GuardState
 from mvlm_core.training.preparation import PreparedText
 
-# Defaults for settings missing from a recorded identity: removed since, or added after the checkpoint was written.
-_DEFAULTS_IF_MISSING = {
-    "--ema_decay": 0.0,
-    "--input_noise": 0.0,
-    "--num_members": 1,
-    "--validation_text": "primary",
-    "--z_loss_weight": 1e-4,
-}
 TEACHERS_KEY = "--teacher, its manifest"  # of an identity: the teachers' hashes, separated by commas
 
 
@@ -86,12 +78,8 @@ class LoopState:
         Raises:
             ValueError: a value is missing or has the wrong type.
         """
-        # Defaults for fields that older checkpoints lack.
-        older = {"step_seconds": saved.get("seconds"), "timed_steps": 0, "timed_seconds": 0.0}
-        values = older | {"spent": asdict(Overhead()), "before": asdict(ScoresBefore())} | saved
         nested = {"guard": GuardState, "spent": Overhead, "before": ScoresBefore}
-        parts = {name: _typed(part, values.get(name)) for name, part in nested.items()}
-        return _typed(cls, values | parts)
+        return _typed(cls, saved | {name: _typed(part, saved.get(name)) for name, part in nested.items()})
 
 
 def _typed(cls: type, saved: Any) -> Any:
@@ -121,7 +109,7 @@ def check_settings(what: str, recorded: dict[str, Any], settings: TrainingSettin
         UserError: lists every value that differs.
     """
     expected = settings_identity(settings) | {"number of teachers": teachers}
-    known = {name: value for name, value in recorded.items() if name in expected or name in _DEFAULTS_IF_MISSING}
+    known = {name: value for name, value in recorded.items() if name in expected}
     hashes = recorded.get(TEACHERS_KEY)
     check_identity(what, known | {"number of teachers": len(str(hashes).split(",")) if hashes else 0}, expected)
 
@@ -144,10 +132,10 @@ def check_identity(what: str, recorded: Any, current: dict[str, Any]) -> None:
     Raises:
         UserError: lists every value that differs.
     """
-    old, new = _DEFAULTS_IF_MISSING | (recorded if isinstance(recorded, dict) else {}), _DEFAULTS_IF_MISSING | current
-    differing = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    old = recorded if isinstance(recorded, dict) else {}
+    differing = [name for name in sorted(old.keys() | current.keys()) if old.get(name) != current.get(name)]
     if differing:
         problems = [
-            f"{what} from a different run: {name} was {old.get(name)}, now {new.get(name)}" for name in differing
+            f"{what} from a different run: {name} was {old.get(name)}, now {current.get(name)}" for name in differing
         ]
         raise UserError([*problems, "restore those values, choose another --output_dir, or start over with --fresh"])
