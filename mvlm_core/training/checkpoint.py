@@ -246,6 +246,12 @@ def rotate_checkpoints(root: Path, keep: int) -> None:
             _delete(folder)
 
 
+def delete_checkpoints(root: Path) -> None:
+    """Delete every checkpoint below ``root``, for example of a finished teacher, of which only the export is needed."""
+    for folder in checkpoint_folders(root):
+        _delete(folder)
+
+
 def _delete(folder: Path) -> None:
     """Delete a checkpoint, renaming it first so that a power failure leaves no partial checkpoint under its name."""
     renamed = folder.with_name(_DELETED_PREFIX + folder.name)

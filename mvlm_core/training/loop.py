@@ -65,6 +65,7 @@ class TrainingLoop:
 
         Raises:
             Stopped: a signal arrived; a checkpoint has been written.
+            UserError: the checkpoint belongs to another run, or to one that these settings would cut short.
             TrainingFailed: training keeps diverging, or a micro-batch of one sequence does not fit in memory.
         """
         self._resume()
@@ -411,8 +412,26 @@ class TrainingLoop:
         if self.ranks.broadcast(checkpoint is not None and self._lacks_best(checkpoint)):
             log.info("the best weights so far are not in this folder: the next evaluation counts as the best")
             self.state.best_step = self.state.best_bpb = None
-        if checkpoint is not None and self.state.step > 0 and not self.length.is_reached(self.state.step):
+        self._check_length()
+        if checkpoint is not None and self.state.step > 0 and not self._is_over:
             log.info("resuming from %s (step %s of %s)", checkpoint.folder, checkpoint.step, self.length)
+            if self.state.fixed_steps is not None and self.settings.max_hours:
+                log.info(
+                    "an earlier --max_hours fixed this length; to change it, use --num_epochs or --max_steps instead"
+                )
+
+    def _check_length(self) -> None:
+        """Check that these settings do not end an unfinished run before its checkpoint, with a high learning rate.
+
+        Raises:
+            UserError: the checkpoint was written by a longer run.
+        """
+        if self.length.is_reached(self.state.step) and not self.state.finished:
+            flag = "--num_epochs or --max_steps" if self.state.fixed_steps is None else "--max_hours"
+            raise UserError(
+                f"{self.checkpoint_root} holds an unfinished run at step {self.state.step}, which these settings would "
+                f"end at step {self.length.total or self.length.limit}: repeat its {flag}, or start over with --fresh"
+            )
 
     def _lacks_best(self, checkpoint: checkpoints.Checkpoint) -> bool:
         """Whether an unfinished run's best weights so far are missing: ``--resume_from`` may name another folder."""

@@ -332,7 +332,15 @@ def _describe(
         f"memory with a micro-batch of {batch}: "
         + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in vars(memory).items())
         + f", total {memory.total / 1e9:.2f} GB",
+        f"disk: at most {_disk_bytes(settings, one) / 1e9:.2f} GB, for checkpoints, best weights and exports",
     ]
+
+
+def _disk_bytes(settings: TrainingSettings, cost: StepCost) -> int:
+    """Size of the output folder while the last checkpoint is written: checkpoints, best weights, a copy for the export,
+    and each teacher's export."""
+    weights, whole = cost.memory.weights, cost.memory.weights + cost.memory.optimizer
+    return (settings.keep_checkpoints + 1) * whole + (settings.num_models + 1) * weights
 
 
 def _cards(settings: TrainingSettings, one: StepCost, two: StepCost, flops: float, on_gpu: bool) -> list[str]:

@@ -16,7 +16,7 @@ from mvlm_core.export.manifest import CHECKPOINTS, training_config, verify_folde
 from mvlm_core.files import read_json
 from mvlm_core.metrics import BY_NAME, METRICS, PRIMARY_TEST_BPB
 from mvlm_core.settings import TrainingSettings
-from mvlm_core.training.checkpoint import checkpoint_folders
+from mvlm_core.training.checkpoint import checkpoint_folders, named_checkpoint
 from mvlm_core.training.preparation import PreparedText
 from mvlm_core.training.state import LoopState, check_identity, check_settings
 from mvlm_core.training.task import Run
@@ -44,8 +44,10 @@ def check_earlier_run(output_dir: Path, settings: TrainingSettings) -> None:
     """Check, before the text is read and teachers are trained, that the folder does not hold another run.
 
     Raises:
-        UserError: the run has other settings or another number of teachers.
+        UserError: the run has other settings or another number of teachers, or ``--resume_from`` names no checkpoint.
     """
+    if settings.resume_from is not None:
+        named_checkpoint(settings.resume_from)
     recorded, what = training_config(output_dir, "identity").get("identity"), f"{output_dir} holds a finished model"
     if recorded is None:
         for folder in checkpoint_folders(output_dir / CHECKPOINTS)[-1:]:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from mvlm_core.console import hush_transformers
 from mvlm_core.errors import TrainingFailed, UserError
 from mvlm_core.export.folder import delete_run, finish_export, stage_model
+from mvlm_core.export.manifest import CHECKPOINTS
 from mvlm_core.export.model_card import model_card
 from mvlm_core.export.scores import write_scores
 from mvlm_core.files import RunLock
@@ -21,6 +22,7 @@ from mvlm_core.hardware import HARDWARE_FLAGS, OPTIONAL_BACKENDS, caution, choos
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.signals import StopRequest
 from mvlm_core.training import results
+from mvlm_core.training.checkpoint import delete_checkpoints
 from mvlm_core.training.distillation import teacher_and_student_settings, with_time_left
 from mvlm_core.training.distributed import join
 from mvlm_core.training.launch import FOLDER_VARIABLE, rank_count
@@ -68,7 +70,10 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
         )
     for number, teacher in enumerate(teachers, 1):
         log.info("teacher %s of %s: %s", number, len(teachers), teacher.output_dir)
-        _run(Run(recipe, teacher, hardware, join(hardware.device)), student_dir=output_dir)
+        ranks = join(hardware.device)
+        folder = _run(Run(recipe, teacher, hardware, ranks), student_dir=output_dir)
+        if ranks.is_main:
+            delete_checkpoints(folder / CHECKPOINTS)  # the student needs only the export
         hardware.release()
     return _run(Run(recipe, student, hardware, join(hardware.device)), own_teachers=bool(teachers))
 
@@ -106,7 +111,7 @@ def _run(run: Run, *, student_dir: Path | None = None, own_teachers: bool = Fals
                 if settings.fresh:
                     delete_run(folder, keep=[run.output_dir, *(teacher.folder for teacher in text.teachers)])
         finished = ranks.is_main and not settings.fresh and results.is_finished(run.output_dir, identity, min_steps)
-        if ranks.broadcast(finished):
+        if ranks.broadcast(finished and settings.resume_from is None):
             longer = "to train longer, give a larger --num_epochs or --max_steps; to start over, --fresh"
             log.info("already finished: %s (%s)", run.output_dir, longer)
             ranks.destroy()  # a student may still have to be trained

@@ -10,9 +10,9 @@ import torch
 
 from mvlm_core.errors import Stopped, UserError
 from mvlm_core.evaluation.bits_per_byte import load_export
-from mvlm_core.export.manifest import training_config, verify_folder
+from mvlm_core.export.manifest import CHECKPOINTS, training_config, verify_folder
 from mvlm_core.files import RunLock
-from mvlm_core.training.checkpoint import newest_checkpoint
+from mvlm_core.training.checkpoint import checkpoint_folders, newest_checkpoint
 from mvlm_core.training.distillation import (
     DISTILLATION_WEIGHT,
     TEACHERS,
@@ -140,6 +140,9 @@ def test_rerun_of_finished_teacher_and_student_trains_nothing(corpus, tmp_path, 
     caplog.set_level("INFO", "mvlm")
     assert run_training(recipe_of("mvlm_gpt2"), settings) == folder
     assert caplog.text.count("already finished") == 2
+    assert checkpoint_folders(folder / CHECKPOINTS) and not list((folder / TEACHERS).rglob("step-*")), (
+        "they cost 1 GB each"
+    )
     assert (folder / "model.safetensors").read_bytes() == before
 
 

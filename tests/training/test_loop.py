@@ -4,7 +4,6 @@ import json
 import resource
 import shutil
 from contextlib import contextmanager
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -12,10 +11,8 @@ import torch
 from mvlm_core.errors import Stopped, TrainingFailed, UserError
 from mvlm_core.training import checkpoint
 from mvlm_core.training.checkpoint import checkpoint_folders, newest_checkpoint
-from mvlm_core.training.divergence import GuardState
 from mvlm_core.training.history import read_history
 from mvlm_core.training.run_length import total_steps
-from mvlm_core.training.state import LoopState
 from tests.helpers import (
     MODELS,
     DelayedThread,
@@ -107,20 +104,6 @@ def test_the_best_checkpoint_holds_weights_only(tiny_corpus, tmp_path):
     assert weights and all(torch.equal(tensor, weights[name]) for name, tensor in again.task.weights().items())
 
 
-@pytest.mark.parametrize("flag", ["--ema_decay", "--input_noise"])
-@pytest.mark.parametrize(("value", "refused"), [(0.0, False), (0.9, True)])
-def test_removed_settings_are_refused_only_if_they_were_used(flag, value, refused, tiny_corpus, tmp_path):
-    old = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=4))
-    old.task.identity[flag] = value
-    old.run(StopAfter())
-    longer = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=6))
-    if refused:
-        with pytest.raises(UserError, match=f"{flag} was 0.9, now 0.0"):
-            longer.run(StopAfter())
-    else:
-        assert longer.run(StopAfter()).step == 6 and len(longer.history()) == 6
-
-
 def test_stop_at_the_best_step_leaves_a_resumable_checkpoint(tiny_corpus, tmp_path):
     settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, eval_interval=3)
     loop = make_loop("mvlm_gpt2", settings)
@@ -130,12 +113,6 @@ def test_stop_at_the_best_step_leaves_a_resumable_checkpoint(tiny_corpus, tmp_pa
     assert found.step == 3 and found.state["for_signal_only"] and found.tensors("optimizer")
 
 
-def test_checkpoints_without_step_seconds_still_load():
-    saved = asdict(LoopState(step=3, seconds=1.5, best_step=2, best_bpb=2.0, guard=GuardState(trouble_since=1)))
-    del saved["step_seconds"]
-    assert LoopState.of(saved).step_seconds == 1.5
-
-
 def test_larger_max_steps_continues_a_finished_run(tiny_corpus, tmp_path):
     make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path)).run(StopAfter())
     longer = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=15))
@@ -143,6 +120,17 @@ def test_larger_max_steps_continues_a_finished_run(tiny_corpus, tmp_path):
     assert [record["step"] for record in read_history(longer.step_log.path)] == list(range(1, 16))
     same = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=15))
     assert same.run(StopAfter(1)).finished, "nothing is left to do"
+
+
+def test_a_shorter_length_does_not_end_an_unfinished_run(tiny_corpus, tmp_path):
+    with pytest.raises(Stopped):
+        make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path)).run(StopAfter(9))
+    for max_steps in (7, 9):
+        shorter = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=max_steps))
+        with pytest.raises(UserError, match=f"unfinished run at step 9, which .* end at step {max_steps}: repeat"):
+            shorter.run(StopAfter())
+    state = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path)).run(StopAfter())
+    assert state.finished and state.step == 12, "nothing was lost"
 
 
 @pytest.mark.parametrize(

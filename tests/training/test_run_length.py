@@ -1,10 +1,11 @@
 """``--max_hours``: the length of a run is fixed once, kept through interruptions, and reached in time."""
 
+from dataclasses import asdict
+
 import pytest
 
-from mvlm_core.errors import Stopped
+from mvlm_core.errors import Stopped, UserError
 from mvlm_core.training import checkpoint as checkpoints
-from mvlm_core.training.checkpoint import newest_checkpoint
 from mvlm_core.training.history import read_history
 from mvlm_core.training.optimizer import learning_rate_scale
 from mvlm_core.training.run_length import RunLength, steps_within
@@ -134,13 +135,14 @@ def test_run_without_max_hours_keeps_the_usual_schedule():
         assert length.learning_rate_scale(step, "cosine") == learning_rate_scale(step, 100, 10, "cosine")
 
 
-def test_checkpoints_without_time_budget_fields_still_load(clocked_loop, tmp_path):
+def test_a_run_with_max_hours_is_not_cut_short_without_it(clocked_loop, tmp_path):
     with pytest.raises(Stopped):
-        clocked_loop("mvlm_gpt2", tmp_path).run(StopAfter(2))
-    state = newest_checkpoint(clocked_loop("mvlm_gpt2", tmp_path).checkpoint_root).state
-    for name in ("fixed_at", "fixed_steps", "spent", "timed_steps", "timed_seconds"):
-        del state[name]
-    assert LoopState.of(state).fixed_steps is None and LoopState.of(state).spent.evaluations == 0
+        clocked_loop("mvlm_gpt2", tmp_path).run(StopAfter(30))
+    with pytest.raises(UserError, match="repeat its --max_hours"):
+        clocked_loop("mvlm_gpt2", tmp_path, max_hours=None, max_steps=20).run(StopAfter())
+
+
+def test_damaged_time_budget_fields_are_refused():
     for damaged in ({"spent": 3}, {"fixed_steps": "many"}, {"fixed_at": -1}):
         with pytest.raises(ValueError):
-            LoopState.of(state | damaged)
+            LoopState.of(asdict(LoopState()) | damaged)
