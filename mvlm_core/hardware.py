@@ -102,6 +102,9 @@ class Hardware:
         if self.device == "cuda":
             # TF32 for what autocast leaves in fp32; a no-op on GPUs older than Ampere.
             torch.set_float32_matmul_precision("high")
+            # Hopper would use cuDNN's attention instead of the flash kernels. Its bf16 backward pass has open reports
+            # of NaN gradients, which the loop would take for divergence.
+            torch.backends.cuda.enable_cudnn_sdp(False)
             if self.deterministic:
                 _use_deterministic_kernels()
         else:
@@ -152,13 +155,16 @@ def _keep_freed_memory() -> None:
 
 
 def set_process_environment() -> None:
-    """Set defaults for torch's caching allocator and OpenMP unless set by the user. Call before importing torch.
+    """Set defaults for torch's allocator, compiler and OpenMP unless set by the user. Call before importing torch.
 
     Blocks above 512 MB are never split, so that the next step can reuse the large logits buffers. Waiting threads spin
     for some microseconds, then sleep (the spin count applies to libgomp, which PyTorch uses on Linux). A small model
     has thousands of parallel regions per step: if threads sleep immediately, a step takes 1.4 times as long on an idle
-    machine; if they never sleep, eight times as long next to one busy process (benchmarks/LOG.md).
+    machine; if they never sleep, eight times as long next to one busy process (benchmarks/LOG.md). The compiler would
+    start a worker process per CPU of the host, even in a container limited to a few, and in each rank.
     """
+    workers = available_threads()[0] // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, workers)))
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -237,7 +243,7 @@ def caution(hardware: Hardware, preset: str) -> str | None:
     if preset != "h200" or hardware.device != "cuda" or hardware.compile:
         return None
     return (
-        f"THIS RUN IS NOT COMPILED ({hardware.reasons['compile']}): each step is slower, by an amount not measured "
+        f"THIS RUN IS NOT COMPILED ({hardware.reasons['compile']}): steps are slower, by an amount not measured "
         "yet; to measure it, run `python -m benchmarks.performance.gpu_check`"
     )
 

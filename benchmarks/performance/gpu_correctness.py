@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.experiments.runner import SETTINGS, recipe_of
 from benchmarks.performance.gpu_session import NOT_HERE, Row, Session
+from benchmarks.performance.gpu_speed import loop_of
 from mvlm_core.hardware import ATTENTION_BACKENDS, OPTIONAL_BACKENDS, Hardware
 from mvlm_core.training.distillation import DISTILLATION_WEIGHT
 from mvlm_core.training.preparation import prepare_text
@@ -279,6 +281,47 @@ def loss_and_gradients(session: Session) -> Iterator[Row]:
                 yield case.check_training(replace(hardware, compile=True, loss_kernel=own.loss_kernel))
 
 
+def compiled_gradients(session: Session) -> Iterator[Row]:
+    """Check each gradient of the compiled model at the run's own batch size, where the compiler generates other kernels
+    than for the few rows of ``loss_and_gradients``."""
+    own = session.hardware
+    for name in SETTINGS:
+        if not own.compiles:
+            yield name, {NOT_HERE: "nothing is compiled"}, None
+            continue
+        uncompiled = replace(own, compile=False, loss_kernel="blocks")
+        exact = full_size_gradients(session, name, replace(uncompiled, precision="fp32"))
+        rounded = relative_errors(full_size_gradients(session, name, uncompiled), exact)
+        errors = relative_errors(full_size_gradients(session, name, own), exact)
+        # In fp32 nothing is rounded but the order of the sums.
+        least = max(statistics.median(rounded.values()), 1e-4)
+        limits = {weight: FACTOR * max(error, least) for weight, error in rounded.items()}
+        worst = max(errors, key=lambda weight: errors[weight] / limits[weight])
+        figures = {"share of limit": errors[worst] / limits[worst], "worst gradient": worst, "error": errors[worst]}
+        yield f"{name}, {words(own)}", figures, errors[worst] <= limits[worst]
+
+
+def full_size_gradients(session: Session, name: str, hardware: Hardware) -> dict[str, Tensor]:
+    """Return the gradients of the first batch of a preset, with random weights and ``--layers`` layers."""
+    preset = session.options.presets[0]
+    layers = session.options.layers or min(SETTINGS[name](preset=preset).num_layers, 4)
+    loop = loop_of(session, name, preset, hardware, num_layers=layers, num_models=1, dropout=0.0)
+    modules, generator = nn.ModuleDict(loop.task.modules), torch.Generator().manual_seed(0)
+    for weight in modules.parameters():  # some are initialized with zeros, which would hide errors
+        weight.data += 0.02 * torch.randn(weight.shape, generator=generator).to(weight.device)
+    loop.gradients.micro_batch(0, 0, loop.settings.batch_size, PROGRESS)
+    return {key: weight.grad.double().cpu() for key, weight in modules.named_parameters() if weight.grad is not None}
+
+
+def relative_errors(gradients: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """Return the relative error of each gradient by norm; infinite if it is missing or not finite."""
+    errors = {}
+    for name, expected in exact.items():
+        error = float((gradients[name] - expected).norm() / expected.norm()) if name in gradients else math.inf
+        errors[name] = error if math.isfinite(error) else math.inf
+    return errors
+
+
 def cached_decoding(session: Session) -> Iterator[Row]:
     for case in cases(session):
         yield from map(case.check_decoding, precisions(session))
@@ -310,6 +353,7 @@ def attention_backends(session: Session) -> Iterator[Row]:
 
 CHECKS: dict[str, Callable[[Session], Iterator[Row]]] = {
     "loss_and_gradients": loss_and_gradients,
+    "compiled_gradients": compiled_gradients,
     "cached_decoding": cached_decoding,
     "attention_backends": attention_backends,
 }

@@ -27,7 +27,8 @@ from mvlm_core.training.preparation import prepare_text
 from mvlm_core.training.task import Run, build_task
 
 # Dense bf16 peak in FLOP/s by a substring of the device name, from the vendors' data sheets.
-PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
+PEAKS |= {"L40": 181e12, "L4": 121e12}
 MICRO_BATCHES = (8, 16, 32, 64, 128)
 
 
@@ -81,6 +82,9 @@ def shares(session: Session, flops: float, precision: str) -> dict[str, float]:
 
 
 def device_peak(name: str) -> float | None:
+    """Data-sheet peak of a whole GPU in FLOP/s; None if unknown, or for a MIG slice of it."""
+    if "MIG" in name:
+        return None
     return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 

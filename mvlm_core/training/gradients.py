@@ -19,6 +19,7 @@ from mvlm_core.training.state import LoopState
 from mvlm_core.training.task import Run, TrainingTask
 
 BUCKET_MB = 25  # of gradients that are all-reduced together
+_LIBRARY_OUT_OF_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 log = logging.getLogger("mvlm")
 
 
@@ -37,7 +38,7 @@ class GradientAccumulator:
         buckets. The trial also reveals which parameters get no gradient.
 
         Raises:
-            TrainingFailed: one sequence does not fit.
+            TrainingFailed: one sequence does not fit, or the model cannot be compiled.
         """
         optimizers = self.task.optimizers
         empty = not optimizers.state_tensors()
@@ -53,6 +54,7 @@ class GradientAccumulator:
                 return
             except RuntimeError as error:
                 if not _out_of_memory(error):
+                    _explain_failed_compilation(error)
                     raise
                 reserved.clear()
             finally:
@@ -158,8 +160,21 @@ class GradientAccumulator:
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory ran out, also while compiling: the compiler wraps its backend's error."""
-    return isinstance(getattr(error, "inner_exception", error), torch.OutOfMemoryError)
+    """Whether memory ran out, also while compiling (the compiler wraps its backend's error) or in a CUDA library."""
+    error = getattr(error, "inner_exception", error)
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _LIBRARY_OUT_OF_MEMORY)
+
+
+def _explain_failed_compilation(error: RuntimeError) -> None:
+    """Raise TrainingFailed, with a way out, if ``error`` comes from the compiler."""
+    from torch._dynamo.exc import TorchDynamoException  # slow to import
+
+    if isinstance(error, TorchDynamoException):
+        inner = getattr(error, "inner_exception", error)
+        reason = f"{type(inner).__name__}: {str(inner).strip()}".splitlines()[0]
+        raise TrainingFailed(
+            f"torch.compile failed ({reason}): to train without it, more slowly, add --no_compile"
+        ) from error
 
 
 def _to_device(array: Any, device: str) -> Tensor:

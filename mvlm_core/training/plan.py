@@ -145,6 +145,8 @@ def plan_run(
         items.insert(1, Item(TEACHERS, sum(item.seconds for item in teacher_items), each))
     flops = rate * sum(item.seconds for item in items if item.name in (STEPS, TEACHERS))
     assumptions = _assumptions(hardware, on_gpu, matrix, compiled)
+    if ranks > 1:
+        assumptions.append(f"{ranks} GPUs are {ranks} times as fast as one (an upper limit, not measured)")
     lines = [
         describe_gpus(settings),
         *_describe(settings, one, two, text, steps, hardware),

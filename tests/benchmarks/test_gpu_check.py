@@ -4,6 +4,7 @@ Which faults it detects: ``test_gpu_faults.py``.
 """
 
 import json
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -108,6 +109,36 @@ def test_time_limit_is_kept_and_unreached_checks_are_listed(check, capsys, monke
     assert "Not reached: products_and_clock, resume." in capsys.readouterr().out
 
 
+def test_too_little_time_for_the_correctness_checks_is_a_failure(check, monkeypatch):
+    def endless(_session):
+        while True:
+            time.sleep(0.01)
+        yield
+
+    monkeypatch.setitem(gpu_correctness.CHECKS, "cached_decoding", endless)
+    code, report = check("--minutes", "0.01", "--only", "cached_decoding,resume")
+    assert code == 1 and report["not_reached"] == ["cached_decoding", "resume"]
+
+
+@pytest.mark.parametrize("factor, passed", [(1.0, True), (1.3, False), (float("nan"), False)])
+def test_a_wrong_gradient_of_the_compiled_model_is_found(factor, passed, check, monkeypatch):
+    right = gpu_correctness.full_size_gradients
+
+    def gradients(session, name, hardware):
+        """Stand in for the compiler, which is too slow here: the uncompiled gradients, one of them with an error."""
+        uncompiled = right(session, name, replace(hardware, loss_kernel="blocks"))
+        wrong = sorted(uncompiled)[-1]
+        return uncompiled | ({wrong: uncompiled[wrong] * factor} if hardware.compiles else {})
+
+    def compiling(**flags):
+        return replace(choose_hardware(**flags), loss_kernel="compiled")
+
+    monkeypatch.setattr(gpu_correctness, "full_size_gradients", gradients)
+    monkeypatch.setattr("mvlm_core.hardware.choose_hardware", compiling)
+    code, report = check("--only", "compiled_gradients", "--layers", "2")
+    assert code == (0 if passed else 1) and [row["passed"] for row in report["rows"]] == [passed] * 2
+
+
 def test_bad_arguments():
     bad = ["--presets", "big", "--minutes", "0", "--tokens", "8", "--steps", "1"]
     with pytest.raises(UserError) as caught:
@@ -124,7 +155,8 @@ def test_the_names_offered_by_only_are_those_of_the_checks():
 
 def test_peak_flops_are_looked_up_by_device_name():
     assert gpu_speed.device_peak("NVIDIA H200") == gpu_speed.device_peak("NVIDIA H100 80GB HBM3") == 989e12
-    assert gpu_speed.device_peak("NVIDIA H100 PCIe") == 756e12 and gpu_speed.device_peak("AMD EPYC") is None
+    assert gpu_speed.device_peak("NVIDIA H100 PCIe") == 756e12 and gpu_speed.device_peak("NVIDIA L40") == 181e12
+    assert gpu_speed.device_peak("AMD EPYC") is gpu_speed.device_peak("NVIDIA H200 MIG 1g.18gb") is None
 
 
 @pytest.mark.integration

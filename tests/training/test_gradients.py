@@ -50,10 +50,13 @@ def test_only_a_lack_of_memory_halves_the_micro_batch_also_inside_the_compiler(t
     def failed(inner):
         return BackendCompilerFailed("inductor", inner, None)
 
-    state, _ = run_with_memory_for(3, tiny_corpus, tmp_path / "memory", error=failed(OUT_OF_MEMORY))
-    assert state.micro_batch == 2
-    with pytest.raises(BackendCompilerFailed):
+    for name, error in (("memory", OUT_OF_MEMORY), ("library", RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"))):
+        state, _ = run_with_memory_for(3, tiny_corpus, tmp_path / name, error=failed(error))
+        assert state.micro_batch == 2
+    with pytest.raises(TrainingFailed, match=r"torch.compile failed \(ValueError: a fault\): .* add --no_compile"):
         run_with_memory_for(3, tiny_corpus, tmp_path / "fault", error=failed(ValueError("a fault")))
+    with pytest.raises(RuntimeError, match="another fault"):
+        run_with_memory_for(3, tiny_corpus, tmp_path / "other", error=RuntimeError("another fault"))
 
 
 def test_activations_of_a_failed_step_are_freed_before_halving(tiny_corpus, tmp_path, monkeypatch):
