@@ -247,7 +247,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 def context_of(model: Any) -> int:
     """The model's context length in tokens."""
-    return getattr(model.config, "max_position_embeddings", None) or model.config.n_positions
+    return model.config.max_position_embeddings
 
 
 def score_loaded(

@@ -62,11 +62,9 @@ def curves(histories: Histories, keys: Iterable[str], x: Axis, ylabel: str) -> C
 
 def plot_history(history: list[dict[str, Any]], title: str, path: Path) -> None:
     """Plot loss, validation, learning rate and gradient norm against training text in one figure."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # not pyplot, which has global state and may need a display
 
     figure = Figure(figsize=(10, 6.5), layout="constrained")
-    FigureCanvasAgg(figure)  # not pyplot, which has global state and may need a display
     for axes, (key, label) in zip(figure.subplots(2, 2, sharex=True).flat, PANELS, strict=True):
         if draw := curves({title: history}, [key], BY_TEXT, label):
             draw(axes)

@@ -43,11 +43,9 @@ def book_bars(by_book: dict[str, dict[str, float]]) -> Callable[[Any], None] | N
 
 def plot_comparison(comparison: dict[str, Any], histories: Histories, path: Path) -> None:
     """Write `comparison.png`: validation curves by text and by time, and test scores with compression baselines."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # not pyplot, which has global state and may need a display
 
     figure = Figure(figsize=(13, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)  # not pyplot, which has global state and may need a display
     *panels, scores = figure.subplots(1, 3)
     for axes, x, title in zip(panels, (BY_TEXT, BY_TIME), ("Validation, by text", "Validation, by time"), strict=True):
         if draw := curves(histories, ["validation_bpb"], x, "bits per byte"):
@@ -83,11 +81,9 @@ def _score_bars(axes: Any, comparison: dict[str, Any], names: list[str]) -> None
 def svg_url(draw: Callable[[Any], None]) -> str:
     """Render a figure as an SVG data URL; ``draw`` is called with the axes."""
     import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.6, 3.0), layout="constrained")
-    FigureCanvasSVG(figure)
     draw(figure.subplots())
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "report"}):  # for reproducible output
