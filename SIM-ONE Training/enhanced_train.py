@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # for a Python in which this project is not installed
 
 from mvlm_core.console import trainer_settings
 from mvlm_core.errors import run_main

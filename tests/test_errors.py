@@ -43,11 +43,17 @@ def test_closed_stdout_pipe_exits_quietly_with_sigpipe():
     assert program.wait() == 128 + signal.SIGPIPE
 
 
-@pytest.mark.parametrize("script", ["train_all_models.py", "mvlm_trainer.py", "generate.py"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        *("train_all_models.py", "mvlm_trainer.py", "generate.py"),
+        *("SIM-ONE Training/enhanced_train.py", "SIM-ONE Training/train.py"),
+    ],
+)
 def test_running_without_installed_packages_prints_setup_instructions(script):
-    """``-S`` leaves out the installed packages, as another Python would."""
+    """``-S`` leaves out the installed packages, as another Python would, and ``-E`` PYTHONPATH."""
     done = subprocess.run(
-        [sys.executable, "-S", REPOSITORY / script, "--help"], capture_output=True, text=True, check=False
+        [sys.executable, "-SE", REPOSITORY / script, "--help"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.count("\n") == 1 and "setup_environment.sh" in done.stderr and ".venv/bin/python" in done.stderr
