@@ -115,7 +115,7 @@ def gather(source: Path, corpus: Corpus | None) -> Import:
 
 
 def _read(file: Path, path: str, known: dict[str, str], overlap: HeldOutOverlap) -> ImportedText:
-    """Read and check one text and add its hash to ``known``. Raises OSError or ValueError if it must be rejected."""
+    """Read and check one text; add its hash to ``known``. Raises OSError or ValueError if it must be rejected."""
     if file.suffix.lower() not in SUFFIXES:
         raise ValueError(f"only {' and '.join(SUFFIXES[:2])} files are read; convert it to one of them")
     path.encode()
@@ -124,12 +124,14 @@ def _read(file: Path, path: str, known: dict[str, str], overlap: HeldOutOverlap)
     text = cleaned(plain_text(raw) if is_markdown else raw)
     if not text.strip():
         raise ValueError("empty")
-    first = known.setdefault(hashlib.sha256(text.encode()).hexdigest(), path)
-    if first != path:
-        raise ValueError(f"the same text as {first}")
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    if digest in known:
+        raise ValueError(f"the same text as {known[digest]}")
     metadata = _metadata(file.with_suffix(".json"))
     title = str(metadata.get("title") or title_of(path, raw, is_markdown))
-    return ImportedText(path, title, text, overlap(text), metadata)
+    imported = ImportedText(path, title, text, overlap(text), metadata)
+    known[digest] = path
+    return imported
 
 
 def _metadata(file: Path) -> dict[str, Any]:
@@ -173,7 +175,8 @@ def target_folder(imported: Import, data_dir: Path) -> Path:
     Raises:
         UserError: nothing to add, or the folder already exists or cannot be written.
     """
-    target = data_dir / FOLDER / re.sub(r"[^\w.-]+", "-", imported.source.resolve().name)
+    name = imported.source.resolve().name.lstrip(".")  # hidden folders are not read
+    target = data_dir / FOLDER / re.sub(r"[^\w.-]+", "-", name)
     problems = output_folder_problems(target, "--data_dir:")
     if target.exists():
         problems.append(f"{target} already exists: remove it, or rename the folder to add")

@@ -71,6 +71,12 @@ def test_texts_are_added_to_the_train_split_with_metadata(tiny_corpus, folder):
     assert added["added/my-texts/mercy.txt"].metadata["title"] == "On *mercy*"
 
 
+def test_texts_of_a_hidden_folder_are_read(tiny_corpus, folder):
+    (folder / "good.txt").write_text("good words\n")
+    assert add(folder.rename(folder.with_name(".notes")), tiny_corpus) == 0
+    assert "added/notes/good.txt" in [document.path for document in load_corpus(tiny_corpus).documents]
+
+
 def test_duplicate_texts_are_refused(tiny_corpus, folder):
     (folder / "a.txt").write_text("the same words\n")
     (folder / "b.txt").write_text("the same words \n\n\n")
@@ -81,6 +87,14 @@ def test_duplicate_texts_are_refused(tiny_corpus, folder):
         "b.txt": "the same text as a.txt",
         "psalms.txt": "the same text as bible/kjv/19-psalms.txt",
     }
+
+
+def test_a_text_refused_for_its_metadata_does_not_refuse_its_duplicate(tiny_corpus, folder):
+    for name in ("a", "b"):
+        (folder / f"{name}.txt").write_text("the same words\n")
+    (folder / "a.json").write_text("[")
+    found = import_texts.gather(folder, load_corpus(tiny_corpus))
+    assert [text.path for text in found.texts] == ["b.txt"] and list(found.refused) == ["a.txt"]
 
 
 def test_held_out_copies_are_refused_and_short_quotations_counted(tiny_corpus, folder):
