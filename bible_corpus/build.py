@@ -257,20 +257,28 @@ def book_text(verses: Mapping[int, str]) -> tuple[str, list[str]]:
 
 
 def put_in_place(built: Path, data_dir: Path, manifest: dict[str, Any]) -> None:
-    """Replace the old corpus, keeping the user's files. The manifest, which marks it as complete, is written last."""
-    target = data_dir / "bible"
+    """Replace the old corpus, keeping the user's files. The manifest, which marks it as complete, is written last.
+
+    The caller deletes the folder of ``built``: until the replacement, the user's files must also be in the old corpus.
+    """
+    target, old = data_dir / "bible", built.with_name("old")
     (data_dir / MANIFEST).unlink(missing_ok=True)
-    if target.exists():
-        for file in sorted(target.rglob("*")):
-            path = file.relative_to(target).as_posix()
-            built_by_us = f"bible/{path}" in manifest["files"] or re.fullmatch(
-                r"[a-z]+/\d\d-[a-z0-9-]+\.(txt|json)", path
-            )
-            if not built_by_us and (file.is_symlink() or not file.is_dir()):
-                (built / path).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, built / path)
-        os.replace(target, built.with_name("old"))
-    os.replace(built, target)
+    for file in sorted(target.rglob("*")):
+        path = file.relative_to(target).as_posix()
+        built_by_us = f"bible/{path}" in manifest["files"] or re.fullmatch(r"[a-z]+/\d\d-[a-z0-9-]+\.(txt|json)", path)
+        if not built_by_us and (file.is_symlink() or not file.is_dir()):
+            (built / path).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(file, built / path, follow_symlinks=False)
+            except OSError:  # a file system without hard links
+                shutil.copy2(file, built / path, follow_symlinks=False)
+    try:
+        if target.exists():
+            os.replace(target, old)
+        os.replace(built, target)
+    finally:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
     write_json_atomic(data_dir / MANIFEST, manifest)
 
 

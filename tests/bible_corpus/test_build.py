@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -118,6 +120,32 @@ def test_interrupted_builds_are_incomplete_and_user_files_are_kept(tmp_path, whe
     assert (data / "mine.txt").read_text() == "my own words"
     assert (data / "bible/kjv/my-notes.txt").read_text() == "my own notes"
     assert not list(data.glob(".bible-building-*"))
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
+def test_user_files_survive_a_replacement_that_fails(tmp_path, monkeypatch, links):
+    notes, built, replace = tmp_path / "bible/mine/notes.txt", tmp_path / ".building/bible", os.replace
+    notes.parent.mkdir(parents=True)
+    notes.write_text("my own notes")
+    notes.with_name("link.txt").symlink_to("notes.txt")
+
+    def fail(source, target):
+        if source == built:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_, **__: (_ for _ in ()).throw(PermissionError(1, "not permitted")))
+    for _ in range(2):
+        (built / "kjv").mkdir(parents=True)
+        with contextlib.suppress(OSError):
+            prepare.put_in_place(built, tmp_path, {"files": {}})
+        shutil.rmtree(built.parent)
+        assert notes.read_text() == "my own notes"
+        assert os.readlink(notes.with_name("link.txt")) == "notes.txt"
+        monkeypatch.setattr(os, "replace", replace)
+    assert (tmp_path / "bible/kjv").is_dir()
 
 
 def test_changed_rules_or_sources_require_a_rebuild(tmp_path, wheels, monkeypatch):
