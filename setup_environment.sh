@@ -29,7 +29,10 @@ WHEELS="https://download.pytorch.org/whl"
 say() { printf '%s\n' "$@"; }
 die() { say "$@" >&2; exit 1; }
 misuse() { say "error: $1" >&2; exit 2; }
-limited() { if command -v timeout >/dev/null; then timeout "$@"; else shift; "$@"; fi; }  # macOS has no timeout
+limited() {  # limited SECONDS COMMAND: without a limit on macOS, which has no timeout
+    # In the background, timeout's default, the command would not receive Ctrl-C.
+    if command -v timeout >/dev/null; then timeout --foreground "$@"; else shift; "$@"; fi
+}
 python_of() {  # python_of PYTHON: its version and base installation
     limited 30 "$1" -c 'import os, sys; print("%d.%d" % sys.version_info[:2], os.path.realpath(sys._base_executable))'
 }
@@ -126,8 +129,10 @@ print("torch uses", why, *([f"\nNote: {problem}. Without it training runs uncomp
 
 try_extras() {
     if [ -f "$EXTRAS_TRIED" ]; then return; fi
-    local package
-    for package in $(sed '/^#/d' "$ROOT/requirements-gpu.txt"); do
+    local package packages
+    packages="$(sed '/^#/d; /^$/d' "$ROOT/requirements-gpu.txt")"
+    say "Trying to install the optional ${packages//$'\n'/ and } (at most 15 minutes each)"
+    for package in $packages; do
         # Wheels only: building flash-attn from source takes an hour or more, and it is optional.
         # The constraints prevent packages from replacing torch.
         if limited 900 "$VENV_PYTHON" -m pip install --only-binary=:all: \
@@ -250,6 +255,7 @@ pip_install() {  # modules are compiled when first imported: most never are
 
 main() {
     parse_arguments "$@"
+    trap 'exit 130' INT  # pip exits with 1 on Ctrl-C, and this script would continue
     stay_in_this_folder
     find_gpu
     choose_torch_source

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from packaging.utils import canonicalize_name
 
 from tests.helpers import executable
 
-TOOLS = "bash sh sed awk df uname flock timeout rm mkdir cp cat dirname env".split()
+TOOLS = "bash sh sed awk df uname flock timeout sleep rm mkdir cp cat dirname env".split()
 
 PYTHON_STAND_IN = """#!/bin/bash
 export PYTHONPATH="$CHECKOUT:$CHECKOUT/SIM-ONE Training" PYTHONDONTWRITEBYTECODE=1
@@ -37,6 +38,7 @@ case "$1 $2" in
         exit ;;
     "-m "*)
         case "$*" in *--dry-run*) ;; *) echo "$*" >> "$LOG" ;; esac
+        case "$*" in *$STAND_IN_HANGS*) [ -z "$STAND_IN_HANGS" ] || { trap 'exit 1' INT; sleep 30; } ;; esac
         case "$*" in *$STAND_IN_FAILS*) [ -z "$STAND_IN_FAILS" ] || { echo "it failed" >&2; exit 1; } ;; esac
         exit ;;
     *prepare_dataset.py*)
@@ -77,19 +79,16 @@ class Machine:
     def add_gpu(self, driver: str) -> None:
         executable(self.bin / "nvidia-smi", f"#!/bin/bash\necho '{driver}, NVIDIA H200'\n")
 
+    def environment(self) -> dict[str, str]:
+        paths = {"PATH": self.bin, "HOME": self.home, "CHECKOUT": self.checkout, "LOG": self.log}
+        return {name: str(path) for name, path in paths.items()}
+
     def run(
         self, *arguments: str, script: str = "setup_environment.sh", **environment: str
     ) -> subprocess.CompletedProcess:
-        everything = {
-            "PATH": str(self.bin),
-            "HOME": str(self.home),
-            "CHECKOUT": str(self.checkout),
-            "LOG": str(self.log),
-            **environment,
-        }
         return subprocess.run(
-            ["bash", str(self.checkout / script), *arguments],
-            env=everything, cwd="/", capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL,
+            ["bash", str(self.checkout / script), *arguments], env=self.environment() | environment,
+            cwd="/", capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL,
         )  # fmt: skip
 
     def logged(self) -> list[str]:
@@ -350,6 +349,22 @@ def test_optional_gpu_packages_may_fail_and_are_tried_once(machine: Machine) -> 
     assert len(tried) == 2 and all("--constraint" in line for line in tried)
     again = machine.run("--no_corpus", STAND_IN_CUDA="NVIDIA H200")
     assert "Optional" not in again.stdout
+
+
+def test_ctrl_c_ends_the_optional_step_and_the_script(machine: Machine) -> None:
+    machine.add_python()
+    machine.add_gpu("580.65.06")
+    environment = machine.environment() | {"STAND_IN_CUDA": "NVIDIA H200", "STAND_IN_HANGS": "--only-binary"}
+    command = ["bash", str(machine.checkout / "setup_environment.sh")]
+    script = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not any("--only-binary" in line for line in machine.logged()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(script.pid, signal.SIGINT)  # as a terminal does
+    output, _ = script.communicate(timeout=15)
+    assert script.returncode == 130
+    last = output.splitlines()[-1]
+    assert last == "Trying to install the optional flash-attn and xformers (at most 15 minutes each)"
 
 
 def test_gpu_that_appears_later_gets_a_cuda_build(machine: Machine) -> None:
