@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from mvlm_core.console import progress
 from mvlm_core.data.corpus import Corpus, Document
@@ -143,7 +145,11 @@ def build_token_store(
 def _write(documents: list[Document], tokenizer: ByteLevelBPE, folder: Path, quiet: bool) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    machine = socket.gethostname().replace(".", "-")
+    for leftover in folder.parent.glob(f".*.{machine}.*.*"):  # of a process that was killed
+        if not psutil.pid_exists(int(leftover.name.split(".")[3])):
+            shutil.rmtree(leftover, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.{machine}.{os.getpid()}.", dir=folder.parent))
     lengths: list[int] = []
     try:
         total = sum(document.size for document in documents)
@@ -173,7 +179,7 @@ def _move_into_place(temporary: Path, folder: Path, documents: int) -> None:
     except OSError:
         if _intact_index(folder, documents) is not None:
             return
-        damaged = temporary.with_name(f"{temporary.name}.damaged")
+        damaged = temporary.with_name(f"{temporary.name}-damaged")
         os.rename(folder, damaged)
         shutil.rmtree(damaged, ignore_errors=True)
         os.rename(temporary, folder)

@@ -1,6 +1,8 @@
 """Both tokenizers: exact round trips of any text, special tokens only as ids, frequent words as single tokens."""
 
+import multiprocessing
 import os
+import signal
 
 import pytest
 from hypothesis import given, settings
@@ -142,6 +144,23 @@ def test_token_store_holds_the_documents_and_is_reused_until_they_change(tiny_co
     changed.write_text(changed.read_text().replace("God", "god", 1))
     build_token_store(load_corpus(tiny_corpus), tokenizer, tmp_path, quiet=True)
     assert len(list((tmp_path / "tokens").iterdir())) == 2
+
+
+def test_temporary_folders_of_killed_runs_are_deleted(tiny_corpus, tmp_path):
+    corpus = load_corpus(tiny_corpus)
+    pieces = (document.read() for document in corpus.split("train"))
+    tokenizer = cached_tokenizer(AdvancedBPETokenizer, pieces, corpus.fingerprint, 700, tmp_path, quiet=True)
+
+    def killed():
+        tokenizer.encode_batch = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+        build_token_store(corpus, tokenizer, tmp_path, quiet=True)
+
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and len(list((tmp_path / "tokens").iterdir())) == 1
+    build_token_store(corpus, tokenizer, tmp_path, quiet=True)
+    assert list((tmp_path / "tokens").iterdir()) == [token_folder(corpus, tokenizer, tmp_path)]
 
 
 def test_concurrent_runs_do_not_replace_each_others_token_store(tiny_corpus, tmp_path):
