@@ -183,7 +183,7 @@ def recipe() -> Recipe:
     return Recipe(
         name=NAME,
         title="MVLM-GPT2",
-        description="A standard GPT-2 trained from scratch on English Bible translations in the public domain.",
+        description="A standard GPT-2",
         remote_code=False,
         tokenizer_class=tokenizer_class(),
         build=build,

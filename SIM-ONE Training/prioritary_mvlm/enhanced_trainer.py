@@ -96,8 +96,7 @@ RECIPE = Recipe(
     name=NAME,
     title="Enhanced SIM-ONE",
     description=(
-        "A decoder with rotary position embeddings, SwiGLU, RMSNorm and governance heads (policy, memory and trace), "
-        "trained from scratch on English Bible translations in the public domain."
+        "A decoder with rotary position embeddings, SwiGLU, RMSNorm and governance heads (policy, memory and trace)"
     ),
     remote_code=True,
     tokenizer_class=AdvancedBPETokenizer,

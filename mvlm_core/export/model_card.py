@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ from mvlm_core.files import template
 from mvlm_core.metrics import FINE_TUNING_METRICS, METRICS
 
 
-def model_card(config: dict[str, Any], *, title: str, description: str, sources: str, remote_code: bool) -> str:
+def model_card(
+    config: dict[str, Any], *, title: str, description: str, sources: str, licences: str | None, remote_code: bool
+) -> str:
     """Render the model card.
 
     Args:
         config: content of `training_config.json`.
         sources: description of the training text.
+        licences: of the training text; None for the built corpus alone.
         remote_code: whether the export includes its modelling files.
     """
     results, settings = config["results"], config["settings"]
@@ -39,5 +43,6 @@ def model_card(config: dict[str, Any], *, title: str, description: str, sources:
         figures=figures,
         seed=settings["seed"],
         sources=sources,
+        licences=None if licences is None else json.dumps(licences, ensure_ascii=False),
         trust=", trust_remote_code=True" if remote_code else "",
     )

@@ -48,6 +48,7 @@ class Recipe:
 
     Attributes:
         name: used for the export folder and the archive.
+        description: of the architecture, for the model card.
         build: (settings, tokenizer, hardware) → newly initialized model on the CPU; the generator is already seeded.
         law: forecasts the score of the ``h200`` preset.
         only_sdpa: whether the model has no attention kernel other than PyTorch's.

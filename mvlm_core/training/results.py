@@ -128,18 +128,33 @@ def describe_sources(corpus: Corpus) -> str:
     """Describe the training text for the model card, with titles and authors of texts that belong to no translation."""
     train = corpus.split("train")
     own = [document for document in train if not document.translation]
-    listed: dict[str, set[Any]] = {
-        "Translations": {document.translation for document in train},
-        "Titles": {document.metadata.get("title") for document in own},
-        "Authors": {document.metadata.get("author") for document in own},
-        "Licences as recorded in the corpus": {document.metadata.get("license") for document in train},
+    listed = {
+        "Translations": [document.translation for document in train],
+        "Titles": [document.metadata.get("title") for document in own],
+        "Authors": [document.metadata.get("author") for document in own],
+        "Licences as recorded in the corpus": [document.metadata.get("license") for document in train],
     }
     sentences = [f"{len(train)} documents, {sum(document.size for document in train) / 1e6:.1f} MB of text."]
     for label, values in listed.items():
-        if names := sorted({printable(str(value), limit=200) for value in values if value}):
-            more = f"; and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-            sentences.append(f"{label}: {'; '.join(names[:MAX_LISTED])}{more}.")
+        if names := _listed(values):
+            sentences.append(f"{label}: {names}.")
     return " ".join(sentences)
+
+
+def _listed(values: list[Any]) -> str:
+    names = sorted({printable(str(value), limit=200) for value in values if value})
+    more = f"; and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return "; ".join(names[:MAX_LISTED]) + more
+
+
+def licences_of(text: PreparedText) -> str | None:
+    """Licences recorded for the training text, for the model card; None for the built corpus alone."""
+    train = text.corpus.split("train")
+    if text.base is None and text.corpus.primary_translation and all(document.translation for document in train):
+        return None
+    train += text.old.corpus.split("train") if text.old else []
+    licences = [document.metadata.get("license") or "not recorded" for document in train]
+    return _listed([*licences, *(["those of the model it was fine-tuned from"] if text.base else [])])
 
 
 def describe_text(text: PreparedText) -> str:

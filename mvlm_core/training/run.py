@@ -182,9 +182,13 @@ def _export(
         plan = plan_run(recipe, run.settings, run.hardware, loop.state, run.ranks.world_size)
         config["costs"] = planned_and_actual(plan, loop.state, prepared, time.perf_counter() - started)
         log_costs(config["costs"])
-    sources = results.describe_text(text)
     card = model_card(
-        config, title=recipe.title, description=recipe.description, sources=sources, remote_code=recipe.remote_code
+        config,
+        title=recipe.title,
+        description=recipe.description,
+        sources=results.describe_text(text),
+        licences=results.licences_of(text),
+        remote_code=recipe.remote_code,
     )
     finish_export(staging, config, card, run.output_dir)
     if score.documents:
