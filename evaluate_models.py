@@ -43,6 +43,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     models = "export folders or .tar.gz [default: models/mvlm_gpt2 and models/simone_enhanced]"
     add("models", nargs="*", type=Path, default=default, metavar="MODEL", help=models)
     add("--data_dir", default=str(DEFAULT_DATA_DIR), help="the corpus the models were trained on")
+    add("--validation_dir", help="the folder of the validation text, if the models were trained with one")
     add("--data_subset", help="use only this subfolder of --data_dir [default: the first model's]")
     add("--split", choices=("validation", "test"), default="validation", help="held-out split [default validation]")
     for name, (number, text) in SIZES.items():
@@ -76,7 +77,7 @@ def evaluate_exports(options: argparse.Namespace, exports: dict[Path, Path]) -> 
     from mvlm_core.evaluation.suite import draw, evaluate, notes
     from mvlm_core.export.manifest import corpus_choice, training_config
 
-    choice = corpus_choice(next(iter(exports.values())))
+    choice = corpus_choice(next(iter(exports.values())), options.validation_dir)
     corpus = load_corpus(options.data_dir, **choice | ({"only": options.data_subset} if options.data_subset else {}))
     hardware = choose_hardware(device=options.device)
     hardware.apply()

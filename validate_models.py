@@ -60,8 +60,8 @@ def validate_model(
     if all(check.passed for check in checks):  # never load a modified export: that would run its code
         samples = check_loading(folder, files, checks, prompts=PROMPTS, texts=texts)
         if not options.quick and samples:
-            score_options = {name: getattr(options, name) for name in ("data_dir", "device", "seed", "whole")}
-            check_scores(folder, checks, **score_options)
+            names = ("data_dir", "validation_dir", "device", "seed", "whole")
+            check_scores(folder, checks, **{name: getattr(options, name) for name in names})
     else:
         checks.add("loading", LOADING, False, "skipped: the file checks failed")
     if folder.parent == layout.models:
@@ -106,6 +106,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("folders", nargs="*", metavar="MODEL_DIR", help="export folders [default: the models of the last run]")
     add("--work_dir", default=str(REPOSITORY_ROOT), help="parent of models/ and models_for_download/")
     add("--data_dir", default=str(DEFAULT_DATA_DIR), help="corpus used to recompute the test scores")
+    add("--validation_dir", help="the folder of the validation text, if the models were trained with one")
     add("--device", default="auto", help="auto, cpu or cuda, for the scores [default auto]")
     add_scope = parser.add_mutually_exclusive_group().add_argument
     add_scope("--quick", action="store_true", help="do not recompute the test scores")
@@ -128,6 +129,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if problems:
         raise UserError(problems)
     options.data_dir = str(Path(options.data_dir).absolute())
+    if options.validation_dir is not None:
+        options.validation_dir = str(Path(options.validation_dir).absolute())
     if options.seed is None:  # an unpredictable sample
         options.seed = secrets.randbits(32)
     return options

@@ -15,7 +15,7 @@ from mvlm_core.export import load_probe, scores, validation
 from mvlm_core.export.manifest import TEST_SCORES, training_config
 from mvlm_core.export.scores import read_scores
 from mvlm_core.files import sha256_file
-from tests.export.exports import change_config, pack, seal, set_json
+from tests.export.exports import change_config, moved_validation_text, pack, seal, set_json
 from tests.helpers import REPOSITORY
 
 
@@ -120,6 +120,14 @@ def test_scores_are_recomputed_and_mismatches_fail(export, tiny_corpus, tmp_path
     assert set(failed(capsys, *flags)) == {"test_bpb", "test_bpb_kjv"}
     (tiny_corpus / "bible" / "kjv" / "01-genesis.txt").write_text("Other text.\n")
     assert set(failed(capsys, *flags)) == {"same text"}
+
+
+def test_validation_text_may_be_in_another_folder(export, tiny_corpus, tmp_path, capsys, in_this_process):
+    flags = (str(export), "--work_dir", str(tmp_path / "other"), "--data_dir", str(tiny_corpus))
+    own = moved_validation_text(export, tiny_corpus, tmp_path)
+    (found,) = failed(capsys, *flags).values()
+    assert "validation folder /gone does not exist; choose it with --validation_dir" in found
+    assert failed(capsys, *flags, "--validation_dir", str(own)) == {}
 
 
 def test_stored_scores_are_sampled_and_checked(export, trained, tiny_corpus, tmp_path, capsys, in_this_process):

@@ -249,7 +249,10 @@ class _FolderReader:
         build_it = "build the corpus with `python prepare_dataset.py`"
         if not root.is_dir():
             missing = "is not a folder" if root.exists() else "does not exist"
-            raise UserError(f"{what} {root} {missing}; {build_it} or choose another folder")
+            advice = f"{build_it} or choose another folder"
+            if what == "validation folder":
+                advice = "choose it with --validation_dir"
+            raise UserError(f"{what} {root} {missing}; {advice}")
         if not start.is_dir() or not start.resolve().is_relative_to(root):
             raise UserError(f"{what} {root} has no folder {only} (--data_subset); {build_it}")
         documents = [document for file in self._text_files(start) if (document := self._read_document(file))]

@@ -173,8 +173,11 @@ def training_config(folder: Path, *required: str) -> dict[str, Any]:
     return config
 
 
-def corpus_choice(folder: Path) -> dict[str, Any]:
+def corpus_choice(folder: Path, validation_dir: str | None = None) -> dict[str, Any]:
     """Arguments of `load_corpus` for the part of the corpus that an export was trained on.
+
+    Args:
+        validation_dir: use this folder instead of the recorded one, which another machine may have elsewhere.
 
     Raises:
         UserError: the export is not finished, or its record is invalid.
@@ -184,6 +187,6 @@ def corpus_choice(folder: Path) -> dict[str, Any]:
     settings = config.get("settings", {})
     return {
         "validation_split": settings.get("validation_split", 0.05),
-        "validation_dir": settings.get("validation_dir"),
+        "validation_dir": validation_dir or settings.get("validation_dir"),
         "only": config.get("data", {}).get("only"),
     }

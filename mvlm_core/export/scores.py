@@ -122,14 +122,16 @@ def _is_close(recorded: float, rescored: float, tolerance: float) -> bool:
     return math.isclose(recorded, rescored, rel_tol=tolerance, abs_tol=tolerance * _SMALL_WINDOW)
 
 
-def rescore(folder: Path, *, data_dir: str, device: str, seed: int, whole: bool) -> dict[str, Any]:
+def rescore(
+    folder: Path, *, data_dir: str, validation_dir: str | None, device: str, seed: int, whole: bool
+) -> dict[str, Any]:
     """Recompute the scores of the whole test split and of its primary part; None without such text.
 
     With a stored score the results are its sums, and ``sample`` holds the number of rescored windows and the problems;
     without one, or with ``whole``, everything is rescored in one pass and ``sample`` is None. If the corpus is not the
     one that the model was trained on, the scores are None and the fingerprint differs.
     """
-    config, corpus = training_config(folder), load_corpus(data_dir, **corpus_choice(folder))
+    config, corpus = training_config(folder), load_corpus(data_dir, **corpus_choice(folder, validation_dir))
     hardware = choose_hardware(device=device)
     hardware.apply()
     on_cpus = config.get("hardware", {}).get("device") == hardware.device == "cpu"

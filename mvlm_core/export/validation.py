@@ -161,15 +161,15 @@ def same_score(recorded: object, now: object, tolerance: float) -> bool:
     return isinstance(recorded, float) and isinstance(now, float) and math.isclose(recorded, now, rel_tol=tolerance)
 
 
-def check_scores(folder: Path, checks: Checks, *, data_dir: str, device: str, seed: int, whole: bool) -> None:
+def check_scores(folder: Path, checks: Checks, *, data_dir: str, seed: int, **options: Any) -> None:
     """Recompute the test scores and compare them with those recorded in training.
 
     Args:
         seed: for the sample of windows to rescore if the export folder has a stored score.
-        whole: rescore all windows instead.
+        options: the other arguments of ``scores.rescore``.
     """
     config = training_config(folder)
-    request = {"folder": str(folder), "data_dir": data_dir, "device": device, "seed": seed, "whole": whole}
+    request = {"folder": str(folder), "data_dir": data_dir, "seed": seed, **options}
     answer, reason = answer_of(["-m", "mvlm_core.export.scores"], request)
     if not checks.add("scores", "recomputed", bool(answer), f"on {answer['device']}" if answer else reason):
         return

@@ -10,6 +10,7 @@ from mvlm_core.errors import UserError
 from mvlm_core.evaluation.results import share
 from mvlm_core.export.archive import write_archive
 from mvlm_core.files import sha256_file
+from tests.export.exports import moved_validation_text
 
 
 @pytest.fixture
@@ -68,6 +69,14 @@ def test_all_models_share_one_table_and_results_are_cached(evaluate, variant, tr
     table, printed = evaluate(archive, "--data_subset", "bible/plain", "--no_bits_per_byte")
     assert f"{archive} was trained on another corpus" in printed.out
     assert "bits per byte" not in [row[0] for row in table]
+
+
+def test_validation_text_may_be_in_another_folder(evaluate, export, trained, tmp_path):
+    own = moved_validation_text(export, trained / "corpus", tmp_path)
+    with pytest.raises(UserError, match="validation folder /gone does not exist; choose it with --validation_dir"):
+        evaluate(export)
+    _, printed = evaluate(export, "--split", "test", "--no_bits_per_byte", "--validation_dir", own)
+    assert "trained on another corpus" not in printed.out
 
 
 def test_all_problems_are_reported_before_any_measurement(trained, tmp_path):

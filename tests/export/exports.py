@@ -8,8 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from mvlm_core.data.corpus import load_corpus
 from mvlm_core.export.archive import write_archive
-from mvlm_core.export.manifest import MANIFEST, TEST_SCORES, read_manifest, write_manifest
+from mvlm_core.export.manifest import MANIFEST, TEST_SCORES, read_manifest, training_config, write_manifest
 from mvlm_core.files import sha256_file
 from mvlm_core.run_layout import Layout
 
@@ -49,6 +50,17 @@ def change_config(folder: Path, section: str, **values: Any) -> None:
     """Change the record of the run and update the manifest."""
     set_json(folder / "training_config.json", section, **values)
     seal(folder)
+
+
+def moved_validation_text(folder: Path, data_dir: Path, place: Path) -> Path:
+    """Change the export to one trained with ``--validation_dir``; return that folder, which has moved since."""
+    own = place / "validation"
+    own.mkdir()
+    (own / "own.txt").write_text("Own validation text.\n")
+    only = training_config(folder)["data"]["only"]
+    change_config(folder, "settings", validation_dir="/gone")
+    change_config(folder, "data", fingerprint=load_corpus(data_dir, only=only, validation_dir=own).fingerprint)
+    return own
 
 
 def pack(folder: Path) -> Layout:
