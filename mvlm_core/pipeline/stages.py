@@ -38,6 +38,10 @@ from mvlm_core.run_layout import Layout, training_history
 from mvlm_core.settings import CACHE_DIR
 from mvlm_core.signals import PARENT_VARIABLE, signal_name
 
+UNVERIFIED = (
+    "validation could not run, so the archives are unverified: free some space or set TMPDIR, then run the same "
+    "command again"
+)
 INSTRUCTIONS = Path(__file__).with_name("download_instructions.md")
 # Sizes of the evaluation suite by preset, in proportion to the training; other presets use the script's defaults.
 SUITE_SIZES = {
@@ -306,7 +310,7 @@ def write_download_notes(job: Job, summary: Summary) -> None:
 
 
 def validate_models(job: Job, summary: Summary, signals: Signals) -> bool:
-    """Run the validator; remove models that fail from the downloads."""
+    """Run the validator; remove models that its report fails from the downloads. Returns whether all passed."""
     log.info("=== validation")
     layout = job.layout
     layout.report.unlink(missing_ok=True)
@@ -314,15 +318,16 @@ def validate_models(job: Job, summary: Summary, signals: Signals) -> bool:
     signals.check(code)
     reports = read_json(layout.report).get("models", {})
     for name in summary.with_status("finished"):
-        if reports.get(name, {}).get("passed") is True:
+        if name not in reports or reports[name].get("passed") is True:
             continue
-        checks = reports.get(name, {}).get("checks", [])
+        checks = reports[name].get("checks", [])
         failed = "; ".join(f"{check['name']}: {check['detail']}" for check in checks if not check["passed"])
-        error = "validation: " + (failed or "\n".join(tail) or "no report was written")
-        summary.update(name, status="failed", archive=None, error=error)
+        summary.update(name, status="failed", archive=None, error=f"validation: {failed}")
         log.error("%s: failed validation and was withdrawn from %s", name, layout.downloads)
     write_download_notes(job, summary)
-    return code == 0
+    if not reports:  # for example, the disk is full: no reason to delete the archives
+        log.error("no validation report was written (exit code %d): %s", code, tail[-1] if tail else "no output")
+    return code == 0 and bool(reports)
 
 
 # --- report -------------------------------------------------------------------------------------------------
@@ -350,6 +355,8 @@ def log_results(layout: Layout, summary: Summary, compared: list[str], log_file:
         elif entry["archive"]:
             log.info("archive: %s", layout.root / entry["archive"])
     log.info("summary: %s, plot: %s, validation: %s, log: %s", layout.summary, layout.plot, layout.report, log_file)
+    if not layout.report.is_file():
+        log.error("%s", UNVERIFIED)
     if layout.page.is_file():
         log.info("open in a browser: %s", layout.page)
     if any(entry["archive"] for entry in summary.models.values()):
