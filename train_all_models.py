@@ -29,7 +29,7 @@ from mvlm_core.files import RunLock, output_folder_problems
 from mvlm_core.hardware import resolve_preset, set_process_environment
 from mvlm_core.pipeline.child_process import Signals, note
 from mvlm_core.pipeline.job import Job, probe_hardware, show_plan
-from mvlm_core.pipeline.stages import run_stages
+from mvlm_core.pipeline.stages import check_locks, run_stages
 from mvlm_core.run_layout import Layout
 from mvlm_core.settings import DEFAULT_DATA_DIR, PRESET_NAMES, REPOSITORY_ROOT, TrainingSettings, add_options
 
@@ -165,6 +165,8 @@ def main(arguments: list[str] | None = None) -> int:
             job.corpus()
             job.check_finished_models()
         layout = job.layout
+        setup_logging()
+        check_locks(job)
         with RunLock(layout.models, str(layout.root)):
             layout.logs.mkdir(parents=True, exist_ok=True)
             log_file = layout.logs / f"h200_training_{datetime.now():%Y%m%d_%H%M%S}.log"

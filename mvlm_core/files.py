@@ -170,9 +170,17 @@ class RunLock:
             os.close(descriptor)
             raise
 
+    def problems(self) -> list[str]:
+        """Name the process that holds the lock, if any, without changing anything."""
+        try:
+            holder = _parse_lock(read_regular(self.path))
+        except (OSError, ValueError):
+            return []
+        return self._refusal(holder).problems if holder and _is_held(holder) else []
+
     def _check_holder(self, held: bytes) -> None:
         if holder := _parse_lock(held):
-            if holder.get("host", socket.gethostname()) != socket.gethostname() or _is_alive(holder):
+            if _is_held(holder):
                 raise self._refusal(holder)
             log.info("took over the stale lock %s of process %s, which has ended", self.path, holder.get("pid"))
 
@@ -191,6 +199,10 @@ def _parse_lock(held: bytes) -> dict[str, Any]:
     if isinstance(value, int) and not isinstance(value, bool):
         value = {"pid": value}
     return value if isinstance(value, dict) else {}
+
+
+def _is_held(holder: dict[str, Any]) -> bool:
+    return holder.get("host", socket.gethostname()) != socket.gethostname() or _is_alive(holder)
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:

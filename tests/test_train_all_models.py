@@ -18,6 +18,7 @@ from mvlm_core.data.corpus import load_corpus
 from mvlm_core.errors import UserError
 from mvlm_core.export import formats
 from mvlm_core.export.archive import check_archive, read_checksums, sha256_file
+from mvlm_core.files import LOCK_NAME
 from mvlm_core.run_layout import Layout
 from tests.helpers import REPOSITORY
 
@@ -400,6 +401,22 @@ def test_second_job_in_the_same_folder_is_refused(job):
     assert second.returncode == 2 and str(first.pid) in second.stderr and "in use" in second.stderr
     first.terminate()
     assert first.wait(timeout=20) == 143
+
+
+def test_all_locks_of_another_machine_are_named_before_training(job):
+    folders = [job.layout.models, job.layout.export("mvlm_gpt2") / "checkpoints" / "teachers" / "1"]
+    folders.append(job.layout.export("simone_enhanced"))
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / LOCK_NAME).write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
+    before = sorted(job.work_dir.rglob("*"))
+    done = job.run()
+    assert done.returncode == 2 and done.stderr.count("in use by process 1 on elsewhere") == len(folders)
+    assert all(f"delete {folder / LOCK_NAME})" in done.stderr for folder in folders)
+    assert sorted(job.work_dir.rglob("*")) == before
+    for folder in folders:
+        (folder / LOCK_NAME).unlink()
+    assert job.run().returncode == 0
 
 
 def test_failed_validation_withdraws_the_archive(job):

@@ -26,8 +26,8 @@ from mvlm_core.evaluation.compression import compression_baselines
 from mvlm_core.export.archive import matches_export, write_archive
 from mvlm_core.export.folder import delete_run
 from mvlm_core.export.formats import NO_GGUF, formats_of, supported
-from mvlm_core.export.manifest import ArchiveError, training_config
-from mvlm_core.files import RunLock, read_json, sha256_file, template, write_atomic
+from mvlm_core.export.manifest import CHECKPOINTS, ArchiveError, training_config
+from mvlm_core.files import LOCK_NAME, RunLock, read_json, sha256_file, template, write_atomic
 from mvlm_core.monitor import resource_lines
 from mvlm_core.pipeline import plots
 from mvlm_core.pipeline.child_process import TAIL_LINES, Signals, note, run_child
@@ -83,6 +83,20 @@ def run_stages(job: Job, hardware: dict[str, Any], log_file: Path, signals: Sign
 # --- corpus and training ------------------------------------------------------------------------------------
 
 
+def check_locks(job: Job) -> None:
+    """Wait for trainers of a killed job, then check all locks of this one: its own, the models' and their teachers'.
+
+    Raises:
+        UserError: names every folder in use, such as those of a job on a machine that no longer exists.
+    """
+    folders = [job.layout.models]
+    for export in map(job.layout.export, job.names):
+        wait_for_orphans(export)
+        folders += [export, *(path.parent for path in sorted((export / CHECKPOINTS).rglob(LOCK_NAME)))]
+    if problems := [problem for folder in folders for problem in RunLock(folder, str(folder)).problems()]:
+        raise UserError(problems)
+
+
 def prepare_corpus(job: Job, signals: Signals) -> None:
     if job.build_corpus:
         job.build_corpus()
@@ -105,7 +119,6 @@ def delete_earlier_runs(job: Job) -> None:
         raise UserError(problems)
     with ExitStack() as locks:
         for folder in folders:
-            wait_for_orphans(folder)
             locks.enter_context(RunLock(folder, str(folder)))
         for folder in folders:
             delete_run(folder)
@@ -127,7 +140,6 @@ def train_model(job: Job, name: str, summary: Summary, signals: Signals) -> int:
     summary.update(name, status="running")
     start = time.monotonic()
     try:
-        wait_for_orphans(job.layout.export(name))
         code, tail = run_child(job.trainer_command(name), signals)
         if code:
             signals.check(code)
