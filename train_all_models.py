@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -175,7 +176,8 @@ def main(arguments: list[str] | None = None) -> int:
             try:
                 return run_stages(job, hardware, log_file, signals)
             except BaseException as error:  # also shown on the console, but that may be closed by now
-                note(log_file, f"=== ended: {type(error).__name__}: {error}")
+                with suppress(OSError):  # the disk may be full
+                    note(log_file, f"=== ended: {type(error).__name__}: {error}")
                 raise
 
 

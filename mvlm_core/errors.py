@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
+AFTER_OS_ERROR = "free space or fix the permissions, then run the same command again"
 
 
 def printable(text: str, keep: str = "", limit: int = 4000) -> str:
@@ -67,3 +68,6 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for output still buffered
         sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        print(f"failed: {printable(str(error))}; {AFTER_OS_ERROR}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)

@@ -291,6 +291,7 @@ class TrainingSettings:
         if _is_number(self.hidden_dim) and _is_number(self.num_heads) and self.num_heads > 0:
             if self.hidden_dim % self.num_heads:
                 problems.append(f"--hidden_dim {self.hidden_dim} is not divisible by --num_heads {self.num_heads}")
+        problems += output_folder_problems(self.cache_dir, "--cache_dir")
         if self.output_dir is not None:
             problems += output_folder_problems(self.output_dir)
             problems += self._teacher_problems(Path(self.output_dir))

@@ -23,6 +23,12 @@ def run(body, **pipes):
         ("(_ for _ in ()).throw(UserError(['a is bad', 'b\\x1b too']))", 2, "error: a is bad\nerror: b\\x1b too\n"),
         ("(_ for _ in ()).throw(TrainingFailed('the disk is full'))", 1, "failed: the disk is full\n"),
         (
+            "open('/dev/null/x')",
+            1,
+            "failed: [Errno 20] Not a directory: '/dev/null/x'; free space or fix the permissions, then run the same "
+            "command again\n",
+        ),
+        (
             "(_ for _ in ()).throw(Stopped(15))",
             143,
             "stopped by SIGTERM; run the same command again, without --fresh and --resume_from, to resume\n",

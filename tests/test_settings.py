@@ -143,7 +143,8 @@ def test_all_problems_are_reported_in_one_error(tmp_path):
     bad = "--hidden_dim 100 --num_heads 12 --learning_rate -1 --vocab_size 10 --max_length 0 --batch_size 0"
     bad += " --validation_split 1.5"
     with pytest.raises(UserError) as caught:
-        parse(PrioritaryConfig, "--preset", "giant", *bad.split(), "--output_dir", str(tmp_path / "file" / "below"))
+        folders = ["--output_dir", f"{tmp_path}/file/below", "--cache_dir", f"{tmp_path}/file"]
+        parse(PrioritaryConfig, "--preset", "giant", *bad.split(), *folders)
     named = "\n".join(caught.value.problems)
     for word in (
         "--preset giant",
@@ -155,7 +156,8 @@ def test_all_problems_are_reported_in_one_error(tmp_path):
     ):
         assert word in named
     assert "--validation_split 1.5" in named and "not a folder" in named
-    assert len(caught.value.problems) == 8
+    assert f"--cache_dir {tmp_path / 'file'} is a file" in named
+    assert len(caught.value.problems) == 9
 
 
 def test_combinations_that_would_lose_work_are_refused(tmp_path):

@@ -436,6 +436,15 @@ def test_archives_are_kept_if_validation_cannot_run(job):
     assert done.returncode == 0 and "unverified" not in done.stdout
 
 
+def test_archive_that_cannot_be_written_fails_only_its_model(job):
+    assert job.run().returncode == 0
+    (job.layout.downloads / f".{ARCHIVES[0]}.partial").mkdir()
+    done = job.run(MODE_mvlm_gpt2="new")
+    assert done.returncode == 1 and "mvlm_gpt2: not packed: [Errno 21] Is a directory" in done.stdout
+    assert "free space or fix the permissions, then run the same command again" in done.stdout.split("=== done")[1]
+    assert job.offered() == list(read_checksums(job.layout.checksums)) == ARCHIVES[1:]
+
+
 def test_models_trained_separately_share_one_summary(job):
     assert job.run("--models", "mvlm_gpt2").returncode == 0
     assert list(job.summary()["models"]) == ["mvlm_gpt2"]

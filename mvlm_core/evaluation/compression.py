@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import lzma
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from mvlm_core.run_layout import finite_number
 
 TEXT_LIMIT = 64 << 20  # bytes; beyond that it would take minutes and gigabytes
 VERSION = 1  # part of the cache key; increase it when the measurement changes
+log = logging.getLogger("mvlm")
 
 
 def _xz(data: bytes) -> int:
@@ -65,8 +67,11 @@ def compression_baselines(corpus: Corpus, cache_dir: Path) -> dict[str, Any]:
                 name: [pool.submit(size, data) for data in (train + test, train)] for name, (_, size) in METHODS.items()
             }
             values = {name: (both.result() - alone.result()) * 8 / len(test) for name, (both, alone) in jobs.items()}
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(cache, values)
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_json_atomic(cache, values)
+        except OSError as error:
+            log.warning("the compression baselines are not cached: %s", error)
     translation = corpus.primary_translation if corpus.primary_part("test") else None
     return {"translation": translation, "train_bytes": len(train), "test_bytes": len(test)} | values
 

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from mvlm_core.data.corpus import SPLITS
-from mvlm_core.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, Stopped, UserError
+from mvlm_core.errors import AFTER_OS_ERROR, EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, Stopped, UserError
 from mvlm_core.evaluation.compression import compression_baselines
 from mvlm_core.export.archive import matches_export, write_archive
 from mvlm_core.export.folder import delete_run
@@ -256,22 +256,31 @@ def pack_models(job: Job, summary: Summary, signals: Signals) -> None:
         signals.check()
         archive = layout.archive(name)
         try:
-            pack(layout.export(name), archive)
+            pack(layout, layout.export(name), archive)
         except ArchiveError as error:
             log.error("%s: not packed: %s", name, error)
             summary.update(name, status="failed", error=f"not packed: {error}", archive=None)
-            archive.unlink(missing_ok=True)
             continue
         summary.update(name, archive=str(archive.relative_to(layout.root)))
     write_download_notes(job, summary)
 
 
-def pack(folder: Path, archive: Path) -> None:
+def pack(layout: Layout, folder: Path, archive: Path) -> None:
+    """Pack a folder, unless the archive already holds exactly its files.
+
+    Raises:
+        ArchiveError: it cannot be packed; neither an old archive nor a SHA256SUMS that lists it remains.
+    """
     if matches_export(archive, folder):
         log.info("%s: kept, already up to date", archive.name)
-    else:
+        return
+    try:
+        for outdated in (layout.checksums, archive):
+            outdated.unlink(missing_ok=True)
         write_archive(folder, archive)
-        log.info("%s: written, %.1f MB", archive.name, archive.stat().st_size / 1e6)
+    except OSError as error:
+        raise ArchiveError(f"{error}; {AFTER_OS_ERROR}") from None
+    log.info("%s: written, %.1f MB", archive.name, archive.stat().st_size / 1e6)
 
 
 def pack_formats(job: Job, summary: Summary, signals: Signals) -> bool:
@@ -298,7 +307,11 @@ def pack_formats(job: Job, summary: Summary, signals: Signals) -> bool:
             if not _run_optional(f"{name} as {', '.join(formats)}", [*command, *(f"--{f}" for f in formats)], signals):
                 good = False
                 continue
-        pack(folder, archive)
+        try:
+            pack(layout, folder, archive)
+        except ArchiveError as error:
+            log.error("%s: not packed: %s", folder.name, error)
+            good = False
     write_download_notes(job, summary)
     return good
 
@@ -310,14 +323,13 @@ def write_download_notes(job: Job, summary: Summary) -> None:
     for name in {*job.trainers, *summary.models} - {*offered}:  # do not offer an archive from an earlier run
         layout.archive(name).unlink(missing_ok=True)
         layout.formats_archive(name).unlink(missing_ok=True)
+    for file in (layout.checksums, instructions):  # a full disk then leaves none, not those of other archives
+        file.unlink(missing_ok=True)
     if offered:
         archives = [layout.archive(name) for name in offered]
         archives += [other for name in offered if (other := layout.formats_archive(name)).is_file()]
         write_atomic(layout.checksums, "".join(f"{sha256_file(archive)}  {archive.name}\n" for archive in archives))
         write_atomic(instructions, download_instructions(offered, layout, job.prompt))
-    else:
-        layout.checksums.unlink(missing_ok=True)
-        instructions.unlink(missing_ok=True)
     summary.copy_to_downloads()
 
 

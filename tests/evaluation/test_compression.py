@@ -33,6 +33,7 @@ def test_cached_results_are_reused_unless_invalid(tiny_corpus, tmp_path):
     assert compression_baselines(corpus, tmp_path) == first | {"xz": 9.5}
     cache.write_text('{"xz": NaN, "ppmd_order_6": 1.0, "ppmd_order_16": 1.0}')
     assert compression_baselines(corpus, tmp_path) == first
+    assert compression_baselines(corpus, cache) == first, "not cached: a file in place of the folder"
 
 
 def test_ppmd_code_lengths_by_part_add_up_to_the_total(tiny_corpus):

@@ -8,6 +8,7 @@ import psutil
 import pytest
 
 from mvlm_core.errors import Stopped, UserError
+from mvlm_core.export.manifest import ArchiveError
 from mvlm_core.pipeline import job as jobs
 from mvlm_core.pipeline import stages
 from mvlm_core.pipeline.child_process import Signals
@@ -104,6 +105,17 @@ def test_only_sigint_and_sigterm_exit_codes_stop_the_job():
         with pytest.raises(Stopped) as caught:
             signals.check(128 + number)
         assert caught.value.signal_number == number
+
+
+def test_full_disk_leaves_no_archive_or_checksums_of_an_earlier_export(tmp_path, monkeypatch):
+    layout = Layout(tmp_path)
+    layout.downloads.mkdir()
+    for file in (layout.checksums, layout.archive("one")):
+        file.write_text("old")
+    monkeypatch.setattr(stages, "write_archive", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(ArchiveError, match="No space left; free space or fix the permissions"):
+        stages.pack(layout, layout.export("one"), layout.archive("one"))
+    assert list(layout.downloads.iterdir()) == []
 
 
 @pytest.mark.parametrize(
