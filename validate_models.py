@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Validate trained models and their archives; exit 0 only if every check passes.
 
-Without arguments, checks every model that the last run of train_all_models.py was asked to train. Each export is
-copied to a temporary folder under another name and loaded in a new process without network access or this
-repository's code. Writes models/validation_report.json.
+Without arguments, checks every model that the last run of train_all_models.py was asked to train, and its archive; a
+model trained with its own trainer has no archive. Each export is copied to a temporary folder under another name and
+loaded in a new process without network access or this repository's code. Writes models/validation_report.json.
 
 Exit codes: 0 all checks passed, 1 a check failed (named), 2 bad arguments, 130/143 stopped by a signal.
 """
@@ -41,6 +41,7 @@ PROMPTS = (
     "For God so loved the world",
     "Thou shalt not",
 )
+NOT_PACKED = f"not packed: train_all_models.py packs {' and '.join(MODELS)}"
 
 
 def validate_model(
@@ -65,10 +66,26 @@ def validate_model(
     else:
         checks.add("loading", LOADING, False, "skipped: the file checks failed")
     if folder.parent == layout.models:
-        check_packed("archive", layout.archive(folder.name), folder, layout, checks)
+        archive = layout.archive(folder.name)
+        if archive.is_file() or must_be_packed(folder.name, layout, options):
+            check_packed("archive", archive, folder, layout, checks)
+        else:
+            checks.add("archive", NOT_PACKED, True, f"{archive}: none expected")
         if samples:  # without a loaded model there are no logits to compare
             check_formats(folder.name, folder, layout, checks)
     return checks, samples
+
+
+def requested_models(layout: Layout) -> dict[str, Any]:
+    """Return the models in the last run's summary; {} without one."""
+    models = read_json(layout.summary).get("models")
+    return models if isinstance(models, dict) else {}
+
+
+def must_be_packed(name: str, layout: Layout, options: argparse.Namespace) -> bool:
+    """Whether the last run packed the model or, without MODEL_DIR, was asked to."""
+    entry = requested_models(layout).get(name)
+    return isinstance(entry, dict) and bool(entry.get("archive") or not options.folders)
 
 
 def sample_texts(data_dir: str) -> list[str]:
@@ -144,8 +161,9 @@ def folders_to_check(options: argparse.Namespace, layout: Layout) -> dict[str, P
             folder.name if sum(other.name == folder.name for other in folders) == 1 else str(folder): folder
             for folder in folders
         }
-    requested = read_json(layout.summary).get("models")
-    requested = list(requested) if isinstance(requested, dict) and requested else MODELS
+    requested = list(requested_models(layout))
+    if not requested:  # no run of the whole job, but perhaps of the trainers
+        requested = [name for name in MODELS if layout.export(name).is_dir()] or list(MODELS)
     if invalid := [name for name in requested if "/" in name or name_problem(name)]:
         raise UserError(
             f"{layout.summary}: {ascii(invalid[0])} is not a valid model name; pass the export folders as MODEL_DIR "

@@ -173,6 +173,29 @@ def test_malformed_training_configs_fail_checks(export, tiny_corpus, tmp_path, c
     assert failed(capsys, str(export), "--work_dir", str(tmp_path / "other"), "--data_dir", str(tiny_corpus))
 
 
+def test_archive_is_required_only_of_models_that_a_run_was_to_pack(export, tmp_path, capsys, in_this_process):
+    work = tmp_path / "work"
+    summary = work / "models" / "training_summary.json"
+    flags = ("--quick", "--work_dir", str(work), "--data_dir", str(tmp_path))
+
+    def missing(*folder, **entry):
+        if entry:
+            summary.write_text(json.dumps({"models": {"mvlm_gpt2": entry}}))
+        found = failed(capsys, *folder, *flags)
+        (model,) = json.loads((work / "models/validation_report.json").read_text())["models"].values()
+        assert any(check["name"] == validate_models.NOT_PACKED for check in model["checks"]) == (not found)
+        return set(found)
+
+    assert missing(str(export)) == missing() == set(), "trained with its own trainer, like the other one not at all"
+    assert missing(str(export), status="failed", archive=None) == set(), "then trained with its own trainer"
+    assert missing(status="failed", archive=None) == {"exists"}
+    assert missing(str(export), status="finished", archive="x.tar.gz") == missing() == {"exists"}
+    pack(export)
+    (work / "models_for_download" / "SHA256SUMS").unlink()
+    summary.unlink()
+    assert set(failed(capsys, str(export), *flags)) == {"SHA256SUMS"}, "an archive that is there must be right"
+
+
 def test_missing_models_fail_and_bad_arguments_are_refused(tmp_path, capsys):
     work = tmp_path / "work"
     work.mkdir()
