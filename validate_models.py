@@ -65,7 +65,7 @@ def validate_model(
             check_scores(folder, checks, **{name: getattr(options, name) for name in names})
     else:
         checks.add("loading", LOADING, False, "skipped: the file checks failed")
-    if folder.parent == layout.models:
+    if folder.resolve().parent == layout.models.resolve():
         archive = layout.archive(folder.name)
         if archive.is_file() or must_be_packed(folder.name, layout, options):
             check_packed("archive", archive, folder, layout, checks)

@@ -190,6 +190,7 @@ def test_archive_is_required_only_of_models_that_a_run_was_to_pack(export, tmp_p
     assert missing(str(export), status="failed", archive=None) == set(), "then trained with its own trainer"
     assert missing(status="failed", archive=None) == {"exists"}
     assert missing(str(export), status="finished", archive="x.tar.gz") == missing() == {"exists"}
+    assert missing(str(export.parent / ".." / "models" / export.name)) == {"exists"}, "the same folder"
     pack(export)
     (work / "models_for_download" / "SHA256SUMS").unlink()
     summary.unlink()
