@@ -80,6 +80,13 @@ class Hardware:
         """Whether anything in the run is compiled."""
         return self.compile or self.loss_kernel == "compiled"
 
+    def synchronize(self) -> None:
+        """Wait until the device has finished all work."""
+        import torch
+
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
     def release(self) -> None:
         """Return cached memory to the device. Compiled graphs stay: another model of the same shape uses them too."""
         import torch

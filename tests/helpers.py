@@ -167,7 +167,7 @@ def make_loop(model: str, settings: Any, ranks: Ranks = SINGLE_RANK, compiled: b
 
 def final_state(loop: TrainingLoop) -> tuple[dict, dict, list[dict], dict]:
     """Weights, optimizer tensors, history and state of a run's newest checkpoint; without times, hence reproducible."""
-    checkpoint = newest_checkpoint(loop.checkpoint_root)
+    checkpoint = newest_checkpoint(loop.checkpoints.root)
     history = [without_times(record) for record in read_history(loop.step_log.path)]
     return checkpoint.tensors("model"), checkpoint.tensors("optimizer"), history, without_times(checkpoint.state)
 

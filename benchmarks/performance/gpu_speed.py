@@ -54,7 +54,7 @@ def loop_of(
 def step_of(loop: TrainingLoop) -> Callable[[], None]:
     """Return a function that runs one training step."""
     stop = NeverStops()
-    return lambda: (loop._step(stop), loop.step_log.discard())
+    return lambda: (loop.step(stop), loop.step_log.discard())
 
 
 def once(work: Callable[[], Any]) -> float:
@@ -120,7 +120,7 @@ def real_steps(session: Session) -> Iterator[Row]:
         figures |= {"s of evaluations": spent.evaluation_seconds, "s of checkpoints": spent.checkpoint_seconds}
         yield case, figures, None
         weights = {key: value.cpu().clone() for key, value in loop.task.weights().items()}
-        session.finished[preset, name] = FinishedRun(loop.checkpoint_root, history, weights)
+        session.finished[preset, name] = FinishedRun(loop.checkpoints.root, history, weights)
         yield f"{case}, ms", {part: 1000 * value for part, value in parts(session, loop).items()}, None
 
 

@@ -98,7 +98,7 @@ def ours(name: str, settings: TrainingSettings, options: argparse.Namespace) -> 
     loop, stop = TrainingLoop(run, task), StopRequest()
 
     def step() -> None:
-        loop._step(stop)
+        loop.step(stop)
         loop.step_log.discard()
 
     if not ranks.is_main:  # other ranks run steps until their parent exits

@@ -1,17 +1,29 @@
-"""Asynchronous checkpoints: tensors are copied to host memory, and a thread writes the copy.
+"""The checkpoints of a run: saved in the background, found again, and restored on every rank.
 
-Training waits only for the copy, not for hashing or disk writes. Saves run one at a time and none is skipped, so the
-set of checkpoints does not depend on disk speed.
+Tensors are copied to host memory and a thread writes the copy, so training waits only for the copy, not for hashing or
+disk writes. Saves run one at a time and none is skipped, so the set of checkpoints does not depend on disk speed.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from threading import Thread
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from mvlm_core.errors import UserError
+from mvlm_core.export.manifest import CHECKPOINTS
+from mvlm_core.files import fsync_path
+from mvlm_core.training import checkpoint as checkpoints
+from mvlm_core.training.checkpoint import Checkpoint
+from mvlm_core.training.history import StepLog, truncate_history
+from mvlm_core.training.state import LoopState, check_identity
+from mvlm_core.training.task import Run, TrainingTask
 
 NamedTensors = dict[str, dict[str, Tensor]]
 log = logging.getLogger("mvlm")
@@ -70,3 +82,141 @@ def _copy(tensor: Tensor) -> Tensor:
         log.warning("no pinned memory for a checkpoint (%s): the copy is slower", str(error).splitlines()[0])
         memory = torch.empty(tensor.shape, dtype=tensor.dtype)
     return memory.copy_(tensor.detach(), non_blocking=True)
+
+
+class Checkpointer:
+    """Saves and restores the checkpoints of one run. Only the main rank reads and writes files.
+
+    Args:
+        on_failure: called with the error if a checkpoint cannot be written.
+
+    Attributes:
+        saved_step: step of the newest checkpoint, which may not be complete yet.
+    """
+
+    def __init__(self, run: Run, task: TrainingTask, step_log: StepLog, on_failure: Callable[[OSError], None]) -> None:
+        self.root = run.output_dir / CHECKPOINTS
+        self.saved_step: int | None = None
+        self._settings, self._ranks, self._task, self._step_log = run.settings, run.ranks, task, step_log
+        self._writer, self._on_failure = CheckpointWriter(), on_failure
+
+    # -- save -------------------------------------------------------------------------------------------------------
+
+    def save(self, state: LoopState, for_signal_only: bool, weights_only: bool, in_background: bool) -> None:
+        """Write a checkpoint, then rotate older ones. Call ``finish`` first.
+
+        Args:
+            for_signal_only: an uninterrupted run would not have written this checkpoint, so a rollback ignores it and
+                returns to the same step as an uninterrupted run would.
+            weights_only: save only what ``load_best`` needs; the run cannot resume from it.
+            in_background: continue training while it is written; otherwise return once it is on disk.
+        """
+        flags = {"for_signal_only": for_signal_only, "weights_only": weights_only}
+        content = {**asdict(state), "identity": self._task.identity, **flags}
+        self.saved_step = state.step
+        try:
+            self._step_log.write()
+            tensors = self._task.state_tensors()
+            if weights_only:
+                del tensors["optimizer"]
+            if in_background:
+                self._writer.start(tensors, partial(self._write, content))
+            else:
+                self._write(content, tensors)
+        except OSError as error:
+            self._on_failure(error)
+
+    def finish(self, *, wait: bool) -> None:
+        """Handle the result of the save in progress, if it has ended or after waiting for it (``wait``)."""
+        if wait or self._writer.ended:
+            try:
+                self._writer.wait()
+            except OSError as error:
+                self._on_failure(error)
+
+    def _write(self, content: dict[str, Any], tensors: NamedTensors) -> None:
+        fsync_path(self._step_log.path)  # the history must be on disk before the checkpoint
+        checkpoints.save_checkpoint(self.root, content["step"], tensors, content)
+        try:
+            checkpoints.rotate_checkpoints(self.root, self._settings.keep_checkpoints)
+        except OSError as error:
+            log.error("cannot delete old checkpoints (%s); training continues", error)
+
+    # -- find and restore -------------------------------------------------------------------------------------------
+
+    def find(self) -> Checkpoint | None:
+        """Return the checkpoint to resume from: that of ``--resume_from``, or the newest intact one.
+
+        Raises:
+            UserError: it belongs to another run, or ``--resume_from`` is not a checkpoint.
+        """
+        if named := self._settings.resume_from:
+            checkpoint: Checkpoint | None = checkpoints.named_checkpoint(named)
+        else:
+            checkpoint = checkpoints.newest_checkpoint(self.root)
+        if checkpoint is None:
+            self._step_log.path.unlink(missing_ok=True)
+            return None
+        check_identity(f"{checkpoint.folder} is", checkpoint.state.get("identity"), self._task.identity)
+        if named:
+            checkpoints.set_aside_later(self.root, checkpoint.step)
+        return checkpoint
+
+    def find_before(self, trouble_since: int | None) -> Checkpoint | None:
+        """Return the newest good checkpoint from before the divergence, setting later ones aside.
+
+        Args:
+            trouble_since: step of the first bad loss. It was computed with the weights of the step before, so that one
+                is not trusted either. None if unknown.
+        """
+        before = None if trouble_since is None else max(1, trouble_since - 1)
+        checkpoint = checkpoints.newest_good_checkpoint(self.root, before)
+        if checkpoint is not None:
+            checkpoints.set_aside_later(self.root, checkpoint.step)
+        return checkpoint
+
+    def has_best(self, checkpoint: Checkpoint, state: LoopState) -> bool:
+        """Whether the best weights so far are here, if there are any: ``--resume_from`` may name another folder."""
+        if state.best_step is None:
+            return True
+        here = checkpoint.folder.parent.resolve() == self.root.resolve()
+        return here and checkpoints.checkpoint_folder(self.root, state.best_step).is_dir()
+
+    def restore(self, checkpoint: Checkpoint | None) -> LoopState | None:
+        """Load the main rank's checkpoint on every rank and return its state; None if it has none.
+
+        Raises:
+            UserError: the checkpoint does not fit the model.
+        """
+        saved = self._ranks.broadcast(checkpoint.state if checkpoint else None)
+        if saved is None:
+            return None
+        files = self._task.state_tensors()
+        tensors = {n: self._ranks.broadcast_tensors(checkpoint.tensors(n) if checkpoint else {}) for n in files}
+        try:
+            state = LoopState.of(saved)
+            if state.step > 0 and not tensors["optimizer"]:
+                raise ValueError("it holds no optimizer state")
+            self._task.load_state_tensors(tensors)
+        except (ValueError, RuntimeError) as error:
+            where = checkpoint.folder if checkpoint else "the checkpoint"
+            raise UserError(f"{where} does not fit this model: {error}; start over with --fresh") from None
+        state.micro_batch = min(state.micro_batch, self._settings.sequences_per_step)
+        self.saved_step = state.step
+        if self._ranks.is_main:
+            truncate_history(self._step_log.path, state.step)
+        return state
+
+    def load_best(self, state: LoopState) -> None:
+        """Load the best weights by validation into the model; the last weights stay in the newest checkpoint.
+
+        Raises:
+            UserError: they are damaged.
+        """
+        step = state.best_step
+        if step is not None and step != state.step:
+            try:
+                best = checkpoints.open_checkpoint(checkpoints.checkpoint_folder(self.root, step))
+                self._task.load_state_tensors({"model": best.tensors("model")})
+            except checkpoints.DamagedCheckpoint as damage:
+                raise UserError(f"the best checkpoint is damaged: {damage}; run again with --fresh") from None

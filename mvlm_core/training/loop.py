@@ -13,27 +13,22 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from mvlm_core.console import progress
 from mvlm_core.errors import Stopped, TrainingFailed, UserError
-from mvlm_core.export.manifest import CHECKPOINTS
-from mvlm_core.files import fsync_path
 from mvlm_core.hardware import compiled_so_far
 from mvlm_core.monitor import peak_memory
 from mvlm_core.signals import StopRequest
-from mvlm_core.training import checkpoint as checkpoints
-from mvlm_core.training.checkpoint_writer import CheckpointWriter, NamedTensors
+from mvlm_core.training.checkpoint_writer import Checkpointer
 from mvlm_core.training.divergence import MAX_ROLLBACKS
 from mvlm_core.training.gradients import GradientAccumulator
-from mvlm_core.training.history import StepLog, read_history, truncate_history
+from mvlm_core.training.history import StepLog, read_history
 from mvlm_core.training.run_length import RunLength, TimeBudget, run_length, steps_within
-from mvlm_core.training.state import LoopState, Overhead, check_identity
+from mvlm_core.training.state import LoopState, Overhead
 from mvlm_core.training.task import Run, TrainingTask
 
 log = logging.getLogger("mvlm")
@@ -50,12 +45,10 @@ class TrainingLoop:
         self._length = run_length(run.settings, task.batches)
         self._budget: TimeBudget | None = None
         self.clock = time.perf_counter
-        self.checkpoint_root = run.output_dir / CHECKPOINTS
         self.state = LoopState(micro_batch=run.settings.batch_size)
         self.gradients = GradientAccumulator(run, task)
         self.step_log = StepLog(run, task.batches.tokens_per_batch)
-        self._saved_step: int | None = None  # step of the newest checkpoint, which may not be complete yet
-        self._writer = CheckpointWriter()
+        self.checkpoints = Checkpointer(run, task, self.step_log, on_failure=self._handle_failed_save)
         self._clock_start = 0.0  # clock reading at the first step, shifted so that interruptions do not count
         self._compiled = compiled_so_far() if run.hardware.compiles else (0, 0.0)  # graphs and seconds
         self._best_before: tuple[int | None, float | None] = (None, None)  # step and score before the latest best
@@ -87,7 +80,7 @@ class TrainingLoop:
         try:
             self._train(stop)
         finally:
-            self._finish_save(wait=True)
+            self.checkpoints.finish(wait=True)
         return self.state
 
     def _train(self, stop: StopRequest) -> None:
@@ -97,7 +90,7 @@ class TrainingLoop:
         total = self.length.total and self.length.total * tokens
         with progress(total, "training", "tok", initial=done, quiet=quiet, unit_scale=True) as bar:
             while not self.state.finished:
-                stopping = self._step(stop)
+                stopping = self.step(stop)
                 if first_step:
                     self.ranks.shorten_timeout()
                     first_step = False
@@ -126,19 +119,9 @@ class TrainingLoop:
         """Return the peak memory in bytes, summed over all ranks."""
         return int(self.ranks.sum_numbers(peak_memory(self.hardware.device))[0])
 
-    def load_best(self) -> None:
-        """Load the best weights by validation into the model; the last weights stay in the newest checkpoint."""
-        step = self.state.best_step
-        if step is not None and step != self.state.step:
-            try:
-                best = checkpoints.open_checkpoint(checkpoints.checkpoint_folder(self.checkpoint_root, step))
-                self.task.load_state_tensors({"model": best.tensors("model")})
-            except checkpoints.DamagedCheckpoint as damage:
-                raise UserError(f"the best checkpoint is damaged: {damage}; run again with --fresh") from None
-
     def _after_step(self, stopping: bool, bar: Any) -> None:
         """Read metrics, evaluate, write a checkpoint or roll back, as due after this step."""
-        self._finish_save(wait=False)
+        self.checkpoints.finish(wait=False)
         step, settings = self.state.step, self.settings
         ending = self.length.is_reached(step)
         time_evaluation, time_checkpoint, fix_length = self._timing_due()
@@ -171,7 +154,7 @@ class TrainingLoop:
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
-    def _step(self, stop: StopRequest) -> bool:
+    def step(self, stop: StopRequest) -> bool:
         """Take one optimizer step; return whether any rank has been asked to stop."""
         started = self.clock()
         state, optimizers = self.state, self.task.optimizers
@@ -269,31 +252,19 @@ class TrainingLoop:
                 self._budget.leave_out(seconds)
 
     def _timing_due(self) -> tuple[bool, bool, bool]:
-        """Whether to time an evaluation, whether to time a checkpoint, and whether to fix the run's length now.
-
-        The first two normally coincide. A checkpoint written for a signal cannot record its own duration, so another
-        one is timed after the resume.
-        """
-        budget, spent = self._budget, self.state.spent
-        if budget is None:
+        """Whether to time an evaluation, whether to time a checkpoint, and whether to fix the run's length now."""
+        if self._budget is None:
             return False, False, False
-        budget.count_step(self._wait_for_device)
+        self._budget.count_step(self.hardware.synchronize)
         # The main rank decides: the ranks' clocks differ, and only the main rank saves.
-        timing = budget.share_measured(self.state.step, self.length.limit), spent.checkpoints == 0
-        share, unsaved = self.ranks.broadcast(timing)
-        evaluated = spent.evaluations > 0
-        return share >= 0.5 and not evaluated, share >= 0.5 and unsaved, share >= 1 and evaluated and not unsaved
+        return self.ranks.broadcast(self._budget.due(self.state.step, self.length.limit, self.state.spent))
 
     def _fix_length(self, bar: Any) -> None:
         """Fix the number of steps from the measured durations of steps, evaluations and checkpoints."""
         state, settings, budget = self.state, self.settings, self._budget
         assert budget is not None
-        spent = state.spent
-        durations = {
-            "step": budget.step_seconds + self._later_step_seconds(),
-            "evaluation": spent.evaluation_seconds / max(1, spent.evaluations),
-            "checkpoint": spent.checkpoint_seconds / max(1, spent.checkpoints),
-        }
+        later = self.gradients.later_step_seconds(state, self.clock)
+        durations = {"step": budget.step_seconds + later} | budget.durations(state.spent)
         reachable = steps_within(
             budget.seconds - budget.used,
             state.step,
@@ -311,114 +282,44 @@ class TrainingLoop:
             f"{settings.max_hours:g} hours"
         )
 
-    def _later_step_seconds(self) -> float:
-        """Average extra seconds of later steps over current ones, as loss terms switch on or off; changes no state."""
-        count = self.gradients.sequences(self.state)
-
-        def seconds(at_progress: float) -> float:
-            started = self.clock()
-            self.gradients.micro_batch(self.state.step, 0, count, at_progress)
-            self._wait_for_device()
-            return self.clock() - started
-
-        points = (0.0, 0.125, 0.375, 0.625, 0.875)
-        rounds = [[seconds(point) for point in points] for _ in range(3)]
-        self.task.optimizers.zero_grad()
-        first, *later = (min(times) for times in zip(*rounds, strict=True))
-        return (sum(later) / len(later) - first) * -(-len(self.ranks.shard(self.task.batches.sequences)) // count)
-
-    def _wait_for_device(self) -> None:
-        if self.hardware.device == "cuda":
-            torch.cuda.synchronize()
-
     # -- checkpoints: save, resume, roll back -----------------------------------------------------------------------
 
     def _save(self, *, for_signal_only: bool = False, weights_only: bool = False, in_background: bool = True) -> None:
-        """Write a checkpoint, then rotate older ones.
-
-        Args:
-            for_signal_only: an uninterrupted run would not have written this checkpoint, so a rollback ignores it and
-                returns to the same step as an uninterrupted run would.
-            weights_only: save only what ``load_best`` needs; the run cannot resume from it.
-            in_background: continue training while it is written; otherwise return once it is on disk.
-        """
-        if self._saved_step == self.state.step or not self.ranks.is_main:
+        """Write a checkpoint of this step unless there is one; see ``Checkpointer.save``."""
+        if self.checkpoints.saved_step == self.state.step or not self.ranks.is_main:
             return
         if self._budget is not None:
             self.state.timed_steps, self.state.timed_seconds = self._budget.timed
         with self._timed("checkpoint"):
-            self._finish_save(wait=True)
-            self._start_save(for_signal_only, weights_only, in_background)
-
-    def _start_save(self, for_signal_only: bool, weights_only: bool, in_background: bool) -> None:
-        self.state.seconds = self._seconds() if self.state.step else 0.0
-        flags = {"for_signal_only": for_signal_only, "weights_only": weights_only}
-        state = {**asdict(self.state), "identity": self.task.identity, **flags}
-        self._saved_step = self.state.step
-        try:
-            self.step_log.write()
-            tensors = self.task.state_tensors()
-            if weights_only:
-                del tensors["optimizer"]
-            if in_background:
-                self._writer.start(tensors, partial(self._write_checkpoint, state))
-            else:
-                self._write_checkpoint(state, tensors)
-        except OSError as error:
-            self._handle_failed_save(error)
-
-    def _write_checkpoint(self, state: dict[str, Any], tensors: NamedTensors) -> None:
-        fsync_path(self.step_log.path)  # the history must be on disk before the checkpoint
-        checkpoints.save_checkpoint(self.checkpoint_root, state["step"], tensors, state)
-        try:
-            checkpoints.rotate_checkpoints(self.checkpoint_root, self.settings.keep_checkpoints)
-        except OSError as error:
-            log.error("cannot delete old checkpoints (%s); training continues", error)
-
-    def _finish_save(self, *, wait: bool) -> None:
-        """Handle the result of the save in progress, if it has ended or after waiting for it (``wait``)."""
-        if wait or self._writer.ended:
-            try:
-                self._writer.wait()
-            except OSError as error:
-                self._handle_failed_save(error)
+            self.checkpoints.finish(wait=True)
+            self.state.seconds = self._seconds() if self.state.step else 0.0
+            self.checkpoints.save(self.state, for_signal_only, weights_only, in_background)
 
     def _handle_failed_save(self, error: OSError) -> None:
-        step, self._saved_step = self._saved_step, None
+        step, self.checkpoints.saved_step = self.checkpoints.saved_step, None
         if step == self.state.best_step:
             self.state.best_step, self.state.best_bpb = self._best_before
         if step == 0 or (self.state.finished and (step == self.state.step or self.state.best_step is None)):
             raise TrainingFailed(
-                f"cannot write a checkpoint to {self.checkpoint_root} ({error}); free some space and run again"
+                f"cannot write a checkpoint to {self.checkpoints.root} ({error}); free some space and run again"
             ) from None
         log.error("no checkpoint at step %s (%s); training continues and will retry", step, error)
 
     def _resume(self) -> None:
         """Resume from ``resume_from`` or the newest intact checkpoint; start from scratch if there is none."""
-        checkpoint = None
-        if self.ranks.is_main:
-            if named := self.settings.resume_from:
-                checkpoint = checkpoints.named_checkpoint(named)
-            else:
-                checkpoint = checkpoints.newest_checkpoint(self.checkpoint_root)
-            if checkpoint is None:
-                self.step_log.path.unlink(missing_ok=True)
-            else:
-                check_identity(f"{checkpoint.folder} is", checkpoint.state.get("identity"), self.task.identity)
-                if named:
-                    checkpoints.set_aside_later(self.checkpoint_root, checkpoint.step)
-        if not self._restore(checkpoint):
+        checkpoint = self.checkpoints.find() if self.ranks.is_main else None
+        if (state := self.checkpoints.restore(checkpoint)) is None:
             return
-        if self.ranks.broadcast(checkpoint is not None and self._lacks_best(checkpoint)):
+        self.state = state
+        lacks_best = checkpoint is not None and not self._is_over and not self.checkpoints.has_best(checkpoint, state)
+        if self.ranks.broadcast(lacks_best):
             log.info("the best weights so far are not in this folder: the next evaluation counts as the best")
-            self.state.best_step = self.state.best_bpb = None
+            state.best_step = state.best_bpb = None
         self._check_length()
-        if checkpoint is not None and self.state.step > 0 and not self._is_over:
+        if checkpoint is not None and state.step > 0 and not self._is_over:
             log.info("resuming from %s (step %s of %s)", checkpoint.folder, checkpoint.step, self.length)
-            if self.state.fixed_steps is not None and self.settings.max_hours:
-                log.info(
-                    "an earlier --max_hours fixed this length; to change it, use --num_epochs or --max_steps instead"
-                )
+            if state.fixed_steps is not None and self.settings.max_hours:
+                log.info("its --max_hours fixed this length; to change it, give --num_epochs or --max_steps instead")
 
     def _check_length(self) -> None:
         """Check that these settings do not end an unfinished run before its checkpoint, with a high learning rate.
@@ -429,38 +330,10 @@ class TrainingLoop:
         if self.length.is_reached(self.state.step) and not self.state.finished:
             flag = "--num_epochs or --max_steps" if self.state.fixed_steps is None else "--max_hours"
             raise UserError(
-                f"{self.checkpoint_root} holds an unfinished run at step {self.state.step}, which these settings would "
-                f"end at step {self.length.total or self.length.limit}: repeat its {flag}, or start over with --fresh"
+                f"{self.checkpoints.root} holds an unfinished run at step {self.state.step}, which these settings "
+                f"would end at step {self.length.total or self.length.limit}: repeat its {flag}, or start over with "
+                "--fresh"
             )
-
-    def _lacks_best(self, checkpoint: checkpoints.Checkpoint) -> bool:
-        """Whether an unfinished run's best weights so far are missing: ``--resume_from`` may name another folder."""
-        best, root = self.state.best_step, self.checkpoint_root
-        if best is None or self._is_over:
-            return False
-        elsewhere = checkpoint.folder.parent.resolve() != root.resolve()
-        return elsewhere or not checkpoints.checkpoint_folder(root, best).is_dir()
-
-    def _restore(self, checkpoint: checkpoints.Checkpoint | None) -> bool:
-        """Load the main rank's checkpoint on every rank; return False if it has none."""
-        state = self.ranks.broadcast(checkpoint.state if checkpoint else None)
-        if state is None:
-            return False
-        files = self.task.state_tensors()
-        tensors = {n: self.ranks.broadcast_tensors(checkpoint.tensors(n) if checkpoint else {}) for n in files}
-        try:
-            self.state = LoopState.of(state)
-            if self.state.step > 0 and not tensors["optimizer"]:
-                raise ValueError("it holds no optimizer state")
-            self.task.load_state_tensors(tensors)
-        except (ValueError, RuntimeError) as error:
-            where = checkpoint.folder if checkpoint else "the checkpoint"
-            raise UserError(f"{where} does not fit this model: {error}; start over with --fresh") from None
-        self.state.micro_batch = min(self.state.micro_batch, self.settings.sequences_per_step)
-        self._saved_step = self.state.step
-        if self.ranks.is_main:
-            truncate_history(self.step_log.path, self.state.step)
-        return True
 
     def _roll_back(self, reason: str, bar: Any) -> None:
         """Return to the newest checkpoint from before the divergence, with a lower learning rate.
@@ -474,18 +347,12 @@ class TrainingLoop:
         )
         if diverged.guard.rollbacks >= MAX_ROLLBACKS:
             raise TrainingFailed(f"{reason}, after {diverged.guard.rollbacks} rollbacks: {advice}")
-        self._finish_save(wait=True)
-        checkpoint = None
-        if self.ranks.is_main:
-            # The first bad loss was computed with the weights of the step before, so that one is not trusted either.
-            since = diverged.guard.trouble_since
-            before = None if since is None else max(1, since - 1)
-            checkpoint = checkpoints.newest_good_checkpoint(self.checkpoint_root, before)
-            if checkpoint is not None:
-                checkpoints.set_aside_later(self.checkpoint_root, checkpoint.step)
+        self.checkpoints.finish(wait=True)
+        checkpoint = self.checkpoints.find_before(diverged.guard.trouble_since) if self.ranks.is_main else None
         self.step_log.discard()
-        if not self._restore(checkpoint):
+        if (state := self.checkpoints.restore(checkpoint)) is None:
             raise TrainingFailed(f"{reason}, and there is no earlier checkpoint: {advice}")
+        self.state = state
         guard = self.state.guard = diverged.guard.after_rollback(self.state.guard)
         self.state.fixed_at, self.state.fixed_steps = diverged.fixed_at, diverged.fixed_steps
         self.state.micro_batch = min(diverged.micro_batch, self.state.micro_batch)

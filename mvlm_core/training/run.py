@@ -167,7 +167,7 @@ def _export(
         prepared: seconds spent preparing the text.
     """
     recipe, started = run.recipe, time.perf_counter()
-    loop.load_best()
+    loop.checkpoints.load_best(loop.state)
     tokenizer = text.tokenizer.for_transformers(run.settings.max_length)
     staging = stage_model(task.model, tokenizer, loop.history(), recipe.title, run.output_dir)
     score = results.score_test(staging, run, text.corpus)

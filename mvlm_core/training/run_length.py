@@ -16,6 +16,7 @@ from mvlm_core.data.batches import BatchSource
 from mvlm_core.errors import UserError
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.optimizer import learning_rate_scale
+from mvlm_core.training.state import Overhead
 
 _WARMUP_SHARE = 0.02
 _WARMUP_STEPS = 50  # with --max_hours, when the length is not known yet: about 2 % of a typical run
@@ -157,7 +158,24 @@ class TimeBudget:
         """Exclude ``seconds`` spent on something other than steps."""
         self._outside += seconds
 
-    def share_measured(self, step: int, limit: int | None) -> float:
+    def due(self, step: int, limit: int | None, spent: Overhead) -> tuple[bool, bool, bool]:
+        """Whether to time an evaluation, whether to time a checkpoint, and whether to fix the run's length now.
+
+        The first two normally coincide. A checkpoint written for a signal cannot record its own duration, so another
+        one is timed after the resume.
+        """
+        evaluated, saved = spent.evaluations > 0, spent.checkpoints > 0
+        half, whole = (self._share_measured(step, limit) >= share for share in (0.5, 1))
+        return half and not evaluated, half and not saved, whole and evaluated and saved
+
+    def durations(self, spent: Overhead) -> dict[str, float]:
+        """Average seconds of an evaluation and of a checkpoint."""
+        return {
+            "evaluation": spent.evaluation_seconds / max(1, spent.evaluations),
+            "checkpoint": spent.checkpoint_seconds / max(1, spent.checkpoints),
+        }
+
+    def _share_measured(self, step: int, limit: int | None) -> float:
         """Completed share of the measurement, by time or by steps; it is complete at 1 or more."""
         if step < _MIN_MEASURED_STEPS or self.timed[0] == 0:
             return 0.0

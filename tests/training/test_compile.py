@@ -118,7 +118,7 @@ def test_training_step_does_not_synchronize_with_the_device(model, optimizer, ti
     stop = StopAfter()
     with NoWaiting():
         for _ in range(3):
-            loop._step(stop)
+            loop.step(stop)
         with pytest.raises(AssertionError, match="waits"):
             loop._read_metrics(bar=None)
 

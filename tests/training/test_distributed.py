@@ -130,7 +130,7 @@ def test_hung_rank_ends_the_run_after_a_timeout(tiny_corpus, tmp_path, monkeypat
     monkeypatch.setattr(distributed, "_STEP_TIMEOUT", timedelta(seconds=2))
 
     def work(ranks):
-        real_step, real_save = TrainingLoop._step, TrainingLoop._save
+        real_step, real_save = TrainingLoop.step, TrainingLoop._save
 
         def step(self, stop):
             if ranks.rank == 1 and self.state.step in (0, 15):
@@ -141,7 +141,7 @@ def test_hung_rank_ends_the_run_after_a_timeout(tiny_corpus, tmp_path, monkeypat
             time.sleep(4 if ranks.is_main and self.state.step == 10 else 0)
             real_save(self, **kind)
 
-        monkeypatch.setattr(TrainingLoop, "_step", step)
+        monkeypatch.setattr(TrainingLoop, "step", step)
         monkeypatch.setattr(TrainingLoop, "_save", save)
         if ranks.is_main:
             with pytest.raises(TrainingFailed, match="lost their connection"):

@@ -137,7 +137,7 @@ def test_training_fails_after_three_rollbacks(tiny_corpus, tmp_path):
     )
     with pytest.raises(TrainingFailed, match="after 3 rollbacks: start over with --fresh and a lower --learning_rate"):
         loop.run(StopAfter())
-    assert checkpoint_folders(loop.checkpoint_root), "what was good is still there"
+    assert checkpoint_folders(loop.checkpoints.root), "what was good is still there"
     assert all(record.get("skipped", False) == (record["step"] > 6) for record in read_history(loop.step_log.path))
 
 

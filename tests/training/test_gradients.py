@@ -78,7 +78,7 @@ def test_activations_of_a_failed_step_are_freed_before_halving(tiny_corpus, tmp_
     monkeypatch.setattr(loop.gradients, "_halve", halve_and_look)
     loop.gradients.find_micro_batch(loop.state, 0.0)
     loop.state.micro_batch = 8
-    loop._step(StopAfter())
+    loop.step(StopAfter())
     assert len(activations) == 4 and loop.state.micro_batch == 2 and not any(alive)
 
 
@@ -113,7 +113,7 @@ def test_micro_batch_trial_does_not_affect_training(tiny_corpus, tmp_path):
         if not trial:
             loop.gradients.find_micro_batch = lambda state, progress: None
         loop.run(StopAfter())
-        weights = newest_checkpoint(loop.checkpoint_root).tensors("model")
+        weights = newest_checkpoint(loop.checkpoints.root).tensors("model")
         found.append((weights, [record["train_loss"] for record in read_history(loop.step_log.path)]))
     assert found[0][1] == found[1][1]
     assert all(torch.equal(found[0][0][name], found[1][0][name]) for name in found[0][0])

@@ -19,14 +19,14 @@ def test_seconds_are_wall_time_and_speed_counts_steps_only(tiny_corpus, tmp_path
 
     def loop():
         loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, checkpoint_interval=2))
-        evaluate, write = loop.task.evaluate, loop._write_checkpoint
+        evaluate, write = loop.task.evaluate, loop.checkpoints._write
 
         def wait(do, *values):
             now[0] += 10
             return do(*values)
 
         object.__setattr__(loop.task, "evaluate", partial(wait, evaluate))
-        loop._write_checkpoint = partial(wait, write)
+        loop.checkpoints._write = partial(wait, write)
         loop.clock = lambda: now[0] + next(ticks) / 1000
         return loop
 

@@ -89,7 +89,7 @@ def test_training_starts_from_the_exports_weights_and_resumes_bit_identically(mo
     again = make_loop(model, settings["parts"])
     assert again.run(StopAfter()).before == state.before
     for name in ("model", "optimizer"):
-        expected, found = (newest_checkpoint(loop.checkpoint_root).tensors(name) for loop in (whole, again))
+        expected, found = (newest_checkpoint(loop.checkpoints.root).tensors(name) for loop in (whole, again))
         assert expected and all(torch.equal(expected[key], found[key]) for key in expected)
     losses = [[record["train_loss"] for record in read_history(loop.step_log.path)] for loop in (whole, again)]
     assert losses[0] == losses[1] and len(losses[0]) == 12

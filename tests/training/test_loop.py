@@ -58,7 +58,7 @@ def test_background_save_holds_the_state_of_its_own_step(thread, tiny_corpus, tm
     killed = loop(tmp_path / "killed")
     with pytest.raises(KeyError):  # the save of step 6 is pending, and none is written on exit
         killed.run(FailAfter(8))
-    assert newest_checkpoint(killed.checkpoint_root).step == 6
+    assert newest_checkpoint(killed.checkpoints.root).step == 6
     last = loop(tmp_path / "killed")
     last.run(StopAfter())
     assert_same_end(final_state(whole), final_state(last))
@@ -86,12 +86,12 @@ def test_the_best_checkpoint_holds_weights_only(tiny_corpus, tmp_path):
     object.__setattr__(loop.task, "evaluate", evaluate)
     with pytest.raises(Stopped):
         loop.run(StopAfter(7))
-    steps = lambda: [folder.name[-2:] for folder in checkpoint_folders(loop.checkpoint_root)]  # noqa: E731
+    steps = lambda: [folder.name[-2:] for folder in checkpoint_folders(loop.checkpoints.root)]  # noqa: E731
     assert steps() == ["00", "04", "06", "07"]
-    best = loop.checkpoint_root / "step-00000006"
+    best = loop.checkpoints.root / "step-00000006"
     assert not (best / "optimizer.safetensors").exists()
-    shutil.rmtree(loop.checkpoint_root / "step-00000007")
-    assert newest_checkpoint(loop.checkpoint_root).step == 4, "nothing resumes from weights alone"
+    shutil.rmtree(loop.checkpoints.root / "step-00000007")
+    assert newest_checkpoint(loop.checkpoints.root).step == 4, "nothing resumes from weights alone"
     refused = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **changes, resume_from=str(best))
     with pytest.raises(UserError, match="no optimizer state"):
         make_loop("mvlm_gpt2", refused).run(StopAfter())
@@ -100,7 +100,7 @@ def test_the_best_checkpoint_holds_weights_only(tiny_corpus, tmp_path):
     object.__setattr__(again.task, "evaluate", lambda: next(values))
     assert again.run(StopAfter()).best_step == 6
     assert steps() == ["06", "08", "11"]
-    again.load_best()
+    again.checkpoints.load_best(again.state)
     assert weights and all(torch.equal(tensor, weights[name]) for name, tensor in again.task.weights().items())
 
 
@@ -109,7 +109,7 @@ def test_stop_at_the_best_step_leaves_a_resumable_checkpoint(tiny_corpus, tmp_pa
     loop = make_loop("mvlm_gpt2", settings)
     with pytest.raises(Stopped):
         loop.run(StopAfter(3))
-    found = newest_checkpoint(loop.checkpoint_root)
+    found = newest_checkpoint(loop.checkpoints.root)
     assert found.step == 3 and found.state["for_signal_only"] and found.tensors("optimizer")
 
 
@@ -170,7 +170,7 @@ def test_resume_from_an_older_checkpoint(tiny_corpus, tmp_path):
     loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, keep_checkpoints=9))
     loop.run(StopAfter())
     expected = final_state(loop)
-    older = [folder for folder in checkpoint_folders(loop.checkpoint_root) if folder.name.endswith("5")][0]
+    older = [folder for folder in checkpoint_folders(loop.checkpoints.root) if folder.name.endswith("5")][0]
     again = make_loop(
         "mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, keep_checkpoints=9, resume_from=str(older))
     )
@@ -195,7 +195,7 @@ def test_early_stopping_waits_for_patience_and_min_epochs(tiny_corpus, tmp_path)
     state = loop.run(StopAfter())
     assert state.stopped_early and state.best_step == 2
     assert state.step == 6, "patience alone would have stopped at step 4"
-    assert {folder.name[-2:] for folder in checkpoint_folders(loop.checkpoint_root)} == {"02", "05", "06"}
+    assert {folder.name[-2:] for folder in checkpoint_folders(loop.checkpoints.root)} == {"02", "05", "06"}
 
 
 def test_total_steps_follow_the_tightest_limit(tiny_corpus, tmp_path):
@@ -251,7 +251,7 @@ def test_full_disk_skips_a_checkpoint_and_training_continues(tiny_corpus, tmp_pa
                 self.full = files_at_most(100)
                 self.full.__enter__()
             if self.asked == 14:
-                assert newest_checkpoint(loop.checkpoint_root).step == 0, "the one before is intact"
+                assert newest_checkpoint(loop.checkpoints.root).step == 0, "the one before is intact"
                 self.full.__exit__(None, None, None)
             return False
 
@@ -281,8 +281,8 @@ def test_if_the_best_weights_cannot_be_saved_the_best_before_is_kept(tiny_corpus
     loop = scored(make_loop("mvlm_gpt2", settings), 1.3, 1.2, 1.4, 1.5)
     state = loop.run(StopAfter())
     assert (state.best_step, state.best_bpb) == (3, 1.3)
-    loop.load_best()
-    state.best_step, loop._saved_step, loop._best_before = 9, 9, (None, None)
+    loop.checkpoints.load_best(loop.state)
+    state.best_step, loop.checkpoints.saved_step, loop._best_before = 9, 9, (None, None)
     with pytest.raises(TrainingFailed, match="cannot write a checkpoint"):
         loop._handle_failed_save(OSError("no space left"))
 
@@ -293,14 +293,14 @@ def test_continuing_in_another_folder_forgets_a_best_step_that_is_not_there(step
     first = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path / "a", **values, max_steps=steps)
     first = scored(make_loop("mvlm_gpt2", first), *([1.0, 2.0] if best == 3 else [2.0, 1.5, 1.0]))
     assert first.run(StopAfter()).best_step == best
-    newest = newest_checkpoint(first.checkpoint_root).folder
+    newest = newest_checkpoint(first.checkpoints.root).folder
     settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path / "b", **values, max_steps=12, resume_from=str(newest))
     loop = scored(make_loop("mvlm_gpt2", settings), *([4.0, 5.0] if best == 3 else [4.0]))
-    (loop.checkpoint_root / f"step-{best:08d}").mkdir(parents=True)  # of another run
+    (loop.checkpoints.root / f"step-{best:08d}").mkdir(parents=True)  # of another run
     caplog.set_level("INFO", "mvlm")
     assert loop.run(StopAfter()).best_step == steps + 3
     assert "the next evaluation counts as the best" in caplog.text
-    loop.load_best()
+    loop.checkpoints.load_best(loop.state)
 
 
 def test_disk_without_space_is_reported_before_the_first_step(tiny_corpus, tmp_path):
