@@ -42,7 +42,7 @@ def stage_model(model: Any, tokenizer: Any, history: list[dict[str, Any]], title
     staging = output_dir / STAGING_NAME
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    model.generation_config.update(do_sample=True, **asdict(DEFAULT_SAMPLING))
+    model.generation_config.update(do_sample=True, top_k=0, **asdict(DEFAULT_SAMPLING))  # without top_k: 50
     model.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
     _name_tokenizer_class(staging / "tokenizer_config.json")

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from mvlm_core.export.manifest import CHECKPOINTS
 from mvlm_core.files import sha256_file
 from mvlm_core.metrics import METRICS
 from mvlm_core.training.checkpoint import checkpoint_folders, newest_checkpoint
+from mvlm_core.settings import DEFAULT_SAMPLING
 from mvlm_core.training.run import run_training
 from prioritary_mvlm import EnhancedPrioritaryTrainer, PrioritaryConfig
 from tests.helpers import MODELS, build_tiny_corpus, make_loop, recipe_of, tiny_settings
@@ -65,6 +66,9 @@ def test_export_is_complete_and_its_scores_are_reproducible(trained):
     assert history[-1]["validation_bpb"] == pytest.approx(results["validation_bpb"])
     text = tokenizer("the LORD", return_tensors="pt")
     assert model.generate(**text, max_new_tokens=3, do_sample=False).shape[1] <= text.input_ids.shape[1] + 3
+    decoding, _ = model._prepare_generation_config(None)
+    assert decoding.do_sample and asdict(DEFAULT_SAMPLING).items() <= vars(decoding).items()
+    assert decoding.top_k == 0, "transformers adds no filter of its own"
 
 
 def test_rerun_of_a_finished_run_changes_nothing(trained, caplog, monkeypatch):
