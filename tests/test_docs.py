@@ -103,6 +103,14 @@ def test_documented_scores_are_recorded_in_the_log(name):
         assert any(f"{known:.{places}f}" == number for known in numbers), number
 
 
+@pytest.mark.parametrize(
+    "name", ["README.md", "mvlm_core/export/model_card.md", "mvlm_core/pipeline/download_instructions.md"]
+)
+def test_the_version_of_transformers_that_the_exports_need_is_stated(name):
+    needed = re.search(r"transformers>=[\d.]+", page("SIM-ONE Training/simone_transformer/enhanced_model.py"))
+    assert needed and needed[0] in page(name)
+
+
 def test_the_readme_stays_short():
     assert page("README.md").count("\n") <= LINES_OF_README
 

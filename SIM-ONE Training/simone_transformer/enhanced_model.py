@@ -13,7 +13,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
+
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 4):  # create_causal_mask has another signature
+    raise ImportError(
+        f"this model needs transformers 5.4 or newer, not {transformers.__version__}: "
+        "python -m pip install 'transformers>=5.4'"
+    )
+
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask

@@ -44,5 +44,6 @@ def model_card(
         seed=settings["seed"],
         sources=sources,
         licences=None if licences is None else json.dumps(licences, ensure_ascii=False),
+        transformers=config["software"]["transformers"],
         trust=", trust_remote_code=True" if remote_code else "",
     )

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from contextlib import ExitStack, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -398,4 +399,5 @@ def download_instructions(names: list[str], layout: Layout, prompt: str) -> str:
         folders=json.dumps([f"./{name}" for name in names]),
         prompt=json.dumps(prompt),
         coded=[name for name in names if list(layout.export(name).glob("*.py"))],
+        transformers=version("transformers"),
     )

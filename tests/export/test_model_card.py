@@ -22,7 +22,9 @@ def test_model_card_has_valid_metadata_and_the_runs_results(trained, name):
     assert (data["language"], data["license"], data["library_name"]) == ("en", "mit", "transformers")
     assert data["pipeline_tag"] == "text-generation" and "bible" in data["tags"]
     assert name.replace("_", "-") in data["tags"] and ("trust_remote_code" in card.text) == (name == "simone_enhanced")
-    results = json.loads((folder / "training_config.json").read_text())["results"]
+    config = json.loads((folder / "training_config.json").read_text())
+    assert f"checked with transformers {config['software']['transformers']}." in card.text
+    results = config["results"]
     for key in ("validation_bpb", "test_bpb", "test_bpb_kjv"):
         assert f"{results[key]:.4f}" in card.text
     assert f"| {results['parameters']:,} |" in card.text

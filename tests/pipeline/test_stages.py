@@ -6,6 +6,7 @@ import sys
 
 import psutil
 import pytest
+import transformers
 
 from mvlm_core.errors import Stopped, UserError
 from mvlm_core.export.manifest import ArchiveError
@@ -93,6 +94,7 @@ def test_download_instructions_explain_custom_code_only_where_needed(tmp_path):
     (layout.export("coded") / "modelling.py").touch()
     both = stages.download_instructions(["plain", "coded"], layout, 'Say "so"')
     assert "lets `coded` use" in both and 'tokenizer.bos_token + "Say \\"so\\"", split_special' in both
+    assert f"'transformers>=5.4'`; made with {transformers.__version__})" in both
     assert "tar -xzf plain_model.tar.gz\ntar -xzf coded_model.tar.gz\n" in both
     assert "nothing is fetched" not in stages.download_instructions(["plain"], layout, "x")
 

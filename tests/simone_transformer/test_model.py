@@ -1,11 +1,13 @@
 """Enhanced SIM-ONE: causality, caches, pointer, optional heads, attention backends, traces and RMSNorm."""
 
+import importlib
 import itertools
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from transformers import DynamicCache, StaticCache
 
 from simone_transformer import (
@@ -424,3 +426,11 @@ def test_rmsnorm_output_has_the_autocast_dtype():
     y.sum().backward()
     assert (y.dtype, x.grad.dtype, norm.weight.grad.dtype) == (torch.bfloat16, torch.float32, torch.float32)
     assert norm(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.3.0"])
+def test_an_older_transformers_is_refused_with_the_version_needed(version, monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.delitem(sys.modules, "simone_transformer.enhanced_model")
+    with pytest.raises(ImportError, match=f"needs transformers 5.4 or newer, not {version}"):
+        importlib.import_module("simone_transformer.enhanced_model")

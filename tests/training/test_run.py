@@ -15,8 +15,8 @@ from mvlm_core.evaluation.bits_per_byte import DocumentScore, Score, load_export
 from mvlm_core.export.manifest import CHECKPOINTS
 from mvlm_core.files import sha256_file
 from mvlm_core.metrics import METRICS
-from mvlm_core.training.checkpoint import checkpoint_folders, newest_checkpoint
 from mvlm_core.settings import DEFAULT_SAMPLING
+from mvlm_core.training.checkpoint import checkpoint_folders, newest_checkpoint
 from mvlm_core.training.run import run_training
 from prioritary_mvlm import EnhancedPrioritaryTrainer, PrioritaryConfig
 from tests.helpers import MODELS, build_tiny_corpus, make_loop, recipe_of, tiny_settings
