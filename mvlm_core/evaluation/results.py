@@ -26,9 +26,16 @@ class Mean:
 
 
 def mean(values: Sequence[float]) -> Mean:
+    """Mean of a sample. If all values are 0 or 1, the error is that of Agresti and Coull (1998), with two successes and
+    two failures added: the usual one is 0 if all outcomes agree."""
     array = np.asarray(values, dtype=np.float64)
-    error = float(array.std(ddof=1)) / math.sqrt(len(array)) if len(array) > 1 else math.nan
-    return Mean(float(array.mean()) if len(array) else math.nan, error, len(array))
+    count, error = len(array), math.nan
+    if count > 1 and ((array == 0) | (array == 1)).all():
+        adjusted = (float(array.sum()) + 2) / (count + 4)
+        error = math.sqrt(adjusted * (1 - adjusted) / (count + 4))
+    elif count > 1:
+        error = float(array.std(ddof=1)) / math.sqrt(count)
+    return Mean(float(array.mean()) if count else math.nan, error, count)
 
 
 def choice_point(scores: Sequence[float], answer: int) -> float:
