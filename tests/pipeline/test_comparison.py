@@ -47,6 +47,12 @@ def test_comparison_reports_equal_budgets_and_differences_within_noise():
     assert any("PPMd order 16 1.400" in line for line in comparison.table(result, NAMES))
 
 
+def test_two_seeds_of_one_model_have_no_winner():
+    models = dict(zip(NAMES, (entry(score=1.8529), entry(score=1.8641)), strict=True))  # GPT-2, 2026-11-29 in LOG.md
+    sentences = comparison.compare(models, NAMES, {})["sentences"]
+    assert "same within noise (1.8529 and 1.8641" in sentences[0] and "below 0.02 bits per byte" in sentences[-1]
+
+
 def test_comparison_handles_a_single_model_with_missing_scores():
     result = comparison.compare({"mvlm_gpt2": entry(test_bpb=None, test_bpb_kjv=None)}, ["mvlm_gpt2"], {})
     assert result["test_bpb"] == {"mvlm_gpt2": None, "ratio": None}
