@@ -38,11 +38,15 @@ def test_only_option_includes_the_reference_and_refuses_unknown_names(tmp_path):
     ("differences", "expected"),
     [
         ([0.3], "one seed"),
-        ([-0.0162, -0.0045, -0.0164], "helps"),  # mean -0.0124, standard error 0.0039
-        ([0.0162, 0.0045, 0.0164], "hurts"),
+        ([-0.0162, -0.0095, -0.0164], "helps"),  # mean -0.0140, standard error 0.0023
+        ([0.0162, 0.0095, 0.0164], "hurts"),
+        ([-0.0162, -0.0045, -0.0164], "noise"),  # mean -0.0124, standard error 0.0039: p = 0.09
         ([0.004, 0.0041, 0.0042], "noise"),  # certain, but small
         ([0.05, -0.01, 0.02], "noise"),  # mean 0.020, standard error 0.017
-        ([0.01, 0.02], "hurts"),  # mean 0.015, standard error 0.005
+        ([0.01, 0.02], "noise"),  # mean 0.015, standard error 0.005: p = 0.2
+        ([0.01, 0.011], "hurts"),  # mean 0.0105, standard error 0.0005
+        ([0.0, 0.01] * 3, "noise"),  # mean 0.005, standard error 0.0022: p = 0.08
+        ([0.0, 0.02] * 6, "hurts"),  # mean 0.010, standard error 0.0030
         ([0.0, 0.02], "noise"),  # mean 0.010, standard error 0.010
     ],
 )
