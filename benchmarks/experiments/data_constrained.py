@@ -108,13 +108,15 @@ VARIANTS = PROXIES | HOURS
 def few_books(options: argparse.Namespace) -> Path:
     """Return a data folder with train books up to ``--text_bytes``, in all translations, and all held-out books.
 
+    Its name contains the size and the corpus's fingerprint.
+
     Raises:
         UserError: every train book is larger than ``--text_bytes``.
     """
-    folder = options.work_dir / f"text-{options.text_bytes}"
+    corpus, books, left = load_corpus(options.data_dir), defaultdict(list), options.text_bytes
+    folder = options.work_dir / f"text-{options.text_bytes}-{corpus.fingerprint[:8]}"
     if folder.is_dir():
         return folder
-    corpus, books, left = load_corpus(options.data_dir), defaultdict(list), options.text_bytes
     for document in corpus.split("train"):
         books[document.book].append(document)
     kept = [document for document in corpus.documents if document.split != "train"]
@@ -144,9 +146,11 @@ def make_runs(options: argparse.Namespace) -> list[Run]:
     """
     variants = {name: VARIANTS[name] for name in command.parse_only(options.only, VARIANTS, PROXIES)}
     shared = runner.shared_values(options, test_score=True) | {"eval_interval": 10**6, "processes": options.processes}
-    for name in variants.keys() & PROXIES.keys():
+    proxies = variants.keys() & PROXIES.keys()
+    data_dir = str(few_books(options)) if proxies else ""
+    for name in proxies:
         scaled = SHAPES[options.scale] | rates(variants[name].model, options.scale)
-        overrides = variants[name].overrides | scaled | {"data_dir": str(few_books(options))}
+        overrides = variants[name].overrides | scaled | {"data_dir": data_dir}
         variants[name] = replace(variants[name], overrides=overrides)
     return runner.make_runs(variants, options, shared)
 

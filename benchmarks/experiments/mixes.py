@@ -28,17 +28,18 @@ VARIANTS = {name: Variant("simone_enhanced", overrides=overrides) for name, over
 
 
 def score(run: Run, data_dir: Path) -> Figures:
-    """Compute bits per byte on the validation books of all translations, cached next to the run."""
+    """Compute bits per byte on the validation books of all translations, cached next to the run for this corpus."""
     from mvlm_core.evaluation.bits_per_byte import bits_per_byte_by_part, score_export
 
-    cached = run.folder.with_suffix(".scores.json")
+    corpus, cached = load_corpus(data_dir), run.folder.with_suffix(".scores.json")
     if cached.is_file() and cached.stat().st_mtime > (run.folder / "model.safetensors").stat().st_mtime:
-        return json.loads(cached.read_text(encoding="utf-8"))
+        scores = json.loads(cached.read_text(encoding="utf-8"))
+        if scores.get("corpus") == corpus.fingerprint:
+            return scores
     log.info("scoring %s", run.name)
-    corpus = load_corpus(data_dir)
     parts = bits_per_byte_by_part(score_export(run.folder, corpus, split="validation"), corpus.split("validation"))
     primary = parts.translations.get(corpus.primary_translation)
-    scores = {"all": parts.all, "primary": primary, "translations": parts.translations}
+    scores = {"corpus": corpus.fingerprint, "all": parts.all, "primary": primary, "translations": parts.translations}
     write_json_atomic(cached, scores)
     return scores
 

@@ -28,13 +28,14 @@ def train_book_sizes(data_dir):
 
 
 def test_every_variant_is_a_valid_run_with_the_expected_compute(tmp_path, tiny_corpus):
+    fingerprint = load_corpus(tiny_corpus).fingerprint[:8]
     some = str(max(train_book_sizes(tiny_corpus).values()))
     options = options_of(tmp_path, tiny_corpus, "--text_bytes", some, "--seeds", "2")
     runs = data_constrained.make_runs(options)
     assert len({run.folder for run in runs}) == len(runs) == 2 * len(data_constrained.PROXIES)
     for run in runs:
         settings = run.settings().check()
-        assert settings.data_dir.endswith(f"text-{some}") and settings.validation_text == "all"
+        assert settings.data_dir.endswith(f"text-{some}-{fingerprint}") and settings.validation_text == "all"
         assert settings.max_bytes is None, "the epochs given replace the preset's length"
     (hour,) = data_constrained.make_runs(options_of(tmp_path, tiny_corpus, "--only", "hour", "--seeds", "1"))
     assert hour.settings().check().data_subset == "bible/kjv" and not hour.settings().train_mix
@@ -69,6 +70,11 @@ def test_few_books_keep_all_translations_and_all_held_out_books(tmp_path, tiny_c
     assert {d.path for d in corpus.split("train")} == {d.path for d in whole.split("train") if d.book in chosen}
     for split in ("validation", "test"):
         assert [d.path for d in corpus.split(split)] == [d.path for d in whole.split(split)]
+    (tiny_corpus / "bible" / "kjv" / "08-ruth.txt").write_text("Now it came to pass in the days of the judges.\n")
+    changed = load_corpus(data_constrained.few_books(options))
+    assert [d.read() for d in changed.split("validation")] == [
+        d.read() for d in load_corpus(tiny_corpus).split("validation")
+    ]
     with pytest.raises(UserError, match="--text_bytes 1: every train book is larger"):
         data_constrained.few_books(options_of(tmp_path, tiny_corpus, "--text_bytes", "1"))
 

@@ -30,5 +30,10 @@ def test_a_finished_run_is_scored_on_all_translations_only_once(finished, tmp_pa
     assert f"| all alike | 1 | {scores['primary']:.4f} | {scores['all']:.4f} |" in table
     assert set(scores["translations"]) == {"kjv", "plain"} and scores["all"] != scores["primary"]
     assert scores["primary"] == pytest.approx(run.result()["validation_bpb"], rel=1e-4)
-    monkeypatch.setattr("mvlm_core.evaluation.bits_per_byte.score_export", None)
-    assert mixes.main(arguments) == 0 and capsys.readouterr().out == table, "nothing is scored twice"
+    other = shutil.copytree(run.values["data_dir"], tmp_path / "other")
+    with monkeypatch.context() as patch:
+        patch.setattr("mvlm_core.evaluation.bits_per_byte.score_export", None)
+        assert mixes.main(arguments) == 0 and capsys.readouterr().out == table, "nothing is scored twice"
+        assert mixes.score(run, other) == scores, "a copy of the same text"
+    (other / "bible" / "kjv" / "08-ruth.txt").write_text("Now it came to pass in the days of the judges.\n")
+    assert mixes.score(run, other)["primary"] != scores["primary"], "another corpus is scored anew"
