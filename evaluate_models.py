@@ -17,9 +17,10 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mvlm_core.console import command_line, seed_problems
-from mvlm_core.errors import run_main
+from mvlm_core.errors import UserError, run_main
 from mvlm_core.export.file_checks import checked_exports
 from mvlm_core.files import read_json, sha256_file, write_json_atomic
 from mvlm_core.hardware import DEVICES, choose_hardware, set_process_environment
@@ -27,6 +28,9 @@ from mvlm_core.pipeline.parallel import parallel_map
 from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
 from mvlm_core.signals import end_on_sigterm
 from prioritary_mvlm.config import MODELLING_FILES
+
+if TYPE_CHECKING:
+    from mvlm_core.data.corpus import Corpus
 
 SIZES = {
     "verses": (300, "verses per metric"),
@@ -65,6 +69,26 @@ def option_problems(options: argparse.Namespace) -> list[str]:
     return problems
 
 
+def shares_read_by(folder: Path, corpus: Corpus) -> dict[str, float]:
+    """Expected share of each train document, by path, that the exported weights have read; {} if not recorded."""
+    from mvlm_core.data.token_store import document_repeats, shares_read
+    from mvlm_core.export.manifest import training_config
+    from mvlm_core.run_layout import finite_number, training_history
+
+    config, train = training_config(folder), corpus.split("train")
+    best = finite_number(config.get("results", {}).get("best_step"))
+    if best is None or config.get("data", {}).get("fingerprint") != corpus.fingerprint:
+        return {}
+    records = [[finite_number(record.get(key)) for key in ("step", "epoch")] for record in training_history(folder)]
+    epochs = [epoch for step, epoch in records if step is not None and epoch is not None and step <= best]
+    mix = config.get("settings", {}).get("train_mix")
+    try:
+        repeats = document_repeats(train, mix if isinstance(mix, str) else None)
+    except UserError:  # the preset's mix, which did not apply to this corpus
+        repeats = document_repeats(train, None)
+    return shares_read(train, repeats, max(epochs)) if epochs else {}
+
+
 def evaluate_exports(options: argparse.Namespace, exports: dict[Path, Path]) -> None:
     """Evaluate every export once and print the table.
 
@@ -73,7 +97,8 @@ def evaluate_exports(options: argparse.Namespace, exports: dict[Path, Path]) -> 
     """
     from bible_corpus.grammar import RULES
     from mvlm_core.data.corpus import load_corpus
-    from mvlm_core.evaluation.results import rows
+    from mvlm_core.evaluation.memorization import share_read
+    from mvlm_core.evaluation.results import as_json, rows
     from mvlm_core.evaluation.suite import draw, evaluate, notes
     from mvlm_core.export.manifest import corpus_choice, training_config
 
@@ -81,9 +106,13 @@ def evaluate_exports(options: argparse.Namespace, exports: dict[Path, Path]) -> 
     corpus = load_corpus(options.data_dir, **choice | ({"only": options.data_subset} if options.data_subset else {}))
     hardware = choose_hardware(device=options.device)
     hardware.apply()
-    text = draw(corpus, options.split, RULES, seed=options.seed, **{name: getattr(options, name) for name in SIZES})
+    read = {str(export): shares_read_by(folder, corpus) for export, folder in exports.items()}
+    train = [d for d in corpus.split("train") if all(shares.get(d.path, 1) for shares in read.values())]
+    sizes = {name: getattr(options, name) for name in SIZES}
+    text = draw(corpus, options.split, RULES, seed=options.seed, train=train, **sizes)
     used = {key: value for key, value in vars(options).items() if key not in ("models", "json")}
-    identity = {"options": used, "fingerprint": corpus.fingerprint}
+    unread = sorted({d.path for d in corpus.split("train")} - {d.path for d in train})
+    identity = {"options": used, "fingerprint": corpus.fingerprint, "unread": unread}
     saved = read_json(options.json) if options.json else {}
     reusable = saved.get("results", {}) if all(saved.get(key) == value for key, value in identity.items()) else {}
     weights = {str(export): sha256_file(folder / "model.safetensors") for export, folder in exports.items()}
@@ -98,6 +127,8 @@ def evaluate_exports(options: argparse.Namespace, exports: dict[Path, Path]) -> 
     work = partial(evaluate, device=hardware.device, bits_per_byte=not options.no_bits_per_byte)
     measured = parallel_map(work, [(folder, text) for folder in new.values()], on_cpu=hardware.device == "cpu")
     for export, result in zip(new, measured, strict=True):
+        shares = read[str(export)]
+        result["memorization"]["read"] = as_json(share_read(text.train_verses, train, shares)) if shares else None
         results[str(export)] = result | {"weights": weights[str(export)]}
         print(f"{export}: done", file=sys.stderr, flush=True)
         if options.json:

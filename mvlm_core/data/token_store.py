@@ -84,6 +84,15 @@ def document_repeats(documents: list[Document], mix: str | None) -> np.ndarray:
     return repeats
 
 
+def shares_read(documents: list[Document], repeats: np.ndarray, epochs: float) -> dict[str, float]:
+    """Expected share of each document, by path, that ``epochs`` of training read.
+
+    The copies of a document lie at independent, random places of an epoch, so one of r is missed with (1 − epochs)^r.
+    """
+    shares = 1 - (1 - min(epochs, 1.0)) ** repeats.astype(np.float64)
+    return dict(zip((document.path for document in documents), shares.tolist(), strict=True))
+
+
 def alignment_weights(documents: list[Document], lengths: np.ndarray) -> np.ndarray:
     """Weight of each document: ``quality_score × biblical_alignment``, scaled to mean 1 over all tokens.
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
-from mvlm_core.data.corpus import Corpus
+from mvlm_core.data.corpus import Corpus, Document
 from mvlm_core.data.verses import WORD, Verse, matched_verses, sample_verses, verses_of
 from mvlm_core.evaluation.bits_per_byte import context_of, encode
 from mvlm_core.evaluation.generation import continuations, prompt_ids
@@ -84,16 +84,31 @@ def overlap(words: Sequence[str], reference: Sequence[str]) -> tuple[float, floa
     return float(prefix == len(reference)), prefix / len(reference), run / len(reference)
 
 
+def share_read(verses: Sequence[Verse], documents: Iterable[Document], read: Mapping[str, float]) -> float:
+    """Mean over verses of the share of their document that was read; NaN without verses.
+
+    Args:
+        documents: those of the verses, and any others.
+        read: ``shares_read``.
+    """
+    by_text = {document.read(): read[document.path] for document in documents}
+    return mean([by_text[verse.document] for verse in verses]).value
+
+
 def extractable_memorization(
-    model: Any, tokenizer: Any, corpus: Corpus, *, verses: int = 100, seed: int = 0
+    model: Any, tokenizer: Any, corpus: Corpus, read: Mapping[str, float], *, verses: int = 100, seed: int = 0
 ) -> dict[str, Any]:
     """``extraction``, as JSON, for "train" verses and, as a control, "held_out" validation verses of the same lengths.
 
-    Limited to the primary translation if it has validation text: it is read most often and so memorized first.
+    Limited to the primary translation if it has validation text: it is read most often and so memorized first. "read"
+    is the share of the train verses that training is expected to have read; documents it never reads are excluded.
+
+    Args:
+        read: ``shares_read`` of the train documents.
     """
     split = corpus.primary_part if corpus.primary_part("validation") else corpus.split
     control = sample_verses(verses_of(split("validation"), MIN_WORDS), verses, seed)
-    train = matched_verses(control, verses_of(split("train")), seed)
-    return {
-        name: as_json(extraction(model, tokenizer, drawn)) for name, drawn in (("train", train), ("held_out", control))
-    }
+    documents = [document for document in split("train") if read[document.path]]
+    train = matched_verses(control, verses_of(documents), seed)
+    found = {"train": extraction(model, tokenizer, train), "held_out": extraction(model, tokenizer, control)}
+    return as_json(found | {"read": share_read(train, documents, read)})

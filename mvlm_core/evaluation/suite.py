@@ -50,11 +50,13 @@ def draw(
     words: int,
     pairs: int,
     seed: int,
+    train: list[Document] | None = None,
 ) -> EvaluationSet:
     """Draw an evaluation set from ``split`` ("validation" or "test").
 
     Args:
         pairs: maximum number of minimal pairs for each of the ``rules``.
+        train: documents to draw training verses from; the whole train split by default.
     """
     held_out = corpus.split(split)
     every = list(verses_of(held_out))
@@ -62,7 +64,7 @@ def draw(
     return EvaluationSet(
         held_out,
         chosen,
-        matched_verses(chosen, verses_of(corpus.split("train")), seed),
+        matched_verses(chosen, verses_of(corpus.split("train") if train is None else train), seed),
         sample_verses((v for v in every if followed_by(v, words) is not None), prompts, seed),
         minimal_pairs(every, rules, per_rule=pairs, seed=seed),
         words,
@@ -96,11 +98,14 @@ def evaluate(model_dir: Path | str, text: EvaluationSet, *, device: str, bits_pe
 def notes(result: dict[str, Any], text: EvaluationSet) -> list[str]:
     """Notes for the table: sample sizes and how to read the errors."""
     train, held_out = (result["memorization"][name]["exact"]["count"] for name in ("train", "held_out"))
+    read = result["memorization"].get("read")
     return [
         f"{len(text.verses)} distinct held-out verses ({result['cloze']['full']['count']} for the last "
         f"word, {held_out} for memorization, and {train} training verses of the same translations and lengths); "
         f"{result['repetition']['reference']['rep_4']['count']} prompts continued by {text.words} words; seed "
         f"{text.seed}.",
+        f"Of the training verses, {'an unknown share' if read is None else f'{read:.1%}'} had been read by the first "
+        "model, by expectation from its epochs and its data mix; documents that it never reads are left out.",
         "Chance level is 50 % for the pairs. They come from all translations, which share wording, so the true errors "
         "are larger than ± indicates.",
     ]

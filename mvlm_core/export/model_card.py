@@ -31,7 +31,9 @@ def model_card(
         ("training steps", f"{results['steps']:,}; exported weights are from step {results['best_step']:,}"),
         ("training hardware", config["hardware"]["name"]),
     ]
-    for part, verses in (("train", "training verses"), ("held_out", "held-out verses as a control")):
+    read = results["memorization"]["read"]
+    training = f"training verses ({'none' if read is None else f'{read:.1%} of them'} read in training, by expectation)"
+    for part, verses in (("train", training), ("held_out", "held-out verses as a control")):
         exact = results["memorization"][part]["exact"]
         label = f"memorization: second half of a verse reproduced exactly from its first half, {verses}"
         figures.append((label, f"{share(exact)} of {exact['count']}"))

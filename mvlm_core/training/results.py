@@ -8,6 +8,7 @@ from typing import Any
 
 from mvlm_core.console import progress
 from mvlm_core.data.corpus import Corpus
+from mvlm_core.data.token_store import shares_read
 from mvlm_core.errors import printable
 from mvlm_core.evaluation.bits_per_byte import Score, bits_per_byte_by_part, load_export, score_export, score_loaded
 from mvlm_core.evaluation.memorization import extractable_memorization
@@ -73,8 +74,10 @@ def score_old(export: Path, run: Run, text: PreparedText) -> float | None:
     return score_loaded(*load_export(export, run.hardware.device), documents).bits_per_byte
 
 
-def collect_metrics(model: Any, tokenizer: Any, corpus: Corpus, state: LoopState, score: Score) -> dict[str, Any]:
+def collect_metrics(model: Any, tokenizer: Any, text: PreparedText, state: LoopState, score: Score) -> dict[str, Any]:
     """Collect the run's metrics (None where nothing can be measured) and supporting details."""
+    corpus = text.corpus
+    read = shares_read(corpus.split("train"), text.store.repeats, text.batches.epoch_at(state.best_step or 0))
     scored = [document for document in corpus.split("test") if document.path in score.documents]
     parts = bits_per_byte_by_part(score, scored)
     primary = score.part({document.path for document in corpus.primary_part("test")})
@@ -91,7 +94,7 @@ def collect_metrics(model: Any, tokenizer: Any, corpus: Corpus, state: LoopState
         "best_step": state.best_step,
         "test_bpb_by_book": parts.books,
         "test_bpb_by_translation": parts.translations,
-        "memorization": extractable_memorization(model, tokenizer, corpus),
+        "memorization": extractable_memorization(model, tokenizer, corpus, read),
         "micro_batch": state.micro_batch,
         "stopped_early": state.stopped_early,
         "skipped_steps": state.guard.skipped,

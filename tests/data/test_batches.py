@@ -1,12 +1,13 @@
 """Batches are a pure function of the step: each token comes once per epoch, and every epoch has its own order."""
 
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from mvlm_core.data.batches import BatchSource
-from mvlm_core.data.token_store import TokenStore
+from mvlm_core.data.token_store import TokenStore, shares_read
 from mvlm_core.errors import UserError
 
 CONTEXT = 16
@@ -97,6 +98,22 @@ def test_epochs_are_counted_in_sequences():
     assert batches.sequences_per_epoch == (485 - 1) // CONTEXT == 30
     assert batches.epoch_at(15) == pytest.approx(2.0)
     assert batches.steps_for_epochs(2) == 15
+
+
+def test_the_expected_share_read_of_a_document_is_what_batches_contain():
+    repeats = [1] * 20 + [4] * 20 + [0] * 20
+    store, documents = make_store((300,) * 60, repeats), [SimpleNamespace(path=str(number)) for number in range(60)]
+    found = []
+    for seed in range(10):
+        batches = BatchSource(store, context=CONTEXT, sequences=4, seed=seed)
+        steps = batches.steps_for_epochs(0.2)
+        seen = np.unique([batches.batch(number).targets for number in range(steps)])
+        found.append(np.bincount(seen // 6000, minlength=3) / 6000)
+    shares = shares_read(documents, store.repeats, batches.epoch_at(steps))
+    expected = [shares["0"], shares["20"], shares["40"]]
+    assert np.mean(found, axis=0) == pytest.approx(expected, abs=0.01) and expected[2] == 0
+    assert expected[:2] == pytest.approx([0.2, 1 - 0.8**4], abs=0.002)
+    assert list(shares_read(documents, store.repeats, 1.5).values()) == [1.0] * 40 + [0.0] * 20
 
 
 def test_text_shorter_than_one_sequence_is_refused():

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 import evaluate_models
+from mvlm_core.data.corpus import load_corpus
 from mvlm_core.errors import UserError
 from mvlm_core.evaluation.results import share
 from mvlm_core.export.archive import write_archive
@@ -58,6 +59,10 @@ def test_all_models_share_one_table_and_results_are_cached(evaluate, variant, tr
     assert f"{first['bits_per_byte']['all']:.4f}" == table[labels.index("bits per byte")][2]
     assert first["memorization"]["train"]["exact"]["count"] == first["cloze"]["full"]["count"] == 12
     assert "another corpus" not in printed.out
+    read = table[labels.index("training verses, expected to have been read")][2]
+    assert f"Of the training verses, {read} had been read by the first model" in printed.out
+    recorded = json.loads((trained / "mvlm_gpt2" / "training_config.json").read_text())["results"]
+    assert read == f"{recorded['memorization']['read']:.1%}" and recorded["best_step"] == 12
     again, printed = evaluate(*arguments)
     assert "mvlm_gpt2:" not in printed.err and again == table, "nothing is measured twice"
     variant(gpt2, 24)
@@ -77,6 +82,22 @@ def test_validation_text_may_be_in_another_folder(evaluate, export, trained, tmp
         evaluate(export)
     _, printed = evaluate(export, "--split", "test", "--no_bits_per_byte", "--validation_dir", own)
     assert "trained on another corpus" not in printed.out
+
+
+def test_the_share_read_follows_from_the_recorded_epochs_and_mix(export, trained):
+    corpus, file = load_corpus(trained / "corpus"), export / "training_config.json"
+    config = json.loads(file.read_text())
+    assert evaluate_models.shares_read_by(export, corpus) == {}, "trained on one translation only"
+    history = json.loads((export / "training_history.json").read_text())
+    (epochs,) = {record["epoch"] for record in history if record["step"] == config["results"]["best_step"]}
+    config["data"]["fingerprint"] = corpus.fingerprint
+    for mix, repeats in (("bible/kjv=0,bible/plain=3", (0, 3)), ("no/such/folder=2", (1, 1)), ("", (1, 1))):
+        config["settings"]["train_mix"] = mix
+        file.write_text(json.dumps(config))
+        shares = evaluate_models.shares_read_by(export, corpus)
+        assert shares["bible/kjv/01-genesis.txt"] == pytest.approx(1 - (1 - min(1, epochs)) ** repeats[0])
+        assert shares["bible/plain/01-genesis.txt"] == pytest.approx(1 - (1 - min(1, epochs)) ** repeats[1])
+        assert len(shares) == len(corpus.split("train")) and 0 < epochs
 
 
 def test_all_problems_are_reported_before_any_measurement(trained, tmp_path):

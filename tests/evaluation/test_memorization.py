@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from mvlm_core.data.token_store import document_repeats, shares_read
 from mvlm_core.evaluation import memorization
 from mvlm_core.evaluation.memorization import cloze, extractable_memorization, extraction, overlap
 from tests.evaluation import KNOWN
@@ -48,14 +49,31 @@ def test_cloze_answers_must_match_the_whole_word():
 def test_memorization_compares_length_matched_train_and_held_out_verses(corpus, make, tokenizer, monkeypatch):
     used, original = [], memorization.extraction
     monkeypatch.setattr(memorization, "extraction", lambda *given: used.append(given[2]) or original(*given))
-    found = extractable_memorization(make(), tokenizer, corpus, verses=20)
+    everything = {d.path: 1.0 for d in corpus.split("train")}
+    found = extractable_memorization(make(), tokenizer, corpus, everything, verses=20)
     texts = {split: {d.read() for d in corpus.primary_part(split)} for split in ("train", "validation")}
     train, control = used
     assert {v.document for v in train} <= texts["train"] and {v.document for v in control} <= texts["validation"]
     lengths = [sum(len(v.text.split()) for v in verses) for verses in used]
     assert len(train) == len(control) == 20 and lengths[0] == pytest.approx(lengths[1], rel=0.05)
     assert min(len(v.text.split()) for v in control) >= 8
-    assert list(found) == ["train", "held_out"] and found["train"]["exact"]["value"] == 0.0
+    assert list(found) == ["train", "held_out", "read"] and found["train"]["exact"]["value"] == 0.0
     used.clear()
-    extractable_memorization(make(), tokenizer, replace(corpus, primary_translation=None), verses=20)
+    extractable_memorization(make(), tokenizer, replace(corpus, primary_translation=None), everything, verses=20)
     assert {v.translation for v in used[0]} == {v.translation for v in used[1]} == {"kjv", "plain"}
+
+
+def test_memorization_leaves_out_what_is_never_read_and_states_the_share_of_the_rest(
+    corpus, make, tokenizer, monkeypatch
+):
+    used = []
+    monkeypatch.setattr(memorization, "extraction", lambda *given: used.append(given[2]) or {})
+    documents = corpus.split("train")
+    read = shares_read(documents, document_repeats(documents, "bible/plain=0,bible/kjv=16"), 0.044)
+    found = extractable_memorization(make(), tokenizer, corpus, read, verses=20)
+    assert found["read"] == pytest.approx(1 - 0.956**16) and round(found["read"], 2) == 0.51
+    read["bible/kjv/19-psalms.txt"] = 0.0
+    extractable_memorization(make(), tokenizer, corpus, read, verses=20)
+    psalms = next(d.read() for d in documents if d.path == "bible/kjv/19-psalms.txt")
+    assert psalms in {v.document for v in used[0]} and psalms not in {v.document for v in used[2]}
+    assert extractable_memorization(make(), tokenizer, corpus, dict.fromkeys(read, 0.0))["read"] is None

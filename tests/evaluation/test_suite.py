@@ -13,6 +13,9 @@ def test_evaluation_set_has_held_out_text_and_matching_train_verses(corpus):
     assert min(len(v.text.split()) for v in text.verses) >= 8
     assert {v.document for v in text.train_verses} <= {d.read() for d in corpus.split("train")}
     assert [v.translation for v in text.train_verses] == [v.translation for v in text.verses]
+    psalms = [d for d in corpus.split("train") if d.book == "Psalms"]
+    some = draw(corpus, "test", RULES, verses=20, prompts=5, words=10, pairs=3, seed=1, train=psalms)
+    assert {v.document for v in some.train_verses} == {d.read() for d in psalms} and some.verses == text.verses
     lines = {line for book in books for line in book.split("\n")}
     assert all(pair.good in lines and pair.bad not in lines for pair in text.pairs)
     assert max(sum(pair.rule == rule.name for pair in text.pairs) for rule in RULES) == 3
