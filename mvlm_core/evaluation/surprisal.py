@@ -20,7 +20,8 @@ from mvlm_core.evaluation.bits_per_byte import context_of, encode, token_nll, wi
 from mvlm_core.evaluation.generation import nucleus
 
 # A sentence includes its closing quotes and line breaks; the space after it belongs to the next, as in tokenizers.
-_END = re.compile(r"[.!?]+[\"')\u2019\u201d]*(?:\s*\n|(?=[ \t]))|\n+")
+# A run of marks is matched only as a whole: trying every part of a long one takes quadratic time.
+_END = re.compile(r"(?<![.!?])[.!?]++[\"')\u2019\u201d]*(?:\s*\n|(?=[ \t]))|\n+")
 
 
 @dataclass(frozen=True)

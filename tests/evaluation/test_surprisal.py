@@ -17,6 +17,7 @@ from mvlm_core.evaluation.surprisal import (
     words,
 )
 from tests.evaluation import CONTEXT
+from tests.helpers import within
 
 TEXT = "“Fear not,” said he; é 🕊 for unto you!  Behold.\nAnd it came to pass,\n\nthat they went."
 
@@ -83,6 +84,12 @@ def test_sentence_splitting_preserves_the_whole_text():
     for text in ("", " \n ", "...", "\n\nA. B", "“Stay.” Go?!", "No end"):
         assert "".join(sentences(text)) == text
     assert sentences("Wait... “Go!” he said. 3.14 is") == ["Wait...", " “Go!”", " he said.", " 3.14 is"]
+
+
+def test_a_long_run_of_full_stops_takes_linear_time():
+    text = "." * 1_000_000 + "a"
+    with within(60):  # quadratic time would be hours
+        assert sentences(text) == [text]
 
 
 def test_tokens_count_for_the_sentence_they_begin_in():
