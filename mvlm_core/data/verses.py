@@ -13,6 +13,7 @@ from mvlm_core.data.corpus import Document
 
 LINE = re.compile(r"[^\n]*\S[^\n]*")
 WORD = re.compile(r"\S+")
+_BREAKS = re.compile(r"(?:\s*\n)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,12 @@ class Verse:
     def before(self) -> str:
         """The document's text before the verse, including the line break."""
         return self.document[: self.begin]
+
+    @property
+    def next_begin(self) -> int:
+        """Where the document's text goes on after the line breaks that follow the verse."""
+        match = _BREAKS.match(self.document, self.end)
+        return match.end() if match else self.end
 
 
 def verses_of(documents: Iterable[Document], min_words: int = 1) -> Iterator[Verse]:

@@ -49,14 +49,22 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> Calibratio
     return Calibration(error, float(confidence.mean()), float(correct.mean()), len(confidence))
 
 
+def verse_ids(tokenizer: Any, verse: Verse) -> list[int]:
+    """Tokens of a verse and of the line breaks after it, as in the document, where they depend on what follows."""
+    following = verse.document[verse.next_begin :][:1]
+    ids = encode(tokenizer, verse.document[verse.begin : verse.next_begin] + following)
+    return ids[: len(ids) - len(encode(tokenizer, following))]
+
+
 @torch.inference_mode()
 def calibration(model: Any, tokenizer: Any, verses: Iterable[Verse]) -> Calibration:
-    """Calibration on the tokens of the verses, each predicted from all the text that precedes it."""
+    """Calibration on the tokens of the verses and of the line breaks after them, each predicted from all the text that
+    precedes it."""
     context, items, confidence, correct = context_of(model), [], [np.empty(0)], [np.empty(0)]
     for verse in verses:
-        verse_ids = encode(tokenizer, verse.text + "\n")
-        ids = np.array((prompt_ids(tokenizer, verse.before, context + 1) + verse_ids)[-context - 1 :])
-        items.append(Window(verse.reference, 0, ids[:-1], ids[1:], max(0, len(ids) - 1 - len(verse_ids))))
+        last = verse_ids(tokenizer, verse)
+        ids = np.array((prompt_ids(tokenizer, verse.before, context + 1) + last)[-context - 1 :])
+        items.append(Window(verse.reference, 0, ids[:-1], ids[1:], max(0, len(ids) - 1 - len(last))))
     items.sort(key=lambda item: (len(item.inputs), item.first_new))  # to minimize padding and unused logits
     for start in range(0, len(items), _BATCH_SIZE):
         logits, targets, new = window_logits(model, items[start : start + _BATCH_SIZE], str(model.device))

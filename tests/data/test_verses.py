@@ -20,6 +20,8 @@ def test_verses_have_their_place_and_preceding_text(corpus):
     assert sixteenth.text.startswith("And Ruth said, Intreat me not to leave thee")
     assert sixteenth.before.endswith("return thou after thy sister in law.\n")
     assert sixteenth.document.startswith(sixteenth.before + sixteenth.text + "\n")
+    ruth = [v for v in verses if v.document == sixteenth.document]
+    assert [v.next_begin for v in ruth] == [*(v.begin for v in ruth[1:]), len(sixteenth.document)]
     assert followed_by(sixteenth, 4) == "And Ruth said, Intreat"
     assert followed_by(verses[0], 4) is None, "there is no text before the first verse"
     assert followed_by(sixteenth, 10**6) is None

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from mvlm_core.data.verses import sample_verses, verses_of
+from mvlm_core.data.verses import LINE, Verse, sample_verses, verses_of
 from mvlm_core.evaluation.bits_per_byte import encode
-from mvlm_core.evaluation.calibration import calibration, calibration_error
+from mvlm_core.evaluation.calibration import calibration, calibration_error, verse_ids
 from tests.evaluation import CONTEXT
+from tests.helpers import MODELS, recipe_of
 
 
 def test_calibration_error_of_known_distributions():
@@ -26,12 +27,27 @@ def test_calibration_error_of_known_distributions():
     assert math.isnan(calibration_error([], []).error)
 
 
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("end", ("\n", "\n\n", ""))
+def test_targets_are_the_documents_own_tokens(model, end, real_text):
+    """Line breaks as well: two are one token of model 1 too, but not before text."""
+    tripled = [text.replace("\n", "\n\n\n") for text in real_text]
+    tokenizer = recipe_of(model).tokenizer_class.train(tripled, 600).for_transformers(CONTEXT)
+    text = real_text[0].strip() + "\n\n“" + real_text[1].strip().replace("\n", "\n\n") + end
+    verses = [Verse(text, line.start(), line.end(), "", None) for line in LINE.finditer(text)]
+    assert len(encode(tokenizer, "\n\n")) == 1 and len(verses) > 20
+    assert [number for verse in verses for number in verse_ids(tokenizer, verse)] == encode(tokenizer, text)
+
+
 def test_calibration_covers_each_token_of_the_verses_in_their_context(corpus, tokenizer, overfitted):
     verses = sample_verses(verses_of(corpus.split("validation")), 12, 3)
-    verses += [v for v in verses_of(corpus.split("validation")) if v.begin == 0]
+    everything = list(verses_of(corpus.split("validation")))
+    verses += [v for v in everything if v.begin == 0 or v.document.startswith("\n\n", v.end)]  # ends of chapters too
     confidence, correct = [], []
     for verse in verses:
-        new = encode(tokenizer, verse.text + "\n")
+        rest = verse.document[verse.end :]
+        following = verse.document[: len(verse.document) - len(rest.lstrip())]  # up to the next verse
+        new = encode(tokenizer, following)[len(encode(tokenizer, verse.before)) :]
         ids = [tokenizer.bos_token_id, *encode(tokenizer, verse.before), *new][-CONTEXT - 1 :]
         with torch.no_grad():
             logits = overfitted(torch.tensor([ids[:-1]]), use_cache=False).logits[0]
