@@ -1,8 +1,8 @@
 """Read a folder of `.txt` files, each with an optional `.json`, as documents with a split and two scores.
 
 The built corpus and user data follow the same rules. `.txt` files are found at any depth; hidden files and folders
-(`.name`) are ignored. `Corpus.skipped` lists unusable files with the reason, and invalid values in a `.json`, which are
-replaced by defaults.
+(`.name`) are ignored. `Corpus.skipped` lists with the reason: unusable files, train files whose text is held out
+elsewhere, and invalid values in a `.json`, which are replaced by defaults.
 """
 
 from __future__ import annotations
@@ -128,6 +128,8 @@ def load_corpus(
         skipped += [SkippedFile(f"validation_dir/{s.path}", s.reason) for s in more_skipped]
     documents.sort(key=lambda d: d.path)
     documents = _with_every_needed_split(documents, root)
+    documents, copies = _without_held_out_copies(documents, root)
+    skipped += copies
     fingerprint = hashlib.sha256()
     for d in documents:
         fingerprint.update(json.dumps([d.path, d.split, d.quality_score, d.biblical_alignment, d.sha256]).encode())
@@ -405,6 +407,26 @@ def _with_every_needed_split(documents: list[Document], root: Path) -> list[Docu
         documents = [moved if d.path == moved.path else d for d in documents]
         free = [moved if d.path == moved.path else d for d in free]
     return documents
+
+
+def _without_held_out_copies(documents: list[Document], root: Path) -> tuple[list[Document], list[SkippedFile]]:
+    """Drop train documents whose text is also in validation or test: training on them would invalidate the scores.
+
+    Raises:
+        UserError: no train document is left.
+    """
+    held_out = {d.sha256: d for d in documents if d.split != "train"}
+    kept, copies = [], []
+    for d in documents:
+        original = held_out.get(d.sha256)
+        if d.split != "train" or original is None:
+            kept.append(d)
+            continue
+        reason = f"the same text as {printable(original.path)}, which is held out for {original.split}"
+        copies.append(SkippedFile(printable(d.path), reason))
+    if not any(d.split == "train" for d in kept):
+        raise UserError(f"{root}: all train text is a copy of held-out text; add other texts or remove the copies")
+    return kept, copies
 
 
 def _reason(error: BaseException) -> str:

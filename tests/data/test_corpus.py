@@ -144,7 +144,7 @@ def test_invalid_metadata_is_reported_and_the_text_is_still_used(folder):
         "nan": '{"quality_score": NaN, "biblical_alignment": true}', "unhashable": '{"split": ["train"]}',
     }  # fmt: skip
     for name, content in cases.items():
-        write(folder, f"x/{name}.txt")
+        write(folder, f"x/{name}.txt", name)
         write(folder, f"x/{name}.json", content)
     corpus = load_corpus(folder)
     reasons = skipped(corpus)
@@ -223,6 +223,27 @@ def test_validation_folder(tmp_path, folder):
     assert "inside/v.txt" not in paths(corpus)
 
 
+def test_copies_of_held_out_text_are_not_trained_on(tmp_path):
+    for i in range(60):
+        for place in ("", "backup/"):
+            write(tmp_path, f"{place}{i}.txt", f"essay {i}")
+    write(tmp_path, "60.txt", "essay of its own", split="train")
+    for own in (None, tmp_path.parent / f"{tmp_path.name}-validation"):
+        if own is not None:
+            write(own, "v.txt", "essay 7\r\n".encode("utf-16"))
+            write(tmp_path, "7.txt", "essay 7\n", split="train")
+        corpus = load_corpus(tmp_path, validation_split=0.1, validation_dir=own)
+        held_out = {d.sha256 for d in corpus.documents if d.split != "train"}
+        train = corpus.split("train")
+        assert not held_out & {d.sha256 for d in train} and train
+        assert len(train) < 110 and len(corpus.documents) + len(corpus.skipped) == 121 + (own is not None)
+    assert skipped(corpus)["7.txt"] == "the same text as validation_dir/v.txt, which is held out for validation"
+    for name in ("a", "b"):
+        write(tmp_path / "two", f"{name}.txt")
+    with pytest.raises(UserError, match="all train text is a copy of held-out text"):
+        load_corpus(tmp_path / "two")
+
+
 @pytest.mark.parametrize("share", [-0.1, 0.6, 1.5, float("nan")])
 def test_invalid_validation_split_is_refused(folder, share):
     with pytest.raises(UserError, match="--validation_split"):
@@ -249,7 +270,7 @@ def test_folders_without_text_are_refused_with_reasons(tmp_path):
 
 def test_only_argument_restricts_loading_to_a_subfolder(folder):
     write(folder, "bible/kjv/01.txt", split="train")
-    write(folder, "bible/kjv/08.txt", split="validation")
+    write(folder, "bible/kjv/08.txt", "Now it came to pass", split="validation")
     assert paths(load_corpus(folder, only="bible/kjv")) == ["bible/kjv/01.txt", "bible/kjv/08.txt"]
 
 

@@ -48,8 +48,8 @@ def folder(tmp_path, real_text):
     """A folder with the two documents that every corpus needs."""
     folder = tmp_path / "corpus"
     folder.mkdir()
-    for name, split in (("a", "train"), ("b", "validation")):
-        (folder / f"{name}.txt").write_text(real_text[0])
+    for name, split, text in (("a", "train", real_text[0]), ("b", "validation", real_text[1])):
+        (folder / f"{name}.txt").write_text(text)
         (folder / f"{name}.json").write_text(json.dumps({"split": split}))
     return folder
 
