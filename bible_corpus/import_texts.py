@@ -23,8 +23,8 @@ from mvlm_core.files import output_folder_problems, read_json, read_regular
 FOLDER = "added"  # in the data folder; one subfolder per import
 SUFFIXES = (".txt", ".md", ".markdown")
 SIZE_LIMIT = 1 << 30  # bytes per file
-# A text containing more than this fraction of a held-out document is a copy, not a quotation: all train books of the
-# corpus together contain at most 0.5 % of any held-out book (leak audit in the corpus's README).
+# A text, or an import, containing more than this fraction of a held-out document is a copy, not a quotation: all train
+# books of the corpus together contain at most 0.5 % of any held-out book (leak audit in the corpus's README).
 LEAK_LIMIT = 0.01
 
 
@@ -111,6 +111,9 @@ def gather(source: Path, corpus: Corpus | None) -> Import:
             result.texts.append(_read(file, path, known, overlap))
         except (OSError, ValueError) as error:
             result.refused[printable(path)] = getattr(error, "strerror", None) or str(error)
+    leaks = overlap.leaks()
+    result.texts = [text for text in result.texts if text.path not in leaks]
+    result.refused |= {printable(path): leaks[path] for path in sorted(leaks)}
     return result
 
 
@@ -129,7 +132,7 @@ def _read(file: Path, path: str, known: dict[str, str], overlap: HeldOutOverlap)
         raise ValueError(f"the same text as {known[digest]}")
     metadata = _metadata(file.with_suffix(".json"))
     title = str(metadata.get("title") or title_of(path, raw, is_markdown))
-    imported = ImportedText(path, title, text, overlap(text), metadata)
+    imported = ImportedText(path, title, text, overlap(path, text), metadata)
     known[digest] = path
     return imported
 
@@ -146,27 +149,45 @@ def _metadata(file: Path) -> dict[str, Any]:
 
 
 class HeldOutOverlap:
-    """Count the n-grams that a text shares with the held-out documents of a corpus."""
+    """Count the n-grams that texts share with the held-out documents of a corpus, each text alone and all together."""
 
     def __init__(self, corpus: Corpus | None) -> None:
         self._hasher = NgramHasher()
         held_out = [d for d in corpus.documents if d.split != "train"] if corpus else []
-        self._documents = {d.path: np.unique(self._hasher([d.read()])) for d in held_out}
+        ngrams = {d.path: np.unique(self._hasher([d.read()])) for d in held_out}
+        self._documents = {path: held for path, held in ngrams.items() if len(held)}
         self._all = np.unique(np.concatenate([np.zeros(0, np.uint64), *self._documents.values()]))
+        self._seen = {path: np.zeros(len(held), bool) for path, held in self._documents.items()}
+        self._sources: dict[str, list[str]] = {path: [] for path in self._documents}
 
-    def __call__(self, text: str) -> int:
+    def __call__(self, name: str, text: str) -> int:
         """Count n-grams of ``text``, with repeats, that occur in held-out text. Raises ValueError if it is a copy."""
         ngrams = self._hasher([text])
-        shared = int(np.isin(ngrams, self._all).sum())
-        if shared:
-            shares = {path: np.isin(held, ngrams).mean() for path, held in self._documents.items() if len(held)}
-            share, path = max((share, path) for path, share in shares.items())
+        shared = ngrams[np.isin(ngrams, self._all)]
+        if len(shared):
+            found = {path: np.isin(held, shared) for path, held in self._documents.items()}
+            share, path = max((mask.mean(), path) for path, mask in found.items())
             if share > LEAK_LIMIT:
-                raise ValueError(
-                    f"contains {share:.1%} of {path}, which is held out for validation or test: training on it would "
-                    "invalidate the scores"
-                )
-        return shared
+                raise ValueError(f"contains {share:.1%} of {_held_out(path)}")
+            for path, mask in found.items():
+                if mask.any():
+                    self._seen[path] |= mask
+                    self._sources[path].append(name)
+        return len(shared)
+
+    def leaks(self) -> dict[str, str]:
+        """The texts that, although not copies, together contain too much of a held-out document, with the reason."""
+        shares = sorted((mask.mean(), path) for path, mask in self._seen.items())
+        return {
+            name: f"one of {len(self._sources[path])} files that together contain {share:.1%} of {_held_out(path)}"
+            for share, path in shares
+            if share > LEAK_LIMIT
+            for name in self._sources[path]
+        }
+
+
+def _held_out(path: str) -> str:
+    return f"{path}, which is held out for validation or test: training on it would invalidate the scores"
 
 
 def target_folder(imported: Import, data_dir: Path) -> Path:

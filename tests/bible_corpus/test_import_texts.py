@@ -108,6 +108,21 @@ def test_held_out_copies_are_refused_and_short_quotations_counted(tiny_corpus, f
     assert share == pytest.approx(50, abs=2) and "bible/kjv/08-ruth.txt" in found.refused["copy.txt"]
 
 
+def test_a_held_out_book_in_small_files_is_refused(tiny_corpus, folder):
+    """Each file is below the limit, all together are not; files that quote other books stay."""
+    ruth, ecclesiastes = (sample_books()[book].split() for book in ("ruth", "ecclesiastes"))
+    parts = {f"{start:05}.txt": " ".join(ecclesiastes[start : start + 14]) for start in range(0, 1400, 14)}
+    for name, text in parts.items():
+        (folder / name).write_text(text)
+    (folder / "quotation.txt").write_text(" ".join(ruth[:14]))
+    (folder / "own.txt").write_text("good words\n")
+    found = import_texts.gather(folder, load_corpus(tiny_corpus))
+    assert [(text.path, text.shared) for text in found.texts] == [("own.txt", 0), ("quotation.txt", 2)]
+    assert list(found.refused) == list(parts)
+    assert all("one of 100 files that together contain" in reason for reason in found.refused.values())
+    assert all("21-ecclesiastes.txt, which is held out" in reason for reason in found.refused.values())
+
+
 def test_metadata_beside_a_text_is_imported_with_it(tiny_corpus, folder, capsys):
     own = {"title": "Mine", "author": "A. Writer", "license": "CC-BY-4.0", "quality_score": 2, "word_count": 99}
     (folder / "mine.md").write_text("# A heading\n\nSome words of my own.\n")
