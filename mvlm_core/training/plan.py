@@ -34,7 +34,7 @@ from mvlm_core.training.distillation import relative_step_cost, teacher_and_stud
 from mvlm_core.training.forecast import TEXT_PER_PARAMETER, UNIT_EPOCHS
 from mvlm_core.training.init_from import base_export, replay_of
 from mvlm_core.training.launch import describe_gpus, rank_count
-from mvlm_core.training.preparation import mix_of, old_text, read_corpus, tokenizer_path
+from mvlm_core.training.preparation import check_held_out, mix_of, old_text, read_corpus, tokenizer_path
 from mvlm_core.training.recipe import Recipe
 from mvlm_core.training.state import LoopState
 
@@ -114,9 +114,11 @@ def plan_run(
         world_size: by default, that of the run on this machine.
 
     Raises:
-        UserError: the corpus is missing or unusable.
+        UserError: the corpus is missing or unusable, or the base or a teacher was trained on its held-out text.
     """
     corpus, _ = read_corpus(settings)
+    if ended is None:
+        check_held_out(settings, corpus)
     text = plan_text(settings, recipe.tokenizer_class, corpus)
     on_gpu = settings.preset == "h200" or hardware.device == "cuda"
     if on_gpu and not settings.no_mixed_precision and settings.precision != "fp32":

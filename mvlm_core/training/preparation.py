@@ -12,7 +12,7 @@ from mvlm_core.data.batches import BatchSource
 from mvlm_core.data.corpus import Corpus, Document, load_corpus
 from mvlm_core.data.token_store import TokenStore, build_token_store, parse_mix, texts
 from mvlm_core.data.tokenizer import ByteLevelBPE, cached_tokenizer
-from mvlm_core.errors import UserError
+from mvlm_core.errors import UserError, printable
 from mvlm_core.export.manifest import corpus_choice
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.distributed import SINGLE_RANK, Ranks
@@ -86,6 +86,7 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
         log.warning("skipped %s: %s", skipped.path, skipped.reason)
     if len(corpus.skipped) > _SKIPPED_SHOWN:
         log.warning("skipped %s more files", len(corpus.skipped) - _SKIPPED_SHOWN)
+    check_held_out(settings, corpus)
     old = None
     if (base := base_export(settings)) is not None:
         log.info("starting from the export %s", settings.init_from)
@@ -141,15 +142,65 @@ def _check_teachers(teachers: Iterable[PretrainedExport], tokenizer: ByteLevelBP
         raise UserError(problems)
 
 
-def _replay_error(settings: TrainingSettings, error: Exception) -> UserError:
-    problems = error.problems if isinstance(error, UserError) else [str(error)]
-    return UserError([f"--replay {settings.replay}: {problem}" for problem in problems])
+def _replay_error(settings: TrainingSettings, error: UserError) -> UserError:
+    return UserError([f"--replay {settings.replay}: {problem}" for problem in error.problems])
 
 
 def tokenizer_path(settings: TrainingSettings) -> Path | str | None:
     """Path of the run's existing tokenizer; None if one will be trained."""
     base = base_export(settings)
     return settings.tokenizer_path if base is None else base.folder
+
+
+def check_held_out(settings: TrainingSettings, corpus: Corpus) -> None:
+    """Check that the base and the teachers were not trained on text that ``corpus`` holds out.
+
+    Logs the exports whose corpus is not on this machine, which cannot be checked.
+
+    Raises:
+        UserError: an export has read held-out text, so that its scores, and those of a model that learns from it, would
+            be too good.
+    """
+    exports = [(f"--teacher {path}", open_export(path, "--teacher")) for path in settings.teacher]
+    if (base := base_export(settings)) is not None:
+        exports.insert(0, (f"--init_from {settings.init_from}", base))
+    held_out, problems = {d.sha256: d.path for d in corpus.documents if d.split != "train"}, []
+    for name, export in exports:
+        if (fingerprint := export.config["data"].get("fingerprint")) == corpus.fingerprint:
+            continue
+        try:
+            own = _corpus_of(export)
+        except UserError:
+            own = None
+        if own is None or own.fingerprint != fingerprint:
+            log.info("%s: whether it was trained on held-out text is not known, as its corpus is not available", name)
+        elif seen := sorted({held_out[d.sha256] for d in own.split("train") if d.sha256 in held_out}):
+            problems.append(
+                f"{name} was trained on {len(seen)} of the documents held out here, such as {printable(seen[0])}; use "
+                'its --data_dir and --validation_split, or set "split": "train" in their .json'
+            )
+    if problems:
+        raise UserError(problems)
+
+
+def _corpus_of(export: PretrainedExport, folder: Path | None = None) -> Corpus:
+    """Load the corpus that an export was trained on, or the same part of ``folder``.
+
+    Raises:
+        UserError: it is not on this machine, or the export recorded an invalid path.
+    """
+    try:
+        root = folder or Path(str(export.config["data"].get("data_dir")))
+        choice = corpus_choice(export.folder)
+        for name, path in (
+            ("only", root / (choice["only"] or "")),
+            ("validation_dir", choice["validation_dir"] or ""),
+        ):
+            if not Path(path).is_dir():
+                choice[name] = None
+        return load_corpus(root, **choice)
+    except (OSError, ValueError) as error:  # of an invalid path
+        raise UserError(str(error)) from None
 
 
 def old_text(settings: TrainingSettings, base: PretrainedExport, new: Corpus) -> OldText | None:
@@ -159,29 +210,21 @@ def old_text(settings: TrainingSettings, base: PretrainedExport, new: Corpus) ->
         UserError: the corpus of ``--replay`` cannot be read.
     """
     replay, data = replay_of(settings), base.config["data"]
-    root = replay.folder if replay else Path(str(data.get("data_dir")))
     try:
-        choice = corpus_choice(base.folder)
-        for name, path in (
-            ("only", root / (choice["only"] or "")),
-            ("validation_dir", choice["validation_dir"] or ""),
-        ):
-            if not Path(path).is_dir():
-                choice[name] = None
-        corpus = load_corpus(root, **choice)
-    except (UserError, OSError, ValueError) as error:  # the latter two: the export recorded an invalid path
+        corpus = _corpus_of(base, replay.folder if replay else None)
+    except UserError as error:
         if replay:
             raise _replay_error(settings, error) from None
         log.info("forgetting is not measured: the export's corpus is not available (%s)", error)
         return None
     is_own = corpus.fingerprint == data.get("fingerprint")
     if not (is_own or replay):
-        log.info("forgetting is not measured: %s has changed since the export was trained on it", root)
+        log.info("forgetting is not measured: %s has changed since the export was trained on it", corpus.root)
         return None
     known = {document.sha256 for document in new.documents}
     test = [document for document in corpus.split("test") if document.sha256 not in known]
     mix = base.config["settings"].get("train_mix") if is_own else None
-    if not isinstance(mix, str) or not all((root / folder).is_dir() for folder in parse_mix(mix)):
+    if not isinstance(mix, str) or not all((corpus.root / folder).is_dir() for folder in parse_mix(mix)):
         mix = None  # no mix, or a preset's mix that did not apply to this corpus
     return OldText(corpus, mix, test)
 

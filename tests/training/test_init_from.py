@@ -22,7 +22,7 @@ from mvlm_core.training.checkpoint import newest_checkpoint
 from mvlm_core.training.history import read_history
 from mvlm_core.training.init_from import open_export
 from mvlm_core.training.plan import plan_run
-from mvlm_core.training.preparation import old_text
+from mvlm_core.training.preparation import check_held_out, old_text
 from mvlm_core.training.run import run_training
 from prioritary_mvlm import PrioritaryConfig
 from tests.export.exports import change_config, copy_export, seal, set_json
@@ -182,14 +182,39 @@ def test_replay_uses_the_old_train_text_at_the_requested_share(trained, corpus, 
 
 
 def test_held_out_documents_of_the_new_text_are_not_replayed(trained, corpus, tmp_path):
-    """A train book of the old corpus that the new corpus holds out for its test."""
-    new = tmp_path / "new"
-    shutil.copytree(corpus / "bible" / "plain", new / "plain")
-    shutil.copy(corpus / "bible" / "kjv" / "01-genesis.txt", new / "genesis.txt")
-    (new / "genesis.json").write_text('{"split": "test"}')
-    settings = further("mvlm_gpt2", trained, tmp_path, data_dir=str(new), data_subset=None)
+    """A train book of the replayed corpus that the new corpus holds out for its test."""
+    plain = corpus / "bible" / "plain"
+    new = shutil.copytree(plain, tmp_path / "new")
+    set_json(new / "01-genesis.json", split="test")
+    settings = further("mvlm_gpt2", trained, tmp_path, data_dir=new, data_subset=None, replay=f"{plain}=1/4")
     store = make_loop("mvlm_gpt2", settings).task.batches.replay.store
     assert store.repeats.tolist() == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("flag", ("init_from", "teacher"))
+def test_held_out_text_that_an_export_was_trained_on_is_refused(flag, trained, corpus, tmp_path, caplog, monkeypatch):
+    """The base's own corpus with another split; without that corpus the run says that it cannot check."""
+    monkeypatch.setattr(logging.getLogger("mvlm"), "propagate", True)
+    caplog.set_level(logging.INFO, "mvlm")
+    new = shutil.copytree(corpus / "bible" / "kjv", tmp_path / "new")
+    moved = copy_export(trained / "mvlm_gpt2", tmp_path / "moved")
+    change_config(moved, "data", data_dir="/nowhere")
+
+    def settings(export, **more):
+        more |= {"init_from": str(export)} if flag == "init_from" else {"teacher": (str(export),)}
+        return tiny_settings("mvlm_gpt2", new, tmp_path, data_subset=None, **more)
+
+    check_held_out(settings(trained / "mvlm_gpt2"), load_corpus(new))
+    set_json(new / "01-genesis.json", split="validation")
+    set_json(new / "43-john.json", split="test")
+    for more in ({}, {"dry_run": True}):
+        with pytest.raises(UserError) as error:
+            run_training(recipe_of("mvlm_gpt2"), settings(trained / "mvlm_gpt2", **more))
+        assert f"--{flag} {trained / 'mvlm_gpt2'} was trained on 2 of the documents held out here" in str(error.value)
+        assert "such as 01-genesis.txt; use its --data_dir and --validation_split" in str(error.value)
+    assert "not known" not in caplog.text
+    check_held_out(settings(moved), load_corpus(new))
+    assert f"--{flag} {moved}: whether it was trained on held-out text is not known" in caplog.text
 
 
 def test_planned_steps_match_the_run_with_replay(trained, tmp_path):
