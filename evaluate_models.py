@@ -27,7 +27,7 @@ from mvlm_core.hardware import DEVICES, choose_hardware, set_process_environment
 from mvlm_core.pipeline.parallel import parallel_map
 from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
 from mvlm_core.signals import end_on_sigterm
-from prioritary_mvlm.config import MODELLING_FILES
+from prioritary_mvlm.config import MODELING_FILES
 
 if TYPE_CHECKING:
     from mvlm_core.data.corpus import Corpus
@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     set_process_environment()
     models = list(dict.fromkeys(options.models))
-    with checked_exports(models, MODELLING_FILES, option_problems(options)) as folders:
+    with checked_exports(models, MODELING_FILES, option_problems(options)) as folders:
         evaluate_exports(options, dict(zip(models, folders, strict=True)))
     return 0
 

@@ -25,7 +25,7 @@ from mvlm_core.export.formats import PACKAGES, missing_packages, write_formats
 from mvlm_core.files import output_folder_problems
 from mvlm_core.hardware import set_process_environment
 from mvlm_core.signals import end_on_sigterm
-from prioritary_mvlm.config import MODELLING_FILES
+from prioritary_mvlm.config import MODELING_FILES
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -58,7 +58,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     set_process_environment()
-    with checked_export(options.model, MODELLING_FILES) as folder:
+    with checked_export(options.model, MODELING_FILES) as folder:
         write_formats(folder, options.formats, options.output.absolute())
     print(f"exported and verified: {options.output} ({', '.join(options.formats)}); its README.md has usage examples")
     return 0

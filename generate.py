@@ -5,7 +5,7 @@
     python generate.py simone_enhanced_model.tar.gz "The LORD is" --temperature 0.7
 
 MODEL is an export folder, an unpacked archive or a .tar.gz. Before loading, its files are verified: checksums against
-its manifest, modelling code against this repository's. The same seed gives the same text.
+its manifest, modeling code against this repository's. The same seed gives the same text.
 
 Exit codes: 0 done, 2 bad arguments or an unusable model, 130/143 stopped by a signal.
 """
@@ -23,7 +23,7 @@ from mvlm_core.export.file_checks import checked_export
 from mvlm_core.hardware import DEVICES, set_process_environment
 from mvlm_core.settings import DEFAULT_SAMPLING
 from mvlm_core.signals import end_on_sigterm
-from prioritary_mvlm.config import MODELLING_FILES
+from prioritary_mvlm.config import MODELING_FILES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,7 +123,7 @@ def trace_table(model: Any, tokenizer: Any, ids: Tensor) -> str:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     set_process_environment()
-    with checked_export(options.model, MODELLING_FILES) as folder:
+    with checked_export(options.model, MODELING_FILES) as folder:
         import torch
 
         from mvlm_core.evaluation.bits_per_byte import context_of, load_export

@@ -50,9 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     set_process_environment()
     from mvlm_core.pipeline.report import make_report
-    from prioritary_mvlm.config import MODELLING_FILES
+    from prioritary_mvlm.config import MODELING_FILES
 
-    page = make_report(options.layout, options.data_dir, MODELLING_FILES, device=options.device, seed=options.seed)
+    page = make_report(options.layout, options.data_dir, MODELING_FILES, device=options.device, seed=options.seed)
     print(f"report: {page}")
     return 0
 

@@ -24,7 +24,7 @@ from mvlm_core.errors import UserError, run_main
 from mvlm_core.pipeline import local_server
 from mvlm_core.settings import DEFAULT_DATA_DIR, DEFAULT_SAMPLING
 from mvlm_core.signals import end_on_sigterm
-from prioritary_mvlm.config import MODELLING_FILES
+from prioritary_mvlm.config import MODELING_FILES
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
         local = options.host in ("127.0.0.1", "::1", "localhost")
         return build_app(models, corpus, "\n".join(map(str, options.models)), local=local)
 
-    return local_server.serve(options, ("gradio", "uvicorn"), MODELLING_FILES, app_of, headers=[POLICY])
+    return local_server.serve(options, ("gradio", "uvicorn"), MODELING_FILES, app_of, headers=[POLICY])
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from mvlm_core.errors import run_main
 from mvlm_core.pipeline import local_server
 from mvlm_core.signals import end_on_sigterm
-from prioritary_mvlm.config import MODELLING_FILES
+from prioritary_mvlm.config import MODELING_FILES
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         return completions_app(models)
 
-    return local_server.serve(options, ("fastapi", "openai", "uvicorn"), MODELLING_FILES, app_of, "/v1")
+    return local_server.serve(options, ("fastapi", "openai", "uvicorn"), MODELING_FILES, app_of, "/v1")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ stay_in_this_folder() {
     if [ ! -t 1 ]; then export PIP_QUIET=1; fi
     export RUSTUP_HOME="$PIP_CACHE_DIR/rustup"  # pip calls rustc --version, and rustup would create ~/.rustup
     unset PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX  # the user's module path would hide missing packages
-    # Serialise set-ups in the same folder. The lock is on the folder itself, so no lock file is left behind.
+    # Serialize set-ups in the same folder. The lock is on the folder itself, so no lock file is left behind.
     if command -v flock >/dev/null; then
         exec 9<"$ROOT"
         flock -n 9 || { say "Another set-up is running in this folder; waiting for it to finish."; flock 9; }

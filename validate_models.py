@@ -30,7 +30,7 @@ from mvlm_core.pipeline.summary import now
 from mvlm_core.run_layout import Layout
 from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
 from mvlm_core.signals import end_on_sigterm
-from prioritary_mvlm.config import MODELLING_FILES
+from prioritary_mvlm.config import MODELING_FILES
 
 MODELS = ("mvlm_gpt2", "simone_enhanced")
 PROMPTS = (
@@ -54,7 +54,7 @@ def validate_model(
     if not checks.add("files", "export", finished, f"{folder}{'' if finished else ' is not a finished export'}"):
         return checks, samples
     try:
-        files = check_files(folder, checks, MODELLING_FILES)
+        files = check_files(folder, checks, MODELING_FILES)
     except OSError as error:
         files = []
         checks.add("files", "manifest", False, f"{folder} cannot be read: {error}")

@@ -262,7 +262,7 @@ def listing(corpus: Corpus) -> list[str]:
     name_width, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     lines = [row[0].ljust(name_width) + "".join(map("  {:>{}}".format, row[1:], widths)) for row in rows]
     lines.append(f"{len(corpus.documents):,} documents, {sum(d.size for d in corpus.documents) / 1e6:.1f} MB")
-    lines.append("weight: weight of the text in the content-alignment loss, normalised to mean 1")
+    lines.append("weight: weight of the text in the content-alignment loss, normalized to mean 1")
     return lines + [f"not used: {skipped.path}: {skipped.reason}" for skipped in corpus.skipped]
 
 

@@ -74,7 +74,7 @@ def option(
 
 _data = partial(option, group="data")
 _model = partial(option, group="model", identity=True)
-_optimization = partial(option, group="optimisation", identity=True)
+_optimization = partial(option, group="optimization", identity=True)
 _length = partial(option, group="length", minimum=1)
 _hardware = partial(option, group="hardware")
 _fine_tuning = partial(option, group="fine-tuning")

@@ -22,7 +22,7 @@ class ComprehensiveTrainingLoss(nn.Module):
 
     - **accuracy**: next-token cross-entropy.
     - **content alignment**: next-token cross-entropy with each token weighted by its document's
-      ``quality_score × biblical_alignment``, normalised to mean 1 over the train text.
+      ``quality_score × biblical_alignment``, normalized to mean 1 over the train text.
     - **coherence**: cross-entropy of the token after the next one, predicted from the same hidden states through a
       training-only adapter. Its weight decays linearly to 0 at the fraction ``coherence_until`` of the run, because
       multi-token prediction hurts small models if kept throughout (Gloeckle et al., arXiv 2404.19737).

@@ -13,8 +13,8 @@ from mvlm_core.settings import FINE_TUNING, option
 from mvlm_core.training.init_from import inherit
 
 NAME = "simone_enhanced"  # name of the export folder and the archive
-# The modelling files that ship in each export, and the only code an export may contain.
-MODELLING_FILES = Path(__file__).resolve().parent.parent / "simone_transformer"
+# The modeling files that ship in each export, and the only code an export may contain.
+MODELING_FILES = Path(__file__).resolve().parent.parent / "simone_transformer"
 
 # Best settings for short CPU runs (measured: benchmarks/LOG.md).
 SMALL = {
@@ -60,7 +60,7 @@ class PrioritaryConfig(BibleSettings):
     adamw_learning_rate: float = _own(
         3e-3,
         "peak AdamW learning rate for parameters not trained by Muon: embeddings, heads, vectors",
-        "optimisation",
+        "optimization",
         above=0,
     )
     output_head: str = _own(

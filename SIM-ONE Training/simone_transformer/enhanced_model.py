@@ -111,10 +111,10 @@ class EnhancedSIMONEBlock(GradientCheckpointingLayer):
         """Return the residual stream ``[batch, seq, hidden_size]`` after this layer, and the first layer's values."""
         attended, value_residual, previous = self.attention(self.attention_norm(x), rotary, value_residual, context)
         x = x + F.dropout(attended, self.dropout, self.training)
-        normalised = self.feed_forward_norm(x)
+        normalized = self.feed_forward_norm(x)
         if self.previous_gain is not None:
-            normalised = normalised + self.previous_gain * previous
-        return x + F.dropout(self.feed_forward(normalised), self.dropout, self.training), value_residual
+            normalized = normalized + self.previous_gain * previous
+        return x + F.dropout(self.feed_forward(normalized), self.dropout, self.training), value_residual
 
 
 def run_layer(
@@ -146,7 +146,7 @@ class EnhancedSIMONEOutput(CausalLMOutputWithPast):
 
 
 class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
-    """Enhanced SIM-ONE with a language-modelling head."""
+    """Enhanced SIM-ONE with a language-modeling head."""
 
     config_class = EnhancedSIMONEConfig
     base_model_prefix = ""
@@ -178,7 +178,7 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
         layer_function: Callable[..., tuple[Tensor, Tensor]] = run_layer,
         point_function: Callable[..., PointerOutput] = point,
     ) -> tuple[Tensor, PointerOutput | None]:
-        """Return the normalised last hidden states ``[batch, seq, hidden_size]`` and the pointer head's output, if any.
+        """Return the normalized last hidden states ``[batch, seq, hidden_size]`` and the pointer head's output, if any.
 
         Args:
             layer_function, point_function: ``run_layer`` and ``point``, or their compiled versions.

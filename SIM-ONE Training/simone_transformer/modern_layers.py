@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def _normalise(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _normalize(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return ``x`` scaled to RMS 1 in ``dtype``, and the scale ``[..., 1]`` in float32 or wider."""
     accumulate_dtype = torch.promote_types(x.dtype, torch.float32)
     square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=accumulate_dtype).square()
@@ -26,19 +26,19 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        normalised, scale = _normalise(x, eps, dtype)
-        ctx.save_for_backward(normalised, weight, scale)
+        normalized, scale = _normalize(x, eps, dtype)
+        ctx.save_for_backward(normalized, weight, scale)
         ctx.input_dtype = x.dtype
-        return normalised * weight.to(dtype)
+        return normalized * weight.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        normalised, weight, scale = ctx.saved_tensors
+        normalized, weight, scale = ctx.saved_tensors
         gain = weight.to(gradient.dtype)
-        product = gradient * normalised
+        product = gradient * normalized
         # Sum in float32 or wider: a matrix-vector product would be slow and would round to the gradient's dtype.
         along = (product * gain).sum(-1, keepdim=True, dtype=scale.dtype) / gain.shape[0]
-        grad_x = (gradient * gain - normalised * along) * scale
+        grad_x = (gradient * gain - normalized * along) * scale
         return grad_x.to(ctx.input_dtype), product.flatten(0, -2).sum(0, dtype=weight.dtype), None, None
 
 
@@ -49,7 +49,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalisation with a learned gain (Zhang & Sennrich, arXiv 1910.07467).
+    """Root mean square normalization with a learned gain (Zhang & Sennrich, arXiv 1910.07467).
 
     Shapes: ``[..., dim]`` to ``[..., dim]``, in ``dtype`` (default: ``product_dtype(x)``).
     """
@@ -63,7 +63,7 @@ class RMSNorm(nn.Module):
         dtype = dtype or product_dtype(x)
         if torch.is_grad_enabled():
             return _RMSNorm.apply(x, self.weight, self.eps, dtype)
-        return _normalise(x, self.eps, dtype)[0] * self.weight.to(dtype)  # bit-identical, without autograd overhead
+        return _normalize(x, self.eps, dtype)[0] * self.weight.to(dtype)  # bit-identical, without autograd overhead
 
 
 def swiglu_width(ff_dim: int) -> int:

@@ -36,7 +36,7 @@ class RotaryEmbedding(nn.Module):
     """Cosines and sines of rotary position embeddings (Su et al., arXiv 2104.09864).
 
     Computed once per forward pass instead of kept in a buffer: transformers 5 replaces non-persistent buffers with
-    uninitialised memory when it loads a model (transformers#48892).
+    uninitialized memory when it loads a model (transformers#48892).
     """
 
     def __init__(self, head_dim: int, theta: float) -> None:
@@ -90,7 +90,7 @@ class EnhancedGovernanceAttention(nn.Module):
       a learned share of the first layer's values (arXiv 2410.17897), except in the first layer. (4) ``PointerHead``.
     - The **trace** head has no weights; on request it reports per token what the other heads and attention did.
 
-    Queries and keys are normalised before the rotation (QK-norm, arXiv 2010.04245), which bounds the attention logits.
+    Queries and keys are normalized before the rotation (QK-norm, arXiv 2010.04245), which bounds the attention logits.
 
     Args:
         config: an ``EnhancedSIMONEConfig``.
@@ -122,7 +122,7 @@ class EnhancedGovernanceAttention(nn.Module):
         """Compute attention.
 
         Args:
-            x: ``[batch, seq, hidden_size]``, normalised.
+            x: ``[batch, seq, hidden_size]``, normalized.
             rotary: from ``RotaryEmbedding``.
             value_residual: the first layer's values, ``[batch, heads, seq, head_dim]``; None in the first layer.
         Returns:

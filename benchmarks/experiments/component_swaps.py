@@ -1,7 +1,7 @@
 """Component swaps for ablations: model 2 with one component replaced by its classic counterpart, or removed, at a
 similar parameter count.
 
-Each function changes a built model. The exported modelling files do not match the resulting weights, so
+Each function changes a built model. The exported modeling files do not match the resulting weights, so
 only the figures of such an export can be used, with ``no_test_score``.
 """
 
@@ -50,7 +50,7 @@ def no_pointer(model: EnhancedSIMONEModel) -> None:
 
 
 def plain_queries(model: EnhancedSIMONEModel) -> None:
-    """Remove the normalisation of queries and keys."""
+    """Remove the normalization of queries and keys."""
     for layer in model.layers:
         layer.attention.q_norm = layer.attention.k_norm = nn.Identity()
 

@@ -1,4 +1,4 @@
-"""Measure generalisation beyond the training text: score other prose, and multiple-choice tasks of lm_eval.
+"""Measure generalization beyond the training text: score other prose, and multiple-choice tasks of lm_eval.
 
     python -m benchmarks.experiments.generality models/mvlm_gpt2 models/simone_enhanced --text my_texts
     python -m benchmarks.experiments.generality MODEL MODEL --tasks my_task --task_folder FOLDER
@@ -28,7 +28,7 @@ from mvlm_core.evaluation.results import Mean, as_json, choice_point, mean, shar
 from mvlm_core.export.file_checks import checked_exports
 from mvlm_core.hardware import set_process_environment
 from mvlm_core.settings import DEFAULT_DATA_DIR
-from prioritary_mvlm.config import MODELLING_FILES
+from prioritary_mvlm.config import MODELING_FILES
 
 WORD = re.compile(r"[a-z]+")
 Score = Callable[[str, str], float]  # log probability of a continuation after a context
@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.text and not any(path.suffix.lower() in SUFFIXES for path in options.text.rglob("*")):
         problems.append(f"--text {options.text}: no folder with {' or '.join(SUFFIXES[:2])} files")
     set_process_environment()
-    with checked_exports(options.models, MODELLING_FILES, problems) as folders:
+    with checked_exports(options.models, MODELING_FILES, problems) as folders:
         corpus = load_corpus(options.data_dir)
         models = {str(place): load_export(folder) for place, folder in zip(options.models, folders, strict=True)}
         results: dict[str, Any] = {}

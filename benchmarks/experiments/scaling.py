@@ -3,7 +3,7 @@
     python -m benchmarks.experiments.scaling --seeds 1 --max_bytes 1000000
 
     learning_rates  search for the best learning rate of each model at three sizes, in factors of two, until the best
-                    one has a worse neighbour on both sides; then take the minimum of the parabola through these three
+                    one has a worse neighbor on both sides; then take the minimum of the parabola through these three
                     points (in log learning rate). Fits the rule, with text in units of --max_bytes:
                     best learning rate = a · width ** b · (batch / 8) ** c · text ** d
     batches         the same search at the smallest size with half and twice the batch size (for c)
@@ -100,7 +100,7 @@ def next_rates(points: dict[float, float], start: float) -> list[float]:
 
 
 def best_rate(points: dict[float, float]) -> float:
-    """Return the minimum of the parabola through the best point and its neighbours, in log learning rate.
+    """Return the minimum of the parabola through the best point and its neighbors, in log learning rate.
 
     If the best point is at an end of the grid, return that point.
 

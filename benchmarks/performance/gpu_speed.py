@@ -58,7 +58,7 @@ def step_of(loop: TrainingLoop) -> Callable[[], None]:
 
 
 def once(work: Callable[[], Any]) -> float:
-    """Time one call in seconds, synchronising the device."""
+    """Time one call in seconds, synchronizing the device."""
     started = time.perf_counter()
     work()
     if torch.cuda.is_initialized():

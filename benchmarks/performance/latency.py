@@ -58,7 +58,7 @@ def first_step(script: str, data_dir: Path) -> None:
 
 
 def build(model: str, shape: dict[str, int]) -> Any:
-    """Build a randomly initialised model of the cpu preset's shape, or of ``shape``, with its optimizers."""
+    """Build a randomly initialized model of the cpu preset's shape, or of ``shape``, with its optimizers."""
     import torch
 
     from mvlm_core.hardware import choose_hardware

@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks import command
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.export.file_checks import check_export
-from prioritary_mvlm.config import MODELLING_FILES
+from prioritary_mvlm.config import MODELING_FILES
 
 PROMPT = "In the beginning God created the heaven and the earth. And the"
 Reader = Callable[[Sequence[int]], np.ndarray]
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     problems += [f"{place}: no such folder" for place in (options.model, options.formats) if not place.is_dir()]
     if problems:
         raise UserError(problems)
-    check_export(options.model, MODELLING_FILES)
+    check_export(options.model, MODELING_FILES)
     makers, tokenizer = engines(options.model, options.formats)
     from mvlm_core.evaluation.generation import prompt_ids
 

@@ -107,6 +107,7 @@ class ByteLevelBPE:
                 tokenizer = Tokenizer.from_str(_checked_json(file))
                 tokenizer.no_truncation()  # the file may enable truncation or padding
                 tokenizer.no_padding()
+                tokenizer.post_processor = None  # transformers adds one, for special tokens, which `encode` leaves out
             else:
                 raise UserError(f"no tokenizer at {path}: expected tokenizer.json, or vocab.json and merges.txt")
         except (UserError, Stopped, KeyboardInterrupt, SystemExit):

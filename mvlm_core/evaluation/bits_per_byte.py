@@ -228,7 +228,7 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
 def load_export(model_dir: Path | str, device: str = "cpu") -> tuple[Any, Any]:
     """Load model and tokenizer of an export folder, from local files only.
 
-    This runs the folder's modelling code; check folders of unknown origin with ``export.file_checks`` first.
+    This runs the folder's modeling code; check folders of unknown origin with ``export.file_checks`` first.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

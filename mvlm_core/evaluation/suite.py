@@ -84,7 +84,7 @@ def evaluate(model_dir: Path | str, text: EvaluationSet, *, device: str, bits_pe
         score = score_loaded(model, tokenizer, ((d.path, d.read()) for d in text.held_out))
         results["bits_per_byte"] = bits_per_byte_by_part(score, text.held_out)
     train, held_out = (extraction(model, tokenizer, verses) for verses in (text.train_verses, text.verses))
-    difference = {name: train[name] - held_out[name] for name in train}  # memorization beyond language modelling
+    difference = {name: train[name] - held_out[name] for name in train}  # memorization beyond language modeling
     results |= {
         "calibration": calibration(model, tokenizer, text.verses),
         "cloze": cloze(model, tokenizer, text.verses),

@@ -60,7 +60,7 @@ def check_export(folder: Path, sources: Path, path: Path | None = None) -> None:
     """Check an export folder's files.
 
     Args:
-        sources: the folder with the repository's own modelling files; no other code is run.
+        sources: the folder with the repository's own modeling files; no other code is run.
         path: path given by the user, if different from ``folder``.
     Raises:
         UserError: not a finished export, or it does not match its manifest; lists every problem.
@@ -111,7 +111,7 @@ def check_files(folder: Path, checks: Checks, sources: Path) -> list[str]:
     """Check the manifest, that exactly the expected files exist, and their code; return the manifest's files.
 
     Args:
-        sources: the folder with the repository's own modelling files.
+        sources: the folder with the repository's own modeling files.
     """
     try:
         files = list(read_manifest(folder)["files"])
@@ -120,7 +120,7 @@ def check_files(folder: Path, checks: Checks, sources: Path) -> list[str]:
         return []
     checks.add("files", "manifest", True, f"{len(files)} files")
     checks.add_problems("files", "hashes", verify_folder(folder), "every SHA-256 equals the manifest's")
-    code = modelling_files(sources, read_json(folder / "config.json"))
+    code = modeling_files(sources, read_json(folder / "config.json"))
     expected = [*EXPECTED_FILES, *sorted(code)]
     missing = [f"{name} is missing" for name in expected if name not in files]
     checks.add_problems("files", "expected files", missing, "all present")
@@ -136,7 +136,7 @@ def check_files(folder: Path, checks: Checks, sources: Path) -> list[str]:
     return files
 
 
-def modelling_files(sources: Path, config: dict[str, Any]) -> set[str]:
+def modeling_files(sources: Path, config: dict[str, Any]) -> set[str]:
     """Python files named in `auto_map`, and those that the repository's versions of them import relatively."""
     queue = [target.split(".")[0] for _, target in _strings(config.get("auto_map"))]
     own = {path.name for path in sources.glob("*.py")}
@@ -154,12 +154,12 @@ def modelling_files(sources: Path, config: dict[str, Any]) -> set[str]:
 
 
 def foreign_code(folder: Path, code: set[str], sources: Path) -> list[str]:
-    """Report modelling files that are not the repository's own; loading the model would run them."""
+    """Report modeling files that are not the repository's own; loading the model would run them."""
     problems = []
     own = {path.name for path in sources.glob("*.py")}  # never a path chosen by the export
     for name in sorted(code):
         if name not in own:
-            problems.append(f"{name}: the repository has no modelling file of this name; it is not run")
+            problems.append(f"{name}: the repository has no modeling file of this name; it is not run")
             continue
         try:
             if read_regular(folder / name) != read_regular(sources / name):

@@ -12,15 +12,15 @@ from mvlm_core.metrics import FINE_TUNING_METRICS, METRICS
 
 
 def model_card(
-    config: dict[str, Any], *, title: str, description: str, sources: str, licences: str | None, remote_code: bool
+    config: dict[str, Any], *, title: str, description: str, sources: str, licenses: str | None, remote_code: bool
 ) -> str:
     """Render the model card.
 
     Args:
         config: content of `training_config.json`.
         sources: description of the training text.
-        licences: of the training text; None for the built corpus alone.
-        remote_code: whether the export includes its modelling files.
+        licenses: of the training text; None for the built corpus alone.
+        remote_code: whether the export includes its modeling files.
     """
     results, settings = config["results"], config["settings"]
     known = [metric for metric in (*METRICS, *FINE_TUNING_METRICS) if metric.name in results]
@@ -45,7 +45,7 @@ def model_card(
         figures=figures,
         seed=settings["seed"],
         sources=sources,
-        licences=None if licences is None else json.dumps(licences, ensure_ascii=False),
+        licenses=None if licenses is None else json.dumps(licenses, ensure_ascii=False),
         transformers=config["software"]["transformers"],
         trust=", trust_remote_code=True" if remote_code else "",
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from mvlm_core.metrics import BY_NAME
 
-# Okabe and Ito's palette: distinguishable with any type of colour vision, and in greyscale.
+# Okabe and Ito's palette: distinguishable with any type of color vision, and in grayscale.
 STYLES = (
     {"color": "#0072B2", "linestyle": "-", "marker": "o", "hatch": ""},
     {"color": "#E69F00", "linestyle": "--", "marker": "s", "hatch": "//"},

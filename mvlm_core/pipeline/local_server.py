@@ -93,7 +93,7 @@ def serve(
 
     Args:
         packages: required by the app.
-        sources: folder with the repository's own modelling files.
+        sources: folder with the repository's own modeling files.
         app_of: creates the app from the models and the folder of the first one.
         path: appended to the printed address.
         headers: added to every response.

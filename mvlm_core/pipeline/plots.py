@@ -15,7 +15,7 @@ from mvlm_core.metrics import BY_NAME, PRIMARY_TEST_BPB
 
 
 def _bars(axes: Any, values: dict[str, list[float]], labels: list[str], orientation: str = "vertical") -> None:
-    """Draw labelled groups of bars, one bar per model, annotated with its value."""
+    """Draw labeled groups of bars, one bar per model, annotated with its value."""
     colors = [str(style["color"]) for style in STYLES[: len(values)]]
     form: dict[str, Any] = {"tick_labels": labels, "orientation": orientation, "group_spacing": 0.5}
     drawn = axes.grouped_bar(values, colors=colors, edgecolor="black", **form)

@@ -110,7 +110,7 @@ def make_report(layout: Layout, data_dir: str, sources: Path, *, device: str, se
     """Write the report of the run in ``layout``; return its path.
 
     Args:
-        sources: the folder with the repository's own modelling files, the only code that is run.
+        sources: the folder with the repository's own modeling files, the only code that is run.
     """
     summary, validation = read_json(layout.summary), read_json(layout.report)
     models: dict[str, dict[str, Any]] = summary.get("models", {})

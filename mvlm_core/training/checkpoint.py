@@ -69,7 +69,7 @@ def save_checkpoint(root: Path, step: int, tensors: dict[str, dict[str, Tensor]]
 
     Args:
         tensors: named tensors by file name (without extension).
-        state: JSON-serialisable.
+        state: JSON-serializable.
     Raises:
         OSError: for example, the disk is full; earlier checkpoints are untouched.
     """

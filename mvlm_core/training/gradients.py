@@ -199,7 +199,7 @@ def _to_device(array: Any, device: str) -> Tensor:
 
 
 def _micro_batch_seed(seed: int, step: int, first_sequence: int) -> int:
-    """Distinct seed for each micro-batch (splitmix64's mixing, so that neighbouring seeds are unrelated)."""
+    """Distinct seed for each micro-batch (splitmix64's mixing, so that neighboring seeds are unrelated)."""
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + first_sequence * 0x94D049BB133111EB) % 2**64
     mixed = (mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93 % 2**64
     return (mixed ^ (mixed >> 32)) % 2**63

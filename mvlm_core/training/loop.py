@@ -263,8 +263,9 @@ class TrainingLoop:
         """Fix the number of steps from the measured durations of steps, evaluations and checkpoints."""
         state, settings, budget = self.state, self.settings, self._budget
         assert budget is not None
-        later = self.gradients.later_step_seconds(state, self.clock)
-        durations = {"step": budget.step_seconds + later} | budget.durations(state.spent)
+        step_seconds = budget.step_seconds  # measured until now, without the trial steps of the next line
+        step_seconds += self.gradients.later_step_seconds(state, self.clock)
+        durations = {"step": step_seconds} | budget.durations(state.spent)
         reachable = steps_within(
             budget.seconds - budget.used,
             state.step,

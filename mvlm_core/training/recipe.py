@@ -16,7 +16,7 @@ from mvlm_core.training.optimizer import Optimizers
 
 @dataclass(frozen=True)
 class StepLoss:
-    """The loss of one micro-batch: ``total`` is minimised, the rest is detached and logged."""
+    """The loss of one micro-batch: ``total`` is minimized, the rest is detached and logged."""
 
     total: Tensor
     train_loss: Tensor
@@ -31,7 +31,7 @@ class BuiltModel:
         model: the transformers causal language model to export.
         modules: every module with trainable weights, by name; includes the model as "model".
         loss: (inputs, targets, document weights, progress, teacher) → ``StepLoss`` or an equivalent object; progress is
-            the completed fraction of the run, the teacher a frozen model of the same class to distil from, or None.
+            the completed fraction of the run, the teacher a frozen model of the same class to distill from, or None.
         unused_parameters: progress → parameters that get no gradient from then on, if that changes during a run.
     """
 

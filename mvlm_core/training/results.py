@@ -22,7 +22,7 @@ from mvlm_core.training.preparation import PreparedText
 from mvlm_core.training.state import LoopState, check_identity, check_settings
 from mvlm_core.training.task import Run
 
-MAX_LISTED = 30  # titles, authors and licences in the model card
+MAX_LISTED = 30  # titles, authors and licenses in the model card
 log = logging.getLogger("mvlm")
 
 
@@ -135,7 +135,7 @@ def describe_sources(corpus: Corpus) -> str:
         "Translations": [document.translation for document in train],
         "Titles": [document.metadata.get("title") for document in own],
         "Authors": [document.metadata.get("author") for document in own],
-        "Licences as recorded in the corpus": [document.metadata.get("license") for document in train],
+        "Licenses as recorded in the corpus": [document.metadata.get("license") for document in train],
     }
     sentences = [f"{len(train)} documents, {sum(document.size for document in train) / 1e6:.1f} MB of text."]
     for label, values in listed.items():
@@ -151,13 +151,13 @@ def _listed(values: list[Any]) -> str:
 
 
 def licences_of(text: PreparedText) -> str | None:
-    """Licences recorded for the training text, for the model card; None for the built corpus alone."""
+    """Licenses recorded for the training text, for the model card; None for the built corpus alone."""
     train = text.corpus.split("train")
     if text.base is None and text.corpus.primary_translation and all(document.translation for document in train):
         return None
     train += text.old.corpus.split("train") if text.old else []
-    licences = [document.metadata.get("license") or "not recorded" for document in train]
-    return _listed([*licences, *(["those of the model it was fine-tuned from"] if text.base else [])])
+    licenses = [document.metadata.get("license") or "not recorded" for document in train]
+    return _listed([*licenses, *(["those of the model it was fine-tuned from"] if text.base else [])])
 
 
 def describe_text(text: PreparedText) -> str:

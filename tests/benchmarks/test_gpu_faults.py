@@ -96,7 +96,7 @@ def positions_off_by_one(monkeypatch, model):
 
 
 def wrong_residual(monkeypatch, _model):
-    """Attention's output is added to the normalised stream, as in a post-norm model."""
+    """Attention's output is added to the normalized stream, as in a post-norm model."""
 
     def change(model):
         blocks = (
@@ -137,8 +137,8 @@ def wrong_norm(monkeypatch, model):
     if model == "mvlm_gpt2":
         monkeypatch.setattr(F, "layer_norm", lambda x, shape, w, b, eps: F.rms_norm(x, shape, w, eps) + b)
         return
-    right = modern_layers._normalise
-    monkeypatch.setattr(modern_layers, "_normalise", lambda x, *rest: right(x - x.mean(-1, keepdim=True), *rest))
+    right = modern_layers._normalize
+    monkeypatch.setattr(modern_layers, "_normalize", lambda x, *rest: right(x - x.mean(-1, keepdim=True), *rest))
 
 
 def embedding_looked_up_without_gradient(monkeypatch, _model):
@@ -165,8 +165,8 @@ def norm_without_its_projection(monkeypatch, _model):
     """Only the backward pass is wrong: loss and logits are correct."""
 
     def wrong(ctx, gradient):
-        normalised, weight, scale = ctx.saved_tensors
-        gain = (gradient * normalised).flatten(0, -2).sum(0, dtype=weight.dtype)
+        normalized, weight, scale = ctx.saved_tensors
+        gain = (gradient * normalized).flatten(0, -2).sum(0, dtype=weight.dtype)
         return (gradient * weight.to(gradient.dtype) * scale).to(ctx.input_dtype), gain, None, None
 
     monkeypatch.setattr(modern_layers._RMSNorm, "backward", staticmethod(wrong))

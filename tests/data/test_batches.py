@@ -16,7 +16,7 @@ CONTEXT = 16
 def make_store(lengths=(100, 37, 250, 8, 90), repeats=None):
     total = sum(lengths)
     return TokenStore(
-        tokens=np.arange(total, dtype=np.uint16),  # each token is its own number, so it can be recognised
+        tokens=np.arange(total, dtype=np.uint16),  # each token is its own number, so it can be recognized
         starts=np.concatenate(([0], np.cumsum(lengths))),
         repeats=np.array(repeats or [1] * len(lengths)),
         weights=np.linspace(0.5, 1.5, len(lengths)),

@@ -79,7 +79,7 @@ def test_metadata_defaults_and_odd_names(folder):
         ("naïve".encode(), "naïve"),
     ],
 )
-def test_recognised_encodings_and_line_endings_are_normalised(folder, data, text):
+def test_recognized_encodings_and_line_endings_are_normalized(folder, data, text):
     write(folder, "c.txt", data, split="test")
     document = load_corpus(folder).documents[2]
     assert document.read() == text

@@ -83,6 +83,9 @@ def test_exported_transformers_tokenizer_encodes_identically(tokenizer, real_tex
         assert ids == tokenizer.encode(text)
         assert loaded.decode(ids) == text
     assert loaded.bos_token_id == tokenizer.start_id
+    assert type(tokenizer).load(tmp_path).sha256 == tokenizer.sha256, (
+        "a run with --tokenizer_path has the same tokenizer"
+    )
 
 
 def test_original_gpt2_tokenizer_files_are_accepted(real_text, tmp_path):

@@ -46,7 +46,7 @@ def make(tokenizer) -> Any:
 
 @pytest.fixture(scope="session")
 def couples(corpus, tokenizer) -> list[tuple[Verse, Verse]]:
-    """Short documents of two neighbouring verses each, from the primary translation's train books."""
+    """Short documents of two neighboring verses each, from the primary translation's train books."""
     verses = [v for v in verses_of(corpus.primary_part("train")) if v.text[0].isalpha()]
     found = []
     for first, second in zip(verses[::2], verses[1::2], strict=False):

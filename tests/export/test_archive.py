@@ -85,7 +85,7 @@ def test_archives_of_equal_exports_are_byte_identical(export, tmp_path):
     assert (tmp_path / "a.tar.gz").read_bytes() == (tmp_path / "renamed.tar.gz").read_bytes()
 
 
-def test_member_times_owners_and_modes_are_normalised(archive):
+def test_member_times_owners_and_modes_are_normalized(archive):
     with tarfile.open(archive) as tar:
         for member in tar:
             assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")

@@ -8,7 +8,7 @@ import pytest
 from mvlm_core.errors import UserError
 from mvlm_core.export.archive import write_archive
 from mvlm_core.export.file_checks import Checks, check_files, checked_export, pickles
-from prioritary_mvlm.config import MODELLING_FILES
+from prioritary_mvlm.config import MODELING_FILES
 from tests.export.exports import seal
 
 
@@ -34,7 +34,7 @@ def prepare_problem(folder, kind):
 def test_each_file_problem_fails_its_check_and_is_named(export, kind, check, words):
     prepare_problem(export, kind)
     checks = Checks()
-    check_files(export, checks, MODELLING_FILES)
+    check_files(export, checks, MODELING_FILES)
     found = {check.name: check.detail for check in checks if not check.passed}
     assert words in found[check], found
 
@@ -47,15 +47,15 @@ def test_safetensors_header_resembling_a_pickle_is_accepted(export):
 
 
 def test_checked_export_opens_valid_exports_and_refuses_damaged_or_missing_ones(trained, export, tmp_path):
-    with checked_export(export, MODELLING_FILES) as folder:
+    with checked_export(export, MODELING_FILES) as folder:
         assert folder == export
     packed = tmp_path / "simone_enhanced_model.tar.gz"
     write_archive(trained / "simone_enhanced", packed)
-    with checked_export(packed, MODELLING_FILES) as folder:
+    with checked_export(packed, MODELING_FILES) as folder:
         assert (folder / "enhanced_model.py").is_file()
     assert not folder.exists()
     (export / "config.json").write_text(json.dumps({}))
-    with pytest.raises(UserError, match=r"config\.json"), checked_export(export, MODELLING_FILES):
+    with pytest.raises(UserError, match=r"config\.json"), checked_export(export, MODELING_FILES):
         pytest.fail("it was opened")
-    with pytest.raises(UserError, match="train a model first"), checked_export(tmp_path / "none", MODELLING_FILES):
+    with pytest.raises(UserError, match="train a model first"), checked_export(tmp_path / "none", MODELING_FILES):
         pytest.fail("it was opened")

@@ -39,7 +39,7 @@ def test_model_card_has_valid_metadata_and_the_runs_results(trained, name):
 def test_unmeasured_scores_are_shown_as_a_dash(trained):
     config = training_config(trained / "mvlm_gpt2")
     config["results"] |= {"test_bpb": None, "test_bpb_kjv": None, "test_bpb_by_translation": {}}
-    card = model_card(config, title="T", description="D", sources="S", licences=None, remote_code=False)
+    card = model_card(config, title="T", description="D", sources="S", licenses=None, remote_code=False)
     assert "| test, bits per byte | - |" in card
     assert "tags: [small-language-model, mvlm-gpt2]" in card, "not a model of the Bible"
 
@@ -47,20 +47,20 @@ def test_unmeasured_scores_are_shown_as_a_dash(trained):
 def test_other_texts_keep_their_licences_and_are_not_called_bibles(trained, tiny_corpus):
     from huggingface_hub import ModelCard
 
-    licence = """CC-BY-NC 4.0: "nur mit Namen", ü 🕊"""
-    for name, metadata in (("own", {"license": licence}), ("more", {"license": ["MIT"]}), ("third", {})):
+    license = """CC-BY-NC 4.0: "nur mit Namen", ü 🕊"""
+    for name, metadata in (("own", {"license": license}), ("more", {"license": ["MIT"]}), ("third", {})):
         (tiny_corpus / f"{name}.txt").write_text(f"Ein Text namens {name}.\n")
         (tiny_corpus / f"{name}.json").write_text(json.dumps({"split": "train"} | metadata))
     corpus = load_corpus(tiny_corpus)
-    licences = licences_of(SimpleNamespace(base=None, old=None, corpus=corpus))
-    assert licences == f"{licence}; Public domain; ['MIT']; not recorded"
+    licenses = licences_of(SimpleNamespace(base=None, old=None, corpus=corpus))
+    assert licenses == f"{license}; Public domain; ['MIT']; not recorded"
     bible = load_corpus(tiny_corpus, only="bible")
     fine_tuned = licences_of(SimpleNamespace(base=SimpleNamespace(), old=SimpleNamespace(corpus=corpus), corpus=bible))
-    assert fine_tuned == f"{licences}; those of the model it was fine-tuned from"
+    assert fine_tuned == f"{licenses}; those of the model it was fine-tuned from"
     assert licences_of(SimpleNamespace(base=None, old=None, corpus=bible)) is None
 
     config = training_config(trained / "mvlm_gpt2")
-    card = ModelCard(model_card(config, title="T", description="D", sources="S", licences=licences, remote_code=False))
+    card = ModelCard(model_card(config, title="T", description="D", sources="S", licenses=licenses, remote_code=False))
     data = card.data.to_dict()
-    assert (data["license"], data["license_name"]) == ("other", licences) and "language" not in data
+    assert (data["license"], data["license_name"]) == ("other", licenses) and "language" not in data
     assert "D, trained on the texts described under Data." in card.text and "English Bible" not in card.text

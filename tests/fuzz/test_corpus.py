@@ -55,7 +55,7 @@ def folder(tmp_path, real_text):
 
 
 def load(folder):
-    """Load a corpus and check what must hold of any: values in range and serialisable, texts normalised."""
+    """Load a corpus and check what must hold of any: values in range and serializable, texts normalized."""
     with within(30):
         corpus = load_corpus(folder)
     for document in corpus.documents:

@@ -19,7 +19,7 @@ from mvlm_core.export.file_checks import Checks, check_files
 from mvlm_core.export.manifest import EXPECTED_FILES, training_config
 from mvlm_core.files import sha256_file
 from mvlm_core.run_layout import training_history
-from prioritary_mvlm.config import MODELLING_FILES
+from prioritary_mvlm.config import MODELING_FILES
 from tests.export.exports import copy_export, seal, set_json
 from tests.helpers import (
     ANY_JSON,
@@ -36,7 +36,7 @@ JSON_FILES = [name for name in EXPECTED_FILES if name.endswith(".json")]
 
 @pytest.fixture(scope="module")
 def whole_with_code(trained, tmp_path_factory):
-    """An export of model 2, which includes its modelling files."""
+    """An export of model 2, which includes its modeling files."""
     return copy_export(trained / "simone_enhanced", tmp_path_factory.mktemp("whole") / "simone_enhanced")
 
 
@@ -44,7 +44,7 @@ def failed(folder):
     """Failed file checks by name, with their details, which must be printable and of limited length."""
     checks = Checks()
     with within(20):
-        check_files(folder, checks, MODELLING_FILES)
+        check_files(folder, checks, MODELING_FILES)
     for check in checks:
         assert check.detail and check.detail.replace("\n", "").isprintable() and len(check.detail) < 5000
     return {check.name: check.detail for check in checks if not check.passed}
@@ -53,7 +53,7 @@ def failed(folder):
 def test_unchanged_exports_pass_all_file_checks(export, whole_with_code):
     """The control for the failures below."""
     assert failed(export) == failed(whole_with_code) == {}
-    assert {path.name for path in whole_with_code.glob("*.py")} < {path.name for path in MODELLING_FILES.glob("*.py")}
+    assert {path.name for path in whole_with_code.glob("*.py")} < {path.name for path in MODELING_FILES.glob("*.py")}
 
 
 @cases(200)
@@ -267,10 +267,10 @@ def test_pickles_and_custom_code_are_never_run(export, tmp_path, tiny_corpus, ca
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize("listed", [True, False], ids=["listed", "unlisted"])
 @pytest.mark.parametrize("attack", CODE_ATTACKS)
-def test_changed_modelling_files_are_not_run(
+def test_changed_modeling_files_are_not_run(
     whole_with_code, tmp_path, tiny_corpus, capsys, monkeypatch, attack, listed
 ):
-    """Modelling files of model 2 that are not byte-identical to the repository's."""
+    """Modeling files of model 2 that are not byte-identical to the repository's."""
     folder = tmp_path / "models" / "simone_enhanced"
     shutil.copytree(whole_with_code, folder)
     CODE_ATTACKS[attack](folder, tmp_path / "marker")

@@ -91,7 +91,7 @@ def test_download_instructions_explain_custom_code_only_where_needed(tmp_path):
     layout = Layout(tmp_path)
     for name in ("plain", "coded"):
         layout.export(name).mkdir(parents=True)
-    (layout.export("coded") / "modelling.py").touch()
+    (layout.export("coded") / "modeling.py").touch()
     both = stages.download_instructions(["plain", "coded"], layout, 'Say "so"')
     assert "lets `coded` use" in both and 'tokenizer.bos_token + "Say \\"so\\"", split_special' in both
     assert f"'transformers>=5.4'`; made with {transformers.__version__})" in both

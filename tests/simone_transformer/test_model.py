@@ -31,7 +31,7 @@ SWITCHES = list(itertools.product([True, False], repeat=2))
 
 
 def make_model(**changes):
-    """A model in which every weight has an effect: zero-initialised matrices are filled."""
+    """A model in which every weight has an effect: zero-initialized matrices are filled."""
     torch.manual_seed(0)
     config = EnhancedSIMONEConfig(
         **{

@@ -32,7 +32,7 @@ EXPORTED = {
     "training_history.json",
     "training_plots.png",
 }
-MODELLING = {"enhanced_model.py", "rope_attention.py", "modern_layers.py"}
+MODELING = {"enhanced_model.py", "rope_attention.py", "modern_layers.py"}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -47,7 +47,7 @@ def test_export_is_complete_and_its_scores_are_reproducible(trained):
     name, settings, folder = trained
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["name"] == name
-    assert set(manifest["files"]) == EXPORTED | (MODELLING if name == "simone_enhanced" else set())
+    assert set(manifest["files"]) == EXPORTED | (MODELING if name == "simone_enhanced" else set())
     assert all(sha256_file(folder / file) == expected for file, expected in manifest["files"].items())
     assert not (folder / ".export").exists()
 
