@@ -28,7 +28,7 @@ from mvlm_core.errors import UserError, run_main
 from mvlm_core.export.formats import NO_GGUF, PACKAGES, missing_packages
 from mvlm_core.files import RunLock, output_folder_problems
 from mvlm_core.hardware import resolve_preset, set_process_environment
-from mvlm_core.pipeline.child_process import Signals, note
+from mvlm_core.pipeline.child_process import Signals, log_to_file
 from mvlm_core.pipeline.job import Job, probe_hardware, show_plan
 from mvlm_core.pipeline.stages import check_locks, run_stages
 from mvlm_core.run_layout import Layout
@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
                 return run_stages(job, hardware, log_file, signals)
             except BaseException as error:  # also shown on the console, but that may be closed by now
                 with suppress(OSError):  # the disk may be full
-                    note(log_file, f"=== ended: {type(error).__name__}: {error}")
+                    log_to_file(log_file, f"=== ended: {type(error).__name__}: {error}")
                 raise
 
 

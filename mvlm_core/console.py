@@ -131,7 +131,7 @@ def progress(total: int | None, desc: str, unit: str, *, initial: int = 0, quiet
     return tqdm(total=total, desc=desc, unit=unit, initial=initial, disable=hidden, dynamic_ncols=True, **bar)
 
 
-def hush_transformers() -> None:
+def silence_transformers() -> None:
     """Disable transformers' progress bars and warnings; this package logs what matters."""
     from transformers.utils import logging as transformers_logging
 

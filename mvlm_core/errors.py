@@ -37,7 +37,7 @@ class UserError(Exception):
         super().__init__("; ".join(self.problems))
 
 
-class TrainingFailed(Exception):
+class TrainingError(Exception):
     """The run cannot continue although its arguments are valid: exit code 1, reported in one sentence."""
 
 
@@ -57,7 +57,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         for problem in error.problems:
             print("error: " + printable(problem, keep="\n"), file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
-    except TrainingFailed as error:
+    except TrainingError as error:
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
     except Stopped as stop:

@@ -17,9 +17,9 @@ class Layout:
         self.models, self.logs, self.downloads = root / "models", root / "logs", root / "models_for_download"
         self.summary = self.models / "training_summary.json"
         self.evaluation_suite = self.models / "evaluation_suite.json"
-        self.plot = self.models / "comparison.png"
-        self.report = self.models / "validation_report.json"
-        self.page = self.models / "report.html"
+        self.comparison_plot = self.models / "comparison.png"
+        self.validation_report = self.models / "validation_report.json"
+        self.report = self.models / "report.html"
         self.checksums = self.downloads / "SHA256SUMS"
 
     def export(self, name: str) -> Path:

@@ -21,7 +21,7 @@ def run(body, **pipes):
         ("None", 0, ""),
         ("1", 1, ""),
         ("(_ for _ in ()).throw(UserError(['a is bad', 'b\\x1b too']))", 2, "error: a is bad\nerror: b\\x1b too\n"),
-        ("(_ for _ in ()).throw(TrainingFailed('the disk is full'))", 1, "failed: the disk is full\n"),
+        ("(_ for _ in ()).throw(TrainingError('the disk is full'))", 1, "failed: the disk is full\n"),
         (
             "open('/dev/null/x')",
             1,

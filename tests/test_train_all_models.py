@@ -227,7 +227,7 @@ def test_full_run_then_rerun_keeps_the_archives(tmp_path, tiny_corpus):
     assert {path.name for path in job.layout.downloads.iterdir()} == notes | set(ARCHIVES)
     subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=job.layout.downloads, check=True, capture_output=True)
     assert json.loads((job.layout.downloads / "training_summary.json").read_text()) == summary
-    assert job.layout.plot.read_bytes().startswith(b"\x89PNG")
+    assert job.layout.comparison_plot.read_bytes().startswith(b"\x89PNG")
     assert done.stdout.index("mvlm_gpt2 starts") < done.stdout.index("simone_enhanced starts")
     assert "scp -r" in done.stdout and "test, bits per byte" in done.stdout
     for what in ("evaluation suite", "report"):
@@ -320,11 +320,11 @@ def test_model_of_another_text_is_not_packed_beside_a_kept_one(job):
 
 def test_report_and_plot_of_an_earlier_run_do_not_outlast_a_failure(job):
     assert job.run().returncode == 0
-    for file in (job.layout.page, job.layout.plot):
+    for file in (job.layout.report, job.layout.comparison_plot):
         file.write_text("old")
     done = job.run()
     assert done.returncode == 0 and "the report failed" in done.stdout and "open in a browser" not in done.stdout
-    assert not job.layout.page.exists() and not job.layout.plot.exists()
+    assert not job.layout.report.exists() and not job.layout.comparison_plot.exists()
 
 
 @pytest.mark.parametrize("name, number", [("mvlm_gpt2", signal.SIGINT), ("simone_enhanced", signal.SIGTERM)])

@@ -75,7 +75,7 @@ def test_good_export_passes_in_fresh_processes(export, tiny_corpus):
         timeout=300,  # 20 seconds on an idle machine
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads(layout.report.read_text())
+    report = json.loads(layout.validation_report.read_text())
     assert report["passed"] and report["rescored"] and list(report["models"]) == ["mvlm_gpt2"]
     checks = {(check["group"], check["name"]) for check in report["models"]["mvlm_gpt2"]["checks"]}
     for group in ("files", "loading", "weights", "tokenizer", "generation", "scores", "archive"):

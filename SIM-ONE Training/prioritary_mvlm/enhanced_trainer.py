@@ -125,6 +125,6 @@ class EnhancedPrioritaryTrainer:
         Raises:
             UserError: invalid settings or input; lists all problems.
             Stopped: SIGINT or SIGTERM, after a checkpoint was saved.
-            TrainingFailed: the run cannot continue.
+            TrainingError: the run cannot continue.
         """
         return run_training(RECIPE, self.config)

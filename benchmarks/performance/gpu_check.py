@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silence the profiler's start and stop messages
     import torch
 
-    from mvlm_core.console import hush_transformers
+    from mvlm_core.console import silence_transformers
     from mvlm_core.hardware import choose_hardware, describe
 
     def end(*_: Any) -> None:
@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     hardware = choose_hardware(device=options.device, deterministic=options.deterministic)
     hardware.apply()
-    hush_transformers()
+    silence_transformers()
     matmul = f"fp32 matmul precision: {torch.get_float32_matmul_precision()} (highest in correctness checks)"
     machine = [*describe(hardware), f"torch {torch.__version__}, {matmul}"]
     print("\n".join(machine) + "\n\n" + command.head(("check", "case", "measured", "result"), left=4), flush=True)

@@ -22,7 +22,7 @@ import psutil
 
 from benchmarks import command
 from mvlm_core.data.corpus import load_corpus
-from mvlm_core.errors import TrainingFailed, run_main
+from mvlm_core.errors import TrainingError, run_main
 from mvlm_core.hardware import set_process_environment
 from mvlm_core.settings import DEFAULT_DATA_DIR
 
@@ -74,7 +74,7 @@ def run(data_dir: Path, cache_dir: Path, vocab_size: int) -> dict[str, Any]:
         peak = max(peak, unshared_memory(process.pid))
         time.sleep(SAMPLE_SECONDS)
     if process.exitcode:
-        raise TrainingFailed(f"a preparation ended with exit code {process.exitcode}")
+        raise TrainingError(f"a preparation ended with exit code {process.exitcode}")
     return receiver.recv() | {"seconds": time.perf_counter() - started, "peak": peak}
 
 

@@ -182,14 +182,14 @@ class Bench:
 
     def after_fault(self, place: Path, outcome: Outcome) -> None:
         """Inspect the state after a fault: all checkpoints must be intact; count the steps lost since the newest."""
-        from mvlm_core.training.checkpoint import DamagedCheckpoint, checkpoint_folders, open_checkpoint
+        from mvlm_core.training.checkpoint import CheckpointError, checkpoint_folders, open_checkpoint
 
         outcome.tried += 1
         steps = []
         for folder in checkpoint_folders(place / self.model / "checkpoints"):
             try:
                 checkpoint = open_checkpoint(folder)
-            except DamagedCheckpoint:
+            except CheckpointError:
                 outcome.lost_checkpoints += 1
             else:
                 steps += [] if checkpoint.state["weights_only"] else [checkpoint.step]

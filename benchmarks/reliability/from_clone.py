@@ -25,7 +25,7 @@ from mvlm_core.settings import REPOSITORY_ROOT
 USED = ("torch", "transformers")  # packages required by DOWNLOAD_INSTRUCTIONS.md
 
 
-class Failed(Exception):
+class StepError(Exception):
     """A step's command failed; the message includes the end of its output."""
 
 
@@ -33,14 +33,14 @@ def run(words: list[str | Path], cwd: Path, **environment: str) -> str:
     """Run a command and return its output.
 
     Raises:
-        Failed: its exit code is not 0.
+        StepError: its exit code is not 0.
     """
     done = subprocess.run(
         [str(word) for word in words], cwd=cwd, env=os.environ | environment, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
-        raise Failed(f"exit code {done.returncode} of {words}:\n{done.stdout[-4000:]}")
+        raise StepError(f"exit code {done.returncode} of {words}:\n{done.stdout[-4000:]}")
     return done.stdout
 
 
@@ -53,7 +53,7 @@ def first_hour(place: Path) -> Iterator[tuple[str, str]]:
     """Yield the name of each completed step and a summary of its result.
 
     Raises:
-        Failed: a step's command failed.
+        StepError: a step's command failed.
     """
     clone, elsewhere = place / "clone", place / "elsewhere"
     downloads, tools = elsewhere / "models_for_download", elsewhere / "venv" / "bin"
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
             for step, summary in first_hour(Path(place)):
                 print(command.row((step, f"{time.monotonic() - started:.0f}", summary)), flush=True)
                 started = time.monotonic()
-        except Failed as error:
+        except StepError as error:
             print(command.row(("the next step", f"{time.monotonic() - started:.0f}", "FAILED")), error, sep="\n\n")
             return 1
     return 0

@@ -209,7 +209,7 @@ def problems(bench: Bench, place: Path, promised: Promised) -> list[str]:
     from mvlm_core.export.archive import check_archive
     from mvlm_core.export.manifest import verify_folder
     from mvlm_core.files import sha256_file
-    from mvlm_core.training.checkpoint import DamagedCheckpoint, checkpoint_folder, newest_checkpoint, open_checkpoint
+    from mvlm_core.training.checkpoint import CheckpointError, checkpoint_folder, newest_checkpoint, open_checkpoint
 
     folder, archive, issues = place / bench.model, place / f"{bench.model}_model.tar.gz", []
     try:
@@ -232,7 +232,7 @@ def problems(bench: Bench, place: Path, promised: Promised) -> list[str]:
             issues.append("a damaged archive under its final name")
         if promised.archived and not archive.exists():
             issues.append("finished archive lost")
-    except DamagedCheckpoint as damage:
+    except CheckpointError as damage:
         issues.append(f"the best checkpoint is lost: {damage}")
     except Exception as error:  # readers must not raise any other exception
         issues.append(f"traceback: {type(error).__name__}: {error}")

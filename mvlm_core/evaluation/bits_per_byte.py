@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvlm_core.console import hush_transformers
+from mvlm_core.console import silence_transformers
 from mvlm_core.data.corpus import Corpus, Document
 
 
@@ -232,7 +232,7 @@ def load_export(model_dir: Path | str, device: str = "cpu") -> tuple[Any, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    hush_transformers()
+    silence_transformers()
     model: Any = AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=True, local_files_only=True)
     # The tokenizer needs no custom code, but transformers reads the model's config to find its class and would ask
     # whether to trust the code named there.

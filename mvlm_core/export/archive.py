@@ -29,7 +29,7 @@ from mvlm_core.export.manifest import (
     read_manifest,
     verify_folder,
 )
-from mvlm_core.export.strict_tar import BoundedStream, Damaged, Entry, entries
+from mvlm_core.export.strict_tar import BoundedStream, Entry, TarError, entries
 from mvlm_core.files import fsync_path, read_regular, sha256_file
 
 # Weights hardly compress (about 0.9), texts and tokenizers 5- to 10-fold; gzip's maximum is about 1,030-fold. An
@@ -110,7 +110,7 @@ def _scan(archive: Path, destination: Path | None = None) -> _Scan:
     scan = _Scan()
     try:
         if archive.is_symlink() or not archive.is_file():
-            raise Damaged("not a regular file")
+            raise TarError("not a regular file")
         limit = SIZE_ALLOWANCE + EXPANSION_LIMIT * archive.stat().st_size
         with gzip.open(archive, "rb") as packed:
             for entry, content in entries(BoundedStream(packed, limit), scan.problems):
@@ -119,7 +119,7 @@ def _scan(archive: Path, destination: Path | None = None) -> _Scan:
                 else:
                     _read_file(scan, entry, content, destination)
         _compare_with_manifest(scan)
-    except Damaged as error:
+    except TarError as error:
         scan.problems.append(str(error))
     except OSError as error:
         scan.problems.append(f"cannot be read ({error.strerror or error})")

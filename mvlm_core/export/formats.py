@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from mvlm_core.errors import TrainingFailed, UserError
+from mvlm_core.errors import TrainingError, UserError
 from mvlm_core.export.manifest import MANIFEST, read_manifest, verify_folder, write_manifest
 from mvlm_core.files import fsync_path, make_folder, read_json, sha256_file, template, write_json_atomic
 
@@ -66,7 +66,7 @@ def write_formats(export: Path, formats: Iterable[str], output: Path) -> None:
 
     Raises:
         UserError: a format does not support this model.
-        TrainingFailed: ONNX Runtime's logits differ from the model's; nothing was written.
+        TrainingError: ONNX Runtime's logits differ from the model's; nothing was written.
     """
     formats = sorted(formats)
     if supported(export, formats) != formats:
@@ -102,7 +102,7 @@ def _add_onnx(export: Path, folder: Path) -> float:
     model = load_export(export)[0].float()
     write_onnx(model, folder / "model.onnx")
     if not (difference := largest_difference(model, folder / "model.onnx")) <= LOGITS_TOLERANCE:
-        raise TrainingFailed(f"ONNX Runtime's logits differ from the model's by {difference:.2g}: nothing was written")
+        raise TrainingError(f"ONNX Runtime's logits differ from the model's by {difference:.2g}: nothing was written")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(export / file, folder / file)
     return difference

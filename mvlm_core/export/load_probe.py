@@ -34,7 +34,7 @@ NEW_TOKENS = 40
 Check = tuple[str, str, list[str], str]  # group, name, problems, and the detail if there are none
 
 
-class Unusable(Exception):
+class ExportError(Exception):
     """The export cannot be loaded or used; the message names the files and the reason."""
 
 
@@ -47,7 +47,7 @@ def blaming(files: str) -> Iterator[None]:
         raise
     except BaseException as error:  # a panic inside the tokenizers library is not an Exception
         lines = str(error).strip().splitlines() or ["no reason given"]
-        raise Unusable(f"{files}: {type(error).__name__}: {' '.join(lines[:5])}") from None
+        raise ExportError(f"{files}: {type(error).__name__}: {' '.join(lines[:5])}") from None
 
 
 class Barrier(importlib.abc.MetaPathFinder):
@@ -177,7 +177,7 @@ def main() -> int:
     limit_memory(request["folder"])
     try:
         result = probe(request)
-    except Unusable as error:
+    except ExportError as error:
         print(error)
         return 1
     answer_file.write_text(json.dumps(result), encoding="utf-8")

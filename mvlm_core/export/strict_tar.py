@@ -38,7 +38,7 @@ OTHER_KINDS = {
 }
 
 
-class Damaged(Exception):
+class TarError(Exception):
     """The archive cannot be read any further."""
 
 
@@ -49,19 +49,19 @@ class BoundedStream:
         self._file, self._limit, self._seen = file, limit, 0
 
     def read(self, size: int) -> bytes:
-        """Read exactly ``size`` bytes, fewer only at the end. Raises ``Damaged``."""
+        """Read exactly ``size`` bytes, fewer only at the end. Raises ``TarError``."""
         data = b""
         while len(data) < size:
             try:
                 chunk = self._file.read(size - len(data))
             except (EOFError, OSError, zlib.error, ValueError) as error:
-                raise Damaged(f"damaged or truncated ({error})") from None
+                raise TarError(f"damaged or truncated ({error})") from None
             if not chunk:
                 break
             data += chunk
             self._seen += len(chunk)
             if self._seen > self._limit:
-                raise Damaged(f"unpacks to more than {self._limit:,} bytes: refused as a decompression bomb")
+                raise TarError(f"unpacks to more than {self._limit:,} bytes: refused as a decompression bomb")
         return data
 
 
@@ -98,17 +98,17 @@ def name_problem(name: str) -> str | None:
 def entries(stream: BoundedStream, problems: list[str]) -> Iterator[tuple[Entry, Iterator[bytes]]]:
     """Yield every acceptable entry with its content; append the others to ``problems``.
 
-    Content that the caller does not read is skipped. Raises ``Damaged`` if reading cannot continue.
+    Content that the caller does not read is skipped. Raises ``TarError`` if reading cannot continue.
     """
     seen: dict[str, str] = {}
     for count in range(ENTRY_LIMIT + 1):
         header = stream.read(BLOCK)
         if len(header) != BLOCK:
-            raise Damaged("truncated: no end-of-archive marker")
+            raise TarError("truncated: no end-of-archive marker")
         if header == bytes(BLOCK):
             break
         if count == ENTRY_LIMIT or len(problems) >= PROBLEM_LIMIT:
-            raise Damaged("too many entries or problems: reading stopped")
+            raise TarError("too many entries or problems: reading stopped")
         entry = _parse_header(header)
         content = _content(stream, entry)
         if problem := _entry_problem(entry, seen):
@@ -120,7 +120,7 @@ def entries(stream: BoundedStream, problems: list[str]) -> Iterator[tuple[Entry,
             pass
     while rest := stream.read(CHUNK):
         if rest.strip(b"\0"):
-            raise Damaged("data after the end mark")
+            raise TarError("data after the end mark")
 
 
 def _number(raw: bytes) -> int:
@@ -129,19 +129,19 @@ def _number(raw: bytes) -> int:
         return int.from_bytes(raw[1:], "big")
     text = raw.strip(b" \0")
     if not re.fullmatch(rb"[0-7]*", text):
-        raise Damaged("damaged entry header (bad number)")
+        raise TarError("damaged entry header (bad number)")
     return int(text or b"0", 8)
 
 
 def _parse_header(header: bytes) -> Entry:
     checksum = sum(header) - sum(header[148:156]) + 8 * 0x20
     if _number(header[148:156]) != checksum:
-        raise Damaged("damaged entry header (checksum)")
+        raise TarError("damaged entry header (checksum)")
     name, prefix, kind = header[:100].split(b"\0", 1)[0], header[345:500].split(b"\0", 1)[0], header[156:157]
     if header[257:263] == b"ustar\0":
         name = prefix + b"/" + name if prefix else name
     elif header[345:].strip(b"\0"):
-        raise Damaged("ambiguous entry header, which tar programs interpret differently")
+        raise TarError("ambiguous entry header, which tar programs interpret differently")
     text = name.decode("utf-8", "backslashreplace")
     if kind == FOLDER_KIND:
         text = text.removesuffix("/")
@@ -172,9 +172,9 @@ def _content(stream: BoundedStream, entry: Entry) -> Iterator[bytes]:
     while left:
         data = stream.read(min(left, CHUNK))
         if not data:
-            raise Damaged(f"truncated inside {ascii(entry.name[:80])}")
+            raise TarError(f"truncated inside {ascii(entry.name[:80])}")
         left -= len(data)
         yield data
     padding = -entry.size % BLOCK
     if len(stream.read(padding)) != padding:
-        raise Damaged(f"truncated after {ascii(entry.name[:80])}")
+        raise TarError(f"truncated after {ascii(entry.name[:80])}")

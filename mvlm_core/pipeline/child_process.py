@@ -182,7 +182,7 @@ def run_child(command: list[str], signals: Signals) -> tuple[int, list[str]]:
     return signals.wait(child), relay.finish()
 
 
-def note(log_file: Path, line: str) -> None:
+def log_to_file(log_file: Path, line: str) -> None:
     """Append a line to the run's log file only."""
     with log_file.open("a", encoding="utf-8") as file:
         file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")

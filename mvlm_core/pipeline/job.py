@@ -182,10 +182,10 @@ def show_plan(job: Job, *, corpus_is_ready: bool) -> int:
         print("\n" + _refusal(others))
     if left := {name: plan for name, plan in plans.items() if plan["items"] and not _kept(job, name, plan["steps"])}:
         _show_costs(left)
-    print(f"\nthen:     comparison -> {job.layout.plot}\n          archives   -> {job.layout.downloads}")
+    print(f"\nthen:     comparison -> {job.layout.comparison_plot}\n          archives   -> {job.layout.downloads}")
     if job.formats:
         print(f"          {', '.join(job.formats)} -> {job.layout.downloads}")
-    print(f"          validation -> {job.layout.report}\n          report     -> {job.layout.page}")
+    print(f"          validation -> {job.layout.validation_report}\n          report     -> {job.layout.report}")
     return code
 
 

@@ -112,7 +112,7 @@ def make_report(layout: Layout, data_dir: str, sources: Path, *, device: str, se
     Args:
         sources: the folder with the repository's own modeling files, the only code that is run.
     """
-    summary, validation = read_json(layout.summary), read_json(layout.report)
+    summary, validation = read_json(layout.summary), read_json(layout.validation_report)
     models: dict[str, dict[str, Any]] = summary.get("models", {})
     failures = [f"{name}: {entry['error']}" for name, entry in models.items() if entry.get("error")]
     failures += validation.get("failed", [])
@@ -148,5 +148,5 @@ def make_report(layout: Layout, data_dir: str, sources: Path, *, device: str, se
         checked=sum(len(model.get("checks", [])) for model in validation.get("models", {}).values()),
         **generated,
     )
-    write_atomic(layout.page, page)
-    return layout.page
+    write_atomic(layout.report, page)
+    return layout.report

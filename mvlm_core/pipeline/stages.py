@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from contextlib import ExitStack, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from mvlm_core.export.manifest import CHECKPOINTS, ArchiveError, training_config
 from mvlm_core.files import LOCK_NAME, RunLock, read_json, sha256_file, template, write_atomic
 from mvlm_core.monitor import resource_lines
 from mvlm_core.pipeline import plots
-from mvlm_core.pipeline.child_process import TAIL_LINES, Signals, note, run_child
+from mvlm_core.pipeline.child_process import TAIL_LINES, Signals, log_to_file, run_child
 from mvlm_core.pipeline.comparison import compare, scores_by_part, table
 from mvlm_core.pipeline.job import Job, trainer_plan
 from mvlm_core.pipeline.summary import Summary
@@ -128,7 +129,7 @@ def delete_earlier_runs(job: Job) -> None:
 def train_models(job: Job, summary: Summary, log_file: Path, signals: Signals) -> list[int]:
     """Train the models one after another, continuing after a failure; return their exit codes."""
     codes = []
-    with resource_lines(lambda line: note(log_file, line)):  # not on the console, where they would break progress bars
+    with resource_lines(partial(log_to_file, log_file)):  # not on the console, where they would break progress bars
         for number, name in enumerate(job.names, 1):
             log.info("=== training %d of %d: %s (log: %s)", number, len(job.names), name, job.layout.log_file(name))
             codes.append(train_model(job, name, summary, signals))
@@ -204,7 +205,7 @@ def append_tail(log_file: Path, code: int, tail: list[str]) -> None:
 def compare_models(job: Job, summary: Summary, signals: Signals) -> list[str]:
     """Compare and plot the finished models of this preset and text; return the table's lines."""
     log.info("=== comparison")
-    job.layout.plot.unlink(missing_ok=True)
+    job.layout.comparison_plot.unlink(missing_ok=True)
     finished = summary.with_status("finished")
     configs = {name: training_config(job.layout.export(name)) for name in job.trainers if name in finished}
     configs = {name: config for name, config in configs.items() if config.get("preset") == job.preset}
@@ -220,7 +221,7 @@ def compare_models(job: Job, summary: Summary, signals: Signals) -> list[str]:
     summary.value["comparison"] = result
     summary.save()
     histories = {name: training_history(job.layout.export(name)) for name in names}
-    plots.plot_comparison(result, histories, job.layout.plot)
+    plots.plot_comparison(result, histories, job.layout.comparison_plot)
     return table(result, names)
 
 
@@ -338,10 +339,10 @@ def validate_models(job: Job, summary: Summary, signals: Signals) -> bool:
     """Run the validator; remove models that its report fails from the downloads. Returns whether all passed."""
     log.info("=== validation")
     layout = job.layout
-    layout.report.unlink(missing_ok=True)
+    layout.validation_report.unlink(missing_ok=True)
     code, tail = run_child(job.script_command("validate", "--work_dir", layout.root), signals)
     signals.check(code)
-    reports = read_json(layout.report).get("models", {})
+    reports = read_json(layout.validation_report).get("models", {})
     for name in summary.with_status("finished"):
         if name not in reports or reports[name].get("passed") is True:
             continue
@@ -361,7 +362,7 @@ def validate_models(job: Job, summary: Summary, signals: Signals) -> bool:
 def make_report(job: Job, signals: Signals) -> None:
     """Write `models/report.html` and copy it to the downloads."""
     log.info("=== report")
-    page = job.layout.page
+    page = job.layout.report
     copy = job.layout.downloads / page.name
     for file in (page, copy):
         file.unlink(missing_ok=True)
@@ -379,11 +380,12 @@ def log_results(layout: Layout, summary: Summary, compared: list[str], log_file:
             log.error("FAILED: %s: %s", name, entry["error"].splitlines()[-1])
         elif entry["archive"]:
             log.info("archive: %s", layout.root / entry["archive"])
-    log.info("summary: %s, plot: %s, validation: %s, log: %s", layout.summary, layout.plot, layout.report, log_file)
-    if not layout.report.is_file():
+    files = layout.summary, layout.comparison_plot, layout.validation_report, log_file
+    log.info("summary: %s, plot: %s, validation: %s, log: %s", *files)
+    if not layout.validation_report.is_file():
         log.error("%s", UNVERIFIED)
-    if layout.page.is_file():
-        log.info("open in a browser: %s", layout.page)
+    if layout.report.is_file():
+        log.info("open in a browser: %s", layout.report)
     if any(entry["archive"] for entry in summary.models.values()):
         host = f"{os.environ.get('USER', 'root')}@{os.uname().nodename}"
         log.info("next, on your own machine:  scp -r %s:%s .", host, shlex.quote(str(layout.downloads)))

@@ -12,7 +12,7 @@ from mvlm_core.metrics import METRICS
 from mvlm_core.run_layout import Layout, finite_number
 
 
-def now() -> str:
+def timestamp() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -46,7 +46,7 @@ class Summary:
             if name not in names
         }
         self.models: dict[str, dict[str, Any]] = kept | {name: _entry("waiting", {}) for name in names}
-        self.value: dict[str, Any] = {"device": device, "preset": preset, "started": now(), "finished": None}
+        self.value: dict[str, Any] = {"device": device, "preset": preset, "started": timestamp(), "finished": None}
         self.value |= {"models": self.models, "comparison": {}}
         self.save()
 
@@ -83,6 +83,6 @@ class Summary:
 
     def close(self) -> None:
         """Record the end of the run, also in the copy next to the archives."""
-        self.value["finished"] = now()
+        self.value["finished"] = timestamp()
         self.save()
         self.copy_to_downloads()

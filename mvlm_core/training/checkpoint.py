@@ -36,7 +36,7 @@ _SPARE_BYTES = 1 << 20  # for the JSON files
 log = logging.getLogger("mvlm")
 
 
-class DamagedCheckpoint(Exception):
+class CheckpointError(Exception):
     """A checkpoint folder does not match its manifest; the message names the file and the reason."""
 
 
@@ -56,12 +56,12 @@ class Checkpoint:
         """Load the tensors saved under ``name`` ("model" or "optimizer") to the CPU.
 
         Raises:
-            DamagedCheckpoint: safetensors cannot read the file.
+            CheckpointError: safetensors cannot read the file.
         """
         try:
             return load_file(self.folder / f"{name}.safetensors")
         except (SafetensorError, OSError) as error:
-            raise DamagedCheckpoint(f"{self.folder / name}.safetensors cannot be read: {error}") from None
+            raise CheckpointError(f"{self.folder / name}.safetensors cannot be read: {error}") from None
 
 
 def save_checkpoint(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
@@ -111,28 +111,28 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Open the checkpoint in ``folder`` and check every file against the manifest.
 
     Raises:
-        DamagedCheckpoint: the checkpoint is missing or damaged.
+        CheckpointError: the checkpoint is missing or damaged.
     """
     folder = Path(folder)
     manifest = _read_json(folder / "manifest.json")
     files = manifest.get("files")
     complete = {"state.json", "model.safetensors"}
     if not (isinstance(files, dict) and complete <= files.keys() and manifest.get("format") == FORMAT):
-        raise DamagedCheckpoint(f"{folder / 'manifest.json'} is not the manifest of a checkpoint of format {FORMAT}")
+        raise CheckpointError(f"{folder / 'manifest.json'} is not the manifest of a checkpoint of format {FORMAT}")
     for name, expected in files.items():
         path = folder / name
         if Path(name).name != name:
-            raise DamagedCheckpoint(f"{folder / 'manifest.json'} names {printable(name)}, not a file of this folder")
+            raise CheckpointError(f"{folder / 'manifest.json'} names {printable(name)}, not a file of this folder")
         try:
             if not path.is_file():
-                raise DamagedCheckpoint(f"{path} is missing")
+                raise CheckpointError(f"{path} is missing")
             if sha256_file(path) != expected:
-                raise DamagedCheckpoint(f"{path} has changed since it was written (its SHA-256 differs)")
+                raise CheckpointError(f"{path} has changed since it was written (its SHA-256 differs)")
         except OSError as error:  # for example, the name is too long
-            raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from None
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     state = _read_json(folder / "state.json")
     if not isinstance(state.get("step"), int):
-        raise DamagedCheckpoint(f"{folder / 'state.json'} has no step")
+        raise CheckpointError(f"{folder / 'state.json'} has no step")
     return Checkpoint(folder, state["step"], state)
 
 
@@ -140,11 +140,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(read_regular(path))
     except FileNotFoundError:
-        raise DamagedCheckpoint(f"{path} is missing") from None
+        raise CheckpointError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{path} cannot be read: {error}") from None
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
-        raise DamagedCheckpoint(f"{path} is not a JSON object")
+        raise CheckpointError(f"{path} is not a JSON object")
     return value
 
 
@@ -187,7 +187,7 @@ def _intact_checkpoints(root: Path) -> Iterator[Checkpoint]:
             continue
         try:
             yield open_checkpoint(folder)
-        except DamagedCheckpoint as damage:
+        except CheckpointError as damage:
             _set_aside(folder, _DAMAGED_SUFFIX)
             log.warning("damaged checkpoint ignored and renamed to *.damaged: %s", damage)
 
@@ -202,7 +202,7 @@ def named_checkpoint(folder: Path | str) -> Checkpoint:
         raise UserError(f"--resume_from {folder}: no such checkpoint folder")
     try:
         checkpoint = open_checkpoint(Path(folder))
-    except DamagedCheckpoint as damage:
+    except CheckpointError as damage:
         raise UserError(f"--resume_from {folder}: {damage}") from None
     if checkpoint.state.get("weights_only"):
         raise UserError(

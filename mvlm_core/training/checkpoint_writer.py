@@ -218,5 +218,5 @@ class Checkpointer:
             try:
                 best = checkpoints.open_checkpoint(checkpoints.checkpoint_folder(self.root, step))
                 self._task.load_state_tensors({"model": best.tensors("model")})
-            except checkpoints.DamagedCheckpoint as damage:
+            except checkpoints.CheckpointError as damage:
                 raise UserError(f"the best checkpoint is damaged: {damage}; run again with --fresh") from None

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from mvlm_core.errors import Stopped, TrainingFailed, UserError
+from mvlm_core.errors import Stopped, TrainingError, UserError
 from mvlm_core.signals import parent_is_gone
 from mvlm_core.training.launch import FOLDER_VARIABLE, MEMORY_VARIABLE
 
@@ -239,11 +239,11 @@ def _collective(operation: Any, *arguments: Any, **options: Any) -> Any:
         raise lost_connection(error) from None
 
 
-def lost_connection(error: Exception) -> TrainingFailed:
+def lost_connection(error: Exception) -> TrainingError:
     """Build the error for a failed collective; a marker file tells the supervisor that another rank is the cause."""
     if folder := os.environ.get(FOLDER_VARIABLE):
         Path(folder, f"lost.{os.environ['RANK']}").touch()
-    return TrainingFailed(
+    return TrainingError(
         f"the processes of this run lost their connection ({str(error).splitlines()[0]}); look for the error of the "
         "process that failed first, then restart all: they resume from the newest checkpoint"
     )

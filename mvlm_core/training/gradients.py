@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mvlm_core.errors import TrainingFailed
+from mvlm_core.errors import TrainingError
 from mvlm_core.signals import StopRequest
 from mvlm_core.training.distillation import teacher_of_step
 from mvlm_core.training.distributed import Ranks, lost_connection
@@ -38,7 +38,7 @@ class GradientAccumulator:
         buckets. The trial also reveals which parameters get no gradient.
 
         Raises:
-            TrainingFailed: one sequence does not fit, or the model cannot be compiled.
+            TrainingError: one sequence does not fit, or the model cannot be compiled.
         """
         optimizers = self.task.optimizers
         empty = not optimizers.state_tensors()
@@ -72,7 +72,7 @@ class GradientAccumulator:
         of its gradients, the other ranks must repeat the step as well.
 
         Raises:
-            TrainingFailed: one sequence does not fit.
+            TrainingError: one sequence does not fit.
         """
         while True:
             self._prepare_sync(progress)
@@ -164,7 +164,7 @@ class GradientAccumulator:
     def _halve(self, state: LoopState) -> None:
         self.task.optimizers.zero_grad()
         if state.micro_batch == 1:
-            raise TrainingFailed(
+            raise TrainingError(
                 "out of memory with a micro-batch of one sequence: reduce --max_length, --hidden_dim or --num_layers"
             )
         state.micro_batch = -(-state.micro_batch // 2)
@@ -182,13 +182,13 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 
 def _explain_failed_compilation(error: RuntimeError) -> None:
-    """Raise TrainingFailed, with a way out, if ``error`` comes from the compiler."""
+    """Raise TrainingError, with a way out, if ``error`` comes from the compiler."""
     from torch._dynamo.exc import TorchDynamoException  # slow to import
 
     if isinstance(error, TorchDynamoException):
         inner = getattr(error, "inner_exception", error)
         reason = f"{type(inner).__name__}: {str(inner).strip()}".splitlines()[0]
-        raise TrainingFailed(
+        raise TrainingError(
             f"torch.compile failed ({reason}): to train without it, more slowly, add --no_compile"
         ) from error
 

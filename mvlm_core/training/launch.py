@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from mvlm_core.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, TrainingFailed, UserError, printable
+from mvlm_core.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, TrainingError, UserError, printable
 from mvlm_core.hardware import gpu_count
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.signals import PARENT_VARIABLE, parent_is_gone, signal_name
@@ -83,7 +83,7 @@ def run_ranks(settings: TrainingSettings, arguments: Sequence[str]) -> int | Non
         The exit code of the whole run, or None if this process itself should train.
     Raises:
         UserError: see ``rank_count``.
-        TrainingFailed: a rank died or does not respond.
+        TrainingError: a rank died or does not respond.
     """
     world_size = 1 if settings.dry_run else rank_count(settings)
     if world_size == 1:
@@ -181,7 +181,7 @@ class Supervisor:
         """Run all ranks and return the main rank's exit code.
 
         Raises:
-            TrainingFailed: a rank died or does not respond; the message includes its number and the end of its log.
+            TrainingError: a rank died or does not respond; the message includes its number and the end of its log.
         """
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         folder = Path(tempfile.mkdtemp(prefix="mvlm_ranks_"))  # readable only by its owner
@@ -189,7 +189,7 @@ class Supervisor:
         try:
             self._start(folder)
             return self._watch()
-        except TrainingFailed:
+        except TrainingError:
             keep = self.log_file is None
             raise
         finally:
@@ -245,14 +245,14 @@ class Supervisor:
         causes = sorted((failure, ended, number) for failure, ended, number in outcomes if failure)
         if not causes:
             logs = ", ".join(str(rank.log) for rank in self.ranks[1:])
-            raise TrainingFailed(
+            raise TrainingError(
                 f"the {self.world_size} processes lost each other, and none of them reported why (a GPU fault ends a "
                 f"process this way: see dmesg and {logs}); the same command, without --fresh, resumes"
             )
         if causes[0][2] == 0 and main.code == EXIT_FAILED:
             return EXIT_FAILED  # the main rank has already printed the reason
         (_, description), _, number = causes[0]
-        raise TrainingFailed(
+        raise TrainingError(
             f"process {number} of {self.world_size} {description}: all processes were killed; the same command, "
             f"without --fresh, resumes from the newest checkpoint{self.ranks[number].last_lines()}"
         )

@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from mvlm_core.console import progress
-from mvlm_core.errors import Stopped, TrainingFailed, UserError
+from mvlm_core.errors import Stopped, TrainingError, UserError
 from mvlm_core.hardware import compiled_so_far
 from mvlm_core.monitor import peak_memory
 from mvlm_core.signals import StopRequest
@@ -59,7 +59,7 @@ class TrainingLoop:
         Raises:
             Stopped: a signal arrived; a checkpoint has been written.
             UserError: the checkpoint belongs to another run, or to one that these settings would cut short.
-            TrainingFailed: training keeps diverging, or a micro-batch of one sequence does not fit in memory.
+            TrainingError: training keeps diverging, or a micro-batch of one sequence does not fit in memory.
         """
         self._resume()
         if self.state.step == 0:
@@ -301,7 +301,7 @@ class TrainingLoop:
         if step == self.state.best_step:
             self.state.best_step, self.state.best_bpb = self._best_before
         if step == 0 or (self.state.finished and (step == self.state.step or self.state.best_step is None)):
-            raise TrainingFailed(
+            raise TrainingError(
                 f"cannot write a checkpoint to {self.checkpoints.root} ({error}); free some space and run again"
             ) from None
         log.error("no checkpoint at step %s (%s); training continues and will retry", step, error)
@@ -340,19 +340,19 @@ class TrainingLoop:
         """Return to the newest checkpoint from before the divergence, with a lower learning rate.
 
         Raises:
-            TrainingFailed: too many rollbacks, or no such checkpoint.
+            TrainingError: too many rollbacks, or no such checkpoint.
         """
         diverged = self.state
         advice = (
             "start over with --fresh and a lower --learning_rate, and check the training text around the last steps"
         )
         if diverged.guard.rollbacks >= MAX_ROLLBACKS:
-            raise TrainingFailed(f"{reason}, after {diverged.guard.rollbacks} rollbacks: {advice}")
+            raise TrainingError(f"{reason}, after {diverged.guard.rollbacks} rollbacks: {advice}")
         self.checkpoints.finish(wait=True)
         checkpoint = self.checkpoints.find_before(diverged.guard.trouble_since) if self.ranks.is_main else None
         self.step_log.discard()
         if (state := self.checkpoints.restore(checkpoint)) is None:
-            raise TrainingFailed(f"{reason}, and there is no earlier checkpoint: {advice}")
+            raise TrainingError(f"{reason}, and there is no earlier checkpoint: {advice}")
         self.state = state
         guard = self.state.guard = diverged.guard.after_rollback(self.state.guard)
         self.state.fixed_at, self.state.fixed_steps = diverged.fixed_at, diverged.fixed_steps

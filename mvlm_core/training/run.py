@@ -11,8 +11,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from mvlm_core.console import hush_transformers
-from mvlm_core.errors import TrainingFailed, UserError
+from mvlm_core.console import silence_transformers
+from mvlm_core.errors import TrainingError, UserError
 from mvlm_core.export.folder import delete_run, finish_export, stage_model
 from mvlm_core.export.manifest import CHECKPOINTS
 from mvlm_core.export.model_card import model_card
@@ -43,7 +43,7 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
     Raises:
         UserError: bad settings or input; nothing has been written to the output folder.
         Stopped: a signal arrived; the same call resumes from the checkpoint.
-        TrainingFailed: the run cannot continue.
+        TrainingError: the run cannot continue.
     """
     settings.check()
     flags = {name: getattr(settings, name) for name in HARDWARE_FLAGS}
@@ -51,7 +51,7 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
         log.info("--attention_backend %s: not used by %s, which has sdpa only", backend, recipe.title)
         flags["attention_backend"] = "sdpa"
     hardware = choose_hardware(**flags)
-    hush_transformers()
+    silence_transformers()
     output_dir = Path(settings.output_dir or "")
     if not (settings.fresh or settings.prepare_only):
         results.check_earlier_run(output_dir, settings)
@@ -128,7 +128,7 @@ def _run(run: Run, *, student_dir: Path | None = None, own_teachers: bool = Fals
             try:
                 _export(run, text, task, loop, peak_memory_bytes, prepared)
             except (OSError, SafetensorError) as error:
-                raise TrainingFailed(
+                raise TrainingError(
                     f"training finished, but the export cannot be written: {error}; free some space and run again"
                 ) from None
     return run.output_dir

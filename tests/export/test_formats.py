@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import export_formats
-from mvlm_core.errors import TrainingFailed, UserError
+from mvlm_core.errors import TrainingError, UserError
 from mvlm_core.export import formats
 from mvlm_core.export.archive import check_archive, write_archive
 from mvlm_core.export.file_checks import Checks
@@ -132,7 +132,7 @@ def test_onnx_export_with_differing_logits_fails_and_leaves_no_files(export, tmp
     monkeypatch.setattr(onnx_format, "write_onnx", lambda model, path: path.write_bytes(b"graph"))
     for difference in (2e-4, float("nan")):
         monkeypatch.setattr(onnx_format, "largest_difference", lambda model, path, value=difference: value)
-        with pytest.raises(TrainingFailed, match="differ from the model's"):
+        with pytest.raises(TrainingError, match="differ from the model's"):
             write_formats(export, ["onnx"], tmp_path / "place" / "out")
         assert not list((tmp_path / "place").iterdir())
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mvlm_core.errors import Stopped, UserError
 from mvlm_core.files import sha256_file
-from mvlm_core.training.checkpoint import DamagedCheckpoint, newest_checkpoint, open_checkpoint, save_checkpoint
+from mvlm_core.training.checkpoint import CheckpointError, newest_checkpoint, open_checkpoint, save_checkpoint
 from tests.helpers import (
     ANY_JSON,
     BROKEN_JSON,
@@ -69,7 +69,7 @@ def open_all(folder):
 def test_corrupted_files_are_refused_by_name(saved, folder, file, seed):
     """A flipped bit, truncation, insertion, zeros or repetition in one of the four files."""
     (folder / file).write_bytes(damaged((saved / file).read_bytes(), seed))
-    found, message = raises_only(DamagedCheckpoint, lambda: open_all(folder))
+    found, message = raises_only(CheckpointError, lambda: open_all(folder))
     if (folder / file).read_bytes() != (saved / file).read_bytes():
         assert file in message or file == "manifest.json" and (str(folder) in message or found), message
     if found:
@@ -96,7 +96,7 @@ def test_fuzzed_manifests_are_read_or_refused(saved, folder, extra, seed, value,
     else:
         manifest["files"] |= extra
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    found, message = raises_only(DamagedCheckpoint, lambda: open_all(folder))
+    found, message = raises_only(CheckpointError, lambda: open_all(folder))
     assert found or str(folder) in message or any(name in message for name in extra)
     assert whole or not extra or message
 
@@ -108,7 +108,7 @@ def test_malformed_json_is_refused(folder, file, kind):
     (folder / file).write_bytes(BROKEN_JSON[kind])
     if file == "state.json":
         seal(folder)
-    _, message = raises_only(DamagedCheckpoint, lambda: open_all(folder))
+    _, message = raises_only(CheckpointError, lambda: open_all(folder))
     assert file in message
 
 
@@ -151,7 +151,7 @@ def test_malformed_safetensors_are_refused(folder, file, kind):
     (folder / file).write_bytes(ABSURD[kind])
     seal(folder)
     with within(20):
-        found, message = raises_only(DamagedCheckpoint, lambda: open_all(folder))
+        found, message = raises_only(CheckpointError, lambda: open_all(folder))
     assert file in message or kind == "twice" and found
 
 
@@ -168,7 +168,7 @@ def test_fuzzed_safetensors_headers_are_read_or_refused(folder, header, size):
     """JSON headers of roughly the right form."""
     (folder / "model.safetensors").write_bytes(safetensors(header, bytes(size)))
     seal(folder)
-    found, message = raises_only(DamagedCheckpoint, lambda: open_all(folder))
+    found, message = raises_only(CheckpointError, lambda: open_all(folder))
     assert found or "model.safetensors" in message
 
 
@@ -184,7 +184,7 @@ def test_pipes_folders_links_and_missing_files_are_refused(folder, file, kind):
     elif kind == "link out":
         (folder / file).symlink_to("/etc/passwd")
     with within(3):
-        _, message = raises_only(DamagedCheckpoint, lambda: open_all(folder))
+        _, message = raises_only(CheckpointError, lambda: open_all(folder))
     assert file in message
 
 

@@ -37,7 +37,7 @@ def test_models_with_invalid_config_values_load_or_are_refused(export, key, valu
     try:
         with within(30):
             found, message = raises_only(
-                load_probe.Unusable, lambda: load_probe.probe(REQUEST | {"folder": str(export)})
+                load_probe.ExportError, lambda: load_probe.probe(REQUEST | {"folder": str(export)})
             )
     finally:
         logging.disable(logging.NOTSET)
@@ -64,7 +64,7 @@ def test_models_too_large_to_load_fail_with_a_reason(export, monkeypatch, values
 def test_unknown_tokenizer_class_is_refused(export):
     """A tokenizer class that does not exist, and a special token that is not a string."""
     set_json(export / "tokenizer_config.json", tokenizer_class="NoSuchTokenizer", bos_token=5)
-    with pytest.raises(load_probe.Unusable, match=r"tokenizer_config\.json"):
+    with pytest.raises(load_probe.ExportError, match=r"tokenizer_config\.json"):
         load_probe.probe(REQUEST | {"folder": str(export)})
 
 

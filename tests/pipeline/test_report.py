@@ -44,7 +44,7 @@ def run(trained, tmp_path_factory):
 def page_of(layout, trained):
     arguments = ["--work_dir", layout.root, "--data_dir", trained / "corpus", "--device", "cpu"]
     assert make_report.main([str(argument) for argument in arguments]) == 0
-    return layout.page.read_text(encoding="utf-8")
+    return layout.report.read_text(encoding="utf-8")
 
 
 def test_report_is_self_contained_and_shows_the_runs_results(run):
@@ -97,7 +97,7 @@ def test_failures_are_reported_with_their_html_escaped(trained, tmp_path):
     summary.update("simone_enhanced", status="failed", error="<script>alert(1)</script>")
     with (layout.export("mvlm_gpt2") / "model.safetensors").open("ab") as file:
         file.write(b"\0")
-    write_json_atomic(layout.report, {"models": {}, "failed": ["archive: <b>bad</b>"]})
+    write_json_atomic(layout.validation_report, {"models": {}, "failed": ["archive: <b>bad</b>"]})
     page = page_of(layout, trained)
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and "&lt;b&gt;bad&lt;/b&gt;" in page
     assert "SHA-256 differs" in page and "Nothing failed" not in page

@@ -5,7 +5,7 @@ import torch
 
 from mvlm_core.errors import UserError
 from mvlm_core.training.checkpoint import (
-    DamagedCheckpoint,
+    CheckpointError,
     checkpoint_folders,
     named_checkpoint,
     newest_checkpoint,
@@ -43,7 +43,7 @@ def test_damaged_newest_checkpoint_is_set_aside_for_the_previous_one(tmp_path, f
         path.write_bytes(content[: len(content) // 2])
     else:
         path.unlink()
-    with pytest.raises(DamagedCheckpoint, match=file.split(".")[0]):
+    with pytest.raises(CheckpointError, match=file.split(".")[0]):
         open_checkpoint(path.parent)
     with pytest.raises(UserError, match="--resume_from"):
         named_checkpoint(path.parent)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.forked_ranks import fork_ranks
-from mvlm_core.errors import TrainingFailed
+from mvlm_core.errors import TrainingError
 from mvlm_core.export.manifest import training_config
 from mvlm_core.training import distributed, gradients, launch
 from mvlm_core.training.checkpoint import newest_checkpoint
@@ -144,7 +144,7 @@ def test_hung_rank_ends_the_run_after_a_timeout(tiny_corpus, tmp_path, monkeypat
         monkeypatch.setattr(TrainingLoop, "step", step)
         monkeypatch.setattr(TrainingLoop, "_save", save)
         if ranks.is_main:
-            with pytest.raises(TrainingFailed, match="lost their connection"):
+            with pytest.raises(TrainingError, match="lost their connection"):
                 distributed_run.run(tiny_corpus, tmp_path, "mvlm_gpt2", 99, ranks)
             assert (Path(os.environ[launch.FOLDER_VARIABLE]) / "lost.0").exists()
             assert newest_checkpoint(tmp_path / "mvlm_gpt2" / "checkpoints").step == 10

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mvlm_core.errors import Stopped, TrainingFailed
+from mvlm_core.errors import Stopped, TrainingError
 from mvlm_core.training.checkpoint import checkpoint_folders
 from mvlm_core.training.divergence import GuardState
 from mvlm_core.training.history import read_history
@@ -135,7 +135,7 @@ def test_training_fails_after_three_rollbacks(tiny_corpus, tmp_path):
     loop = breaking_loop(
         "mvlm_gpt2", tiny_corpus, tmp_path, lambda step, rate: math.nan if step > 6 else 1.0, max_steps=40
     )
-    with pytest.raises(TrainingFailed, match="after 3 rollbacks: start over with --fresh and a lower --learning_rate"):
+    with pytest.raises(TrainingError, match="after 3 rollbacks: start over with --fresh and a lower --learning_rate"):
         loop.run(StopAfter())
     assert checkpoint_folders(loop.checkpoints.root), "what was good is still there"
     assert all(record.get("skipped", False) == (record["step"] > 6) for record in read_history(loop.step_log.path))

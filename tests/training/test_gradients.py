@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
-from mvlm_core.errors import Stopped, TrainingFailed
+from mvlm_core.errors import Stopped, TrainingError
 from mvlm_core.training.checkpoint import newest_checkpoint
 from mvlm_core.training.history import read_history
 from tests.helpers import StopAfter, make_loop, tiny_settings
@@ -42,7 +42,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_curve(tiny_corpus, t
     scarce, found = run_with_memory_for(3, tiny_corpus, tmp_path / "scarce")
     assert (plenty.micro_batch, scarce.micro_batch) == (8, 2)
     assert found == pytest.approx(expected, rel=1e-4)
-    with pytest.raises(TrainingFailed, match="--max_length"):
+    with pytest.raises(TrainingError, match="--max_length"):
         run_with_memory_for(0, tiny_corpus, tmp_path / "none")
 
 
@@ -53,7 +53,7 @@ def test_only_a_lack_of_memory_halves_the_micro_batch_also_inside_the_compiler(t
     for name, error in (("memory", OUT_OF_MEMORY), ("library", RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"))):
         state, _ = run_with_memory_for(3, tiny_corpus, tmp_path / name, error=failed(error))
         assert state.micro_batch == 2
-    with pytest.raises(TrainingFailed, match=r"torch.compile failed \(ValueError: a fault\): .* add --no_compile"):
+    with pytest.raises(TrainingError, match=r"torch.compile failed \(ValueError: a fault\): .* add --no_compile"):
         run_with_memory_for(3, tiny_corpus, tmp_path / "fault", error=failed(ValueError("a fault")))
     with pytest.raises(RuntimeError, match="another fault"):
         run_with_memory_for(3, tiny_corpus, tmp_path / "other", error=RuntimeError("another fault"))

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from mvlm_core.errors import Stopped, TrainingFailed, UserError
+from mvlm_core.errors import Stopped, TrainingError, UserError
 from mvlm_core.export.manifest import training_config, verify_folder
 from mvlm_core.signals import PARENT_VARIABLE
 from mvlm_core.training import launch
@@ -116,7 +116,7 @@ def test_killed_rank_is_reported_with_its_last_log_lines(quick):
     program = "print('line of', rank, flush=True)\nif rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"
     started = time.monotonic()
     with pytest.raises(
-        TrainingFailed, match=r"(?s)process 1 of 3 was killed by SIGKILL.*rank1\.log.*line of 1"
+        TrainingError, match=r"(?s)process 1 of 3 was killed by SIGKILL.*rank1\.log.*line of 1"
     ) as error:
         supervised(program, 3).run()
     assert time.monotonic() - started < 20
@@ -134,7 +134,7 @@ if rank == 1: time.sleep(60)
 open(os.environ["{FOLDER_VARIABLE}"] + f"/lost.{{rank}}", "w")
 sys.exit(1)
 """
-    with pytest.raises(TrainingFailed, match="process 1 of 3 does not respond"):
+    with pytest.raises(TrainingError, match="process 1 of 3 does not respond"):
         supervised(program, 3, str(tmp_path / "log")).run()
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from mvlm_core.errors import Stopped, TrainingFailed, UserError
+from mvlm_core.errors import Stopped, TrainingError, UserError
 from mvlm_core.training import checkpoint
 from mvlm_core.training.checkpoint import checkpoint_folders, newest_checkpoint
 from mvlm_core.training.history import read_history
@@ -283,7 +283,7 @@ def test_if_the_best_weights_cannot_be_saved_the_best_before_is_kept(tiny_corpus
     assert (state.best_step, state.best_bpb) == (3, 1.3)
     loop.checkpoints.load_best(loop.state)
     state.best_step, loop.checkpoints.saved_step, loop._best_before = 9, 9, (None, None)
-    with pytest.raises(TrainingFailed, match="cannot write a checkpoint"):
+    with pytest.raises(TrainingError, match="cannot write a checkpoint"):
         loop._handle_failed_save(OSError("no space left"))
 
 
@@ -305,7 +305,7 @@ def test_continuing_in_another_folder_forgets_a_best_step_that_is_not_there(step
 
 def test_disk_without_space_is_reported_before_the_first_step(tiny_corpus, tmp_path):
     loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path))
-    with files_at_most(100), pytest.raises(TrainingFailed, match="cannot write a checkpoint.*free some space"):
+    with files_at_most(100), pytest.raises(TrainingError, match="cannot write a checkpoint.*free some space"):
         loop.run(StopAfter())
     assert loop.state.step == 0
 
