@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mvlm_core.console import command_line
 from mvlm_core.errors import UserError, run_main
-from mvlm_core.export.file_checks import checked_export
+from mvlm_core.export.file_checks import checked_exports
 from mvlm_core.export.formats import PACKAGES, missing_packages, write_formats
 from mvlm_core.files import output_folder_problems
 from mvlm_core.hardware import set_process_environment
@@ -58,7 +58,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     set_process_environment()
-    with checked_export(options.model, MODELING_FILES) as folder:
+    with checked_exports([options.model], MODELING_FILES) as (folder,):
         write_formats(folder, options.formats, options.output.absolute())
     print(f"exported and verified: {options.output} ({', '.join(options.formats)}); its README.md has usage examples")
     return 0

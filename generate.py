@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mvlm_core.console import command_line, seed_problems
 from mvlm_core.errors import UserError, printable, run_main
-from mvlm_core.export.file_checks import checked_export
+from mvlm_core.export.file_checks import checked_exports
 from mvlm_core.hardware import DEVICES, set_process_environment
 from mvlm_core.settings import DEFAULT_SAMPLING
 from mvlm_core.signals import end_on_sigterm
@@ -123,7 +123,7 @@ def trace_table(model: Any, tokenizer: Any, ids: Tensor) -> str:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     set_process_environment()
-    with checked_export(options.model, MODELING_FILES) as folder:
+    with checked_exports([options.model], MODELING_FILES) as (folder,):
         import torch
 
         from mvlm_core.evaluation.bits_per_byte import context_of, load_export

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from bible_corpus.ngram_overlap import LENGTH, NgramHasher
+from mvlm_core.console import text_table
 from mvlm_core.data.corpus import SPLITS, Corpus, Document, decode
 from mvlm_core.errors import UserError, printable
 from mvlm_core.files import output_folder_problems, read_json, read_regular
@@ -252,15 +253,14 @@ def listing(corpus: Corpus) -> list[str]:
         return document.quality_score * document.biblical_alignment
 
     train_weight = mean(corpus.split("train"), weight) or 1.0
-    rows = [["text", "documents", "words", "MB", *SPLITS, "quality", "alignment", "weight"]]
+    header, rows = ["text", "documents", "words", "MB", *SPLITS, "quality", "alignment", "weight"], []
     for name, documents in sorted(groups.items()):
         row = [name, f"{len(documents):,}", f"{sum(map(_words, documents)):,}"]
         row += [f"{sum(d.size for d in documents) / 1e6:.2f}"]
         row += [str(sum(d.split == split for d in documents)) for split in SPLITS]
         row += [f"{mean(documents, attrgetter(score)):.1f}" for score in ("quality_score", "biblical_alignment")]
         rows.append([*row, f"{mean(documents, weight) / train_weight:.2f}"])
-    name_width, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
-    lines = [row[0].ljust(name_width) + "".join(map("  {:>{}}".format, row[1:], widths)) for row in rows]
+    lines = text_table(header, rows)
     lines.append(f"{len(corpus.documents):,} documents, {sum(d.size for d in corpus.documents) / 1e6:.1f} MB")
     lines.append("weight: weight of the text in the content-alignment loss, normalized to mean 1")
     return lines + [f"not used: {skipped.path}: {skipped.reason}" for skipped in corpus.skipped]

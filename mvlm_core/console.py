@@ -137,3 +137,12 @@ def silence_transformers() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def text_table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Format rows as text, first column left-aligned and others right-aligned, below a header with a rule."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    first, *others = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in (header, *rows)
+    ]
+    return [first, "-" * len(first), *others]

@@ -130,9 +130,9 @@ class RunLock:
     and is released when the process ends; the recorded text covers file systems without such locks.
     """
 
-    def __init__(self, folder: Path, what: str) -> None:
+    def __init__(self, folder: Path, name: str | None = None) -> None:
         self.path = Path(folder) / LOCK_NAME
-        self.what = what
+        self.name = name or str(folder)
         self._descriptor: int | None = None
 
     def __enter__(self) -> RunLock:
@@ -186,7 +186,7 @@ class RunLock:
 
     def _refusal(self, holder: dict[str, Any]) -> UserError:
         return UserError(
-            f"{self.what} is in use by process {holder.get('pid', 'unknown')} on {holder.get('host', 'this machine')}; "
+            f"{self.name} is in use by process {holder.get('pid', 'unknown')} on {holder.get('host', 'this machine')}; "
             f"wait for it or stop it first (if no such run exists, delete {self.path})"
         )
 

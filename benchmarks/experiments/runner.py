@@ -177,7 +177,7 @@ def run_all(runs: list[Run], folder: Path, options: argparse.Namespace) -> list[
     outlive_terminal()
     setup_logging()
     failed, seconds, late = [], [], False
-    with RunLock(folder, str(folder)), Signals() as signals:
+    with RunLock(folder), Signals() as signals:
         left = deque(run for run in runs if run.result() is None)
         log.info("%s runs, %s already finished", len(runs), len(runs) - len(left))
         running: dict[subprocess.Popen[bytes], tuple[Run, float]] = {}

@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks import command
 from benchmarks.experiments.runner import SETTINGS, recipe_of
+from mvlm_core.data.corpus import named_texts
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.hardware import set_process_environment
 from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR, REPOSITORY_ROOT
@@ -86,7 +87,7 @@ def score(model: str, data_dir: Path) -> None:
 
     settings = SETTINGS[model](preset="cpu", data_dir=str(data_dir), cache_dir=str(CACHE_DIR), quiet=True)
     text = prepare_text(settings, recipe_of(model).tokenizer_class)
-    documents = [(document.path, document.read()) for document in text.corpus.split("test")]
+    documents = [*named_texts(text.corpus.split("test"))]
     built, context = build(model, {}).model.eval(), settings.max_length
     score_documents(built, text.tokenizer.encode, documents, start_id=text.tokenizer.start_id, context=context)
 

@@ -13,7 +13,7 @@ import json
 import os
 import reprlib
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,11 @@ def load_corpus(
         fingerprint.hexdigest(),
         primary if isinstance(primary, str) else None,
     )
+
+
+def named_texts(documents: Iterable[Document]) -> Iterator[tuple[str, str]]:
+    """Yield the path and the text of each document."""
+    return ((document.path, document.read()) for document in documents)
 
 
 def validation_subset(corpus: Corpus, *, whole: bool = False) -> list[tuple[Document, str]]:

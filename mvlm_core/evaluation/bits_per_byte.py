@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm_core.console import silence_transformers
-from mvlm_core.data.corpus import Corpus, Document
+from mvlm_core.data.corpus import Corpus, Document, named_texts
 
 
 def bits_per_byte(nats: float, size: float) -> float:
@@ -280,8 +280,6 @@ def score_export(
     split: str = "test",
     device: str = "cpu",
     progress: Callable[[int], None] | None = None,
-    sample: Iterator[bool] | None = None,
 ) -> Score:
     """Score a split of the corpus with an export's weights; keys are the documents' paths."""
-    documents = ((document.path, document.read()) for document in corpus.split(split))
-    return score_loaded(*load_export(model_dir, device), documents, progress=progress, sample=sample)
+    return score_loaded(*load_export(model_dir, device), named_texts(corpus.split(split)), progress=progress)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvlm_core.data.corpus import Corpus, Document
+from mvlm_core.data.corpus import Corpus, Document, named_texts
 from mvlm_core.data.verses import Verse, followed_by, matched_verses, sample_verses, verses_of
 from mvlm_core.evaluation.bits_per_byte import bits_per_byte_by_part, load_export, score_loaded
 from mvlm_core.evaluation.calibration import calibration
@@ -81,7 +81,7 @@ def evaluate(model_dir: Path | str, text: EvaluationSet, *, device: str, bits_pe
     model, tokenizer = load_export(model_dir, device)
     results: dict[str, Any] = {}
     if bits_per_byte:
-        score = score_loaded(model, tokenizer, ((d.path, d.read()) for d in text.held_out))
+        score = score_loaded(model, tokenizer, named_texts(text.held_out))
         results["bits_per_byte"] = bits_per_byte_by_part(score, text.held_out)
     train, held_out = (extraction(model, tokenizer, verses) for verses in (text.train_verses, text.verses))
     difference = {name: train[name] - held_out[name] for name in train}  # memorization beyond language modeling

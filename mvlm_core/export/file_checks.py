@@ -74,24 +74,13 @@ def check_export(folder: Path, sources: Path, path: Path | None = None) -> None:
 
 
 @contextmanager
-def checked_export(path: Path, sources: Path) -> Iterator[Path]:
-    """Open and check an export folder or ``.tar.gz``; an archive is unpacked only while the context is open.
-
-    Raises:
-        UserError: see ``opened`` and ``check_export``.
-    """
-    with checked_exports([path], sources) as (folder,):
-        yield folder
-
-
-@contextmanager
 def checked_exports(paths: Sequence[Path], sources: Path, problems: Sequence[str] = ()) -> Iterator[list[Path]]:
-    """``checked_export`` for several paths.
+    """Open and check export folders or ``.tar.gz``; archives are unpacked only while the context is open.
 
     Args:
         problems: already known problems, to be reported first.
     Raises:
-        UserError: lists every problem with any of them.
+        UserError: lists every problem with any of them; see ``opened`` and ``check_export``.
     """
     folders, all_problems = [], list(problems)
     with ExitStack() as stack:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_core.cost_estimate import RESCORED_SHARE
-from mvlm_core.data.corpus import load_corpus
+from mvlm_core.data.corpus import load_corpus, named_texts
 from mvlm_core.errors import run_main
 from mvlm_core.evaluation.bits_per_byte import (
     DocumentScore,
@@ -145,7 +145,7 @@ def rescore(
     score = score_loaded(
         model,
         tokenizer,
-        ((document.path, document.read()) for document in corpus.split("test")),
+        named_texts(corpus.split("test")),
         sample=drawn_windows(stored, seed) if stored else None,
     )
     if stored:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mvlm_core.console import text_table
 from mvlm_core.evaluation.compression import LABELS
 from mvlm_core.evaluation.results import rows as suite_rows
 from mvlm_core.metrics import BY_NAME, METRICS, NOISE_BPB, PRIMARY_TEST_BPB
@@ -121,15 +122,6 @@ def _baseline_text(baselines: dict[str, Any]) -> str:
 
 
 # --- tables -------------------------------------------------------------------------------------------------
-
-
-def text_table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Format rows as text, first column left-aligned and others right-aligned, below a header with a rule."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    first, *others = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in (header, *rows)
-    ]
-    return [first, "-" * len(first), *others]
 
 
 def table(comparison: dict[str, Any], names: list[str]) -> list[str]:

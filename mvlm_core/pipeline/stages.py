@@ -95,7 +95,7 @@ def check_locks(job: Job) -> None:
     for export in map(job.layout.export, job.names):
         wait_for_orphans(export)
         folders += [export, *(path.parent for path in sorted((export / CHECKPOINTS).rglob(LOCK_NAME)))]
-    if problems := [problem for folder in folders for problem in RunLock(folder, str(folder)).problems()]:
+    if problems := [problem for folder in folders for problem in RunLock(folder).problems()]:
         raise UserError(problems)
 
 
@@ -121,7 +121,7 @@ def delete_earlier_runs(job: Job) -> None:
         raise UserError(problems)
     with ExitStack() as locks:
         for folder in folders:
-            locks.enter_context(RunLock(folder, str(folder)))
+            locks.enter_context(RunLock(folder))
         for folder in folders:
             delete_run(folder)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_core.console import progress
-from mvlm_core.data.corpus import Corpus
+from mvlm_core.data.corpus import Corpus, named_texts
 from mvlm_core.data.token_store import shares_read
 from mvlm_core.errors import printable
 from mvlm_core.evaluation.bits_per_byte import Score, bits_per_byte_by_part, load_export, score_export, score_loaded
@@ -70,8 +70,7 @@ def score_old(export: Path, run: Run, text: PreparedText) -> float | None:
     """Bits per byte of the exported files on the old corpus's test documents; None if not scored."""
     if run.settings.no_test_score or text.old is None or not text.old.test:
         return None
-    documents = ((document.path, document.read()) for document in text.old.test)
-    return score_loaded(*load_export(export, run.hardware.device), documents).bits_per_byte
+    return score_loaded(*load_export(export, run.hardware.device), named_texts(text.old.test)).bits_per_byte
 
 
 def collect_metrics(model: Any, tokenizer: Any, text: PreparedText, state: LoopState, score: Score) -> dict[str, Any]:

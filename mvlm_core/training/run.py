@@ -107,7 +107,7 @@ def _run(run: Run, *, student_dir: Path | None = None, own_teachers: bool = Fals
     with ExitStack() as locks:
         for folder in (student_dir, run.output_dir):
             if folder is not None and ranks.is_main:
-                locks.enter_context(RunLock(folder, str(folder)))
+                locks.enter_context(RunLock(folder))
                 if settings.fresh:
                     delete_run(folder, keep=[run.output_dir, *(teacher.folder for teacher in text.teachers)])
         finished = ranks.is_main and not settings.fresh and results.is_finished(run.output_dir, identity, min_steps)

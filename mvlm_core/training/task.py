@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mvlm_core.data.batches import BatchSource
-from mvlm_core.data.corpus import Document, validation_subset
+from mvlm_core.data.corpus import Document, named_texts, validation_subset
 from mvlm_core.errors import UserError
 from mvlm_core.evaluation.bits_per_byte import bits_per_byte, score_documents
 from mvlm_core.hardware import Hardware
@@ -109,7 +109,7 @@ def build_task(run: Run, text: PreparedText) -> TrainingTask:
     def test_bpb(documents: list[Document]) -> float | None:
         if settings.no_test_score or not documents:
             return None
-        return bpb(own_shard([(d.path, d.read()) for d in documents], ranks), text.tokenizer.encode)
+        return bpb(own_shard([*named_texts(documents)], ranks), text.tokenizer.encode)
 
     def score_before() -> ScoresBefore:
         if text.base is None:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from mvlm_core.data.corpus import named_texts
 from mvlm_core.evaluation import bits_per_byte
 from mvlm_core.evaluation.bits_per_byte import (
     bits_per_byte_by_part,
@@ -134,7 +135,7 @@ def test_sampled_windows_score_the_same_as_in_a_full_run(small, real_text):
 
 def test_scores_by_book_and_translation_average_to_the_total(corpus, tokenizer, overfitted):
     documents = [d for split in ("validation", "test") for d in corpus.split(split)]
-    texts = ((document.path, document.read()) for document in documents)
+    texts = named_texts(documents)
     start, context = tokenizer.bos_token_id, context_of(overfitted)
     score = score_documents(overfitted, lambda text: encode(tokenizer, text), texts, start_id=start, context=context)
     found = bits_per_byte_by_part(score, documents)

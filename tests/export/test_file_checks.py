@@ -7,7 +7,7 @@ import pytest
 
 from mvlm_core.errors import UserError
 from mvlm_core.export.archive import write_archive
-from mvlm_core.export.file_checks import Checks, check_files, checked_export, pickles
+from mvlm_core.export.file_checks import Checks, check_files, checked_exports, pickles
 from prioritary_mvlm.config import MODELING_FILES
 from tests.export.exports import seal
 
@@ -47,15 +47,15 @@ def test_safetensors_header_resembling_a_pickle_is_accepted(export):
 
 
 def test_checked_export_opens_valid_exports_and_refuses_damaged_or_missing_ones(trained, export, tmp_path):
-    with checked_export(export, MODELING_FILES) as folder:
+    with checked_exports([export], MODELING_FILES) as (folder,):
         assert folder == export
     packed = tmp_path / "simone_enhanced_model.tar.gz"
     write_archive(trained / "simone_enhanced", packed)
-    with checked_export(packed, MODELING_FILES) as folder:
+    with checked_exports([packed], MODELING_FILES) as (folder,):
         assert (folder / "enhanced_model.py").is_file()
     assert not folder.exists()
     (export / "config.json").write_text(json.dumps({}))
-    with pytest.raises(UserError, match=r"config\.json"), checked_export(export, MODELING_FILES):
+    with pytest.raises(UserError, match=r"config\.json"), checked_exports([export], MODELING_FILES):
         pytest.fail("it was opened")
-    with pytest.raises(UserError, match="train a model first"), checked_export(tmp_path / "none", MODELING_FILES):
+    with pytest.raises(UserError, match="train a model first"), checked_exports([tmp_path / "none"], MODELING_FILES):
         pytest.fail("it was opened")

@@ -2,6 +2,7 @@
 
 import json
 
+from mvlm_core.console import text_table
 from mvlm_core.export.plots import POINTS, thinned
 from mvlm_core.metrics import METRICS
 from mvlm_core.pipeline import comparison, plots
@@ -87,7 +88,7 @@ def test_metric_rows_list_all_metrics_books_and_extreme_translations():
 
 
 def test_text_table_aligns_columns_under_a_header():
-    lines = comparison.text_table(["", "model", "b"], [["first row", "1", "2,000"], ["x", "-", ""]])
+    lines = text_table(["", "model", "b"], [["first row", "1", "2,000"], ["x", "-", ""]])
     assert lines == [
         "           model      b",
         "-----------------------",

@@ -182,7 +182,7 @@ def test_interrupted_fresh_run_resumes_without_the_old_student(corpus, tmp_path,
 def test_output_folder_is_locked_while_a_teacher_is_trained(corpus, tmp_path):
     settings = tiny_settings("mvlm_gpt2", corpus, tmp_path, num_models=2, max_steps=4)
     folder = Path(settings.output_dir)
-    with RunLock(folder, str(folder)), pytest.raises(UserError, match="in use by process"):
+    with RunLock(folder), pytest.raises(UserError, match="in use by process"):
         run_training(recipe_of("mvlm_gpt2"), settings)
     assert not (folder / TEACHERS / "0" / "checkpoints").exists()
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import mvlm_trainer
-from mvlm_core.data.corpus import load_corpus
+from mvlm_core.data.corpus import load_corpus, named_texts
 from mvlm_core.errors import Stopped, UserError
 from mvlm_core.evaluation.bits_per_byte import load_export, score_loaded
 from mvlm_core.export.archive import write_archive
@@ -54,7 +54,7 @@ def further(model, trained, work, **changes):
 
 
 def scores(model_dir, documents):
-    return score_loaded(*load_export(model_dir), [(d.path, d.read()) for d in documents]).bits_per_byte
+    return score_loaded(*load_export(model_dir), named_texts(documents)).bits_per_byte
 
 
 @pytest.mark.parametrize("model", MODELS)
