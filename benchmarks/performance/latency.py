@@ -106,7 +106,7 @@ def state_tensors(model: str, shape: dict[str, int]) -> dict[str, dict[str, Any]
 def measure_saves(options: argparse.Namespace) -> Iterator[tuple[str, list[float]]]:
     """Measure how long a save blocks the loop; waits for each background write before the next save."""
     from mvlm_core.training.checkpoint import rotate_checkpoints, save_checkpoint
-    from mvlm_core.training.checkpoint_writer import CheckpointWriter
+    from mvlm_core.training.checkpointer import CheckpointWriter
 
     for model in TRAINERS:
         tensors = state_tensors(model, SHAPES["124M"])

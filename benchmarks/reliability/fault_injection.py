@@ -81,10 +81,10 @@ def train_and_pack(model: str, corpus: str, place: str, **overrides: Any) -> Non
 
 def write_at_the_next_step() -> None:
     """Make the checkpoint writer run synchronously, at the loop's next step boundary."""
-    from mvlm_core.training import checkpoint_writer
+    from mvlm_core.training import checkpointer
     from tests.helpers import ThreadOfOneStep
 
-    checkpoint_writer.Thread = ThreadOfOneStep
+    checkpointer.Thread = ThreadOfOneStep
 
 
 def job(model: str, corpus: str, place: str, kill_before: int | None, count: Any, threads: bool) -> None:

@@ -23,7 +23,7 @@ from mvlm_core.errors import Stopped, TrainingError, UserError
 from mvlm_core.hardware import compiled_so_far
 from mvlm_core.monitor import peak_memory
 from mvlm_core.signals import StopRequest
-from mvlm_core.training.checkpoint_writer import Checkpointer
+from mvlm_core.training.checkpointer import Checkpointer
 from mvlm_core.training.divergence import MAX_ROLLBACKS
 from mvlm_core.training.gradients import GradientAccumulator
 from mvlm_core.training.history import StepLog, read_history

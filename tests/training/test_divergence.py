@@ -79,7 +79,7 @@ def test_divergence_is_rolled_back_identically_with_and_without_interruptions(ti
 
     That checkpoint is still being written at that time.
     """
-    monkeypatch.setattr("mvlm_core.training.checkpoint_writer.Thread", DelayedThread)
+    monkeypatch.setattr("mvlm_core.training.checkpointer.Thread", DelayedThread)
     monkeypatch.setattr("mvlm_core.training.run_length.learning_rate_scale", lambda *_: 1.0)
 
     def run(work, *stops):

@@ -15,7 +15,7 @@ from tests.helpers import DelayedThread, StopAfter, make_loop, tiny_settings
 def test_seconds_are_wall_time_and_speed_counts_steps_only(tiny_corpus, tmp_path, monkeypatch):
     """With a clock on which an evaluation and a save take 10 s each, a step a few milliseconds."""
     ticks, now = itertools.count(), [0.0]
-    monkeypatch.setattr("mvlm_core.training.checkpoint_writer.Thread", DelayedThread)
+    monkeypatch.setattr("mvlm_core.training.checkpointer.Thread", DelayedThread)
 
     def loop():
         loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, checkpoint_interval=2))

@@ -54,7 +54,7 @@ def test_background_save_holds_the_state_of_its_own_step(thread, tiny_corpus, tm
 
     whole = loop(tmp_path / "whole")
     whole.run(StopAfter())
-    monkeypatch.setattr("mvlm_core.training.checkpoint_writer.Thread", thread)
+    monkeypatch.setattr("mvlm_core.training.checkpointer.Thread", thread)
     killed = loop(tmp_path / "killed")
     with pytest.raises(KeyError):  # the save of step 6 is pending, and none is written on exit
         killed.run(FailAfter(8))

@@ -35,7 +35,7 @@ def clocked_loop(tiny_corpus, monkeypatch):
         return save(*arguments)
 
     monkeypatch.setattr(checkpoints, "save_checkpoint", slow_save)
-    monkeypatch.setattr("mvlm_core.training.checkpoint_writer.Thread", ImmediateThread)  # saving advances the clock too
+    monkeypatch.setattr("mvlm_core.training.checkpointer.Thread", ImmediateThread)  # saving advances the clock too
 
     def make(model, folder, **changes):
         own = {"coherence_weight": 0.3} if model == "simone_enhanced" else {}

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from mvlm_core.training.checkpoint_writer import CheckpointWriter
+from mvlm_core.training.checkpointer import CheckpointWriter
 from tests.helpers import needs_cuda
 
 
