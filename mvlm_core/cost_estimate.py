@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import os
+from dataclasses import asdict, dataclass, field
 
 PRICE_PER_HOUR = 4.0  # US dollars, for a rented H200
 PRICE = f"{PRICE_PER_HOUR:.2f} dollars an hour"
@@ -43,3 +45,37 @@ def format_costs(items: list[Item], *, rented: bool) -> list[str]:
         dollars = f"{item.seconds / 3600 * PRICE_PER_HOUR:7.2f} dollars" if rented else ""
         lines.append(f"{item.name:<{width}}  {item.seconds / 60:7.1f} min{dollars}  {item.detail}".rstrip())
     return lines
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a trainer's dry run found: a description of the run and its itemized estimate.
+
+    Attributes:
+        steps: an estimate; None with ``--max_hours`` or if the dry run failed.
+        exit_code: of the dry run; if it failed, ``lines`` has the reason and there are no items.
+    """
+
+    lines: list[str]
+    items: list[Item] = field(default_factory=list)
+    steps: int | None = None
+    assumptions: list[str] = field(default_factory=list)
+    rented: bool = False
+    export_bytes: int = 0
+    exit_code: int = 0
+
+    def costs(self) -> list[str]:
+        """Format the items; empty without any."""
+        return format_costs(self.items, rented=self.rented) if self.items else []
+
+    def text(self) -> str:
+        """Format the plan for the console, or as JSON when ``train_all_models.py`` asks for it."""
+        if os.environ.get(JSON_VARIABLE):
+            return json.dumps(asdict(self))
+        return "\n".join([*self.lines, *self.costs(), "assumed: " + "; ".join(self.assumptions)])
+
+    @classmethod
+    def of_json(cls, text: str) -> Plan:
+        """Read what ``text`` wrote as JSON."""
+        values = json.loads(text)
+        return cls(**values | {"items": [Item(**item) for item in values["items"]]})

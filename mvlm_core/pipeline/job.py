@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import shlex
@@ -11,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from mvlm_core.cost_estimate import (
     SUITE_SECONDS,
     VERIFICATION_BYTES_PER_SECOND,
     Item,
+    Plan,
     format_costs,
 )
 from mvlm_core.data.corpus import Corpus, load_corpus
@@ -158,7 +158,7 @@ def _hardware(flags: dict[str, Any]) -> dict[str, Any]:
 
 def show_plan(job: Job, *, corpus_is_ready: bool) -> int:
     """Print what would run, with an estimate of time and cost; return the exit code. Writes nothing."""
-    plans: dict[str, dict[str, Any]] = {}
+    plans: dict[str, Plan] = {}
     code = EXIT_DONE
     print(f"preset:   {job.preset} ({job.preset_reason})")
     print(f"corpus:   {job.data_dir}{'' if corpus_is_ready else ' (to be built)'}")
@@ -166,21 +166,20 @@ def show_plan(job: Job, *, corpus_is_ready: bool) -> int:
         command = job.trainer_command(name)
         if differences := job.differences(name, compare_text=corpus_is_ready):
             code = EXIT_BAD_INPUT
-        plan = trainer_plan(command) if corpus_is_ready else {}
-        state = _state(job, name, differences, plan.get("steps"))
+        plan = trainer_plan(command) if corpus_is_ready else None
+        state = _state(job, name, differences, plan.steps if plan else None)
         print(f"\n{name}: {state}\n  output:  {job.layout.export(name)}")
         print(f"  log:     {job.layout.log_file(name)}\n  command: {shlex.join(command)}", flush=True)
         if plan:
             plans[name] = plan
-            code = max(code, plan["code"])
-            costs = format_costs(plan["items"], rented=plan["rented"]) if plan["items"] else []
-            print("".join(f"  {line}\n" for line in [*plan["lines"], *costs]), end="", flush=True)
+            code = max(code, plan.exit_code)
+            print("".join(f"  {line}\n" for line in [*plan.lines, *plan.costs()]), end="", flush=True)
     if not corpus_is_ready:
         print(f"\nfor an estimate, build the corpus first (about {CORPUS_SECONDS:.0f} s): prepare_dataset.py")
     if others := job.other_texts() if corpus_is_ready else []:
         code = EXIT_BAD_INPUT
         print("\n" + _refusal(others))
-    if left := {name: plan for name, plan in plans.items() if plan["items"] and not _kept(job, name, plan["steps"])}:
+    if left := {name: plan for name, plan in plans.items() if plan.items and not _kept(job, name, plan.steps)}:
         _show_costs(left)
     print(f"\nthen:     comparison -> {job.layout.comparison_plot}\n          archives   -> {job.layout.downloads}")
     if job.formats:
@@ -189,29 +188,25 @@ def show_plan(job: Job, *, corpus_is_ready: bool) -> int:
     return code
 
 
-def trainer_plan(command: list[str]) -> dict[str, Any]:
-    """Run a trainer's dry run; return its exit code and the plan it prints as JSON, without items if it failed."""
+def trainer_plan(command: list[str]) -> Plan:
+    """Run a trainer's dry run and return its plan."""
     environment = os.environ | {JSON_VARIABLE: "1"}
     done = subprocess.run([*command, "--dry_run"], capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         code = max(EXIT_FAILED, done.returncode)  # negative after a signal
-        return {"code": code, "steps": None, "lines": [f"no estimate: {done.stderr.strip()[-500:]}"], "items": []}
+        return Plan([f"no estimate: {done.stderr.strip()[-500:]}"], exit_code=code)
     *log_lines, last = done.stdout.splitlines()
-    plan = json.loads(last)
-    return plan | {
-        "code": EXIT_DONE,
-        "lines": [*log_lines, *plan["lines"]],
-        "items": [Item(**item) for item in plan["items"]],
-    }
+    plan = Plan.of_json(last)
+    return replace(plan, lines=[*log_lines, *plan.lines])
 
 
-def _show_costs(plans: dict[str, dict[str, Any]]) -> None:
+def _show_costs(plans: dict[str, Plan]) -> None:
     """Print the total for the models to be trained and the other stages."""
-    rented = any(plan["rented"] for plan in plans.values())
-    size, count = sum(plan["export_bytes"] for plan in plans.values()), len(plans)
+    rented = any(plan.rented for plan in plans.values())
+    size, count = sum(plan.export_bytes for plan in plans.values()), len(plans)
     items = [Item("packages", PACKAGES_SECONDS, "on a fresh machine")] if rented else []
-    items += [Item(name, sum(item.seconds for item in plan["items"])) for name, plan in plans.items()]
-    scoring = sum(item.seconds for plan in plans.values() for item in plan["items"] if item.name == EXPORT)
+    items += [Item(name, sum(item.seconds for item in plan.items)) for name, plan in plans.items()]
+    scoring = sum(item.seconds for plan in plans.values() for item in plan.items if item.name == EXPORT)
     checking = scoring * RESCORED_SHARE + size / VERIFICATION_BYTES_PER_SECOND
     items += [
         Item("evaluation suite", SUITE_SECONDS * count, f"{count} models"),
@@ -221,7 +216,7 @@ def _show_costs(plans: dict[str, dict[str, Any]]) -> None:
     ]
     print("\ntotal:")
     print("".join(f"  {line}\n" for line in format_costs(items, rented=rented)), end="")
-    assumptions = dict.fromkeys(text for plan in plans.values() for text in plan["assumptions"])
+    assumptions = dict.fromkeys(text for plan in plans.values() for text in plan.assumptions)
     own = (
         f"{PACKAGES_SECONDS:.0f} s for packages, {SUITE_SECONDS:.0f} s per model for the suite, archives written at "
         f"{PACKING_BYTES_PER_SECOND / 1e6:.0f} MB/s and read at {VERIFICATION_BYTES_PER_SECOND / 1e6:.0f} MB/s, "

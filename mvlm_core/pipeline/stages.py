@@ -117,7 +117,7 @@ def delete_earlier_runs(job: Job) -> None:
     """
     folders = [job.layout.export(name) for name in job.names]
     plans = [trainer_plan(job.trainer_command(folder.name)) for folder in folders if folder.is_dir()]
-    if problems := [line for plan in plans if plan["code"] for line in plan["lines"]]:
+    if problems := [line for plan in plans if plan.exit_code for line in plan.lines]:
         raise UserError(problems)
     with ExitStack() as locks:
         for folder in folders:

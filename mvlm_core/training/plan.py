@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,12 @@ from mvlm_core.cost_estimate import (
     COMPILATION,
     EVALUATIONS,
     EXPORT,
-    JSON_VARIABLE,
     PREPARATION,
     PRICE,
     STEPS,
     TEACHERS,
     Item,
-    format_costs,
+    Plan,
 )
 from mvlm_core.data.corpus import Corpus, validation_subset
 from mvlm_core.data.token_store import document_repeats, token_folder
@@ -77,33 +74,6 @@ class TextPlan:
     has_tokens: bool
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Description of the run (``lines``), its itemized estimate (``items``), and the ``assumptions`` behind it.
-
-    ``steps`` is an estimate, and None with ``--max_hours``.
-    """
-
-    lines: list[str]
-    items: list[Item]
-    steps: int | None
-    assumptions: list[str]
-    rented: bool
-    export_bytes: int
-
-    def text(self) -> str:
-        """Format the plan for the console, or as JSON when ``train_all_models.py`` asks for it."""
-        if os.environ.get(JSON_VARIABLE):
-            return json.dumps(asdict(self))
-        return "\n".join(
-            [
-                *self.lines,
-                *format_costs(self.items, rented=self.rented),
-                "assumed: " + "; ".join(self.assumptions),
-            ]
-        )
-
-
 def plan_run(
     recipe: Recipe, settings: TrainingSettings, hardware: Hardware, ended: LoopState | None = None, world_size: int = 0
 ) -> Plan:
@@ -156,7 +126,7 @@ def plan_run(
         *expected,
     ]
     fixed = None if settings.max_hours is not None else steps
-    return Plan(lines, items, fixed, assumptions, on_gpu, one.memory.weights)
+    return Plan(lines, items, fixed, assumptions, rented=on_gpu, export_bytes=one.memory.weights)
 
 
 def plan_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE], corpus: Corpus) -> TextPlan:
