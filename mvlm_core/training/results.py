@@ -149,7 +149,7 @@ def _listed(values: list[Any]) -> str:
     return "; ".join(names[:MAX_LISTED]) + more
 
 
-def licences_of(text: PreparedText) -> str | None:
+def licenses_of(text: PreparedText) -> str | None:
     """Licenses recorded for the training text, for the model card; None for the built corpus alone."""
     train = text.corpus.split("train")
     if text.base is None and text.corpus.primary_translation and all(document.translation for document in train):

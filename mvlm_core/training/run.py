@@ -187,7 +187,7 @@ def _export(
         title=recipe.title,
         description=recipe.description,
         sources=results.describe_text(text),
-        licenses=results.licences_of(text),
+        licenses=results.licenses_of(text),
         remote_code=recipe.remote_code,
     )
     finish_export(staging, config, card, run.output_dir)

@@ -8,7 +8,7 @@ import pytest
 from mvlm_core.data.corpus import load_corpus
 from mvlm_core.export.manifest import training_config
 from mvlm_core.export.model_card import model_card
-from mvlm_core.training.results import licences_of
+from mvlm_core.training.results import licenses_of
 from tests.helpers import MODELS
 
 
@@ -52,12 +52,12 @@ def test_other_texts_keep_their_licences_and_are_not_called_bibles(trained, tiny
         (tiny_corpus / f"{name}.txt").write_text(f"Ein Text namens {name}.\n")
         (tiny_corpus / f"{name}.json").write_text(json.dumps({"split": "train"} | metadata))
     corpus = load_corpus(tiny_corpus)
-    licenses = licences_of(SimpleNamespace(base=None, old=None, corpus=corpus))
+    licenses = licenses_of(SimpleNamespace(base=None, old=None, corpus=corpus))
     assert licenses == f"{license}; Public domain; ['MIT']; not recorded"
     bible = load_corpus(tiny_corpus, only="bible")
-    fine_tuned = licences_of(SimpleNamespace(base=SimpleNamespace(), old=SimpleNamespace(corpus=corpus), corpus=bible))
+    fine_tuned = licenses_of(SimpleNamespace(base=SimpleNamespace(), old=SimpleNamespace(corpus=corpus), corpus=bible))
     assert fine_tuned == f"{licenses}; those of the model it was fine-tuned from"
-    assert licences_of(SimpleNamespace(base=None, old=None, corpus=bible)) is None
+    assert licenses_of(SimpleNamespace(base=None, old=None, corpus=bible)) is None
 
     config = training_config(trained / "mvlm_gpt2")
     card = ModelCard(model_card(config, title="T", description="D", sources="S", licenses=licenses, remote_code=False))
