@@ -12,8 +12,6 @@ from mvlm_core.hardware import Hardware
 if TYPE_CHECKING:  # without torch, which is imported after the command line is parsed
     from torch import Tensor
 
-    from benchmarks.performance.gpu_correctness import Case
-
 NOT_HERE = "not on this machine"
 Row = tuple[str, dict[str, Any], bool | None]  # case, figures, and whether they are correct (None: not checked)
 
@@ -47,7 +45,7 @@ class Session:
     hardware: Hardware
     scratch: Path
     remaining: list[str] = field(default_factory=list)
-    cases: dict[tuple[str, bool], Case] = field(default_factory=dict)
+    cases: dict[tuple[str, bool], Any] = field(default_factory=dict)
     matmul_peak: dict[str, float] = field(default_factory=dict)
     finished: dict[tuple[str, str], FinishedRun] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
