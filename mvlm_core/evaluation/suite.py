@@ -104,8 +104,8 @@ def notes(result: dict[str, Any], text: EvaluationSet) -> list[str]:
         f"word, {held_out} for memorization, and {train} training verses of the same translations and lengths); "
         f"{result['repetition']['reference']['rep_4']['count']} prompts continued by {text.words} words; seed "
         f"{text.seed}.",
-        f"Of the training verses, {'an unknown share' if read is None else f'{read:.1%}'} had been read by the first "
-        "model, by expectation from its epochs and its data mix; documents that it never reads are left out.",
+        f"Share of the training verses that the first model is expected to have read, from its epochs and data mix: "
+        f"{'unknown' if read is None else f'{read:.1%}'}; documents that it never reads are left out.",
         "Chance level is 50 % for the pairs. They come from all translations, which share wording, so the true errors "
         "are larger than ± indicates.",
     ]

@@ -32,7 +32,7 @@ def model_card(
         ("training hardware", config["hardware"]["name"]),
     ]
     read = results["memorization"]["read"]
-    training = f"training verses ({'none' if read is None else f'{read:.1%} of them'} read in training, by expectation)"
+    training = f"training verses (expected share read in training: {'none' if read is None else f'{read:.1%}'})"
     for part, verses in (("train", training), ("held_out", "held-out verses as a control")):
         exact = results["memorization"][part]["exact"]
         label = f"memorization: second half of a verse reproduced exactly from its first half, {verses}"

@@ -59,8 +59,8 @@ def test_all_models_share_one_table_and_results_are_cached(evaluate, variant, tr
     assert f"{first['bits_per_byte']['all']:.4f}" == table[labels.index("bits per byte")][2]
     assert first["memorization"]["train"]["exact"]["count"] == first["cloze"]["full"]["count"] == 12
     assert "another corpus" not in printed.out
-    read = table[labels.index("training verses, expected to have been read")][2]
-    assert f"Of the training verses, {read} had been read by the first model" in printed.out
+    read = table[labels.index("training verses, expected share read")][2]
+    assert f"expected to have read, from its epochs and data mix: {read};" in printed.out
     recorded = json.loads((trained / "mvlm_gpt2" / "training_config.json").read_text())["results"]
     assert read == f"{recorded['memorization']['read']:.1%}" and recorded["best_step"] == 12
     again, printed = evaluate(*arguments)
