@@ -196,8 +196,7 @@ class Case:
         A single error can be small by chance. So the loss tolerance uses the RMS error of the tokens, the logits the
         worst token, and each gradient at least the median error of all gradients.
         """
-        exact = self.reference.gradients
-        off = {name: float((g - exact[name]).norm() / exact[name].norm()) for name, g in rounded.gradients.items()}
+        off = relative_errors(rounded.gradients, self.reference.gradients)
         median = sorted(off.values())[len(off) // 2]
         nll = [
             F.cross_entropy(answer.logits.mT, self.batch[1], reduction="none") for answer in (rounded, self.reference)
@@ -254,13 +253,18 @@ def words(hardware: Hardware) -> str:
     return f"{hardware.precision}, {hardware.attention_backend}{', compiled' if hardware.compile else ''}"
 
 
+def checked_layers(session: Session, name: str) -> int:
+    """Return the number of layers of the checked models: ``--layers``, or the first preset's, at most 4."""
+    return session.options.layers or min(SETTINGS[name](preset=session.options.presets[0]).num_layers, 4)
+
+
 def cases(session: Session, *, students: bool = False) -> list[Case]:
     """Return a case per model, with the first preset's width; created on first use."""
     options = session.options
     for name in SETTINGS:
         if (name, students) not in session.cases:
             preset = SETTINGS[name](preset=options.presets[0])
-            layers, tokens = options.layers or min(preset.num_layers, 4), options.tokens or preset.max_length
+            layers, tokens = checked_layers(session, name), options.tokens or preset.max_length
             case = Case(name, preset.preset, layers, tokens, session.places, is_student=students)
             session.cases[name, students] = case
     return [session.cases[name, students] for name in SETTINGS]
@@ -303,9 +307,8 @@ def compiled_gradients(session: Session) -> Iterator[Row]:
 
 def full_size_gradients(session: Session, name: str, hardware: Hardware) -> dict[str, Tensor]:
     """Return the gradients of the first batch of a preset, with random weights and ``--layers`` layers."""
-    preset = session.options.presets[0]
-    layers = session.options.layers or min(SETTINGS[name](preset=preset).num_layers, 4)
-    loop = loop_of(session, name, preset, hardware, num_layers=layers, num_models=1, dropout=0.0)
+    shape = {"num_layers": checked_layers(session, name), "num_models": 1, "dropout": 0.0}
+    loop = loop_of(session, name, session.options.presets[0], hardware, **shape)
     modules, generator = nn.ModuleDict(loop.task.modules), torch.Generator().manual_seed(0)
     for weight in modules.parameters():  # some are initialized with zeros, which would hide errors
         weight.data += 0.02 * torch.randn(weight.shape, generator=generator).to(weight.device)

@@ -31,6 +31,7 @@ METADATA_LIMIT = 16 << 20  # bytes; the largest in the built corpus is 60 kiloby
 # NFC normalization of a run of combining marks takes quadratic time (a minute for 0.3 MB). Real text has a few in a
 # row; Unicode's stream-safe format allows 30 (UAX 15).
 MARKS_LIMIT = 256
+_BUILD_IT = "build the corpus with `python prepare_dataset.py`"
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,13 @@ def load_corpus(
             f"--validation_split must be between 0 and 0.5 (test gets the same fraction), not {validation_split}"
         )
     root = Path(data_dir).resolve()
-    documents, skipped = _FolderReader(root, validation_split).read("data folder", only or "")
+    documents, skipped = _FolderReader(root, validation_split).read(
+        "data folder", f"{_BUILD_IT} or choose another folder", only or ""
+    )
     if validation_dir is not None:
-        own, more_skipped = _FolderReader(Path(validation_dir).resolve(), 0.0).read("validation folder")
+        own, more_skipped = _FolderReader(Path(validation_dir).resolve(), 0.0).read(
+            "validation folder", "choose it with --validation_dir"
+        )
         held_out = {d.file.resolve() for d in own}  # a validation folder inside the data folder is not trained on
         documents = [d for d in documents if d.file.resolve() not in held_out]
         documents = [replace(d, split="train") if d.split == "validation" else d for d in documents]
@@ -244,24 +249,21 @@ class _FolderReader:
         self.validation_split = validation_split
         self.skipped: list[SkippedFile] = []
 
-    def read(self, what: str, only: str = "") -> tuple[list[Document], list[SkippedFile]]:
+    def read(self, what: str, if_missing: str, only: str = "") -> tuple[list[Document], list[SkippedFile]]:
         """Return the documents below the subfolder ``only`` and the skipped files. Raises UserError if there are none.
 
         Args:
-            what: "data folder" or "validation folder", for error messages.
+            what: name of the folder, for error messages.
+            if_missing: what to do if there is no such folder.
         """
         root, start = self.root, self.root / only
         if printable(str(root)) != str(root):  # the name goes into logs and the export's training_config.json
             raise UserError(f"{what} {root}: its path has control characters or is not valid UTF-8; rename it")
-        build_it = "build the corpus with `python prepare_dataset.py`"
         if not root.is_dir():
             missing = "is not a folder" if root.exists() else "does not exist"
-            advice = f"{build_it} or choose another folder"
-            if what == "validation folder":
-                advice = "choose it with --validation_dir"
-            raise UserError(f"{what} {root} {missing}; {advice}")
+            raise UserError(f"{what} {root} {missing}; {if_missing}")
         if not start.is_dir() or not start.resolve().is_relative_to(root):
-            raise UserError(f"{what} {root} has no folder {only} (--data_subset); {build_it}")
+            raise UserError(f"{what} {root} has no folder {only} (--data_subset); {_BUILD_IT}")
         documents = [document for file in self._text_files(start) if (document := self._read_document(file))]
         if not documents:
             lines = [f"{what} {start} holds no readable .txt file"]
