@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mvlm_core.console import command_line, seed_problems
-from mvlm_core.errors import UserError, run_main
+from mvlm_core.errors import run_main
 from mvlm_core.export.file_checks import checked_exports
 from mvlm_core.files import read_json, sha256_file, write_json_atomic
 from mvlm_core.hardware import DEVICES, choose_hardware, set_process_environment
@@ -81,11 +81,7 @@ def shares_read_by(folder: Path, corpus: Corpus) -> dict[str, float]:
         return {}
     records = [[finite_number(record.get(key)) for key in ("step", "epoch")] for record in training_history(folder)]
     epochs = [epoch for step, epoch in records if step is not None and epoch is not None and step <= best]
-    mix = config.get("settings", {}).get("train_mix")
-    try:
-        repeats = document_repeats(train, mix if isinstance(mix, str) else None)
-    except UserError:  # the preset's mix, which did not apply to this corpus
-        repeats = document_repeats(train, None)
+    repeats = document_repeats(train, config["data"].get("mix"))
     return shares_read(train, repeats, max(epochs)) if epochs else {}
 
 

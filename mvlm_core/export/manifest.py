@@ -35,6 +35,7 @@ EXPECTED_FILES = (
 SECTIONS = ("settings", "identity", "data", "tokenizer", "hardware", "results")  # objects in training_config.json
 RECORDED: tuple[tuple[str, str, Any, Any], ...] = (  # section, key, type, default
     ("data", "only", str | None, None),
+    ("data", "mix", str | None, None),
     ("results", "steps", int, 0),
     ("settings", "validation_split", float | int, 0.05),
     ("settings", "validation_dir", str | None, None),

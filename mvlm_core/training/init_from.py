@@ -11,13 +11,21 @@ import math
 from contextlib import ExitStack
 from dataclasses import Field, dataclass, fields
 from fractions import Fraction
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from mvlm_core.data.corpus import Corpus, load_corpus
 from mvlm_core.errors import UserError
 from mvlm_core.export.archive import opened
-from mvlm_core.export.manifest import MANIFEST, TRAINING_CONFIG, read_manifest, training_config, verify_folder
+from mvlm_core.export.manifest import (
+    MANIFEST,
+    TRAINING_CONFIG,
+    corpus_choice,
+    read_manifest,
+    training_config,
+    verify_folder,
+)
 from mvlm_core.files import sha256_file
 from mvlm_core.settings import PRESET_NAMES, TrainingSettings
 
@@ -47,6 +55,30 @@ class PretrainedExport:
         """Recorded training time; 0 if the record is unusable."""
         seconds = self.config.get("results", {}).get("seconds")
         return seconds if isinstance(seconds, int | float) and 0 <= seconds < math.inf else 0.0
+
+    @cached_property
+    def corpus(self) -> Corpus | None:
+        """The corpus it was trained on; None if that is not on this machine or has changed since."""
+        data = self.config["data"]
+        try:
+            corpus = self.corpus_in(Path(str(data.get("data_dir"))))
+        except UserError:
+            return None
+        return corpus if corpus.fingerprint == data.get("fingerprint") else None
+
+    def corpus_in(self, folder: Path) -> Corpus:
+        """Load a corpus from ``folder`` as for this export: the same subfolder and validation text, where they exist.
+
+        Raises:
+            UserError: no usable text, or an invalid path is recorded.
+        """
+        choice = corpus_choice(self.folder)
+        places = {"only": folder / (choice["only"] or ""), "validation_dir": Path(choice["validation_dir"] or "")}
+        try:
+            here = {name: choice[name] if path.is_dir() else None for name, path in places.items()}
+            return load_corpus(folder, **choice | here)
+        except (OSError, ValueError) as error:  # of an invalid path
+            raise UserError(str(error)) from None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from mvlm_core.data.corpus import Corpus, Document, load_corpus
 from mvlm_core.data.token_store import TokenStore, build_token_store, parse_mix, texts
 from mvlm_core.data.tokenizer import ByteLevelBPE, cached_tokenizer
 from mvlm_core.errors import UserError, printable
-from mvlm_core.export.manifest import corpus_choice
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.distributed import SINGLE_RANK, Ranks
 from mvlm_core.training.init_from import PretrainedExport, base_export, open_export, replay_of
@@ -42,12 +41,14 @@ class PreparedText:
 
     Attributes:
         only: the subfolder the corpus is limited to, if any.
+        mix: how often an epoch reads each folder; None means once.
         base, old: for fine-tuning, the export to start from and the text that may be forgotten.
         teachers: the exports to distill from.
     """
 
     corpus: Corpus
     only: str | None
+    mix: str | None
     tokenizer: ByteLevelBPE
     batches: BatchSource
     base: PretrainedExport | None = None
@@ -100,7 +101,8 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
         )
     teachers = tuple(open_export(path, "--teacher") for path in settings.teacher)
     _check_teachers(teachers, tokenizer, settings.max_length)
-    store = build_token_store(corpus, tokenizer, settings.cache_dir, mix=mix_of(settings), quiet=settings.quiet)
+    mix = mix_of(settings)
+    store = build_token_store(corpus, tokenizer, settings.cache_dir, mix=mix, quiet=settings.quiet)
     log.info("%s training tokens, %.2f bytes per token", f"{len(store.tokens):,}", store.bytes_per_token)
     batches = partial(
         BatchSource,
@@ -109,13 +111,13 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
         seed=settings.seed,
     )
     if old is None or (replay := replay_of(settings)) is None:
-        return PreparedText(corpus, only, tokenizer, batches(store), base, old, teachers)
+        return PreparedText(corpus, only, mix, tokenizer, batches(store), base, old, teachers)
     try:
         replayed = batches(_replayed(settings, corpus, tokenizer, old))
     except UserError as error:
         raise _replay_error(settings, error) from None
-    mixed = batches(store, replay=replayed, replay_share=replay.share)
-    return PreparedText(corpus, only, tokenizer, mixed, base, old, teachers)
+    replayed_too = batches(store, replay=replayed, replay_share=replay.share)
+    return PreparedText(corpus, only, mix, tokenizer, replayed_too, base, old, teachers)
 
 
 def _replayed(settings: TrainingSettings, new: Corpus, tokenizer: ByteLevelBPE, old: OldText) -> TokenStore:
@@ -166,15 +168,11 @@ def check_held_out(settings: TrainingSettings, corpus: Corpus) -> None:
         exports.insert(0, (f"--init_from {settings.init_from}", base))
     held_out, problems = {d.sha256: d.path for d in corpus.documents if d.split != "train"}, []
     for name, export in exports:
-        if (fingerprint := export.config["data"].get("fingerprint")) == corpus.fingerprint:
+        if export.config["data"].get("fingerprint") == corpus.fingerprint:
             continue
-        try:
-            own = _corpus_of(export)
-        except UserError:
-            own = None
-        if own is None or own.fingerprint != fingerprint:
-            log.info("%s: whether it was trained on held-out text is not known, as its corpus is not available", name)
-        elif seen := sorted({held_out[d.sha256] for d in own.split("train") if d.sha256 in held_out}):
+        if export.corpus is None:
+            log.info("%s: whether it has read held-out text is unknown: its corpus is not here or has changed", name)
+        elif seen := sorted({held_out[d.sha256] for d in export.corpus.split("train") if d.sha256 in held_out}):
             problems.append(
                 f"{name} was trained on {len(seen)} of the documents held out here, such as {printable(seen[0])}; use "
                 'its --data_dir and --validation_split, or set "split": "train" in their .json'
@@ -183,50 +181,24 @@ def check_held_out(settings: TrainingSettings, corpus: Corpus) -> None:
         raise UserError(problems)
 
 
-def _corpus_of(export: PretrainedExport, folder: Path | None = None) -> Corpus:
-    """Load the corpus that an export was trained on, or the same part of ``folder``.
-
-    Raises:
-        UserError: it is not on this machine, or the export recorded an invalid path.
-    """
-    try:
-        root = folder or Path(str(export.config["data"].get("data_dir")))
-        choice = corpus_choice(export.folder)
-        for name, path in (
-            ("only", root / (choice["only"] or "")),
-            ("validation_dir", choice["validation_dir"] or ""),
-        ):
-            if not Path(path).is_dir():
-                choice[name] = None
-        return load_corpus(root, **choice)
-    except (OSError, ValueError) as error:  # of an invalid path
-        raise UserError(str(error)) from None
-
-
 def old_text(settings: TrainingSettings, base: PretrainedExport, new: Corpus) -> OldText | None:
     """Load the text that fine-tuning may make a model forget; log and return None if it is not on this machine.
 
     Raises:
         UserError: the corpus of ``--replay`` cannot be read.
     """
-    replay, data = replay_of(settings), base.config["data"]
     try:
-        corpus = _corpus_of(base, replay.folder if replay else None)
+        replay = replay_of(settings)
+        corpus = base.corpus_in(replay.folder) if replay else base.corpus
     except UserError as error:
-        if replay:
-            raise _replay_error(settings, error) from None
-        log.info("forgetting is not measured: the export's corpus is not available (%s)", error)
-        return None
-    is_own = corpus.fingerprint == data.get("fingerprint")
-    if not (is_own or replay):
-        log.info("forgetting is not measured: %s has changed since the export was trained on it", corpus.root)
+        raise _replay_error(settings, error) from None
+    if corpus is None:
+        log.info("forgetting is not measured: the export's corpus is not here or has changed")
         return None
     known = {document.sha256 for document in new.documents}
     test = [document for document in corpus.split("test") if document.sha256 not in known]
-    mix = base.config["settings"].get("train_mix") if is_own else None
-    if not isinstance(mix, str) or not all((corpus.root / folder).is_dir() for folder in parse_mix(mix)):
-        mix = None  # no mix, or a preset's mix that did not apply to this corpus
-    return OldText(corpus, mix, test)
+    data = base.config["data"]
+    return OldText(corpus, data.get("mix") if corpus.fingerprint == data.get("fingerprint") else None, test)
 
 
 def read_corpus(settings: TrainingSettings) -> tuple[Corpus, str | None]:

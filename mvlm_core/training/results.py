@@ -116,6 +116,7 @@ def training_config_content(
             "fingerprint": text.corpus.fingerprint,
             "data_dir": str(text.corpus.root),
             "only": text.only,
+            "mix": text.mix,
             "train_documents": len(text.corpus.split("train")),
             "train_bytes": text.store.text_bytes,
         },

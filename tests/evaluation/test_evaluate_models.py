@@ -91,8 +91,8 @@ def test_the_share_read_follows_from_the_recorded_epochs_and_mix(export, trained
     history = json.loads((export / "training_history.json").read_text())
     (epochs,) = {record["epoch"] for record in history if record["step"] == config["results"]["best_step"]}
     config["data"]["fingerprint"] = corpus.fingerprint
-    for mix, repeats in (("bible/kjv=0,bible/plain=3", (0, 3)), ("no/such/folder=2", (1, 1)), ("", (1, 1))):
-        config["settings"]["train_mix"] = mix
+    for mix, repeats in (("bible/kjv=0,bible/plain=3", (0, 3)), (None, (1, 1))):
+        config["data"]["mix"] = mix
         file.write_text(json.dumps(config))
         shares = evaluate_models.shares_read_by(export, corpus)
         assert shares["bible/kjv/01-genesis.txt"] == pytest.approx(1 - (1 - min(1, epochs)) ** repeats[0])
