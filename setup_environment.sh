@@ -115,7 +115,8 @@ check_driver() {
 check_cuda() {
     local answer
     answer="$(in_venv -c '
-from mvlm_core.hardware import compiler_problem, resolve_preset
+from mvlm_core.hardware import resolve_preset
+from mvlm_core.machine import compiler_problem
 preset, why = resolve_preset("auto")
 if preset == "cpu":
     raise SystemExit(why)

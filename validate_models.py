@@ -24,7 +24,8 @@ from mvlm_core.export.manifest import MANIFEST
 from mvlm_core.export.strict_tar import name_problem
 from mvlm_core.export.validation import LOADING, check_formats, check_loading, check_packed, check_scores
 from mvlm_core.files import output_folder_problems, read_json, write_json_atomic
-from mvlm_core.hardware import DEVICES, gpu_count, set_process_environment
+from mvlm_core.hardware import DEVICES, set_process_environment
+from mvlm_core.machine import gpu_count
 from mvlm_core.pipeline.parallel import parallel_map
 from mvlm_core.pipeline.summary import timestamp
 from mvlm_core.run_layout import Layout

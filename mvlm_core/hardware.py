@@ -11,16 +11,20 @@ import ctypes
 import importlib.util
 import logging
 import os
-import shutil
-import sys
-import sysconfig
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from mvlm_core.errors import UserError
-from mvlm_core.monitor import available_memory, available_threads, cpu_name, cpuinfo, nvidia_may_be_there
+from mvlm_core.machine import (
+    available_memory,
+    available_threads,
+    compiler_problem,
+    cpu_has_bf16,
+    cpu_name,
+    cuda_state,
+    nvidia_may_be_there,
+)
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -31,9 +35,6 @@ SMALL_MODEL = 20_000_000  # parameters
 HARDWARE_FLAGS = "device precision attention_backend loss_kernel no_mixed_precision no_compile deterministic".split()
 CUBLAS_WORKSPACE = ":4096:8"  # one of the two values with which cuBLAS is deterministic, according to NVIDIA's manual
 ALLOCATOR_ADVICE = "max_split_size_mb:512"
-# CPU flags for native bf16 multiplication. Without one of them bf16 matmuls are emulated: on 2 cores of an AVX2 EPYC
-# fp32 reached 170 GFLOP/s and bf16 0.3.
-BF16_CPU_FLAGS = frozenset({"amx_bf16", "avx512_bf16"})
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _NO_BLOCK_IS_LARGER = 2**31 - 1
 OPTIONAL_BACKENDS = {"flash_attn": "flash-attn", "xformers": "xformers"}
@@ -271,40 +272,14 @@ def resolve_preset(preset: str) -> tuple[str, str]:
         return preset, "requested"
     if not nvidia_may_be_there():
         return "cpu", "no NVIDIA GPU found"
-    usable, why = _cuda_state()
+    usable, why = cuda_state()
     return ("h200", why) if usable else ("cpu", why)
-
-
-def _cuda_state() -> tuple[bool, str]:
-    """Whether torch can use a CUDA device, with the reason."""
-    import torch
-
-    if torch.version.cuda is None:
-        return False, (
-            f"torch {torch.__version__} is a CPU-only build; to install one with CUDA: "
-            "bash setup_environment.sh --torch_index https://download.pytorch.org/whl/cu130"
-        )
-    if not torch.cuda.is_available():
-        return False, (
-            f"torch {torch.__version__} finds no usable CUDA device "
-            "(no GPU, driver too old, or hidden by CUDA_VISIBLE_DEVICES: see nvidia-smi)"
-        )
-    return True, f"CUDA {torch.version.cuda}"  # not the GPU's name: querying it would allocate GPU memory
-
-
-def gpu_count() -> int:
-    """Number of GPUs that torch can use, counted through the driver without allocating GPU memory."""
-    if not nvidia_may_be_there():
-        return 0
-    import torch
-
-    return torch.cuda.device_count() if _cuda_state()[0] else 0  # the driver also counts GPUs that CUDA cannot use
 
 
 def _choose_device(requested: str, problems: list[str]) -> tuple[str, str]:
     if requested == "cpu":
         return "cpu", "requested"
-    usable, why = _cuda_state()
+    usable, why = cuda_state()
     if requested == "cuda":
         if not usable:
             problems.append(f"--device cuda: {why}")
@@ -333,18 +308,6 @@ def _cuda_has_bf16() -> tuple[bool, str]:
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return True, "the GPU multiplies bf16 natively"
     return False, "the GPU has no native bf16 (needs Ampere or newer)"
-
-
-def cpu_has_bf16(file: Path | str = "/proc/cpuinfo") -> tuple[bool, str]:
-    """Whether the CPU has native bf16 multiplication, with the reason.
-
-    Args:
-        file: lists the CPU's flags; a missing file counts as "no".
-    """
-    flags = sorted(BF16_CPU_FLAGS & set(cpuinfo("flags", file).split()))
-    if flags:
-        return True, f"the CPU has {', '.join(flags)}"
-    return False, "the CPU has no AMX-BF16 or AVX512-BF16: bf16 would be emulated, about 500 times slower"
 
 
 def _choose_attention(requested: str, device: str, precision: str, problems: list[str]) -> tuple[str, str]:
@@ -401,19 +364,6 @@ def _why_deterministic(requested: bool, device: str, attention_backend: str, pro
     if attention_backend in OPTIONAL_BACKENDS:
         problems.append(f"--deterministic cannot be used with --attention_backend {attention_backend}; use sdpa")
     return f"--deterministic: torch's deterministic kernels, cuBLAS workspace {CUBLAS_WORKSPACE}; slower, not measured"
-
-
-def compiler_problem() -> str | None:
-    """Say which build tools torch.compile or Triton lacks, and how to install them; None if complete."""
-    compilers = (os.environ.get("CC"), "gcc", "clang", "cc")
-    missing = {}  # tool → Debian package
-    if not any(name and shutil.which(name) for name in compilers):
-        missing["a C compiler"] = "build-essential"
-    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        missing["Python.h"] = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
-    if not missing:
-        return None
-    return f"torch.compile needs {' and '.join(missing)}: sudo apt-get install {' '.join(missing.values())}"
 
 
 def _name_and_memory(device: str) -> tuple[str, int]:

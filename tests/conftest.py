@@ -101,9 +101,9 @@ def empty_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
-    from mvlm_core import monitor
+    from mvlm_core import machine
 
-    monkeypatch.setattr(monitor, "NVIDIA_TRACES", ())
+    monkeypatch.setattr(machine, "NVIDIA_TRACES", ())
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return folder
 

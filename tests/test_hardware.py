@@ -14,17 +14,17 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mvlm_core import hardware, monitor
+from mvlm_core import hardware
 from mvlm_core.errors import UserError
 from mvlm_core.hardware import (
     Hardware,
     caution,
     choose_hardware,
-    cpu_has_bf16,
     describe,
     resolve_preset,
     set_process_environment,
 )
+from mvlm_core.machine import cpu_has_bf16
 from tests.helpers import executable, needs_cuda, without_cuda
 
 pytestmark = pytest.mark.usefixtures("no_thread_setting")
@@ -54,13 +54,6 @@ def test_cpu_choice_and_its_reasons() -> None:
 
 def test_auto_device_follows_torch() -> None:
     assert choose_hardware().device == ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@without_cuda
-def test_gpus_that_cuda_cannot_use_are_not_counted(monkeypatch) -> None:
-    monkeypatch.setattr(hardware, "nvidia_may_be_there", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)  # as the driver counts them
-    assert hardware.gpu_count() == 0
 
 
 @without_cuda
@@ -173,29 +166,6 @@ def test_loss_kernel_is_compiled_when_the_model_is(monkeypatch: pytest.MonkeyPat
         choose_hardware(device="cpu", loss_kernel="compiled")
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ("fpu avx2 fma", False),
-        ("avx512f avx512bw avx512_vnni", False),
-        ("avx2 avx512f avx512_bf16", True),
-        ("amx_tile amx_bf16 amx_int8", True),
-    ],
-)
-def test_bf16_support_is_read_from_cpuinfo(tmp_path: Path, flags: str, expected: bool) -> None:
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text(f"processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: {flags}\n\n", encoding="utf-8")
-    has_bf16, why = cpu_has_bf16(cpuinfo)
-    assert has_bf16 is expected
-    assert "bf16" in why.lower()
-    assert monitor.cpu_name(cpuinfo) == "Some CPU"
-
-
-def test_missing_cpuinfo_means_no_bf16(tmp_path: Path) -> None:
-    assert cpu_has_bf16(tmp_path / "missing")[0] is False
-    assert monitor.cpu_name(tmp_path / "missing")
-
-
 def test_bf16_on_the_cpu_requires_hardware_support() -> None:
     if cpu_has_bf16()[0]:
         assert choose_hardware(device="cpu", precision="bf16").precision == "bf16"
@@ -278,17 +248,9 @@ def test_auto_preset_with_a_gpu_that_torch_cannot_use(empty_path: Path) -> None:
     assert preset == "cpu" and "torch" in why and "CUDA" in why
 
 
-def test_gpu_hidden_by_cuda_visible_devices_is_ignored(empty_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    executable(empty_path / "nvidia-smi", "#!/bin/sh\nexit 0\n")
-    assert monitor.nvidia_may_be_there()
-    for hidden in ("", "-1"):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-        assert not monitor.nvidia_may_be_there()
-
-
 def test_resolving_the_preset_does_not_import_torch(tmp_path: Path) -> None:
     program = (
-        "import sys; from mvlm_core import hardware, monitor; monitor.NVIDIA_TRACES = ();"
+        "import sys; from mvlm_core import hardware, machine; machine.NVIDIA_TRACES = ();"
         "hardware.resolve_preset('auto'); hardware.set_process_environment(); print('torch' in sys.modules)"
     )
     environment = {**os.environ, "PATH": str(tmp_path)}
@@ -334,20 +296,6 @@ def test_uncompiled_h200_run_on_a_gpu_gets_a_warning() -> None:
     warning = caution(on_gpu, "h200")
     assert "NOT COMPILED" in warning and "--no_compile" in warning and "not measured" in warning
     assert caution(chosen, "h200") is caution(on_gpu, "cpu") is caution(replace(on_gpu, compile=True), "h200") is None
-
-
-def test_compiler_problem_names_the_packages(empty_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr("sysconfig.get_path", lambda name: str(empty_path))
-    headers = f"python3.{sys.version_info.minor}-dev"
-    assert hardware.compiler_problem().endswith(f"Python.h: sudo apt-get install build-essential {headers}")
-    (empty_path / "Python.h").touch()
-    assert hardware.compiler_problem().endswith("a C compiler: sudo apt-get install build-essential")
-    (empty_path / "Python.h").unlink()
-    executable(empty_path / "gcc", "#!/bin/sh\nexit 0\n")
-    assert hardware.compiler_problem().endswith(f"needs Python.h: sudo apt-get install {headers}")
-    (empty_path / "Python.h").touch()
-    assert hardware.compiler_problem() is None
 
 
 def test_only_small_models_are_decoded_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:

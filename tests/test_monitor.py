@@ -1,4 +1,4 @@
-"""mvlm_core/monitor.py: thread counts, memory, and sampled load."""
+"""mvlm_core/monitor.py: memory in use and sampled load."""
 
 from __future__ import annotations
 
@@ -14,105 +14,8 @@ import pytest
 import torch
 
 from mvlm_core import monitor
-from mvlm_core.monitor import (
-    available_memory,
-    available_threads,
-    memory_in_use,
-    peak_memory,
-    reset_peak_memory,
-    resource_lines,
-)
+from mvlm_core.monitor import memory_in_use, peak_memory, reset_peak_memory, resource_lines
 from tests.helpers import executable, needs_cuda, without_cuda
-
-# --- threads and memory -----------------------------------------------------------------------------------
-
-
-pytestmark = pytest.mark.usefixtures("no_thread_setting")
-
-
-def topology_of(folder: Path, siblings: dict[int, str]) -> Path:
-    for processor, text in siblings.items():
-        file = folder / f"cpu{processor}" / "topology" / "thread_siblings_list"
-        file.parent.mkdir(parents=True)
-        file.write_text(text + "\n", encoding="ascii")
-    return folder
-
-
-@pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
-    """Eight processors on four cores, all allowed, no container limit."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    topology = topology_of(tmp_path / "cpu", {n: f"{n % 4},{n % 4 + 4}" for n in range(8)})
-    (tmp_path / "cgroup").mkdir()
-    (tmp_path / "membership").write_text("0::/\n", encoding="ascii")
-    return {
-        "topology": topology,
-        "cgroup_root": tmp_path / "cgroup",
-        "cgroup_membership": tmp_path / "membership",
-    }
-
-
-def test_threads_are_physical_cores(machine: dict[str, Path]) -> None:
-    threads, why = available_threads(**machine)
-    assert threads == 4 and "physical cores of the 8 logical CPUs" in why
-
-
-@pytest.mark.parametrize(("allowed", "expected"), [({0, 4}, 1), ({0, 1}, 2), ({0, 1, 2, 4, 5}, 3)])
-def test_threads_respect_affinity(
-    machine: dict[str, Path], monkeypatch: pytest.MonkeyPatch, allowed: set[int], expected: int
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: allowed, raising=False)
-    assert available_threads(**machine)[0] == expected
-
-
-def test_threads_without_topology_count_processors(machine: dict[str, Path], tmp_path: Path) -> None:
-    assert available_threads(**{**machine, "topology": tmp_path / "missing"})[0] == 8
-
-
-@pytest.mark.parametrize(
-    ("quota", "expected"),
-    [("max 100000", 4), ("200000 100000", 2), ("50000 100000", 1), ("250000 100000", 2), ("9 1", 4)],
-)
-def test_threads_respect_cgroup_version_2(machine: dict[str, Path], quota: str, expected: int) -> None:
-    (machine["cgroup_root"] / "cpu.max").write_text(quota + "\n", encoding="ascii")
-    assert available_threads(**machine)[0] == expected
-
-
-def test_threads_respect_a_parent_cgroup_limit(machine: dict[str, Path]) -> None:
-    machine["cgroup_membership"].write_text("0::/user/job\n", encoding="ascii")
-    own = machine["cgroup_root"] / "user" / "job"
-    own.mkdir(parents=True)
-    (own / "cpu.max").write_text("max 100000\n", encoding="ascii")
-    (own.parent / "cpu.max").write_text("300000 100000\n", encoding="ascii")
-    threads, why = available_threads(**machine)
-    assert threads == 3 and "container limit" in why
-
-
-@pytest.mark.parametrize(("quota", "expected"), [("-1", 4), ("200000", 2)])
-def test_threads_respect_cgroup_version_1(machine: dict[str, Path], quota: str, expected: int) -> None:
-    machine["cgroup_membership"].write_text("3:memory:/x\n2:cpu,cpuacct:/box\n", encoding="ascii")
-    folder = machine["cgroup_root"] / "cpu,cpuacct" / "box"
-    folder.mkdir(parents=True)
-    (folder / "cpu.cfs_quota_us").write_text(quota + "\n", encoding="ascii")
-    (folder / "cpu.cfs_period_us").write_text("100000\n", encoding="ascii")
-    assert available_threads(**machine)[0] == expected
-
-
-@pytest.mark.parametrize(("asked", "expected"), [("3", 3), ("16,2", 16), ("none", 4), ("0", 4), ("-2", 4), ("", 4)])
-def test_valid_omp_num_threads_overrides_the_thread_count(
-    machine: dict[str, Path], monkeypatch: pytest.MonkeyPatch, asked: str, expected: int
-) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    assert available_threads(**machine)[0] == expected
-
-
-def test_available_memory_respects_the_container_limit(machine: dict[str, Path]) -> None:
-    paths = {name: machine[name] for name in ("cgroup_root", "cgroup_membership")}
-    whole = available_memory(**paths)
-    (machine["cgroup_root"] / "memory.max").write_text("max\n", encoding="ascii")
-    assert available_memory(**paths) == whole
-    (machine["cgroup_root"] / "memory.max").write_text("1048576\n", encoding="ascii")
-    assert available_memory(**paths) == 2**20
 
 
 def touched(size: int) -> mmap.mmap:

@@ -29,8 +29,8 @@ from mvlm_core.errors import UserError, printable, run_main
 from mvlm_core.export.manifest import training_config
 from mvlm_core.files import RunLock, output_folder_problems
 from mvlm_core.hardware import set_process_environment
+from mvlm_core.machine import available_threads
 from mvlm_core.metrics import BY_NAME as METRICS
-from mvlm_core.monitor import available_threads
 from mvlm_core.pipeline.child_process import Signals
 from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR, REPOSITORY_ROOT, TrainingSettings
 from mvlm_core.signals import PARENT_VARIABLE

@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import starmap
 from typing import Any, TypeVar
 
-from mvlm_core.monitor import available_threads
+from mvlm_core.machine import available_threads
 from mvlm_core.signals import PARENT_VARIABLE, end_on_sigterm
 
 T = TypeVar("T")

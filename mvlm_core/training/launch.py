@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 
 from mvlm_core.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, TrainingError, UserError, printable
-from mvlm_core.hardware import gpu_count
+from mvlm_core.machine import gpu_count
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.signals import PARENT_VARIABLE, parent_is_gone, signal_name
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from benchmarks.performance import gpu_check, gpu_correctness, gpu_speed
 from mvlm_core.errors import UserError
-from mvlm_core.hardware import choose_hardware, compiler_problem
+from mvlm_core.hardware import choose_hardware
+from mvlm_core.machine import compiler_problem
 from mvlm_core.training.gradients import GradientAccumulator
 from prioritary_mvlm import PrioritaryConfig
 from tests.helpers import MODELS, needs_cuda

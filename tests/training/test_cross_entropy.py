@@ -11,7 +11,7 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mvlm_core.hardware import compiler_problem
+from mvlm_core.machine import compiler_problem
 from mvlm_core.training import cross_entropy
 from mvlm_core.training.cross_entropy import linear_cross_entropy, rows_at_a_time
 
