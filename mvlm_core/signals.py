@@ -6,12 +6,14 @@ import logging
 import os
 import signal
 import sys
+import threading
 from contextlib import suppress
 from typing import Any
 
 from mvlm_core.errors import Stopped
 
 PARENT_VARIABLE = "MVLM_PARENT_PID"
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 log = logging.getLogger("mvlm")
 
 
@@ -31,8 +33,14 @@ def end_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
+def _handle(number: int, handler: Any) -> None:
+    """Install a signal handler; only the main thread can, and only it receives signals."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(number, handler)
+
+
 class StopRequest:
-    """Records signals after ``defer``; raises ``Stopped`` on a signal after ``raise_at_once``.
+    """Context in which a signal raises ``Stopped`` immediately or, after ``defer``, is only recorded.
 
     A second SIGINT exits immediately: checkpoints are written atomically, so nothing is lost. If the environment names
     a parent process, its end counts as SIGTERM, so that no trainer outlives its pipeline.
@@ -41,15 +49,24 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_number: int | None = None
 
+    def __enter__(self) -> StopRequest:
+        self._earlier = {number: signal.getsignal(number) for number in _STOPPING}
+        self.raise_at_once()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._earlier.items():
+            _handle(number, handler)
+
     def defer(self) -> None:
         """From now on a signal is only recorded."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._record)
+        for number in _STOPPING:
+            _handle(number, self._record)
 
     def raise_at_once(self) -> None:
         """From now on a signal raises ``Stopped`` immediately; raises now if one is already recorded."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._raise)
+        for number in _STOPPING:
+            _handle(number, self._raise)
         if self.signal_number is not None:
             raise Stopped(self.signal_number)
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -27,6 +28,26 @@ def test_signals_are_deferred_until_raise_at_once(handlers, capfd):
     with pytest.raises(Stopped):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
+
+
+def test_signals_raise_within_the_context_and_earlier_handlers_are_restored(handlers):
+    earlier = signal.signal(signal.SIGTERM, lambda *_: None)
+    mine = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped), StopRequest():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    assert signal.getsignal(signal.SIGTERM) is mine and earlier is not mine
+    answers = []
+
+    def in_a_thread():
+        with StopRequest() as stop:
+            stop.defer()
+            answers.append(stop.is_set())
+
+    thread = threading.Thread(target=in_a_thread)
+    thread.start()
+    thread.join()
+    assert answers == [False] and signal.getsignal(signal.SIGTERM) is mine
 
 
 def test_missing_parent_process_counts_as_sigterm(monkeypatch):

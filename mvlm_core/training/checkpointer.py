@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvlm_core.errors import UserError
+from mvlm_core.errors import TrainingError, UserError
 from mvlm_core.export.manifest import CHECKPOINTS
 from mvlm_core.files import fsync_path
 from mvlm_core.training import checkpoint as checkpoints
@@ -176,11 +176,14 @@ class Checkpointer:
         return checkpoint
 
     def has_best(self, checkpoint: Checkpoint, state: LoopState) -> bool:
-        """Whether the best weights so far are here, if there are any: ``--resume_from`` may name another folder."""
+        """Whether the best weights so far, if there are any, are intact and here, not where ``--resume_from`` is."""
         if state.best_step is None:
             return True
-        here = checkpoint.folder.parent.resolve() == self.root.resolve()
-        return here and checkpoints.checkpoint_folder(self.root, state.best_step).is_dir()
+        try:
+            checkpoints.open_checkpoint(checkpoints.checkpoint_folder(self.root, state.best_step))
+        except checkpoints.CheckpointError:
+            return False
+        return checkpoint.folder.parent.resolve() == self.root.resolve()
 
     def restore(self, checkpoint: Checkpoint | None) -> LoopState | None:
         """Load the main rank's checkpoint on every rank and return its state; None if it has none.
@@ -211,7 +214,7 @@ class Checkpointer:
         """Load the best weights by validation into the model; the last weights stay in the newest checkpoint.
 
         Raises:
-            UserError: they are damaged.
+            TrainingError: they are damaged.
         """
         step = state.best_step
         if step is not None and step != state.step:
@@ -219,4 +222,6 @@ class Checkpointer:
                 best = checkpoints.open_checkpoint(checkpoints.checkpoint_folder(self.root, step))
                 self._task.load_state_tensors({"model": best.tensors("model")})
             except checkpoints.CheckpointError as damage:
-                raise UserError(f"the best checkpoint is damaged: {damage}; run again with --fresh") from None
+                raise TrainingError(
+                    f"the best checkpoint is damaged: {damage}; run the same command again to export the last weights"
+                ) from None

@@ -163,11 +163,12 @@ class GradientAccumulator:
 
     def _halve(self, state: LoopState) -> None:
         self.task.optimizers.zero_grad()
-        if state.micro_batch == 1:
+        tried = self.sequences(state)
+        if tried == 1:
             raise TrainingError(
                 "out of memory with a micro-batch of one sequence: reduce --max_length, --hidden_dim or --num_layers"
             )
-        state.micro_batch = -(-state.micro_batch // 2)
+        state.micro_batch = -(-tried // 2)
         self.hardware.release()
         log.warning(
             f"out of memory: micro-batch halved to {state.micro_batch} sequences; "

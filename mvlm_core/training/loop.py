@@ -312,10 +312,12 @@ class TrainingLoop:
         if (state := self.checkpoints.restore(checkpoint)) is None:
             return
         self.state = state
-        lacks_best = checkpoint is not None and not self._is_over and not self.checkpoints.has_best(checkpoint, state)
+        lacks_best = checkpoint is not None and not self.checkpoints.has_best(checkpoint, state)
         if self.ranks.broadcast(lacks_best):
-            log.info("the best weights so far are not in this folder: the next evaluation counts as the best")
+            log.warning("the best weights so far are missing or damaged: the next evaluation counts as the best")
             state.best_step = state.best_bpb = None
+            if self._is_over:
+                state.best_step, state.best_bpb = state.step, self.task.evaluate()
         self._check_length()
         if checkpoint is not None and state.step > 0 and not self._is_over:
             log.info("resuming from %s (step %s of %s)", checkpoint.folder, checkpoint.step, self.length)
@@ -354,6 +356,7 @@ class TrainingLoop:
         if (state := self.checkpoints.restore(checkpoint)) is None:
             raise TrainingError(f"{reason}, and there is no earlier checkpoint: {advice}")
         self.state = state
+        self.state.finished = self.state.stopped_early = False  # it may be the end of a shorter run
         guard = self.state.guard = diverged.guard.after_rollback(self.state.guard)
         self.state.fixed_at, self.state.fixed_steps = diverged.fixed_at, diverged.fixed_steps
         self.state.micro_batch = min(diverged.micro_batch, self.state.micro_batch)

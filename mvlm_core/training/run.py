@@ -18,7 +18,7 @@ from mvlm_core.export.manifest import CHECKPOINTS
 from mvlm_core.export.model_card import model_card
 from mvlm_core.export.scores import write_scores
 from mvlm_core.files import RunLock
-from mvlm_core.hardware import HARDWARE_FLAGS, OPTIONAL_BACKENDS, caution, choose_hardware, describe
+from mvlm_core.hardware import HARDWARE_FLAGS, caution, choose_hardware, describe
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.signals import StopRequest
 from mvlm_core.training import results
@@ -47,7 +47,7 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
     """
     settings.check()
     flags = {name: getattr(settings, name) for name in HARDWARE_FLAGS}
-    if recipe.only_sdpa and (backend := settings.attention_backend) in OPTIONAL_BACKENDS:
+    if recipe.only_sdpa and (backend := settings.attention_backend) not in ("auto", "sdpa"):
         log.info("--attention_backend %s: not used by %s, which has sdpa only", backend, recipe.title)
         flags["attention_backend"] = "sdpa"
     hardware = choose_hardware(**flags)
@@ -68,17 +68,18 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
         log.warning(
             "this process uses only one of several GPUs; start the trainer from the command line to use all of them"
         )
-    for number, teacher in enumerate(teachers, 1):
-        log.info("teacher %s of %s: %s", number, len(teachers), teacher.output_dir)
-        ranks = join(hardware.device)
-        folder = _run(Run(recipe, teacher, hardware, ranks), student_dir=output_dir)
-        if ranks.is_main:
-            delete_checkpoints(folder / CHECKPOINTS)  # the student needs only the export
-        hardware.release()
-    return _run(Run(recipe, student, hardware, join(hardware.device)), own_teachers=bool(teachers))
+    with StopRequest() as stop:
+        for number, teacher in enumerate(teachers, 1):
+            log.info("teacher %s of %s: %s", number, len(teachers), teacher.output_dir)
+            ranks = join(hardware.device)
+            folder = _run(Run(recipe, teacher, hardware, ranks), stop, student_dir=output_dir)
+            if ranks.is_main:
+                delete_checkpoints(folder / CHECKPOINTS)  # the student needs only the export
+            hardware.release()
+        return _run(Run(recipe, student, hardware, join(hardware.device)), stop, own_teachers=bool(teachers))
 
 
-def _run(run: Run, *, student_dir: Path | None = None, own_teachers: bool = False) -> Path:
+def _run(run: Run, stop: StopRequest, *, student_dir: Path | None = None, own_teachers: bool = False) -> Path:
     """Run one rank.
 
     Args:
@@ -103,7 +104,6 @@ def _run(run: Run, *, student_dir: Path | None = None, own_teachers: bool = Fals
         )
     identity, steps = run_identity(settings, text), run_length(settings, text.batches).limit
     min_steps = None if settings.max_hours else steps  # only checkpoints record the length fixed by --max_hours
-    stop = StopRequest()
     with ExitStack() as locks:
         for folder in (student_dir, run.output_dir):
             if folder is not None and ranks.is_main:
@@ -116,7 +116,6 @@ def _run(run: Run, *, student_dir: Path | None = None, own_teachers: bool = Fals
             log.info("already finished: %s (%s)", run.output_dir, longer)
             ranks.destroy()  # a student may still have to be trained
             return run.output_dir
-        stop.raise_at_once()
         task = build_task(run, text)
         loop = TrainingLoop(run, task)
         _announce(run, task, steps)

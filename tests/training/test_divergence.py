@@ -131,6 +131,23 @@ def test_rollback_distrusts_the_weights_of_the_first_bad_step_and_clears_the_opt
     assert_same_end(final_state(broken)[:2], final_state(slow)[:2])
 
 
+def test_rollback_to_the_end_of_a_shorter_run_continues_to_the_new_end(tiny_corpus, tmp_path, caplog):
+    def run(steps, factor):
+        loop = breaking_loop("mvlm_gpt2", tiny_corpus, tmp_path, factor, max_steps=steps, warmup_steps=1)
+        return loop.run(StopAfter())
+
+    assert run(12, lambda step, rate: 1.0).finished
+    seen = set()
+
+    def breaks(step, rate):
+        seen.add(step)
+        return math.nan if step >= 14 and 19 not in seen else 1.0
+
+    state = run(24, breaks)
+    assert (state.step, state.finished, state.guard.rollbacks) == (24, True, 1)
+    assert "rolled back to step 12" in caplog.text
+
+
 def test_training_fails_after_three_rollbacks(tiny_corpus, tmp_path):
     loop = breaking_loop(
         "mvlm_gpt2", tiny_corpus, tmp_path, lambda step, rate: math.nan if step > 6 else 1.0, max_steps=40

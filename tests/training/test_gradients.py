@@ -46,6 +46,14 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_curve(tiny_corpus, t
         run_with_memory_for(0, tiny_corpus, tmp_path / "none")
 
 
+def test_what_is_halved_is_the_micro_batch_that_was_tried(tiny_corpus, tmp_path):
+    loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path))
+    assert loop.task.batches.sequences == 4
+    loop.state.micro_batch = 32  # more than this rank's share of a step
+    loop.gradients._halve(loop.state)
+    assert loop.state.micro_batch == 2
+
+
 def test_only_a_lack_of_memory_halves_the_micro_batch_also_inside_the_compiler(tiny_corpus, tmp_path):
     def failed(inner):
         return BackendCompilerFailed("inductor", inner, None)

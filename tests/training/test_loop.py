@@ -303,6 +303,21 @@ def test_continuing_in_another_folder_forgets_a_best_step_that_is_not_there(step
     loop.checkpoints.load_best(loop.state)
 
 
+def test_without_intact_best_weights_a_finished_run_exports_the_last_ones(tiny_corpus, tmp_path, caplog):
+    settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=6, eval_interval=3, checkpoint_interval=3)
+    first = scored(make_loop("mvlm_gpt2", settings), 1.0, 2.0)
+    assert first.run(StopAfter()).best_step == 3
+    weights = first.checkpoints.root / "step-00000003" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(TrainingError, match="the best checkpoint is damaged: .* run the same command again"):
+        first.checkpoints.load_best(first.state)
+    caplog.set_level("INFO", "mvlm")
+    again = scored(make_loop("mvlm_gpt2", settings), 2.0)
+    state = again.run(StopAfter())
+    assert (state.step, state.best_step, state.best_bpb) == (6, 6, 2.0) and "missing or damaged" in caplog.text
+    again.checkpoints.load_best(again.state)
+
+
 def test_disk_without_space_is_reported_before_the_first_step(tiny_corpus, tmp_path):
     loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path))
     with files_at_most(100), pytest.raises(TrainingError, match="cannot write a checkpoint.*free some space"):

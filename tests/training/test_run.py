@@ -94,10 +94,11 @@ def test_resume_from_is_checked_and_used_even_if_the_run_is_finished(tiny_corpus
 
 
 def test_model_with_sdpa_only_ignores_other_attention_kernels(tiny_corpus, tmp_path, caplog):
-    settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, attention_backend="flash_attn", dry_run=True)
     caplog.set_level("INFO", "mvlm")
-    run_training(recipe_of("mvlm_gpt2"), settings)
-    assert "--attention_backend flash_attn: not used by MVLM-GPT2" in caplog.text
+    for backend in ("flash_attn", "eager"):
+        settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, attention_backend=backend, dry_run=True)
+        run_training(recipe_of("mvlm_gpt2"), settings)
+        assert f"--attention_backend {backend}: not used by MVLM-GPT2" in caplog.text
     with pytest.raises(UserError, match="flash_attn"):
         run_training(
             recipe_of("simone_enhanced"),
