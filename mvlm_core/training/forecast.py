@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,26 +34,28 @@ class Law:
         gains: (compute, score relative to a model without teachers) of students, ascending. Compute includes the
             teachers, in units of training one model for ``UNIT_EPOCHS``: the first is (1, 1).
         gain_error: how much the relative scores differ between sizes.
+        reached: (size, bits per byte): what a much smaller model reaches on as much text as a model of this size has,
+            by ``TEXT_PER_PARAMETER``. Models from this size on should score no worse.
     """
 
     scores: tuple[tuple[int, float], tuple[int, float], tuple[int, float]]
     gains: tuple[tuple[float, float], ...]
     gain_error: float
+    reached: tuple[int, float] = (sys.maxsize, math.inf)
 
     def forecast(self, parameters: int, compute: float) -> Forecast:
         """Extrapolate to a size; compute beyond the largest measured value is assumed to bring no further gain.
 
-        The score is midway between a power law with a floor through all sizes and one without through the two larger
-        ones; the error is half their difference. Without a floor, it is ``relative_error`` per step (see ``_steps``)
-        beyond the largest size.
+        The score is midway between a power law without a floor through the two larger sizes and one with a floor
+        through all, or what has been ``reached`` if that is lower; the error is half their difference.
         """
-        floor, gain = self.floor(), self._gain(compute)
-        middle, largest = self.scores[1:]
-        floored, straight = (power_law(middle, largest, parameters, at) for at in (floor, 0.0))
-        steps = abs(_steps(middle, largest, parameters) - 1)
-        score = (floored + straight) / 2
-        error = (floored - straight) / 2 if floor else abs(self.relative_error()) * steps * score
-        return Forecast(score * gain, math.hypot(error * gain, self.gain_error * score))
+        gain, (middle, largest) = self._gain(compute), self.scores[1:]
+        low, high = (gain * power_law(middle, largest, parameters, floor) for floor in (0.0, self.floor()))
+        size, reached = self.reached
+        if parameters >= size:
+            high = max(low, min(high, reached))
+        score = (low + high) / 2
+        return Forecast(score, math.hypot((high - low) / 2, self.gain_error * score))
 
     def floor(self) -> float:
         """Bits per byte that a power law through all sizes converges to; 0 if the scores show no floor."""

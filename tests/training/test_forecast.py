@@ -39,13 +39,15 @@ def test_forecast_error_spans_the_fits_with_and_without_a_floor():
     assert law.relative_error() == pytest.approx(score(middle) ** 2 / score(SIZES[0]) / score(largest) - 1)
 
 
-def test_accelerating_scores_have_no_floor():
-    """The error is the relative error of the fit, once for each step in size."""
-    law = Law(((1_000_000, 3.0), (4_000_000, 2.5), (16_000_000, 2.0)), ((1, 1.0),), 0.0)
-    assert law.floor() == 0 and law.relative_error() == pytest.approx(2.5**2 / 3 / 2 - 1)
-    found = law.forecast(256_000_000, 1)  # two more steps
-    assert found.bits_per_byte == pytest.approx(2 * 0.8**2)
-    assert found.error == pytest.approx(2 * law.relative_error() * found.bits_per_byte)
+def test_forecast_is_no_worse_than_what_a_smaller_model_reached():
+    law = law_of(lambda size: 0.5 + 30 * size**-0.2)
+    free = law.forecast(110_000_000, 1)
+    low = free.bits_per_byte - free.error
+    for reached, expected in ((low + 0.01, low + 0.01), (9.0, free.bits_per_byte + free.error), (0.1, low)):
+        found = replace(law, reached=(60_000_000, reached)).forecast(110_000_000, 1)
+        assert found.bits_per_byte + found.error == pytest.approx(expected)
+        assert found.bits_per_byte - found.error == pytest.approx(low)
+    assert replace(law, reached=(200_000_000, 0.1)).forecast(110_000_000, 1) == free
 
 
 def test_gains_are_interpolated_in_log_compute_and_clamped():
@@ -53,7 +55,7 @@ def test_gains_are_interpolated_in_log_compute_and_clamped():
     ratios = {0.5: 1, 1: 1, 2: 0.98, 4: 0.96, 8: 0.93, 16: 0.9, 1000: 0.9}
     for compute, ratio in ratios.items():
         found = law.forecast(SIZES[0], compute)
-        assert found.bits_per_byte == pytest.approx(2 * ratio) and found.error == pytest.approx(2 * 0.01)
+        assert found.bits_per_byte == pytest.approx(2 * ratio) and found.error == pytest.approx(2 * ratio * 0.01)
 
 
 def test_description_lists_run_lengths_long_enough_for_one_model():
