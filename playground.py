@@ -125,7 +125,7 @@ def read_upload(file: str) -> str:
     """Return the text of an uploaded file."""
     import gradio as gr
 
-    from mvlm_core.data.corpus import decode
+    from mvlm_core.data.decoding import decode
 
     try:
         return decode(Path(file).read_bytes())

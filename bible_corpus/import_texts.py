@@ -17,7 +17,8 @@ import numpy as np
 
 from bible_corpus.ngram_overlap import LENGTH, NgramHasher
 from mvlm_core.console import text_table
-from mvlm_core.data.corpus import SPLITS, Corpus, Document, decode
+from mvlm_core.data.corpus import SPLITS, Corpus, Document
+from mvlm_core.data.decoding import decode
 from mvlm_core.errors import UserError, printable
 from mvlm_core.files import output_folder_problems, read_json, read_regular
 

@@ -182,6 +182,15 @@ def run_child(command: list[str], signals: Signals) -> tuple[int, list[str]]:
     return signals.wait(child), relay.finish()
 
 
+def run_optional(label: str, command: list[str], signals: Signals) -> bool:
+    """Run an optional script; log a failure and continue. Returns whether it succeeded."""
+    code, tail = run_child(command, signals)
+    signals.check()
+    if code:
+        log.error("%s failed with exit code %d: %s", label, code, tail[-1] if tail else "no output")
+    return code == 0
+
+
 def log_to_file(log_file: Path, line: str) -> None:
     """Append a line to the run's log file only."""
     with log_file.open("a", encoding="utf-8") as file:

@@ -8,7 +8,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from mvlm_core.data.corpus import Corpus, decode
+from mvlm_core.data.corpus import Corpus
+from mvlm_core.data.decoding import decode
 from mvlm_core.errors import UserError
 from mvlm_core.evaluation.bits_per_byte import encode
 from mvlm_core.evaluation.compression import LABELS, compressed_bits_by_part

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import time
-import unicodedata
 from dataclasses import replace
 
 import pytest
 
-from mvlm_core.data.corpus import VALIDATION_SUBSET_BYTES, decode, load_corpus, validation_subset
+from mvlm_core.data.corpus import VALIDATION_SUBSET_BYTES, load_corpus, validation_subset
 from mvlm_core.errors import UserError
 
 
@@ -66,25 +65,6 @@ def test_metadata_defaults_and_odd_names(folder):
     )
     assert odd.size == 5 and odd.read() == "words" and odd.metadata["quality_score"] == 3
     assert corpus.skipped == () and corpus.split("test") == [odd]
-
-
-@pytest.mark.parametrize(
-    ("data", "text"),
-    [
-        (b"\xef\xbb\xbfA\r\nB\rC\n", "A\nB\nC\n"),
-        ("Ä\r\nB".encode("utf-16"), "Ä\nB"),
-        (b"\xfe\xff" + "Ä".encode("utf-16-be"), "Ä"),
-        (b"\xff\xfe\0\0" + "Ä".encode("utf-32-le"), "Ä"),
-        ("e\u0301".encode(), "é"),
-        ("naïve".encode(), "naïve"),
-    ],
-)
-def test_recognized_encodings_and_line_endings_are_normalized(folder, data, text):
-    write(folder, "c.txt", data, split="test")
-    document = load_corpus(folder).documents[2]
-    assert document.read() == text
-    assert document.size == len(text.encode())
-    assert unicodedata.is_normalized("NFC", document.read())
 
 
 def test_unusable_files_are_skipped_with_a_reason(folder):
@@ -316,8 +296,3 @@ def test_five_thousand_tiny_files_load_in_a_few_seconds(tmp_path):
     corpus = load_corpus(tmp_path)
     assert len(corpus.documents) == 5000
     assert time.process_time() - start < 5
-
-
-def test_decode_keeps_text_as_it_is():
-    text = "a\tb\x0c “c” — <eos> \u00a0é\n"
-    assert decode(text.encode()) == text

@@ -6,10 +6,8 @@ import sys
 
 import psutil
 import pytest
-import transformers
 
 from mvlm_core.errors import Stopped, UserError
-from mvlm_core.export.manifest import ArchiveError
 from mvlm_core.pipeline import job as jobs
 from mvlm_core.pipeline import stages
 from mvlm_core.pipeline.child_process import Signals
@@ -87,18 +85,6 @@ def test_hardware_probe_reraises_user_errors_and_tolerates_a_crash(tmp_path, mon
     assert jobs.probe_hardware(make_job(tmp_path))["device"] == "unknown"
 
 
-def test_download_instructions_explain_custom_code_only_where_needed(tmp_path):
-    layout = Layout(tmp_path)
-    for name in ("plain", "coded"):
-        layout.export(name).mkdir(parents=True)
-    (layout.export("coded") / "modeling.py").touch()
-    both = stages.download_instructions(["plain", "coded"], layout, 'Say "so"')
-    assert "lets `coded` use" in both and 'tokenizer.bos_token + "Say \\"so\\"", split_special' in both
-    assert f"'transformers>=5.4'`; made with {transformers.__version__})" in both
-    assert "tar -xzf plain_model.tar.gz\ntar -xzf coded_model.tar.gz\n" in both
-    assert "nothing is fetched" not in stages.download_instructions(["plain"], layout, "x")
-
-
 def test_only_sigint_and_sigterm_exit_codes_stop_the_job():
     signals = Signals()
     for code in (0, 1, 2, 128 + 9):
@@ -107,17 +93,6 @@ def test_only_sigint_and_sigterm_exit_codes_stop_the_job():
         with pytest.raises(Stopped) as caught:
             signals.check(128 + number)
         assert caught.value.signal_number == number
-
-
-def test_full_disk_leaves_no_archive_or_checksums_of_an_earlier_export(tmp_path, monkeypatch):
-    layout = Layout(tmp_path)
-    layout.downloads.mkdir()
-    for file in (layout.checksums, layout.archive("one")):
-        file.write_text("old")
-    monkeypatch.setattr(stages, "write_archive", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(ArchiveError, match="No space left; free space or fix the permissions"):
-        stages.pack(layout, layout.export("one"), layout.archive("one"))
-    assert list(layout.downloads.iterdir()) == []
 
 
 @pytest.mark.parametrize(
