@@ -1,8 +1,7 @@
-"""Parameter groups, AdamW, Muon and the learning rate schedule."""
+"""Parameter groups, AdamW and Muon."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,24 +14,9 @@ from mvlm_core.training.distributed import SINGLE_RANK, Ranks
 # large, so that five iterations bring every singular value near 1.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _LONG = 1.5  # minimum aspect ratio at which iterating on the square Gram matrix is cheaper
-_COSINE_FLOOR = 0.1
 # AdamW's betas for all parameters, and for those not trained by Muon: in runs of a few hundred to a few thousand steps,
 # less momentum and a longer second-moment average beat the usual 0.9 and 0.95 (benchmarks/LOG.md, 2026-11-29).
 _BETAS, _BETAS_BESIDE_MUON = (0.8, 0.99), (0.5, 0.98)
-
-
-def learning_rate_scale(step: int, total_steps: int, warmup_steps: int, schedule: str) -> float:
-    """Fraction of the peak learning rate at step ``step`` (from 0): linear warm-up, then ``schedule``.
-
-    ``linear`` decays to zero, which beats a cosine to a tenth by about 0.8 % (arXiv 2502.15938); ``cosine`` decays to
-    a tenth, as in GPT-2's successors.
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    share = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    if schedule == "linear":
-        return 1 - share
-    return _COSINE_FLOOR + (1 - _COSINE_FLOOR) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 @torch.no_grad()

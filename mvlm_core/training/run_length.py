@@ -8,6 +8,7 @@ store the number, or the timings so far, so that a resumed run ends at the same 
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +16,9 @@ from dataclasses import dataclass
 from mvlm_core.data.batches import BatchSource
 from mvlm_core.errors import UserError
 from mvlm_core.settings import TrainingSettings
-from mvlm_core.training.optimizer import learning_rate_scale
 from mvlm_core.training.state import Overhead
 
+_COSINE_FLOOR = 0.1
 _WARMUP_SHARE = 0.02
 _WARMUP_STEPS = 50  # with --max_hours, when the length is not known yet: about 2 % of a typical run
 MEASURED_SECONDS = 60.0  # or _MEASURED_SHARE of a short budget
@@ -64,14 +65,25 @@ class RunLength:
     def learning_rate_scale(self, step: int, schedule: str) -> float:
         """Fraction of the peak learning rate at step ``step`` (from 0)."""
         warmed_up = min(1.0, (step + 1) / max(1, self.warmup))
-        if self.total is None or step < (self.fixed_at or 0):
+        start = self.warmup if self.fixed_at is None else self.fixed_at
+        if self.total is None or step < start:
             return warmed_up
-        if self.fixed_at is None:
-            return learning_rate_scale(step, self.total, self.warmup, schedule)
-        return min(warmed_up, learning_rate_scale(step - self.fixed_at, self.total - self.fixed_at, 0, schedule))
+        return min(warmed_up, decay((step - start) / max(1, self.total - start), schedule))
 
     def __str__(self) -> str:
         return "?" if self.total is None else str(self.total)
+
+
+def decay(share: float, schedule: str) -> float:
+    """Fraction of the peak learning rate after ``share`` of the steps that follow the warm-up.
+
+    ``linear`` decays to zero, which beats a cosine to a tenth by about 0.8 % (arXiv 2502.15938); ``cosine`` decays to
+    a tenth, as in GPT-2's successors.
+    """
+    share = min(1.0, share)
+    if schedule == "linear":
+        return 1 - share
+    return _COSINE_FLOOR + (1 - _COSINE_FLOOR) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def run_length(settings: TrainingSettings, batches: BatchSource) -> RunLength:

@@ -10,6 +10,7 @@ from mvlm_core.training.checkpoint import checkpoint_folders
 from mvlm_core.training.divergence import GuardState
 from mvlm_core.training.history import read_history
 from mvlm_core.training.optimizer import build_optimizers
+from mvlm_core.training.run_length import RunLength
 from tests.helpers import (
     MODELS,
     DelayedThread,
@@ -80,7 +81,7 @@ def test_divergence_is_rolled_back_identically_with_and_without_interruptions(ti
     That checkpoint is still being written at that time.
     """
     monkeypatch.setattr("mvlm_core.training.checkpointer.Thread", DelayedThread)
-    monkeypatch.setattr("mvlm_core.training.run_length.learning_rate_scale", lambda *_: 1.0)
+    monkeypatch.setattr(RunLength, "learning_rate_scale", lambda *_: 1.0)
 
     def run(work, *stops):
         def breaks(step, rate):
@@ -116,7 +117,7 @@ def test_rollback_distrusts_the_weights_of_the_first_bad_step_and_clears_the_opt
 
     It then equals a run with half the rate.
     """
-    monkeypatch.setattr("mvlm_core.training.run_length.learning_rate_scale", lambda *_: 1.0)
+    monkeypatch.setattr(RunLength, "learning_rate_scale", lambda *_: 1.0)
     changes = {"max_steps": 12, "eval_interval": 20, "weight_decay": 0.0}
     usual = tiny_settings(model, tiny_corpus, tmp_path)
     rates = [name for name in ("learning_rate", "adamw_learning_rate") if hasattr(usual, name)]

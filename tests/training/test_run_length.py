@@ -7,7 +7,6 @@ import pytest
 from mvlm_core.errors import Stopped, UserError
 from mvlm_core.training import checkpoint as checkpoints
 from mvlm_core.training.history import read_history
-from mvlm_core.training.optimizer import learning_rate_scale
 from mvlm_core.training.run_length import RunLength, steps_within
 from mvlm_core.training.state import LoopState
 from tests.helpers import (
@@ -127,12 +126,17 @@ def test_steps_within_matches_step_by_step_counting():
             assert steps_within(seconds, done, **pace) == max(done + 1, total), (done, seconds)
 
 
-def test_run_without_max_hours_keeps_the_usual_schedule():
-    length = RunLength(100, 10)
-    assert str(length) == "100" and not length.is_reached(99) and length.is_reached(100)
-    for step in range(100):
-        assert length.progress(step) == step / 100
-        assert length.learning_rate_scale(step, "cosine") == learning_rate_scale(step, 100, 10, "cosine")
+def test_schedules_at_known_points():
+    length = RunLength(110, 10)
+    assert str(length) == "110" and not length.is_reached(109) and length.is_reached(110)
+    for schedule in ("linear", "cosine"):
+        assert length.learning_rate_scale(0, schedule) == pytest.approx(0.1)
+        assert length.learning_rate_scale(9, schedule) == length.learning_rate_scale(10, schedule) == 1
+    assert length.learning_rate_scale(60, "linear") == pytest.approx(0.5)
+    assert length.learning_rate_scale(110, "linear") == 0
+    assert length.learning_rate_scale(60, "cosine") == pytest.approx(0.55)
+    assert length.learning_rate_scale(110, "cosine") == pytest.approx(0.1)
+    assert [length.progress(step) for step in (0, 55, 110)] == [0, 0.5, 1]
 
 
 def test_a_run_with_max_hours_is_not_cut_short_without_it(clocked_loop, tmp_path):
