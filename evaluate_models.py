@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mvlm_core.console import command_line, seed_problems
+from mvlm_core.command_line import command_line, seed_problems
 from mvlm_core.errors import run_main
 from mvlm_core.export.file_checks import checked_exports
 from mvlm_core.files import read_json, sha256_file, write_json_atomic

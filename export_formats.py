@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mvlm_core.console import command_line
+from mvlm_core.command_line import command_line
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.export.file_checks import checked_exports
 from mvlm_core.export.formats import PACKAGES, missing_packages, write_formats

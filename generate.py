@@ -17,7 +17,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvlm_core.console import command_line, seed_problems
+from mvlm_core.command_line import command_line, seed_problems
 from mvlm_core.errors import UserError, printable, run_main
 from mvlm_core.export.file_checks import checked_exports
 from mvlm_core.hardware import DEVICES, set_process_environment

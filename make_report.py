@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mvlm_core.console import command_line, seed_problems
+from mvlm_core.command_line import command_line, seed_problems
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.files import output_folder_problems, read_json
 from mvlm_core.hardware import DEVICES, set_process_environment

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bible_corpus.settings import BibleSettings
-from mvlm_core.console import trainer_settings
+from mvlm_core.command_line import trainer_settings
 from mvlm_core.errors import run_main
 from mvlm_core.hardware import Hardware
 from mvlm_core.settings import REPOSITORY_ROOT

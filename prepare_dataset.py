@@ -15,7 +15,7 @@ import shlex
 from pathlib import Path
 
 from bible_corpus.build import build_corpus, corpus_problems
-from mvlm_core.console import command_line
+from mvlm_core.command_line import command_line
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.settings import DEFAULT_DATA_DIR
 

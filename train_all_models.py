@@ -23,7 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mvlm_core.console import command_line, outlive_terminal, setup_logging
+from mvlm_core.command_line import command_line
+from mvlm_core.console import outlive_terminal, setup_logging
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.export.formats import NO_GGUF, PACKAGES, missing_packages
 from mvlm_core.files import RunLock, output_folder_problems

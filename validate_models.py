@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mvlm_core.console import command_line, seed_problems
+from mvlm_core.command_line import command_line, seed_problems
 from mvlm_core.errors import UserError, printable, run_main
 from mvlm_core.export.file_checks import Checks, check_files
 from mvlm_core.export.manifest import MANIFEST

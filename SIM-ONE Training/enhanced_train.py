@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # for a Python in which this project is not installed
 
-from mvlm_core.console import trainer_settings
+from mvlm_core.command_line import trainer_settings
 from mvlm_core.errors import run_main
 from mvlm_core.settings import REPOSITORY_ROOT
 from prioritary_mvlm.config import PrioritaryConfig

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mvlm_core.console import command_line
+from mvlm_core.command_line import command_line
 from mvlm_core.errors import UserError
 from mvlm_core.files import write_json_atomic
 

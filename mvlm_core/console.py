@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import signal
@@ -12,9 +11,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
-
-from mvlm_core.hardware import set_process_environment
-from mvlm_core.settings import Settings, parse_settings
 
 log = logging.getLogger("mvlm")
 
@@ -95,34 +91,6 @@ def setup_logging(log_file: Path | str | None = None, *, quiet: bool = False) ->
         file.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(file)
     return log
-
-
-def command_line(description: str | None) -> argparse.ArgumentParser:
-    """Argument parser whose help shows a script's docstring verbatim."""
-    return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-
-
-def trainer_settings(
-    cls: type[Settings], arguments: list[str] | None, *, description: str | None, epilog: str, output_dir: Path
-) -> Settings:
-    """Parse a trainer's command line and prepare the process for training: signals, environment, logging.
-
-    Raises:
-        UserError: lists every problem.
-    """
-    settings = parse_settings(cls, arguments, description=description or "", epilog=epilog, output_dir=output_dir)
-    outlive_terminal()
-    set_process_environment()
-    writes = not settings.dry_run and os.environ.get("RANK", "0") == "0"  # only the main rank
-    setup_logging(settings.log_file if writes else None, quiet=settings.quiet)
-    return settings
-
-
-def seed_problems(seed: int) -> list[str]:
-    """Problems with the value of ``--seed``."""
-    return [] if 0 <= seed < 2**63 else [f"--seed {seed}: must be from 0 to 2**63 - 1"]
 
 
 def progress(total: int | None, desc: str, unit: str, *, initial: int = 0, quiet: bool = False, **bar: Any) -> tqdm:

@@ -14,7 +14,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
 from mvlm_core.errors import UserError
 from mvlm_core.files import output_file_problems, output_folder_problems
@@ -30,7 +30,6 @@ VALIDATION_TEXTS = ("primary", "all")
 LENGTHS = ("num_epochs", "max_steps", "max_tokens", "max_bytes", "max_hours")
 FINE_TUNING = "init_from"  # key in PRESETS: values that --init_from applies on top of any preset
 FINE_TUNING_RATE = 0.3  # times the preset's peak learning rate
-Settings = TypeVar("Settings", bound="TrainingSettings")
 
 
 @dataclass(frozen=True)
@@ -401,19 +400,3 @@ def _help(cls: type[TrainingSettings], entry: Field[Any], value_type: type) -> s
         values = cls.preset_values(preset)
         notes += [f"{preset} {values[entry.name]}"] if entry.name in values else []
     return f"{text} [{'; '.join(notes)}]" if notes else text
-
-
-def parse_settings(
-    cls: type[Settings], arguments: list[str] | None, *, description: str, epilog: str, output_dir: Path
-) -> Settings:
-    """Parse a command line into checked settings of class ``cls``.
-
-    Raises:
-        UserError: lists every problem.
-    """
-    parser = argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add_options(parser, cls)
-    given = vars(parser.parse_args(arguments))
-    return cls(**{**given, "output_dir": given["output_dir"] or str(output_dir)}).check()

@@ -6,11 +6,12 @@ import hashlib
 import json
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import DEFAULT, patch
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 import prioritary_mvlm.enhanced_trainer  # noqa: F401  imported before a test forks, instead of once in each child
 from benchmarks.experiments.runner import SETTINGS, recipe_of
 from benchmarks.reliability.fault_injection import without_times
+from mvlm_core import command_line
 from mvlm_core.hardware import choose_hardware
 from mvlm_core.signals import StopRequest
 from mvlm_core.training.checkpoint import newest_checkpoint
@@ -127,6 +129,15 @@ TINY = {
     "quiet": True,
 }
 MODELS = tuple(SETTINGS)
+
+
+def parse_settings(cls: type, arguments: Iterable[str], output_dir: Path | str) -> Any:
+    """Settings of a trainer's command line, without preparing this process for training."""
+    preparations = ("outlive_terminal", "set_process_environment", "setup_logging")
+    with patch.multiple(command_line, **dict.fromkeys(preparations, DEFAULT)):
+        return command_line.trainer_settings(
+            cls, list(arguments), description="", epilog="", output_dir=Path(output_dir)
+        )
 
 
 def tiny_settings(model: str, data_dir: Path, work: Path, **changes: Any) -> Any:

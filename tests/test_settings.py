@@ -11,13 +11,13 @@ import torch
 
 from mvlm_core.errors import UserError
 from mvlm_core.hardware import choose_hardware
-from mvlm_core.settings import add_options, parse_settings
+from mvlm_core.settings import add_options
 from mvlm_core.training.cost import StubTokenizer
 from mvlm_core.training.distillation import teacher_and_student_settings, with_time_left
 from mvlm_core.training.state import check_identity
 from mvlm_trainer import GPT2Settings
 from prioritary_mvlm import PrioritaryConfig
-from tests.helpers import recipe_of
+from tests.helpers import parse_settings, recipe_of
 
 CONTRACT = """
 data_dir output_dir tokenizer_path preset batch_size gradient_accumulation_steps max_length learning_rate
@@ -29,7 +29,7 @@ hidden_dim num_heads ff_dim num_layers
 
 
 def parse(cls, *arguments, output_dir="models/x"):
-    return parse_settings(cls, list(arguments), description="", epilog="", output_dir=output_dir)
+    return parse_settings(cls, arguments, output_dir)
 
 
 @pytest.mark.parametrize("cls", [GPT2Settings, PrioritaryConfig])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mvlm_core.console import command_line
+from mvlm_core.command_line import command_line
 from mvlm_core.errors import UserError
 from mvlm_core.export.file_checks import checked_exports
 from mvlm_core.export.manifest import exports_in

@@ -4,7 +4,6 @@ import json
 import logging
 import shutil
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from mvlm_core.errors import Stopped, UserError
 from mvlm_core.evaluation.bits_per_byte import load_export, score_loaded
 from mvlm_core.export.archive import write_archive
 from mvlm_core.export.manifest import training_config
-from mvlm_core.settings import FINE_TUNING_RATE, parse_settings
+from mvlm_core.settings import FINE_TUNING_RATE
 from mvlm_core.training.checkpoint import newest_checkpoint
 from mvlm_core.training.history import read_history
 from mvlm_core.training.init_from import open_export
@@ -32,6 +31,7 @@ from tests.helpers import (
     REPOSITORY,
     StopAfter,
     make_loop,
+    parse_settings,
     recipe_of,
     tiny_settings,
     with_a_value_replaced,
@@ -126,7 +126,7 @@ def test_an_archive_gives_the_same_run_as_its_folder(trained, tmp_path):
 def test_shape_preset_and_defaults_come_from_the_export(model, trained, tmp_path):
     def parse(*arguments):
         given = ["--init_from", str(trained / model), *arguments]
-        return parse_settings(CLASSES[model], given, description="", epilog="", output_dir=tmp_path / "out")
+        return parse_settings(CLASSES[model], given, tmp_path / "out")
 
     settings, usual = parse(), CLASSES[model](preset="smoke")
     assert (settings.preset, settings.hidden_dim, settings.num_layers, settings.max_length) == ("smoke", 32, 2, 32)
@@ -232,7 +232,7 @@ def test_planned_steps_match_the_run_with_replay(trained, tmp_path):
 def refused(model, trained, tmp_path, *arguments, init_from=None):
     given = map(str, ["--output_dir", tmp_path / "out", "--init_from", init_from or trained / model, *arguments])
     with pytest.raises(UserError) as caught:
-        parse_settings(CLASSES[model], list(given), description="", epilog="", output_dir=Path("unused"))
+        parse_settings(CLASSES[model], given, "unused")
     assert not (tmp_path / "out").exists()
     return caught.value.problems
 
