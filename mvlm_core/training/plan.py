@@ -33,6 +33,7 @@ from mvlm_core.training.init_from import base_export, replay_of
 from mvlm_core.training.launch import describe_gpus, rank_count
 from mvlm_core.training.preparation import check_held_out, mix_of, old_text, read_corpus, tokenizer_path
 from mvlm_core.training.recipe import Recipe
+from mvlm_core.training.run_length import total_steps
 from mvlm_core.training.state import LoopState
 
 # Assumptions; those that an estimate uses are printed with it.
@@ -175,15 +176,8 @@ def plan_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE], c
 
 def planned_steps(settings: TrainingSettings, text: TextPlan) -> int | None:
     """Number of steps until the first limit is reached; None if only ``--max_hours`` limits the run."""
-    tokens = settings.sequences_per_step * settings.max_length
-    per_step = {
-        "num_epochs": tokens * text.bytes_per_token / text.epoch_bytes,
-        "max_steps": 1,
-        "max_tokens": tokens,
-        "max_bytes": tokens * text.bytes_per_token,
-    }
-    limits = [value / each for name, each in per_step.items() if (value := getattr(settings, name))]
-    return max(1, round(min(limits))) if limits else None
+    per_epoch = text.epoch_bytes / text.bytes_per_token / (settings.sequences_per_step * settings.max_length)
+    return total_steps(settings, text.bytes_per_token, lambda epochs: round(epochs * per_epoch))
 
 
 def _items(

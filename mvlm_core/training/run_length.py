@@ -92,7 +92,8 @@ def run_length(settings: TrainingSettings, batches: BatchSource) -> RunLength:
     Raises:
         UserError: the warm-up is not shorter than the run.
     """
-    total, warmup = total_steps(settings, batches), settings.warmup_steps
+    total = total_steps(settings, batches.bytes_per_token, batches.steps_for_epochs)
+    warmup = settings.warmup_steps
     if settings.max_hours is not None:
         return RunLength(total, _WARMUP_STEPS if warmup is None else warmup, by_time=True)
     assert total is not None  # every preset has a length
@@ -103,17 +104,19 @@ def run_length(settings: TrainingSettings, batches: BatchSource) -> RunLength:
     return RunLength(total, warmup)
 
 
-def total_steps(settings: TrainingSettings, batches: BatchSource) -> int | None:
+def total_steps(
+    settings: TrainingSettings, bytes_per_token: float, steps_for_epochs: Callable[[float], int]
+) -> int | None:
     """Optimizer steps until the first limit is reached; None if only ``--max_hours`` limits the run."""
-    limits = []
+    tokens, limits = settings.sequences_per_step * settings.max_length, []
     if settings.max_steps:
         limits.append(settings.max_steps)
     if settings.max_tokens:
-        limits.append(round(settings.max_tokens / batches.tokens_per_batch))
+        limits.append(round(settings.max_tokens / tokens))
     if settings.max_bytes:
-        limits.append(round(settings.max_bytes / batches.bytes_per_token / batches.tokens_per_batch))
+        limits.append(round(settings.max_bytes / bytes_per_token / tokens))
     if settings.num_epochs:
-        limits.append(batches.steps_for_epochs(settings.num_epochs))
+        limits.append(steps_for_epochs(settings.num_epochs))
     return max(1, min(limits)) if limits else None
 
 

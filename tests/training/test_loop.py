@@ -12,7 +12,6 @@ from mvlm_core.errors import Stopped, TrainingError, UserError
 from mvlm_core.training import checkpoint
 from mvlm_core.training.checkpoint import checkpoint_folders, newest_checkpoint
 from mvlm_core.training.history import read_history
-from mvlm_core.training.run_length import total_steps
 from tests.helpers import (
     MODELS,
     DelayedThread,
@@ -201,7 +200,7 @@ def test_early_stopping_waits_for_patience_and_min_epochs(tiny_corpus, tmp_path)
 def test_total_steps_follow_the_tightest_limit(tiny_corpus, tmp_path):
     def steps(**limits):
         settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **{"max_steps": None, **limits})
-        return total_steps(settings, make_loop("mvlm_gpt2", settings).task.batches)
+        return make_loop("mvlm_gpt2", settings).length.total
 
     assert steps() == steps(max_bytes=190_000), "the preset's own limit"
     assert steps(max_tokens=128 * 7) == 7

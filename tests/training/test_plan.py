@@ -14,7 +14,7 @@ from mvlm_core.training.cost import step_cost
 from mvlm_core.training.plan import EXPORT_SECONDS, plan_run, plan_text, planned_steps
 from mvlm_core.training.preparation import prepare_text, read_corpus
 from mvlm_core.training.run import run_training
-from mvlm_core.training.run_length import total_steps
+from mvlm_core.training.run_length import run_length
 from prioritary_mvlm import PrioritaryConfig
 from tests.helpers import MODELS, recipe_of, tiny_settings
 
@@ -33,7 +33,7 @@ def test_planned_text_and_steps_match_the_run(model, tiny_corpus, tmp_path):
     assert after.has_tokenizer and after.has_tokens and after.epoch_bytes > 1.9 * after.train_bytes
     for plan in (before, after):  # a text this small is sampled whole
         assert plan.bytes_per_token == pytest.approx(text.store.bytes_per_token, rel=0.002)
-        assert planned_steps(settings, plan) == pytest.approx(total_steps(settings, text.batches), rel=0.02)
+        assert planned_steps(settings, plan) == pytest.approx(run_length(settings, text.batches).total, rel=0.02)
     assert planned_steps(tiny_settings(model, tiny_corpus, tmp_path, max_steps=None, max_hours=1.0), after) is None
 
 
