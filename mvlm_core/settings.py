@@ -10,7 +10,7 @@ import argparse
 import math
 import operator
 from collections.abc import Collection, Sequence
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from types import UnionType
@@ -316,14 +316,6 @@ class TrainingSettings:
     def sequences_per_step(self) -> int:
         """The global batch size: sequences per optimizer step."""
         return self.batch_size * self.gradient_accumulation_steps
-
-    def identity(self) -> dict[str, Any]:
-        """Values that define this run; a checkpoint is resumed only if they are equal."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.metadata["identity"]}
-        return values | {"batch_size × gradient_accumulation_steps": self.sequences_per_step}
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def _is_number(value: Any) -> bool:

@@ -113,7 +113,7 @@ class Run:
     def result(self) -> Figures | None:
         """Return the results and origin of this run, or None if it is unfinished or had other settings."""
         config = training_config(self.folder)
-        actual, expected = config.get("settings"), teacher_and_student_settings(self.settings())[-1].as_dict()
+        actual, expected = config.get("settings"), asdict(teacher_and_student_settings(self.settings())[-1])
         # A setting that was added after the run had its default value.
         if not actual or any(actual.get(name, expected[name]) != expected[name] for name in expected.keys() - PATHS):
             return None

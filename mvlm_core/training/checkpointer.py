@@ -22,7 +22,8 @@ from mvlm_core.files import fsync_path
 from mvlm_core.training import checkpoint as checkpoints
 from mvlm_core.training.checkpoint import Checkpoint
 from mvlm_core.training.history import StepLog, truncate_history
-from mvlm_core.training.state import LoopState, check_identity
+from mvlm_core.training.identity import check_identity
+from mvlm_core.training.state import LoopState
 from mvlm_core.training.task import Run, TrainingTask
 
 NamedTensors = dict[str, dict[str, Tensor]]

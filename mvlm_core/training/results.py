@@ -1,8 +1,9 @@
-"""Results of a run: whether it is already finished, its test scores, and the record stored with the export."""
+"""Results of a run: its test scores, and the record stored with the export."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,48 +14,13 @@ from mvlm_core.errors import printable
 from mvlm_core.evaluation.bits_per_byte import Score, bits_per_byte_by_part, load_export, score_export, score_loaded
 from mvlm_core.evaluation.memorization import extractable_memorization
 from mvlm_core.export.folder import software_versions
-from mvlm_core.export.manifest import CHECKPOINTS, training_config, verify_folder
-from mvlm_core.files import read_json
 from mvlm_core.metrics import BY_NAME, METRICS, PRIMARY_TEST_BPB
-from mvlm_core.settings import TrainingSettings
-from mvlm_core.training.checkpoint import checkpoint_folders, named_checkpoint
 from mvlm_core.training.preparation import PreparedText
-from mvlm_core.training.state import LoopState, check_identity, check_settings
+from mvlm_core.training.state import LoopState
 from mvlm_core.training.task import Run
 
 MAX_LISTED = 30  # titles, authors and licenses in the model card
 log = logging.getLogger("mvlm")
-
-
-def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None) -> bool:
-    """Whether the folder already holds this run's complete export with at least ``steps`` steps (None: any number).
-
-    Raises:
-        UserError: the folder holds the export of another run.
-    """
-    config = training_config(output_dir, "identity", "results")
-    if not config:
-        return False
-    check_identity(f"{output_dir} holds a finished model", config["identity"], identity)
-    results = config["results"]
-    enough = results.get("stopped_early") or results.get("steps", 0) >= (steps or 0)
-    return bool(enough) and not verify_folder(output_dir)
-
-
-def check_earlier_run(output_dir: Path, settings: TrainingSettings) -> None:
-    """Check, before the text is read and teachers are trained, that the folder does not hold another run.
-
-    Raises:
-        UserError: the run has other settings or another number of teachers, or ``--resume_from`` names no checkpoint.
-    """
-    if settings.resume_from is not None:
-        named_checkpoint(settings.resume_from)
-    recorded, what = training_config(output_dir, "identity").get("identity"), f"{output_dir} holds a finished model"
-    if recorded is None:
-        for folder in checkpoint_folders(output_dir / CHECKPOINTS)[-1:]:
-            recorded, what = read_json(folder / "state.json").get("identity"), f"{folder} is"
-    if isinstance(recorded, dict):
-        check_settings(what, recorded, settings, len(settings.teacher) or settings.num_models - 1)
 
 
 def score_test(export: Path, run: Run, corpus: Corpus) -> Score:
@@ -110,7 +76,7 @@ def training_config_content(
     return {
         "model": run.recipe.name,
         "preset": run.settings.preset,
-        "settings": run.settings.as_dict(),
+        "settings": asdict(run.settings),
         "identity": identity,
         "data": {
             "fingerprint": text.corpus.fingerprint,

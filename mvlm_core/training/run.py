@@ -25,13 +25,13 @@ from mvlm_core.training import results
 from mvlm_core.training.checkpoint import delete_checkpoints
 from mvlm_core.training.distillation import teacher_and_student_settings, with_time_left
 from mvlm_core.training.distributed import join
+from mvlm_core.training.identity import check_earlier_run, is_finished, run_identity
 from mvlm_core.training.launch import FOLDER_VARIABLE, rank_count
 from mvlm_core.training.loop import TrainingLoop
 from mvlm_core.training.plan import log_costs, plan_run, planned_and_actual
 from mvlm_core.training.preparation import PreparedText, prepare_text
 from mvlm_core.training.recipe import Recipe
 from mvlm_core.training.run_length import run_length
-from mvlm_core.training.state import run_identity
 from mvlm_core.training.task import Run, TrainingTask, build_task
 
 log = logging.getLogger("mvlm")
@@ -54,7 +54,7 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
     silence_transformers()
     output_dir = Path(settings.output_dir or "")
     if not (settings.fresh or settings.prepare_only):
-        results.check_earlier_run(output_dir, settings)
+        check_earlier_run(output_dir, settings)
     if settings.dry_run:
         print(plan_run(recipe, settings, hardware).text())
         return output_dir
@@ -110,7 +110,7 @@ def _run(run: Run, stop: StopRequest, *, student_dir: Path | None = None, own_te
                 locks.enter_context(RunLock(folder))
                 if settings.fresh:
                     delete_run(folder, keep=[run.output_dir, *(teacher.folder for teacher in text.teachers)])
-        finished = ranks.is_main and not settings.fresh and results.is_finished(run.output_dir, identity, min_steps)
+        finished = ranks.is_main and not settings.fresh and is_finished(run.output_dir, identity, min_steps)
         if ranks.broadcast(finished and settings.resume_from is None):
             longer = "to train longer, give a larger --num_epochs or --max_steps; to start over, --fresh"
             log.info("already finished: %s (%s)", run.output_dir, longer)

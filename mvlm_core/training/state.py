@@ -1,4 +1,4 @@
-"""Contents of a checkpoint other than tensors: the run's progress, and its identity, which must match to resume."""
+"""Progress of a run: what its checkpoints hold besides tensors and the run's identity."""
 
 from __future__ import annotations
 
@@ -6,12 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
-from mvlm_core.errors import UserError
-from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.divergence import GuardState
-from mvlm_core.training.preparation import PreparedText
-
-TEACHERS_KEY = "--teacher, its manifest"  # of an identity: the teachers' hashes, separated by commas
 
 
 @dataclass
@@ -95,47 +90,3 @@ def _typed(cls: type, saved: Any) -> Any:
             raise ValueError(f"{name} is {value}")
         values[name] = value
     return cls(**values)
-
-
-def settings_identity(settings: TrainingSettings) -> dict[str, Any]:
-    """The part of a run's identity that the settings determine."""
-    return {"--preset": settings.preset} | {f"--{name}": value for name, value in settings.identity().items()}
-
-
-def check_settings(what: str, recorded: dict[str, Any], settings: TrainingSettings, teachers: int) -> None:
-    """Check the part of a recorded identity that is known before the teachers are trained, including their number.
-
-    Raises:
-        UserError: lists every value that differs.
-    """
-    expected = settings_identity(settings) | {"number of teachers": teachers}
-    known = {name: value for name, value in recorded.items() if name in expected}
-    hashes = recorded.get(TEACHERS_KEY)
-    check_identity(what, known | {"number of teachers": len(str(hashes).split(",")) if hashes else 0}, expected)
-
-
-def run_identity(settings: TrainingSettings, text: PreparedText) -> dict[str, Any]:
-    """Settings and fingerprints that define a run; a checkpoint with a different identity is refused."""
-    fingerprints = {"corpus": text.corpus.fingerprint, "tokenizer": text.tokenizer.sha256}
-    if text.base is not None:
-        fingerprints["--init_from, its manifest"] = text.base.sha256
-    if text.teachers:
-        fingerprints[TEACHERS_KEY] = ",".join(teacher.sha256 for teacher in text.teachers)
-    if text.old is not None and text.batches.replay is not None:
-        fingerprints["--replay"] = f"{text.batches.replay_share} of {text.old.corpus.fingerprint}"
-    return settings_identity(settings) | fingerprints
-
-
-def check_identity(what: str, recorded: Any, current: dict[str, Any]) -> None:
-    """Check that the identity recorded in ``what`` (for the message) matches the current run's.
-
-    Raises:
-        UserError: lists every value that differs.
-    """
-    old = recorded if isinstance(recorded, dict) else {}
-    differing = [name for name in sorted(old.keys() | current.keys()) if old.get(name) != current.get(name)]
-    if differing:
-        problems = [
-            f"{what} from a different run: {name} was {old.get(name)}, now {current.get(name)}" for name in differing
-        ]
-        raise UserError([*problems, "restore those values, choose another --output_dir, or start over with --fresh"])

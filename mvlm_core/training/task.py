@@ -21,11 +21,12 @@ from mvlm_core.hardware import Hardware
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.distillation import load_teachers
 from mvlm_core.training.distributed import SINGLE_RANK, Ranks
+from mvlm_core.training.identity import run_identity
 from mvlm_core.training.init_from import PretrainedExport
 from mvlm_core.training.optimizer import copy_named
 from mvlm_core.training.preparation import PreparedText
 from mvlm_core.training.recipe import BuiltModel, Recipe
-from mvlm_core.training.state import ScoresBefore, run_identity
+from mvlm_core.training.state import ScoresBefore
 
 
 @dataclass(frozen=True)

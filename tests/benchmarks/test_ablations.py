@@ -4,6 +4,7 @@ import pytest
 
 from benchmarks.experiments import ablations
 from mvlm_core.errors import UserError
+from mvlm_core.training.identity import settings_identity
 
 
 def options_of(tmp_path, *arguments):
@@ -19,8 +20,9 @@ def test_every_variant_is_one_valid_change(tmp_path, preset):
     for run in runs:
         changed, reference = settings[run.label], settings[ablations.REFERENCES[run.model]]
         assert changed.max_bytes == 1000 and changed.no_test_score
-        differing = {name for name, value in changed.identity().items() if value != reference.identity()[name]}
-        assert differing == set(variants[run.label].overrides)
+        identity = settings_identity(reference)
+        differing = {name for name, value in settings_identity(changed).items() if value != identity[name]}
+        assert differing == {f"--{name}" for name in variants[run.label].overrides}
         assert bool(differing) or bool(run.component_swap) == (changed is not reference)
     assert settings["no_coherence"].coherence_weight == 0.0
     assert settings["base_half_rate"].learning_rate == settings["baseline"].learning_rate / 2

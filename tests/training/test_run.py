@@ -12,11 +12,10 @@ import torch
 from mvlm_core.data.corpus import load_corpus
 from mvlm_core.errors import UserError
 from mvlm_core.evaluation.bits_per_byte import DocumentScore, Score, load_export, score_export
-from mvlm_core.export.manifest import CHECKPOINTS
 from mvlm_core.files import sha256_file
 from mvlm_core.metrics import METRICS
 from mvlm_core.settings import DEFAULT_SAMPLING
-from mvlm_core.training.checkpoint import checkpoint_folders, newest_checkpoint
+from mvlm_core.training.checkpoint import newest_checkpoint
 from mvlm_core.training.run import run_training
 from prioritary_mvlm import EnhancedPrioritaryTrainer, PrioritaryConfig
 from tests.helpers import MODELS, build_tiny_corpus, make_loop, recipe_of, tiny_settings
@@ -79,18 +78,6 @@ def test_rerun_of_a_finished_run_changes_nothing(trained, caplog, monkeypatch):
         run_training(recipe_of(name), settings)
     assert "already finished" in caplog.text
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir() if file.is_file()} == before
-
-
-def test_resume_from_is_checked_and_used_even_if_the_run_is_finished(tiny_corpus, tmp_path, caplog):
-    settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path)
-    folder = run_training(recipe_of("mvlm_gpt2"), settings)
-    weights, older = (folder / "model.safetensors").read_bytes(), checkpoint_folders(folder / CHECKPOINTS)[-2]
-    with pytest.raises(UserError, match="--resume_from .*: no such checkpoint folder"):
-        run_training(recipe_of("mvlm_gpt2"), replace(settings, resume_from=str(tmp_path / "step-00000005")))
-    caplog.set_level("INFO", "mvlm")
-    run_training(recipe_of("mvlm_gpt2"), replace(settings, resume_from=str(older)))
-    assert f"resuming from {older}" in caplog.text and "already finished" not in caplog.text
-    assert (folder / "model.safetensors").read_bytes() == weights
 
 
 def test_model_with_sdpa_only_ignores_other_attention_kernels(tiny_corpus, tmp_path, caplog):

@@ -1,0 +1,94 @@
+"""Identity of a run: the settings and text that define it. A checkpoint or export of another run is refused."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from mvlm_core.errors import UserError
+from mvlm_core.export.manifest import CHECKPOINTS, training_config, verify_folder
+from mvlm_core.files import read_json
+from mvlm_core.settings import TrainingSettings
+from mvlm_core.training.checkpoint import checkpoint_folders, named_checkpoint
+from mvlm_core.training.preparation import PreparedText
+
+TEACHERS_KEY = "--teacher, its manifest"  # the teachers' hashes, separated by commas
+
+
+def settings_identity(settings: TrainingSettings) -> dict[str, Any]:
+    """The part of a run's identity that the settings determine."""
+    names = [entry.name for entry in fields(settings) if entry.metadata["identity"]]
+    values = {"preset": settings.preset} | {name: getattr(settings, name) for name in names}
+    values["batch_size × gradient_accumulation_steps"] = settings.sequences_per_step
+    return {f"--{name}": value for name, value in values.items()}
+
+
+def run_identity(settings: TrainingSettings, text: PreparedText) -> dict[str, Any]:
+    """Settings and fingerprints that define a run; a checkpoint with a different identity is refused."""
+    fingerprints = {"corpus": text.corpus.fingerprint, "tokenizer": text.tokenizer.sha256}
+    if text.base is not None:
+        fingerprints["--init_from, its manifest"] = text.base.sha256
+    if text.teachers:
+        fingerprints[TEACHERS_KEY] = ",".join(teacher.sha256 for teacher in text.teachers)
+    if text.old is not None and text.batches.replay is not None:
+        fingerprints["--replay"] = f"{text.batches.replay_share} of {text.old.corpus.fingerprint}"
+    return settings_identity(settings) | fingerprints
+
+
+def check_identity(what: str, recorded: Any, current: dict[str, Any]) -> None:
+    """Check that the identity recorded in ``what`` (for the message) matches the current run's.
+
+    Raises:
+        UserError: lists every value that differs.
+    """
+    old = recorded if isinstance(recorded, dict) else {}
+    differing = [name for name in sorted(old.keys() | current.keys()) if old.get(name) != current.get(name)]
+    if differing:
+        problems = [
+            f"{what} from a different run: {name} was {old.get(name)}, now {current.get(name)}" for name in differing
+        ]
+        raise UserError([*problems, "restore those values, choose another --output_dir, or start over with --fresh"])
+
+
+def check_settings(what: str, recorded: dict[str, Any], settings: TrainingSettings, teachers: int) -> None:
+    """Check the part of a recorded identity that is known before the teachers are trained, including their number.
+
+    Raises:
+        UserError: lists every value that differs.
+    """
+    expected = settings_identity(settings) | {"number of teachers": teachers}
+    known = {name: value for name, value in recorded.items() if name in expected}
+    hashes = recorded.get(TEACHERS_KEY)
+    check_identity(what, known | {"number of teachers": len(str(hashes).split(",")) if hashes else 0}, expected)
+
+
+def check_earlier_run(output_dir: Path, settings: TrainingSettings) -> None:
+    """Check, before the text is read and teachers are trained, that the folder does not hold another run.
+
+    Raises:
+        UserError: the run has other settings or another number of teachers, or ``--resume_from`` names no checkpoint.
+    """
+    if settings.resume_from is not None:
+        named_checkpoint(settings.resume_from)
+    recorded, what = training_config(output_dir, "identity").get("identity"), f"{output_dir} holds a finished model"
+    if recorded is None:
+        for folder in checkpoint_folders(output_dir / CHECKPOINTS)[-1:]:
+            recorded, what = read_json(folder / "state.json").get("identity"), f"{folder} is"
+    if isinstance(recorded, dict):
+        check_settings(what, recorded, settings, len(settings.teacher) or settings.num_models - 1)
+
+
+def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None) -> bool:
+    """Whether the folder already holds this run's complete export with at least ``steps`` steps (None: any number).
+
+    Raises:
+        UserError: the folder holds the export of another run.
+    """
+    config = training_config(output_dir, "identity", "results")
+    if not config:
+        return False
+    check_identity(f"{output_dir} holds a finished model", config["identity"], identity)
+    results = config["results"]
+    enough = results.get("stopped_early") or results.get("steps", 0) >= (steps or 0)
+    return bool(enough) and not verify_folder(output_dir)
