@@ -199,14 +199,9 @@ def recipe() -> Recipe:
 
 def main() -> int:
     settings = trainer_settings(GPT2Settings, None, description=__doc__, epilog=EXAMPLES, output_dir=OUTPUT_DIR)
-    from mvlm_core.training.launch import run_ranks
+    from mvlm_core.training.launch import train
 
-    if (code := run_ranks(settings, [__file__, *sys.argv[1:]])) is not None:
-        return code
-    from mvlm_core.training.run import run_training
-
-    run_training(recipe(), settings)
-    return 0
+    return train(recipe, settings, [__file__, *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # for a Python in which this project is not installed
 
+import prioritary_mvlm
 from mvlm_core.command_line import trainer_settings
 from mvlm_core.errors import run_main
 from mvlm_core.settings import REPOSITORY_ROOT
@@ -27,15 +28,10 @@ If interrupted, run the same command again, without --fresh: training resumes fr
 
 def main(arguments: list[str] | None = None) -> int:
     config = trainer_settings(PrioritaryConfig, arguments, description=__doc__, epilog=EXAMPLES, output_dir=OUTPUT_DIR)
-    from mvlm_core.training.launch import run_ranks
+    from mvlm_core.training.launch import train
 
     command = [__file__, *(sys.argv[1:] if arguments is None else arguments)]
-    if (code := run_ranks(config, command)) is not None:
-        return code
-    from prioritary_mvlm.enhanced_trainer import EnhancedPrioritaryTrainer
-
-    EnhancedPrioritaryTrainer(config, config.data_dir, config.output_dir or OUTPUT_DIR).train()
-    return 0
+    return train(lambda: prioritary_mvlm.RECIPE, config, command)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ _HOMES = {
     "ComprehensiveTrainingLoss": "advanced_losses",
     "EnhancedPrioritaryTrainer": "enhanced_trainer",
     "PrioritaryConfig": "config",
+    "RECIPE": "enhanced_trainer",
 }
 __all__ = list(_HOMES)
 

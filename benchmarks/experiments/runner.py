@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,14 +142,10 @@ def run_one() -> int:
     settings = run.settings().check()
     set_process_environment()
     setup_logging(settings.log_file, quiet=settings.quiet)
-    from mvlm_core.training.launch import run_ranks
+    from mvlm_core.training.launch import train
 
-    if (code := run_ranks(settings, ["-m", "benchmarks.experiments.runner", sys.argv[1]])) is not None:
-        return code
-    from mvlm_core.training.run import run_training
-
-    run_training(recipe_of(run.model, run.component_swap), settings)
-    return 0
+    recipe = partial(recipe_of, run.model, run.component_swap)
+    return train(recipe, settings, ["-m", "benchmarks.experiments.runner", sys.argv[1]])
 
 
 def start(run: Run, signals: Signals, jobs: int) -> subprocess.Popen[bytes]:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -28,6 +28,9 @@ from mvlm_core.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, TrainingErr
 from mvlm_core.machine import gpu_count
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.signals import PARENT_VARIABLE, parent_is_gone, signal_name
+
+if TYPE_CHECKING:  # the supervisor must not import torch
+    from mvlm_core.training.recipe import Recipe
 
 FOLDER_VARIABLE, MEMORY_VARIABLE = "MVLM_RANKS_FOLDER", "MVLM_RANKS_MEMORY"
 SHARED_BYTES = 16 << 20  # per CPU rank: larger all-reduces are chunked, which keeps the chunks in the CPU cache
@@ -74,20 +77,24 @@ def describe_gpus(settings: TrainingSettings) -> str:
     return f"GPUs: each batch is split across {rank_count(settings)} of the {gpus} on this machine"
 
 
-def run_ranks(settings: TrainingSettings, arguments: Sequence[str]) -> int | None:
-    """Run the trainer as several processes if the settings ask for it; the default with several GPUs.
+def train(recipe: Callable[[], Recipe], settings: TrainingSettings, arguments: Sequence[str]) -> int:
+    """Train in this process, or in several if the settings ask for it, the default with several GPUs.
 
     Args:
+        recipe: called only in a process that trains itself, because it imports torch.
         arguments: passed to the Python interpreter to start this trainer with these settings.
     Returns:
-        The exit code of the whole run, or None if this process itself should train.
+        The exit code of the run.
     Raises:
-        UserError: see ``rank_count``.
-        TrainingError: a rank died or does not respond.
+        UserError: see ``rank_count`` and ``run_training``.
+        TrainingError: the run cannot continue, or a rank died or does not respond.
     """
     world_size = 1 if settings.dry_run else rank_count(settings)
     if world_size == 1:
-        return None
+        from mvlm_core.training.run import run_training
+
+        run_training(recipe(), settings)
+        return EXIT_DONE
     if settings.processes > 1:
         log.info("each batch is split across %s processes", world_size)
     else:
