@@ -123,8 +123,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def make_job(options: argparse.Namespace) -> Job:
-    on_cpu = options.preset == "auto" and options.settings.get("device") == "cpu"
-    preset, reason = ("cpu", "--device cpu") if on_cpu else resolve_preset(options.preset)
+    preset, reason = resolve_preset(options.preset, options.settings.get("device"))
     return Job(
         layout=options.layout,
         trainers=TRAINERS,

@@ -263,13 +263,15 @@ def compiled_so_far() -> tuple[int, float]:
     return counters["stats"]["unique_graphs"], calculate_time_spent()["total_wall_time"]
 
 
-def resolve_preset(preset: str) -> tuple[str, str]:
-    """Resolve "auto" to the preset for this machine and give the reason; return any other name unchanged.
+def resolve_preset(preset: str, device: str | None = None) -> tuple[str, str]:
+    """Resolve "auto" to the preset for ``--device`` on this machine and give the reason; return other names unchanged.
 
     Imports torch only if there may be a GPU, which keeps small commands fast.
     """
     if preset != "auto":
         return preset, "requested"
+    if device == "cpu":
+        return "cpu", "--device cpu"
     if not nvidia_may_be_there():
         return "cpu", "no NVIDIA GPU found"
     usable, why = cuda_state()

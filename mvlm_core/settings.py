@@ -241,7 +241,7 @@ class TrainingSettings:
         if self.validation_dir is not None:  # recorded with the export, which may be validated from another folder
             self.validation_dir = str(Path(self.validation_dir).absolute())
         if self.preset in (None, "auto"):
-            self.preset = "cpu" if self.device == "cpu" else resolve_preset("auto")[0]
+            self.preset = resolve_preset("auto", self.device)[0]
         chosen = self.preset_values(self.preset)
         by_hours = self.MODELS_BY_HOURS.get(self.preset)
         if self.teacher:

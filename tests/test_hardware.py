@@ -237,6 +237,14 @@ def test_named_presets_pass_through() -> None:
     assert [resolve_preset(name)[0] for name in ("h200", "cpu", "smoke")] == ["h200", "cpu", "smoke"]
 
 
+def test_auto_preset_on_the_cpu_whatever_gpu_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "nvidia_may_be_there", lambda: True)
+    monkeypatch.setattr(hardware, "cuda_state", lambda: (True, "torch uses it"))
+    assert resolve_preset("auto", "cpu") == ("cpu", "--device cpu")
+    assert resolve_preset("auto", "cuda") == resolve_preset("auto") == ("h200", "torch uses it")
+    assert resolve_preset("smoke", "cpu") == ("smoke", "requested")
+
+
 def test_auto_preset_without_a_gpu(empty_path: Path) -> None:
     assert resolve_preset("auto") == ("cpu", "no NVIDIA GPU found")
 
