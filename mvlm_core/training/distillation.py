@@ -36,7 +36,8 @@ def teacher_and_student_settings(settings: TrainingSettings) -> list[TrainingSet
     count = settings.num_models - 1
     if not count:
         return [settings]
-    root = Path(settings.output_dir or "") / TEACHERS
+    assert settings.output_dir is not None  # refused by run_training
+    root = Path(settings.output_dir) / TEACHERS
     shorter: dict[str, Any] = {"num_models": 1, "no_test_score": True, "resume_from": None}
     shorter["num_epochs"] = min(settings.num_epochs or math.inf, settings.teacher_epochs)
     if settings.max_hours is not None:

@@ -45,14 +45,16 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
         Stopped: a signal arrived; the same call resumes from the checkpoint.
         TrainingError: the run cannot continue.
     """
+    if settings.output_dir is None:
+        raise UserError([*settings.problems(), "output_dir: name a folder for the model"])
     settings.check()
+    output_dir = Path(settings.output_dir)
     flags = {name: getattr(settings, name) for name in HARDWARE_FLAGS}
     if recipe.only_sdpa and (backend := settings.attention_backend) not in ("auto", "sdpa"):
         log.info("--attention_backend %s: not used by %s, which has sdpa only", backend, recipe.title)
         flags["attention_backend"] = "sdpa"
     hardware = choose_hardware(**flags)
     silence_transformers()
-    output_dir = Path(settings.output_dir or "")
     if not (settings.fresh or settings.prepare_only):
         check_earlier_run(output_dir, settings)
     if settings.dry_run:

@@ -40,7 +40,8 @@ class Run:
 
     @property
     def output_dir(self) -> Path:
-        return Path(self.settings.output_dir or "")
+        assert self.settings.output_dir is not None  # refused by run_training
+        return Path(self.settings.output_dir)
 
 
 @dataclass(frozen=True)

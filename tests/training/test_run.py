@@ -152,3 +152,13 @@ def test_a_folder_without_text_is_refused_before_anything_is_written(kind, tmp_p
     with pytest.raises(UserError, match=str(data)):
         EnhancedPrioritaryTrainer(config, data, tmp_path / "out").train()
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+
+
+def test_a_run_without_an_output_folder_is_refused_before_anything_is_written(tiny_corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = replace(tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path), output_dir=None, learning_rate=-1.0)
+    with pytest.raises(UserError) as caught:
+        run_training(recipe_of("mvlm_gpt2"), settings)
+    rate, folder = caught.value.problems
+    assert "--learning_rate -1.0" in rate and folder == "output_dir: name a folder for the model"
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
