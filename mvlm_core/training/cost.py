@@ -86,10 +86,8 @@ def step_cost(
         saved.add(tensor.untyped_storage())
         return tensor
 
-    hardware, shape = (
-        replace(hardware, device="cpu", compile=False, loss_kernel="blocks"),
-        (sequences, settings.max_length),
-    )
+    hardware = replace(hardware, device="cpu", compile=False, loss_kernel="blocks")
+    shape = (sequences, settings.max_length)
     with FakeTensorMode():
         built = build(settings, StubTokenizer(settings.vocab_size), hardware)
         for module in built.modules.values():
@@ -118,15 +116,13 @@ def step_cost(
         return StepCost(built.model.num_parameters(), memory, flops, products.get_total_flops())
 
 
-def fitting_micro_batch(one: StepMemory, two: StepMemory, memory_bytes: float, max_sequences: int) -> int | None:
+def fitting_micro_batch(one: StepMemory, per_sequence: int, memory_bytes: float, max_sequences: int) -> int | None:
     """Largest micro-batch that fits, halving from ``max_sequences`` as the trainer does; None if no sequence fits.
 
     Args:
-        one, two: memory of micro-batches of one and two sequences; each additional sequence adds the difference.
+        one: memory of a micro-batch of one sequence; each additional sequence adds ``per_sequence`` bytes.
     """
-    each = two.activations - one.activations
-    fixed = one.total - each + OVERHEAD
-    sequences = max_sequences
-    while sequences > 1 and fixed + sequences * each > memory_bytes:
+    sequences, room = max_sequences, memory_bytes - OVERHEAD - one.total
+    while sequences > 1 and (sequences - 1) * per_sequence > room:
         sequences = -(-sequences // 2)
-    return sequences if fixed + sequences * each <= memory_bytes else None
+    return sequences if (sequences - 1) * per_sequence <= room else None

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mvlm_core.cost_estimate import (
     CHECKPOINTS,
@@ -21,7 +24,7 @@ from mvlm_core.cost_estimate import (
     Item,
     Plan,
 )
-from mvlm_core.data.corpus import Corpus, validation_subset
+from mvlm_core.data.corpus import Corpus, Document, validation_subset
 from mvlm_core.data.token_store import document_repeats, token_folder
 from mvlm_core.data.tokenizer import ByteLevelBPE, tokenizer_folder
 from mvlm_core.hardware import Hardware
@@ -46,9 +49,9 @@ BPE_TRAINING_BYTES_PER_SECOND = 4e6  # text, per core (benchmarks/README.md)
 TOKENIZATION_BYTES_PER_SECOND = 2.5e6  # text, per core
 EXPORT_SECONDS = 20.0
 GPU_MEMORY = (8e9, 16e9, 24e9, 80e9, 141e9)
-SMALL_CARD = 24e9
+SMALL_GPU = 24e9
 SAMPLE_BYTES = 8_000_000  # a tokenizer trained on this much text needs 0.5 % more tokens than one trained on all 64 MB
-SCORED_BYTES = 2_000_000
+MEASURED_BYTES = 2_000_000
 TIMED = (STEPS, EVALUATIONS, CHECKPOINTS)  # what --max_hours covers
 
 log = logging.getLogger("mvlm")
@@ -95,23 +98,25 @@ def plan_run(
     if on_gpu and not settings.no_mixed_precision and settings.precision != "fp32":
         hardware = replace(hardware, precision="bf16")
     one, two = (step_cost(recipe.build, settings, hardware, sequences) for sequences in (1, 2))
+    per_sequence = two.memory.activations - one.memory.activations
     matrix = 0.0 if on_gpu else matmul_flops()
     ranks = world_size or (rank_count(settings) if hardware.device == "cuda" else 1)
     rate = GPU_PEAK * GPU_MFU * ranks if on_gpu else matrix * CPU_MFU[hardware.precision]
     compiled = on_gpu and not settings.no_compile
+    items_of = partial(_items, cost=one, rate=rate, compiled=compiled, cores=hardware.threads)
     if ended is not None:
         settings = _limited_to(settings, max_steps=ended.step)
         text = replace(text, has_tokenizer=False, has_tokens=False)  # cached by now, but not when the run started
     *teachers, student = teacher_and_student_settings(settings)
     cached = replace(text, has_tokenizer=True, has_tokens=True, test_bytes=0)
-    estimates = [_items(teacher, one, cached, rate, compiled, hardware.threads) for teacher in teachers]
+    estimates = [items_of(teacher, cached) for teacher in teachers]
     teacher_items = _compiled_once([items for _, items in estimates])
     student = with_time_left(student, _timed(teacher_items))
-    steps, items = _items(student, one, text, rate, compiled, hardware.threads)
+    steps, items = items_of(student, text)
     expected: list[str] = []
     if _law_applies(settings, corpus, text, one.parameters):
         alone = _limited_to(settings, num_epochs=UNIT_EPOCHS, num_models=1)  # the forecast's unit of compute
-        unit = _timed(_items(alone, one, cached, rate, compiled, hardware.threads)[1])
+        unit = _timed(items_of(alone, cached)[1])
         expected = recipe.law.describe(one.parameters, _timed([*teacher_items, *items]), unit)
     if teachers:
         each = f"{len(teachers)} × {estimates[0][0]:,} steps"
@@ -122,8 +127,8 @@ def plan_run(
         assumptions.append(f"{ranks} GPUs are {ranks} times as fast as one (an upper limit, not measured)")
     lines = [
         describe_gpus(settings),
-        *_describe(settings, one, two, text, steps, hardware),
-        *_cards(settings, one, two, flops, on_gpu),
+        *_describe(settings, one, per_sequence, text, steps, hardware),
+        *_gpu_sizes(settings, one, per_sequence, flops, on_gpu),
         *expected,
     ]
     fixed = None if settings.max_hours is not None else steps
@@ -144,16 +149,6 @@ def plan_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE], c
         tokenizer = tokenizer_class.train((document.read() for document in train[::step]), settings.vocab_size)
         source = f"with a tokenizer trained on {sum(sizes[::step]) / 1e6:.1f} MB of the text"
     has_tokens = path is not None and (token_folder(corpus, tokenizer, settings.cache_dir) / "index.json").exists()
-    order = list(range(step // 2, len(train), step))  # where possible, documents outside the tokenizer's sample
-    scored = [
-        index for index, total in zip(order, accumulate(sizes[i] for i in order), strict=True) if total <= SCORED_BYTES
-    ]
-    scored = [index for index in scored or order[:1] if repeats[index]] or order[:1]
-    tokens = [len(ids) + 1 for ids in tokenizer.encode_batch([train[index].read() for index in scored])]
-    times = [int(repeats[index]) or 1 for index in scored]
-    per_token = sum(sizes[i] * n for i, n in zip(scored, times, strict=True)) / sum(
-        count * n for count, n in zip(tokens, times, strict=True)
-    )
     validation = validation_subset(corpus, whole=settings.validation_text == "all")
     test = [] if settings.no_test_score else corpus.split("test")
     epoch_bytes: float = sum(size * int(count) for size, count in zip(sizes, repeats, strict=True))
@@ -167,11 +162,27 @@ def plan_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE], c
         epoch_bytes=int(epoch_bytes),
         validation_bytes=sum(len(part.encode()) for _, part in validation),
         test_bytes=sum(document.size for document in test),
-        bytes_per_token=per_token,
+        bytes_per_token=measured_bytes_per_token(tokenizer, train, repeats, step),
         source=source,
         has_tokenizer=path is not None,
         has_tokens=has_tokens,
     )
+
+
+def measured_bytes_per_token(tokenizer: ByteLevelBPE, train: list[Document], repeats: np.ndarray, step: int) -> float:
+    """Measure the bytes per token of about ``MEASURED_BYTES`` of text, with each document as often as in an epoch.
+
+    Args:
+        step: measure every ``step``-th document, where possible outside the tokenizer's sample.
+    """
+    sizes = [document.size for document in train]
+    order = list(range(step // 2, len(train), step))
+    totals = accumulate(sizes[index] for index in order)
+    sampled = [index for index, total in zip(order, totals, strict=True) if total <= MEASURED_BYTES]
+    sampled = [index for index in sampled or order[:1] if repeats[index]] or order[:1]
+    tokens = [len(ids) + 1 for ids in tokenizer.encode_batch([train[index].read() for index in sampled])]
+    times = [int(repeats[index]) or 1 for index in sampled]
+    return float(np.dot([sizes[index] for index in sampled], times) / np.dot(tokens, times))
 
 
 def planned_steps(settings: TrainingSettings, text: TextPlan) -> int | None:
@@ -181,7 +192,7 @@ def planned_steps(settings: TrainingSettings, text: TextPlan) -> int | None:
 
 
 def _items(
-    settings: TrainingSettings, cost: StepCost, text: TextPlan, rate: float, compiled: bool, cores: int
+    settings: TrainingSettings, text: TextPlan, *, cost: StepCost, rate: float, compiled: bool, cores: int
 ) -> tuple[int, list[Item]]:
     """Return the number of steps and the itemized estimate.
 
@@ -284,11 +295,11 @@ def _limited_to(settings: TrainingSettings, **values: Any) -> TrainingSettings:
 
 
 def _describe(
-    settings: TrainingSettings, one: StepCost, two: StepCost, text: TextPlan, steps: int, hardware: Hardware
+    settings: TrainingSettings, one: StepCost, per_sequence: int, text: TextPlan, steps: int, hardware: Hardware
 ) -> list[str]:
-    each = two.memory.activations - one.memory.activations
+    """Describe the run; ``per_sequence``: bytes of activations that each sequence after the first adds."""
     batch = settings.batch_size
-    memory = replace(one.memory, activations=one.memory.activations + (batch - 1) * each)
+    memory = replace(one.memory, activations=one.memory.activations + (batch - 1) * per_sequence)
     step_tokens = settings.sequences_per_step * settings.max_length
     flops = one.flops_per_token
     return [
@@ -311,11 +322,11 @@ def _disk_bytes(settings: TrainingSettings, cost: StepCost) -> int:
     return (settings.keep_checkpoints + 1) * whole + (settings.num_models + 1) * weights
 
 
-def _cards(settings: TrainingSettings, one: StepCost, two: StepCost, flops: float, on_gpu: bool) -> list[str]:
+def _gpu_sizes(settings: TrainingSettings, one: StepCost, per_sequence: int, flops: float, on_gpu: bool) -> list[str]:
     """List the micro-batch that fits GPUs of several sizes, with advice for small ones; ``flops``: whole run."""
     if not on_gpu:
         return []
-    fits = {size: fitting_micro_batch(one.memory, two.memory, size, settings.batch_size) for size in GPU_MEMORY}
+    fits = {size: fitting_micro_batch(one.memory, per_sequence, size, settings.batch_size) for size in GPU_MEMORY}
     lines = [
         f"{size / 1e9:.0f} GB: " + (f"a micro-batch of {count} fits" if count else "not even one sequence fits")
         for size, count in fits.items()
@@ -323,7 +334,7 @@ def _cards(settings: TrainingSettings, one: StepCost, two: StepCost, flops: floa
     if settings.preset == "h200":
         hours = flops / (100e12 * GPU_MFU) / 3600
         lines.append(
-            f"a GPU with 8 to {SMALL_CARD / 1e9:.0f} GB: {hours:.1f} hours of steps at a bf16 peak of 100 TFLOP/s, "
+            f"a GPU with 8 to {SMALL_GPU / 1e9:.0f} GB: {hours:.1f} hours of steps at a bf16 peak of 100 TFLOP/s, "
             "half that at 200; for less, use --preset cpu --device cuda, or --max_hours"
         )
     return lines

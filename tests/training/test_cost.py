@@ -95,11 +95,8 @@ def test_flops_per_token_match_the_published_formula(model, tmp_path):
 
 
 def test_micro_batches_are_halved_until_they_fit():
-    def memory(sequences):
-        return StepMemory(10**9, 10**9, 10**9, sequences * 10**9)
-
     def fits(size):
-        return fitting_micro_batch(memory(1), memory(2), size, max_sequences=32)
+        return fitting_micro_batch(StepMemory(10**9, 10**9, 10**9, 10**9), 10**9, size, max_sequences=32)
 
     assert [fits(size) for size in (80e9, 37e9, 36e9, 21e9, 20e9, 6e9, 5e9)] == [32, 32, 16, 16, 8, 1, None]
 
