@@ -6,7 +6,7 @@ Submodules are imported lazily, so that ``--help`` needs only the settings and d
 from importlib import import_module
 from typing import Any
 
-_HOMES = {
+_SUBMODULE_OF = {
     "AdvancedBPETokenizer": "advanced_tokenizer",
     "BiblicalBPETokenizer": "advanced_tokenizer",
     "ComprehensiveTrainingLoss": "advanced_losses",
@@ -14,10 +14,10 @@ _HOMES = {
     "PrioritaryConfig": "config",
     "RECIPE": "enhanced_trainer",
 }
-__all__ = list(_HOMES)
+__all__ = list(_SUBMODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name in _SUBMODULE_OF:
+        return getattr(import_module(f"{__name__}.{_SUBMODULE_OF[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -136,7 +136,7 @@ class Optimizers:
         for group in self.groups():
             group["peak_lr"] = group["lr"]
 
-    def spread_over(self, ranks: Ranks) -> None:
+    def shard_over(self, ranks: Ranks) -> None:
         """Split the work of a step across ranks, instead of repeating it on each."""
         for part in self.parts:
             if isinstance(part, Muon):

@@ -137,15 +137,15 @@ class TimeBudget:
     ) -> None:
         self.seconds = hours * 3600
         self.measuring = min(MEASURED_SECONDS, _MEASURED_SHARE * self.seconds)
-        self._clock, self._opened, self._used, self._earlier = clock, clock(), used, timed
+        self._clock, self._started, self._used, self._earlier = clock, clock(), used, timed
         self._steps = 0
         self._timed_from = 0.0
-        self._outside = 0.0  # seconds of evaluations and checkpoints between the timed steps
+        self._excluded = 0.0  # seconds of evaluations and checkpoints between the timed steps
 
     @property
     def used(self) -> float:
         """Seconds used so far."""
-        return self._used + self._clock() - self._opened
+        return self._used + self._clock() - self._started
 
     @property
     def timed(self) -> tuple[int, float]:
@@ -153,7 +153,7 @@ class TimeBudget:
         steps, seconds = self._earlier
         if self._steps > _UNTIMED_STEPS:
             steps += self._steps - _UNTIMED_STEPS
-            seconds += max(0.0, self._clock() - self._timed_from - self._outside)
+            seconds += max(0.0, self._clock() - self._timed_from - self._excluded)
         return steps, seconds
 
     @property
@@ -167,11 +167,11 @@ class TimeBudget:
         self._steps += 1
         if self._steps == _UNTIMED_STEPS:
             wait()
-            self._timed_from, self._outside = self._clock(), 0.0
+            self._timed_from, self._excluded = self._clock(), 0.0
 
     def leave_out(self, seconds: float) -> None:
         """Exclude ``seconds`` spent on something other than steps."""
-        self._outside += seconds
+        self._excluded += seconds
 
     def due(self, step: int, limit: int | None, spent: Overhead) -> tuple[bool, bool, bool]:
         """Whether to time an evaluation, whether to time a checkpoint, and whether to fix the run's length now.

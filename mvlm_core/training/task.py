@@ -87,7 +87,7 @@ def build_task(run: Run, text: PreparedText) -> TrainingTask:
     built = run.recipe.build(settings, text.tokenizer, run.hardware)
     if text.base is not None:
         load_weights(built.model, text.base, settings.max_length)
-    built.optimizers.spread_over(ranks)
+    built.optimizers.shard_over(ranks)
     for module in built.modules.values():
         module.to(run.hardware.device).train()
     subset = validation_subset(text.corpus, whole=settings.validation_text == "all")
