@@ -21,7 +21,6 @@ from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mvlm_core.command_line import command_line
 from mvlm_core.console import outlive_terminal, setup_logging
@@ -58,16 +57,17 @@ log = logging.getLogger("mvlm")
 
 def make_parser() -> argparse.ArgumentParser:
     parser = command_line(__doc__)
-    texts: dict[str, tuple[Any, str]] = {
-        "preset": ("auto", f"one of {', '.join(PRESET_NAMES)}; auto: h200 with a CUDA device, else cpu [default auto]"),
-        "data_dir": (str(DEFAULT_DATA_DIR), "folder of .txt files; the default one is built if missing or damaged"),
-        "work_dir": (str(REPOSITORY_ROOT), "parent of models/, logs/ and models_for_download/ [this repository]"),
-        "formats": ((), f"also export to {' or '.join(PACKAGES)}, or both (onnx,gguf); see export_formats.py"),
-        "models": ((*TRAINERS,), f"models to train, comma-separated [default {','.join(TRAINERS)}]"),
-    }
-    for name, (default, text) in texts.items():
-        parse_value = comma_separated if isinstance(default, tuple) else str
-        parser.add_argument(f"--{name}", default=default, type=parse_value, metavar="TEXT", help=text)
+    add = partial(parser.add_argument, metavar="TEXT")
+    presets = f"one of {', '.join(PRESET_NAMES)}; auto: h200 with a CUDA device, else cpu [default auto]"
+    add("--preset", default="auto", help=presets)
+    text = "folder of .txt files; the default one is built if missing or damaged"
+    add("--data_dir", default=str(DEFAULT_DATA_DIR), help=text)
+    text = "parent of models/, logs/ and models_for_download/ [this repository]"
+    add("--work_dir", default=str(REPOSITORY_ROOT), help=text)
+    text = f"also export to {' or '.join(PACKAGES)}, or both (onnx,gguf); see export_formats.py"
+    add("--formats", default=(), type=comma_separated, help=text)
+    text = f"models to train, comma-separated [default {','.join(TRAINERS)}]"
+    add("--models", default=tuple(TRAINERS), type=comma_separated, help=text)
     text = "total training time of all models in hours, split equally between them; see the trainers' --help"
     parser.add_argument("--max_hours", type=float, metavar="X", help=text)
     parser.add_argument("--fresh", action="store_true", help="delete existing results of these models and start over")

@@ -221,7 +221,7 @@ def ensemble_table(runs: list[Run]) -> str:
             continue
         alone = [training_config(teacher)["results"]["validation_bpb"] for teacher in teachers]
         ensemble, (corpus, _) = Ensemble(teachers), read_corpus(settings)
-        texts = validation_subset(corpus, whole=settings.validation_text == "all")
+        texts = validation_subset(corpus, settings.validation_text)
         named = ((document.path, text) for document, text in texts)
         together = score_loaded(ensemble, ensemble.tokenizer, named).bits_per_byte
         results[run.label].append((statistics.mean(alone), together, result["validation_bpb"]))

@@ -149,16 +149,13 @@ def named_texts(documents: Iterable[Document]) -> Iterator[tuple[str, str]]:
     return ((document.path, document.read()) for document in documents)
 
 
-def validation_subset(corpus: Corpus, *, whole: bool = False) -> list[tuple[Document, str]]:
-    """Validation text scored during training, as (document, text).
+def validation_subset(corpus: Corpus, validation_text: str = "primary") -> list[tuple[Document, str]]:
+    """Validation text scored during training, as (document, text): all validation documents for "all".
 
-    The primary translation's validation documents if there are any; otherwise the first 65,536 bytes of all validation
+    For "primary", the primary translation's if there are any; otherwise the first 65,536 bytes of all validation
     documents in path order, cut at the end of a line (or of a character if one line is longer).
-
-    Args:
-        whole: return all validation documents instead.
     """
-    if whole:
+    if validation_text == "all":
         return [(d, d.read()) for d in corpus.split("validation")]
     if primary := corpus.primary_part("validation"):
         return [(d, d.read()) for d in primary]

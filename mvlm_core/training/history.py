@@ -31,7 +31,9 @@ class StepLog:
 
     def __init__(self, run: Run, tokens_per_step: int) -> None:
         self.path: Path = run.output_dir / HISTORY_LOG
-        self._device, self._is_main, self._tokens_per_step = run.hardware.device, run.ranks.is_main, tokens_per_step
+        self._device = run.hardware.device
+        self._is_main = run.ranks.is_main
+        self._tokens_per_step = tokens_per_step
         self._tensorboard: TensorBoardWriter | None = None
         if run.settings.tensorboard and run.ranks.is_main:
             self._tensorboard = TensorBoardWriter(run.output_dir / TENSORBOARD)

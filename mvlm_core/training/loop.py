@@ -86,7 +86,8 @@ class TrainingLoop:
     def _train(self, stop: StopRequest) -> None:
         tokens = self.task.batches.tokens_per_batch
         first_step = True
-        quiet, done = self.settings.quiet or not self.ranks.is_main, self.state.step * tokens
+        quiet = self.settings.quiet or not self.ranks.is_main
+        done = self.state.step * tokens
         total = self.length.total and self.length.total * tokens
         with progress(total, "training", "tok", initial=done, quiet=quiet, unit_scale=True) as bar:
             while not self.state.finished:

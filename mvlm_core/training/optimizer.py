@@ -243,19 +243,3 @@ def build_optimizers(
 
 def _adamw(groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float]) -> torch.optim.AdamW:
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, betas=betas, fused=True)
-
-
-@torch.no_grad()
-def copy_named(target: dict[str, Tensor], source: dict[str, Tensor], what: str) -> None:
-    """Copy tensors by name, in place.
-
-    Raises:
-        ValueError: names or shapes differ; nothing has been copied.
-    """
-    if mismatched := sorted(target.keys() ^ source.keys()):
-        raise ValueError(f"{what} do not match the model: {', '.join(mismatched[:3])}")
-    for name, tensor in source.items():
-        if tensor.shape != target[name].shape:
-            raise ValueError(f"{what}: {name} has shape {list(tensor.shape)}, not {list(target[name].shape)}")
-    for name, tensor in source.items():
-        target[name].copy_(tensor)

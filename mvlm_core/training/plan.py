@@ -149,7 +149,7 @@ def plan_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE], c
         tokenizer = tokenizer_class.train((document.read() for document in train[::step]), settings.vocab_size)
         source = f"with a tokenizer trained on {sum(sizes[::step]) / 1e6:.1f} MB of the text"
     has_tokens = path is not None and (token_folder(corpus, tokenizer, settings.cache_dir) / "index.json").exists()
-    validation = validation_subset(corpus, whole=settings.validation_text == "all")
+    validation = validation_subset(corpus, settings.validation_text)
     test = [] if settings.no_test_score else corpus.split("test")
     epoch_bytes: float = sum(size * int(count) for size, count in zip(sizes, repeats, strict=True))
     if (base := base_export(settings)) is not None:

@@ -23,7 +23,6 @@ from mvlm_core.training.distillation import load_teachers
 from mvlm_core.training.distributed import SINGLE_RANK, Ranks
 from mvlm_core.training.identity import run_identity
 from mvlm_core.training.init_from import PretrainedExport
-from mvlm_core.training.optimizer import copy_named
 from mvlm_core.training.preparation import PreparedText
 from mvlm_core.training.recipe import BuiltModel, Recipe
 from mvlm_core.training.state import ScoresBefore
@@ -90,7 +89,7 @@ def build_task(run: Run, text: PreparedText) -> TrainingTask:
     built.optimizers.shard_over(ranks)
     for module in built.modules.values():
         module.to(run.hardware.device).train()
-    subset = validation_subset(text.corpus, whole=settings.validation_text == "all")
+    subset = validation_subset(text.corpus, settings.validation_text)
     validation = own_shard([(document.path, part) for document, part in subset], ranks)
     encode = cache(text.tokenizer.encode)  # the same text at every evaluation
 
@@ -145,6 +144,22 @@ def named_weights(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
                 named[f"{prefix}{name}"] = tensor
                 seen.add(tensor.data_ptr())
     return named
+
+
+@torch.no_grad()
+def copy_named(target: dict[str, Tensor], source: dict[str, Tensor], what: str) -> None:
+    """Copy tensors by name, in place.
+
+    Raises:
+        ValueError: names or shapes differ; nothing has been copied.
+    """
+    if mismatched := sorted(target.keys() ^ source.keys()):
+        raise ValueError(f"{what} do not match the model: {', '.join(mismatched[:3])}")
+    for name, tensor in source.items():
+        if tensor.shape != target[name].shape:
+            raise ValueError(f"{what}: {name} has shape {list(tensor.shape)}, not {list(target[name].shape)}")
+    for name, tensor in source.items():
+        target[name].copy_(tensor)
 
 
 def load_weights(model: nn.Module, base: PretrainedExport, context: int) -> None:

@@ -279,7 +279,7 @@ def test_validation_subset(tmp_path):
     everything = corpus.split("validation")
     for primary in (None, "kjv"):
         whole = replace(corpus, documents=(corpus.documents[0], kjv, *everything[1:]), primary_translation=primary)
-        assert [(d.path, text) for d, text in validation_subset(whole, whole=True)] == [
+        assert [(d.path, text) for d, text in validation_subset(whole, "all")] == [
             (d.path, d.read()) for d in everything
         ]
     assert validation_subset(whole) == [(kjv, kjv.read())]

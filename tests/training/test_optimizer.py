@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mvlm_core.training.distributed import Ranks
-from mvlm_core.training.optimizer import Muon, build_optimizers, copy_named, orthogonalize
+from mvlm_core.training.optimizer import Muon, build_optimizers, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 32, 96), (2, 96, 32)])
@@ -198,12 +198,3 @@ def test_model_too_small_for_muon_uses_adamw_alone():
     optimizers = build_optimizers(layers.named_parameters(), kind="muon", learning_rate=0.02, weight_decay=0.1)
     assert [type(part) for part in optimizers.parts] == [torch.optim.AdamW]
     assert {*optimizers.parameters()} == {*layers.parameters()}
-
-
-def test_copy_named_rejects_tensors_of_another_model():
-    target = {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)}
-    with pytest.raises(ValueError, match="weights do not match the model: bias"):
-        copy_named(target, {"weight": torch.ones(2, 2)}, "weights")
-    with pytest.raises(ValueError, match="weight has shape"):
-        copy_named(target, {"bias": torch.ones(2), "weight": torch.ones(2)}, "weights")
-    assert not target["bias"].any(), "nothing is copied before all shapes are checked"
