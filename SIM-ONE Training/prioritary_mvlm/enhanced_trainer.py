@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
-from inspect import signature
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,27 +24,25 @@ from simone_transformer.enhanced_model import run_layer
 from simone_transformer.rope_attention import point
 
 
-def model_config(
-    config: PrioritaryConfig, tokenizer: ByteLevelBPE, attention_backend: str = "sdpa"
-) -> EnhancedSIMONEConfig:
-    """Return the model config for these settings: fields with the same name are copied, the rest are mapped here."""
-    names = [entry.name for entry in fields(EnhancedSIMONEConfig) if hasattr(config, entry.name)]
-    shape: dict[str, Any] = {name: getattr(config, name) for name in names}
-    shape |= {
-        "vocab_size": tokenizer.vocab_size,
-        "hidden_size": config.hidden_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": swiglu_width(config.ff_dim),
-        "max_position_embeddings": config.max_length,
-        "hidden_dropout": config.dropout,
-        "attention_backend": attention_backend,
-        "tie_word_embeddings": config.output_head == "tied",
-        "pad_token_id": tokenizer.token_id("pad_token"),
-        "bos_token_id": tokenizer.start_id,
-        "eos_token_id": tokenizer.end_id,
-    }
-    return EnhancedSIMONEConfig(**shape)
+def model_config(config: PrioritaryConfig, tokenizer: ByteLevelBPE, attention_backend: str) -> EnhancedSIMONEConfig:
+    """Return the model config for these settings."""
+    return EnhancedSIMONEConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=config.hidden_dim,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        intermediate_size=swiglu_width(config.ff_dim),
+        max_position_embeddings=config.max_length,
+        hidden_dropout=config.dropout,
+        policy_head=config.policy_head,
+        memory_head=config.memory_head,
+        trace_head=config.trace_head,
+        attention_backend=attention_backend,
+        tie_word_embeddings=config.output_head == "tied",
+        pad_token_id=tokenizer.token_id("pad_token"),
+        bos_token_id=tokenizer.start_id,
+        eos_token_id=tokenizer.end_id,
+    )
 
 
 def build(config: PrioritaryConfig, tokenizer: ByteLevelBPE, hardware: Hardware) -> BuiltModel:
@@ -57,8 +53,14 @@ def build(config: PrioritaryConfig, tokenizer: ByteLevelBPE, hardware: Hardware)
 
 def add_training(model: EnhancedSIMONEModel, config: PrioritaryConfig, hardware: Hardware) -> BuiltModel:
     """Add the loss and the optimizers to a model."""
-    weights = {name: getattr(config, name) for name in signature(ComprehensiveTrainingLoss).parameters}
-    criterion = ComprehensiveTrainingLoss(**weights | {"loss_kernel": hardware.loss_kernel})
+    criterion = ComprehensiveTrainingLoss(
+        config.hidden_dim,
+        accuracy_weight=config.accuracy_weight,
+        alignment_weight=config.alignment_weight,
+        coherence_weight=config.coherence_weight,
+        coherence_until=config.coherence_until,
+        loss_kernel=hardware.loss_kernel,
+    )
     modules: dict[str, nn.Module] = {"model": model, "loss": criterion}
     layer, pointer = hardware.compiled(run_layer), hardware.compiled(point)
     hidden_states = partial(EnhancedSIMONEModel.hidden_states, layer_function=layer, point_function=pointer)
