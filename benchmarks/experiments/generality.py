@@ -23,7 +23,7 @@ from benchmarks import command
 from bible_corpus.import_texts import SUFFIXES, gather
 from mvlm_core.data.corpus import Corpus, load_corpus
 from mvlm_core.errors import UserError, run_main
-from mvlm_core.evaluation.compression import LABELS, compressed_bits_by_part
+from mvlm_core.evaluation.compression import LABELS, compared_texts, compressed_bits_by_part
 from mvlm_core.evaluation.results import Mean, as_json, choice_point, mean, share
 from mvlm_core.export.file_checks import checked_exports
 from mvlm_core.hardware import set_process_environment
@@ -111,7 +111,7 @@ def text_rows(models: dict[str, tuple[Any, Any]], corpus: Corpus, folder: Path) 
     for title, texts in (("test books", books), (str(folder), other)):
         parts = [text.encode() for _, text in texts]
         size = sum(map(len, parts))
-        bits = compressed_bits_by_part(corpus, parts)
+        bits = compressed_bits_by_part(compared_texts(corpus)[0], parts)
         rows[title] = {"bytes": size} | {LABELS[key]: n / size for key, (_, n) in bits.items()}
         for name, (model, tokenizer) in models.items():
             rows[title][name] = score_loaded(model, tokenizer, texts).bits_per_byte

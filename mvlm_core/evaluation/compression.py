@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import lzma
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from mvlm_core.files import read_json, write_json_atomic
 from mvlm_core.run_layout import finite_number
 
 TEXT_LIMIT = 64 << 20  # bytes; beyond that it would take minutes and gigabytes
-VERSION = 1  # part of the cache key; increase it when the measurement changes
+VERSION = 2  # part of the cache key; increase it when the measurement changes
 log = logging.getLogger("mvlm")
 
 
@@ -24,35 +23,17 @@ def _xz(data: bytes) -> int:
     return len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
 
 
-def _ppmd_encoder(order: int, size: int) -> Any:
-    import pyppmd
-
-    # 256 MB hold every context of 4 MB of text at order 16 (measured; more makes no difference). Once the memory is
-    # full, PPMd restarts its model.
-    return pyppmd.Ppmd7Encoder(order, min(max(256 << 20, 64 * size), 2 << 30))
-
-
-def _ppmd(data: bytes, order: int) -> int:
-    encoder = _ppmd_encoder(order, len(data))
-    return len(encoder.encode(data)) + len(encoder.flush())
-
-
-ORDERS = (6, 16)
-METHODS: dict[str, tuple[str, Callable[[bytes], int]]] = {
-    "xz": ("xz -9e", _xz),
-    **{f"ppmd_order_{order}": (f"PPMd order {order}", partial(_ppmd, order=order)) for order in ORDERS},
-}
-LABELS = {name: label for name, (label, _) in METHODS.items()}
+ORDERS = {f"ppmd_order_{order}": order for order in (6, 16)}
+LABELS = {"xz": "xz -9e"} | {name: f"PPMd order {order}" for name, order in ORDERS.items()}
 
 
 def compression_baselines(corpus: Corpus, cache_dir: Path) -> dict[str, Any]:
     """Bits per byte by method, on the test text of the primary translation, or on all test text if there is none.
 
-    Each code length is size(train + test) - size(train), in bits per byte of test text. Cached in ``cache_dir`` by the
-    hash of the text, because 4 MB take about ten seconds.
+    Cached in ``cache_dir`` by the hash of the text, because 4 MB take about ten seconds.
 
     Returns:
-        A value for each of ``METHODS``, ``train_bytes``, ``test_bytes``, and ``translation`` (None for all text); {}
+        A value for each of ``LABELS``, ``train_bytes``, ``test_bytes``, and ``translation`` (None for all text); {}
         if either split is empty or the text is longer than ``TEXT_LIMIT``.
     """
     train, test = compared_texts(corpus)
@@ -60,13 +41,9 @@ def compression_baselines(corpus: Corpus, cache_dir: Path) -> dict[str, Any]:
         return {}
     key = hashlib.sha256(b"%d %d " % (VERSION, len(train)) + train + test).hexdigest()
     cache = Path(cache_dir) / "compressors" / f"{key[:32]}.json"
-    values = {name: value for name in METHODS if (value := finite_number(read_json(cache).get(name))) is not None}
-    if len(values) < len(METHODS):  # not cached, or the cache file is damaged
-        with ThreadPoolExecutor(2) as pool:  # both libraries release the GIL
-            jobs = {
-                name: [pool.submit(size, data) for data in (train + test, train)] for name, (_, size) in METHODS.items()
-            }
-            values = {name: (both.result() - alone.result()) * 8 / len(test) for name, (both, alone) in jobs.items()}
+    values = {name: value for name in LABELS if (value := finite_number(read_json(cache).get(name))) is not None}
+    if len(values) < len(LABELS):  # not cached, or the cache file is damaged
+        values = {name: bits / len(test) for name, (_, bits) in compressed_bits_by_part(train, [test]).items()}
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
             write_json_atomic(cache, values)
@@ -87,30 +64,37 @@ def compared_texts(corpus: Corpus) -> tuple[bytes, bytes]:
     return train, test
 
 
-def ppmd_bits(train: bytes, parts: Sequence[bytes], order: int) -> list[float]:
-    """Code length in bits of consecutive parts of a text with PPMd primed with ``train``."""
-    encoder = _ppmd_encoder(order, len(train) + sum(map(len, parts)))
-    encoder.encode(train)
-    return [8.0 * len(encoder.encode(part)) for part in parts]
+def compressed_bits_by_part(train: bytes, parts: Sequence[bytes]) -> dict[str, tuple[list[float], float]]:
+    """Code lengths in bits of consecutive parts of a text and their total, by method; primed with ``train``.
 
-
-def compressed_bits_by_part(corpus: Corpus, parts: Sequence[bytes]) -> dict[str, tuple[list[float], float]]:
-    """Code lengths in bits of consecutive parts of a text and their total, by method; primed with training text.
-
-    PPMd emits a byte as soon as it is determined, so a part's length is accurate to about a byte. xz buffers its output
-    until the end, so it has no lengths of parts. Returns {} without training text to prime with.
+    xz buffers its output until the end, so it has no lengths of parts; the total is size(train + text) - size(train).
+    Returns {} without training text to prime with.
     """
-    if not (train := compared_texts(corpus)[0]):
+    if not train:
         return {}
-    text = b"".join(parts)
 
     def xz() -> tuple[list[float], float]:
-        return [], 8.0 * (_xz(train + text) - _xz(train))
+        return [], 8.0 * (_xz(train + b"".join(parts)) - _xz(train))
 
     def ppmd(order: int) -> tuple[list[float], float]:
         lengths = ppmd_bits(train, parts, order)
         return lengths, sum(lengths)
 
-    with ThreadPoolExecutor(2) as pool:
-        jobs = {"xz": pool.submit(xz)} | {f"ppmd_order_{order}": pool.submit(ppmd, order) for order in ORDERS}
+    with ThreadPoolExecutor(2) as pool:  # both libraries release the GIL
+        jobs = {"xz": pool.submit(xz)} | {name: pool.submit(ppmd, order) for name, order in ORDERS.items()}
         return {name: job.result() for name, job in jobs.items()}
+
+
+def ppmd_bits(train: bytes, parts: Sequence[bytes], order: int) -> list[float]:
+    """Code length in bits of consecutive parts of a text with PPMd primed with ``train``.
+
+    PPMd emits a byte as soon as it is determined, so a part's length is accurate to about a byte.
+    """
+    import pyppmd
+
+    size = len(train) + sum(map(len, parts))
+    # 256 MB hold every context of 4 MB of text at order 16 (measured; more makes no difference). Once the memory is
+    # full, PPMd restarts its model.
+    encoder = pyppmd.Ppmd7Encoder(order, min(max(256 << 20, 64 * size), 2 << 30))
+    encoder.encode(train)
+    return [8.0 * len(encoder.encode(part)) for part in parts]

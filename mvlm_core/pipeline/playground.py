@@ -12,7 +12,7 @@ from mvlm_core.data.corpus import Corpus
 from mvlm_core.data.decoding import decode
 from mvlm_core.errors import UserError
 from mvlm_core.evaluation.bits_per_byte import encode
-from mvlm_core.evaluation.compression import LABELS, compressed_bits_by_part
+from mvlm_core.evaluation.compression import LABELS, compared_texts, compressed_bits_by_part
 from mvlm_core.evaluation.surprisal import (
     Token,
     bits_by_part,
@@ -138,7 +138,7 @@ def scored(models: Models, text: str, corpus: Callable[[], Corpus]) -> Iterator[
 
     yield page("Bits per byte. Priming the compressors with the training text takes some seconds …")
     try:
-        lengths = compressed_bits_by_part(corpus(), [part.encode() for part in parts])
+        lengths = compressed_bits_by_part(compared_texts(corpus())[0], [part.encode() for part in parts])
     except UserError as error:
         yield page(f"No compressors: {error}")
         return
