@@ -44,9 +44,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         exact = torch.promote_types(hidden.dtype, torch.float32)  # sums over the vocabulary need at least float32
         token_weights = token_weights.to(exact)
         nll = torch.empty(count, dtype=exact, device=hidden.device)
-        needs_grad = any(ctx.needs_input_grad[:2])
-        grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = weight.new_zeros(padded, weight.shape[1]) if needs_grad else None
+        grad_hidden, grad_weight = torch.empty_like(hidden), weight.new_zeros(padded, weight.shape[1])
         score = (
             compiled_block(_score_block) if kernel == "compiled" else _BufferedBlocks(hidden, min(rows, count), padded)
         )
@@ -54,13 +52,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         responsibility = torch.ones_like(nll)
         for start in range(0, count, rows):
             part = slice(start, min(start + rows, count))
-            nll[part], gradient = score(hidden[part], matrix, targets[part], vocab, needs_grad)
+            nll[part], gradient = score(hidden[part], matrix, targets[part], vocab)
             if log_vocab_prob is not None and log_other is not None:
                 own = log_vocab_prob[part] - nll[part]
                 nll[part] = -torch.logaddexp(own, log_other[part])
                 responsibility[part] = (own + nll[part]).exp()
-            if gradient is None or grad_hidden is None or grad_weight is None:
-                continue
             # d/dlogits of w·nll is w·(p − onehot): per-row factors are applied to the narrow matrices instead of the
             # logits.
             scale = (token_weights[part, None] / count * responsibility[part, None]).to(hidden.dtype)
@@ -76,7 +72,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 -token_weights * responsibility / count,
                 token_weights * (responsibility - 1) / count,
             )
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight[:vocab], grad_vocab, grad_other)
+        ctx.save_for_backward(grad_hidden, grad_weight[:vocab], grad_vocab, grad_other)
         ctx.mark_non_differentiable(nll)
         return (token_weights * nll).sum() / count, nll
 
@@ -95,9 +91,7 @@ class _BufferedBlocks:
         self.logits = hidden.new_empty(rows, padded)
         self.probabilities = torch.empty_like(self.logits, dtype=torch.promote_types(hidden.dtype, torch.float32))
 
-    def __call__(
-        self, hidden: Tensor, matrix: Tensor, targets: Tensor, vocab: int, needs_grad: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, hidden: Tensor, matrix: Tensor, targets: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
         """Like ``_score_block``, but the gradient is only valid until the next call."""
         target, exact = targets[:, None], self.probabilities.dtype
         logits = torch.mm(hidden, matrix.t(), out=self.logits[: len(target)])
@@ -107,21 +101,16 @@ class _BufferedBlocks:
         probabilities = torch.softmax(logits, dim=-1, dtype=exact, out=self.probabilities[: len(target)])
         log_partition = logits.amax(dim=1).to(exact) - probabilities.amax(dim=1).log()
         nll = log_partition - logits.gather(1, target).squeeze(1)
-        if not needs_grad:
-            return nll, None
         minus_one = torch.full_like(target, -1, dtype=exact)
         return nll, probabilities.scatter_add_(1, target, minus_one).to(hidden.dtype)
 
 
-def _score_block(
-    hidden: Tensor, matrix: Tensor, targets: Tensor, vocab: int, needs_grad: bool
-) -> tuple[Tensor, Tensor | None]:
+def _score_block(hidden: Tensor, matrix: Tensor, targets: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
     """Compute loss and gradient of a block of tokens; has no side effects, so that it can be compiled.
 
     Args:
         hidden: ``[rows, dim]``.
         matrix: ``[padded, dim]``; only the first ``vocab`` rows are tokens.
-        needs_grad: whether to compute the gradient.
     Returns:
         Negative log-likelihood ``[rows]`` in at least float32, and the gradient of the logits ``[rows, padded]`` up to
         a per-row factor.
@@ -135,8 +124,6 @@ def _score_block(
     log_partition = (logits - largest).exp().sum(dim=1, keepdim=True).log() + largest
     target = targets[:, None]
     nll = (log_partition - logits.gather(1, target)).squeeze(1)
-    if not needs_grad:
-        return nll, None
     gradient = (logits - log_partition).exp() - (columns == target).to(logits.dtype)
     return nll, gradient.to(hidden.dtype)
 

@@ -188,7 +188,7 @@ def bytes_of_the_schedule(rows, vocab, dim):
     block = torch.compile(cross_entropy._score_block, fullgraph=True, dynamic=False, backend=backend)
     with FakeTensorMode(), torch.no_grad():
         hidden, matrix = torch.empty(rows, dim), torch.empty(vocab, dim)
-        block(hidden.bfloat16(), matrix.bfloat16(), torch.empty(rows, dtype=torch.int64), vocab, True)
+        block(hidden.bfloat16(), matrix.bfloat16(), torch.empty(rows, dtype=torch.int64), vocab)
     return kernels
 
 
