@@ -17,7 +17,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mvlm_core.command_line import command_line, seed_problems
 from mvlm_core.errors import run_main
@@ -85,7 +85,34 @@ def shares_read_by(folder: Path, corpus: Corpus) -> dict[str, float]:
     return shares_read(train, repeats, max(epochs)) if epochs else {}
 
 
-def evaluate_exports(options: argparse.Namespace, exports: dict[Path, Path]) -> None:
+def reusable_results(saved: dict[str, Any], identity: dict[str, Any], weights: dict[str, str]) -> dict[str, Any]:
+    """Return the saved results of models with the same weights, if they were measured with the same ``identity``."""
+    if any(saved.get(key) != value for key, value in identity.items()):
+        return {}
+    results = saved.get("results", {})
+    return {name: results[name] for name in weights if results.get(name, {}).get("weights") == weights[name]}
+
+
+def warn_about_another_corpus(exports: dict[str, Path], corpus: Corpus) -> None:
+    from mvlm_core.export.manifest import training_config
+
+    for name, folder in exports.items():
+        if training_config(folder).get("data", {}).get("fingerprint") != corpus.fingerprint:
+            print(
+                f"{name} was trained on another corpus: it may have seen the held-out text, or not have seen the train "
+                "text"
+            )
+
+
+def print_table(split: str, results: dict[str, dict[str, Any]]) -> None:
+    from mvlm_core.evaluation.results import rows
+
+    head = [split, "reference text", *(Path(name).name for name in results)]
+    rule = ["---", *["---:"] * (len(results) + 1)]
+    print("\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *rows([*results.values()])]))
+
+
+def evaluate_exports(options: argparse.Namespace, exports: dict[str, Path]) -> None:
     """Evaluate every export once and print the table.
 
     Args:
@@ -94,48 +121,38 @@ def evaluate_exports(options: argparse.Namespace, exports: dict[Path, Path]) -> 
     from bible_corpus.grammar import RULES
     from mvlm_core.data.corpus import load_corpus
     from mvlm_core.evaluation.memorization import share_read
-    from mvlm_core.evaluation.results import as_json, rows
     from mvlm_core.evaluation.suite import draw, evaluate, notes
-    from mvlm_core.export.manifest import corpus_choice, training_config
+    from mvlm_core.export.manifest import corpus_choice
 
     choice = corpus_choice(next(iter(exports.values())), options.validation_dir)
     corpus = load_corpus(options.data_dir, **choice | ({"only": options.data_subset} if options.data_subset else {}))
     hardware = choose_hardware(device=options.device)
     hardware.apply()
-    read = {str(export): shares_read_by(folder, corpus) for export, folder in exports.items()}
+    read = {name: shares_read_by(folder, corpus) for name, folder in exports.items()}
     train = [d for d in corpus.split("train") if all(shares.get(d.path, 1) for shares in read.values())]
     sizes = {name: getattr(options, name) for name in SIZES}
     text = draw(corpus, options.split, RULES, seed=options.seed, train=train, **sizes)
-    used = {key: value for key, value in vars(options).items() if key not in ("models", "json")}
-    unread = sorted({d.path for d in corpus.split("train")} - {d.path for d in train})
-    identity = {"options": used, "fingerprint": corpus.fingerprint, "unread": unread}
-    saved = read_json(options.json) if options.json else {}
-    reusable = saved.get("results", {}) if all(saved.get(key) == value for key, value in identity.items()) else {}
-    weights = {str(export): sha256_file(folder / "model.safetensors") for export, folder in exports.items()}
-    results = {name: reusable[name] for name in weights if reusable.get(name, {}).get("weights") == weights[name]}
-    new = {export: folder for export, folder in exports.items() if str(export) not in results}
-    for export, folder in new.items():
-        if training_config(folder).get("data", {}).get("fingerprint") != corpus.fingerprint:
-            print(
-                f"{export} was trained on another corpus: it may have seen the held-out text, or not have seen the "
-                "train text"
-            )
+    identity = {
+        "options": {key: value for key, value in vars(options).items() if key not in ("models", "json")},
+        "fingerprint": corpus.fingerprint,
+        "unread": sorted({d.path for d in corpus.split("train")} - {d.path for d in train}),
+    }
+    weights = {name: sha256_file(folder / "model.safetensors") for name, folder in exports.items()}
+    results = reusable_results(read_json(options.json) if options.json else {}, identity, weights)
+    new = {name: folder for name, folder in exports.items() if name not in results}
+    warn_about_another_corpus(new, corpus)
     work = partial(evaluate, device=hardware.device, bits_per_byte=not options.no_bits_per_byte)
-    measured = parallel_map(work, [(folder, text) for folder in new.values()], on_cpu=hardware.device == "cpu")
-    for export, result in zip(new, measured, strict=True):
-        shares = read[str(export)]
-        result["memorization"]["read"] = as_json(share_read(text.train_verses, train, shares)) if shares else None
-        results[str(export)] = result | {"weights": weights[str(export)]}
-        print(f"{export}: done", file=sys.stderr, flush=True)
+    jobs = [
+        (folder, text, share_read(text.train_verses, train, read[name]) if read[name] else None)
+        for name, folder in new.items()
+    ]
+    for name, result in zip(new, parallel_map(work, jobs, on_cpu=hardware.device == "cpu"), strict=True):
+        results[name] = result | {"weights": weights[name]}
+        print(f"{name}: done", file=sys.stderr, flush=True)
         if options.json:
             write_json_atomic(options.json, identity | {"results": results})
-    columns = [results[str(export)] for export in exports]
-    table = [
-        [options.split, "reference text", *(path.name for path in exports)],
-        ["---", *["---:"] * (len(columns) + 1)],
-    ]
-    print("\n".join("| " + " | ".join(cells) + " |" for cells in [*table, *rows(columns)]))
-    print("\n".join(["", *notes(columns[0], text)]))
+    print_table(options.split, {name: results[name] for name in exports})
+    print("\n".join(["", *notes(results[next(iter(exports))], text)]))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -143,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     set_process_environment()
     models = list(dict.fromkeys(options.models))
     with checked_exports(models, MODELING_FILES, option_problems(options)) as folders:
-        evaluate_exports(options, dict(zip(models, folders, strict=True)))
+        evaluate_exports(options, dict(zip(map(str, models), folders, strict=True)))
     return 0
 
 

@@ -88,8 +88,7 @@ def rows(results: list[dict[str, Any]]) -> list[list[str]]:
     row("· accuracy, next token", "calibration", "accuracy", form=".2%")
     row("last word, full context", "cloze", "full")
     row("last word, verse only", "cloze", "alone")
-    if all("read" in result["memorization"] for result in results):
-        row("training verses, expected share read", "memorization", "read", form=".1%")
+    row("training verses, expected share read", "memorization", "read", form=".1%")
     for key, label in (("exact", "second half exact"), ("prefix", "common prefix"), ("longest", "longest match")):
         row(f"{label}, train", "memorization", "train", key)
         row(f"{label}, held out", "memorization", "held_out", key)

@@ -72,10 +72,13 @@ def draw(
     )
 
 
-def evaluate(model_dir: Path | str, text: EvaluationSet, *, device: str, bits_per_byte: bool = True) -> dict[str, Any]:
+def evaluate(
+    model_dir: Path | str, text: EvaluationSet, read: float | None, *, device: str, bits_per_byte: bool = True
+) -> dict[str, Any]:
     """Run the suite on one export folder.
 
     Args:
+        read: the share of the training verses that the model is expected to have read; None if unknown.
         bits_per_byte: also score the held-out documents, the slowest part; training has already done so.
     """
     model, tokenizer = load_export(model_dir, device)
@@ -88,7 +91,7 @@ def evaluate(model_dir: Path | str, text: EvaluationSet, *, device: str, bits_pe
     results |= {
         "calibration": calibration(model, tokenizer, text.verses),
         "cloze": cloze(model, tokenizer, text.verses),
-        "memorization": {"train": train, "held_out": held_out, "difference": difference},
+        "memorization": {"train": train, "held_out": held_out, "difference": difference, "read": read},
         "repetition": repetition(model, tokenizer, text.prompts, words=text.words, seed=text.seed),
         "pairs": pair_accuracy(model, tokenizer, text.pairs),
     }
@@ -98,7 +101,7 @@ def evaluate(model_dir: Path | str, text: EvaluationSet, *, device: str, bits_pe
 def notes(result: dict[str, Any], text: EvaluationSet) -> list[str]:
     """Notes for the table: sample sizes and how to read the errors."""
     train, held_out = (result["memorization"][name]["exact"]["count"] for name in ("train", "held_out"))
-    read = result["memorization"].get("read")
+    read = result["memorization"]["read"]
     return [
         f"{len(text.verses)} distinct held-out verses ({result['cloze']['full']['count']} for the last "
         f"word, {held_out} for memorization, and {train} training verses of the same translations and lengths); "
