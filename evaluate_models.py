@@ -19,11 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvlm_core.command_line import command_line, seed_problems
+from mvlm_core.command_line import command_line, device_problems, seed_problems
 from mvlm_core.errors import run_main
 from mvlm_core.export.file_checks import checked_exports
 from mvlm_core.files import read_json, sha256_file, write_json_atomic
-from mvlm_core.hardware import DEVICES, choose_hardware, set_process_environment
+from mvlm_core.hardware import choose_hardware, set_process_environment
 from mvlm_core.pipeline.parallel import parallel_map
 from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
 from mvlm_core.signals import end_on_sigterm
@@ -53,7 +53,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name, (number, text) in SIZES.items():
         add(f"--{name}", type=int, default=number, help=f"{text} [default {number}]")
     add("--no_bits_per_byte", action="store_true", help="skip bits per byte, which training has already measured")
-    add("--device", default="auto", choices=DEVICES, help="[default auto]")
+    add("--device", default="auto", help="auto, cpu or cuda [default auto]")
     add("--seed", type=int, default=0, help="random seed for sampling [default 0]")
     add("--json", type=Path, help="also write the results to this file")
     return parser.parse_args(arguments)
@@ -61,7 +61,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def option_problems(options: argparse.Namespace) -> list[str]:
     problems = [f"--{name} {value}: must be at least 1" for name in SIZES if (value := getattr(options, name)) < 1]
-    problems += seed_problems(options.seed)
+    problems += seed_problems(options.seed) + device_problems(options.device)
     if not Path(options.data_dir).is_dir():
         problems.append(f"--data_dir {options.data_dir}: no such folder")
     if options.json and (options.json.is_dir() or not os.access(options.json.parent, os.W_OK)):

@@ -17,10 +17,10 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvlm_core.command_line import command_line, seed_problems
+from mvlm_core.command_line import command_line, device_problems, seed_problems
 from mvlm_core.errors import UserError, printable, run_main
 from mvlm_core.export.file_checks import checked_exports
-from mvlm_core.hardware import DEVICES, set_process_environment
+from mvlm_core.hardware import set_process_environment
 from mvlm_core.settings import DEFAULT_SAMPLING
 from mvlm_core.signals import end_on_sigterm
 from prioritary_mvlm.config import MODELING_FILES
@@ -67,11 +67,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             ("max_new_tokens", "at least 1", options.max_new_tokens >= 1),
             ("temperature", "0 or more", 0 <= options.temperature < math.inf),
             ("top_p", "above 0 and at most 1", 0 < options.top_p <= 1),
-            ("device", f"one of {', '.join(DEVICES)}", options.device in DEVICES),
         )
         if not holds
     ]
-    problems += seed_problems(options.seed)
+    problems += seed_problems(options.seed) + device_problems(options.device)
     if any("\ud800" <= character <= "\udfff" for character in options.prompt):  # surrogates: undecodable bytes
         problems.append("the prompt is not valid UTF-8")
     if problems:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mvlm_core.command_line import command_line, seed_problems
+from mvlm_core.command_line import command_line, device_problems, seed_problems
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.files import output_folder_problems, read_json
-from mvlm_core.hardware import DEVICES, set_process_environment
+from mvlm_core.hardware import set_process_environment
 from mvlm_core.run_layout import Layout
 from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
 
@@ -33,9 +33,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="random seed for verses and samples [default 0]")
     options = parser.parse_args(arguments)
     problems = output_folder_problems(options.work_dir / "models", "--work_dir:")
-    if options.device not in DEVICES:
-        problems.append(f"--device {options.device}: unknown; choose one of {', '.join(DEVICES)}")
-    problems += seed_problems(options.seed)
+    problems += device_problems(options.device) + seed_problems(options.seed)
     if not Path(options.data_dir).is_dir():
         problems.append(f"--data_dir {options.data_dir}: no such folder")
     options.layout = Layout(options.work_dir.absolute())

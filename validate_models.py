@@ -17,14 +17,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mvlm_core.command_line import command_line, seed_problems
+from mvlm_core.command_line import command_line, device_problems, seed_problems
 from mvlm_core.errors import UserError, printable, run_main
 from mvlm_core.export.file_checks import Checks, check_files
 from mvlm_core.export.manifest import MANIFEST
 from mvlm_core.export.strict_tar import name_problem
 from mvlm_core.export.validation import LOADING, check_formats, check_loading, check_packed, check_scores
 from mvlm_core.files import output_folder_problems, read_json, write_json_atomic
-from mvlm_core.hardware import DEVICES, set_process_environment
+from mvlm_core.hardware import set_process_environment
 from mvlm_core.machine import gpu_count
 from mvlm_core.pipeline.parallel import parallel_map
 from mvlm_core.pipeline.summary import timestamp
@@ -137,8 +137,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if not Path(folder).is_dir()
     ]
     problems += [] if options.seed is None else seed_problems(options.seed)
-    if options.device not in DEVICES:
-        problems.append(f"--device {options.device}: unknown; choose one of {', '.join(DEVICES)}")
+    problems += device_problems(options.device)
     if not options.quick and not Path(options.data_dir).is_dir():
         problems.append(f"--data_dir {options.data_dir}: no such folder (or use --quick to skip the scores)")
     if not Path(options.work_dir).is_dir():

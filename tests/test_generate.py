@@ -77,9 +77,10 @@ def test_tampered_weights_and_code_are_refused(trained, tmp_path):
 
 
 def test_all_bad_arguments_are_reported_in_one_error(tmp_path):
+    options = {"--temperature": "-1", "--top_p": "0", "--seed": str(2**63), "--device": "tpu"}
     with pytest.raises(UserError) as caught:
-        generate.main([str(tmp_path), PROMPT, "--temperature", "-1", "--top_p", "0", "--seed", str(2**63)])
-    assert [problem.split()[0] for problem in caught.value.problems] == ["--temperature", "--top_p", "--seed"]
+        generate.main([str(tmp_path), PROMPT, *(word for option in options.items() for word in option)])
+    assert [problem.split()[0] for problem in caught.value.problems] == list(options)
     with pytest.raises(UserError, match="--seed -1.*not valid UTF-8"):
         generate.main([str(tmp_path), "\udcff", "--seed", "-1"])
     for place, words in ((tmp_path, "not a finished export"), (tmp_path / "none", "no such folder")):

@@ -138,8 +138,8 @@ def test_all_bad_arguments_are_reported_in_one_error(tmp_path):
     with pytest.raises(UserError) as caught:
         serve.main([str(tmp_path), str(tmp_path / "none")])
     assert len(caught.value.problems) == 2
-    with pytest.raises(UserError, match="--port 70000"):
-        serve.main(["--port", "70000", str(tmp_path)])
+    with pytest.raises(UserError, match="--port 70000.*--device tpu: unknown"):
+        serve.main(["--port", "70000", "--device", "tpu", str(tmp_path)])
 
 
 def test_missing_packages_and_models_are_reported(tmp_path, monkeypatch):

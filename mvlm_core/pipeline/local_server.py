@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mvlm_core.command_line import command_line
+from mvlm_core.command_line import command_line, device_problems
 from mvlm_core.errors import UserError
 from mvlm_core.export.file_checks import checked_exports
 from mvlm_core.export.manifest import exports_in
-from mvlm_core.hardware import DEVICES, choose_hardware, limit_decoding_threads, set_process_environment
+from mvlm_core.hardware import choose_hardware, limit_decoding_threads, set_process_environment
 from mvlm_core.run_layout import Layout
 from mvlm_core.settings import REPOSITORY_ROOT
 
@@ -28,7 +28,7 @@ def parser_of(description: str | None, port: int) -> argparse.ArgumentParser:
     add("models", nargs="*", type=Path, metavar="MODEL", help="export folders or .tar.gz [default: all trained models]")
     add("--port", type=int, default=port, help=f"port to listen on; 0: any free port [default {port}]")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: reachable from the network [127.0.0.1]")
-    add("--device", default="auto", choices=DEVICES, help="[default auto]")
+    add("--device", default="auto", help="auto, cpu or cuda [default auto]")
     return parser
 
 
@@ -40,6 +40,7 @@ def check(options: argparse.Namespace, packages: tuple[str, ...]) -> None:
     """
     layout = Layout(REPOSITORY_ROOT)
     problems = [] if 0 <= options.port < 65536 else [f"--port {options.port}: must be from 0 to 65535"]
+    problems += device_problems(options.device)
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
         install = ".venv/bin/python -m pip install -r requirements-extras.txt"
         problems.append(f"not installed: {', '.join(missing)}; install with: {install}")

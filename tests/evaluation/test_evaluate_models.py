@@ -105,11 +105,17 @@ def test_all_problems_are_reported_before_any_measurement(trained, tmp_path):
     shutil.copytree(trained / "simone_enhanced", other, ignore=shutil.ignore_patterns("checkpoints"))
     with (other / "rope_attention.py").open("a") as file:
         file.write("print('run')\n")
-    arguments = [other, tmp_path, tmp_path / "none", "--verses", 0, "--seed", -1, "--json", tmp_path / "none" / "x"]
+    models = [other, tmp_path, tmp_path / "none"]
+    arguments = [*models, *"--verses 0 --seed -1 --device tpu --json".split(), tmp_path / "none" / "x"]
     with pytest.raises(UserError) as caught:
         evaluate_models.main([str(argument) for argument in arguments])
     problems = "\n".join(caught.value.problems)
     for words in ("rope_attention.py: differs", "not a finished export", "no such folder"):
         assert words in problems
-    flags = ["--verses 0: must be at least 1", "--seed -1: must be from 0 to 2**63 - 1", f"--json {arguments[-1]}"]
+    flags = [
+        "--verses 0: must be at least 1",
+        "--seed -1: must be from 0 to 2**63 - 1",
+        "--device tpu",
+        f"--json {arguments[-1]}",
+    ]
     assert all(found.startswith(flag) for found, flag in zip(caught.value.problems, flags, strict=False))
