@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import mvlm_trainer
 from mvlm_core.command_line import command_line, device_problems, seed_problems
 from mvlm_core.errors import run_main
 from mvlm_core.export.file_checks import checked_exports
@@ -27,11 +28,12 @@ from mvlm_core.hardware import choose_hardware, set_process_environment
 from mvlm_core.pipeline.parallel import parallel_map
 from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
 from mvlm_core.signals import end_on_sigterm
-from prioritary_mvlm.config import MODELING_FILES
+from prioritary_mvlm.config import MODELING_FILES, NAME
 
 if TYPE_CHECKING:
     from mvlm_core.data.corpus import Corpus
 
+MODELS = (mvlm_trainer.NAME, NAME)
 SIZES = {
     "verses": (300, "verses per metric"),
     "prompts": (100, "number of prompts"),
@@ -43,8 +45,8 @@ SIZES = {
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command_line(__doc__)
     add = parser.add_argument
-    default = [REPOSITORY_ROOT / "models" / name for name in ("mvlm_gpt2", "simone_enhanced")]
-    models = "export folders or .tar.gz [default: models/mvlm_gpt2 and models/simone_enhanced]"
+    default = [REPOSITORY_ROOT / "models" / name for name in MODELS]
+    models = f"export folders or .tar.gz [default: models/{MODELS[0]} and models/{MODELS[1]}]"
     add("models", nargs="*", type=Path, default=default, metavar="MODEL", help=models)
     add("--data_dir", default=str(DEFAULT_DATA_DIR), help="the corpus the models were trained on")
     add("--validation_dir", help="the folder of the validation text, if the models were trained with one")

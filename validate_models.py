@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import mvlm_trainer
 from mvlm_core.command_line import command_line, device_problems, seed_problems
 from mvlm_core.errors import UserError, printable, run_main
 from mvlm_core.export.file_checks import Checks, check_files
@@ -31,9 +32,9 @@ from mvlm_core.pipeline.summary import timestamp
 from mvlm_core.run_layout import Layout
 from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
 from mvlm_core.signals import end_on_sigterm
-from prioritary_mvlm.config import MODELING_FILES
+from prioritary_mvlm.config import MODELING_FILES, NAME
 
-MODELS = ("mvlm_gpt2", "simone_enhanced")
+MODELS = (mvlm_trainer.NAME, NAME)
 PROMPTS = (
     "In the beginning God",
     "The LORD is my shepherd",

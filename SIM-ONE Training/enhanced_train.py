@@ -12,9 +12,9 @@ import prioritary_mvlm
 from mvlm_core.command_line import trainer_settings
 from mvlm_core.errors import run_main
 from mvlm_core.settings import REPOSITORY_ROOT
-from prioritary_mvlm.config import PrioritaryConfig
+from prioritary_mvlm.config import NAME, PrioritaryConfig
 
-OUTPUT_DIR = REPOSITORY_ROOT / "models" / "simone_enhanced"
+OUTPUT_DIR = REPOSITORY_ROOT / "models" / NAME
 EXAMPLES = """examples:
   python enhanced_train.py                       train with the preset for this machine
   python enhanced_train.py --preset smoke        one-minute smoke test

@@ -36,12 +36,12 @@ from mvlm_core.pipeline.child_process import Signals
 from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR, REPOSITORY_ROOT, TrainingSettings
 from mvlm_core.signals import PARENT_VARIABLE
 from mvlm_core.training.distillation import teacher_and_student_settings
-from prioritary_mvlm.config import PrioritaryConfig
+from prioritary_mvlm.config import NAME, PrioritaryConfig
 
 if TYPE_CHECKING:
     from mvlm_core.training.recipe import Recipe
 
-SETTINGS = {"mvlm_gpt2": mvlm_trainer.GPT2Settings, "simone_enhanced": PrioritaryConfig}
+SETTINGS = {mvlm_trainer.NAME: mvlm_trainer.GPT2Settings, NAME: PrioritaryConfig}
 EPILOG = f"""Each run trains in a separate process, like the trainers, and saves its finished model in --work_dir.
 Run the command again to resume: finished runs are skipped, an interrupted one continues from its checkpoint.
 {command.EXIT_CODES}"""
@@ -53,7 +53,7 @@ ResultsBySeed = dict[str, dict[int, Figures]]  # label → seed → figures of a
 
 def recipe_of(model: str, component_swap: str | None = None) -> Recipe:
     """Return the training recipe of a model, for model 2 optionally with a swapped component. Imports torch."""
-    if model == "mvlm_gpt2":
+    if model == mvlm_trainer.NAME:
         return mvlm_trainer.recipe()
     from prioritary_mvlm.enhanced_trainer import RECIPE
 
