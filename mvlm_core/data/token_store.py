@@ -103,13 +103,13 @@ def alignment_weights(documents: list[Document], lengths: np.ndarray) -> np.ndar
     return raw / mean if mean > 0 else np.ones_like(raw)
 
 
-def texts(documents: Iterable[Document], batch_bytes: int = _ENCODE_BYTES) -> Iterator[list[str]]:
-    """Yield the documents' texts in groups of about ``batch_bytes``, so that memory does not grow with the corpus."""
+def _texts(documents: Iterable[Document]) -> Iterator[list[str]]:
+    """Yield the documents' texts in groups of about ``_ENCODE_BYTES``, so that memory does not grow with the corpus."""
     group, size = [], 0
     for document in documents:
         group.append(document.read())
         size += document.size
-        if size >= batch_bytes:
+        if size >= _ENCODE_BYTES:
             yield group
             group, size = [], 0
     if group:
@@ -166,7 +166,7 @@ def _write(documents: list[Document], tokenizer: ByteLevelBPE, folder: Path, qui
             open(temporary / "tokens.bin", "wb") as file,
             progress(total, "tokens", "B", quiet=quiet, unit_scale=True) as bar,
         ):
-            for group in texts(documents):
+            for group in _texts(documents):
                 for ids in tokenizer.encode_batch(group):
                     ids = [tokenizer.start_id, *ids, *([] if tokenizer.end_id is None else [tokenizer.end_id])]
                     np.asarray(ids, dtype=dtype).tofile(file)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mvlm_core.data.batches import BatchSource
 from mvlm_core.data.corpus import Corpus, Document, load_corpus
-from mvlm_core.data.token_store import TokenStore, build_token_store, parse_mix, texts
+from mvlm_core.data.token_store import TokenStore, build_token_store, parse_mix
 from mvlm_core.data.tokenizer import ByteLevelBPE, cached_tokenizer
 from mvlm_core.errors import UserError, printable
 from mvlm_core.settings import TrainingSettings
@@ -95,7 +95,7 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
     if path := tokenizer_path(settings):
         tokenizer = tokenizer_class.load(path)
     else:
-        pieces = (text for group in texts(train) for text in group)
+        pieces = (document.read() for document in train)
         tokenizer = cached_tokenizer(
             tokenizer_class, pieces, corpus.fingerprint, settings.vocab_size, settings.cache_dir, quiet=settings.quiet
         )

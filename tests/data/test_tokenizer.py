@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import mvlm_trainer
 from mvlm_core.data.corpus import load_corpus
-from mvlm_core.data.token_store import alignment_weights, build_token_store, texts, token_folder
+from mvlm_core.data.token_store import alignment_weights, build_token_store, token_folder
 from mvlm_core.data.tokenizer import ByteLevelBPE, cached_tokenizer
 from mvlm_core.errors import UserError
 from prioritary_mvlm import AdvancedBPETokenizer, BiblicalBPETokenizer
@@ -123,7 +123,7 @@ def biblical_32k(repository, tmp_path_factory):
     if not (data / "bible" / "kjv").is_dir():
         pytest.skip("the corpus is not built: run prepare_dataset.py")
     corpus = load_corpus(data, only="bible/kjv")
-    return AdvancedBPETokenizer.train(text for group in texts(corpus.split("train")) for text in group)
+    return AdvancedBPETokenizer.train(document.read() for document in corpus.split("train"))
 
 
 def test_token_store_holds_the_documents_and_is_reused_until_they_change(tiny_corpus, tmp_path):
