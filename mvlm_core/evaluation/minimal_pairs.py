@@ -54,19 +54,15 @@ def minimal_pairs(verses: Iterable[Verse], rules: Iterable[Rule], *, per_rule: i
     return pairs
 
 
-def pair_point(good_nats: float, bad_nats: float) -> float:
-    """1 if the good verse is more likely, 0 if the bad one is, 0.5 for a tie (relative difference up to 1e-6)."""
-    return choice_point((-good_nats, -bad_nats), 0)
-
-
 def pair_accuracy(model: Any, tokenizer: Any, pairs: Sequence[Pair]) -> dict[str, Mean]:
-    """Mean of ``pair_point`` by rule, for rules with at least ``MIN_PAIRS`` pairs.
+    """Share of pairs whose good verse is more likely, by rule, for rules with at least ``MIN_PAIRS`` pairs.
 
-    The whole verse with its line break is scored as a separate document.
+    A tie counts half. The whole verse with its line break is scored as a separate document.
     """
     texts = sorted({text for pair in pairs for text in (pair.good, pair.bad)}, key=lambda text: (len(text), text))
     score = score_loaded(model, tokenizer, ((text, text + "\n") for text in texts), batch_size=32)
     points: dict[str, list[float]] = defaultdict(list)
     for pair in pairs:
-        points[pair.rule].append(pair_point(score.documents[pair.good].nats, score.documents[pair.bad].nats))
+        log_probs = [-score.documents[text].nats for text in (pair.good, pair.bad)]
+        points[pair.rule].append(choice_point(log_probs, 0))
     return {rule: mean(values) for rule, values in points.items() if len(values) >= MIN_PAIRS}

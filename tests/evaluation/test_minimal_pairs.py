@@ -4,7 +4,7 @@ import pytest
 
 from bible_corpus.grammar import RULES
 from mvlm_core.data.verses import verses_of
-from mvlm_core.evaluation.minimal_pairs import Pair, minimal_pairs, pair_accuracy, pair_point
+from mvlm_core.evaluation.minimal_pairs import Pair, minimal_pairs, pair_accuracy
 from tests.evaluation import KNOWN, verse_of
 
 
@@ -41,11 +41,6 @@ def test_every_rule_finds_pairs_in_the_corpus_up_to_its_limit(corpus):
         pairs == minimal_pairs(verses, RULES, per_rule=15, seed=1) != minimal_pairs(verses, RULES, per_rule=15, seed=2)
     )
     assert len({(pair.rule, pair.good) for pair in pairs}) == len(pairs)
-
-
-def test_ties_score_half_a_point():
-    assert [pair_point(10.0, 11.0), pair_point(11.0, 10.0), pair_point(10.0, 10.0)] == [1.0, 0.0, 0.5]
-    assert pair_point(10.0, 10.000001) == 0.5 and pair_point(10.0, 10.001) == 1.0
 
 
 def test_a_model_prefers_the_verses_it_was_trained_on(couples, tokenizer, overfitted):

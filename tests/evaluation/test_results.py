@@ -27,6 +27,8 @@ def test_outcomes_of_0_and_1_have_an_error_even_if_all_agree(successes, count, e
 
 def test_tied_answers_share_the_point():
     assert [choice_point((-1, -1, -5), answer) for answer in range(3)] == [0.5, 0.5, 0]
+    pairs = (-10.0, -11.0), (-11.0, -10.0), (-10.0, -10.000001), (-10.0, -10.001)
+    assert [choice_point(pair, 0) for pair in pairs] == [1.0, 0.0, 0.5, 1.0]
 
 
 def test_non_finite_numbers_become_null_in_json():
