@@ -1,15 +1,12 @@
-"""Model 2's tokenizer: byte-level BPE, 32,000 entries by default."""
+"""Model 2's tokenizer: byte-level BPE with a pre-tokenizer of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from tokenizers import Regex, pre_tokenizers
 
 from mvlm_core.data.tokenizer import ByteLevelBPE
-
-DEFAULT_VOCABULARY = 32_000
 
 # A word includes the preceding space; digits split into groups of at most three; a run of punctuation includes the
 # following line break, so that the end of a verse is usually one token instead of two.
@@ -29,10 +26,6 @@ class AdvancedBPETokenizer(ByteLevelBPE):
         "bos_token": "<bos>",
         "eos_token": "<eos>",
     }
-
-    @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int = DEFAULT_VOCABULARY, *, show_progress: bool = False) -> Self:
-        return super().train(texts, vocab_size, show_progress=show_progress)
 
     @classmethod
     def pre_tokenizer(cls) -> pre_tokenizers.PreTokenizer:

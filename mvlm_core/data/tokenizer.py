@@ -62,7 +62,7 @@ class ByteLevelBPE:
         return json.dumps([tokenizers.__version__, empty, cls.SPECIAL_TOKENS, cls.SPECIAL_TOKENS_LAST])
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, *, show_progress: bool = False) -> Self:
+    def train(cls, texts: Iterable[str], vocab_size: int = 32_000, *, show_progress: bool = False) -> Self:
         """Train a vocabulary of ``vocab_size`` entries including special tokens (fewer if the text is too small).
 
         Raises:
