@@ -168,9 +168,9 @@ def compute(run: Run) -> float:
     return sum((model.num_epochs or 0) / 3 * relative_step_cost(model) for model in models)
 
 
-def figures(run: Run) -> Figures:
+def figures(run: Run, result: Figures) -> Figures:
     """Return a finished run's results and compute."""
-    return (run.result() or {}) | {"compute": compute(run)}
+    return result | {"compute": compute(run)}
 
 
 def table(results: ResultsBySeed) -> str:

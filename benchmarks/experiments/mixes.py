@@ -9,7 +9,6 @@ validation books of the primary translation, and of all translations, weighted b
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 from benchmarks import command
@@ -56,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = runner.checked(runner.command_line(__doc__, "mixes", VARIANTS).parse_args(arguments))
     variants = {name: VARIANTS[name] for name in command.parse_only(options.only, VARIANTS)}
     runs = runner.make_runs(variants, options, runner.shared_values(options))
-    return runner.run_experiment(runs, options, table, partial(score, data_dir=options.data_dir))
+    return runner.run_experiment(runs, options, table, lambda run, _: score(run, options.data_dir))
 
 
 if __name__ == "__main__":

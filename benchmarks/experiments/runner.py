@@ -223,18 +223,22 @@ def run_experiment(
     runs: list[Run],
     options: argparse.Namespace,
     table: Callable[[ResultsBySeed], str],
-    figures: Callable[[Run], Figures | None] = Run.result,
+    figures: Callable[[Run, Figures], Figures] = lambda _run, result: result,
 ) -> int:
-    """Execute missing runs (none with ``--table``), show the table of finished ones and return the exit code."""
+    """Execute missing runs (none with ``--table``), show the table of finished ones and return the exit code.
+
+    Args:
+        figures: what the table shows of a finished run with this result.
+    """
     failed = [] if options.table else run_all(runs, options.root, options)
-    finished = {run: result["origin"] for run in runs if (result := run.result()) is not None}
+    finished = {run: result for run in runs if (result := run.result()) is not None}
     results: ResultsBySeed = {}
-    for run in finished:
-        results.setdefault(run.label, {})[run.seed] = figures(run)
+    for run, result in finished.items():
+        results.setdefault(run.label, {})[run.seed] = figures(run, result)
     if results:
         command.show(table(results), results, options)
     print(f"\nPreset {options.preset}; {len(finished)} of {len(runs)} runs finished.")
-    origins = {json.dumps(origin) for origin in finished.values()}
+    origins = {json.dumps(result["origin"]) for result in finished.values()}
     if len(origins) > 1:  # different machines, precisions or texts
         print("Runs with different origins, not to be compared:", *sorted(origins), sep="\n  ")
     return 1 if failed else 0

@@ -29,9 +29,9 @@ def make_runs(options: argparse.Namespace) -> list[Run]:
     return runner.make_runs(variants, options, runner.shared_values(options, test_score=True))
 
 
-def figures(run: Run) -> Figures:
+def figures(run: Run, result: Figures) -> Figures:
     """Return a finished run's results and its evaluations."""
-    return run.result() | {"evaluations": [record for record in run.history() if "validation_bpb" in record]}
+    return result | {"evaluations": [record for record in run.history() if "validation_bpb" in record]}
 
 
 def reached(first: Figures, second: Figures) -> dict[str, float] | None:
