@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from mvlm_core.data.verses import Verse, followed_by
 from mvlm_core.evaluation.bits_per_byte import context_of, encode
-from mvlm_core.evaluation.results import Mean, mean
+from mvlm_core.evaluation.results import SAMPLING, Mean, mean
 from mvlm_core.settings import Sampling
 
 _CHARACTERS = 16  # per token, well above average: text further back would be encoded only to be truncated
@@ -120,7 +120,7 @@ def _continue(
     return torch.cat(generated, dim=1).tolist()
 
 
-def nucleus(logits: Tensor, uniform: Tensor, p: float = 0.95, likely: int = 256) -> Tensor:
+def nucleus(logits: Tensor, uniform: Tensor, p: float, likely: int = 256) -> Tensor:
     """Top-p sampling: draw a token ``[batch, 1]`` for each row of ``logits [batch, vocab]`` by inverse transform.
 
     Args:
@@ -184,7 +184,7 @@ def repetition(
     """
     prompts, lengths, references = continuation_prompts(model, tokenizer, verses, words)
     greedy, sampled = (
-        continuations(model, tokenizer, prompts, lengths, sample=sample, seed=seed) for sample in (None, Sampling())
+        continuations(model, tokenizer, prompts, lengths, sample=sample, seed=seed) for sample in (None, SAMPLING)
     )
     by_name = {"greedy": greedy, "sampled": sampled, "reference": references}
     return {name: diversity([text.split()[:words] for text in texts]) for name, texts in by_name.items()}

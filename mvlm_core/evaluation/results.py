@@ -11,6 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from mvlm_core.settings import Sampling
+
+SAMPLING = Sampling(temperature=1.0, top_p=0.95)  # of the suite's sampled continuations; exports use DEFAULT_SAMPLING
+
 
 @dataclass(frozen=True)
 class Mean:
@@ -94,9 +98,10 @@ def rows(results: list[dict[str, Any]]) -> list[list[str]]:
         row(f"{label}, held out", "memorization", "held_out", key)
         row("· memorized (difference)", "memorization", "difference", key, form="+")
     text = first["repetition"]["reference"]
-    for decoding in ("greedy", "sampled"):
+    sampled = f"sampled (temperature {SAMPLING.temperature:g}, top-p {SAMPLING.top_p:g})"
+    for decoding, name in (("greedy", "greedy"), ("sampled", sampled)):
         for label, key, form in (("rep-4", "rep_4", ""), ("distinct-2", "distinct_2", ".1%")):
-            row(f"{label}, {decoding}", "repetition", decoding, key, form=form, text=cell(text[key], form))
+            row(f"{label}, {name}", "repetition", decoding, key, form=form, text=cell(text[key], form))
     for rule, accuracy in first["pairs"].items():
         row(f"{rule} ({accuracy['count']} pairs)", "pairs", rule)
     return table

@@ -53,7 +53,8 @@ def test_all_models_share_one_table_and_results_are_cached(evaluate, variant, tr
     table, printed = evaluate(*arguments)
     assert table[0] == ["validation", "reference text", gpt2.name, archive.name] and {len(row) for row in table} == {4}
     labels = [row[0] for row in table]
-    assert {"bits per byte", "· Ruth", "· kjv", "calibration error (ECE)", "rep-4, sampled"} <= set(labels)
+    sampled = "rep-4, sampled (temperature 1, top-p 0.95)"
+    assert {"bits per byte", "· Ruth", "· kjv", "calibration error (ECE)", sampled} <= set(labels)
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     first = results[str(gpt2)]
     assert f"{first['bits_per_byte']['all']:.4f}" == table[labels.index("bits per byte")][2]

@@ -70,11 +70,11 @@ def test_sampling_is_seeded_and_preserves_the_global_rng_state(tokenizer, overfi
 def test_nucleus_tokens_are_drawn_in_proportion_to_their_probability():
     probabilities = torch.tensor([0.03, 0.5, 0.3, 0.01, 0.16])  # the first 0.95 are tokens 1, 2 and 4
     chances = (torch.arange(9600) + 0.5) / 9600
-    drawn = nucleus(probabilities.log().expand(9600, -1), chances).flatten()
+    drawn = nucleus(probabilities.log().expand(9600, -1), chances, 0.95).flatten()
     assert torch.bincount(drawn, minlength=5).tolist() == [0, 5000, 3000, 0, 1600]
-    ends = nucleus(probabilities.log().expand(2, -1), torch.tensor([0.0, 1.0 - 2**-24])).flatten()
+    ends = nucleus(probabilities.log().expand(2, -1), torch.tensor([0.0, 1.0 - 2**-24]), 0.95).flatten()
     assert ends.tolist() == [1, 4]
-    assert nucleus(torch.zeros(1, 7), torch.tensor([0.999])).item() < 7, "all alike"
+    assert nucleus(torch.zeros(1, 7), torch.tensor([0.999]), 0.95).item() < 7, "all alike"
 
 
 def test_nucleus_sampling_does_not_depend_on_the_initial_sort_size():
