@@ -95,12 +95,14 @@ class ComprehensiveTrainingLoss(nn.Module):
         if self.alignment_weight > 0 or self.accuracy_weight != 1:
             token_weights = self.accuracy_weight + self.alignment_weight * document_weights
         cross_entropy = partial(linear_cross_entropy, kernel=self.loss_kernel)
-        weight, parts = self.coherence_weight_at(progress), {}
+        weight = self.coherence_weight_at(progress)
+        parts: dict[str, Tensor] = {}
         if teacher is None:
             mixture = None if pointer_output is None else (pointer_output.vocabulary, pointer_output.log_prob(targets))
             total, nll = cross_entropy(hidden, output_weight, targets, token_weights, mixture=mixture)
         else:
-            student, weight = Prediction(hidden, output_weight, pointer_output), (1 - DISTILLATION_WEIGHT) * weight
+            weight *= 1 - DISTILLATION_WEIGHT
+            student = Prediction(hidden, output_weight, pointer_output)
             total, nll, parts["distillation_loss"] = distillation_loss(
                 student, teacher, targets, DISTILLATION_WEIGHT, token_weights, self.loss_kernel
             )

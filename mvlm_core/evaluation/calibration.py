@@ -60,12 +60,14 @@ def verse_ids(tokenizer: Any, verse: Verse) -> list[int]:
 def calibration(model: Any, tokenizer: Any, verses: Iterable[Verse]) -> Calibration:
     """Calibration on the tokens of the verses and of the line breaks after them, each predicted from all the text that
     precedes it."""
-    context, items, confidence, correct = context_of(model), [], [np.empty(0)], [np.empty(0)]
+    context = context_of(model)
+    items = []
     for verse in verses:
         last = verse_ids(tokenizer, verse)
         ids = np.array((prompt_ids(tokenizer, verse.before, context + 1) + last)[-context - 1 :])
         items.append(Window(verse.reference, 0, ids[:-1], ids[1:], max(0, len(ids) - 1 - len(last))))
     items.sort(key=lambda item: (len(item.inputs), item.first_new))  # to minimize padding and unused logits
+    confidence, correct = [np.empty(0)], [np.empty(0)]
     for start in range(0, len(items), _BATCH_SIZE):
         logits, targets, new = window_logits(model, items[start : start + _BATCH_SIZE], str(model.device))
         top, predicted = logits.float().softmax(dim=-1).max(dim=-1)

@@ -116,7 +116,9 @@ class _DistillationLoss(torch.autograd.Function):
                 gradient[part] = value
         ctx.save_for_backward(grad_hidden.view_as(hidden), grad_weight[:vocab], *grad_pointer)
         ctx.targets_shape = targets.shape
-        loss, nll, soft = (text_weights * nll + distillation_weight * soft).mean(), nll.view(targets.shape), soft.mean()
+        loss = (text_weights * nll + distillation_weight * soft).mean()
+        nll = nll.view(targets.shape)
+        soft = soft.mean()
         ctx.mark_non_differentiable(nll, soft)
         return loss, nll, soft
 
