@@ -71,9 +71,9 @@ def option_problems(options: argparse.Namespace) -> list[str]:
     return problems
 
 
-def shares_read_by(folder: Path, corpus: Corpus) -> dict[str, float]:
+def recorded_coverage(folder: Path, corpus: Corpus) -> dict[str, float]:
     """Expected share of each train document, by path, that the exported weights have read; {} if not recorded."""
-    from mvlm_core.data.token_store import document_repeats, shares_read
+    from mvlm_core.data.token_store import document_coverage, document_repeats
     from mvlm_core.export.manifest import training_config
     from mvlm_core.run_layout import finite_number, training_history
 
@@ -84,7 +84,7 @@ def shares_read_by(folder: Path, corpus: Corpus) -> dict[str, float]:
     records = [[finite_number(record.get(key)) for key in ("step", "epoch")] for record in training_history(folder)]
     epochs = [epoch for step, epoch in records if step is not None and epoch is not None and step <= best]
     repeats = document_repeats(train, config["data"].get("mix"))
-    return shares_read(train, repeats, max(epochs)) if epochs else {}
+    return document_coverage(train, repeats, max(epochs)) if epochs else {}
 
 
 def reusable_results(saved: dict[str, Any], identity: dict[str, Any], weights: dict[str, str]) -> dict[str, Any]:
@@ -122,18 +122,18 @@ def evaluate_exports(options: argparse.Namespace, exports: dict[str, Path]) -> N
     """
     from bible_corpus.grammar import RULES
     from mvlm_core.data.corpus import load_corpus
-    from mvlm_core.evaluation.memorization import share_read
-    from mvlm_core.evaluation.suite import draw, evaluate, notes
+    from mvlm_core.evaluation.memorization import mean_coverage
+    from mvlm_core.evaluation.suite import draw_evaluation_set, evaluate, notes
     from mvlm_core.export.manifest import corpus_choice
 
     choice = corpus_choice(next(iter(exports.values())), options.validation_dir)
     corpus = load_corpus(options.data_dir, **choice | ({"only": options.data_subset} if options.data_subset else {}))
     hardware = choose_hardware(device=options.device)
     hardware.apply()
-    read = {name: shares_read_by(folder, corpus) for name, folder in exports.items()}
+    read = {name: recorded_coverage(folder, corpus) for name, folder in exports.items()}
     train = [d for d in corpus.split("train") if all(shares.get(d.path, 1) for shares in read.values())]
     sizes = {name: getattr(options, name) for name in SIZES}
-    text = draw(corpus, options.split, RULES, seed=options.seed, train=train, **sizes)
+    text = draw_evaluation_set(corpus, options.split, RULES, seed=options.seed, train=train, **sizes)
     identity = {
         "options": {key: value for key, value in vars(options).items() if key not in ("models", "json")},
         "fingerprint": corpus.fingerprint,
@@ -145,7 +145,7 @@ def evaluate_exports(options: argparse.Namespace, exports: dict[str, Path]) -> N
     warn_about_another_corpus(new, corpus)
     work = partial(evaluate, device=hardware.device, bits_per_byte=not options.no_bits_per_byte)
     jobs = [
-        (folder, text, share_read(text.train_verses, train, read[name]) if read[name] else None)
+        (folder, text, mean_coverage(text.train_verses, train, read[name]) if read[name] else None)
         for name, folder in new.items()
     ]
     for name, result in zip(new, parallel_map(work, jobs, on_cpu=hardware.device == "cpu"), strict=True):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks import command
 from mvlm_core.data.corpus import Corpus, load_corpus
-from mvlm_core.data.verses import followed_by, sample_verses, verses_of
+from mvlm_core.data.verses import next_words, sample_verses, verses_of
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.evaluation.compression import compared_texts, ppmd_bits
 from mvlm_core.hardware import set_process_environment
@@ -52,7 +52,7 @@ def measure(export: Path, corpus: Corpus, train: bytes, count: int, seed: int) -
 
     model, tokenizer = load_export(export)
     held_out = corpus.primary_part("validation") or corpus.split("validation")
-    verses = sample_verses((v for v in verses_of(held_out) if followed_by(v, WORDS) is not None), count, seed)
+    verses = sample_verses((v for v in verses_of(held_out) if next_words(v, WORDS) is not None), count, seed)
     prompts, lengths, references = continuation_prompts(model, tokenizer, verses, WORDS)
     results = {"the books": measured(references, train)}
     for name, sample in settings().items():

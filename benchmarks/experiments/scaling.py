@@ -223,7 +223,7 @@ def searches(part: str, model: str, options: argparse.Namespace) -> list[Search]
     return [Search(options, model, *point) for point in POINTS[part]]
 
 
-def ruled_runs(part: str, model: str, rule: Rule, options: argparse.Namespace) -> list[Run]:
+def runs_at_rule_rates(part: str, model: str, rule: Rule, options: argparse.Namespace) -> list[Run]:
     """Return the runs of "test" and "amounts", with learning rates from the rule."""
     factors = (0.5, 1.0, 2.0) if part == "test" else (1.0,)
     runs = []
@@ -255,7 +255,7 @@ def rule_of(model: str, options: argparse.Namespace) -> Rule | None:
 
 def law_of(model: str, rule: Rule, options: argparse.Namespace) -> Law | None:
     """Fit the law to the best runs of the three sizes and the runs on more text; None if one is missing."""
-    runs = ruled_runs("amounts", model, rule, options)
+    runs = runs_at_rule_rates("amounts", model, rule, options)
     if any(run.result() is None for run in runs):
         return None
     for search in searches("learning_rates", model, options):
@@ -284,7 +284,7 @@ def rule_lines(model: str, rule: Rule, law: Law | None, options: argparse.Namesp
         f"\n{model}: best learning rate = {rule.a:.3g} · width ** {rule.b:.2f} · (batch / {BATCH}) ** {rule.c:.2f} "
         f"· text ** {rule.d:.2f}; {rule(FULL_WIDTH):.2g} at width {FULL_WIDTH}, other factors equal"
     ]
-    for run in (run for part in ("test", "amounts") for run in ruled_runs(part, model, rule, options)):
+    for run in (run for part in ("test", "amounts") for run in runs_at_rule_rates(part, model, rule, options)):
         for parameters, size, value in figures([run]):
             expected = f", {law(parameters, size):.4f} by the law" if law else ""
             lines.append(f"  {run.name}: {parameters:,} parameters, {size:,} bytes: {value:.4f}{expected}")
@@ -314,7 +314,7 @@ def run_part(part: str, model: str, options: argparse.Namespace) -> list[Run]:
     if not (rule := rule_of(model, options)):
         log.warning("%s: skipped for %s: run --only learning_rates first", part, model)
         return []
-    return runner.run_all(ruled_runs(part, model, rule, options), options.root / model, options)
+    return runner.run_all(runs_at_rule_rates(part, model, rule, options), options.root / model, options)
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -84,7 +84,7 @@ def document_repeats(documents: list[Document], mix: str | None) -> np.ndarray:
     return repeats
 
 
-def shares_read(documents: list[Document], repeats: np.ndarray, epochs: float) -> dict[str, float]:
+def document_coverage(documents: list[Document], repeats: np.ndarray, epochs: float) -> dict[str, float]:
     """Expected share of each document, by path, that ``epochs`` of training read.
 
     The copies of a document lie at independent, random places of an epoch, so one of r is missed with (1 − epochs)^r.

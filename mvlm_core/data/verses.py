@@ -82,7 +82,7 @@ def matched_verses(verses: Iterable[Verse], pool: Iterable[Verse], seed: int) ->
     return matches
 
 
-def followed_by(verse: Verse, words: int) -> str | None:
+def next_words(verse: Verse, words: int) -> str | None:
     """Return ``words`` words from the start of the verse; None if there are fewer or no text precedes the verse."""
     matches = list(islice(WORD.finditer(verse.document, verse.begin), words))
     enough = len(matches) == words and verse.begin > 0

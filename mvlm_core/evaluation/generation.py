@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from mvlm_core.data.verses import Verse, followed_by
+from mvlm_core.data.verses import Verse, next_words
 from mvlm_core.evaluation.bits_per_byte import context_of, encode
 from mvlm_core.evaluation.results import SAMPLING, Mean, mean
 from mvlm_core.settings import Sampling
@@ -166,7 +166,7 @@ def continuation_prompts(
     """
     context, prompts, lengths, references = context_of(model), [], [], []
     for verse in verses:
-        if (text := followed_by(verse, words)) is not None:
+        if (text := next_words(verse, words)) is not None:
             # A quarter more tokens than the reference, as the model's words may need more tokens.
             length = min(len(encode(tokenizer, text)) * 5 // 4 + 8, context // 2)
             prompts.append(prompt_ids(tokenizer, verse.before, context - length))

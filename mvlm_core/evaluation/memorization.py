@@ -84,12 +84,12 @@ def overlap(words: Sequence[str], reference: Sequence[str]) -> tuple[float, floa
     return float(prefix == len(reference)), prefix / len(reference), run / len(reference)
 
 
-def share_read(verses: Sequence[Verse], documents: Iterable[Document], read: Mapping[str, float]) -> float:
+def mean_coverage(verses: Sequence[Verse], documents: Iterable[Document], read: Mapping[str, float]) -> float:
     """Mean over verses of the share of their document that was read; NaN without verses.
 
     Args:
         documents: those of the verses, and any others.
-        read: ``shares_read``.
+        read: ``document_coverage``.
     """
     by_text = {document.read(): read[document.path] for document in documents}
     return mean([by_text[verse.document] for verse in verses]).value
@@ -104,11 +104,11 @@ def extractable_memorization(
     is the share of the train verses that training is expected to have read; documents it never reads are excluded.
 
     Args:
-        read: ``shares_read`` of the train documents.
+        read: ``document_coverage`` of the train documents.
     """
     split = corpus.primary_part if corpus.primary_part("validation") else corpus.split
     control = sample_verses(verses_of(split("validation"), MIN_WORDS), verses, seed)
     documents = [document for document in split("train") if read[document.path]]
     train = matched_verses(control, verses_of(documents), seed)
     found = {"train": extraction(model, tokenizer, train), "held_out": extraction(model, tokenizer, control)}
-    return as_json(found | {"read": share_read(train, documents, read)})
+    return as_json(found | {"read": mean_coverage(train, documents, read)})

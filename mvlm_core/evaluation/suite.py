@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_core.data.corpus import Corpus, Document, named_texts
-from mvlm_core.data.verses import Verse, followed_by, matched_verses, sample_verses, verses_of
+from mvlm_core.data.verses import Verse, matched_verses, next_words, sample_verses, verses_of
 from mvlm_core.evaluation.bits_per_byte import bits_per_byte_by_part, load_export, score_loaded
 from mvlm_core.evaluation.calibration import calibration
 from mvlm_core.evaluation.generation import repetition
@@ -40,7 +40,7 @@ class EvaluationSet:
     seed: int
 
 
-def draw(
+def draw_evaluation_set(
     corpus: Corpus,
     split: str,
     rules: Sequence[Rule],
@@ -65,7 +65,7 @@ def draw(
         held_out,
         chosen,
         matched_verses(chosen, verses_of(corpus.split("train") if train is None else train), seed),
-        sample_verses((v for v in every if followed_by(v, words) is not None), prompts, seed),
+        sample_verses((v for v in every if next_words(v, words) is not None), prompts, seed),
         minimal_pairs(every, rules, per_rule=pairs, seed=seed),
         words,
         seed,

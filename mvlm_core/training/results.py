@@ -9,7 +9,7 @@ from typing import Any
 
 from mvlm_core.console import progress
 from mvlm_core.data.corpus import Corpus, named_texts
-from mvlm_core.data.token_store import shares_read
+from mvlm_core.data.token_store import document_coverage
 from mvlm_core.errors import printable
 from mvlm_core.evaluation.bits_per_byte import Score, bits_per_byte_by_part, load_export, score_export, score_loaded
 from mvlm_core.evaluation.memorization import extractable_memorization
@@ -42,7 +42,7 @@ def score_old(export: Path, run: Run, text: PreparedText) -> float | None:
 def collect_metrics(model: Any, tokenizer: Any, text: PreparedText, state: LoopState, score: Score) -> dict[str, Any]:
     """Collect the run's metrics (None where nothing can be measured) and supporting details."""
     corpus = text.corpus
-    read = shares_read(corpus.split("train"), text.store.repeats, text.batches.epoch_at(state.best_step or 0))
+    read = document_coverage(corpus.split("train"), text.store.repeats, text.batches.epoch_at(state.best_step or 0))
     scored = [document for document in corpus.split("test") if document.path in score.documents]
     parts = bits_per_byte_by_part(score, scored)
     primary = score.part({document.path for document in corpus.primary_part("test")})

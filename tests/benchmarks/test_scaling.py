@@ -75,11 +75,11 @@ def test_planned_runs_have_valid_settings_and_the_expected_sizes(tmp_path, tiny_
         (longer,) = scaling.searches("lengths", model, options)
         assert longer.runs_at(rate)[0].settings().max_bytes == 4 * options.max_bytes
         rule = scaling.Rule(rate, 0.0, d=-0.5)
-        more = scaling.ruled_runs("amounts", model, rule, options)
+        more = scaling.runs_at_rule_rates("amounts", model, rule, options)
         amounts = [run.settings().max_bytes // options.max_bytes for run in more]
         assert amounts == [2, 4, 8, 2, 4]
         assert [run.settings().learning_rate for run in more] == [rate * amount**-0.5 for amount in amounts]
-        tried = [run.settings().learning_rate for run in scaling.ruled_runs("test", model, rule, options)]
+        tried = [run.settings().learning_rate for run in scaling.runs_at_rule_rates("test", model, rule, options)]
         assert tried == [rate / 2, rate, rate * 2]
         assert len(folders | {str(run.folder) for run in more}) == 5 + 5
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mvlm_core.data.batches import BatchSource
-from mvlm_core.data.token_store import TokenStore, shares_read
+from mvlm_core.data.token_store import TokenStore, document_coverage
 from mvlm_core.errors import UserError
 
 CONTEXT = 16
@@ -109,11 +109,11 @@ def test_the_expected_share_read_of_a_document_is_what_batches_contain():
         steps = batches.steps_for_epochs(0.2)
         seen = np.unique([batches.batch(number).targets for number in range(steps)])
         found.append(np.bincount(seen // 6000, minlength=3) / 6000)
-    shares = shares_read(documents, store.repeats, batches.epoch_at(steps))
+    shares = document_coverage(documents, store.repeats, batches.epoch_at(steps))
     expected = [shares["0"], shares["20"], shares["40"]]
     assert np.mean(found, axis=0) == pytest.approx(expected, abs=0.01) and expected[2] == 0
     assert expected[:2] == pytest.approx([0.2, 1 - 0.8**4], abs=0.002)
-    assert list(shares_read(documents, store.repeats, 1.5).values()) == [1.0] * 40 + [0.0] * 20
+    assert list(document_coverage(documents, store.repeats, 1.5).values()) == [1.0] * 40 + [0.0] * 20
 
 
 def test_text_shorter_than_one_sequence_is_refused():

@@ -3,7 +3,7 @@
 import pytest
 
 from mvlm_core.data.corpus import load_corpus
-from mvlm_core.data.verses import followed_by, matched_verses, sample_verses, verses_of
+from mvlm_core.data.verses import matched_verses, next_words, sample_verses, verses_of
 from tests.evaluation import verse_of
 from tests.helpers import build_tiny_corpus
 
@@ -22,9 +22,9 @@ def test_verses_have_their_place_and_preceding_text(corpus):
     assert sixteenth.document.startswith(sixteenth.before + sixteenth.text + "\n")
     ruth = [v for v in verses if v.document == sixteenth.document]
     assert [v.next_begin for v in ruth] == [*(v.begin for v in ruth[1:]), len(sixteenth.document)]
-    assert followed_by(sixteenth, 4) == "And Ruth said, Intreat"
-    assert followed_by(verses[0], 4) is None, "there is no text before the first verse"
-    assert followed_by(sixteenth, 10**6) is None
+    assert next_words(sixteenth, 4) == "And Ruth said, Intreat"
+    assert next_words(verses[0], 4) is None, "there is no text before the first verse"
+    assert next_words(sixteenth, 10**6) is None
     long = list(verses_of(corpus.split("validation"), 20))
     assert long == [verse for verse in verses if len(verse.text.split()) >= 20] and 0 < len(long) < len(verses)
 

@@ -88,14 +88,14 @@ def test_validation_text_may_be_in_another_folder(evaluate, export, trained, tmp
 def test_the_share_read_follows_from_the_recorded_epochs_and_mix(export, trained):
     corpus, file = load_corpus(trained / "corpus"), export / "training_config.json"
     config = json.loads(file.read_text())
-    assert evaluate_models.shares_read_by(export, corpus) == {}, "trained on one translation only"
+    assert evaluate_models.recorded_coverage(export, corpus) == {}, "trained on one translation only"
     history = json.loads((export / "training_history.json").read_text())
     (epochs,) = {record["epoch"] for record in history if record["step"] == config["results"]["best_step"]}
     config["data"]["fingerprint"] = corpus.fingerprint
     for mix, repeats in (("bible/kjv=0,bible/plain=3", (0, 3)), (None, (1, 1))):
         config["data"]["mix"] = mix
         file.write_text(json.dumps(config))
-        shares = evaluate_models.shares_read_by(export, corpus)
+        shares = evaluate_models.recorded_coverage(export, corpus)
         assert shares["bible/kjv/01-genesis.txt"] == pytest.approx(1 - (1 - min(1, epochs)) ** repeats[0])
         assert shares["bible/plain/01-genesis.txt"] == pytest.approx(1 - (1 - min(1, epochs)) ** repeats[1])
         assert len(shares) == len(corpus.split("train")) and 0 < epochs

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mvlm_core.data.verses import followed_by, sample_verses, verses_of
+from mvlm_core.data.verses import next_words, sample_verses, verses_of
 from mvlm_core.evaluation.bits_per_byte import encode
 from mvlm_core.evaluation.generation import continuations, diversity, nucleus, prompt_ids, repetition
 from mvlm_core.settings import Sampling
@@ -96,9 +96,9 @@ def test_rep_4_and_distinct_2_of_known_and_real_text(real_text):
 
 def test_greedy_text_is_more_repetitive_than_sampled_text(corpus, make, tokenizer, overfitted):
     verses = sample_verses(verses_of(corpus.split("validation")), 24, 0)
-    used = [verse for verse in verses if followed_by(verse, 24) is not None]
+    used = [verse for verse in verses if next_words(verse, 24) is not None]
     found = repetition(overfitted, tokenizer, verses, words=24, seed=5)
-    assert found["reference"] == diversity([followed_by(verse, 24).split() for verse in used])
+    assert found["reference"] == diversity([next_words(verse, 24).split() for verse in used])
     assert found["reference"].words == 24 and found["greedy"].rep_4.count == len(used) > 15
     assert found["greedy"].distinct_2 < found["sampled"].distinct_2
     assert found == repetition(overfitted, tokenizer, verses, words=24, seed=5)

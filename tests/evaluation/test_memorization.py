@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from mvlm_core.data.token_store import document_repeats, shares_read
+from mvlm_core.data.token_store import document_coverage, document_repeats
 from mvlm_core.evaluation import memorization
 from mvlm_core.evaluation.memorization import cloze, extractable_memorization, extraction, overlap
 from tests.evaluation import KNOWN
@@ -69,7 +69,7 @@ def test_memorization_leaves_out_what_is_never_read_and_states_the_share_of_the_
     used = []
     monkeypatch.setattr(memorization, "extraction", lambda *given: used.append(given[2]) or {})
     documents = corpus.split("train")
-    read = shares_read(documents, document_repeats(documents, "bible/plain=0,bible/kjv=16"), 0.044)
+    read = document_coverage(documents, document_repeats(documents, "bible/plain=0,bible/kjv=16"), 0.044)
     found = extractable_memorization(make(), tokenizer, corpus, read, verses=20)
     assert found["read"] == pytest.approx(1 - 0.956**16) and round(found["read"], 2) == 0.51
     read["bible/kjv/19-psalms.txt"] = 0.0

@@ -1,11 +1,14 @@
 """The evaluation set: what it draws from which split."""
 
+from functools import partial
+
 from bible_corpus.grammar import RULES
-from mvlm_core.evaluation.suite import draw
+from mvlm_core.evaluation.suite import draw_evaluation_set
 
 
 def test_evaluation_set_has_held_out_text_and_matching_train_verses(corpus):
-    text = draw(corpus, "test", RULES, verses=20, prompts=5, words=10, pairs=3, seed=1)
+    draw = partial(draw_evaluation_set, corpus, "test", RULES, verses=20, prompts=5, words=10, pairs=3)
+    text = draw(seed=1)
     books = {d.read() for d in corpus.split("test")}
     assert {d.read() for d in text.held_out} == books
     assert len(text.verses) == len(text.train_verses) == 20 and len(text.prompts) == 5
@@ -14,10 +17,10 @@ def test_evaluation_set_has_held_out_text_and_matching_train_verses(corpus):
     assert {v.document for v in text.train_verses} <= {d.read() for d in corpus.split("train")}
     assert [v.translation for v in text.train_verses] == [v.translation for v in text.verses]
     psalms = [d for d in corpus.split("train") if d.book == "Psalms"]
-    some = draw(corpus, "test", RULES, verses=20, prompts=5, words=10, pairs=3, seed=1, train=psalms)
+    some = draw(seed=1, train=psalms)
     assert {v.document for v in some.train_verses} == {d.read() for d in psalms} and some.verses == text.verses
     lines = {line for book in books for line in book.split("\n")}
     assert all(pair.good in lines and pair.bad not in lines for pair in text.pairs)
     assert max(sum(pair.rule == rule.name for pair in text.pairs) for rule in RULES) == 3
-    assert text == draw(corpus, "test", RULES, verses=20, prompts=5, words=10, pairs=3, seed=1)
-    assert text.verses != draw(corpus, "test", RULES, verses=20, prompts=5, words=10, pairs=3, seed=2).verses
+    assert text == draw(seed=1)
+    assert text.verses != draw(seed=2).verses
