@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import command
+from benchmarks.experiments.runner import recipe_of
+from benchmarks.reliability.tiny_runs import MODELS, build_tiny_corpus, tiny_settings
 from mvlm_core.errors import UserError, run_main
 
-MODELS = ("mvlm_gpt2", "simone_enhanced")
 STEPS, CHECKPOINT_INTERVAL = 24, 4
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"}
 # Fields of history records and checkpoint states that depend on the time taken or the memory in use, so that even an
@@ -38,7 +39,8 @@ FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.tru
 TIMES = ("seconds", "step_seconds", "spent", "timed_steps", "timed_seconds", "tokens_per_second", "memory_bytes")
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 DAMAGES = ("flip a bit", "cut in half", "delete")
-PRELOAD = ["tests.helpers", "safetensors.torch", "transformers.models.gpt2", "matplotlib.pyplot"]
+PRELOAD = ["benchmarks.reliability.tiny_runs", "mvlm_core.training.run", "prioritary_mvlm.enhanced_trainer"]
+PRELOAD += ["safetensors.torch", "transformers.models.gpt2", "matplotlib.pyplot"]
 # A fork server with the libraries preloaded: starting a process takes 20 ms instead of seconds.
 CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -65,7 +67,6 @@ def train_and_pack(model: str, corpus: str, place: str, **overrides: Any) -> Non
     from mvlm_core.errors import Stopped
     from mvlm_core.export import archive
     from mvlm_core.training.run import run_training
-    from tests.helpers import recipe_of, tiny_settings
 
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
@@ -79,10 +80,31 @@ def train_and_pack(model: str, corpus: str, place: str, **overrides: Any) -> Non
     archive.write_archive(folder, Path(place) / f"{model}_model.tar.gz")
 
 
+class DelayedThread:
+    """Replaces the checkpoint writer's thread: does its work when the loop waits for it.
+
+    That is the latest possible moment, or with ``ended`` the earliest, at the loop's next step boundary.
+    """
+
+    ended = False
+
+    def __init__(self, target: Callable[[], None], name: str) -> None:
+        self.join = target
+
+    def start(self) -> None:
+        pass
+
+    def is_alive(self) -> bool:
+        return not self.ended
+
+
+class ThreadOfOneStep(DelayedThread):
+    ended = True
+
+
 def write_at_the_next_step() -> None:
     """Make the checkpoint writer run synchronously, at the loop's next step boundary."""
     from mvlm_core.training import checkpointer
-    from tests.helpers import ThreadOfOneStep
 
     checkpointer.Thread = ThreadOfOneStep
 
@@ -122,8 +144,6 @@ class Bench:
     """Runs of one model in subfolders of ``root``, compared with an uninterrupted run."""
 
     def __init__(self, model: str, root: Path) -> None:
-        from tests.helpers import build_tiny_corpus
-
         self.model, self.corpus, self.root = model, build_tiny_corpus(root / "corpus"), root
         self.places = (root / f"run{number}" for number in itertools.count())
         self.events = self.start(root / "undisturbed")[1]  # also starts the server and fills the cache
