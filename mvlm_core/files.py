@@ -43,13 +43,28 @@ def read_regular(path: Path | str, limit: int | None = None) -> bytes:
         return file.read()
 
 
+def load_json_object(path: Path) -> dict[str, Any]:
+    """Read the JSON object in a UTF-8 file.
+
+    Raises:
+        OSError: missing, a folder, no permission.
+        ValueError: not a regular file, or not a JSON object.
+    """
+    try:
+        value = json.loads(read_regular(path).decode("utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read the JSON object in a file; {} if the file is missing or damaged."""
     try:
-        value = json.loads(read_regular(path).decode("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return load_json_object(path)
+    except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def fsync_path(path: Path | str) -> None:

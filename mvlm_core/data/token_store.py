@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -21,7 +20,7 @@ from mvlm_core.console import progress
 from mvlm_core.data.corpus import Corpus, Document
 from mvlm_core.data.tokenizer import ByteLevelBPE
 from mvlm_core.errors import UserError
-from mvlm_core.files import fsync_path, read_regular, sha256_file, write_json_atomic
+from mvlm_core.files import fsync_path, load_json_object, sha256_file, write_json_atomic
 
 FORMAT = 3
 _ENCODE_BYTES = 4 << 20  # text per tokenizer call: enough to keep all cores busy with little memory
@@ -201,15 +200,15 @@ def _intact_index(folder: Path, documents: int) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        index = json.loads(read_regular(file))
-        if not isinstance(index, dict) or index.get("dtype") not in ("uint16", "uint32"):
+        index = load_json_object(file)
+        if index.get("dtype") not in ("uint16", "uint32"):
             raise ValueError(f"{file.name} is not a token index")
         lengths = index.get("lengths")
         if not isinstance(lengths, list) or len(lengths) != documents or not all(type(n) is int for n in lengths):
             raise ValueError(f"{file.name} does not give the lengths of {documents} documents")
         if index.get("sha256") != sha256_file(folder / "tokens.bin"):
             raise ValueError("tokens.bin has changed since it was written (its SHA-256 differs)")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         log.warning("tokens in %s are damaged and will be rebuilt: %s", folder, error)
         return None
     return index

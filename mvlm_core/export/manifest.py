@@ -13,7 +13,7 @@ from typing import Any
 
 from mvlm_core.errors import UserError, printable
 from mvlm_core.export.strict_tar import ENTRY_LIMIT, PROBLEM_LIMIT, name_problem
-from mvlm_core.files import read_regular, sha256_file, write_json_atomic
+from mvlm_core.files import load_json_object, sha256_file, write_json_atomic
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -158,9 +158,7 @@ def training_config(folder: Path, *required: str) -> dict[str, Any]:
         return {}
     try:
         read_manifest(folder)
-        config = json.loads(read_regular(folder / TRAINING_CONFIG))
-        if not isinstance(config, dict):
-            raise ValueError("not a JSON object")
+        config = load_json_object(folder / TRAINING_CONFIG)
         for section in SECTIONS:
             if not isinstance(config.get(section, None if section in required else {}), dict):
                 raise ValueError(f"no section '{section}'")
@@ -168,7 +166,7 @@ def training_config(folder: Path, *required: str) -> dict[str, Any]:
             value = config.get(section, {}).get(key, default)
             if not isinstance(value, expected) or isinstance(value, str) and "\0" in value:
                 raise ValueError(f"invalid {section}.{key}: {printable(repr(value), limit=80)}")
-    except (ArchiveError, OSError, ValueError, RecursionError) as error:
+    except (ArchiveError, OSError, ValueError, RecursionError) as error:  # repr may recurse too deeply
         log.warning("%s/%s is damaged; the export is treated as unfinished: %s", folder, TRAINING_CONFIG, error)
         return {}
     return config

@@ -11,7 +11,6 @@ and cannot be resumed from.
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import re
@@ -26,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mvlm_core.errors import UserError, printable
-from mvlm_core.files import fsync_path, make_folder, read_json, read_regular, sha256_file, write_json_atomic
+from mvlm_core.files import fsync_path, load_json_object, make_folder, read_json, sha256_file, write_json_atomic
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
@@ -138,14 +137,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(read_regular(path))
+        return load_json_object(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return value
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
