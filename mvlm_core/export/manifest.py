@@ -37,6 +37,7 @@ RECORDED: tuple[tuple[str, str, Any, Any], ...] = (  # section, key, type, defau
     ("data", "only", str | None, None),
     ("data", "mix", str | None, None),
     ("results", "steps", int, 0),
+    ("results", "evaluations_since_best", int, 0),
     ("settings", "validation_split", float | int, 0.05),
     ("settings", "validation_dir", str | None, None),
 )

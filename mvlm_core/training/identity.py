@@ -79,8 +79,12 @@ def check_earlier_run(output_dir: Path, settings: TrainingSettings) -> None:
         check_settings(what, recorded, settings, len(settings.teacher) or settings.num_models - 1)
 
 
-def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None) -> bool:
-    """Whether the folder already holds this run's complete export with at least ``steps`` steps (None: any number).
+def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None, patience: int | None) -> bool:
+    """Whether the folder already holds this run's complete export.
+
+    Args:
+        steps: it must have at least so many steps (None: any number), unless it was stopped early
+        patience: by at least so many evaluations without an improvement.
 
     Raises:
         UserError: the folder holds the export of another run.
@@ -90,5 +94,7 @@ def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None) -
         return False
     check_identity(f"{output_dir} holds a finished model", config["identity"], identity)
     results = config["results"]
-    enough = results.get("stopped_early") or results.get("steps", 0) >= (steps or 0)
+    enough = results.get("steps", 0) >= (steps or 0)
+    if results.get("stopped_early") and patience:
+        enough = enough or results.get("evaluations_since_best", 0) >= patience
     return bool(enough) and not verify_folder(output_dir)

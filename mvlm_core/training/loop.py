@@ -110,7 +110,12 @@ class TrainingLoop:
 
     @property
     def _is_over(self) -> bool:
-        return self.length.is_reached(self.state.step) or (self.state.stopped_early and self.state.finished)
+        return self.length.is_reached(self.state.step) or (self.state.stopped_early and self._is_out_of_patience)
+
+    @property
+    def _is_out_of_patience(self) -> bool:
+        patience, epoch = self.settings.patience, self.task.batches.epoch_at(self.state.step)
+        return bool(patience) and self.state.evaluations_since_best >= patience and epoch >= self.settings.min_epochs
 
     def history(self) -> list[dict[str, Any]]:
         """Return the records of all steps."""
@@ -229,13 +234,9 @@ class TrainingLoop:
             log.error("cannot write the history (%s); training continues and will retry", error)
 
     def _should_stop_early(self) -> bool:
-        state, settings = self.state, self.settings
-        if not settings.patience or state.evaluations_since_best < settings.patience:
-            return False
-        if self.task.batches.epoch_at(state.step) < settings.min_epochs:
-            return False
-        log.info("no improvement in %d evaluations: stopping early", state.evaluations_since_best)
-        return True
+        if self._is_out_of_patience:
+            log.info("no improvement in %d evaluations: stopping early", self.state.evaluations_since_best)
+        return self._is_out_of_patience
 
     # -- --max_hours -------------------------------------------------------------------------------------------------
 

@@ -112,9 +112,11 @@ def _run(run: Run, stop: StopRequest, *, student_dir: Path | None = None, own_te
                 locks.enter_context(RunLock(folder))
                 if settings.fresh:
                     delete_run(folder, keep=[run.output_dir, *(teacher.folder for teacher in text.teachers)])
-        finished = ranks.is_main and not settings.fresh and is_finished(run.output_dir, identity, min_steps)
+        finished = (
+            ranks.is_main and not settings.fresh and is_finished(run.output_dir, identity, min_steps, settings.patience)
+        )
         if ranks.broadcast(finished and settings.resume_from is None):
-            longer = "to train longer, give a larger --num_epochs or --max_steps; to start over, --fresh"
+            longer = "to train longer, give a larger --num_epochs, --max_steps or --patience; to start over, --fresh"
             log.info("already finished: %s (%s)", run.output_dir, longer)
             ranks.destroy()  # a student may still have to be trained
             return run.output_dir
@@ -140,6 +142,7 @@ def _log_hardware(run: Run) -> None:
     unsupervised = FOLDER_VARIABLE not in os.environ
     if not run.ranks.is_main and unsupervised:  # torchrun has one console for all ranks
         log.setLevel(logging.ERROR)
+    log.info("preset: %s", run.settings.preset)
     for line in describe(run.hardware):
         log.info(line)
     if warning := caution(run.hardware, run.settings.preset):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from mvlm_core.errors import UserError
-from mvlm_core.export.manifest import CHECKPOINTS
+from mvlm_core.export.manifest import CHECKPOINTS, training_config
 from mvlm_core.training.checkpoint import checkpoint_folders
 from mvlm_core.training.identity import check_identity, settings_identity
 from mvlm_core.training.run import run_training
@@ -31,6 +31,24 @@ def test_a_resume_needs_the_same_validation_text(cls):
     check_identity("a checkpoint", now, now)
     with pytest.raises(UserError, match="a checkpoint from a different run: --validation_text was primary, now all"):
         check_identity("a checkpoint", now, settings_identity(cls(preset="cpu", validation_text="all")))
+
+
+def test_a_run_that_stopped_early_continues_with_more_patience(tiny_corpus, tmp_path, caplog):
+    caplog.set_level("INFO", "mvlm")
+    rate = {
+        "learning_rate": 1e-12,
+        "eval_interval": 2,
+        "max_steps": 40,
+        "min_epochs": 0.0,
+    }  # no evaluation is better than the first
+
+    def steps(patience):
+        settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **rate, patience=patience)
+        return training_config(run_training(recipe_of("mvlm_gpt2"), settings))["results"]["steps"]
+
+    assert steps(1) == 4 and "already finished" not in caplog.text
+    assert steps(1) == 4 and "already finished" in caplog.text
+    assert steps(3) == 8
 
 
 def test_resume_from_is_checked_and_used_even_if_the_run_is_finished(tiny_corpus, tmp_path, caplog):
