@@ -177,7 +177,7 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
 
 def recipe() -> Recipe:
     """Return model 1's recipe for the shared training run."""
-    from mvlm_core.training.forecast import Law
+    from mvlm_core.training.forecast import ScalingLaw
     from mvlm_core.training.recipe import Recipe
 
     return Recipe(
@@ -187,7 +187,7 @@ def recipe() -> Recipe:
         remote_code=False,
         tokenizer_class=tokenizer_class(),
         build=build,
-        law=Law(
+        law=ScalingLaw(
             scores=((247_552, 3.1755), (889_984, 2.5378), (3_749_376, 2.1666)),
             gains=((1, 1.0), (3, 0.995), (11, 0.963), (30, 0.955)),
             gain_error=0.017,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mvlm_core.data.tokenizer import ByteLevelBPE
 from mvlm_core.hardware import Hardware
 from mvlm_core.training.distillation_loss import Prediction
-from mvlm_core.training.forecast import Law
+from mvlm_core.training.forecast import ScalingLaw
 from mvlm_core.training.optimizer import build_optimizers
 from mvlm_core.training.recipe import BuiltModel, Recipe, StepLoss
 from mvlm_core.training.run import run_training
@@ -103,7 +103,7 @@ RECIPE = Recipe(
     remote_code=True,
     tokenizer_class=AdvancedBPETokenizer,
     build=build,
-    law=Law(
+    law=ScalingLaw(
         scores=((246_876, 3.0372), (920_275, 2.3640), (3_776_349, 1.9962)),
         gains=((1, 1.0), (2.3, 0.95), (5, 0.933)),
         gain_error=0.03,

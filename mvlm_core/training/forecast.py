@@ -25,7 +25,7 @@ class Forecast:
 
 
 @dataclass(frozen=True)
-class Law:
+class ScalingLaw:
     """Validation scores of small versions of a model, measured by ``benchmarks/experiments/data_constrained.py``.
 
     Attributes:
@@ -72,18 +72,18 @@ class Law:
         smallest, middle, (size, score) = self.scores
         return power_law(smallest, middle, size) / score - 1
 
-    def describe(self, parameters: int, seconds: float, alone: float) -> list[str]:
+    def describe(self, parameters: int, seconds: float, unit_seconds: float) -> list[str]:
         """Format the expected scores of a run, and of runs of other lengths, as lines of text.
 
         Args:
             seconds: duration of the run, including its teachers.
-            alone: seconds to train one model, without teachers, for ``UNIT_EPOCHS``.
+            unit_seconds: seconds to train one model, without teachers, for ``UNIT_EPOCHS``.
         """
         lengths = {"this run": seconds} | {f"{hours:g} h": hours * 3600 for hours in HOURS}
         said = [
-            f"{self.forecast(parameters, length / alone)} ({name})"
+            f"{self.forecast(parameters, length / unit_seconds)} ({name})"
             for name, length in lengths.items()
-            if length >= alone
+            if length >= unit_seconds
         ]
         measured = f"extrapolated from models of up to {self.scores[-1][0] / 1e6:.1f} M parameters"
         check = f"the smaller sizes predict the largest with an error of {self.relative_error():+.1%}"

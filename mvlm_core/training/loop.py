@@ -114,8 +114,10 @@ class TrainingLoop:
 
     @property
     def _is_out_of_patience(self) -> bool:
-        patience, epoch = self.settings.patience, self.task.batches.epoch_at(self.state.step)
-        return bool(patience) and self.state.evaluations_since_best >= patience and epoch >= self.settings.min_epochs
+        patience = self.settings.patience
+        if not patience or self.state.evaluations_since_best < patience:
+            return False
+        return self.task.batches.epoch_at(self.state.step) >= self.settings.min_epochs
 
     def history(self) -> list[dict[str, Any]]:
         """Return the records of all steps."""

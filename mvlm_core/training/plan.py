@@ -115,8 +115,8 @@ def plan_run(
     steps, items = items_of(student, text)
     expected: list[str] = []
     if _law_applies(settings, corpus, text, one.parameters):
-        alone = _limited_to(settings, num_epochs=UNIT_EPOCHS, num_models=1)  # the forecast's unit of compute
-        unit = _timed(items_of(alone, cached)[1])
+        single = _limited_to(settings, num_epochs=UNIT_EPOCHS, num_models=1)  # the forecast's unit of compute
+        unit = _timed(items_of(single, cached)[1])
         expected = recipe.law.describe(one.parameters, _timed([*teacher_items, *items]), unit)
     if teachers:
         each = f"{len(teachers)} × {estimates[0][0]:,} steps"

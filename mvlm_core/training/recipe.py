@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mvlm_core.data.tokenizer import ByteLevelBPE
 from mvlm_core.hardware import Hardware
-from mvlm_core.training.forecast import Law
+from mvlm_core.training.forecast import ScalingLaw
 from mvlm_core.training.optimizer import Optimizers
 
 
@@ -60,5 +60,5 @@ class Recipe:
     remote_code: bool
     tokenizer_class: type[ByteLevelBPE]
     build: Callable[[Any, ByteLevelBPE, Hardware], BuiltModel]
-    law: Law
+    law: ScalingLaw
     only_sdpa: bool = False

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from mvlm_core.hardware import choose_hardware
-from mvlm_core.training.forecast import HOURS, TEXT_PER_PARAMETER, Law
+from mvlm_core.training.forecast import HOURS, TEXT_PER_PARAMETER, ScalingLaw
 from mvlm_core.training.plan import plan_run
 from tests.helpers import MODELS, recipe_of, tiny_settings
 from tests.test_docs import page
@@ -15,7 +15,7 @@ SIZES = (250_000, 1_000_000, 4_000_000)
 
 
 def law_of(score, gain_error=0.0):
-    return Law(tuple((size, score(size)) for size in SIZES), ((1, 1.0), (4, 0.96), (16, 0.9)), gain_error)
+    return ScalingLaw(tuple((size, score(size)) for size in SIZES), ((1, 1.0), (4, 0.96), (16, 0.9)), gain_error)
 
 
 def test_a_power_law_is_extrapolated_exactly():
@@ -60,10 +60,10 @@ def test_gains_are_interpolated_in_log_compute_and_clamped():
 
 def test_description_lists_run_lengths_long_enough_for_one_model():
     law = law_of(lambda size: 2.0, gain_error=0.01)
-    first, second = law.describe(SIZES[-1], seconds=3600 * 4, alone=3600)
+    first, second = law.describe(SIZES[-1], seconds=3600 * 4, unit_seconds=3600)
     assert "1.92 ± 0.02 (this run), 2.00 ± 0.02 (1 h)" in first and "(6 h)" in first and "(0.1 h)" not in first
     assert "4.0 M" in second and "+0.0%" in second
-    assert law.describe(SIZES[-1], seconds=60, alone=1e9) == []
+    assert law.describe(SIZES[-1], seconds=60, unit_seconds=1e9) == []
 
 
 @pytest.mark.parametrize("model", MODELS)
