@@ -11,6 +11,7 @@ Exit codes: 0 all checks passed, 1 a check failed (named), 2 bad arguments, 130/
 from __future__ import annotations
 
 import argparse
+import os
 import secrets
 import sys
 from dataclasses import asdict
@@ -21,7 +22,7 @@ import mvlm_trainer
 from mvlm_core.command_line import command_line, device_problems, seed_problems
 from mvlm_core.errors import UserError, printable, run_main
 from mvlm_core.export.file_checks import Checks, check_files
-from mvlm_core.export.manifest import MANIFEST
+from mvlm_core.export.manifest import MANIFEST, training_config
 from mvlm_core.export.strict_tar import name_problem
 from mvlm_core.export.validation import LOADING, check_formats, check_loading, check_packed, check_scores
 from mvlm_core.files import output_folder_problems, read_json, write_json_atomic
@@ -63,8 +64,9 @@ def validate_model(
     if all(check.passed for check in checks):  # never load a modified export: that would run its code
         samples = check_loading(folder, files, checks, prompts=PROMPTS, texts=texts)
         if not options.quick and samples:
-            names = ("data_dir", "validation_dir", "device", "seed", "whole")
-            check_scores(folder, checks, **{name: getattr(options, name) for name in names})
+            names = ("validation_dir", "device", "seed", "whole")
+            given = {name: getattr(options, name) for name in names}
+            check_scores(folder, checks, data_dir=options.data_dir or corpus_of(folder), **given)
     else:
         checks.add("loading", LOADING, False, "skipped: the file checks failed")
     if folder.resolve().parent == layout.models.resolve():
@@ -76,6 +78,12 @@ def validate_model(
         if samples:  # without a loaded model there are no logits to compare
             check_formats(folder.name, folder, layout, checks)
     return checks, samples
+
+
+def corpus_of(export: Path) -> str:
+    """Return the folder of the text that an export was trained on; the default corpus if it is not on this machine."""
+    recorded = training_config(export).get("data", {}).get("data_dir")
+    return recorded if isinstance(recorded, str) and os.path.isdir(recorded) else str(DEFAULT_DATA_DIR)
 
 
 def requested_models(layout: Layout) -> dict[str, Any]:
@@ -124,7 +132,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("folders", nargs="*", metavar="MODEL_DIR", help="export folders [default: the models of the last run]")
     add("--work_dir", default=str(REPOSITORY_ROOT), help="parent of models/ and models_for_download/")
-    add("--data_dir", default=str(DEFAULT_DATA_DIR), help="corpus used to recompute the test scores")
+    text = "corpus used to recompute the test scores [default: the one each model was trained on, if it is still there]"
+    add("--data_dir", help=text)
     add("--validation_dir", help="the folder of the validation text, if the models were trained with one")
     add("--device", default="auto", help="auto, cpu or cuda, for the scores [default auto]")
     add_scope = parser.add_mutually_exclusive_group().add_argument
@@ -139,16 +148,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     ]
     problems += [] if options.seed is None else seed_problems(options.seed)
     problems += device_problems(options.device)
-    if not options.quick and not Path(options.data_dir).is_dir():
+    if options.data_dir is not None and not options.quick and not Path(options.data_dir).is_dir():
         problems.append(f"--data_dir {options.data_dir}: no such folder (or use --quick to skip the scores)")
     if not Path(options.work_dir).is_dir():
         problems.append(f"--work_dir {options.work_dir}: no such folder")
     problems += output_folder_problems(Path(options.work_dir) / "models", "--work_dir:")
     if problems:
         raise UserError(problems)
-    options.data_dir = str(Path(options.data_dir).absolute())
-    if options.validation_dir is not None:
-        options.validation_dir = str(Path(options.validation_dir).absolute())
+    for name in ("data_dir", "validation_dir"):
+        if getattr(options, name) is not None:
+            setattr(options, name, str(Path(getattr(options, name)).absolute()))
     if options.seed is None:  # an unpredictable sample
         options.seed = secrets.randbits(32)
     return options
@@ -179,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     layout = Layout(Path(options.work_dir).absolute())
     models: dict[str, Any] = {}
     failed: list[str] = []
-    texts = sample_texts(options.data_dir)
+    texts = sample_texts(options.data_dir or str(DEFAULT_DATA_DIR))
     folders = folders_to_check(options, layout)
     jobs = [(folder, layout, options, texts) for folder in folders.values()]
     results = parallel_map(validate_model, jobs, on_cpu=options.device == "cpu" or not gpu_count())

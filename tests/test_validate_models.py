@@ -122,6 +122,19 @@ def test_scores_are_recomputed_and_mismatches_fail(export, tiny_corpus, tmp_path
     assert set(failed(capsys, *flags)) == {"same text"}
 
 
+def test_scores_are_recomputed_on_the_text_that_each_model_was_trained_on(
+    export, tiny_corpus, tmp_path, capsys, in_this_process, monkeypatch
+):
+    monkeypatch.setattr(validate_models, "DEFAULT_DATA_DIR", tmp_path / "default")
+    flags = (str(export), "--work_dir", str(tmp_path / "other"))
+    change_config(export, "data", data_dir=str(tiny_corpus))
+    assert failed(capsys, *flags) == {}
+    change_config(export, "data", data_dir=str(tmp_path / "gone"))
+    assert f"{tmp_path / 'default'}" in failed(capsys, *flags)["recomputed"], "not here: the default corpus"
+    tiny_corpus.rename(tmp_path / "default")
+    assert failed(capsys, *flags) == {}
+
+
 def test_validation_text_may_be_in_another_folder(export, tiny_corpus, tmp_path, capsys, in_this_process):
     flags = (str(export), "--work_dir", str(tmp_path / "other"), "--data_dir", str(tiny_corpus))
     own = moved_validation_text(export, tiny_corpus, tmp_path)
