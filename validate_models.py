@@ -25,7 +25,7 @@ from mvlm_core.export.file_checks import Checks, check_files
 from mvlm_core.export.manifest import MANIFEST, training_config
 from mvlm_core.export.strict_tar import name_problem
 from mvlm_core.export.validation import LOADING, check_formats, check_loading, check_packed, check_scores
-from mvlm_core.files import output_folder_problems, read_json, write_json_atomic
+from mvlm_core.files import empty_path_problems, output_folder_problems, read_json, write_json_atomic
 from mvlm_core.hardware import set_process_environment
 from mvlm_core.machine import gpu_count
 from mvlm_core.pipeline.parallel import parallel_map
@@ -141,7 +141,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add_scope("--whole", action="store_true", help="recompute them on the full test text instead of a sample")
     add("--seed", type=int, metavar="N", help="random seed of that sample [default: random]")
     options = parser.parse_args(arguments)
-    problems = [
+    paths = {f"--{name}": getattr(options, name) for name in ("work_dir", "data_dir", "validation_dir")}
+    problems = empty_path_problems({"MODEL_DIR": options.folders, **paths})
+    problems += [
         f"{folder}: {'not a folder; unpack an archive first' if Path(folder).exists() else 'no such folder'}"
         for folder in options.folders
         if not Path(folder).is_dir()

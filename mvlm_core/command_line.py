@@ -33,7 +33,9 @@ def trainer_settings(
     parser.epilog = epilog
     add_options(parser, cls)
     given = vars(parser.parse_args(arguments))
-    settings = cls(**{**given, "output_dir": given["output_dir"] or str(output_dir)}).check()
+    if given["output_dir"] is None:
+        given["output_dir"] = str(output_dir)
+    settings = cls(**given).check()
     outlive_terminal()
     set_process_environment()
     writes = not settings.dry_run and os.environ.get("RANK", "0") == "0"  # only the main rank

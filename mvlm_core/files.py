@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,16 @@ def template(path: Path) -> Any:
         autoescape=is_html, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     return environment.from_string(path.read_text(encoding="utf-8"))
+
+
+def empty_path_problems(paths: Mapping[str, Any]) -> list[str]:
+    """Check that no path, or none of several, is empty: that would mean the current folder, or a default one.
+
+    Args:
+        paths: as given on the command line, by flag.
+    """
+    empty = [flag for flag, given in paths.items() if "" in (given if isinstance(given, list | tuple) else (given,))]
+    return [f"{flag}: an empty path; is a shell variable unset?" for flag in empty]
 
 
 def output_folder_problems(folder: Path | str, flag: str = "--output_dir") -> list[str]:

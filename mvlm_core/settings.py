@@ -17,7 +17,7 @@ from types import UnionType
 from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
 from mvlm_core.errors import UserError
-from mvlm_core.files import output_file_problems, output_folder_problems
+from mvlm_core.files import empty_path_problems, output_file_problems, output_folder_problems
 from mvlm_core.hardware import ATTENTION_BACKENDS, DEVICES, LOSS_KERNELS, PRECISIONS, resolve_preset
 
 REPOSITORY_ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +27,10 @@ PRESET_NAMES = ("auto", "h200", "cpu", "smoke")
 SCHEDULES = ("cosine", "linear")
 OPTIMIZERS = ("adamw", "muon")
 VALIDATION_TEXTS = ("primary", "all")
+PATHS = (
+    *("data_dir", "output_dir", "cache_dir", "tokenizer_path", "validation_dir"),
+    *("init_from", "teacher", "resume_from", "log_file"),
+)
 LENGTHS = ("num_epochs", "max_steps", "max_tokens", "max_bytes", "max_hours")
 FINE_TUNING = "init_from"  # key in PRESETS: values that --init_from applies on top of any preset
 FINE_TUNING_RATE = 0.3  # times the preset's peak learning rate
@@ -238,7 +242,7 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         self._conflicts = self.inherit()
-        if self.validation_dir is not None:  # recorded with the export, which may be validated from another folder
+        if self.validation_dir:  # recorded with the export, which may be validated from another folder
             self.validation_dir = str(Path(self.validation_dir).absolute())
         if self.preset in (None, "auto"):
             self.preset = resolve_preset("auto", self.device)[0]
@@ -286,15 +290,16 @@ class TrainingSettings:
     def problems(self) -> list[str]:
         """Return every problem with these values, one sentence each."""
         problems = list(self._conflicts)
+        problems += empty_path_problems({f"--{name}": getattr(self, name) for name in PATHS})
         problems += [text for entry in fields(self) if (text := _range_problem(entry, getattr(self, entry.name)))]
         if _is_number(self.hidden_dim) and _is_number(self.num_heads) and self.num_heads > 0:
             if self.hidden_dim % self.num_heads:
                 problems.append(f"--hidden_dim {self.hidden_dim} is not divisible by --num_heads {self.num_heads}")
         problems += output_folder_problems(self.cache_dir, "--cache_dir")
-        if self.output_dir is not None:
+        if self.output_dir:
             problems += output_folder_problems(self.output_dir)
             problems += self._teacher_problems(Path(self.output_dir))
-        if self.log_file is not None:
+        if self.log_file:
             problems += output_file_problems(self.log_file, "--log_file")
         if self.fresh and self.resume_from is not None:
             problems.append("--fresh would delete the run that --resume_from continues: use only one")

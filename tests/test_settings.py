@@ -153,6 +153,17 @@ def test_all_problems_are_reported_in_one_error(tmp_path):
     assert len(caught.value.problems) == 9
 
 
+def test_empty_paths_are_refused():
+    """An unset shell variable: --fresh would delete the default folder, --data_dir would read the current one."""
+    names = "data_dir output_dir cache_dir tokenizer_path validation_dir teacher resume_from log_file".split()
+    with pytest.raises(UserError) as caught:
+        parse(GPT2Settings, "--preset", "smoke", *(word for name in names for word in (f"--{name}", "")))
+    assert caught.value.problems == [f"--{name}: an empty path; is a shell variable unset?" for name in names]
+    with pytest.raises(UserError, match="--output_dir: an empty path"):
+        parse(GPT2Settings, "--preset", "smoke", "--fresh", "--output_dir", "")
+    assert "--init_from: an empty path; is a shell variable unset?" in GPT2Settings(init_from="").problems()
+
+
 def test_combinations_that_would_lose_work_are_refused(tmp_path):
     (tmp_path / "model").mkdir()
 

@@ -519,6 +519,8 @@ def test_max_hours_is_divided_between_the_models(tiny_corpus):
         (["--models", ","], "--models"),
         (["--data_dir", "/no/such/folder"], "/no/such/folder"),
         (["--data_dir", __file__], "test_train_all_models.py: no such folder"),
+        (["--data_dir", ""], "--data_dir: an empty path"),
+        (["--work_dir", ""], "--work_dir: an empty path"),
         (["--max_length", "0"], "--max_length 0"),
         (["--batch_size", "0"], "--batch_size 0"),
         (["--validation_split", "1.5"], "--validation_split 1.5"),

@@ -229,3 +229,7 @@ def test_missing_models_fail_and_bad_arguments_are_refused(tmp_path, capsys):
             ]
         )
     assert len(caught.value.problems) == 5
+    with pytest.raises(UserError) as caught:
+        validate_models.main(["", "--quick", "--work_dir", "", "--data_dir", "", "--validation_dir", ""])
+    flags = ("MODEL_DIR", "--work_dir", "--data_dir", "--validation_dir")
+    assert caught.value.problems == [f"{flag}: an empty path; is a shell variable unset?" for flag in flags]

@@ -205,6 +205,10 @@ def test_all_bad_options_are_reported_in_one_error(tmp_path):
     with pytest.raises(UserError) as caught:
         prepare_dataset.main(["--check", "--list", "--dry_run", "--wheel_dir", str(tmp_path / "none")])
     assert len(caught.value.problems) == 3
+    with pytest.raises(UserError) as caught:
+        prepare_dataset.main(["--data_dir", "", "--wheel_dir", "", "--add", ""])
+    flags = ("--data_dir", "--wheel_dir", "--add")
+    assert caught.value.problems == [f"{flag}: an empty path; is a shell variable unset?" for flag in flags]
     with pytest.raises(UserError, match="no such folder"):
         add(tmp_path / "none", tmp_path / "data")
 
