@@ -19,7 +19,7 @@ import argparse
 from pathlib import Path
 
 from mvlm_core.command_line import command_line
-from mvlm_core.errors import UserError, run_main
+from mvlm_core.errors import run_main
 from mvlm_core.export.file_checks import checked_exports
 from mvlm_core.export.formats import PACKAGES, missing_packages, write_formats
 from mvlm_core.files import output_folder_problems
@@ -29,11 +29,6 @@ from prioritary_mvlm.config import MODELING_FILES
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Parse and check the command line.
-
-    Raises:
-        UserError: with all problems at once.
-    """
     parser = command_line(__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, help="export folder, unpacked archive or .tar.gz")
@@ -42,6 +37,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--output", metavar="DIR", type=Path, required=True, help="output folder: new or empty")
     options = parser.parse_args(arguments)
     options.formats = [name for name in PACKAGES if getattr(options, name)]
+    return options
+
+
+def option_problems(options: argparse.Namespace) -> list[str]:
     problems = [f"--{problem}" for problem in missing_packages(options.formats)]
     if not options.formats:
         problems.append("no format: use --onnx, --gguf or both")
@@ -50,15 +49,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if options.output.is_dir() and any(options.output.iterdir())
         else []
     )
-    if problems:
-        raise UserError(problems)
-    return options
+    return problems
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     set_process_environment()
-    with checked_exports([options.model], MODELING_FILES) as (folder,):
+    with checked_exports([options.model], MODELING_FILES, option_problems(options)) as (folder,):
         write_formats(folder, options.formats, options.output.absolute())
     print(f"exported and verified: {options.output} ({', '.join(options.formats)}); its README.md has usage examples")
     return 0

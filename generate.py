@@ -30,11 +30,6 @@ if TYPE_CHECKING:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Parse and check the command line.
-
-    Raises:
-        UserError: with all problems at once.
-    """
     parser = command_line(__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, help="export folder, unpacked archive or .tar.gz")
@@ -60,7 +55,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="afterwards print model 2's governance traces per token, averaged over layers and heads: policy gate, "
         "memory share, attention entropy in nats, attention distance in tokens, and the share that was copied",
     )
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def option_problems(options: argparse.Namespace) -> list[str]:
     problems = [
         f"--{name} {getattr(options, name)}: must be {rule}"
         for name, rule, holds in (
@@ -73,9 +71,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     problems += seed_problems(options.seed) + device_problems(options.device)
     if any("\ud800" <= character <= "\udfff" for character in options.prompt):  # surrogates: undecodable bytes
         problems.append("the prompt is not valid UTF-8")
-    if problems:
-        raise UserError(problems)
-    return options
+    return problems
 
 
 def show(text: str, end: str = "") -> None:
@@ -122,7 +118,7 @@ def trace_table(model: Any, tokenizer: Any, ids: Tensor) -> str:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     set_process_environment()
-    with checked_exports([options.model], MODELING_FILES) as (folder,):
+    with checked_exports([options.model], MODELING_FILES, option_problems(options)) as (folder,):
         import torch
 
         from mvlm_core.evaluation.bits_per_byte import context_of, load_export

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import operator
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import Field, dataclass, field, fields
 from functools import partial
@@ -295,6 +296,7 @@ class TrainingSettings:
         if _is_number(self.hidden_dim) and _is_number(self.num_heads) and self.num_heads > 0:
             if self.hidden_dim % self.num_heads:
                 problems.append(f"--hidden_dim {self.hidden_dim} is not divisible by --num_heads {self.num_heads}")
+        problems += self._missing_input()
         problems += output_folder_problems(self.cache_dir, "--cache_dir")
         if self.output_dir:
             problems += output_folder_problems(self.output_dir)
@@ -303,6 +305,19 @@ class TrainingSettings:
             problems += output_file_problems(self.log_file, "--log_file")
         if self.fresh and self.resume_from is not None:
             problems.append("--fresh would delete the run that --resume_from continues: use only one")
+        return problems
+
+    def _missing_input(self) -> list[str]:
+        """Problems with paths to read that do not exist. What is in them is checked where they are read."""
+        problems = []
+        if self.data_dir and not os.path.isdir(self.data_dir):
+            problems.append(f"--data_dir {self.data_dir}: no such folder")
+        if self.validation_dir and not os.path.isdir(self.validation_dir):
+            problems.append(f"--validation_dir {self.validation_dir}: no such folder")
+        if self.tokenizer_path and self.init_from is None and not os.path.exists(self.tokenizer_path):
+            problems.append(f"--tokenizer_path {self.tokenizer_path}: no such file or folder")
+        if self.resume_from and not self.fresh and not os.path.isdir(self.resume_from):
+            problems.append(f"--resume_from {self.resume_from}: no such checkpoint folder")
         return problems
 
     def _teacher_problems(self, output_dir: Path) -> list[str]:

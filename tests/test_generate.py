@@ -80,7 +80,9 @@ def test_all_bad_arguments_are_reported_in_one_error(tmp_path):
     options = {"--temperature": "-1", "--top_p": "0", "--seed": str(2**63), "--device": "tpu"}
     with pytest.raises(UserError) as caught:
         generate.main([str(tmp_path), PROMPT, *(word for option in options.items() for word in option)])
-    assert [problem.split()[0] for problem in caught.value.problems] == list(options)
+    *problems, model = caught.value.problems
+    assert [problem.split()[0] for problem in problems] == list(options)
+    assert model.startswith(f"{tmp_path}: ") and "not a finished export" in model
     with pytest.raises(UserError, match="--seed -1.*not valid UTF-8"):
         generate.main([str(tmp_path), "\udcff", "--seed", "-1"])
     for place, words in ((tmp_path, "not a finished export"), (tmp_path / "none", "no such folder")):

@@ -153,6 +153,15 @@ def test_all_problems_are_reported_in_one_error(tmp_path):
     assert len(caught.value.problems) == 9
 
 
+def test_missing_input_is_reported_with_the_other_problems():
+    paths = {f"--{name}": f"/none/{name}" for name in ("data_dir", "validation_dir", "tokenizer_path", "resume_from")}
+    flags = (word for pair in paths.items() for word in pair)
+    with pytest.raises(UserError) as caught:
+        parse(GPT2Settings, "--preset", "smoke", "--batch_size", "0", *flags)
+    named = [" ".join(problem.split(":")[0].split()) for problem in caught.value.problems]
+    assert named == ["--batch_size 0", *(f"{flag} {path}" for flag, path in paths.items())]
+
+
 def test_empty_paths_are_refused():
     """An unset shell variable: --fresh would delete the default folder, --data_dir would read the current one."""
     names = "data_dir output_dir cache_dir tokenizer_path validation_dir teacher resume_from log_file".split()

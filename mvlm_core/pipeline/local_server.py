@@ -32,12 +32,8 @@ def parser_of(description: str | None, port: int) -> argparse.ArgumentParser:
     return parser
 
 
-def check(options: argparse.Namespace, packages: tuple[str, ...]) -> None:
-    """Default to all trained models, and check the arguments and that ``packages`` are installed.
-
-    Raises:
-        UserError: lists every problem with the command line and the installation.
-    """
+def check(options: argparse.Namespace, packages: tuple[str, ...]) -> list[str]:
+    """Default to all trained models; return the problems with the arguments, and with ``packages`` not installed."""
     layout = Layout(REPOSITORY_ROOT)
     problems = [] if 0 <= options.port < 65536 else [f"--port {options.port}: must be from 0 to 65535"]
     problems += device_problems(options.device)
@@ -48,8 +44,7 @@ def check(options: argparse.Namespace, packages: tuple[str, ...]) -> None:
         options.models = exports_in(layout.models) or sorted(layout.downloads.glob(layout.archive("*").name))
         if not options.models:
             problems.append(f"no model in {layout.models} or {layout.downloads}: train one first, or give a path")
-    if problems:
-        raise UserError(problems)
+    return problems
 
 
 def by_name(folders: list[Path]) -> dict[str, Path]:
@@ -99,9 +94,9 @@ def serve(
         path: appended to the printed address.
         headers: added to every response.
     """
-    check(options, packages)
+    problems = check(options, packages)
     set_process_environment()
-    with checked_exports(options.models, sources) as folders:
+    with checked_exports(options.models, sources, problems) as folders:
         import uvicorn
 
         from mvlm_core.evaluation.bits_per_byte import load_export
