@@ -18,6 +18,7 @@ from mvlm_core.files import output_folder_problems, read_json
 from mvlm_core.hardware import set_process_environment
 from mvlm_core.run_layout import Layout
 from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
+from mvlm_core.signals import end_on_sigterm
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -56,4 +57,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_on_sigterm()  # cleans up unfinished output
     run_main(main)

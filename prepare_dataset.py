@@ -19,6 +19,7 @@ from mvlm_core.command_line import command_line
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.files import empty_path_problems
 from mvlm_core.settings import DEFAULT_DATA_DIR
+from mvlm_core.signals import end_on_sigterm
 
 
 def list_or_add(args: argparse.Namespace) -> int:
@@ -95,4 +96,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_on_sigterm()  # cleans up unfinished output
     run_main(main)

@@ -28,11 +28,19 @@ from bible_corpus.ngram_overlap import LENGTH as NGRAM_LENGTH
 from mvlm_core.console import progress
 from mvlm_core.data.corpus import MANIFEST_NAME as MANIFEST
 from mvlm_core.errors import TrainingError, UserError
-from mvlm_core.files import output_folder_problems, read_json, sha256_file, write_json_atomic
+from mvlm_core.files import (
+    leftovers,
+    output_folder_problems,
+    read_json,
+    sha256_file,
+    temporary_folder,
+    write_json_atomic,
+)
 from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR
 
 SOURCES = DEFAULT_DATA_DIR / "sources.json"
 WHEEL_CACHE = CACHE_DIR / "wheels"
+BUILDING = "bible-building"  # name of the folder in which a corpus is built
 LAYOUT_VERSION = 2  # of the manifest
 
 Verses = dict[int, str]
@@ -52,8 +60,11 @@ def build_corpus(data_dir: Path | str, wheel_dir: Path | str | None = None, quie
     sources = read_sources()
     wheels = find_wheels(sources, Path(wheel_dir) if wheel_dir is not None else None, quiet)
     bibles, dropped, repaired = clean_translations(wheels, quiet)
-    building = data_dir / f".bible-building-{os.getpid()}"
-    building.mkdir(parents=True)
+    data_dir.mkdir(parents=True, exist_ok=True)
+    for leftover in leftovers(data_dir, BUILDING):
+        put_back(leftover / "old", data_dir / "bible")
+        shutil.rmtree(leftover, ignore_errors=True)
+    building = temporary_folder(data_dir, BUILDING)
     try:
         with _processes(1) as pool:
             audit = pool.submit(leak_audit, bibles, quiet)  # runs while files are written and translations scored
@@ -277,9 +288,14 @@ def put_in_place(built: Path, data_dir: Path, manifest: dict[str, Any]) -> None:
             os.replace(target, old)
         os.replace(built, target)
     finally:
-        if old.exists() and not target.exists():
-            os.replace(old, target)
+        put_back(old, target)
     write_json_atomic(data_dir / MANIFEST, manifest)
+
+
+def put_back(old: Path, target: Path) -> None:
+    """Undo the first half of a replacement that failed or was killed before its second half."""
+    if old.exists() and not target.exists():
+        os.replace(old, target)
 
 
 def print_report(data_dir: Path, sources: Sources, manifest: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import stat
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,29 @@ def make_folder(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
         fsync_path(folder.parent)
+
+
+def temporary_folder(parent: Path, name: str) -> Path:
+    """Create ``.NAME.HOST.PID.RANDOM`` in ``parent``: if this process is killed, ``leftovers`` finds it.
+
+    Args:
+        name: without dots.
+    """
+    return Path(tempfile.mkdtemp(prefix=f".{name}.{_host()}.{os.getpid()}.", dir=parent))
+
+
+def leftovers(parent: Path, name: str) -> list[Path]:
+    """Folders that ``temporary_folder`` made on this machine for processes that have ended.
+
+    Args:
+        name: "*" for any.
+    """
+    found = [(folder, folder.name.split(".")[3]) for folder in parent.glob(f".{name}.{_host()}.*.*")]
+    return [folder for folder, pid in found if pid.isdecimal() and not psutil.pid_exists(int(pid))]
+
+
+def _host() -> str:
+    return socket.gethostname().replace(".", "-")
 
 
 def write_atomic(path: Path | str, data: bytes | str) -> None:

@@ -5,11 +5,21 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from mvlm_core.errors import UserError
-from mvlm_core.files import LOCK_NAME, RunLock, output_folder_problems, sha256_file, write_atomic, write_json_atomic
+from mvlm_core.files import (
+    LOCK_NAME,
+    RunLock,
+    leftovers,
+    output_folder_problems,
+    sha256_file,
+    temporary_folder,
+    write_atomic,
+    write_json_atomic,
+)
 
 
 def test_failed_atomic_write_keeps_the_old_file(tmp_path, monkeypatch):
@@ -22,6 +32,18 @@ def test_failed_atomic_write_keeps_the_old_file(tmp_path, monkeypatch):
         write_atomic(path, "half")
     assert json.loads(path.read_text()) == {"a": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_only_temporary_folders_of_ended_processes_are_leftovers(tmp_path):
+    program = "import sys; from pathlib import Path; from mvlm_core.files import temporary_folder\n"
+    program += "for name in ('one', 'two'): print(temporary_folder(Path(sys.argv[1]), name))"
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    one, two = done.stdout.splitlines()
+    mine = temporary_folder(tmp_path, "one")
+    (tmp_path / mine.name.replace(f".{os.getpid()}.", ".word.")).mkdir()
+    (tmp_path / Path(one).name.replace(socket.gethostname().replace(".", "-"), "elsewhere")).mkdir()
+    assert leftovers(tmp_path, "one") == [Path(one)]
+    assert sorted(leftovers(tmp_path, "*")) == sorted([Path(one), Path(two)])
 
 
 def test_sha256_file_hashes_the_content(tmp_path):

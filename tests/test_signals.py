@@ -58,6 +58,32 @@ def test_missing_parent_process_counts_as_sigterm(monkeypatch):
     assert stop.is_set() and stop.number == signal.SIGTERM
 
 
+@pytest.mark.parametrize(
+    "script, work",
+    [
+        ("prepare_dataset.py", "bible_corpus.build.build_corpus"),
+        ("make_report.py", "mvlm_core.pipeline.report.make_report"),
+    ],
+)
+def test_scripts_without_checkpoints_clean_up_after_sigterm(tmp_path, script, work):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/training_summary.json").write_text('{"models": {}}')
+    place = "--data_dir" if script == "prepare_dataset.py" else "--work_dir"
+    code = (
+        "import runpy, sys, time\nfrom pkgutil import resolve_name\n"
+        "def work(*_, **__):\n    try: print('working', flush=True); time.sleep(60)\n    finally: print('cleaned up')\n"
+        f"module, name = {work!r}.rsplit('.', 1)\nsetattr(resolve_name(module), name, work)\n"
+        f"sys.argv = ['x', {place!r}, {str(tmp_path)!r}]\nrunpy.run_path({script!r}, run_name='__main__')\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "working\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=60)[0] == "cleaned up\n" and process.returncode == 143
+    finally:
+        process.kill()
+
+
 def test_second_sigint_exits_at_once_and_keeps_the_checkpoint(tiny_corpus, tmp_path):
     """A step that never ends, as on a hung GPU: the first SIGINT waits for it, the second does not."""
     script = tmp_path / "hangs.py"

