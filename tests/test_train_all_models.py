@@ -455,6 +455,16 @@ def test_models_trained_separately_share_one_summary(job):
     assert len(read_checksums(job.layout.checksums)) == 2
 
 
+def test_text_without_the_folder_that_a_finished_model_read_is_different_text(export, tmp_path):
+    (own := tmp_path / "own").mkdir()
+    (own / "own.txt").write_text("My own words.\n")
+    places = ["--work_dir", str(export.parent.parent), "--data_dir", str(own)]
+    options = train_all_models.parse(["--preset", "smoke", "--models", "mvlm_gpt2", *places])
+    (line,) = train_all_models.make_job(options).differences("mvlm_gpt2")
+    assert line.startswith("mvlm_gpt2: trained on different text (4 training documents in ")
+    assert line.endswith(f"this run has no text of bible/kjv in {own}")
+
+
 def test_finished_models_refuse_a_different_preset_seed_or_text(job):
     assert job.run().returncode == 0
     before = job.summary()

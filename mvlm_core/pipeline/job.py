@@ -126,12 +126,20 @@ class Job:
         return [*lines, ONE_TEXT] if lines else []
 
     def _text_differences(self, name: str, data: dict[str, Any]) -> list[str]:
-        corpus = self.corpus(only=data.get("only"))
-        if data.get("fingerprint") == corpus.fingerprint:
-            return []
+        only = data.get("only")
+        try:
+            corpus = self.corpus(only=only)
+        except UserError:
+            if only is None:
+                raise
+            here = f"no text of {only}"
+        else:
+            if data.get("fingerprint") == corpus.fingerprint:
+                return []
+            here = str(len(corpus.split("train")))
         return [
             f"{name}: trained on different text ({data.get('train_documents')} training documents in "
-            f"{data.get('data_dir')}); this run has {len(corpus.split('train'))} in {self.data_dir}"
+            f"{data.get('data_dir')}); this run has {here} in {self.data_dir}"
         ]
 
 
