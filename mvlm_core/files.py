@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import socket
 import stat
 import tempfile
@@ -244,8 +245,9 @@ class RunLock:
 def _parse_lock(held: bytes) -> dict[str, Any]:
     try:
         value = json.loads(held)
-    except ValueError:
-        return {}
+    except ValueError:  # another program's, such as "pid 8575"
+        number = re.search(rb"\d{1,18}", held)
+        value = int(number[0]) if number else None
     if isinstance(value, int) and not isinstance(value, bool):
         value = {"pid": value}
     return value if isinstance(value, dict) else {}

@@ -88,13 +88,23 @@ def test_lock_of_a_live_process_is_respected(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("content", ["{}", "pid {}", "{} host", "pid={}\n2026-11-30\n"])
+def test_lock_of_a_live_process_is_respected_in_other_formats(tmp_path, content):
+    (tmp_path / LOCK_NAME).write_text(content.format(os.getppid()))
+    with pytest.raises(UserError, match=f"in use by process {os.getppid()} "), RunLock(tmp_path, "it"):
+        pass
+    assert len(RunLock(tmp_path, "it").problems()) == 1
+
+
 def test_a_lock_of_another_machine_is_respected(tmp_path):
     lock_text(tmp_path, pid=1, host="elsewhere")
     with pytest.raises(UserError, match="on elsewhere"), RunLock(tmp_path, "it"):
         pass
 
 
-@pytest.mark.parametrize("content", ['{"pid": 4000000}', "4000000", "", "garbage", '{"pid": "x"}', "[1]"])
+@pytest.mark.parametrize(
+    "content", ['{"pid": 4000000}', "4000000", "pid 4000000", "", "garbage", "x" + "9" * 4000, '{"pid": "x"}', "[1]"]
+)
 def test_stale_and_broken_locks_are_taken_over(tmp_path, content):
     (tmp_path / LOCK_NAME).write_text(content)
     with RunLock(tmp_path, "it"):
