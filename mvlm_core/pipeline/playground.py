@@ -25,7 +25,7 @@ from mvlm_core.evaluation.surprisal import (
 from mvlm_core.export.archive import opened
 from mvlm_core.export.manifest import MANIFEST, exports_in, read_manifest, training_config, verify_folder
 from mvlm_core.files import template
-from mvlm_core.metrics import METRICS
+from mvlm_core.metrics import BY_NAME, METRICS
 from mvlm_core.pipeline.report import SHAPE
 from mvlm_core.run_layout import Layout, finite_number
 
@@ -144,8 +144,9 @@ def scored(models: Models, text: str, corpus: Callable[[], Corpus]) -> Iterator[
         return
     columns |= {LABELS[name]: lengths[name] for name in LABELS if name in lengths}
     yield page(
-        "Bits per byte; lower is better. The compressors are primed with the training text. PPMd's output is counted "
-        "in whole bytes, so values of short sentences are rough; xz outputs nothing before the end of the text."
+        f"Bits per byte; {BY_NAME['test_bpb'].direction}. The compressors are primed with the training text. PPMd's "
+        "output is counted in whole bytes, so values of short sentences are rough; xz outputs nothing before the end "
+        "of the text."
         if lengths
         else "No compressors: there is no training text to prime them with, or too much."
     )

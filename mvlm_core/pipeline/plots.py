@@ -13,6 +13,8 @@ from mvlm_core.export.plots import BY_TEXT, BY_TIME, STYLES, Histories, curves
 from mvlm_core.files import write_atomic
 from mvlm_core.metrics import BY_NAME, PRIMARY_TEST_BPB
 
+TEST = BY_NAME["test_bpb"]
+
 
 def _bars(axes: Any, values: dict[str, list[float]], labels: list[str], orientation: str = "vertical") -> None:
     """Draw labeled groups of bars, one bar per model, annotated with its value."""
@@ -35,7 +37,7 @@ def book_bars(by_book: dict[str, dict[str, float]]) -> Callable[[Any], None] | N
         _bars(axes, values, books, "horizontal")
         axes.invert_yaxis()
         axes.margins(x=0.12)
-        axes.set_xlabel("test, bits per byte (lower is better)")
+        axes.set_xlabel(f"{TEST.title} ({TEST.direction})")
         axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=2, frameon=False)
 
     return draw if books else None
@@ -60,12 +62,12 @@ def plot_comparison(comparison: dict[str, Any], histories: Histories, path: Path
 def _score_bars(axes: Any, comparison: dict[str, Any], names: list[str]) -> None:
     from matplotlib.patheffects import withStroke
 
-    scores = [BY_NAME[key] for key in ("test_bpb", PRIMARY_TEST_BPB)]
+    scores = [TEST, BY_NAME[PRIMARY_TEST_BPB]]
     scores = [metric for metric in scores if any(comparison[metric.name].get(name) is not None for name in names)]
     values = {name: [comparison[metric.name].get(name) or 0 for metric in scores] for name in names}
     if scores:
         _bars(axes, values, [metric.label.replace(", ", ",\n") for metric in scores])
-    axes.set(ylabel="bits per byte", title="Test scores (lower is better)")
+    axes.set(ylabel=TEST.unit, title=f"Test scores ({TEST.direction})")
     baselines = comparison["compression_baselines"]
     if baselines and scores:
         last = len(scores) - 1  # baselines are for the primary translation, or for all text if there is none

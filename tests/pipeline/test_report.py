@@ -10,10 +10,11 @@ import make_report
 from mvlm_core.errors import UserError
 from mvlm_core.export.manifest import training_config
 from mvlm_core.files import write_json_atomic
+from mvlm_core.metrics import BY_NAME, METRICS
 from mvlm_core.pipeline import comparison
 from mvlm_core.pipeline.summary import Summary
 from mvlm_core.run_layout import Layout
-from tests.helpers import MODELS
+from tests.helpers import MODELS, REPOSITORY
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 BASELINES = {"translation": "kjv", "test_bytes": 1000, "xz": 2.5, "ppmd_order_6": 2.2, "ppmd_order_16": 2.1}
@@ -45,6 +46,16 @@ def page_of(layout, trained):
     arguments = ["--work_dir", layout.root, "--data_dir", trained / "corpus", "--device", "cpu"]
     assert make_report.main([str(argument) for argument in arguments]) == 0
     return layout.report.read_text(encoding="utf-8")
+
+
+def test_directions_of_metrics_are_written_once(run):
+    _, _, page = run
+    assert page.count(BY_NAME["test_bpb"].direction) == 2, "in the text; figures are encoded"
+    directions = {metric.name: metric.direction for metric in METRICS}
+    assert directions["test_bpb"] == directions["seconds"] == "lower is better"
+    assert directions["tokens_per_second"] == "higher is better" and directions["parameters"] == ""
+    sources = [*(REPOSITORY / "mvlm_core").rglob("*.py"), *(REPOSITORY / "mvlm_core").rglob("*.html")]
+    assert [path.name for path in sources if "lower is better" in path.read_text(encoding="utf-8")] == ["metrics.py"]
 
 
 def test_report_is_self_contained_and_shows_the_runs_results(run):
