@@ -214,7 +214,7 @@ def outcome(run: Run, code: int) -> Figures | None:
         tail = "\n".join(run.log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
         log.error("%s failed: %s; end of %s:\n%s", run.name, problem, run.log_file, printable(tail, keep="\n"))
     else:
-        for checkpoint in run.folder.rglob("step-*"):  # 80 MB per run; keep the finished model and its teachers
+        for checkpoint in run.folder.glob("checkpoints/step-*"):  # 80 MB per run; keep the finished model
             shutil.rmtree(checkpoint, ignore_errors=True)
     return result
 
