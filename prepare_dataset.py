@@ -14,7 +14,6 @@ import argparse
 import shlex
 from pathlib import Path
 
-from bible_corpus.build import build_corpus, corpus_problems
 from mvlm_core.command_line import command_line
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.files import empty_path_problems
@@ -25,6 +24,7 @@ from mvlm_core.signals import end_on_sigterm
 def list_or_add(args: argparse.Namespace) -> int:
     """Handle `--list` and `--add`."""
     from bible_corpus import import_texts
+    from bible_corpus.build import corpus_problems
     from mvlm_core.data.corpus import load_corpus
 
     if args.list:
@@ -81,6 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     if args.list or args.add is not None:
         return list_or_add(args)
+    from bible_corpus.build import build_corpus, corpus_problems
+
     problems = corpus_problems(args.data_dir)
     if args.check:
         place = "" if args.data_dir == DEFAULT_DATA_DIR else f" --data_dir {shlex.quote(str(args.data_dir))}"

@@ -30,7 +30,6 @@ from mvlm_core.files import RunLock, empty_path_problems, output_folder_problems
 from mvlm_core.hardware import resolve_preset, set_process_environment
 from mvlm_core.pipeline.child_process import Signals, log_to_file
 from mvlm_core.pipeline.job import Job, probe_hardware, show_plan
-from mvlm_core.pipeline.stages import check_locks, run_stages
 from mvlm_core.run_layout import Layout
 from mvlm_core.settings import DEFAULT_DATA_DIR, PRESET_NAMES, REPOSITORY_ROOT, TrainingSettings, add_options
 
@@ -161,6 +160,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         ready = not (options.is_default_corpus and build.corpus_problems(DEFAULT_DATA_DIR))
         return show_plan(job, corpus_is_ready=ready)
+    from mvlm_core.pipeline.stages import check_locks, run_stages
+
     with Signals() as signals:
         hardware = probe_hardware(job)
         if not options.is_default_corpus:  # check the user's own corpus before writing anything
