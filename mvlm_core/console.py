@@ -72,6 +72,17 @@ class _BarFriendlyHandler(logging.Handler):
         sys.stdout.flush()
 
 
+class _LateFileHandler(logging.FileHandler):
+    """Creates the log file and its folder at the first record, so that a run refused before that writes nothing."""
+
+    def __init__(self, path: Path | str) -> None:
+        super().__init__(path, encoding="utf-8", delay=True)
+
+    def _open(self) -> Any:
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        return super()._open()
+
+
 def setup_logging(log_file: Path | str | None = None, *, quiet: bool = False) -> logging.Logger:
     """Send the ``mvlm`` log to stdout and optionally append it to a file.
 
@@ -86,8 +97,7 @@ def setup_logging(log_file: Path | str | None = None, *, quiet: bool = False) ->
     console.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
     log.addHandler(console)
     if log_file is not None:
-        Path(log_file).parent.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(log_file, encoding="utf-8")
+        file = _LateFileHandler(log_file)
         file.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(file)
     return log

@@ -15,6 +15,16 @@ def run(body, **pipes):
     return subprocess.Popen([sys.executable, "-c", PROGRAM.format(body)], stderr=subprocess.PIPE, text=True, **pipes)
 
 
+def test_refused_run_creates_no_log_file(tmp_path):
+    (tmp_path / "empty").mkdir()
+    command = [sys.executable, str(REPOSITORY / "mvlm_trainer.py"), "--preset", "smoke", "--device", "cpu"]
+    command += ["--output_dir", str(tmp_path / "out"), "--log_file", str(tmp_path / "logs" / "run.log")]
+    command += ["--resume_from", str(tmp_path / "empty")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and f"--resume_from {tmp_path / 'empty'}" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
 @pytest.mark.parametrize(
     ("body", "code", "said"),
     [
