@@ -27,7 +27,7 @@ import mvlm_trainer
 from benchmarks import command
 from mvlm_core.console import log, outlive_terminal, setup_logging
 from mvlm_core.errors import UserError, printable, run_main
-from mvlm_core.export.manifest import training_config
+from mvlm_core.export.manifest import CHECKPOINTS, training_config
 from mvlm_core.files import RunLock, output_folder_problems
 from mvlm_core.hardware import set_process_environment
 from mvlm_core.machine import available_threads
@@ -214,7 +214,7 @@ def outcome(run: Run, code: int) -> Figures | None:
         tail = "\n".join(run.log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
         log.error("%s failed: %s; end of %s:\n%s", run.name, problem, run.log_file, printable(tail, keep="\n"))
     else:
-        for checkpoint in run.folder.glob("checkpoints/step-*"):  # 80 MB per run; keep the finished model
+        for checkpoint in run.folder.glob(f"{CHECKPOINTS}/step-*"):  # 80 MB per run; keep the finished model
             shutil.rmtree(checkpoint, ignore_errors=True)
     return result
 
