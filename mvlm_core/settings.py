@@ -28,7 +28,7 @@ PRESET_NAMES = ("auto", "h200", "cpu", "smoke")
 SCHEDULES = ("cosine", "linear")
 OPTIMIZERS = ("adamw", "muon")
 VALIDATION_TEXTS = ("primary", "all")
-PATHS = (
+PATHS = (  # options that name a path, which must not be empty
     *("data_dir", "output_dir", "cache_dir", "tokenizer_path", "validation_dir"),
     *("init_from", "teacher", "resume_from", "log_file"),
 )
