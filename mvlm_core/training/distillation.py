@@ -78,7 +78,7 @@ def load_teachers(exports: Iterable[PretrainedExport], model_class: type[Model],
     return models
 
 
-def teacher_of_step(teachers: Sequence[Model]) -> Model | None:
+def draw_teacher(teachers: Sequence[Model]) -> Model | None:
     """Draw one teacher for a micro-batch; None without teachers.
 
     In expectation, the gradient is that of the teachers' mean distribution, at the cost of a single teacher. The draw

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mvlm_core.errors import TrainingError
 from mvlm_core.signals import StopRequest
-from mvlm_core.training.distillation import teacher_of_step
+from mvlm_core.training.distillation import draw_teacher
 from mvlm_core.training.distributed import Ranks, lost_connection
 from mvlm_core.training.state import LoopState
 from mvlm_core.training.task import Run, TrainingTask
@@ -95,7 +95,7 @@ class GradientAccumulator:
             self.task.optimizers.zero_grad()
             self._close_sync()
 
-    def later_step_seconds(self, state: LoopState, clock: Callable[[], float]) -> float:
+    def extra_step_seconds(self, state: LoopState, clock: Callable[[], float]) -> float:
         """Average extra seconds of later steps over current ones, as loss terms switch on or off; changes no state."""
         count = self.sequences(state)
 
@@ -128,7 +128,7 @@ class GradientAccumulator:
         score = self.task.loss if self._sync is None else self._sync.loss
         with nullcontext() if self._sync is None else self._sync.micro_batch(last):
             with self.hardware.autocast():
-                loss = score(inputs, targets, weights, progress, teacher_of_step(self.task.teachers))
+                loss = score(inputs, targets, weights, progress, draw_teacher(self.task.teachers))
             (loss.total * share).backward()
         metrics = {"train_loss": loss.train_loss, **loss.parts}
         return {name: value.detach() * share for name, value in metrics.items()}, batch.text_bytes

@@ -253,7 +253,7 @@ class TrainingLoop:
             setattr(spent, f"{kind}s", getattr(spent, f"{kind}s") + 1)
             setattr(spent, f"{kind}_seconds", getattr(spent, f"{kind}_seconds") + seconds)
             if self._budget is not None:
-                self._budget.leave_out(seconds)
+                self._budget.exclude(seconds)
 
     def _timing_due(self) -> tuple[bool, bool, bool]:
         """Whether to time an evaluation, whether to time a checkpoint, and whether to fix the run's length now."""
@@ -268,7 +268,7 @@ class TrainingLoop:
         state, settings, budget = self.state, self.settings, self._budget
         assert budget is not None
         step_seconds = budget.step_seconds  # measured until now, without the trial steps of the next line
-        step_seconds += self.gradients.later_step_seconds(state, self.clock)
+        step_seconds += self.gradients.extra_step_seconds(state, self.clock)
         durations = {"step": step_seconds} | budget.durations(state.spent)
         reachable = steps_within(
             budget.seconds - budget.used,

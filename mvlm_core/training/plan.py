@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from itertools import accumulate
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from mvlm_core.cost_estimate import (
     CHECKPOINTS,
@@ -24,20 +20,18 @@ from mvlm_core.cost_estimate import (
     Item,
     Plan,
 )
-from mvlm_core.data.corpus import Corpus, Document, validation_subset
-from mvlm_core.data.token_store import document_repeats, token_folder
-from mvlm_core.data.tokenizer import ByteLevelBPE, tokenizer_folder
+from mvlm_core.data.corpus import Corpus
 from mvlm_core.hardware import Hardware
 from mvlm_core.settings import LENGTHS, TrainingSettings
 from mvlm_core.training.cost import OVERHEAD, StepCost, fitting_micro_batch, step_cost
 from mvlm_core.training.distillation import relative_step_cost, teacher_and_student_settings, with_time_left
 from mvlm_core.training.forecast import TEXT_PER_PARAMETER, UNIT_EPOCHS
-from mvlm_core.training.init_from import base_export, replay_of
 from mvlm_core.training.launch import describe_gpus, rank_count
-from mvlm_core.training.preparation import check_held_out, mix_of, old_text, read_corpus, tokenizer_path
+from mvlm_core.training.preparation import check_held_out, read_corpus
 from mvlm_core.training.recipe import Recipe
 from mvlm_core.training.run_length import total_steps
 from mvlm_core.training.state import LoopState
+from mvlm_core.training.text_plan import TextPlan, plan_text
 
 # Assumptions; those that an estimate uses are printed with it.
 GPU_PEAK = 989e12  # FLOP/s of an H200 or H100, bf16 without sparsity
@@ -50,32 +44,9 @@ TOKENIZATION_BYTES_PER_SECOND = 2.5e6  # text, per core
 EXPORT_SECONDS = 20.0
 GPU_MEMORY = (8e9, 16e9, 24e9, 80e9, 141e9)
 SMALL_GPU = 24e9
-SAMPLE_BYTES = 8_000_000  # a tokenizer trained on this much text needs 0.5 % more tokens than one trained on all 64 MB
-MEASURED_BYTES = 2_000_000
 TIMED = (STEPS, EVALUATIONS, CHECKPOINTS)  # what --max_hours covers
 
 log = logging.getLogger("mvlm")
-
-
-@dataclass(frozen=True)
-class TextPlan:
-    """Sizes of a run's text, estimated before it is tokenized.
-
-    Attributes:
-        train_bytes: each training document counted once.
-        epoch_bytes: bytes read in one epoch.
-        bytes_per_token: measured with the tokenizer that ``source`` describes.
-        has_tokenizer, has_tokens: whether they are cached.
-    """
-
-    train_bytes: int
-    epoch_bytes: int
-    validation_bytes: int
-    test_bytes: int
-    bytes_per_token: float
-    source: str
-    has_tokenizer: bool
-    has_tokens: bool
 
 
 def plan_run(
@@ -133,56 +104,6 @@ def plan_run(
     ]
     fixed = None if settings.max_hours is not None else steps
     return Plan(lines, items, fixed, assumptions, rented=on_gpu, export_bytes=one.memory.weights)
-
-
-def plan_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE], corpus: Corpus) -> TextPlan:
-    """Measure the text and its bytes per token, with an existing tokenizer or one trained on a sample."""
-    train, mix = corpus.split("train"), mix_of(settings)
-    repeats = document_repeats(train, mix)
-    sizes = [document.size for document in train]
-    folder = tokenizer_folder(tokenizer_class, corpus.fingerprint, settings.vocab_size, settings.cache_dir)
-    path: Path | str | None = tokenizer_path(settings) or (folder if (folder / "tokenizer.json").exists() else None)
-    step = -(-sum(sizes) // SAMPLE_BYTES)
-    if path:
-        tokenizer, source = tokenizer_class.load(path), "with the existing tokenizer"
-    else:
-        tokenizer = tokenizer_class.train((document.read() for document in train[::step]), settings.vocab_size)
-        source = f"with a tokenizer trained on {sum(sizes[::step]) / 1e6:.1f} MB of the text"
-    has_tokens = path is not None and (token_folder(corpus, tokenizer, settings.cache_dir) / "index.json").exists()
-    validation = validation_subset(corpus, settings.validation_text)
-    test = [] if settings.no_test_score else corpus.split("test")
-    epoch_bytes: float = sum(size * int(count) for size, count in zip(sizes, repeats, strict=True))
-    if (base := base_export(settings)) is not None:
-        old = old_text(settings, base, corpus)
-        test = 2 * [*test, *(old.test if old and not settings.no_test_score else [])]  # before and after
-    if replay := replay_of(settings):
-        epoch_bytes /= 1 - float(replay.share)
-    return TextPlan(
-        train_bytes=sum(sizes),
-        epoch_bytes=int(epoch_bytes),
-        validation_bytes=sum(len(part.encode()) for _, part in validation),
-        test_bytes=sum(document.size for document in test),
-        bytes_per_token=measured_bytes_per_token(tokenizer, train, repeats, step),
-        source=source,
-        has_tokenizer=path is not None,
-        has_tokens=has_tokens,
-    )
-
-
-def measured_bytes_per_token(tokenizer: ByteLevelBPE, train: list[Document], repeats: np.ndarray, step: int) -> float:
-    """Measure the bytes per token of about ``MEASURED_BYTES`` of text, with each document as often as in an epoch.
-
-    Args:
-        step: measure every ``step``-th document, where possible outside the tokenizer's sample.
-    """
-    sizes = [document.size for document in train]
-    order = list(range(step // 2, len(train), step))
-    totals = accumulate(sizes[index] for index in order)
-    sampled = [index for index, total in zip(order, totals, strict=True) if total <= MEASURED_BYTES]
-    sampled = [index for index in sampled or order[:1] if repeats[index]] or order[:1]
-    tokens = [len(ids) + 1 for ids in tokenizer.encode_batch([train[index].read() for index in sampled])]
-    times = [int(repeats[index]) or 1 for index in sampled]
-    return float(np.dot([sizes[index] for index in sampled], times) / np.dot(tokens, times))
 
 
 def planned_steps(settings: TrainingSettings, text: TextPlan) -> int | None:

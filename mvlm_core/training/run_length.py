@@ -169,7 +169,7 @@ class TimeBudget:
             wait()
             self._timed_from, self._excluded = self._clock(), 0.0
 
-    def leave_out(self, seconds: float) -> None:
+    def exclude(self, seconds: float) -> None:
         """Exclude ``seconds`` spent on something other than steps."""
         self._excluded += seconds
 

@@ -16,8 +16,8 @@ from mvlm_core.training.checkpoint import checkpoint_folders, newest_checkpoint
 from mvlm_core.training.distillation import (
     DISTILLATION_WEIGHT,
     TEACHERS,
+    draw_teacher,
     teacher_and_student_settings,
-    teacher_of_step,
     with_time_left,
 )
 from mvlm_core.training.loop import TrainingLoop
@@ -34,7 +34,7 @@ def corpus(trained):
 def first_loss(loop):
     batch = loop.task.batches.batch(0)
     inputs, targets, weights = map(torch.from_numpy, (batch.inputs, batch.targets, batch.weights))
-    return inputs, loop.task.loss(inputs, targets, weights, 0.9, teacher_of_step(loop.task.teachers))
+    return inputs, loop.task.loss(inputs, targets, weights, 0.9, draw_teacher(loop.task.teachers))
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -11,10 +11,11 @@ from mvlm_core.cost_estimate import PRICE_PER_HOUR, Item, format_costs
 from mvlm_core.data.corpus import load_corpus
 from mvlm_core.hardware import choose_hardware
 from mvlm_core.training.cost import step_cost
-from mvlm_core.training.plan import EXPORT_SECONDS, plan_run, plan_text, planned_steps
+from mvlm_core.training.plan import EXPORT_SECONDS, plan_run, planned_steps
 from mvlm_core.training.preparation import prepare_text, read_corpus
 from mvlm_core.training.run import run_training
 from mvlm_core.training.run_length import run_length
+from mvlm_core.training.text_plan import plan_text
 from prioritary_mvlm import PrioritaryConfig
 from tests.helpers import MODELS, recipe_of, tiny_settings
 
