@@ -41,11 +41,6 @@ class StepLog:
         self._pending: list[tuple[dict[str, Any], dict[str, Tensor], float, float]] = []
         self._records: list[dict[str, Any]] = []  # read from the device, not yet in the history file
 
-    @property
-    def has_pending(self) -> bool:
-        """Whether there are metrics to read."""
-        return bool(self._pending)
-
     def add(self, record: dict[str, Any], metrics: dict[str, Tensor], since: float, seconds: float) -> None:
         """Add a step that started at ``since`` (the run's wall time) and took ``seconds``, without synchronizing."""
         self._pending.append((record, metrics, since, seconds))

@@ -197,8 +197,6 @@ class TrainingLoop:
 
     def _read_metrics(self, bar: Any) -> str | None:
         """Read and show the metrics of the steps since the last call; return the reason for a rollback, if any."""
-        if not self.step_log.has_pending:
-            return None
         self._report_compilation()
         reason = self.step_log.read(self.state, self.clock)
         self.step_log.show(bar, self.state, self.length)
