@@ -133,7 +133,7 @@ class TrainingSettings:
         FINE_TUNING: {"num_epochs": 2.0, "num_models": 1},
     }
     # For presets with teachers: (upper limit of --max_hours, number of models), from the same experiments. On an H200,
-    # one model takes about 2.5 minutes for three epochs, and teachers should take a quarter to a third of the time.
+    # one model takes 2.5 to 2.8 minutes for three epochs, and teachers should take a quarter to a third of the time.
     MODELS_BY_HOURS: ClassVar[dict[str, tuple[tuple[float, int], ...]]] = {
         "h200": ((0.08, 1), (0.33, 2), (0.83, 4), (math.inf, 8))
     }
@@ -153,7 +153,7 @@ class TrainingSettings:
     validation_dir: str | None = _data(None, "folder of files to use as validation text")
     validation_text: str = _data(
         "primary", "text that selects the best checkpoint: primary (validation documents of the primary translation, "
-        "or 64 KB if there is none) or all", choices=VALIDATION_TEXTS, identity=True,
+        "or, without one, 64 KB of all) or all", choices=VALIDATION_TEXTS, identity=True,
     )  # fmt: skip
 
     init_from: str | None = _fine_tuning(
@@ -162,7 +162,7 @@ class TrainingSettings:
     )  # fmt: skip
     replay: str | None = _fine_tuning(
         None, "FOLDER=SHARE: to reduce forgetting, draw this share of the sequences from that corpus's training text, "
-        "and score its test text before and after (without --replay: that of the export's own corpus, if unchanged)",
+        "and also score its test text before and after (default: the export's own corpus, if it is unchanged)",
     )  # fmt: skip
 
     teacher: Sequence[str] = _distillation(
@@ -187,7 +187,10 @@ class TrainingSettings:
     preset: str = option(
         "auto", "model size and training budget; auto: h200 with a CUDA device, else cpu", choices=PRESET_NAMES
     )
-    batch_size: int = _optimization(32, "sequences per micro-batch on each device", minimum=1, identity=False)
+    batch_size: int = _optimization(
+        32, "sequences in a device's micro-batch, at most; times --gradient_accumulation_steps: sequences per step, "
+        "over all devices", minimum=1, identity=False,
+    )  # fmt: skip
     gradient_accumulation_steps: int = _optimization(1, "micro-batches per optimizer step", minimum=1, identity=False)
     learning_rate: float = _optimization(1e-3, "peak learning rate", above=0)
     lr_schedule: str = _optimization("cosine", "learning rate schedule after warm-up", choices=SCHEDULES)

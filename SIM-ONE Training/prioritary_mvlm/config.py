@@ -67,7 +67,9 @@ class PrioritaryConfig(BibleSettings):
         "tied", "output matrix: tied to the input embedding, or separate", "model", choices=("tied", "own")
     )
     policy_head: bool = _own(True, "gates on each attention head's output and on the pointer", "governance")
-    memory_head: bool = _own(True, "shifted keys, a value residual and a copying pointer", "governance")
+    memory_head: bool = _own(
+        True, "shifted keys, the previous token's value, a value residual and a copying pointer", "governance"
+    )
     trace_head: bool = _own(True, "per-token traces of the other heads and of attention", "governance")
     accuracy_weight: float = _own(0.5, "weight of the next-token cross-entropy", "loss", minimum=0)
     alignment_weight: float = _own(
