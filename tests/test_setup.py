@@ -37,8 +37,9 @@ case "$1 $2" in
         cp "$0" "$4/bin/lint-imports"
         exit ;;
     "-m "*)
+        case "$*" in *$STAND_IN_HANGS*) trap 'exit 1' INT ;; esac
         case "$*" in *--dry-run*) ;; *) echo "$*" >> "$LOG" ;; esac
-        case "$*" in *$STAND_IN_HANGS*) [ -z "$STAND_IN_HANGS" ] || { trap 'exit 1' INT; sleep 30; } ;; esac
+        case "$*" in *$STAND_IN_HANGS*) [ -z "$STAND_IN_HANGS" ] || { sleep 30 & wait; } ;; esac
         case "$*" in *$STAND_IN_FAILS*) [ -z "$STAND_IN_FAILS" ] || { echo "it failed" >&2; exit 1; } ;; esac
         exit ;;
     *prepare_dataset.py*)
