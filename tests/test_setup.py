@@ -357,7 +357,12 @@ def test_ctrl_c_ends_the_optional_step_and_the_script(machine: Machine) -> None:
     machine.add_gpu("580.65.06")
     environment = machine.environment() | {"STAND_IN_CUDA": "NVIDIA H200", "STAND_IN_HANGS": "--only-binary"}
     command = ["bash", str(machine.checkout / "setup_environment.sh")]
-    script = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    pipes = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+
+    def accept_ctrl_c():  # the tests may run in the background, where it is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    script = subprocess.Popen(command, env=environment, preexec_fn=accept_ctrl_c, **pipes)
     deadline = time.monotonic() + 60
     while not any("--only-binary" in line for line in machine.logged()) and time.monotonic() < deadline:
         time.sleep(0.1)
