@@ -16,7 +16,6 @@ import itertools
 import random
 import shutil
 import statistics
-import tempfile
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -31,6 +30,7 @@ from bible_corpus.books import PRIMARY_TRANSLATION
 from mvlm_core.data.corpus import MANIFEST_NAME, load_corpus, validation_subset
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.export.manifest import training_config
+from mvlm_core.files import temporary_folder
 from mvlm_core.metrics import PRIMARY_TEST_BPB
 from mvlm_core.training.distillation import relative_step_cost, teacher_and_student_settings
 
@@ -127,7 +127,7 @@ def few_books(options: argparse.Namespace) -> Path:
     if left == options.text_bytes:
         raise UserError(f"--text_bytes {left}: every train book is larger, all translations together; raise it")
     options.work_dir.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=options.work_dir))
+    staging = temporary_folder(options.work_dir, folder.name)
     files = [Path(document.path).with_suffix(kind) for document in kept for kind in (".txt", ".json")]
     for file in (Path(MANIFEST_NAME), *files):  # the manifest names the primary translation
         (staging / file).parent.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ def write_document(file: Path, text: str, metadata: dict) -> None:
     file.with_suffix(".json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
 
 
-def modernised(text: str) -> str:
+def modernized(text: str) -> str:
     """Another wording of the same verses, standing in for a second translation."""
     for old, new in (("thou", "you"), ("thee", "you"), ("thy", "your"), ("unto", "to"), ("hath", "has")):
         text = text.replace(f" {old} ", f" {new} ")
@@ -53,7 +53,7 @@ def modernised(text: str) -> str:
 def build_tiny_corpus(folder: Path) -> Path:
     """Write the tiny corpus into ``folder`` and return it."""
     books = sample_books()
-    for translation, change, quality in (("kjv", str, 10.0), ("plain", modernised, 8.0)):
+    for translation, change, quality in (("kjv", str, 10.0), ("plain", modernized, 8.0)):
         for number, book, first_chapter, split in BOOKS:
             text = change(books[book])
             chapters = text.strip().split("\n\n")

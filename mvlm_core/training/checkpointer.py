@@ -180,11 +180,13 @@ class Checkpointer:
         """Whether the best weights so far, if there are any, are intact and here, not where ``--resume_from`` is."""
         if state.best_step is None:
             return True
+        if checkpoint.folder.parent.resolve() != self.root.resolve():
+            return False
         try:
             checkpoints.open_checkpoint(checkpoints.checkpoint_folder(self.root, state.best_step))
         except checkpoints.CheckpointError:
             return False
-        return checkpoint.folder.parent.resolve() == self.root.resolve()
+        return True
 
     def restore(self, checkpoint: Checkpoint | None) -> LoopState | None:
         """Load the main rank's checkpoint on every rank and return its state; None if it has none.

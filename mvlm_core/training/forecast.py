@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +40,7 @@ class ScalingLaw:
     scores: tuple[tuple[int, float], tuple[int, float], tuple[int, float]]
     gains: tuple[tuple[float, float], ...]
     gain_error: float
-    reached: tuple[int, float] = (sys.maxsize, math.inf)
+    reached: tuple[int, float]
 
     def forecast(self, parameters: int, compute: float) -> Forecast:
         """Extrapolate to a size; compute beyond the largest measured value is assumed to bring no further gain.

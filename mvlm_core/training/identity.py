@@ -83,8 +83,8 @@ def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None, p
     """Whether the folder already holds this run's complete export.
 
     Args:
-        steps: it must have at least so many steps (None: any number), unless it was stopped early
-        patience: by at least so many evaluations without an improvement.
+        steps: number of steps that it must have (None: any), unless it was stopped early.
+        patience: evaluations without an improvement after which it may have been stopped early; None: never.
 
     Raises:
         UserError: the folder holds the export of another run.
@@ -94,7 +94,7 @@ def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None, p
         return False
     check_identity(f"{output_dir} holds a finished model", config["identity"], identity)
     results = config["results"]
-    enough = results.get("steps", 0) >= (steps or 0)
-    if results.get("stopped_early") and patience:
-        enough = enough or results.get("evaluations_since_best", 0) >= patience
-    return bool(enough) and not verify_folder(output_dir)
+    is_long_enough = results.get("steps", 0) >= (steps or 0)
+    if patience and results.get("stopped_early"):
+        is_long_enough = is_long_enough or results.get("evaluations_since_best", 0) >= patience
+    return is_long_enough and not verify_folder(output_dir)

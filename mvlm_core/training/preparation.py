@@ -116,8 +116,8 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
         replayed = batches(_replayed(settings, corpus, tokenizer, old))
     except UserError as error:
         raise _replay_error(settings, error) from None
-    replayed_too = batches(store, replay=replayed, replay_share=replay.share)
-    return PreparedText(corpus, only, mix, tokenizer, replayed_too, base, old, teachers)
+    mixed_batches = batches(store, replay=replayed, replay_share=replay.share)
+    return PreparedText(corpus, only, mix, tokenizer, mixed_batches, base, old, teachers)
 
 
 def _replayed(settings: TrainingSettings, new: Corpus, tokenizer: ByteLevelBPE, old: OldText) -> TokenStore:

@@ -15,7 +15,12 @@ SIZES = (250_000, 1_000_000, 4_000_000)
 
 
 def law_of(score, gain_error=0.0):
-    return ScalingLaw(tuple((size, score(size)) for size in SIZES), ((1, 1.0), (4, 0.96), (16, 0.9)), gain_error)
+    return ScalingLaw(
+        tuple((size, score(size)) for size in SIZES),
+        ((1, 1.0), (4, 0.96), (16, 0.9)),
+        gain_error,
+        reached=(0, math.inf),
+    )
 
 
 def test_a_power_law_is_extrapolated_exactly():
