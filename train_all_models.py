@@ -146,7 +146,7 @@ def build_corpus(quiet: bool) -> None:
 
     if problems := build.corpus_problems(DEFAULT_DATA_DIR):
         log.info("corpus: %s%s", problems[0], f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
-        log.info("corpus: building it; this takes a few minutes, the first time only")
+        log.info("corpus: building it; about a minute on two cores, the first time only")
         build.build_corpus(DEFAULT_DATA_DIR, quiet=quiet)
 
 

@@ -103,11 +103,13 @@ def gather(source: Path, corpus: Corpus | None) -> Import:
     result = Import(source, "train" if corpus else None)
     known = {d.sha256: d.path for d in corpus.documents} if corpus else {}
     overlap = HeldOutOverlap(corpus)
-    for file in sorted(source.rglob("*")):
+    files = sorted(source.rglob("*"))
+    texts = {file.with_suffix("") for file in files if file.suffix.lower() in SUFFIXES}
+    for file in files:
         path = file.relative_to(source).as_posix()
         if file.is_dir() or any(part.startswith(".") for part in Path(path).parts):
             continue
-        if file.suffix == ".json" and any(file.with_suffix(suffix).is_file() for suffix in SUFFIXES):
+        if file.suffix == ".json" and file.with_suffix("") in texts:
             continue  # metadata, read with its text
         try:
             result.texts.append(_read(file, path, known, overlap))

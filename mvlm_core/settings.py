@@ -92,8 +92,8 @@ class TrainingSettings:
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         # The numbers of epochs and models were chosen with smaller models and as much text per parameter
         # (benchmarks/experiments/data_constrained.py): a model without teachers soon overfits; a student of three
-        # teachers still improves at 18 epochs. Learning rate, weight decay and dropout in the models' own presets
-        # follow the rules of benchmarks/experiments/scaling.py. None of this has been measured at this size.
+        # teachers still improves at 18 epochs. docs/h200.md lists where the models' own
+        # values come from. None of this has been measured at this size.
         "h200": {
             "num_epochs": 18.0,
             "num_models": 4,
@@ -132,8 +132,9 @@ class TrainingSettings:
         },
         FINE_TUNING: {"num_epochs": 2.0, "num_models": 1},
     }
-    # For presets with teachers: (upper limit of --max_hours, number of models), from the same experiments. On an H200,
-    # one model takes 2.5 to 2.8 minutes for three epochs, and teachers should take a quarter to a third of the time.
+    # For presets with teachers: (upper limit of --max_hours, number of models), from the same experiments. By estimate,
+    # three epochs of one model take 2.5 to 2.8 minutes on an H200, and teachers should take a quarter to a third of the
+    # time.
     MODELS_BY_HOURS: ClassVar[dict[str, tuple[tuple[float, int], ...]]] = {
         "h200": ((0.08, 1), (0.33, 2), (0.83, 4), (math.inf, 8))
     }
@@ -188,10 +189,12 @@ class TrainingSettings:
         "auto", "model size and training budget; auto: h200 with a CUDA device, else cpu", choices=PRESET_NAMES
     )
     batch_size: int = _optimization(
-        32, "sequences in a device's micro-batch, at most; times --gradient_accumulation_steps: sequences per step, "
-        "over all devices", minimum=1, identity=False,
+        32, "sequences per forward pass on one device, at most; times --gradient_accumulation_steps: sequences per "
+        "optimizer step, whatever the number of devices", minimum=1, identity=False,
     )  # fmt: skip
-    gradient_accumulation_steps: int = _optimization(1, "micro-batches per optimizer step", minimum=1, identity=False)
+    gradient_accumulation_steps: int = _optimization(
+        1, "micro-batches per optimizer step on one device; several share them", minimum=1, identity=False
+    )
     learning_rate: float = _optimization(1e-3, "peak learning rate", above=0)
     lr_schedule: str = _optimization("cosine", "learning rate schedule after warm-up", choices=SCHEDULES)
     warmup_steps: int | None = _optimization(
@@ -209,13 +212,13 @@ class TrainingSettings:
         None, "train for at most this many hours, with evaluations and checkpoints, without set-up and final scoring; "
         "the number of steps is fixed after timing the first minute (or a tenth of the limit)", "length", above=0,
     )  # fmt: skip
-    patience: int | None = _length(None, "stop after this many evaluations without improvement")
+    patience: int | None = _length(None, "stop after this many evaluations without improvement (default: never)")
     min_epochs: float = _length(1.0, "no early stopping before this many epochs", minimum=0)
 
     seed: int = option(0, "seed for weights, data order and dropout", minimum=0, maximum=2**32 - 1, identity=True)
-    device: str = _hardware("auto", "auto, cpu or cuda", choices=DEVICES)
-    precision: str = _hardware("auto", "auto, fp32 or bf16", choices=PRECISIONS)
-    attention_backend: str = _hardware("auto", "attention kernel", choices=ATTENTION_BACKENDS)
+    device: str = _hardware("auto", "auto (cuda if available), cpu or cuda", choices=DEVICES)
+    precision: str = _hardware("auto", "auto (bf16 if the device has it, else fp32), fp32 or bf16", choices=PRECISIONS)
+    attention_backend: str = _hardware("auto", "attention kernel; auto: PyTorch's (sdpa)", choices=ATTENTION_BACKENDS)
     processes: int = _hardware(
         1,
         "on a CPU, split each batch across this many single-threaded processes instead of using threads",

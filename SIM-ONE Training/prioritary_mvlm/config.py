@@ -16,7 +16,7 @@ NAME = "simone_enhanced"  # name of the export folder and the archive
 # The modeling files that ship in each export, and the only code an export may contain.
 MODELING_FILES = Path(__file__).resolve().parent.parent / "simone_transformer"
 
-# Best settings for short CPU runs (measured: benchmarks/LOG.md).
+# Settings chosen for short CPU runs (measured: benchmarks/LOG.md).
 SMALL = {
     "optimizer": "muon",
     "learning_rate": 0.03,

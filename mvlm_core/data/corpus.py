@@ -53,7 +53,7 @@ class Document:
         except (OSError, ValueError) as error:
             raise UserError(f"{self.file} can no longer be read: {_reason(error)}") from error
         if hashlib.sha256(text.encode()).hexdigest() != self.sha256:
-            raise UserError(f"{self.file} changed during the run; restart the run")
+            raise UserError(f"{self.file} changed during the run: restore it to continue, or start over with --fresh")
         return text
 
 

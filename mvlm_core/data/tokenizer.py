@@ -226,6 +226,17 @@ def tokenizer_folder(cls: type[ByteLevelBPE], fingerprint: str, vocab_size: int,
     return Path(cache_dir) / "tokenizers" / name
 
 
+def load_cached(cls: type[ByteLevelBPE], folder: Path) -> ByteLevelBPE | None:
+    """Load a tokenizer from the cache; None if it is missing or damaged, and so must be trained again."""
+    if not (folder / "tokenizer.json").exists():
+        return None
+    try:
+        return cls.load(folder)
+    except UserError as error:
+        log.warning("%s; training it again", error)
+        return None
+
+
 def cached_tokenizer(
     cls: type[ByteLevelBPE],
     texts: Iterator[str],
@@ -237,8 +248,8 @@ def cached_tokenizer(
 ) -> ByteLevelBPE:
     """Train the tokenizer for this training text, or load it from the cache if the text is unchanged."""
     folder = tokenizer_folder(cls, fingerprint, vocab_size, cache_dir)
-    if (folder / "tokenizer.json").exists():
-        return cls.load(folder)
+    if (cached := load_cached(cls, folder)) is not None:
+        return cached
     log.info("training a byte-level BPE of %s entries on the training text", f"{vocab_size:,}")
     tokenizer = cls.train(texts, vocab_size, show_progress=not quiet and sys.stderr.isatty())
     if tokenizer.vocab_size < vocab_size:

@@ -30,7 +30,6 @@ from mvlm_core.training.launch import describe_gpus, rank_count
 from mvlm_core.training.preparation import check_held_out, read_corpus
 from mvlm_core.training.recipe import Recipe
 from mvlm_core.training.run_length import total_steps
-from mvlm_core.training.state import LoopState
 from mvlm_core.training.text_plan import TextPlan, plan_text
 
 # Assumptions; those that an estimate uses are printed with it.
@@ -49,21 +48,14 @@ TIMED = (STEPS, EVALUATIONS, CHECKPOINTS)  # what --max_hours covers
 log = logging.getLogger("mvlm")
 
 
-def plan_run(
-    recipe: Recipe, settings: TrainingSettings, hardware: Hardware, ended: LoopState | None = None, world_size: int = 0
-) -> Plan:
+def plan_run(recipe: Recipe, settings: TrainingSettings, hardware: Hardware) -> Plan:
     """Plan a run with these settings. Writes nothing.
-
-    Args:
-        ended: final state of a finished run, to plan exactly the steps it took.
-        world_size: by default, that of the run on this machine.
 
     Raises:
         UserError: the corpus is missing or unusable, or the base or a teacher was trained on its held-out text.
     """
     corpus, _ = read_corpus(settings)
-    if ended is None:
-        check_held_out(settings, corpus)
+    check_held_out(settings, corpus)
     text = plan_text(settings, recipe.tokenizer_class, corpus)
     on_gpu = settings.preset == "h200" or hardware.device == "cuda"
     if on_gpu and not settings.no_mixed_precision and settings.precision != "fp32":
@@ -71,13 +63,10 @@ def plan_run(
     one, two = (step_cost(recipe.build, settings, hardware, sequences) for sequences in (1, 2))
     per_sequence = two.memory.activations - one.memory.activations
     matrix = 0.0 if on_gpu else matmul_flops()
-    ranks = world_size or (rank_count(settings) if hardware.device == "cuda" else 1)
+    ranks = rank_count(settings) if hardware.device == "cuda" else 1
     rate = GPU_PEAK * GPU_MFU * ranks if on_gpu else matrix * CPU_MFU[hardware.precision]
     compiled = on_gpu and not settings.no_compile
     items_of = partial(_items, cost=one, rate=rate, compiled=compiled, cores=hardware.threads)
-    if ended is not None:
-        settings = _limited_to(settings, max_steps=ended.step)
-        text = replace(text, has_tokenizer=False, has_tokens=False)  # cached by now, but not when the run started
     *teachers, student = teacher_and_student_settings(settings)
     cached = replace(text, has_tokenizer=True, has_tokens=True, test_bytes=0)
     estimates = [items_of(teacher, cached) for teacher in teachers]
@@ -271,30 +260,3 @@ def matmul_flops(precision: str = "fp32", size: int = 1024) -> float:
         a @ a
         best = max(best, 2 * size**3 / (time.perf_counter() - started))
     return best
-
-
-def planned_and_actual(plan: Plan, state: LoopState, prepared: float, exported: float) -> dict[str, dict[str, float]]:
-    """Planned and actual seconds for each item.
-
-    Args:
-        prepared: seconds this process spent on tokenizer and tokens.
-        exported: seconds from the end of training to the test scores.
-    """
-    spent = state.spent
-    actual = {
-        PREPARATION: prepared,
-        STEPS: state.step_seconds,
-        EVALUATIONS: spent.evaluation_seconds,
-        CHECKPOINTS: spent.checkpoint_seconds,
-        EXPORT: exported,
-    }
-    planned = {item.name: item.seconds for item in plan.items}
-    return {name: {"planned": planned.get(name, 0.0), "actual": seconds} for name, seconds in actual.items()}
-
-
-def log_costs(times: dict[str, dict[str, float]]) -> None:
-    """Log planned and actual seconds side by side."""
-    width = max(map(len, times))
-    log.info(f"{'seconds':<{width}}  {'planned':>9}  {'actual':>9}")
-    for name, seconds in times.items():
-        log.info(f"{name:<{width}}  {seconds['planned']:9,.1f}  {seconds['actual']:9,.1f}")

@@ -28,10 +28,12 @@ from mvlm_core.training.distributed import join
 from mvlm_core.training.identity import check_earlier_run, is_finished, run_identity
 from mvlm_core.training.launch import FOLDER_VARIABLE, rank_count
 from mvlm_core.training.loop import TrainingLoop
-from mvlm_core.training.plan import log_costs, plan_run, planned_and_actual
+from mvlm_core.training.plan import CHECKPOINTS as CHECKPOINT_SECONDS
+from mvlm_core.training.plan import EVALUATIONS, EXPORT, PREPARATION, STEPS, plan_run
 from mvlm_core.training.preparation import PreparedText, prepare_text
 from mvlm_core.training.recipe import Recipe
 from mvlm_core.training.run_length import run_length
+from mvlm_core.training.state import LoopState
 from mvlm_core.training.task import Run, TrainingTask, build_task
 
 log = logging.getLogger("mvlm")
@@ -162,6 +164,17 @@ def _announce(run: Run, task: TrainingTask, steps: int | None) -> None:
     )
 
 
+def _costs(state: LoopState, prepared: float, exported: float) -> dict[str, float]:
+    """Seconds of each item of the dry run's estimate."""
+    return {
+        PREPARATION: prepared,
+        STEPS: state.step_seconds,
+        EVALUATIONS: state.spent.evaluation_seconds,
+        CHECKPOINT_SECONDS: state.spent.checkpoint_seconds,
+        EXPORT: exported,
+    }
+
+
 def _export(
     run: Run, text: PreparedText, task: TrainingTask, loop: TrainingLoop, peak_memory_bytes: int, prepared: float
 ) -> None:
@@ -182,10 +195,8 @@ def _export(
     measured["peak_memory_bytes"] = peak_memory_bytes
     measured["seconds"] += sum(teacher.seconds for teacher in text.teachers)
     config = results.training_config_content(run, text, task.identity, measured)
-    if run.settings.preset != "smoke":  # planning it would take as long as training it
-        plan = plan_run(recipe, run.settings, run.hardware, loop.state, run.ranks.world_size)
-        config["costs"] = planned_and_actual(plan, loop.state, prepared, time.perf_counter() - started)
-        log_costs(config["costs"])
+    config["costs"] = _costs(loop.state, prepared, time.perf_counter() - started)
+    log.info("seconds: " + ", ".join(f"{name} {seconds:,.1f}" for name, seconds in config["costs"].items()))
     card = model_card(
         config,
         title=recipe.title,

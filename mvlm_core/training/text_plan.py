@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 
 from mvlm_core.data.corpus import Corpus, Document, validation_subset
 from mvlm_core.data.token_store import document_repeats, token_folder
-from mvlm_core.data.tokenizer import ByteLevelBPE, tokenizer_folder
+from mvlm_core.data.tokenizer import ByteLevelBPE, load_cached, tokenizer_folder
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.init_from import base_export, replay_of
 from mvlm_core.training.preparation import mix_of, old_text, tokenizer_path
@@ -46,14 +45,16 @@ def plan_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE], c
     repeats = document_repeats(train, mix)
     sizes = [document.size for document in train]
     folder = tokenizer_folder(tokenizer_class, corpus.fingerprint, settings.vocab_size, settings.cache_dir)
-    path: Path | str | None = tokenizer_path(settings) or (folder if (folder / "tokenizer.json").exists() else None)
+    own = tokenizer_path(settings)
+    existing = tokenizer_class.load(own) if own else load_cached(tokenizer_class, folder)
     step = -(-sum(sizes) // SAMPLE_BYTES)
-    if path:
-        tokenizer, source = tokenizer_class.load(path), "with the existing tokenizer"
+    if existing is not None:
+        tokenizer, source = existing, "with the existing tokenizer"
     else:
-        tokenizer = tokenizer_class.train((document.read() for document in train[::step]), settings.vocab_size)
-        source = f"with a tokenizer trained on {sum(sizes[::step]) / 1e6:.1f} MB of the text"
-    has_tokens = path is not None and (token_folder(corpus, tokenizer, settings.cache_dir) / "index.json").exists()
+        sample = [document.read()[:SAMPLE_BYTES] for document in train[::step]]
+        tokenizer = tokenizer_class.train(iter(sample), settings.vocab_size)
+        source = f"with a tokenizer trained on {sum(map(len, sample)) / 1e6:.1f} MB of the text"
+    has_tokens = existing is not None and (token_folder(corpus, tokenizer, settings.cache_dir) / "index.json").exists()
     validation = validation_subset(corpus, settings.validation_text)
     test = [] if settings.no_test_score else corpus.split("test")
     epoch_bytes: float = sum(size * int(count) for size, count in zip(sizes, repeats, strict=True))
@@ -69,7 +70,7 @@ def plan_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE], c
         test_bytes=sum(document.size for document in test),
         bytes_per_token=measured_bytes_per_token(tokenizer, train, repeats, step),
         source=source,
-        has_tokenizer=path is not None,
+        has_tokenizer=existing is not None,
         has_tokens=has_tokens,
     )
 
@@ -80,11 +81,11 @@ def measured_bytes_per_token(tokenizer: ByteLevelBPE, train: list[Document], rep
     Args:
         step: measure every ``step``-th document, where possible outside the tokenizer's sample.
     """
-    sizes = [document.size for document in train]
-    order = list(range(step // 2, len(train), step))
-    totals = accumulate(sizes[index] for index in order)
+    order = list(range(step // 2, len(train), step)) or [0]
+    totals = accumulate(train[index].size for index in order)
     sampled = [index for index, total in zip(order, totals, strict=True) if total <= MEASURED_BYTES]
     sampled = [index for index in sampled or order[:1] if repeats[index]] or order[:1]
-    tokens = [len(ids) + 1 for ids in tokenizer.encode_batch([train[index].read() for index in sampled])]
+    texts = [train[index].read()[:MEASURED_BYTES] for index in sampled]
+    tokens = [len(ids) + 1 for ids in tokenizer.encode_batch(texts)]
     times = [int(repeats[index]) or 1 for index in sampled]
-    return float(np.dot([sizes[index] for index in sampled], times) / np.dot(tokens, times))
+    return float(np.dot([len(text.encode()) for text in texts], times) / np.dot(tokens, times))

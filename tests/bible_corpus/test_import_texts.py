@@ -127,7 +127,7 @@ def test_metadata_beside_a_text_is_imported_with_it(tiny_corpus, folder, capsys)
     own = {"title": "Mine", "author": "A. Writer", "license": "CC-BY-4.0", "quality_score": 2, "word_count": 99}
     (folder / "mine.md").write_text("# A heading\n\nSome words of my own.\n")
     (folder / "mine.json").write_text(json.dumps(own))
-    (folder / "held.txt").write_text("Words to be held out.\n")
+    (folder / "held.TXT").write_text("Words to be held out.\n")
     (folder / "held.json").write_text('{"split": "test"}')
     (folder / "bad.txt").write_text("Other words.\n")
     (folder / "bad.json").write_text('{"split": "exam"}')

@@ -149,6 +149,20 @@ def test_token_store_holds_the_documents_and_is_reused_until_they_change(tiny_co
     assert len(list((tmp_path / "tokens").iterdir())) == 2
 
 
+def test_a_damaged_cached_tokenizer_is_trained_again(tiny_corpus, tmp_path, caplog):
+    corpus = load_corpus(tiny_corpus)
+
+    def tokenizer():
+        pieces = (document.read() for document in corpus.split("train"))
+        return cached_tokenizer(AdvancedBPETokenizer, pieces, corpus.fingerprint, 700, tmp_path, quiet=True)
+
+    expected = tokenizer().sha256
+    (file,) = tmp_path.rglob("tokenizer.json")
+    file.write_bytes(file.read_bytes()[:-100])
+    assert tokenizer().sha256 == expected and "training it again" in caplog.text
+    assert AdvancedBPETokenizer.load(file).sha256 == expected
+
+
 def test_temporary_folders_of_killed_runs_are_deleted(tiny_corpus, tmp_path):
     corpus = load_corpus(tiny_corpus)
     pieces = (document.read() for document in corpus.split("train"))

@@ -10,6 +10,7 @@ import pytest
 from mvlm_core.cost_estimate import PRICE_PER_HOUR, Item, format_costs
 from mvlm_core.data.corpus import load_corpus
 from mvlm_core.hardware import choose_hardware
+from mvlm_core.training import text_plan
 from mvlm_core.training.cost import step_cost
 from mvlm_core.training.plan import EXPORT_SECONDS, plan_run, planned_steps
 from mvlm_core.training.preparation import prepare_text, read_corpus
@@ -90,16 +91,32 @@ def test_plan_uses_up_max_hours(tiny_corpus, tmp_path):
     assert student == pytest.approx(1800 - (items["teachers"] - beside), rel=0.01)
 
 
-def test_planned_and_actual_costs_are_recorded_and_logged(tiny_corpus, tmp_path, caplog):
-    settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, preset="cpu", data_subset=None, no_test_score=True)
+def test_the_seconds_of_each_item_are_recorded_and_logged(tiny_corpus, tmp_path, caplog):
+    settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, no_test_score=True)
     with caplog.at_level(logging.INFO, logger="mvlm"):
         export = run_training(recipe_of("mvlm_gpt2"), settings)
     found = json.loads((export / "training_config.json").read_text())["costs"]
-    assert all(seconds["planned"] >= 0 and seconds["actual"] >= 0 for seconds in found.values())
-    for name in ("training steps", "evaluations", "checkpoints", "export and test scores"):
-        assert found[name]["actual"] > 0 and any(name in message for message in caplog.messages)
+    for name in ("tokenizer and tokens", "training steps", "evaluations", "checkpoints", "export and test scores"):
+        assert found[name] > 0 and any(name in message for message in caplog.messages)
     history = json.loads((export / "training_history.json").read_text())
-    assert found["training steps"]["actual"] <= history[-1]["seconds"]
+    assert found["training steps"] <= history[-1]["seconds"]
+
+
+def test_text_in_one_large_file_is_measured_by_its_beginning(tiny_corpus, tmp_path, monkeypatch):
+    text = "".join(load_corpus(tiny_corpus).split("train")[n].read() for n in range(4))
+    folder = tmp_path / "one_file"
+    folder.mkdir()
+    (folder / "all.txt").write_text(text)
+    (folder / "all.json").write_text('{"split": "train"}')
+    (folder / "held.txt").write_text("In the beginning God created the heaven and the earth.\n")
+    (folder / "held.json").write_text('{"split": "validation"}')
+    monkeypatch.setattr(text_plan, "SAMPLE_BYTES", len(text) // 3)
+    monkeypatch.setattr(text_plan, "MEASURED_BYTES", len(text) // 3)
+    settings = tiny_settings("mvlm_gpt2", folder, tmp_path, data_subset=None)
+    kind, (corpus, _) = recipe_of("mvlm_gpt2").tokenizer_class, read_corpus(settings)
+    plan = plan_text(settings, kind, corpus)
+    assert plan.source.endswith(f"{len(text) // 3 / 1e6:.1f} MB of the text")
+    assert plan.bytes_per_token == pytest.approx(prepare_text(settings, kind).store.bytes_per_token, rel=0.05)
 
 
 @pytest.mark.parametrize("model", MODELS)
