@@ -52,7 +52,7 @@ class Plan:
     """What a trainer's dry run found: a description of the run and its itemized estimate.
 
     Attributes:
-        steps: an estimate; None with ``--max_hours`` or if the dry run failed.
+        steps: an estimate, without ``--max_hours``; None if only that limits the run, or if the dry run failed.
         exit_code: of the dry run; if it failed, ``lines`` has the reason and there are no items.
     """
 

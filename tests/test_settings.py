@@ -63,7 +63,9 @@ def test_max_hours_sets_the_number_of_models_and_epochs(cls, alone, counts):
     assert cls(preset="h200").teacher_epochs == alone
     assert cls(preset="h200", max_hours=0.05).num_epochs == alone, "alone a model overfits after that"
     assert cls(preset="h200", max_hours=0.05, teacher_epochs=2).num_epochs == 2
-    assert cls(preset="h200", max_hours=0.5).num_epochs is None and cls(preset="h200").num_epochs == 18
+    assert cls(preset="h200", max_hours=0.5).num_epochs is None
+    assert (cls(preset="h200").num_epochs, cls(preset="h200").max_hours) == (18, 0.5)
+    assert cls(preset="h200", num_epochs=3.0).max_hours is None, "an explicit length replaces both"
     assert cls(preset="h200", max_hours=0.05, num_epochs=5).num_epochs == 5
 
 

@@ -242,7 +242,8 @@ def _finished(job: Job, name: str) -> dict[str, Any]:
 def _kept(job: Job, name: str, steps: int | None) -> bool:
     """Whether the model is finished and as long as the requested run of about ``steps`` (None: any number)."""
     results = _finished(job, name)
-    return bool(results) and (results.get("stopped_early") is True or results["steps"] >= 0.95 * (steps or 0))
+    ended_earlier = any(results.get(key) is True for key in ("stopped_early", "length_by_time"))
+    return bool(results) and (ended_earlier or results["steps"] >= 0.95 * (steps or 0))
 
 
 def _refusal(problems: Sequence[str]) -> str:

@@ -79,12 +79,11 @@ def check_earlier_run(output_dir: Path, settings: TrainingSettings) -> None:
         check_settings(what, recorded, settings, len(settings.teacher) or settings.num_models - 1)
 
 
-def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None, patience: int | None) -> bool:
+def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None, settings: TrainingSettings) -> bool:
     """Whether the folder already holds this run's complete export.
 
     Args:
-        steps: number of steps that it must have (None: any), unless it was stopped early.
-        patience: evaluations without an improvement after which it may have been stopped early; None: never.
+        steps: number of steps that it must have (None: any), unless ``--max_hours`` or ``--patience`` ended it earlier.
 
     Raises:
         UserError: the folder holds the export of another run.
@@ -95,6 +94,8 @@ def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None, p
     check_identity(f"{output_dir} holds a finished model", config["identity"], identity)
     results = config["results"]
     is_long_enough = results.get("steps", 0) >= (steps or 0)
-    if patience and results.get("stopped_early"):
-        is_long_enough = is_long_enough or results.get("evaluations_since_best", 0) >= patience
+    if settings.max_hours is not None and results.get("length_by_time"):
+        is_long_enough = True
+    if settings.patience and results.get("stopped_early"):
+        is_long_enough = is_long_enough or results.get("evaluations_since_best", 0) >= settings.patience
     return is_long_enough and not verify_folder(output_dir)

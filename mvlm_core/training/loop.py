@@ -105,7 +105,9 @@ class TrainingLoop:
 
     @property
     def length(self) -> RunLength:
-        """Length of the run; its total is None until ``--max_hours`` has fixed the number of steps."""
+        """Length of the run; shortened once ``--max_hours`` has fixed the number of steps."""
+        if self.settings.max_hours is None:  # a resumed run may have been given another length
+            return self._length
         return replace(self._length, fixed_at=self.state.fixed_at, fixed_steps=self.state.fixed_steps)
 
     @property
@@ -279,11 +281,12 @@ class TrainingLoop:
         total = self.length.total or 0
         bar.total = total * self.task.batches.tokens_per_batch
         bar.refresh()
-        log.info(
-            f"measured: {', '.join(f'{kind} {seconds:.3g} s' for kind, seconds in durations.items())}. Length fixed at "
-            f"{total:,} steps ({self.task.batches.epoch_at(total):.2f} epochs), to finish within "
-            f"{settings.max_hours:g} hours"
-        )
+        measured = ", ".join(f"{kind} {seconds:.3g} s" for kind, seconds in durations.items())
+        length = f"{total:,} steps ({self.task.batches.epoch_at(total):.2f} epochs)"
+        if total == state.fixed_steps:
+            log.info(f"measured: {measured}. Length fixed at {length}, to finish within {settings.max_hours:.3g} hours")
+        else:
+            log.info(f"measured: {measured}. {settings.max_hours:.3g} hours are enough for {length}")
 
     # -- checkpoints: save, resume, roll back -----------------------------------------------------------------------
 
@@ -323,7 +326,7 @@ class TrainingLoop:
         self._check_length()
         if checkpoint is not None and state.step > 0 and not self._is_over:
             log.info("resuming from %s (step %s of %s)", checkpoint.folder, checkpoint.step, self.length)
-            if state.fixed_steps is not None and self.settings.max_hours:
+            if self.length.total == state.fixed_steps is not None:
                 log.info("its --max_hours fixed this length; to change it, give --num_epochs or --max_steps instead")
 
     def _check_length(self) -> None:

@@ -91,8 +91,7 @@ def plan_run(recipe: Recipe, settings: TrainingSettings, hardware: Hardware) -> 
         *_gpu_sizes(settings, one, per_sequence, flops, on_gpu),
         *expected,
     ]
-    fixed = None if settings.max_hours is not None else steps
-    return Plan(lines, items, fixed, assumptions, rented=on_gpu, export_bytes=one.memory.weights)
+    return Plan(lines, items, planned_steps(student, text), assumptions, rented=on_gpu, export_bytes=one.memory.weights)
 
 
 def planned_steps(settings: TrainingSettings, text: TextPlan) -> int | None:

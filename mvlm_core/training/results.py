@@ -62,6 +62,7 @@ def collect_metrics(model: Any, tokenizer: Any, text: PreparedText, state: LoopS
         "memorization": extractable_memorization(model, tokenizer, corpus, read),
         "micro_batch": state.micro_batch,
         "stopped_early": state.stopped_early,
+        "length_by_time": state.fixed_steps == state.step,
         "evaluations_since_best": state.evaluations_since_best,
         "skipped_steps": state.guard.skipped,
         "rollbacks": state.guard.rollbacks,

@@ -107,16 +107,13 @@ def _run(run: Run, stop: StopRequest, *, student_dir: Path | None = None, own_te
             "fewer, or raise --batch_size or --gradient_accumulation_steps"
         )
     identity, steps = run_identity(settings, text), run_length(settings, text.batches).limit
-    min_steps = None if settings.max_hours else steps  # only checkpoints record the length fixed by --max_hours
     with ExitStack() as locks:
         for folder in (student_dir, run.output_dir):
             if folder is not None and ranks.is_main:
                 locks.enter_context(RunLock(folder))
                 if settings.fresh:
                     delete_run(folder, keep=[run.output_dir, *(teacher.folder for teacher in text.teachers)])
-        finished = (
-            ranks.is_main and not settings.fresh and is_finished(run.output_dir, identity, min_steps, settings.patience)
-        )
+        finished = ranks.is_main and not settings.fresh and is_finished(run.output_dir, identity, steps, settings)
         if ranks.broadcast(finished and settings.resume_from is None):
             longer = "to train longer, give a larger --num_epochs, --max_steps or --patience; to start over, --fresh"
             log.info("already finished: %s (%s)", run.output_dir, longer)
@@ -157,7 +154,7 @@ def _announce(run: Run, task: TrainingTask, steps: int | None) -> None:
     """Log the model's size and the run's length."""
     settings = run.settings
     length = "steps" if steps is None else f"{steps:,} steps ({task.batches.epoch_at(steps):.2f} epochs)"
-    limit = "" if settings.max_hours is None else f", as many as fit into {settings.max_hours:.3g} hours"
+    limit = "" if settings.max_hours is None else f", or as many as fit into {settings.max_hours:.3g} hours"
     log.info(
         f"{run.recipe.title}: {task.model.num_parameters():,} parameters, {length} of "
         f"{settings.sequences_per_step} sequences of {settings.max_length} tokens{limit}"

@@ -1,9 +1,10 @@
 """Length of a run in steps, from its settings or fixed by ``--max_hours``, and its learning rate schedule.
 
 With ``--max_hours``, a run times its steps, then fixes its number of steps once, so that it ends within the limit.
-Until then no step may depend on that number: the learning rate warms up over a fixed number of steps and stays at its
-peak, and the progress of the run counts as 0. From then on, the schedule runs as usual to the end. Checkpoints
-store the number, or the timings so far, so that a resumed run ends at the same step as an uninterrupted one.
+Until then no step may depend on that number. If other settings limit the length as well, the schedule is theirs unless
+time turns out to be shorter; otherwise the learning rate warms up over a fixed number of steps and stays at its peak,
+and the progress of the run counts as 0. From then on, the schedule runs as usual to the end. Checkpoints store the
+number, or the timings so far, so that a resumed run ends at the same step as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -35,37 +36,37 @@ class RunLength:
     Attributes:
         limit: steps allowed by all settings but ``--max_hours``; None if only time limits the run.
         warmup: warm-up steps.
-        by_time: whether ``--max_hours`` is given.
         fixed_at, fixed_steps: step at which ``--max_hours`` fixed the length, and that length; None before.
     """
 
     limit: int | None
     warmup: int
-    by_time: bool = False
     fixed_at: int | None = None
     fixed_steps: int | None = None
 
     @property
     def total(self) -> int | None:
-        """Total steps of the run; None until known."""
-        if not self.by_time:
-            return self.limit
-        return None if self.fixed_steps is None else min(self.fixed_steps, self.limit or self.fixed_steps)
+        """Total steps of the run, as far as known; None before ``--max_hours`` has fixed a run without other limits."""
+        return min((steps for steps in (self.limit, self.fixed_steps) if steps is not None), default=None)
+
+    @property
+    def _shortened_at(self) -> int | None:
+        """Step at which ``--max_hours`` set the length; None if it has not, or allows more than the other limits."""
+        return self.fixed_at if self.total != self.limit else None
 
     def is_reached(self, step: int) -> bool:
         """Whether the run is over after ``step`` steps."""
-        end = self.total or self.limit
-        return end is not None and step >= end
+        return self.total is not None and step >= self.total
 
     def progress(self, step: int) -> float:
         """Completed fraction of the schedule before ``step``."""
-        start = self.fixed_at or 0
+        start = self._shortened_at or 0
         return 0.0 if self.total is None or step < start else (step - start) / (self.total - start)
 
     def learning_rate_scale(self, step: int, schedule: str) -> float:
         """Fraction of the peak learning rate at step ``step`` (from 0)."""
         warmed_up = min(1.0, (step + 1) / max(1, self.warmup))
-        start = self.warmup if self.fixed_at is None else self.fixed_at
+        start = self.warmup if self._shortened_at is None else self._shortened_at
         if self.total is None or step < start:
             return warmed_up
         return min(warmed_up, decay((step - start) / max(1, self.total - start), schedule))
@@ -94,12 +95,9 @@ def run_length(settings: TrainingSettings, batches: BatchSource) -> RunLength:
     """
     total = total_steps(settings, batches.bytes_per_token, batches.steps_for_epochs)
     warmup = settings.warmup_steps
-    if settings.max_hours is not None:
-        return RunLength(total, _WARMUP_STEPS if warmup is None else warmup, by_time=True)
-    assert total is not None  # every preset has a length
     if warmup is None:
-        warmup = max(1, round(_WARMUP_SHARE * total))
-    elif warmup >= total:  # the learning rate would never reach its peak
+        return RunLength(total, _WARMUP_STEPS if total is None else max(1, round(_WARMUP_SHARE * total)))
+    if total is not None and warmup >= total:  # the learning rate would never reach its peak
         raise UserError(f"--warmup_steps {warmup} is not shorter than the run of {total} steps")
     return RunLength(total, warmup)
 

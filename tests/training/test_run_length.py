@@ -109,6 +109,20 @@ def test_max_steps_can_end_the_run_before_max_hours(clocked_loop, tmp_path):
     state = loop.run(StopAfter())
     assert state.step == 60 and state.fixed_at == 8, "a tenth of the steps is enough"
     assert state.fixed_steps > 60 and loop.length.total == 60
+    untimed = clocked_loop("mvlm_gpt2", tmp_path / "untimed", max_steps=60, max_hours=None)
+    untimed.run(StopAfter())
+    histories = [read_history(run.step_log.path) for run in (loop, untimed)]
+    for name in ("train_loss", "learning_rate"):
+        one, two = ([record[name] for record in history] for history in histories)
+        assert one == two, "time that suffices changes nothing"
+
+
+def test_max_hours_shortens_a_run_that_has_another_limit(clocked_loop, tmp_path):
+    loop = clocked_loop("mvlm_gpt2", tmp_path, max_steps=1000)
+    state = loop.run(StopAfter())
+    assert state.step == state.fixed_steps < 200
+    rates = [record["learning_rate"] / loop.settings.learning_rate for record in read_history(loop.step_log.path)]
+    assert max(rates) == pytest.approx(1, abs=0.02) and rates[-1] == pytest.approx(0.1, abs=0.02)
 
 
 def test_steps_within_matches_step_by_step_counting():
