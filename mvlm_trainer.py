@@ -56,6 +56,9 @@ class GPT2Settings(BibleSettings):
         "smoke": {"learning_rate": 4e-3, "num_layers": 3, "ff_dim": 304},
     }
 
+    # With less, AdamW at these learning rates ends in a worse minimum (benchmarks/LOG.md, 2026-11-30).
+    WARMUP: ClassVar[tuple[float, int]] = (0.1, 200)
+
     def inherit(self) -> list[str]:
         return inherit(self, NAME)
 

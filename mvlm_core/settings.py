@@ -140,6 +140,9 @@ class TrainingSettings:
         "h200": ((0.08, 1), (0.33, 2), (0.83, 4), (math.inf, 8))
     }
 
+    # Default warm-up: share of the run, and steps for a run that only --max_hours limits.
+    WARMUP: ClassVar[tuple[float, int]] = (0.02, 50)
+
     data_dir: str = _data(str(DEFAULT_DATA_DIR), "folder of .txt files, each with an optional .json file")
     data_subset: str | None = _data(None, "use only this folder below --data_dir")
     train_mix: str | None = _data(
@@ -199,7 +202,9 @@ class TrainingSettings:
     learning_rate: float = _optimization(1e-3, "peak learning rate", above=0)
     lr_schedule: str = _optimization("cosine", "learning rate schedule after warm-up", choices=SCHEDULES)
     warmup_steps: int | None = _optimization(
-        None, "steps of linear warm-up (default: 2 %% of the run; 50 with --max_hours)", minimum=0
+        None,
+        "steps of linear warm-up (default: 2 %% of the run, model 1 10 %%; 50 and 200 with --max_hours)",
+        minimum=0,
     )
     weight_decay: float = _optimization(0.1, "decoupled weight decay for matrices", minimum=0)
     max_grad_norm: float = _optimization(1.0, "clip gradients to this norm; 0 disables clipping", minimum=0)

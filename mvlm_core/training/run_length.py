@@ -20,8 +20,6 @@ from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.state import Overhead
 
 _COSINE_FLOOR = 0.1
-_WARMUP_SHARE = 0.02
-_WARMUP_STEPS = 50  # with --max_hours, when the length is not known yet: about 2 % of a typical run
 MEASURED_SECONDS = 60.0  # or _MEASURED_SHARE of a short budget
 _MEASURED_SHARE = 0.1
 _UNTIMED_STEPS = 3  # at the start of a process: compilation, memory allocation, a cold page cache
@@ -96,7 +94,8 @@ def run_length(settings: TrainingSettings, batches: BatchSource) -> RunLength:
     total = total_steps(settings, batches.bytes_per_token, batches.steps_for_epochs)
     warmup = settings.warmup_steps
     if warmup is None:
-        return RunLength(total, _WARMUP_STEPS if total is None else max(1, round(_WARMUP_SHARE * total)))
+        share, steps = settings.WARMUP
+        return RunLength(total, steps if total is None else max(1, round(share * total)))
     if total is not None and warmup >= total:  # the learning rate would never reach its peak
         raise UserError(f"--warmup_steps {warmup} is not shorter than the run of {total} steps")
     return RunLength(total, warmup)
