@@ -36,7 +36,7 @@ def test_a_resume_needs_the_same_validation_text(cls):
 def test_a_run_that_stopped_early_continues_with_more_patience(tiny_corpus, tmp_path, caplog):
     caplog.set_level("INFO", "mvlm")
     rate = {
-        "learning_rate": 1e-12,
+        "learning_rate": 1e-20,
         "eval_interval": 2,
         "max_steps": 40,
         "min_epochs": 0.0,
