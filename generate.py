@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mvlm_core.command_line import command_line, device_problems, seed_problems
 from mvlm_core.errors import UserError, printable, run_main
@@ -24,9 +24,6 @@ from mvlm_core.hardware import set_process_environment
 from mvlm_core.settings import DEFAULT_SAMPLING
 from mvlm_core.signals import end_on_sigterm
 from prioritary_mvlm.config import MODELING_FILES
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -79,38 +76,30 @@ def show(text: str, end: str = "") -> None:
     print(printable(text, "\n\t", limit=len(text)), end=end, flush=True)
 
 
-def generate(model: Any, tokenizer: Any, ids: Tensor, options: argparse.Namespace) -> Tensor:
-    """Generate and stream one continuation of ``ids [1, seq]``; return all tokens ``[1, seq]``."""
-    import torch
-    from transformers import TextStreamer
-
+def generate(model: Any, tokenizer: Any, ids: list[int], options: argparse.Namespace) -> list[int]:
+    """Generate and print one continuation of ``ids``, which begin with the start token; return all tokens."""
     from mvlm_core.evaluation.bits_per_byte import context_of
+    from mvlm_core.evaluation.surprisal import stream_tokens
 
-    class Printer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            show(text, end="\n" if stream_end else "")
-
-    decoding: dict[str, Any] = {"do_sample": options.temperature > 0}
-    if options.temperature > 0:
-        decoding |= {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
-    torch.manual_seed(options.seed)
+    sampling = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
+    length = min(options.max_new_tokens, context_of(model) - len(ids))
+    tokens = list(ids)
     show(options.prompt)
-    return model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=min(options.max_new_tokens, context_of(model) - ids.shape[1]),
-        streamer=Printer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        pad_token_id=tokenizer.pad_token_id,
-        **decoding,
-    )
+    for token in stream_tokens(model, tokenizer, ids[1:], length, **sampling):
+        show(token.text)
+        tokens.append(token.id)
+    show("", end="\n")
+    return tokens
 
 
-def trace_table(model: Any, tokenizer: Any, ids: Tensor) -> str:
-    """Format the governance traces of each token of ``ids [1, seq]``, averaged over layers and heads."""
-    traces = model.token_traces(ids)
+def trace_table(model: Any, tokenizer: Any, ids: list[int]) -> str:
+    """Format the governance traces of each token, averaged over layers and heads."""
+    import torch
+
+    traces = model.token_traces(torch.tensor([ids], device=model.device))
     lines = [f"{'token':20}" + "".join(f"{name:>10}" for name in traces)]
     rows = zip(*(values for _, values in traces.values()), strict=True)
-    for token, values in zip(ids[0].tolist(), rows, strict=True):
+    for token, values in zip(ids, rows, strict=True):
         lines.append(f"{repr(tokenizer.decode([token]))[1:-1]:20}" + "".join(f"{value:10.3f}" for value in values))
     return "\n".join(lines)
 
@@ -119,8 +108,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     set_process_environment()
     with checked_exports([options.model], MODELING_FILES, option_problems(options)) as (folder,):
-        import torch
-
         from mvlm_core.evaluation.bits_per_byte import context_of, load_export
         from mvlm_core.evaluation.generation import prompt_ids
         from mvlm_core.hardware import choose_hardware, limit_decoding_threads
@@ -137,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"the prompt has {len(ids):,} tokens including the start token; the model's context is {context:,}: "
                 "use a shorter prompt"
             )
-        tokens = generate(model, tokenizer, torch.tensor([ids], device=model.device), options)
+        tokens = generate(model, tokenizer, ids, options)
         if options.trace:
             print(trace_table(model, tokenizer, tokens))
     return 0
