@@ -46,7 +46,7 @@ class GPT2Settings(BibleSettings):
         # num_layers and ff_dim match the parameter count of model 2, which has a second embedding matrix.
         # Batch size 4: AdamW gains from twice as many steps; Muon's gain is not worth its cost (benchmarks/LOG.md).
         "cpu": {
-            "learning_rate": 3e-3,
+            "learning_rate": 4.5e-3,
             "batch_size": 4,
             "num_layers": 6,
             "ff_dim": 616,
