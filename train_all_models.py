@@ -130,6 +130,7 @@ def make_job(options: argparse.Namespace) -> Job:
         names=options.names,
         preset=preset,
         preset_reason=reason,
+        preset_is_automatic=options.preset == "auto",
         data_dir=options.data_dir,
         settings=options.settings,
         fresh=options.fresh,

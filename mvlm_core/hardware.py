@@ -24,12 +24,14 @@ from mvlm_core.machine import (
     cpu_name,
     cuda_state,
     nvidia_may_be_there,
+    nvidia_seems_there,
 )
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
 ATTENTION_BACKENDS = ("auto", "sdpa", "flash_attn", "xformers", "eager")
 LOSS_KERNELS = ("auto", "blocks", "compiled")
+REQUESTED = "requested"  # the reason for a choice that was not left to this module
 SMALL_MODEL = 20_000_000  # parameters
 # Settings that are arguments of `choose_hardware`.
 HARDWARE_FLAGS = "device precision attention_backend loss_kernel no_mixed_precision no_compile deterministic".split()
@@ -256,6 +258,22 @@ def caution(hardware: Hardware, preset: str) -> str | None:
     )
 
 
+def missing_gpu(hardware: Hardware, preset: str, *, automatic: bool) -> str | None:
+    """Say that a run would train on the CPU although it should use a GPU, and what to do; None if all is well.
+
+    The h200 preset is made for a GPU; an automatically chosen preset should use the GPU that seems to be there.
+    ``--device cpu`` allows both on the CPU.
+    """
+    expected = preset == "h200" or (automatic and nvidia_seems_there())
+    if hardware.device == "cuda" or hardware.reasons["device"] == REQUESTED or not expected:
+        return None
+    return (
+        f"--preset {'auto' if automatic else preset} would train on the CPU: {hardware.reasons['device']}; check that "
+        "nvidia-smi lists the GPU, and that the driver and the torch build fit together (bash setup_environment.sh "
+        "checks both); to train on the CPU, use --device cpu, with --preset cpu for a small model"
+    )
+
+
 def compiled_so_far() -> tuple[int, float]:
     """Number of graphs compiled in this process so far and the seconds it took, including backward graphs."""
     from torch._dynamo.utils import calculate_time_spent, counters
@@ -269,7 +287,7 @@ def resolve_preset(preset: str, device: str | None = None) -> tuple[str, str]:
     Imports torch only if there may be a GPU, which keeps small commands fast.
     """
     if preset != "auto":
-        return preset, "requested"
+        return preset, REQUESTED
     if device == "cpu":
         return "cpu", "--device cpu"
     if not nvidia_may_be_there():
@@ -280,12 +298,12 @@ def resolve_preset(preset: str, device: str | None = None) -> tuple[str, str]:
 
 def _choose_device(requested: str, problems: list[str]) -> tuple[str, str]:
     if requested == "cpu":
-        return "cpu", "requested"
+        return "cpu", REQUESTED
     usable, why = cuda_state()
     if requested == "cuda":
         if not usable:
             problems.append(f"--device cuda: {why}")
-        return "cuda", "requested"
+        return "cuda", REQUESTED
     if not usable and not nvidia_may_be_there():
         why = "no NVIDIA GPU found"
     return ("cuda" if usable else "cpu"), why
@@ -293,12 +311,12 @@ def _choose_device(requested: str, problems: list[str]) -> tuple[str, str]:
 
 def _choose_precision(requested: str, device: str, problems: list[str]) -> tuple[str, str]:
     if requested == "fp32":
-        return "fp32", "requested"
+        return "fp32", REQUESTED
     has_bf16, why = cpu_has_bf16() if device == "cpu" else _cuda_has_bf16()
     if requested == "bf16":
         if not has_bf16:
             problems.append(f"--precision bf16: {why}; use --precision fp32 or auto")
-        return "bf16", "requested"
+        return "bf16", REQUESTED
     return ("bf16" if has_bf16 else "fp32"), why
 
 
@@ -329,7 +347,7 @@ def _choose_attention(requested: str, device: str, precision: str, problems: lis
             problems.append(f"--attention_backend {requested}: needs a CUDA device; use sdpa")
         elif precision != "bf16":
             problems.append(f"--attention_backend {requested}: only used in bf16; use --precision bf16, or sdpa")
-    return requested, "requested"
+    return requested, REQUESTED
 
 
 def _choose_compile(no_compile: bool, device: str, attention_backend: str) -> tuple[bool, str]:
@@ -352,7 +370,7 @@ def _choose_loss_kernel(requested: str, compiled: bool, no_compile: bool, proble
         problems.append("--loss_kernel compiled and --no_compile contradict each other: use only one")
     elif requested == "compiled" and (missing := compiler_problem()):
         problems.append(f"--loss_kernel compiled: {missing}; or use --loss_kernel blocks")
-    return requested, "requested"
+    return requested, REQUESTED
 
 
 def _why_deterministic(requested: bool, device: str, attention_backend: str, problems: list[str]) -> str:

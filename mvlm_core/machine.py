@@ -17,7 +17,8 @@ import psutil
 
 # Any of these paths means that an NVIDIA driver is loaded (the last one on WSL). Without any of them
 # and without nvidia-smi, there is no GPU.
-NVIDIA_TRACES = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg")
+DEVICE_FILE = "/dev/nvidiactl"
+NVIDIA_TRACES = ("/proc/driver/nvidia/version", DEVICE_FILE, "/dev/dxg")
 # CPU flags for native bf16 multiplication. Without one of them bf16 matmuls are emulated: on 2 cores of an AVX2 EPYC
 # fp32 reached 170 GFLOP/s and bf16 0.3.
 BF16_CPU_FLAGS = frozenset({"amx_bf16", "avx512_bf16"})
@@ -138,6 +139,15 @@ def nvidia_may_be_there() -> bool:
     if os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1"):
         return False
     return any(os.path.exists(path) for path in NVIDIA_TRACES) or shutil.which("nvidia-smi") is not None
+
+
+def nvidia_seems_there() -> bool:
+    """Whether this system seems to have been given an NVIDIA GPU, which torch may or may not be able to use.
+
+    The driver's files in /proc are no sign of that: a container without a GPU shows them if its host has one.
+    """
+    given = os.path.exists(DEVICE_FILE) or shutil.which("nvidia-smi") is not None
+    return nvidia_may_be_there() and given
 
 
 def cuda_state() -> tuple[bool, str]:

@@ -257,7 +257,8 @@ class TrainingSettings:
         self._conflicts = self.inherit()
         if self.validation_dir:  # recorded with the export, which may be validated from another folder
             self.validation_dir = str(Path(self.validation_dir).absolute())
-        if self.preset in (None, "auto"):
+        self.preset_is_automatic = self.preset in (None, "auto")
+        if self.preset_is_automatic:
             self.preset = resolve_preset("auto", self.device)[0]
         chosen = self.preset_values(self.preset)
         by_hours = self.MODELS_BY_HOURS.get(self.preset)

@@ -104,6 +104,7 @@ def empty_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from mvlm_core import machine
 
     monkeypatch.setattr(machine, "NVIDIA_TRACES", ())
+    monkeypatch.setattr(machine, "DEVICE_FILE", str(folder / "no such device"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return folder
 

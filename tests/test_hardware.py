@@ -21,6 +21,7 @@ from mvlm_core.hardware import (
     caution,
     choose_hardware,
     describe,
+    missing_gpu,
     resolve_preset,
     set_process_environment,
 )
@@ -304,6 +305,21 @@ def test_uncompiled_h200_run_on_a_gpu_gets_a_warning() -> None:
     warning = caution(on_gpu, "h200")
     assert "NOT COMPILED" in warning and "--no_compile" in warning and "not measured" in warning
     assert caution(chosen, "h200") is caution(on_gpu, "cpu") is caution(replace(on_gpu, compile=True), "h200") is None
+
+
+def test_cpu_in_the_place_of_a_gpu_is_a_problem_unless_requested(monkeypatch: pytest.MonkeyPatch) -> None:
+    requested = choose_hardware(device="cpu")
+    fallback = replace(requested, reasons=requested.reasons | {"device": "driver too old"})
+    for gpu_is_there in (True, False):
+        monkeypatch.setattr(hardware, "nvidia_seems_there", lambda found=gpu_is_there: found)
+        problem = missing_gpu(fallback, "h200", automatic=False)
+        assert problem.startswith("--preset h200 would train on the CPU: driver too old; check that nvidia-smi lists")
+        assert "torch build" in problem and "use --device cpu" in problem
+        assert missing_gpu(fallback, "cpu", automatic=False) is missing_gpu(fallback, "smoke", automatic=False) is None
+        assert missing_gpu(replace(fallback, device="cuda"), "h200", automatic=True) is None
+        assert missing_gpu(requested, "h200", automatic=False) is missing_gpu(requested, "cpu", automatic=True) is None
+        problem = missing_gpu(fallback, "cpu", automatic=True)
+        assert (problem or "").startswith("--preset auto would train on the CPU: driver too old") == gpu_is_there
 
 
 def test_only_small_models_are_decoded_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from mvlm_core.machine import (
     cpu_name,
     gpu_count,
     nvidia_may_be_there,
+    nvidia_seems_there,
 )
 from tests.helpers import executable, without_cuda
 
@@ -145,6 +146,18 @@ def test_gpu_hidden_by_cuda_visible_devices_is_ignored(empty_path: Path, monkeyp
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         assert not nvidia_may_be_there()
+
+
+def test_driver_files_of_the_host_are_no_sign_of_a_gpu(empty_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container without a GPU shows its host's /proc/driver; one with a GPU also has the device file."""
+    (empty_path / "version").touch()
+    monkeypatch.setattr(machine, "NVIDIA_TRACES", (str(empty_path / "version"),))
+    assert nvidia_may_be_there() and not nvidia_seems_there()
+    (empty_path / "nvidiactl").touch()
+    monkeypatch.setattr(machine, "DEVICE_FILE", str(empty_path / "nvidiactl"))
+    assert nvidia_seems_there()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not nvidia_seems_there(), "hidden on purpose"
 
 
 def test_compiler_problem_names_the_packages(empty_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from mvlm_core.export import formats
 from mvlm_core.export.archive import check_archive, read_checksums, sha256_file
 from mvlm_core.files import LOCK_NAME
 from mvlm_core.run_layout import Layout
-from tests.helpers import REPOSITORY
+from tests.helpers import REPOSITORY, executable, without_cuda
 
 # Acts like a trainer; MODE_<model> in the environment selects what it does.
 TRAINER = """
@@ -239,6 +239,23 @@ def test_full_run_then_rerun_keeps_the_archives(tmp_path, tiny_corpus):
     again = Job(tmp_path, tiny_corpus).run()
     assert again.returncode == 0 and again.stdout.count("kept, already up to date") == 2
     assert {p.name: (p.stat().st_mtime_ns, sha256_file(p)) for p in job.layout.downloads.glob("*.gz")} == before
+
+
+@without_cuda
+def test_job_that_would_train_on_the_cpu_instead_of_a_gpu_is_refused(tmp_path, tiny_corpus):
+    job, tools = Job(tmp_path, tiny_corpus, whole=True), tmp_path / "bin"
+    tools.mkdir()
+    path = os.pathsep.join([str(tools), os.environ["PATH"]])
+    refused = job.run("--preset", "h200")
+    assert refused.returncode == 2 and "--preset h200 would train on the CPU: " in refused.stderr
+    assert not job.work_dir.exists()
+    executable(tools / "nvidia-smi", "#!/bin/sh\nexit 0\n")
+    refused = job.run("--preset", "auto", PATH=path)
+    assert refused.returncode == 2 and "--preset auto would train on the CPU: torch " in refused.stderr
+    assert not job.work_dir.exists()
+    assert job.run("--preset", "auto", "--dry_run", PATH=path).returncode == 0
+    done = job.run("--preset", "auto", "--device", "cpu", "--models", "mvlm_gpt2", PATH=path)
+    assert done.returncode == 0 and job.summary()["preset"] == "cpu", done.stderr
 
 
 def test_failing_model_is_recorded_and_the_other_runs(job):

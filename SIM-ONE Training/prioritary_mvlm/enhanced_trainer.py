@@ -121,6 +121,7 @@ class EnhancedPrioritaryTrainer:
 
     def __init__(self, config: PrioritaryConfig, data_dir: Path | str, output_dir: Path | str) -> None:
         self.config = replace(config, data_dir=str(data_dir), output_dir=str(output_dir))
+        self.config.preset_is_automatic = config.preset_is_automatic  # the copy's preset is already resolved
 
     def train(self) -> Path:
         """Train to the end, resuming an interrupted run, and return the export folder.

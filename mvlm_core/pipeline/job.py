@@ -32,7 +32,7 @@ from mvlm_core.cost_estimate import (
 from mvlm_core.data.corpus import Corpus, load_corpus
 from mvlm_core.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
 from mvlm_core.export.manifest import CHECKPOINTS, training_config
-from mvlm_core.hardware import HARDWARE_FLAGS, choose_hardware, describe
+from mvlm_core.hardware import HARDWARE_FLAGS, choose_hardware, describe, missing_gpu
 from mvlm_core.pipeline.summary import finished_models
 from mvlm_core.run_layout import Layout
 
@@ -47,6 +47,7 @@ class Job:
     Attributes:
         trainers: training script of each model, in training order.
         names: requested models, in the same order.
+        preset_is_automatic: whether the preset was chosen for this machine instead of requested.
         settings: explicitly given trainer settings, by flag name.
         build_corpus: builds the default corpus if it is missing or damaged; None for a user's own folder.
         scripts: scripts of the stages "evaluate", "formats", "validate" and "report".
@@ -66,6 +67,7 @@ class Job:
     scripts: dict[str, Path]
     prompt: str
     formats: tuple[str, ...] = ()
+    preset_is_automatic: bool = False
 
     @cached_property
     def corpus(self) -> Callable[..., Corpus]:
@@ -149,18 +151,21 @@ def probe_hardware(job: Job) -> dict[str, Any]:
     Runs in a separate process, because CUDA would hold GPU memory in this one for the whole job.
 
     Raises:
-        UserError: lists everything that was requested but is not available.
+        UserError: lists everything that was requested but is not available, or the job would train on the CPU although
+            it should use a GPU.
     """
     flags = {name: job.settings[name] for name in HARDWARE_FLAGS if name in job.settings}
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(_hardware, flags).result()
+            return pool.submit(_hardware, flags, job.preset, job.preset_is_automatic).result()
     except BrokenProcessPool:
         return {"device": "unknown", "lines": ["the hardware probe failed; see the trainers' logs"]}
 
 
-def _hardware(flags: dict[str, Any]) -> dict[str, Any]:
+def _hardware(flags: dict[str, Any], preset: str, preset_is_automatic: bool) -> dict[str, Any]:
     hardware = choose_hardware(**flags)
+    if problem := missing_gpu(hardware, preset, automatic=preset_is_automatic):
+        raise UserError(problem)
     return {"device": f"{hardware.device}: {hardware.name}", "lines": describe(hardware)}
 
 

@@ -18,7 +18,7 @@ from mvlm_core.export.manifest import CHECKPOINTS
 from mvlm_core.export.model_card import model_card
 from mvlm_core.export.scores import write_scores
 from mvlm_core.files import RunLock
-from mvlm_core.hardware import HARDWARE_FLAGS, caution, choose_hardware, describe
+from mvlm_core.hardware import HARDWARE_FLAGS, caution, choose_hardware, describe, missing_gpu
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.signals import StopRequest
 from mvlm_core.training import results
@@ -56,6 +56,9 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
         log.info("--attention_backend %s: not used by %s, which has sdpa only", backend, recipe.title)
         flags["attention_backend"] = "sdpa"
     hardware = choose_hardware(**flags)
+    trains = not (settings.dry_run or settings.prepare_only)
+    if trains and (problem := missing_gpu(hardware, settings.preset, automatic=settings.preset_is_automatic)):
+        raise UserError(problem)
     silence_transformers()
     if not (settings.fresh or settings.prepare_only):
         check_earlier_run(output_dir, settings)

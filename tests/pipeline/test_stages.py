@@ -72,7 +72,7 @@ def test_evaluate_suite_returns_results_by_model_and_limits_verses_by_preset(tmp
     assert sizes.get("--verses") == verses and flags[-2:] == ["--device", "cpu"]
 
 
-def probe_dies(_):
+def probe_dies(*_):
     os._exit(3)
 
 

@@ -18,7 +18,16 @@ from mvlm_core.settings import DEFAULT_SAMPLING
 from mvlm_core.training.checkpoint import newest_checkpoint
 from mvlm_core.training.run import run_training
 from prioritary_mvlm import EnhancedPrioritaryTrainer, PrioritaryConfig
-from tests.helpers import MODELS, build_tiny_corpus, make_loop, recipe_of, tiny_settings
+from tests.helpers import (
+    MODELS,
+    TINY,
+    build_tiny_corpus,
+    executable,
+    make_loop,
+    recipe_of,
+    tiny_settings,
+    without_cuda,
+)
 
 EXPORTED = {
     "config.json",
@@ -152,6 +161,38 @@ def test_a_folder_without_text_is_refused_before_anything_is_written(kind, tmp_p
     with pytest.raises(UserError, match=str(data)):
         EnhancedPrioritaryTrainer(config, data, tmp_path / "out").train()
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+
+
+@without_cuda
+def test_h200_preset_is_refused_without_a_gpu_unless_the_cpu_is_requested(tiny_corpus, tmp_path):
+    def run(**changes):
+        settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **{"preset": "h200", "num_models": 1} | changes)
+        return run_training(recipe_of("mvlm_gpt2"), settings)
+
+    for device in ("auto", "cuda"):
+        with pytest.raises(UserError, match="would train on the CPU|--device cuda"):
+            run(device=device)
+    assert not (tmp_path / "cache").exists()
+    for alone in ({"dry_run": True}, {"prepare_only": True}):
+        assert run(device="auto", **alone).exists() is False
+    assert (run(device="cpu") / "manifest.json").is_file()
+
+
+@without_cuda
+def test_unusable_gpu_is_reported_instead_of_training_the_cpu_preset(tiny_corpus, tmp_path, empty_path):
+    """By the trainers and from Python; without a GPU, or on request, the preset for the CPU is trained."""
+    shape = {name: TINY[name] for name in ("data_subset", "hidden_dim", "num_heads", "ff_dim", "vocab_size", "quiet")}
+    config = PrioritaryConfig(preset="auto", max_steps=2, max_length=32, cache_dir=str(tmp_path / "cache"), **shape)
+    trainer = EnhancedPrioritaryTrainer(config, tiny_corpus, tmp_path / "out")
+    executable(empty_path / "nvidia-smi", "#!/bin/sh\nexit 0\n")
+    with pytest.raises(UserError, match="--preset auto would train on the CPU: torch .* use --device cpu"):
+        trainer.train()
+    assert not (tmp_path / "out").exists()
+    trainer.config.device = "cpu"
+    assert json.loads((trainer.train() / "training_config.json").read_text())["preset"] == "cpu"
+    (empty_path / "nvidia-smi").unlink()
+    trainer.config.device = "auto"
+    assert trainer.train() == tmp_path / "out"
 
 
 def test_a_run_without_an_output_folder_is_refused_before_anything_is_written(tiny_corpus, tmp_path, monkeypatch):
