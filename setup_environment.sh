@@ -23,6 +23,9 @@ PYTHONS="3.11 3.12 3.13 3.14"       # versions for which all pinned packages hav
 AGAIN="bash setup_environment.sh --torch_index"
 TORCH="$(sed -n 's/^torch==//p' "$ROOT/requirements.txt")"
 WHEELS="https://download.pytorch.org/whl"
+WITHOUT_GPU="  or continue without the GPU: $AGAIN $WHEELS/cpu  (and train with --device cpu)"
+NVIDIA_DEVICE=/dev/nvidiactl                # there if this system was given a GPU
+NVIDIA_DRIVER=/proc/driver/nvidia/version   # also there in a container without a GPU if its host has one
 # torch 2.13.0 on the package index requires cuda-toolkit 13.0.3. CUDA 13.x needs driver 580 or newer, CUDA 12.x needs
 # 525 or newer: https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
 
@@ -69,19 +72,29 @@ stay_in_this_folder() {
     fi
 }
 
-find_gpu() {
-    GPU="" DRIVER=""
+find_gpu() {  # sets GPU and DRIVER, or GPU and, if it is there but cannot be queried, UNSEEN: why not
+    GPU="" DRIVER="" UNSEEN=""
     case "${CUDA_VISIBLE_DEVICES-unset}" in
         ""|-1) say "CUDA_VISIBLE_DEVICES hides every GPU: setting up for the CPU."; return ;;
     esac
-    command -v nvidia-smi >/dev/null || return 0
-    local answer
-    answer="$(limited 60 nvidia-smi --query-gpu=driver_version,name --format=csv,noheader 2>&1)" || answer="! $answer"
-    answer="${answer%%$'\n'*}"
-    case "$answer" in
-        [0-9]*) DRIVER="${answer%%,*}" GPU="${answer#*, }"; say "NVIDIA GPU: $GPU, driver $DRIVER" ;;
-        *) say "nvidia-smi finds no GPU (is the driver loaded?): setting up for the CPU. Its output: ${answer#! }" ;;
-    esac
+    local answer="nvidia-smi is not installed"
+    if command -v nvidia-smi >/dev/null; then
+        answer="$(limited 60 nvidia-smi --query-gpu=driver_version,name --format=csv,noheader 2>&1)" \
+            || answer="! $answer"
+        answer="${answer%%$'\n'*}"
+        case "$answer" in
+            [0-9]*) DRIVER="${answer%%,*}" GPU="${answer#*, }"; say "NVIDIA GPU: $GPU, driver $DRIVER"; return ;;
+        esac
+        answer="nvidia-smi finds no GPU; its output: ${answer#! }"
+    fi
+    if [ -e "$NVIDIA_DEVICE" ]; then
+        GPU="NVIDIA GPU" UNSEEN="$answer"
+    elif command -v nvidia-smi >/dev/null; then
+        say "Setting up for the CPU (is the NVIDIA driver loaded?): $answer"
+    elif [ -e "$NVIDIA_DRIVER" ]; then
+        say "Setting up for the CPU: the machine has an NVIDIA driver, but this system was given no GPU" \
+            "  ($NVIDIA_DEVICE is missing; start a container with --gpus all)."
+    fi
 }
 
 choose_torch_source() {
@@ -98,6 +111,7 @@ choose_torch_source() {
 wants_cuda() { [ -n "$GPU" ] && [ -z "$CPU_BUILD" ]; }
 
 check_driver() {
+    if [ -n "$UNSEEN" ]; then check_unseen_gpu; return; fi
     local cuda wanted other="" major="${DRIVER%%.*}"
     case "$TORCH_SOURCE" in
         default|*/cu13*) cuda=13 wanted=580 ;;
@@ -109,7 +123,18 @@ check_driver() {
     die "error: the NVIDIA driver is $DRIVER, but this torch $TORCH is built with CUDA $cuda:" \
         "  it needs driver $wanted or newer." \
         "  Update the driver, on Ubuntu for example:  sudo apt-get install nvidia-driver-580-server  (and reboot)" \
-        ${other:+"  or use torch $other"} "  or continue without the GPU: $AGAIN $WHEELS/cpu"
+        ${other:+"  or use torch $other"} "$WITHOUT_GPU"
+}
+
+check_unseen_gpu() {
+    if [ "$TORCH_SOURCE" != default ]; then  # chosen by the user
+        say "Cannot tell the version of the NVIDIA driver, which will be checked after installation: $UNSEEN"; return
+    fi
+    die "error: there is an NVIDIA GPU ($NVIDIA_DEVICE exists), but its driver cannot be checked: $UNSEEN" \
+        "  Make nvidia-smi work: install the nvidia-utils package for the driver's version, or run the container with" \
+        "    --gpus all -e NVIDIA_DRIVER_CAPABILITIES=compute,utility" \
+        "  or choose the build of torch, for a driver from 580 on: $AGAIN $WHEELS/cu130" \
+        "    or for a driver from 525 on: $AGAIN $WHEELS/cu126" "$WITHOUT_GPU"
 }
 
 check_cuda() {
@@ -124,7 +149,7 @@ problem = compiler_problem()
 print("torch uses", why, *([f"\nNote: {problem}. Without it training runs uncompiled and slower."] if problem else []))
 ' 2>&1)" || die "error: torch cannot use the GPU: ${answer##*$'\n'}" \
         "  Check the driver with nvidia-smi and use the index of a build that supports it, for example:" \
-        "    $AGAIN $WHEELS/cu130" "  or continue without the GPU: $AGAIN $WHEELS/cpu"
+        "    $AGAIN $WHEELS/cu130" "$WITHOUT_GPU"
     say "$answer"
 }
 
@@ -276,7 +301,9 @@ main() {
     rm -rf "$PIP_CACHE_DIR"
     say "" "Ready. Next:"
     if [ "$(pwd -P)" != "$ROOT" ]; then say "  cd $(printf '%q' "$ROOT")"; fi
-    say "  .venv/bin/python train_all_models.py     train, compare, validate and package both models" \
+    local device=""  # training does not fall back to the CPU by itself if there seems to be a GPU
+    if [ -n "$CPU_BUILD" ] && { [ -n "$GPU" ] || command -v nvidia-smi >/dev/null; }; then device=" --device cpu"; fi
+    say "  .venv/bin/python train_all_models.py$device     train, compare, validate and package both models" \
         "  .venv/bin/python -m pytest               run the tests"
 }
 

@@ -70,6 +70,12 @@ class Machine:
             package = self.checkout / "SIM-ONE Training" / name
             package.mkdir(parents=True)
             (package / "__init__.py").touch()
+        self.device, self.driver = folder / "nvidiactl", folder / "driver version"
+        script = self.checkout / "setup_environment.sh"
+        for real, mine in (("/dev/nvidiactl", self.device), ("/proc/driver/nvidia/version", self.driver)):
+            text = script.read_text(encoding="utf-8")
+            assert text.count(f"={real} ") == 1
+            script.write_text(text.replace(f"={real} ", f"='{mine}' "), encoding="utf-8")
         for tool in TOOLS:
             if found := shutil.which(tool):
                 (self.bin / tool).symlink_to(found)
@@ -308,6 +314,41 @@ def test_hidden_or_failing_gpu_falls_back_to_the_cpu(machine: Machine) -> None:
     answer = machine.run("--no_corpus")
     assert answer.returncode == 0, answer.stderr
     assert "finds no GPU" in answer.stdout and "no driver" in answer.stdout
+    assert "train_all_models.py --device cpu " in answer.stdout
+
+
+@pytest.mark.parametrize("smi", ["missing", "fails"])
+def test_gpu_that_cannot_be_queried_is_an_error(machine: Machine, smi: str) -> None:
+    machine.add_python()
+    machine.device.touch()
+    if smi == "fails":
+        executable(machine.bin / "nvidia-smi", "#!/bin/bash\necho 'Driver/library version mismatch'; exit 18\n")
+    answer = machine.run("--no_corpus")
+    assert answer.returncode == 1 and machine.logged() == []
+    assert {"missing": "nvidia-smi is not installed", "fails": "version mismatch"}[smi] in answer.stderr
+    assert "NVIDIA_DRIVER_CAPABILITIES=compute,utility" in answer.stderr and "whl/cu130" in answer.stderr
+    hidden = machine.run("--no_corpus", CUDA_VISIBLE_DEVICES="")
+    assert hidden.returncode == 0, hidden.stderr
+
+
+def test_build_chosen_for_a_gpu_that_cannot_be_queried_is_installed(machine: Machine) -> None:
+    machine.add_python()
+    machine.device.touch()
+    answer = machine.run("--no_corpus", "--torch_index", "https://example.org/whl/cu126", STAND_IN_CUDA="CUDA 12.6")
+    assert answer.returncode == 0, answer.stderr
+    assert "checked after installation" in answer.stdout and "torch uses CUDA 12.6" in answer.stdout
+    answer = machine.run("--no_corpus", "--torch_index", "https://example.org/whl/cpu")
+    assert answer.returncode == 0, answer.stderr
+    assert "torch uses" not in answer.stdout and "train_all_models.py --device cpu " in answer.stdout
+
+
+def test_container_without_a_gpu_on_a_machine_with_one_is_set_up_for_the_cpu(machine: Machine) -> None:
+    machine.add_python()
+    machine.driver.touch()
+    answer = machine.run("--no_corpus")
+    assert answer.returncode == 0, answer.stderr
+    assert "given no GPU" in answer.stdout and "--gpus all" in answer.stdout
+    assert "train_all_models.py  " in answer.stdout, "no GPU seems to be there, so the CPU need not be requested"
 
 
 def test_torch_index_is_used_and_remembered(machine: Machine) -> None:
