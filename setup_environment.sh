@@ -9,6 +9,8 @@
 #   --torch_index URL   install torch from this wheel index, for example for an older NVIDIA driver:
 #                       https://download.pytorch.org/whl/cu126
 #   --no_corpus         do not build the corpus
+#   --no_compiler       with a GPU, accept that the C compiler or the Python headers are missing, which torch.compile
+#                       needs: training is slower without it
 #   --help              show this text
 
 set -euo pipefail
@@ -42,11 +44,12 @@ python_of() {  # python_of PYTHON: its version and base installation
 in_venv() { (cd / && "$VENV_PYTHON" "$@"); }  # from another folder, so that only installed packages are importable
 
 parse_arguments() {
-    ASKED_PYTHON="" ASKED_INDEX="" WITH_CORPUS=1
+    ASKED_PYTHON="" ASKED_INDEX="" WITH_CORPUS=1 WITH_COMPILER=1
     while [ $# -gt 0 ]; do
         case "$1" in
             --help|-h) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
             --no_corpus) WITH_CORPUS=0; shift; continue ;;
+            --no_compiler) WITH_COMPILER=0; shift; continue ;;
             --python|--torch_index) [ -n "${2-}" ] || misuse "$1 needs a value" ;;
             *) misuse "unknown option: $1 (see --help)" ;;
         esac
@@ -137,16 +140,27 @@ check_unseen_gpu() {
         "    or for a driver from 525 on: $AGAIN $WHEELS/cu126" "$WITHOUT_GPU"
 }
 
+check_compiler() {  # works before the packages are installed, so that nothing is downloaded in vain
+    local problem
+    problem="$("$VENV_PYTHON" -c '
+import sys
+sys.path.insert(0, sys.argv[1])
+from machine import compiler_problem
+print(compiler_problem() or "")
+' "$ROOT/mvlm_core" 2>&1)" || die "error: $VENV_PYTHON cannot look for a compiler: ${problem##*$'\n'}"
+    if [ -z "$problem" ]; then return; fi
+    if [ "$WITH_COMPILER" = 0 ]; then say "Note: $problem. Without it training runs uncompiled and slower."; return; fi
+    die "error: $problem" "  Then run the same command again. To train without torch.compile, slower, add --no_compiler."
+}
+
 check_cuda() {
     local answer
     answer="$(in_venv -c '
 from mvlm_core.hardware import resolve_preset
-from mvlm_core.machine import compiler_problem
 preset, why = resolve_preset("auto")
 if preset == "cpu":
     raise SystemExit(why)
-problem = compiler_problem()
-print("torch uses", why, *([f"\nNote: {problem}. Without it training runs uncompiled and slower."] if problem else []))
+print("torch uses", why)
 ' 2>&1)" || die "error: torch cannot use the GPU: ${answer##*$'\n'}" \
         "  Check the driver with nvidia-smi and use the index of a build that supports it, for example:" \
         "    $AGAIN $WHEELS/cu130" "$WITHOUT_GPU"
@@ -176,8 +190,9 @@ try_extras() {
 find_python() {
     # Run every candidate: version managers put shims on the PATH that only print an error.
     local candidate version refused=() candidates=("$ASKED_PYTHON")
-    local advice="  On Ubuntu or Debian:  sudo apt-get install python3 python3-venv  (Ubuntu 22.04: python3.11-venv;"
-    advice+=" older ones: from python.org, or  uv python install 3.12)"
+    local advice="  On Ubuntu or Debian:  sudo apt-get install python3 python3-venv python3-dev build-essential"
+    advice+="  (Ubuntu 22.04: python3.11-venv python3.11-dev build-essential; older ones: from python.org, or"
+    advice+="  uv python install 3.12)"
     if [ -z "$ASKED_PYTHON" ]; then
         IFS=$'\n' read -r -d '' -a candidates < <(
             type -aP python3 python3.13 python3.12 python3.11 python3.14 python || true
@@ -191,7 +206,7 @@ find_python() {
         case " $PYTHONS " in *" $version "*) ;; *) refused+=("  $candidate is Python $version"); continue ;; esac
         if limited 30 "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then PYTHON="$candidate"; return; fi
         refused+=("  $candidate is Python $version, but cannot create virtual environments")
-        advice="  On Ubuntu or Debian:  sudo apt-get install python$version-venv"
+        advice="  On Ubuntu or Debian:  sudo apt-get install python$version-venv python$version-dev build-essential"
     done
     die "error: found no Python 3.11 to 3.14 that can create a virtual environment." ${refused[@]+"${refused[@]}"} \
         "$advice" "  or choose one:  bash setup_environment.sh --python /path/to/python3"
@@ -244,6 +259,7 @@ prepare_environment() {  # prepare_environment "install: why" | "rebuild: why"
         if [ ! -d "$VENV" ]; then rm -f "$VENV"; fi  # a file with that name
         "$PYTHON" -m venv --clear "$VENV" || die "error: $PYTHON could not create $VENV (see its message above)."
     fi
+    if wants_cuda; then check_compiler; fi
     : > "$STARTED"
     rm -f "$STAMP" "$EXTRAS_TRIED"
     install_packages
@@ -288,7 +304,12 @@ main() {
     if wants_cuda; then check_driver; fi
     local state
     state="$(environment_state)"
-    if [ "$state" = ready ]; then say "Packages: complete."; else prepare_environment "$state"; fi
+    if [ "$state" != ready ]; then
+        prepare_environment "$state"
+    else
+        say "Packages: complete."
+        if wants_cuda; then check_compiler; fi
+    fi
     if wants_cuda; then check_cuda; try_extras; fi
     if [ "$WITH_CORPUS" = 1 ]; then
         if "$VENV_PYTHON" "$ROOT/prepare_dataset.py" --check >/dev/null 2>&1; then

@@ -1,6 +1,7 @@
 """This machine: CPU cores, memory, GPUs and build tools.
 
-Importing this module does not import torch: entry scripts use it before they parse their arguments.
+Importing this module imports no package: entry scripts use it before they parse their arguments, and
+setup_environment.sh before it installs anything.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ import shutil
 import sys
 import sysconfig
 from pathlib import Path
-
-import psutil
 
 # Any of these paths means that an NVIDIA driver is loaded (the last one on WSL). Without any of them
 # and without nvidia-smi, there is no GPU.
@@ -88,6 +87,8 @@ def available_memory(
     *, cgroup_root: Path | str = "/sys/fs/cgroup", cgroup_membership: Path | str = "/proc/self/cgroup"
 ) -> int:
     """RAM in bytes available to this process: the machine's, or a smaller container limit."""
+    import psutil
+
     limits = [psutil.virtual_memory().total]
     for folder in _cgroup_folders(Path(cgroup_root), Path(cgroup_membership), "memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):

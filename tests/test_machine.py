@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -158,6 +159,19 @@ def test_driver_files_of_the_host_are_no_sign_of_a_gpu(empty_path: Path, monkeyp
     assert nvidia_seems_there()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert not nvidia_seems_there(), "hidden on purpose"
+
+
+def test_compiler_is_looked_for_without_any_package(repository: Path) -> None:
+    """As set-up does before it installs them."""
+    program = "import machine; print(machine.compiler_problem())"
+    command = [
+        sys.executable,
+        "-I",
+        "-S",
+        "-c",
+        f"import sys; sys.path.insert(0, {str(repository / 'mvlm_core')!r}); {program}",
+    ]
+    assert subprocess.check_output(command, text=True).strip() == str(compiler_problem())
 
 
 def test_compiler_problem_names_the_packages(empty_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +31,7 @@ case "$0" in *lint-imports) set -- -m lint-imports "$@" ;; esac
 case "$1 $2" in
     "-c "*urllib*) exit 1 ;;
     "-c "*resolve_preset*) [ -z "$STAND_IN_CUDA" ] || { echo "torch uses $STAND_IN_CUDA"; exit; } ;;
+    "-c "*compiler_problem*) [ -n "$WITHOUT_COMPILER" ] || exit 0 ;;
     "-c "*"import flash_attn"*) exit 1 ;;
     "-m venv")
         echo "$*" >> "$LOG"
@@ -116,7 +118,7 @@ def test_help_is_quick_and_names_every_option(machine: Machine) -> None:
     answer = machine.run("--help")
     assert time.monotonic() - started < 1
     assert answer.returncode == 0
-    for option in ("--python", "--torch_index", "--no_corpus", "--help"):
+    for option in ("--python", "--torch_index", "--no_corpus", "--no_compiler", "--help"):
         assert option in answer.stdout
 
 
@@ -169,7 +171,7 @@ def test_no_usable_python_says_what_to_install(machine: Machine) -> None:
     assert answer.returncode == 1
     assert "python3 does not run" in answer.stderr
     assert "python3.12 is Python 3.9" in answer.stderr
-    assert "apt-get install" in answer.stderr
+    assert "apt-get install python3 python3-venv python3-dev build-essential" in answer.stderr
     assert not (machine.checkout / ".venv").exists()
 
 
@@ -177,7 +179,7 @@ def test_python_without_venv_names_its_package(machine: Machine) -> None:
     executable(machine.bin / "python3", "#!/bin/bash\ncase \"$*\" in *ensurepip*) exit 1 ;; esac; echo '3.12 /usr'\n")
     answer = machine.run()
     assert answer.returncode == 1
-    assert "apt-get install python3.12-venv" in answer.stderr
+    assert "apt-get install python3.12-venv python3.12-dev build-essential" in answer.stderr
 
 
 def test_broken_python_launcher_is_skipped(machine: Machine) -> None:
@@ -377,6 +379,27 @@ def test_gpu_that_torch_cannot_use_is_an_error(machine: Machine) -> None:
     assert "cannot use the GPU" in answer.stderr
     assert "is a CPU-only build" in answer.stderr or "no usable CUDA" in answer.stderr
     assert "--torch_index" in answer.stderr
+
+
+def test_missing_compiler_stops_a_set_up_for_a_gpu_before_anything_is_installed(machine: Machine) -> None:
+    machine.add_python()
+    without = {"STAND_IN_CUDA": "CUDA 13.0", "WITHOUT_COMPILER": "1"}
+    assert machine.run("--no_corpus", **without).returncode == 0, "without a GPU nothing is compiled"
+    machine.add_gpu("580.65.06")
+    shutil.rmtree(machine.checkout / ".venv")
+    machine.log.unlink()
+    answer = machine.run("--no_corpus", **without)
+    assert answer.returncode == 1 and "--no_compiler" in answer.stderr
+    assert "needs a C compiler" in answer.stderr and "sudo apt-get install build-essential" in answer.stderr
+    assert [line[:7] for line in machine.logged()] == ["-m venv"]
+    accepted = machine.run("--no_corpus", "--no_compiler", **without)
+    assert accepted.returncode == 0, accepted.stderr
+    assert "build-essential" in accepted.stdout and "runs uncompiled" in accepted.stdout
+    later = machine.run("--no_corpus", **without)
+    assert later.returncode == 1 and "Packages: complete." in later.stdout, "also once everything is installed"
+    executable(machine.bin / "gcc", "#!/bin/bash\n")
+    headers = (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+    assert machine.run("--no_corpus", **without).returncode == (0 if headers else 1)
 
 
 def test_optional_gpu_packages_may_fail_and_are_tried_once(machine: Machine) -> None:
