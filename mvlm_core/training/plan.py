@@ -58,15 +58,14 @@ def plan_run(recipe: Recipe, settings: TrainingSettings, hardware: Hardware) -> 
     check_held_out(settings, corpus)
     text = plan_text(settings, recipe.tokenizer_class, corpus)
     on_gpu = settings.preset == "h200" or hardware.device == "cuda"
-    if on_gpu and not settings.no_mixed_precision and settings.precision != "fp32":
-        hardware = replace(hardware, precision="bf16")
+    hardware = _planned_hardware(settings, hardware)
     one, two = (step_cost(recipe.build, settings, hardware, sequences) for sequences in (1, 2))
     per_sequence = two.memory.activations - one.memory.activations
     matrix = 0.0 if on_gpu else matmul_flops()
     ranks = rank_count(settings) if hardware.device == "cuda" else 1
     rate = GPU_PEAK * GPU_MFU * ranks if on_gpu else matrix * CPU_MFU[hardware.precision]
-    compiled = on_gpu and not settings.no_compile
-    items_of = partial(_items, cost=one, rate=rate, compiled=compiled, cores=hardware.threads)
+    score_rate = rate / 2 if on_gpu else rate
+    items_of = partial(_items, cost=one, rate=rate, score_rate=score_rate, hardware=hardware)
     *teachers, student = teacher_and_student_settings(settings)
     cached = replace(text, has_tokenizer=True, has_tokens=True, test_bytes=0)
     estimates = [items_of(teacher, cached) for teacher in teachers]
@@ -82,7 +81,7 @@ def plan_run(recipe: Recipe, settings: TrainingSettings, hardware: Hardware) -> 
         each = f"{len(teachers)} × {estimates[0][0]:,} steps"
         items.insert(1, Item(TEACHERS, sum(item.seconds for item in teacher_items), each))
     flops = rate * sum(item.seconds for item in items if item.name in (STEPS, TEACHERS))
-    assumptions = _assumptions(hardware, on_gpu, matrix, compiled)
+    assumptions = _assumptions(hardware, on_gpu, matrix)
     if ranks > 1:
         assumptions.append(f"{ranks} GPUs are {ranks} times as fast as one (an upper limit, not measured)")
     lines = [
@@ -94,6 +93,14 @@ def plan_run(recipe: Recipe, settings: TrainingSettings, hardware: Hardware) -> 
     return Plan(lines, items, planned_steps(student, text), assumptions, rented=on_gpu, export_bytes=one.memory.weights)
 
 
+def _planned_hardware(settings: TrainingSettings, hardware: Hardware) -> Hardware:
+    """The hardware to plan for: this machine's, or, if it has no GPU, a GPU for the h200 preset."""
+    if hardware.device == "cuda" or settings.preset != "h200":
+        return hardware
+    exact = settings.no_mixed_precision or settings.precision == "fp32"
+    return replace(hardware, precision="fp32" if exact else "bf16", compile=not settings.no_compile)
+
+
 def planned_steps(settings: TrainingSettings, text: TextPlan) -> int | None:
     """Number of steps until the first limit is reached; None if only ``--max_hours`` limits the run."""
     per_epoch = text.epoch_bytes / text.bytes_per_token / (settings.sequences_per_step * settings.max_length)
@@ -101,17 +108,16 @@ def planned_steps(settings: TrainingSettings, text: TextPlan) -> int | None:
 
 
 def _items(
-    settings: TrainingSettings, text: TextPlan, *, cost: StepCost, rate: float, compiled: bool, cores: int
+    settings: TrainingSettings, text: TextPlan, *, cost: StepCost, rate: float, score_rate: float, hardware: Hardware
 ) -> tuple[int, list[Item]]:
     """Return the number of steps and the itemized estimate.
 
     Args:
-        rate: training FLOP/s.
+        rate, score_rate: FLOP/s of training and of scoring.
     """
     tokens = settings.sequences_per_step * settings.max_length
     model, optimizer = cost.flops_per_token * tokens, cost.optimizer_flops
     model *= relative_step_cost(settings)
-    score_rate = rate / 2 if compiled else rate
 
     def scoring(size: int) -> tuple[float, float]:
         """Tokens and FLOPs to score ``size`` bytes: windows overlap by half; a forward pass costs a third of a step."""
@@ -132,12 +138,13 @@ def _items(
     evaluations = -(-steps // settings.eval_interval)
     saves = steps // settings.checkpoint_interval
     test_tokens, test_flops = scoring(text.test_bytes)
-    learning = 0.0 if text.has_tokenizer else text.train_bytes / BPE_TRAINING_BYTES_PER_SECOND / cores
-    encoding = 0.0 if text.has_tokens else text.train_bytes / TOKENIZATION_BYTES_PER_SECOND / cores
+    per_core = text.train_bytes / hardware.threads
+    learning = 0.0 if text.has_tokenizer else per_core / BPE_TRAINING_BYTES_PER_SECOND
+    encoding = 0.0 if text.has_tokens else per_core / TOKENIZATION_BYTES_PER_SECOND
     cached = "from the cache" if text.has_tokens else f"{text.train_bytes / 1e6:,.1f} MB"
     items = [
         Item(PREPARATION, learning + encoding, cached),
-        Item(COMPILATION, COMPILE_SECONDS if compiled else 0.0),
+        Item(COMPILATION, COMPILE_SECONDS if hardware.compile else 0.0),
         Item(
             STEPS,
             steps * step_seconds,
@@ -162,7 +169,7 @@ def _items(
     return steps, items
 
 
-def _assumptions(hardware: Hardware, on_gpu: bool, matrix: float, compiled: bool) -> list[str]:
+def _assumptions(hardware: Hardware, on_gpu: bool, matrix: float) -> list[str]:
     """Describe what the estimate assumes; ``matrix`` is the measured rate of an fp32 matmul on a CPU, in FLOP/s."""
     return [
         f"MFU of {GPU_MFU:.0%} ({GPU_PEAK / 1e12:.0f} TFLOP/s), half of that for evaluations in fp32, {PRICE}"
@@ -172,11 +179,17 @@ def _assumptions(hardware: Hardware, on_gpu: bool, matrix: float, compiled: bool
         f"checkpoints copied at {HOST_COPY_BYTES_PER_SECOND / 1e9:.0f} GB/s, written in the background",
         f"tokenizer training at {BPE_TRAINING_BYTES_PER_SECOND / 1e6:.0f} MB/s and tokenization at "
         f"{TOKENIZATION_BYTES_PER_SECOND / 1e6:.1f} MB/s per core ({hardware.threads} cores)",
-        f"{COMPILE_SECONDS:.0f} s to compile" if compiled else "not compiled",
+        f"{COMPILE_SECONDS:.0f} s to compile" if hardware.compile else _not_compiled(hardware),
         f"{EXPORT_SECONDS:.0f} s to export",
         f"{OVERHEAD / 1e9:.0f} GB of memory besides tensors, activations as in an uncompiled run",
         "no early stopping",
     ]
+
+
+def _not_compiled(hardware: Hardware) -> str:
+    if hardware.device != "cuda":
+        return "not compiled"
+    return f"not compiled ({hardware.reasons['compile']}): slower than estimated here, by an amount not measured"
 
 
 def _compiled_once(teachers: list[list[Item]]) -> list[Item]:

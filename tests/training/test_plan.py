@@ -91,6 +91,26 @@ def test_plan_uses_up_max_hours(tiny_corpus, tmp_path):
     assert student == pytest.approx(1800 - (items["teachers"] - beside), rel=0.01)
 
 
+def test_a_plan_on_a_gpu_uses_the_hardwares_own_choices(tiny_corpus, tmp_path):
+    """Without a compiler nothing is compiled, and an old GPU has no bf16; elsewhere an H200 with both is assumed."""
+    settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, preset="h200", precision="auto")
+    cpu = choose_hardware(**CPU)
+    gpu = replace(cpu, device="cuda", reasons=cpu.reasons | {"compile": "no C compiler"})
+
+    def planned(hardware, **changes):
+        plan = plan_run(recipe_of("mvlm_gpt2"), replace(settings, **changes), hardware)
+        return {item.name: item.seconds for item in plan.items}, " ".join([*plan.lines, *plan.assumptions])
+
+    (uncompiled, said), (compiled, _), (elsewhere, expected) = (
+        planned(hardware) for hardware in (gpu, replace(gpu, compile=True), cpu)
+    )
+    assert uncompiled["compilation"] == 0 < compiled["compilation"] == elsewhere["compilation"]
+    assert uncompiled["evaluations"] == compiled["evaluations"], "scored in fp32, compiled or not"
+    assert "not compiled (no C compiler): slower than estimated" in said and "backward, fp32" in said
+    assert "s to compile" in expected and "backward, bf16" in expected
+    assert planned(cpu, no_compile=True)[0]["compilation"] == 0
+
+
 def test_the_seconds_of_each_item_are_recorded_and_logged(tiny_corpus, tmp_path, caplog):
     settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, no_test_score=True)
     with caplog.at_level(logging.INFO, logger="mvlm"):
