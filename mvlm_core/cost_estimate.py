@@ -6,8 +6,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 
-PRICE_PER_HOUR = 4.0  # US dollars, for a rented H200
-PRICE = f"{PRICE_PER_HOUR:.2f} dollars an hour"
+PRICE_PER_HOUR = 4.0  # US dollars, for one rented H200; a machine with several costs a multiple
 # Stages of the main job other than training.
 PACKAGES_SECONDS = 150.0  # three gigabytes of wheels on a fresh machine
 CORPUS_SECONDS = 60.0
@@ -32,17 +31,18 @@ class Item:
     detail: str = ""
 
 
-def format_costs(items: list[Item], *, rented: bool) -> list[str]:
+def format_costs(items: list[Item], *, gpus: int) -> list[str]:
     """Format the items and their total as lines of text.
 
     Args:
-        rented: whether the machine is rented, so that each line includes its cost.
+        gpus: GPUs of the rented machine, whose price is included; 0 if it is not rented.
     """
-    total = Item("total", sum(item.seconds for item in items))
+    price = f"at {PRICE_PER_HOUR:g} dollars per GPU and hour" + (f" × {gpus}" if gpus > 1 else "")
+    total = Item("total", sum(item.seconds for item in items), price if gpus else "")
     width = max(len(item.name) for item in [*items, total])
     lines = []
     for item in [*items, total]:
-        dollars = f"{item.seconds / 3600 * PRICE_PER_HOUR:7.2f} dollars" if rented else ""
+        dollars = f"{item.seconds / 3600 * PRICE_PER_HOUR * gpus:7.2f} dollars" if gpus else ""
         lines.append(f"{item.name:<{width}}  {item.seconds / 60:7.1f} min{dollars}  {item.detail}".rstrip())
     return lines
 
@@ -53,6 +53,7 @@ class Plan:
 
     Attributes:
         steps: an estimate, without ``--max_hours``; None if only that limits the run, or if the dry run failed.
+        gpus: GPUs of the rented machine, including those that the run does not use; 0 if it is not rented.
         exit_code: of the dry run; if it failed, ``lines`` has the reason and there are no items.
     """
 
@@ -60,13 +61,13 @@ class Plan:
     items: list[Item] = field(default_factory=list)
     steps: int | None = None
     assumptions: list[str] = field(default_factory=list)
-    rented: bool = False
+    gpus: int = 0
     export_bytes: int = 0
     exit_code: int = 0
 
     def costs(self) -> list[str]:
         """Format the items; empty without any."""
-        return format_costs(self.items, rented=self.rented) if self.items else []
+        return format_costs(self.items, gpus=self.gpus) if self.items else []
 
     def text(self) -> str:
         """Format the plan for the console, or as JSON when ``train_all_models.py`` asks for it."""

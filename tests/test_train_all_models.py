@@ -29,7 +29,7 @@ from pathlib import Path
 if "--dry_run" in sys.argv:
     print("an hour,")
     plan = {"lines": ["2 GB"], "items": [], "steps": int(os.environ.get("STEPS", 9)), "assumptions": []}
-    print(json.dumps(plan | {"rented": False, "export_bytes": 0}))
+    print(json.dumps(plan | {"gpus": 0, "export_bytes": 0}))
     sys.exit(os.environ.get("MODE_dry_run"))
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 out, name = Path(flags["--output_dir"]), Path(flags["--output_dir"]).name

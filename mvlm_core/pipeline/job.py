@@ -215,9 +215,9 @@ def trainer_plan(command: list[str]) -> Plan:
 
 def _show_costs(plans: dict[str, Plan]) -> None:
     """Print the total for the models to be trained and the other stages."""
-    rented = any(plan.rented for plan in plans.values())
+    gpus = max(plan.gpus for plan in plans.values())
     size, count = sum(plan.export_bytes for plan in plans.values()), len(plans)
-    items = [Item("packages", PACKAGES_SECONDS, "on a fresh machine")] if rented else []
+    items = [Item("packages", PACKAGES_SECONDS, "on a fresh machine")] if gpus else []
     items += [Item(name, sum(item.seconds for item in plan.items)) for name, plan in plans.items()]
     scoring = sum(item.seconds for plan in plans.values() for item in plan.items if item.name == EXPORT)
     checking = scoring * RESCORED_SHARE + size / VERIFICATION_BYTES_PER_SECOND
@@ -228,7 +228,7 @@ def _show_costs(plans: dict[str, Plan]) -> None:
         Item("comparison and report", REPORT_SECONDS),
     ]
     print("\ntotal:")
-    print("".join(f"  {line}\n" for line in format_costs(items, rented=rented)), end="")
+    print("".join(f"  {line}\n" for line in format_costs(items, gpus=gpus)), end="")
     assumptions = dict.fromkeys(text for plan in plans.values() for text in plan.assumptions)
     own = (
         f"{PACKAGES_SECONDS:.0f} s for packages, {SUITE_SECONDS:.0f} s per model for the suite, archives written at "

@@ -69,9 +69,23 @@ def rank_count(settings: TrainingSettings) -> int:
     return max(1, min(settings.gpus or gpus, settings.sequences_per_step))
 
 
+def planned_gpus(settings: TrainingSettings, *, here: bool) -> tuple[int, int]:
+    """Number of GPUs that the planned run uses, and of the machine, all of which are paid for.
+
+    Args:
+        here: whether the run is planned on the machine that would train; otherwise for one with ``--gpus`` GPUs.
+    """
+    if here:
+        return rank_count(settings), gpu_count()
+    gpus = settings.gpus or 1
+    return min(gpus, settings.sequences_per_step), gpus
+
+
 def describe_gpus(settings: TrainingSettings) -> str:
-    """Describe for the plan how many GPUs the run would use on this machine."""
+    """Describe for the plan how many GPUs the run would use."""
     gpus = 0 if settings.device == "cpu" else gpu_count()
+    if not gpus and settings.gpus:
+        return f"GPUs: none here; planned for a machine with {settings.gpus} (--gpus)"
     if not gpus:
         return "GPUs: none here; with several, each batch is split across all of them, or across --gpus N"
     return f"GPUs: each batch is split across {rank_count(settings)} of the {gpus} on this machine"

@@ -14,7 +14,6 @@ from mvlm_core.cost_estimate import (
     EVALUATIONS,
     EXPORT,
     PREPARATION,
-    PRICE,
     STEPS,
     TEACHERS,
     Item,
@@ -26,7 +25,7 @@ from mvlm_core.settings import LENGTHS, TrainingSettings
 from mvlm_core.training.cost import OVERHEAD, StepCost, fitting_micro_batch, step_cost
 from mvlm_core.training.distillation import relative_step_cost, teacher_and_student_settings, with_time_left
 from mvlm_core.training.forecast import TEXT_PER_PARAMETER, UNIT_EPOCHS
-from mvlm_core.training.launch import describe_gpus, rank_count
+from mvlm_core.training.launch import describe_gpus, planned_gpus
 from mvlm_core.training.preparation import check_held_out, read_corpus
 from mvlm_core.training.recipe import Recipe
 from mvlm_core.training.run_length import total_steps
@@ -62,7 +61,7 @@ def plan_run(recipe: Recipe, settings: TrainingSettings, hardware: Hardware) -> 
     one, two = (step_cost(recipe.build, settings, hardware, sequences) for sequences in (1, 2))
     per_sequence = two.memory.activations - one.memory.activations
     matrix = 0.0 if on_gpu else matmul_flops()
-    ranks = rank_count(settings) if hardware.device == "cuda" else 1
+    ranks, gpus = planned_gpus(settings, here=hardware.device == "cuda") if on_gpu else (1, 0)
     rate = GPU_PEAK * GPU_MFU * ranks if on_gpu else matrix * CPU_MFU[hardware.precision]
     score_rate = rate / 2 if on_gpu else rate
     items_of = partial(_items, cost=one, rate=rate, score_rate=score_rate, hardware=hardware)
@@ -90,7 +89,8 @@ def plan_run(recipe: Recipe, settings: TrainingSettings, hardware: Hardware) -> 
         *_gpu_sizes(settings, one, per_sequence, flops, on_gpu),
         *expected,
     ]
-    return Plan(lines, items, planned_steps(student, text), assumptions, rented=on_gpu, export_bytes=one.memory.weights)
+    limit = planned_steps(student, text)
+    return Plan(lines, items, limit, assumptions, gpus=gpus, export_bytes=one.memory.weights)
 
 
 def _planned_hardware(settings: TrainingSettings, hardware: Hardware) -> Hardware:
@@ -172,7 +172,7 @@ def _items(
 def _assumptions(hardware: Hardware, on_gpu: bool, matrix: float) -> list[str]:
     """Describe what the estimate assumes; ``matrix`` is the measured rate of an fp32 matmul on a CPU, in FLOP/s."""
     return [
-        f"MFU of {GPU_MFU:.0%} ({GPU_PEAK / 1e12:.0f} TFLOP/s), half of that for evaluations in fp32, {PRICE}"
+        f"MFU of {GPU_MFU:.0%} ({GPU_PEAK / 1e12:.0f} TFLOP/s), half of that for evaluations in fp32"
         if on_gpu
         else f"{CPU_MFU[hardware.precision]:.0%} of the {matrix / 1e9:.0f} GFLOP/s just measured for an fp32 matmul, "
         f"in {hardware.precision}",

@@ -7,6 +7,7 @@ import sys
 import psutil
 import pytest
 
+from mvlm_core.cost_estimate import PRICE_PER_HOUR
 from mvlm_core.errors import Stopped, UserError
 from mvlm_core.pipeline import job as jobs
 from mvlm_core.pipeline import stages
@@ -113,7 +114,7 @@ assert os.environ["MVLM_PLAN_AS_JSON"]
 seconds = {"training steps": 1800.0, "export and test scores": 60.0}
 items = [{"name": name, "seconds": value, "detail": ""} for name, value in seconds.items()]
 print("a line of the log")
-plan = {"lines": ["how it is"], "items": items, "steps": 9, "assumptions": ["a rate"], "rented": True}
+plan = {"lines": ["how it is"], "items": items, "steps": 9, "assumptions": ["a rate"], "gpus": 8}
 print(json.dumps(plan | {"export_bytes": 3 * 10**7}))
 """
 
@@ -131,6 +132,10 @@ def test_planned_total_is_the_sum_of_models_and_stages(tmp_path, capsys):
     }
     assert minutes["one"] == minutes["two"] == 31.0
     assert {"packages", "evaluation suite", "archives", "validation", "comparison and report"} < minutes.keys()
+    total = next(line for line in shown.splitlines()[::-1] if line.startswith("  total "))
+    dollars = float(total.split(" dollars")[0].split()[-1])
+    assert dollars == pytest.approx(minutes["total"] / 60 * PRICE_PER_HOUR * 8, abs=0.05)
+    assert total.endswith("at 4 dollars per GPU and hour × 8")
     together = minutes.pop("total")
     assert together == pytest.approx(sum(minutes.values()), abs=0.4) and together > 62
     jobs.show_plan(make_job(tmp_path), corpus_is_ready=False)

@@ -10,7 +10,7 @@ import pytest
 from mvlm_core.cost_estimate import PRICE_PER_HOUR, Item, format_costs
 from mvlm_core.data.corpus import load_corpus
 from mvlm_core.hardware import choose_hardware
-from mvlm_core.training import text_plan
+from mvlm_core.training import launch, text_plan
 from mvlm_core.training.cost import step_cost
 from mvlm_core.training.plan import EXPORT_SECONDS, plan_run, planned_steps
 from mvlm_core.training.preparation import prepare_text, read_corpus
@@ -64,10 +64,38 @@ def test_newton_schulz_flops_are_counted(tiny_corpus, tmp_path):
 
 
 def test_the_costs_add_up():
-    lines = format_costs([Item("one", 90, "x"), Item("two", 3600)], rented=True)
-    assert lines[0].startswith("one") and "1.5 min" in lines[0] and lines[0].endswith("x")
-    assert "61.5 min" in lines[-1] and f"{3690 / 3600 * PRICE_PER_HOUR:.2f} dollars" in lines[-1]
-    assert not any("dollars" in line for line in format_costs([Item("one", 90)], rented=False))
+    for gpus, note in ((1, "at 4 dollars per GPU and hour"), (8, "at 4 dollars per GPU and hour × 8")):
+        lines = format_costs([Item("one", 90, "x"), Item("two", 3600)], gpus=gpus)
+        assert lines[0].startswith("one") and "1.5 min" in lines[0] and lines[0].endswith("x")
+        assert "61.5 min" in lines[-1] and f" {3690 / 3600 * PRICE_PER_HOUR * gpus:.2f} dollars" in lines[-1]
+        assert lines[-1].endswith(note)
+    assert not any("dollars" in line for line in format_costs([Item("one", 90)], gpus=0))
+
+
+def test_all_gpus_of_the_machine_are_paid_for(tiny_corpus, tmp_path, monkeypatch):
+    """Also those that ``--gpus`` leaves idle; on a machine without any, ``--gpus`` is the number to rent."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    cpu = choose_hardware(**CPU)
+    gpu = replace(cpu, device="cuda", reasons=cpu.reasons | {"compile": "no C compiler"})
+
+    def planned(hardware, **changes):
+        settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **{"preset": "h200", "device": "auto"} | changes)
+        plan = plan_run(recipe_of("mvlm_gpt2"), settings, hardware)
+        steps = next(item.seconds for item in plan.items if item.name == "training steps")
+        return plan.gpus, steps, plan.costs()[-1], plan.lines[0]
+
+    alone = planned(cpu)
+    assert alone[0] == 1 and alone[2].endswith("dollars per GPU and hour") and "none here" in alone[3]
+    rented = planned(cpu, gpus=2)
+    assert rented[:2] == (2, pytest.approx(alone[1] / 2)) and rented[2].endswith("× 2")
+    assert "planned for a machine with 2" in rented[3]
+    assert planned(cpu, gpus=8)[:2] == (8, pytest.approx(alone[1] / 4)), "a batch of four sequences"
+    assert planned(cpu, preset="smoke")[0] == 0
+    monkeypatch.setattr(launch, "gpu_count", lambda: 8)
+    for changes, ranks in (({}, 4), ({"gpus": 2}, 2)):
+        here = planned(gpu, **changes)
+        assert here[:2] == (8, pytest.approx(alone[1] / ranks)) and here[2].endswith("× 8")
+        assert f"across {ranks} of the 8" in here[3]
 
 
 def test_plan_uses_up_max_hours(tiny_corpus, tmp_path):
