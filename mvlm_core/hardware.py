@@ -36,6 +36,7 @@ SMALL_MODEL = 20_000_000  # parameters
 # Settings that are arguments of `choose_hardware`.
 HARDWARE_FLAGS = "device precision attention_backend loss_kernel no_mixed_precision no_compile deterministic".split()
 CUBLAS_WORKSPACE = ":4096:8"  # one of the two values with which cuBLAS is deterministic, according to NVIDIA's manual
+COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
 ALLOCATOR_ADVICE = "max_split_size_mb:512"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _NO_BLOCK_IS_LARGER = 2**31 - 1
@@ -164,6 +165,14 @@ def _keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, -1)
 
 
+def compile_workers(processes: int) -> int:
+    """Worker processes of torch's compiler in each of ``processes`` on this machine, which share its cores.
+
+    At most 32, as by torch's own default (``torch/_inductor/config.py``).
+    """
+    return max(1, min(32, available_threads()[0] // processes))
+
+
 def set_process_environment() -> None:
     """Set defaults for torch's allocator, compiler and OpenMP unless set by the user. Call before importing torch.
 
@@ -171,10 +180,9 @@ def set_process_environment() -> None:
     for some microseconds, then sleep (the spin count applies to libgomp, which PyTorch uses on Linux). A small model
     has thousands of parallel regions per step: if threads sleep immediately, a step takes 1.4 times as long on an idle
     machine; if they never sleep, eight times as long next to one busy process (benchmarks/LOG.md). The compiler would
-    start a worker process per CPU of the host, even in a container limited to a few, and in each rank.
+    start a worker process per CPU of the host, even in a container limited to a few.
     """
-    workers = available_threads()[0] // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, workers)))
+    os.environ.setdefault(COMPILE_THREADS, str(compile_workers(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -285,6 +285,19 @@ def test_openmp_wait_settings_respect_the_users_environment(monkeypatch, theirs,
     assert (os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT")) == expected
 
 
+@pytest.mark.parametrize(("cores", "ranks", "expected"), [(2, 1, 2), (96, 1, 32), (96, 8, 12), (4, 8, 1)])
+def test_compiler_workers_share_the_cores(monkeypatch, cores: int, ranks: int, expected: int) -> None:
+    monkeypatch.setattr(hardware, "available_threads", lambda: (cores, ""))
+    monkeypatch.setenv(hardware.COMPILE_THREADS, "placeholder")  # so that monkeypatch undoes the value set below
+    monkeypatch.delenv(hardware.COMPILE_THREADS)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))  # as set by torchrun
+    set_process_environment()
+    assert os.environ[hardware.COMPILE_THREADS] == str(expected)
+    monkeypatch.setenv(hardware.COMPILE_THREADS, "5")
+    set_process_environment()
+    assert os.environ[hardware.COMPILE_THREADS] == "5"
+
+
 def test_cuda_allocator_settings_of_the_user_take_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
     monkeypatch.delenv(old, raising=False)

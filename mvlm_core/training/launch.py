@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from mvlm_core.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, TrainingError, UserError, printable
+from mvlm_core.hardware import COMPILE_THREADS, compile_workers
 from mvlm_core.machine import gpu_count
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.signals import PARENT_VARIABLE, parent_is_gone, signal_name
@@ -120,7 +121,10 @@ def train(recipe: Callable[[], Recipe], settings: TrainingSettings, arguments: S
 def rank_environment(rank: int, world_size: int, folder: Path | str) -> dict[str, str]:
     """Environment variables of one rank on this machine; ``folder`` is empty and private to the run."""
     interface = _loopback()
+    alone = str(compile_workers(1))  # has already been set in this process, unless the user has set another number
+    workers = os.environ.get(COMPILE_THREADS, alone)
     return {
+        COMPILE_THREADS: str(compile_workers(world_size)) if workers == alone else workers,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from mvlm_core import hardware
 from mvlm_core.errors import Stopped, TrainingError, UserError
 from mvlm_core.export.manifest import training_config, verify_folder
 from mvlm_core.signals import PARENT_VARIABLE
@@ -110,6 +111,21 @@ print("hello of", rank)
     ]
     assert not Path(folder).exists()
     assert (tmp_path / "logs" / "train.log.rank2").read_text() == "hello of 2\n"
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, "8"), ("7", "7")])
+def test_ranks_share_the_compilers_workers_unless_the_user_sets_their_number(
+    own, expected, tmp_path, quick, monkeypatch
+):
+    """The supervisor, like the job before it, has already set the number for a single process."""
+    monkeypatch.setattr(hardware, "available_threads", lambda: (24, ""))
+    monkeypatch.setenv(hardware.COMPILE_THREADS, own or "placeholder")
+    if own is None:
+        monkeypatch.delenv(hardware.COMPILE_THREADS)
+    hardware.set_process_environment()
+    program = f"open(f'{tmp_path}/seen{{rank}}', 'w').write(os.environ['{hardware.COMPILE_THREADS}'])"
+    assert supervised(program, 3, str(tmp_path / "log")).run() == 0
+    assert [(tmp_path / f"seen{rank}").read_text() for rank in range(3)] == [expected] * 3
 
 
 def test_killed_rank_is_reported_with_its_last_log_lines(quick):
