@@ -190,3 +190,9 @@ def corpus_choice(folder: Path, validation_dir: str | None = None) -> dict[str, 
         "validation_dir": validation_dir or settings.get("validation_dir"),
         "only": config.get("data", {}).get("only"),
     }
+
+
+def hardware_name(record: dict[str, Any]) -> str:
+    """Name of the device in the "hardware" section of a training_config.json, with the number of GPUs if several."""
+    name, gpus = record.get("name", "unknown"), record.get("gpus")
+    return f"{gpus} × {name}" if isinstance(gpus, int) and gpus > 1 else str(name)

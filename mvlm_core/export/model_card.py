@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_core.evaluation.results import share
+from mvlm_core.export.manifest import hardware_name
 from mvlm_core.files import template
 from mvlm_core.metrics import FINE_TUNING_METRICS, METRICS
 
@@ -29,7 +30,7 @@ def model_card(
         ("vocabulary", f"{config['tokenizer']['vocab_size']:,}"),
         ("training context, tokens", f"{settings['max_length']:,}"),
         ("training steps", f"{results['steps']:,}; exported weights are from step {results['best_step']:,}"),
-        ("training hardware", config["hardware"]["name"]),
+        ("training hardware", hardware_name(config["hardware"])),
     ]
     read = results["memorization"]["read"]
     training = f"training verses (expected share read in training: {'none' if read is None else f'{read:.1%}'})"

@@ -106,6 +106,14 @@ class Ranks:
         _collective(dist.all_reduce, numbers, group=self.cpu_group)
         return numbers.tolist()
 
+    def maximum(self, value: float) -> float:
+        """Return the largest ``value`` of all ranks, in float64 on the host."""
+        if self.world_size == 1:
+            return value
+        number = torch.tensor(value, dtype=torch.float64)
+        _collective(dist.all_reduce, number, op=dist.ReduceOp.MAX, group=self.cpu_group)
+        return number.item()
+
     def start_sum(self, flat: Tensor) -> torch.futures.Future[Tensor]:
         """Start an in-place all-reduce of a vector; return a future of the result."""
         if self.shared_memory is None:

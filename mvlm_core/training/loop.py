@@ -126,8 +126,9 @@ class TrainingLoop:
         return read_history(self.step_log.path)
 
     def peak_memory(self) -> int:
-        """Return the peak memory in bytes, summed over all ranks."""
-        return int(self.ranks.sum_numbers(peak_memory(self.hardware.device))[0])
+        """Return the peak memory in bytes: of the fullest GPU, or on a CPU the sum over all processes."""
+        own = peak_memory(self.hardware.device)
+        return int(self.ranks.maximum(own) if self.hardware.device == "cuda" else self.ranks.sum_numbers(own)[0])
 
     def _after_step(self, stopping: bool, bar: Any) -> None:
         """Read metrics, evaluate, write a checkpoint or roll back, as due after this step."""

@@ -73,7 +73,7 @@ def training_config_content(
     run: Run, text: PreparedText, identity: dict[str, Any], results: dict[str, Any]
 ) -> dict[str, Any]:
     """Content of ``training_config.json``: settings, data, tokenizer, hardware, software and results of the run."""
-    hardware, base = run.hardware, text.base
+    base = text.base
     origin = {"init_from": {"manifest_sha256": base.sha256, "data": base.config["data"]}} if base else {}
     return {
         "model": run.recipe.name,
@@ -89,10 +89,16 @@ def training_config_content(
             "train_bytes": text.store.text_bytes,
         },
         "tokenizer": {"sha256": text.tokenizer.sha256, "vocab_size": text.tokenizer.vocab_size},
-        "hardware": {name: getattr(hardware, name) for name in ("device", "name", "precision", "threads")},
+        "hardware": hardware_record(run),
         "software": software_versions(),
         "results": results,
     } | origin
+
+
+def hardware_record(run: Run) -> dict[str, Any]:
+    """Hardware of the run, on CUDA with the number of GPUs."""
+    record = {name: getattr(run.hardware, name) for name in ("device", "name", "precision", "threads")}
+    return record | ({"gpus": run.ranks.world_size} if run.hardware.device == "cuda" else {})
 
 
 def describe_sources(corpus: Corpus) -> str:

@@ -20,13 +20,14 @@ from benchmarks.forked_ranks import fork_ranks
 from mvlm_core.errors import TrainingError
 from mvlm_core.export.manifest import training_config
 from mvlm_core.training import distributed, gradients, launch
+from mvlm_core.training import loop as training_loop
 from mvlm_core.training.checkpoint import newest_checkpoint
 from mvlm_core.training.distillation import TEACHERS
 from mvlm_core.training.distributed import SINGLE_RANK, Ranks, join
 from mvlm_core.training.gradients import GradientSync
 from mvlm_core.training.history import read_history
 from mvlm_core.training.loop import TrainingLoop
-from tests.helpers import REPOSITORY
+from tests.helpers import REPOSITORY, make_loop, tiny_settings
 from tests.training import distributed_run
 
 RUN = ("-m", "tests.training.distributed_run")
@@ -118,11 +119,25 @@ def test_collectives_are_correct_and_identical_on_all_ranks(dtype, shared, monke
         assert torch.equal(
             ranks.broadcast_tensors({"x": torch.arange(5)} if ranks.is_main else {})["x"], torch.arange(5)
         )
-        assert ranks.sum_numbers(ranks.rank, 0.5) == [3.0, 1.5]
+        assert ranks.sum_numbers(ranks.rank, 0.5) == [3.0, 1.5] and ranks.maximum(-ranks.rank) == 0.0
         everyones = ranks.all_gather(mine(ranks.rank)[0])
         assert torch.equal(everyones, torch.cat([mine(rank)[0] for rank in range(3)]))
 
     in_ranks(3, work)
+
+
+def test_peak_memory_is_summed_over_processes_but_not_over_gpus(tiny_corpus, tmp_path, monkeypatch):
+    """A GPU's own memory is what a run has to fit into; processes on a CPU share the machine's."""
+
+    def work(ranks):
+        measured = {"cpu": 100 + ranks.rank, "cuda": 500 + ranks.rank}
+        monkeypatch.setattr(training_loop, "peak_memory", measured.__getitem__)
+        loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path), ranks)
+        assert loop.peak_memory() == 100 + 101
+        loop.hardware = replace(loop.hardware, device="cuda")
+        assert loop.peak_memory() == 501
+
+    in_ranks(2, work)
 
 
 def test_hung_rank_ends_the_run_after_a_timeout(tiny_corpus, tmp_path, monkeypatch):

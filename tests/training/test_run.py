@@ -12,11 +12,20 @@ import torch
 from mvlm_core.data.corpus import load_corpus
 from mvlm_core.errors import UserError
 from mvlm_core.evaluation.bits_per_byte import DocumentScore, Score, load_export, score_export
-from mvlm_core.files import sha256_file
+from mvlm_core.export.manifest import training_config
+from mvlm_core.export.model_card import model_card
+from mvlm_core.files import sha256_file, write_json_atomic
+from mvlm_core.hardware import choose_hardware
 from mvlm_core.metrics import METRICS
+from mvlm_core.pipeline.report import facts
+from mvlm_core.pipeline.summary import Summary
+from mvlm_core.run_layout import Layout
 from mvlm_core.settings import DEFAULT_SAMPLING
 from mvlm_core.training.checkpoint import newest_checkpoint
+from mvlm_core.training.distributed import Ranks
+from mvlm_core.training.results import hardware_record
 from mvlm_core.training.run import run_training
+from mvlm_core.training.task import Run
 from prioritary_mvlm import EnhancedPrioritaryTrainer, PrioritaryConfig
 from tests.helpers import (
     MODELS,
@@ -77,6 +86,24 @@ def test_export_is_complete_and_its_scores_are_reproducible(trained):
     decoding, _ = model._prepare_generation_config(None)
     assert decoding.do_sample and asdict(DEFAULT_SAMPLING).items() <= vars(decoding).items()
     assert decoding.top_k == 0, "transformers adds no filter of its own"
+
+
+def test_the_number_of_gpus_is_recorded_and_shown(trained, tmp_path):
+    name, settings, folder = trained
+    layout = Layout(tmp_path)
+    shutil.copytree(folder, layout.export(name))
+    config = training_config(layout.export(name))
+    hardware = replace(choose_hardware(device="cpu"), device="cuda", name="NVIDIA H200")
+    assert "gpus" not in config["hardware"]
+    for gpus, shown in ((1, "NVIDIA H200"), (8, "8 × NVIDIA H200")):
+        config["hardware"] = hardware_record(Run(recipe_of(name), settings, hardware, Ranks(0, gpus)))
+        assert config["hardware"]["gpus"] == gpus
+        card = model_card(config, title="T", description="D", sources="S", licenses=None, remote_code=False)
+        assert f"| training hardware | {shown} |" in card
+        write_json_atomic(layout.export(name) / "training_config.json", config)
+        summary = Summary(layout, [name], preset="smoke", device="cuda: NVIDIA H200")
+        summary.take_results(name)
+        assert ("device", f"cuda: {shown}") in facts(summary.value, {})
 
 
 def test_rerun_of_a_finished_run_changes_nothing(trained, caplog, monkeypatch):
