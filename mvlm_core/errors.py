@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
-AFTER_OS_ERROR = "free space or fix the permissions, then run the same command again"
+_NO_SPACE_OR_PERMISSION = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def printable(text: str, keep: str = "", limit: int = 4000) -> str:
@@ -23,6 +24,12 @@ def printable(text: str, keep: str = "", limit: int = 4000) -> str:
         character if character.isprintable() or character in keep else character.encode("unicode_escape").decode()
         for character in text
     )
+
+
+def describe_os_error(error: OSError) -> str:
+    """Describe the error for a terminal; if space or permissions are missing, say what to do next."""
+    advice = "; free space or fix the permissions, then run the same command again"
+    return printable(str(error)) + (advice if error.errno in _NO_SPACE_OR_PERMISSION else "")
 
 
 class UserError(Exception):
@@ -69,5 +76,5 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for output still buffered
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        print(f"failed: {printable(str(error))}; {AFTER_OS_ERROR}", file=sys.stderr)
+        print(f"failed: {describe_os_error(error)}", file=sys.stderr)
         sys.exit(EXIT_FAILED)

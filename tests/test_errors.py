@@ -33,11 +33,13 @@ def test_refused_run_creates_no_log_file(tmp_path):
         ("(_ for _ in ()).throw(UserError(['a is bad', 'b\\x1b too']))", 2, "error: a is bad\nerror: b\\x1b too\n"),
         ("(_ for _ in ()).throw(TrainingError('the disk is full'))", 1, "failed: the disk is full\n"),
         (
-            "open('/dev/null/x')",
+            "open('/dev/full', 'wb', buffering=0).write(b'x')",
             1,
-            "failed: [Errno 20] Not a directory: '/dev/null/x'; free space or fix the permissions, then run the same "
-            "command again\n",
+            "failed: [Errno 28] No space left on device; free space or fix the permissions, then run the same command "
+            "again\n",
         ),
+        ("open('/dev/null/x')", 1, "failed: [Errno 20] Not a directory: '/dev/null/x'\n"),
+        ("(_ for _ in ()).throw(ConnectionResetError(104, 'reset'))", 1, "failed: [Errno 104] reset\n"),
         (
             "(_ for _ in ()).throw(Stopped(15))",
             143,

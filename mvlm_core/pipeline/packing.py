@@ -9,7 +9,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from mvlm_core.errors import AFTER_OS_ERROR
+from mvlm_core.errors import describe_os_error
 from mvlm_core.export.archive import matches_export, write_archive
 from mvlm_core.export.formats import NO_GGUF, formats_of, supported
 from mvlm_core.export.manifest import ArchiveError
@@ -55,7 +55,7 @@ def pack(layout: Layout, folder: Path, archive: Path) -> None:
             outdated.unlink(missing_ok=True)
         write_archive(folder, archive)
     except OSError as error:
-        raise ArchiveError(f"{error}; {AFTER_OS_ERROR}") from None
+        raise ArchiveError(describe_os_error(error)) from None
     log.info("%s: written, %.1f MB", archive.name, archive.stat().st_size / 1e6)
 
 
