@@ -248,7 +248,7 @@ class TrainingSettings:
     dry_run: bool = option(False, "estimate memory and time without training")
     prepare_only: bool = option(False, "only train the tokenizer and tokenize the text into --cache_dir")
     fresh: bool = option(False, "delete the run in --output_dir and start over")
-    no_test_score: bool = option(False, "skip the test split; for hyperparameter sweeps")
+    no_test_score: bool = option(False, "skip test scores and memorization; for hyperparameter sweeps")
     log_file: str | None = option(None, "also append the log to this file")
     tensorboard: bool = option(False, "also write TensorBoard event files to the output folder")
     quiet: bool = option(False, "no progress bar")

@@ -32,12 +32,7 @@ def model_card(
         ("training steps", f"{results['steps']:,}; exported weights are from step {results['best_step']:,}"),
         ("training hardware", hardware_name(config["hardware"])),
     ]
-    read = results["memorization"]["read"]
-    training = f"training verses (expected share read in training: {'none' if read is None else f'{read:.1%}'})"
-    for part, verses in (("train", training), ("held_out", "held-out verses as a control")):
-        exact = results["memorization"][part]["exact"]
-        label = f"memorization: second half of a verse reproduced exactly from its first half, {verses}"
-        figures.append((label, f"{share(exact)} of {exact['count']}"))
+    figures += _memorization(results["memorization"])
     subject = ["bible"] if results.get("test_bpb_by_translation") else []
     return template(Path(__file__).with_suffix(".md")).render(
         tags=[*subject, "small-language-model", config["model"].replace("_", "-")],
@@ -50,3 +45,15 @@ def model_card(
         transformers=config["software"]["transformers"],
         trust=", trust_remote_code=True" if remote_code else "",
     )
+
+
+def _memorization(measured: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Rows of the table; a dash if it was not measured."""
+    label = "memorization: second half of a verse reproduced exactly from its first half"
+    if measured is None:
+        return [(label, "-")]
+    read = measured["read"]
+    training = f"training verses (expected share read in training: {'none' if read is None else f'{read:.1%}'})"
+    verses = {"train": training, "held_out": "held-out verses as a control"}
+    exact = {part: measured[part]["exact"] for part in verses}
+    return [(f"{label}, {verses[part]}", f"{share(exact[part])} of {exact[part]['count']}") for part in verses]

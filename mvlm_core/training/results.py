@@ -10,7 +10,7 @@ from typing import Any
 from mvlm_core.console import progress
 from mvlm_core.data.corpus import Corpus, named_texts
 from mvlm_core.data.token_store import document_coverage
-from mvlm_core.errors import printable
+from mvlm_core.errors import UserError, printable
 from mvlm_core.evaluation.bits_per_byte import Score, bits_per_byte_by_part, load_export, score_export, score_loaded
 from mvlm_core.evaluation.memorization import extractable_memorization
 from mvlm_core.export.folder import software_versions
@@ -39,14 +39,33 @@ def score_old(export: Path, run: Run, text: PreparedText) -> float | None:
     return score_loaded(*load_export(export, run.hardware.device), named_texts(text.old.test)).bits_per_byte
 
 
-def collect_metrics(model: Any, tokenizer: Any, text: PreparedText, state: LoopState, score: Score) -> dict[str, Any]:
+def measure_memorization(
+    run: Run, model: Any, tokenizer: Any, text: PreparedText, state: LoopState
+) -> dict[str, Any] | None:
+    """``extractable_memorization``; None with ``--no_test_score``, as for teachers, or if it cannot be measured.
+
+    Only the model card shows it, so a failure must not cost the export of a finished run.
+    """
+    if run.settings.no_test_score:
+        return None
+    read = document_coverage(
+        text.corpus.split("train"), text.store.repeats, text.batches.epoch_at(state.best_step or 0)
+    )
+    model.eval()
+    try:
+        return extractable_memorization(model, tokenizer, text.corpus, read)
+    except (RuntimeError, UserError) as error:  # memory has run out, or a document has changed
+        reason = str(error).partition("\n")[0]
+        log.warning("memorization is left out of the model card (evaluate_models.py measures it, too): %s", reason)
+        return None
+
+
+def collect_metrics(model: Any, text: PreparedText, state: LoopState, score: Score) -> dict[str, Any]:
     """Collect the run's metrics (None where nothing can be measured) and supporting details."""
     corpus = text.corpus
-    read = document_coverage(corpus.split("train"), text.store.repeats, text.batches.epoch_at(state.best_step or 0))
     scored = [document for document in corpus.split("test") if document.path in score.documents]
     parts = bits_per_byte_by_part(score, scored)
     primary = score.part({document.path for document in corpus.primary_part("test")})
-    model.eval()
     values = vars(state) | {
         "parameters": model.num_parameters(),
         "tokens_per_second": state.tokens / state.step_seconds,
@@ -59,7 +78,6 @@ def collect_metrics(model: Any, tokenizer: Any, text: PreparedText, state: LoopS
         "best_step": state.best_step,
         "test_bpb_by_book": parts.books,
         "test_bpb_by_translation": parts.translations,
-        "memorization": extractable_memorization(model, tokenizer, corpus, read),
         "micro_batch": state.micro_batch,
         "stopped_early": state.stopped_early,
         "length_by_time": state.fixed_steps == state.step,

@@ -188,7 +188,8 @@ def _export(
     tokenizer = text.tokenizer.for_transformers(run.settings.max_length)
     staging = stage_model(task.model, tokenizer, loop.history(), recipe.title, run.output_dir)
     score = results.score_test(staging, run, text.corpus)
-    measured = results.collect_metrics(task.model, tokenizer, text, loop.state, score)
+    measured = results.collect_metrics(task.model, text, loop.state, score)
+    measured["memorization"] = results.measure_memorization(run, task.model, tokenizer, text, loop.state)
     if text.base is not None:
         measured |= {f"{name}_before": value for name, value in vars(loop.state.before).items()}
         measured["old_test_bpb"] = results.score_old(staging, run, text)

@@ -122,6 +122,7 @@ def test_interrupted_student_resumes_bit_identically(model, corpus, tmp_path):
 
     teacher, student = (training_config(place, "identity", "results") for place in (whole / TEACHERS / "0", whole))
     assert teacher["results"]["test_bpb"] is None and student["results"]["test_bpb"] < 8
+    assert teacher["results"]["memorization"] is None and student["results"]["memorization"]["train"]
     config = training_config(whole)
     assert config["settings"]["seed"] == other.seed, "a rerun of the job compares it"
     assert student["results"]["parameters"] == teacher["results"]["parameters"], "the export is one plain model"

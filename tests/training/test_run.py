@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 import shutil
 from dataclasses import asdict, replace
 
@@ -11,8 +12,9 @@ import torch
 
 from mvlm_core.data.corpus import load_corpus
 from mvlm_core.errors import UserError
+from mvlm_core.evaluation import memorization
 from mvlm_core.evaluation.bits_per_byte import DocumentScore, Score, load_export, score_export
-from mvlm_core.export.manifest import training_config
+from mvlm_core.export.manifest import training_config, verify_folder
 from mvlm_core.export.model_card import model_card
 from mvlm_core.files import sha256_file, write_json_atomic
 from mvlm_core.hardware import choose_hardware
@@ -23,7 +25,7 @@ from mvlm_core.run_layout import Layout
 from mvlm_core.settings import DEFAULT_SAMPLING
 from mvlm_core.training.checkpoint import newest_checkpoint
 from mvlm_core.training.distributed import Ranks
-from mvlm_core.training.results import hardware_record
+from mvlm_core.training.results import hardware_record, score_test
 from mvlm_core.training.run import run_training
 from mvlm_core.training.task import Run
 from prioritary_mvlm import EnhancedPrioritaryTrainer, PrioritaryConfig
@@ -175,6 +177,36 @@ def test_the_best_weights_are_exported_and_the_last_kept(tiny_corpus, tmp_path, 
     assert torch.equal(exported[name], best[f"model.{name}"])
     assert not torch.equal(exported[name], last[f"model.{name}"])
     assert json.loads((folder / "training_config.json").read_text())["results"]["best_step"] == 4
+
+
+@pytest.mark.parametrize("fault", ["a document has changed", "out of memory"])
+def test_a_run_whose_memorization_cannot_be_measured_is_exported_without_it(
+    fault, tiny_corpus, tmp_path, caplog, monkeypatch
+):
+    """The fault comes after the test scores, which the export needs."""
+    caplog.set_level("WARNING", "mvlm")
+    document = next(tiny_corpus.rglob("kjv/*-ruth.txt"))
+
+    def score_then_break(*given):
+        score = score_test(*given)
+        if fault == "out of memory":
+            monkeypatch.setattr(memorization, "continuations", out_of_memory)
+        else:
+            document.write_text("Whither thou goest, I will go.\n")
+        return score
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
+
+    monkeypatch.setattr("mvlm_core.training.results.score_test", score_then_break)
+    folder = run_training(recipe_of("mvlm_gpt2"), tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=4))
+    reason = "CUDA out of memory." if fault == "out of memory" else f"{document} changed during the run: .*"
+    assert re.search(f"memorization is left out of the model card .*: {reason}$", caplog.text, re.M)
+    assert not verify_folder(folder)
+    measured = training_config(folder)["results"]
+    assert measured["memorization"] is None and 2 < measured["test_bpb"] < 8
+    row = "| memorization: second half of a verse reproduced exactly from its first half | - |"
+    assert row in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "binary"])
