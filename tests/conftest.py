@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import socket
+import tty
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,6 +114,15 @@ def empty_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def no_thread_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+
+@pytest.fixture
+def terminal() -> Iterator[tuple[int, int]]:
+    """Both ends of a pseudo-terminal that changes nothing; the test closes the second one, the program's."""
+    leader, follower = pty.openpty()
+    tty.setraw(follower)
+    yield leader, follower
+    os.close(leader)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -224,6 +225,17 @@ def raises_only(kind: type[Exception], call: Callable[[], Any]) -> tuple[Any, st
     except kind as error:
         assert str(error).strip()
         return None, str(error)
+
+
+def read_all(descriptor: int) -> bytes:
+    """Everything up to the end of the last program that writes to it."""
+    seen = []
+    while not seen or seen[-1]:
+        try:
+            seen.append(os.read(descriptor, 1 << 16))
+        except OSError:  # how a pseudo-terminal signals its end
+            break
+    return b"".join(seen)
 
 
 def executable(file: Path, text: str) -> Path:

@@ -20,7 +20,7 @@ from mvlm_core.export import formats
 from mvlm_core.export.archive import check_archive, read_checksums, sha256_file
 from mvlm_core.files import LOCK_NAME
 from mvlm_core.run_layout import Layout
-from tests.helpers import REPOSITORY, executable, without_cuda
+from tests.helpers import REPOSITORY, executable, read_all, without_cuda
 
 # Acts like a trainer; MODE_<model> in the environment selects what it does.
 TRAINER = """
@@ -49,6 +49,8 @@ if mode == "fail":
     raise RuntimeError("the loss went up in smoke")
 if mode == "bad":
     sys.exit(2)
+if mode == "loud":
+    print("a progress bar\\n" * 10_000)
 if mode == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 if mode in ("slow", "deaf") and not (out / "checkpoint").exists():
@@ -399,16 +401,18 @@ def test_terminal_is_forwarded_to_the_trainers(job):
     command = job.command("--models", "mvlm_gpt2")
     running = subprocess.Popen(command, env=job.environment(), stdout=follower, stderr=follower)
     os.close(follower)
-    seen = b""
-    while True:
-        try:
-            data = os.read(leader, 65536)
-        except OSError:
-            break
-        seen += data
+    seen = read_all(leader)
     os.close(leader)
     assert running.wait(timeout=30) == 0
     assert b"mvlm_gpt2 starts, terminal True" in seen
+
+
+def test_a_terminal_that_does_not_read_stops_neither_the_trainers_nor_the_job(job, terminal):
+    _, follower = terminal
+    running = job.start("--models", "mvlm_gpt2", stdout=follower, MODE_mvlm_gpt2="loud")
+    os.close(follower)
+    assert running.wait(timeout=60) == 0
+    assert job.statuses() == {"finished"}
 
 
 def test_second_job_in_the_same_folder_is_refused(job):

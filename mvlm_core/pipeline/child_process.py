@@ -12,12 +12,12 @@ import signal
 import subprocess
 import termios
 import threading
-import time
 from collections import deque
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
+from mvlm_core.console import console_writer
 from mvlm_core.errors import Stopped
 from mvlm_core.signals import PARENT_VARIABLE
 
@@ -109,11 +109,11 @@ class Relay:
     """Relays a child's output to the console and keeps its last lines.
 
     If the console is a terminal, the child gets a pseudo-terminal, so that it draws progress bars; otherwise a pipe.
-    Output is read even after the console is gone, so that the child never blocks or fails.
+    Output is read even if the console is gone or has stopped reading, so that the child never blocks or fails.
     """
 
     def __init__(self) -> None:
-        self.console = 2 if os.isatty(2) else 1
+        self._console = console_writer(2 if os.isatty(2) else 1)
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._rest = b""
         if os.isatty(2):
@@ -136,14 +136,17 @@ class Relay:
         self._thread.start()
 
     def finish(self) -> list[str]:
-        """Return the last lines. A grandchild may keep the pipe open forever, hence the timeout."""
+        """Write the rest to the console and return the last lines.
+
+        A grandchild may keep the pipe open forever, hence the timeout.
+        """
         self._thread.join(timeout=5)
+        self._console.flush()
         if self._rest:
             self._keep(self._rest + b"\n")
         return list(self.tail)
 
     def _run(self) -> None:
-        broken = False
         while True:
             try:
                 data = os.read(self._reader, 1 << 16)
@@ -153,13 +156,7 @@ class Relay:
                 os.close(self._reader)
                 return
             self._keep(data)
-            while data and not broken:
-                try:
-                    data = data[os.write(self.console, data) :]
-                except BlockingIOError:
-                    time.sleep(0.05)
-                except OSError:
-                    broken = True
+            self._console.write(data)
 
     def _keep(self, data: bytes) -> None:
         *lines, self._rest = (self._rest + data).split(b"\n")
