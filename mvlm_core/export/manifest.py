@@ -21,6 +21,7 @@ MANIFEST_LIMIT = 1 << 20  # bytes; a real one is a few kilobytes
 TRAINING_CONFIG = "training_config.json"
 TEST_SCORES = "test_scores.json"  # in the export folder but not part of the export: see `scores`
 CHECKPOINTS, HISTORY_LOG, TENSORBOARD = "checkpoints", "training_history.jsonl", "tensorboard"  # likewise
+TEACHERS = Path(CHECKPOINTS, "teachers")  # the runs of a student's own teachers
 EXPECTED_FILES = (
     "config.json",
     "generation_config.json",

@@ -13,6 +13,7 @@ import shutil
 import signal
 import time
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from mvlm_core.data.corpus import SPLITS
 from mvlm_core.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, Stopped, UserError
 from mvlm_core.evaluation.compression import compression_baselines
 from mvlm_core.export.folder import delete_run
-from mvlm_core.export.manifest import CHECKPOINTS, ArchiveError, training_config
+from mvlm_core.export.manifest import CHECKPOINTS, MANIFEST, TEACHERS, ArchiveError, training_config
 from mvlm_core.files import LOCK_NAME, RunLock, read_json
 from mvlm_core.monitor import resource_lines
 from mvlm_core.pipeline import plots
@@ -45,6 +46,8 @@ SUITE_SIZES = {
     "cpu": ("--verses", "100", "--prompts", "40", "--pairs", "60"),
     "smoke": ("--verses", "40", "--prompts", "8", "--words", "24", "--pairs", "20"),
 }
+RETRIES = 2
+ORPHAN_SECONDS = 300.0
 log = logging.getLogger("mvlm")
 
 
@@ -137,9 +140,7 @@ def train_model(job: Job, name: str, summary: Summary, signals: Signals) -> int:
     summary.update(name, status="running")
     start = time.monotonic()
     try:
-        code, tail = run_child(job.trainer_command(name), signals)
-        if code:
-            signals.check(code)
+        code, tail = run_trainer(job, name, signals)
     except Stopped:
         summary.update(name, status="interrupted")
         raise
@@ -167,12 +168,56 @@ def train_model(job: Job, name: str, summary: Summary, signals: Signals) -> int:
     return code
 
 
-def wait_for_orphans(export: Path) -> None:
-    """Wait for trainers of a killed pipeline, which hold the run's lock until they exit after a checkpoint."""
+def run_trainer(job: Job, name: str, signals: Signals) -> tuple[int, list[str]]:
+    """Run a trainer; return its exit code and last lines. Raises Stopped after a signal.
+
+    One that failed or was killed is started again, at most ``RETRIES`` times: a transient fault, such as of a GPU, must
+    not cost an unattended job the model. It must have got further since its last start; a fault that does not depend on
+    chance prevents that.
+    """
+    export, log_file, retries = job.layout.export(name), job.layout.log_file(name), 0
+    while True:
+        before = progress(export)
+        code, tail = run_child(job.trainer_command(name), signals)
+        if code:
+            signals.check(code)
+        may_pass = code == EXIT_FAILED or code > 128
+        if not may_pass or retries == RETRIES or not wait_for_orphans(export, ORPHAN_SECONDS):
+            return code, tail
+        if progress(export) <= before:
+            return code, tail
+        retries += 1
+        append_tail(log_file, code, tail)
+        killed = f" (killed by {signal_name(code - 128)})" if code > 128 else ""
+        last = tail[-1] if tail else "none"
+        log.warning("%s: ended with exit code %d%s; its last output: %s", name, code, killed, last)
+        log.warning("%s: starts again from its newest checkpoint (retry %d of %d)", name, retries, RETRIES)
+        job = replace(job, fresh=False)
+
+
+def progress(export: Path) -> tuple[int, int, int]:
+    """How far a run has got: finished teachers, the newest step to resume from, and that of a teacher in training."""
+    teachers = [*(export / TEACHERS).glob("*")]
+    finished = sum((teacher / MANIFEST).is_file() for teacher in teachers)
+    return finished, _newest_step(export), max(map(_newest_step, teachers), default=0)
+
+
+def _newest_step(run: Path) -> int:
+    """Step of the newest checkpoint with the optimizer's state, which resuming needs; 0 if there is none."""
+    files = (run / CHECKPOINTS).glob("step-*/optimizer.safetensors")
+    steps = [file.parent.name.removeprefix("step-") for file in files]
+    return max((int(step) for step in steps if step.isdecimal()), default=0)
+
+
+def wait_for_orphans(export: Path, seconds: float | None = None) -> bool:
+    """Wait for trainers of a killed pipeline, which hold the run's lock until they exit after a checkpoint.
+
+    Returns whether they have ended; False only after ``seconds``.
+    """
     orphans = [process for process in psutil.process_iter() if _is_orphan(process, export)]
     for process in orphans:
         log.info("waiting for process %d of a killed run to exit after its checkpoint", process.pid)
-    psutil.wait_procs(orphans)
+    return not psutil.wait_procs(orphans, timeout=seconds)[1]
 
 
 def _is_orphan(process: psutil.Process, export: Path) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mvlm_core.errors import UserError
-from mvlm_core.export.manifest import CHECKPOINTS
+from mvlm_core.export.manifest import TEACHERS
 from mvlm_core.settings import TrainingSettings
 
 if TYPE_CHECKING:  # `teacher_and_student_settings` must not import torch
@@ -22,7 +22,6 @@ if TYPE_CHECKING:  # `teacher_and_student_settings` must not import torch
 
     from mvlm_core.training.init_from import PretrainedExport
 
-TEACHERS = Path(CHECKPOINTS, "teachers")  # below the output folder
 DISTILLATION_WEIGHT = 0.7  # share of the loss that comes from the teacher
 Model = TypeVar("Model", bound="PreTrainedModel")
 

@@ -1,8 +1,10 @@
 """Single stages of the main job, called directly."""
 
 import os
+import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import psutil
 import pytest
@@ -12,7 +14,8 @@ from mvlm_core.errors import Stopped, UserError
 from mvlm_core.pipeline import job as jobs
 from mvlm_core.pipeline import stages
 from mvlm_core.pipeline.child_process import Signals
-from mvlm_core.run_layout import Layout
+from mvlm_core.pipeline.summary import Summary
+from mvlm_core.run_layout import Layout, training_history
 from mvlm_core.signals import PARENT_VARIABLE
 
 EVALUATOR = """
@@ -106,6 +109,90 @@ def test_orphans_write_to_the_export_and_have_lost_their_parent(tmp_path, parent
         child.stdout.readline()  # before that the process may have no command line yet
         assert stages._is_orphan(psutil.Process(child.pid), tmp_path / "here") is expected
         child.stdin.close()
+
+
+# Writes one checkpoint more at each start, then ends as MODE says: with an exit code, or by a signal if it is negative.
+FAILING = """
+import os, sys
+from pathlib import Path
+export = Path(sys.argv[sys.argv.index("--output_dir") + 1])
+place = export / os.environ["WHERE"] / "checkpoints"
+count = len([*place.glob("step-*")]) + 1
+(place / f"step-{count:08d}").mkdir(parents=True)
+(place / f"step-{count:08d}" / os.environ["FILE"]).touch()
+print(sys.argv[-1], file=open(export / "starts", "a"))
+print("something went wrong", flush=True)
+mode = int(os.environ["MODE"])
+if mode < 0:
+    os.kill(os.getpid(), -mode)
+sys.exit(mode)
+"""
+
+
+@pytest.mark.parametrize(
+    "mode, where, file, starts",
+    [
+        (1, ".", "optimizer.safetensors", 3),
+        (-signal.SIGKILL, ".", "optimizer.safetensors", 3),
+        (-signal.SIGABRT, "checkpoints/teachers/0", "optimizer.safetensors", 3),
+        (1, ".", "model.safetensors", 1),
+        (2, ".", "optimizer.safetensors", 1),
+        (130, ".", "optimizer.safetensors", 1),
+        (143, ".", "optimizer.safetensors", 1),
+    ],
+)
+def test_a_failed_trainer_is_started_again_twice_if_it_gets_further(
+    mode, where, file, starts, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(stages.log, "propagate", True)
+    (tmp_path / "script.py").write_text(FAILING)
+    for name, value in {"MODE": mode, "WHERE": where, "FILE": file}.items():
+        monkeypatch.setenv(name, str(value))
+    job = make_job(tmp_path, names=["one"], fresh=True)
+    job.layout.logs.mkdir()
+    summary = Summary(job.layout, job.names, preset="smoke", device="cpu")
+    stopped = pytest.raises(Stopped) if mode in (130, 143) else nullcontext()
+    with stopped, Signals() as signals:
+        assert stages.train_model(job, "one", summary, signals) == (128 - mode if mode < 0 else mode)
+    assert (job.layout.export("one") / "starts").read_text().split() == ["--fresh", *["5"] * (starts - 1)]
+    assert summary.models["one"]["status"] == ("interrupted" if mode in (130, 143) else "failed")
+    assert ("starts again from its newest checkpoint (retry 2 of 2)" in caplog.text) == (starts == 3)
+    log = job.layout.log_file("one")
+    assert (log.read_text().count("--- ended with exit code") if log.exists() else 0) == (0 if mode > 128 else starts)
+
+
+# The real trainer of model 1, as a tiny model; the first start is killed while it writes its second checkpoint.
+REAL = """
+import os, signal, sys
+from pathlib import Path
+import mvlm_trainer
+from mvlm_core.errors import run_main
+killed = Path(__file__).with_name("killed")
+def kill(event, arguments):
+    if event == "os.rename" and Path(arguments[1]).name == "step-00000008" and not killed.exists():
+        killed.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(kill)
+sys.argv += ["--cache_dir", str(killed.with_name("cache"))]
+sys.argv += "--hidden_dim 32 --num_heads 2 --ff_dim 64 --num_layers 2 --vocab_size 400".split()
+run_main(mvlm_trainer.main)
+"""
+
+
+def test_a_trainer_killed_after_a_checkpoint_resumes_from_it(tmp_path, tiny_corpus, caplog, monkeypatch):
+    monkeypatch.setattr(stages.log, "propagate", True)
+    settings = {"device": "cpu", "quiet": True, "max_steps": 12, "max_length": 32, "batch_size": 4}
+    settings |= {"checkpoint_interval": 4, "eval_interval": 4}
+    (tmp_path / "script.py").write_text(REAL)
+    job = make_job(tmp_path, data_dir=str(tiny_corpus), names=["one"], settings=settings, fresh=True)
+    summary = Summary(job.layout, job.names, preset="smoke", device="unknown")
+    with Signals() as signals:
+        assert stages.train_models(job, summary, tmp_path / "job.log", signals) == [0]
+    assert summary.models["one"]["status"] == "finished"
+    assert [record["step"] for record in training_history(job.layout.export("one"))] == list(range(1, 13))
+    assert caplog.text.count("ended with exit code 137 (killed by SIGKILL)") == 1
+    log = job.layout.log_file("one").read_text()
+    assert "--- ended with exit code 137" in log and log.count("resuming from") == 1 and "(step 4 of 12)" in log
 
 
 PLANNER = """

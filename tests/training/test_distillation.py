@@ -10,12 +10,11 @@ import torch
 
 from mvlm_core.errors import Stopped, UserError
 from mvlm_core.evaluation.bits_per_byte import load_export
-from mvlm_core.export.manifest import CHECKPOINTS, training_config, verify_folder
+from mvlm_core.export.manifest import CHECKPOINTS, TEACHERS, training_config, verify_folder
 from mvlm_core.files import RunLock
 from mvlm_core.training.checkpoint import checkpoint_folders, newest_checkpoint
 from mvlm_core.training.distillation import (
     DISTILLATION_WEIGHT,
-    TEACHERS,
     draw_teacher,
     teacher_and_student_settings,
     with_time_left,

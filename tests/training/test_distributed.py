@@ -18,11 +18,10 @@ import torch.distributed as dist
 
 from benchmarks.forked_ranks import fork_ranks
 from mvlm_core.errors import TrainingError
-from mvlm_core.export.manifest import training_config
+from mvlm_core.export.manifest import TEACHERS, training_config
 from mvlm_core.training import distributed, gradients, launch
 from mvlm_core.training import loop as training_loop
 from mvlm_core.training.checkpoint import newest_checkpoint
-from mvlm_core.training.distillation import TEACHERS
 from mvlm_core.training.distributed import SINGLE_RANK, Ranks, join
 from mvlm_core.training.gradients import GradientSync
 from mvlm_core.training.history import read_history

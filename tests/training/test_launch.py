@@ -15,11 +15,10 @@ import torch
 
 from mvlm_core import hardware
 from mvlm_core.errors import Stopped, TrainingError, UserError
-from mvlm_core.export.manifest import training_config, verify_folder
+from mvlm_core.export.manifest import TEACHERS, training_config, verify_folder
 from mvlm_core.signals import PARENT_VARIABLE
 from mvlm_core.training import launch
 from mvlm_core.training.checkpoint import newest_checkpoint
-from mvlm_core.training.distillation import TEACHERS
 from mvlm_core.training.history import read_history
 from mvlm_core.training.launch import FOLDER_VARIABLE, Supervisor, describe_gpus, rank_count
 from mvlm_core.training.run import run_training

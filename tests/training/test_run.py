@@ -184,7 +184,7 @@ def test_a_run_whose_memorization_cannot_be_measured_is_exported_without_it(
     fault, tiny_corpus, tmp_path, caplog, monkeypatch
 ):
     """The fault comes after the test scores, which the export needs."""
-    caplog.set_level("WARNING", "mvlm")
+    monkeypatch.setattr(logging.getLogger("mvlm"), "propagate", True)
     document = next(tiny_corpus.rglob("kjv/*-ruth.txt"))
 
     def score_then_break(*given):
