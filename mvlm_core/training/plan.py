@@ -41,7 +41,6 @@ BPE_TRAINING_BYTES_PER_SECOND = 4e6  # text, per core (benchmarks/README.md)
 TOKENIZATION_BYTES_PER_SECOND = 2.5e6  # text, per core
 EXPORT_SECONDS = 20.0
 GPU_MEMORY = (8e9, 16e9, 24e9, 80e9, 141e9)
-SMALL_GPU = 24e9
 TIMED = (STEPS, EVALUATIONS, CHECKPOINTS)  # what --max_hours covers
 
 log = logging.getLogger("mvlm")
@@ -79,14 +78,13 @@ def plan_run(recipe: Recipe, settings: TrainingSettings, hardware: Hardware) -> 
     if teachers:
         each = f"{len(teachers)} × {estimates[0][0]:,} steps"
         items.insert(1, Item(TEACHERS, sum(item.seconds for item in teacher_items), each))
-    flops = rate * sum(item.seconds for item in items if item.name in (STEPS, TEACHERS))
     assumptions = _assumptions(hardware, on_gpu, matrix)
     if ranks > 1:
         assumptions.append(f"{ranks} GPUs are {ranks} times as fast as one (an upper limit, not measured)")
     lines = [
         describe_gpus(settings),
         *_describe(settings, one, per_sequence, text, steps, hardware),
-        *_gpu_sizes(settings, one, per_sequence, flops, on_gpu),
+        *(_gpu_sizes(settings, one, per_sequence) if on_gpu else []),
         *expected,
     ]
     limit = planned_steps(student, text)
@@ -244,22 +242,13 @@ def _disk_bytes(settings: TrainingSettings, cost: StepCost) -> int:
     return (settings.keep_checkpoints + 1) * whole + (settings.num_models + 1) * weights
 
 
-def _gpu_sizes(settings: TrainingSettings, one: StepCost, per_sequence: int, flops: float, on_gpu: bool) -> list[str]:
-    """List the micro-batch that fits GPUs of several sizes, with advice for small ones; ``flops``: whole run."""
-    if not on_gpu:
-        return []
+def _gpu_sizes(settings: TrainingSettings, one: StepCost, per_sequence: int) -> list[str]:
+    """List the micro-batch that fits GPUs of several sizes."""
     fits = {size: fitting_micro_batch(one.memory, per_sequence, size, settings.batch_size) for size in GPU_MEMORY}
-    lines = [
+    return [
         f"{size / 1e9:.0f} GB: " + (f"a micro-batch of {count} fits" if count else "not even one sequence fits")
         for size, count in fits.items()
     ]
-    if settings.preset == "h200":
-        hours = flops / (100e12 * GPU_MFU) / 3600
-        lines.append(
-            f"a GPU with 8 to {SMALL_GPU / 1e9:.0f} GB: {hours:.1f} hours of steps at a bf16 peak of 100 TFLOP/s, "
-            "half that at 200; for less, use --preset cpu --device cuda, or --max_hours"
-        )
-    return lines
 
 
 def matmul_flops(precision: str = "fp32", size: int = 1024) -> float:

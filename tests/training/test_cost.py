@@ -108,10 +108,8 @@ def test_dry_run_prints_the_cost_and_writes_nothing(tiny_corpus, tmp_path):
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "MFLOP per token" in done.stdout
-    # Small GPUs are estimated too, with advice on the settings for them.
     for size, count in ((8, 4), (16, 16), (24, 32), (80, 32), (141, 32)):
         assert f"\n{size} GB: a micro-batch of {count} fits" in done.stdout
-    assert "a GPU with 8 to 24 GB" in done.stdout and "--preset cpu --device cuda" in done.stdout
     assert "for Muon's Newton-Schulz iteration" in done.stdout and done.stdout.count("assumed: ") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
