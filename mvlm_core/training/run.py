@@ -11,6 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from mvlm_core import cost_estimate
 from mvlm_core.console import silence_transformers
 from mvlm_core.errors import TrainingError, UserError
 from mvlm_core.export.folder import delete_run, finish_export, stage_model
@@ -28,8 +29,7 @@ from mvlm_core.training.distributed import join
 from mvlm_core.training.identity import check_earlier_run, is_finished, run_identity
 from mvlm_core.training.launch import FOLDER_VARIABLE, rank_count
 from mvlm_core.training.loop import TrainingLoop
-from mvlm_core.training.plan import CHECKPOINTS as CHECKPOINT_SECONDS
-from mvlm_core.training.plan import EVALUATIONS, EXPORT, PREPARATION, STEPS, plan_run
+from mvlm_core.training.plan import plan_run
 from mvlm_core.training.preparation import PreparedText, prepare_text
 from mvlm_core.training.recipe import Recipe
 from mvlm_core.training.run_length import run_length
@@ -167,11 +167,11 @@ def _announce(run: Run, task: TrainingTask, steps: int | None) -> None:
 def _costs(state: LoopState, prepared: float, exported: float) -> dict[str, float]:
     """Seconds of each item of the dry run's estimate."""
     return {
-        PREPARATION: prepared,
-        STEPS: state.step_seconds,
-        EVALUATIONS: state.spent.evaluation_seconds,
-        CHECKPOINT_SECONDS: state.spent.checkpoint_seconds,
-        EXPORT: exported,
+        cost_estimate.PREPARATION: prepared,
+        cost_estimate.STEPS: state.step_seconds,
+        cost_estimate.EVALUATIONS: state.spent.evaluation_seconds,
+        cost_estimate.CHECKPOINTS: state.spent.checkpoint_seconds,
+        cost_estimate.EXPORT: exported,
     }
 
 
