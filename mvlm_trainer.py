@@ -56,7 +56,7 @@ class GPT2Settings(BibleSettings):
         "smoke": {"learning_rate": 4e-3, "num_layers": 3, "ff_dim": 304},
     }
 
-    # With less, AdamW at these learning rates ends in a worse minimum (benchmarks/LOG.md, 2026-11-30).
+    # With less, AdamW's first steps at these learning rates can do lasting damage (benchmarks/LOG.md, 2026-11-30).
     WARMUP: ClassVar[tuple[float, int]] = (0.1, 200)
 
     def inherit(self) -> list[str]:

@@ -52,7 +52,8 @@ class Plan:
     """What a trainer's dry run found: a description of the run and its itemized estimate.
 
     Attributes:
-        steps: an estimate, without ``--max_hours``; None if only that limits the run, or if the dry run failed.
+        steps: estimated number without a time limit; None if only time limits the run, or if the dry run failed.
+        by_time: whether time limits the run.
         gpus: GPUs of the rented machine, including those that the run does not use; 0 if it is not rented.
         exit_code: of the dry run; if it failed, ``lines`` has the reason and there are no items.
     """
@@ -60,6 +61,7 @@ class Plan:
     lines: list[str]
     items: list[Item] = field(default_factory=list)
     steps: int | None = None
+    by_time: bool = False
     assumptions: list[str] = field(default_factory=list)
     gpus: int = 0
     export_bytes: int = 0

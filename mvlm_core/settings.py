@@ -203,7 +203,7 @@ class TrainingSettings:
     lr_schedule: str = _optimization("cosine", "learning rate schedule after warm-up", choices=SCHEDULES)
     warmup_steps: int | None = _optimization(
         None,
-        "steps of linear warm-up (default: 2 %% of the run, model 1 10 %%; 50 and 200 with --max_hours)",
+        "steps of linear warm-up (default: 2 %% of the run, model 1 10 %%; 50 and 200 if only --max_hours limits it)",
         minimum=0,
     )
     weight_decay: float = _optimization(0.1, "decoupled weight decay for matrices", minimum=0)

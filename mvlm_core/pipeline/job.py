@@ -157,14 +157,15 @@ def probe_hardware(job: Job) -> dict[str, Any]:
     flags = {name: job.settings[name] for name in HARDWARE_FLAGS if name in job.settings}
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(_hardware, flags, job.preset, job.preset_is_automatic).result()
+            trains = not all(_finished(job, name) for name in job.names)
+            return pool.submit(_hardware, flags, job.preset, job.preset_is_automatic, trains).result()
     except BrokenProcessPool:
         return {"device": "unknown", "lines": ["the hardware probe failed; see the trainers' logs"]}
 
 
-def _hardware(flags: dict[str, Any], preset: str, preset_is_automatic: bool) -> dict[str, Any]:
+def _hardware(flags: dict[str, Any], preset: str, preset_is_automatic: bool, trains: bool) -> dict[str, Any]:
     hardware = choose_hardware(**flags)
-    if problem := missing_gpu(hardware, preset, automatic=preset_is_automatic):
+    if trains and (problem := missing_gpu(hardware, preset, automatic=preset_is_automatic)):
         raise UserError(problem)
     return {"device": f"{hardware.device}: {hardware.name}", "lines": describe(hardware)}
 
@@ -180,7 +181,7 @@ def show_plan(job: Job, *, corpus_is_ready: bool) -> int:
         if differences := job.differences(name, compare_text=corpus_is_ready):
             code = EXIT_BAD_INPUT
         plan = trainer_plan(command) if corpus_is_ready else None
-        state = _state(job, name, differences, plan.steps if plan else None)
+        state = _state(job, name, differences, plan)
         print(f"\n{name}: {state}\n  output:  {job.layout.export(name)}")
         print(f"  log:     {job.layout.log_file(name)}\n  command: {shlex.join(command)}", flush=True)
         if plan:
@@ -192,7 +193,7 @@ def show_plan(job: Job, *, corpus_is_ready: bool) -> int:
     if others := job.other_texts() if corpus_is_ready else []:
         code = EXIT_BAD_INPUT
         print("\n" + _refusal(others))
-    if left := {name: plan for name, plan in plans.items() if plan.items and not _kept(job, name, plan.steps)}:
+    if left := {name: plan for name, plan in plans.items() if plan.items and not _kept(job, name, plan)}:
         _show_costs(left)
     print(f"\nthen:     comparison -> {job.layout.comparison_plot}\n          archives   -> {job.layout.downloads}")
     if job.formats:
@@ -244,24 +245,28 @@ def _finished(job: Job, name: str) -> dict[str, Any]:
     return results if all(isinstance(results.get(key), int) for key in ("parameters", "steps")) else {}
 
 
-def _kept(job: Job, name: str, steps: int | None) -> bool:
-    """Whether the model is finished and as long as the requested run of about ``steps`` (None: any number)."""
+def _kept(job: Job, name: str, plan: Plan | None) -> bool:
+    """Whether the model is finished and, as far as the plan tells, as long as the requested run."""
     results = _finished(job, name)
-    ended_earlier = any(results.get(key) is True for key in ("stopped_early", "length_by_time"))
-    return bool(results) and (ended_earlier or results["steps"] >= 0.95 * (steps or 0))
+    if not results or plan is None or results.get("stopped_early") is True:
+        return bool(results)
+    by_time = isinstance(results.get("fixed_steps"), int) and results["steps"] >= results["fixed_steps"]
+    return (plan.by_time and by_time) or results["steps"] >= 0.95 * (plan.steps or 0)
 
 
 def _refusal(problems: Sequence[str]) -> str:
     return "\n  ".join(["REFUSED: the run would end with exit code 2 before training", *problems])
 
 
-def _state(job: Job, name: str, differences: list[str], steps: int | None) -> str:
+def _state(job: Job, name: str, differences: list[str], plan: Plan | None) -> str:
     if job.fresh:
         return "starts from scratch (--fresh)"
     if differences:
         return _refusal([*differences, KEEP_OR_REPLACE])
     if results := _finished(job, name):
         size = f"finished: {results['parameters']:,} parameters, {results['steps']:,} steps"
-        return f"{size}; kept" if _kept(job, name, steps) else f"{size}; continues to {steps:,} (estimate: all steps)"
+        if plan is None or _kept(job, name, plan):
+            return f"{size}; kept"
+        return f"{size}; continues to {plan.steps:,} (estimate: all steps)"
     checkpoints = len(list((job.layout.export(name) / CHECKPOINTS).rglob("step-*")))
     return f"resumes from its checkpoints ({checkpoints})" if checkpoints else "starts from scratch"

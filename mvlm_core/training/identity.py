@@ -93,9 +93,8 @@ def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None, s
         return False
     check_identity(f"{output_dir} holds a finished model", config["identity"], identity)
     results = config["results"]
-    is_long_enough = results.get("steps", 0) >= (steps or 0)
-    if settings.max_hours is not None and results.get("length_by_time"):
-        is_long_enough = True
+    done, fixed = results.get("steps", 0), results.get("fixed_steps", 0)  # older versions did not record the latter
+    is_long_enough = done >= (steps or 0) or (settings.max_hours is not None and fixed is not None and done >= fixed)
     if settings.patience and results.get("stopped_early"):
         is_long_enough = is_long_enough or results.get("evaluations_since_best", 0) >= settings.patience
     return is_long_enough and not verify_folder(output_dir)

@@ -328,7 +328,7 @@ class TrainingLoop:
         if checkpoint is not None and state.step > 0 and not self._is_over:
             log.info("resuming from %s (step %s of %s)", checkpoint.folder, checkpoint.step, self.length)
             if self.length.total == state.fixed_steps is not None:
-                log.info("its --max_hours fixed this length; to change it, give --num_epochs or --max_steps instead")
+                log.info("its time limit fixed this length; to change it, give --num_epochs or --max_steps instead")
 
     def _check_length(self) -> None:
         """Check that these settings do not end an unfinished run before its checkpoint, with a high learning rate.
@@ -336,13 +336,20 @@ class TrainingLoop:
         Raises:
             UserError: the checkpoint was written by a longer run.
         """
-        if self.length.is_reached(self.state.step) and not self.state.finished:
-            flag = "--num_epochs or --max_steps" if self.state.fixed_steps is None else "--max_hours"
-            raise UserError(
-                f"{self.checkpoints.root} holds an unfinished run at step {self.state.step}, which these settings "
-                f"would end at step {self.length.total or self.length.limit}: repeat its {flag}, or start over with "
-                "--fresh"
-            )
+        state, hours = self.state, self.settings.max_hours
+        if state.finished or state.step == 0:
+            return
+        if self.length.is_reached(state.step):
+            end = f"end at step {self.length.total}"
+        elif hours is not None and state.fixed_steps is None and state.seconds > 3600 * hours:
+            end = f"end at once, after more than {hours:.3g} hours"
+        else:
+            return
+        raise UserError(
+            f"{self.checkpoints.root} holds an unfinished run at step {state.step}, which these settings would {end}: "
+            "repeat the length it was started with (--num_epochs, --max_steps or --max_hours), or start over with "
+            "--fresh"
+        )
 
     def _roll_back(self, reason: str, bar: Any) -> None:
         """Return to the newest checkpoint from before the divergence, with a lower learning rate.

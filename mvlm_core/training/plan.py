@@ -1,8 +1,7 @@
-"""Dry run: an itemized estimate of a run's time and memory; at the end of a run it is compared with actual times."""
+"""Dry run: an itemized estimate of a run's time and memory."""
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import replace
 from functools import partial
@@ -42,8 +41,6 @@ TOKENIZATION_BYTES_PER_SECOND = 2.5e6  # text, per core
 EXPORT_SECONDS = 20.0
 GPU_MEMORY = (8e9, 16e9, 24e9, 80e9, 141e9)
 TIMED = (STEPS, EVALUATIONS, CHECKPOINTS)  # what --max_hours covers
-
-log = logging.getLogger("mvlm")
 
 
 def plan_run(recipe: Recipe, settings: TrainingSettings, hardware: Hardware) -> Plan:
@@ -87,8 +84,15 @@ def plan_run(recipe: Recipe, settings: TrainingSettings, hardware: Hardware) -> 
         *(_gpu_sizes(settings, one, per_sequence) if on_gpu else []),
         *expected,
     ]
-    limit = planned_steps(student, text)
-    return Plan(lines, items, limit, assumptions, gpus=gpus, export_bytes=one.memory.weights)
+    return Plan(
+        lines,
+        items,
+        steps=planned_steps(student, text),
+        by_time=student.max_hours is not None,
+        assumptions=assumptions,
+        gpus=gpus,
+        export_bytes=one.memory.weights,
+    )
 
 
 def _planned_hardware(settings: TrainingSettings, hardware: Hardware) -> Hardware:

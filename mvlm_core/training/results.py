@@ -80,7 +80,7 @@ def collect_metrics(model: Any, text: PreparedText, state: LoopState, score: Sco
         "test_bpb_by_translation": parts.translations,
         "micro_batch": state.micro_batch,
         "stopped_early": state.stopped_early,
-        "length_by_time": state.fixed_steps == state.step,
+        "fixed_steps": state.fixed_steps,
         "evaluations_since_best": state.evaluations_since_best,
         "skipped_steps": state.guard.skipped,
         "rollbacks": state.guard.rollbacks,

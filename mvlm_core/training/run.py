@@ -15,7 +15,7 @@ from mvlm_core import cost_estimate
 from mvlm_core.console import silence_transformers
 from mvlm_core.errors import TrainingError, UserError
 from mvlm_core.export.folder import delete_run, finish_export, stage_model
-from mvlm_core.export.manifest import CHECKPOINTS
+from mvlm_core.export.manifest import CHECKPOINTS, training_config
 from mvlm_core.export.model_card import model_card
 from mvlm_core.export.scores import write_scores
 from mvlm_core.files import RunLock
@@ -56,7 +56,8 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
         log.info("--attention_backend %s: not used by %s, which has sdpa only", backend, recipe.title)
         flags["attention_backend"] = "sdpa"
     hardware = choose_hardware(**flags)
-    trains = not (settings.dry_run or settings.prepare_only)
+    kept = not settings.fresh and training_config(output_dir, "results")
+    trains = not (settings.dry_run or settings.prepare_only or settings.init_from or kept)
     if trains and (problem := missing_gpu(hardware, settings.preset, automatic=settings.preset_is_automatic)):
         raise UserError(problem)
     silence_transformers()
@@ -110,13 +111,14 @@ def _run(run: Run, stop: StopRequest, *, student_dir: Path | None = None, own_te
             "fewer, or raise --batch_size or --gradient_accumulation_steps"
         )
     identity, steps = run_identity(settings, text), run_length(settings, text.batches).limit
+    needed = steps if student_dir is None else None  # a teacher that time has shortened serves a longer student as well
     with ExitStack() as locks:
         for folder in (student_dir, run.output_dir):
             if folder is not None and ranks.is_main:
                 locks.enter_context(RunLock(folder))
                 if settings.fresh:
                     delete_run(folder, keep=[run.output_dir, *(teacher.folder for teacher in text.teachers)])
-        finished = ranks.is_main and not settings.fresh and is_finished(run.output_dir, identity, steps, settings)
+        finished = ranks.is_main and not settings.fresh and is_finished(run.output_dir, identity, needed, settings)
         if ranks.broadcast(finished and settings.resume_from is None):
             longer = "to train longer, give a larger --num_epochs, --max_steps or --patience; to start over, --fresh"
             log.info("already finished: %s (%s)", run.output_dir, longer)
@@ -157,7 +159,8 @@ def _announce(run: Run, task: TrainingTask, steps: int | None) -> None:
     """Log the model's size and the run's length."""
     settings = run.settings
     length = "steps" if steps is None else f"{steps:,} steps ({task.batches.epoch_at(steps):.2f} epochs)"
-    limit = "" if settings.max_hours is None else f", or as many as fit into {settings.max_hours:.3g} hours"
+    at_most = "" if steps is None else "at most "
+    limit = "" if settings.max_hours is None else f", {at_most}as many as fit into {settings.max_hours:.3g} hours"
     log.info(
         f"{run.recipe.title}: {task.model.num_parameters():,} parameters, {length} of "
         f"{settings.sequences_per_step} sequences of {settings.max_length} tokens{limit}"
@@ -165,7 +168,7 @@ def _announce(run: Run, task: TrainingTask, steps: int | None) -> None:
 
 
 def _costs(state: LoopState, prepared: float, exported: float) -> dict[str, float]:
-    """Seconds of each item of the dry run's estimate."""
+    """Seconds of the items of the dry run's estimate, without teachers; compilation is not timed."""
     return {
         cost_estimate.PREPARATION: prepared,
         cost_estimate.STEPS: state.step_seconds,

@@ -34,7 +34,7 @@ class RunLength:
     Attributes:
         limit: steps allowed by all settings but ``--max_hours``; None if only time limits the run.
         warmup: warm-up steps.
-        fixed_at, fixed_steps: step at which ``--max_hours`` fixed the length, and that length; None before.
+        fixed_at, fixed_steps: step at which ``--max_hours`` was translated into steps, and their number; None before.
     """
 
     limit: int | None
@@ -63,11 +63,19 @@ class RunLength:
 
     def learning_rate_scale(self, step: int, schedule: str) -> float:
         """Fraction of the peak learning rate at step ``step`` (from 0)."""
-        warmed_up = min(1.0, (step + 1) / max(1, self.warmup))
         start = self.warmup if self._shortened_at is None else self._shortened_at
         if self.total is None or step < start:
-            return warmed_up
-        return min(warmed_up, decay((step - start) / max(1, self.total - start), schedule))
+            return self._warmed_up(step)
+        return min(self._warmed_up(step), decay((step - start) / max(1, self.total - start), schedule))
+
+    def _warmed_up(self, step: int) -> float:
+        """Completed fraction of the warm-up; if the run is shortened, the rest takes its share of the steps left."""
+        start = self._shortened_at
+        if self.limit is None or self.total is None or start is None or step < start:
+            return min(1.0, (step + 1) / max(1, self.warmup))
+        before = min(1.0, start / max(1, self.warmup))
+        rest = self.warmup / self.limit * (self.total - start)
+        return min(1.0, before + (1 - before) * (step + 1 - start) / max(1.0, rest))
 
     def __str__(self) -> str:
         return "?" if self.total is None else str(self.total)

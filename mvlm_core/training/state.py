@@ -41,7 +41,7 @@ class LoopState:
         micro_batch: sequences per forward pass that fit in memory.
         finished: the run reached its end (or stopped early) at this step.
         guard: state of the divergence guard.
-        fixed_at, fixed_steps: step at which ``--max_hours`` fixed the run's length, and that length in steps.
+        fixed_at, fixed_steps: step at which ``--max_hours`` was translated into steps, and their number.
         spent: time for evaluations and checkpoints.
         timed_steps, timed_seconds: steps timed for ``--max_hours`` before the length is fixed, and their seconds.
         before: scores of the export that the run starts from.

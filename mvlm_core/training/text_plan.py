@@ -51,7 +51,8 @@ def plan_text(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE], c
     if existing is not None:
         tokenizer, source = existing, "with the existing tokenizer"
     else:
-        sample = [document.read()[:SAMPLE_BYTES] for document in train[::step]]
+        chosen = sorted({*range(0, len(train), step), _largest(train)})  # the largest may be most of the text
+        sample = [train[index].read()[:SAMPLE_BYTES] for index in chosen]
         tokenizer = tokenizer_class.train(iter(sample), settings.vocab_size)
         source = f"with a tokenizer trained on {sum(map(len, sample)) / 1e6:.1f} MB of the text"
     has_tokens = existing is not None and (token_folder(corpus, tokenizer, settings.cache_dir) / "index.json").exists()
@@ -81,7 +82,7 @@ def measured_bytes_per_token(tokenizer: ByteLevelBPE, train: list[Document], rep
     Args:
         step: measure every ``step``-th document, where possible outside the tokenizer's sample.
     """
-    order = list(range(step // 2, len(train), step)) or [0]
+    order = list(range(step // 2, len(train), step)) or [_largest(train)]
     totals = accumulate(train[index].size for index in order)
     sampled = [index for index, total in zip(order, totals, strict=True) if total <= MEASURED_BYTES]
     sampled = [index for index in sampled or order[:1] if repeats[index]] or order[:1]
@@ -89,3 +90,7 @@ def measured_bytes_per_token(tokenizer: ByteLevelBPE, train: list[Document], rep
     tokens = [len(ids) + 1 for ids in tokenizer.encode_batch(texts)]
     times = [int(repeats[index]) or 1 for index in sampled]
     return float(np.dot([len(text.encode()) for text in texts], times) / np.dot(tokens, times))
+
+
+def _largest(documents: list[Document]) -> int:
+    return max(range(len(documents)), key=lambda index: documents[index].size)

@@ -1,13 +1,15 @@
 """The identity of a run: what it consists of, and what is refused because it differs."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
 
 from mvlm_core.errors import UserError
-from mvlm_core.export.manifest import CHECKPOINTS, training_config
+from mvlm_core.export.manifest import CHECKPOINTS, MANIFEST, training_config, write_manifest
+from mvlm_core.files import read_json, sha256_file, write_json_atomic
 from mvlm_core.training.checkpoint import checkpoint_folders
-from mvlm_core.training.identity import check_identity, settings_identity
+from mvlm_core.training.identity import check_identity, is_finished, settings_identity
 from mvlm_core.training.run import run_training
 from mvlm_trainer import GPT2Settings
 from prioritary_mvlm import PrioritaryConfig
@@ -61,3 +63,29 @@ def test_resume_from_is_checked_and_used_even_if_the_run_is_finished(tiny_corpus
     run_training(recipe_of("mvlm_gpt2"), replace(settings, resume_from=str(older)))
     assert f"resuming from {older}" in caplog.text and "already finished" not in caplog.text
     assert (folder / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize(
+    ("recorded", "changes", "finished"),
+    [
+        ({"steps": 12, "fixed_steps": None}, {}, True),
+        ({"steps": 11, "fixed_steps": None}, {}, False),
+        ({"steps": 5, "fixed_steps": 5}, {"max_hours": 1.0}, True),
+        ({"steps": 5, "fixed_steps": 5}, {}, False),  # extended: no time limit any more
+        ({"steps": 7, "fixed_steps": 5}, {"max_hours": 1.0}, True),  # after an extension
+        ({"steps": 4, "fixed_steps": 5}, {"max_hours": 1.0}, False),
+        ({"steps": 5, "fixed_steps": None}, {"max_hours": 1.0}, False),
+        ({"steps": 5}, {"max_hours": 1.0}, True),  # by an older version
+    ],
+)
+def test_a_model_is_finished_if_its_steps_or_its_time_were_reached(trained, tmp_path, recorded, changes, finished):
+    export = tmp_path / "mvlm_gpt2"
+    shutil.copytree(trained / "mvlm_gpt2", export, ignore=shutil.ignore_patterns("checkpoints"))
+    config = read_json(export / "training_config.json")
+    config["results"].pop("fixed_steps", None)
+    config["results"] |= recorded
+    write_json_atomic(export / "training_config.json", config)
+    files = read_json(export / MANIFEST)["files"]
+    write_manifest(export, "mvlm_gpt2", files | {"training_config.json": sha256_file(export / "training_config.json")})
+    settings = GPT2Settings(preset="smoke", **changes)
+    assert is_finished(export, config["identity"], 12, settings) is finished

@@ -214,7 +214,7 @@ def test_warmup_is_a_share_of_the_run_and_shorter_than_it(tiny_corpus, tmp_path)
     def loop(**changes):
         return make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **changes))
 
-    assert loop(max_steps=1000).length.warmup == 20 and loop(warmup_steps=11).length.warmup == 11
+    assert loop(max_steps=1000).length.warmup == 100 and loop(warmup_steps=11).length.warmup == 11
     with pytest.raises(UserError, match="not shorter than the run of 12 steps"):
         loop(warmup_steps=12)
 
