@@ -10,7 +10,7 @@ import torch
 
 from mvlm_core.errors import Stopped, UserError
 from mvlm_core.evaluation.bits_per_byte import load_export
-from mvlm_core.export.manifest import CHECKPOINTS, TEACHERS, training_config, verify_folder
+from mvlm_core.export.manifest import CHECKPOINTS, MANIFEST, TEACHERS, training_config, verify_folder
 from mvlm_core.files import RunLock
 from mvlm_core.training.checkpoint import checkpoint_folders, newest_checkpoint
 from mvlm_core.training.distillation import (
@@ -144,6 +144,18 @@ def test_rerun_of_finished_teacher_and_student_trains_nothing(corpus, tmp_path, 
         "they cost 1 GB each"
     )
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_a_student_trains_longer_with_the_teachers_it_has(corpus, tmp_path):
+    """Teachers that time has shortened must not be trained again when the student is to be longer."""
+
+    def trained_for(steps):
+        values = {"num_models": 2, "max_steps": steps, "teacher_epochs": 100.0}
+        folder = run_training(recipe_of("mvlm_gpt2"), tiny_settings("mvlm_gpt2", corpus, tmp_path, **values))
+        return training_config(folder)["results"]["steps"], (folder / TEACHERS / "0" / MANIFEST).stat().st_mtime_ns
+
+    (before, made), (after, kept) = trained_for(4), trained_for(8)
+    assert (before, after) == (4, 8) and made == kept
 
 
 def test_fresh_retrains_teacher_and_student(corpus, tmp_path, monkeypatch):
