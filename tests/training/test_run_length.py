@@ -122,7 +122,7 @@ def test_max_hours_shortens_a_run_that_has_another_limit(clocked_loop, tmp_path)
     state = loop.run(StopAfter())
     assert state.step == state.fixed_steps < 200
     rates = [record["learning_rate"] / loop.settings.learning_rate for record in read_history(loop.step_log.path)]
-    assert max(rates) == pytest.approx(1, abs=0.02) and rates[-1] == pytest.approx(0.1, abs=0.02)
+    assert max(rates) == pytest.approx(0.98, abs=0.01) and rates[-1] == pytest.approx(0.1, abs=0.02)
 
 
 def test_steps_within_matches_step_by_step_counting():
@@ -163,9 +163,7 @@ def test_a_run_with_max_hours_is_not_cut_short_without_it(clocked_loop, tmp_path
 def test_a_run_without_max_hours_is_not_ended_by_the_hours_it_has_taken(clocked_loop, tmp_path):
     with pytest.raises(Stopped):
         clocked_loop("mvlm_gpt2", tmp_path, max_hours=None, max_steps=400).run(StopAfter(200))
-    with pytest.raises(
-        UserError, match=r"step 200, which these settings would end at once, after more than 0\.167 h"
-    ):
+    with pytest.raises(UserError, match=r"step 200, which these settings would end at once, after more than 0\.167 h"):
         clocked_loop("mvlm_gpt2", tmp_path, max_steps=400).run(StopAfter())
 
 
@@ -173,7 +171,7 @@ def test_the_warm_up_of_a_shortened_run_is_shortened_without_a_jump():
     length = RunLength(10_000, 1000, fixed_at=50, fixed_steps=550)
     rates = [length.learning_rate_scale(step, "cosine") for step in range(550)]
     assert rates[49] == pytest.approx(0.05) and rates[50] - rates[49] < 0.02
-    assert max(rates) == rates[99] == pytest.approx(0.978, abs=0.001) and rates[-1] == pytest.approx(0.1, abs=0.001)
+    assert max(rates) == pytest.approx(0.98, abs=0.001) and rates[-1] == pytest.approx(0.1, abs=0.001)
 
 
 def test_damaged_time_budget_fields_are_refused():
