@@ -17,6 +17,7 @@ from mvlm_core.pipeline.child_process import Signals
 from mvlm_core.pipeline.summary import Summary
 from mvlm_core.run_layout import Layout, training_history
 from mvlm_core.signals import PARENT_VARIABLE
+from tests.helpers import REPOSITORY
 
 EVALUATOR = """
 import json, sys
@@ -162,9 +163,10 @@ def test_a_failed_trainer_is_started_again_twice_if_it_gets_further(
 
 
 # The real trainer of model 1, as a tiny model; the first start is killed while it writes its second checkpoint.
-REAL = """
+REAL = f"""
 import os, signal, sys
 from pathlib import Path
+sys.path.insert(0, {str(REPOSITORY)!r})
 import mvlm_trainer
 from mvlm_core.errors import run_main
 killed = Path(__file__).with_name("killed")
