@@ -71,9 +71,9 @@ def option_problems(options: argparse.Namespace) -> list[str]:
     return problems
 
 
-def show(text: str, end: str = "") -> None:
+def show(text: str) -> None:
     """Print text with control sequences escaped, so that no prompt or model output can control the terminal."""
-    print(printable(text, "\n\t", limit=len(text)), end=end, flush=True)
+    print(printable(text, "\n\t", limit=len(text)), end="", flush=True)
 
 
 def generate(model: Any, tokenizer: Any, ids: list[int], options: argparse.Namespace) -> list[int]:
@@ -88,7 +88,7 @@ def generate(model: Any, tokenizer: Any, ids: list[int], options: argparse.Names
     for token in stream_tokens(model, tokenizer, ids[1:], length, **sampling):
         show(token.text)
         tokens.append(token.id)
-    show("", end="\n")
+    print(flush=True)
     return tokens
 
 

@@ -92,8 +92,8 @@ class TrainingSettings:
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         # The numbers of epochs and models were chosen with smaller models and as much text per parameter
         # (benchmarks/experiments/data_constrained.py): a model without teachers soon overfits; a student of three
-        # teachers still improves at 18 epochs. docs/h200.md lists where the models' own
-        # values come from. None of this has been measured at this size.
+        # teachers still improves at 18 epochs. docs/h200.md lists where the models' own values come from. None of this
+        # has been measured at this size.
         "h200": {
             "num_epochs": 18.0,
             "num_models": 4,

@@ -197,3 +197,9 @@ def hardware_name(record: dict[str, Any]) -> str:
     """Name of the device in the "hardware" section of a training_config.json, with the number of GPUs if several."""
     name, gpus = record.get("name", "unknown"), record.get("gpus")
     return f"{gpus} × {name}" if isinstance(gpus, int) and gpus > 1 else str(name)
+
+
+def ended_by_time(results: dict[str, Any]) -> bool:
+    """Whether a run took all steps that its time limit allowed; true of older versions' runs, which do not say."""
+    fixed = results.get("fixed_steps", 0)
+    return isinstance(fixed, int) and results.get("steps", 0) >= fixed

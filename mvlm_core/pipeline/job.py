@@ -31,7 +31,7 @@ from mvlm_core.cost_estimate import (
 )
 from mvlm_core.data.corpus import Corpus, load_corpus
 from mvlm_core.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
-from mvlm_core.export.manifest import CHECKPOINTS, training_config
+from mvlm_core.export.manifest import CHECKPOINTS, ended_by_time, training_config
 from mvlm_core.hardware import HARDWARE_FLAGS, choose_hardware, describe, missing_gpu
 from mvlm_core.pipeline.summary import finished_models
 from mvlm_core.run_layout import Layout
@@ -245,13 +245,12 @@ def _finished(job: Job, name: str) -> dict[str, Any]:
     return results if all(isinstance(results.get(key), int) for key in ("parameters", "steps")) else {}
 
 
-def _kept(job: Job, name: str, plan: Plan | None) -> bool:
-    """Whether the model is finished and, as far as the plan tells, as long as the requested run."""
-    results = _finished(job, name)
-    if not results or plan is None or results.get("stopped_early") is True:
-        return bool(results)
-    by_time = isinstance(results.get("fixed_steps"), int) and results["steps"] >= results["fixed_steps"]
-    return (plan.by_time and by_time) or results["steps"] >= 0.95 * (plan.steps or 0)
+def _kept(job: Job, name: str, plan: Plan) -> bool:
+    """Whether the model is finished and as long as the requested run, whose number of steps is an estimate."""
+    if not (results := _finished(job, name)):
+        return False
+    ended_earlier = results.get("stopped_early") is True or (plan.by_time and ended_by_time(results))
+    return ended_earlier or results["steps"] >= 0.95 * (plan.steps or 0)
 
 
 def _refusal(problems: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_core.errors import UserError
-from mvlm_core.export.manifest import CHECKPOINTS, training_config, verify_folder
+from mvlm_core.export.manifest import CHECKPOINTS, ended_by_time, training_config, verify_folder
 from mvlm_core.files import read_json
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.checkpoint import checkpoint_folders, named_checkpoint
@@ -93,8 +93,9 @@ def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None, s
         return False
     check_identity(f"{output_dir} holds a finished model", config["identity"], identity)
     results = config["results"]
-    done, fixed = results.get("steps", 0), results.get("fixed_steps", 0)  # older versions did not record the latter
-    is_long_enough = done >= (steps or 0) or (settings.max_hours is not None and fixed is not None and done >= fixed)
+    is_long_enough = results.get("steps", 0) >= (steps or 0)
+    if settings.max_hours is not None:
+        is_long_enough = is_long_enough or ended_by_time(results)
     if settings.patience and results.get("stopped_early"):
         is_long_enough = is_long_enough or results.get("evaluations_since_best", 0) >= settings.patience
     return is_long_enough and not verify_folder(output_dir)
