@@ -75,7 +75,6 @@ class Hardware:
             return function
         import torch
 
-        torch._dynamo.config.optimize_ddp = False  # not needed: compiling per layer already overlaps DDP's buckets
         torch._dynamo.config.recompile_limit = 32  # layer kinds × (student, teacher) × batch sizes
         return torch.compile(function, fullgraph=True, dynamic=False)
 

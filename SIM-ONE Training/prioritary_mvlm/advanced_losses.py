@@ -65,10 +65,6 @@ class ComprehensiveTrainingLoss(nn.Module):
             return 0.0
         return self.coherence_weight * (1 - progress / self.coherence_until)
 
-    def unused_parameters(self, progress: float) -> list[nn.Parameter]:
-        """Parameters that get no gradient at this point: the coherence adapter's, once its weight is 0."""
-        return [] if self.ahead is None or self.coherence_weight_at(progress) > 0 else list(self.ahead.parameters())
-
     def forward(
         self,
         hidden: Tensor,

@@ -91,7 +91,7 @@ def add_training(model: EnhancedSIMONEModel, config: PrioritaryConfig, hardware:
         embedding_names=("embed_tokens", "lm_head", "policy_head", "memory_head"),
         muon_dtype=hardware.muon_dtype,
     )
-    return BuiltModel(model, modules, loss, optimizers, unused_parameters=criterion.unused_parameters)
+    return BuiltModel(model, modules, loss, optimizers)
 
 
 RECIPE = Recipe(

@@ -12,10 +12,10 @@ import mmap
 import os
 import signal
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -114,15 +114,12 @@ class Ranks:
         _collective(dist.all_reduce, number, op=dist.ReduceOp.MAX, group=self.cpu_group)
         return number.item()
 
-    def start_sum(self, flat: Tensor) -> torch.futures.Future[Tensor]:
-        """Start an in-place all-reduce of a vector; return a future of the result."""
+    def start_sum(self, flat: Tensor) -> Callable[[], Any]:
+        """Start an in-place all-reduce of a vector; return a function that waits for it."""
         if self.shared_memory is None:
-            work = _collective(dist.all_reduce, flat, async_op=True)
-            return work.get_future().then(lambda future: future.value()[0])
+            return partial(_collective, _collective(dist.all_reduce, flat, async_op=True).wait)
         self._sum(flat)
-        done: torch.futures.Future[Tensor] = torch.futures.Future()
-        done.set_result(flat)
-        return done
+        return lambda: None
 
     def _sum(self, flat: Tensor) -> None:
         if self.shared_memory is None:
@@ -244,10 +241,10 @@ def _collective(operation: Any, *arguments: Any, **options: Any) -> Any:
     try:
         return operation(*arguments, **options)
     except RuntimeError as error:
-        raise lost_connection(error) from None
+        raise _lost_connection(error) from None
 
 
-def lost_connection(error: Exception) -> TrainingError:
+def _lost_connection(error: Exception) -> TrainingError:
     """Build the error for a failed collective; a marker file tells the supervisor that another rank is the cause."""
     if folder := os.environ.get(FOLDER_VARIABLE):
         Path(folder, f"lost.{os.environ['RANK']}").touch()

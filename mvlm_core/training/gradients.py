@@ -1,24 +1,22 @@
 """Gradients of a global batch, accumulated over micro-batches, which are halved if memory runs out, and over ranks."""
 
-# No `from __future__ import annotations`: DDP reads a hook's annotations as types.
+from __future__ import annotations
+
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from mvlm_core.errors import TrainingError
 from mvlm_core.signals import StopRequest
 from mvlm_core.training.distillation import draw_teacher
-from mvlm_core.training.distributed import Ranks, lost_connection
+from mvlm_core.training.distributed import Ranks
 from mvlm_core.training.state import LoopState
 from mvlm_core.training.task import Run, TrainingTask
 
-BUCKET_MB = 25  # of gradients that are all-reduced together
+BUCKET_BYTES = 25 * 1024**2  # of gradients that are all-reduced together
 _LIBRARY_OUT_OF_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 log = logging.getLogger("mvlm")
 
@@ -28,14 +26,13 @@ class GradientAccumulator:
 
     def __init__(self, run: Run, task: TrainingTask) -> None:
         self.task, self.hardware, self.ranks, self.seed = task, run.hardware, run.ranks, run.settings.seed
-        self._unused_parameters: frozenset[Tensor] = frozenset()  # they get no gradient
-        self._sync: GradientSync | None = None  # None with a single rank
+        self._sum = GradientSum(task.modules.values(), run.ranks) if run.ranks.world_size > 1 else None
 
     def find_micro_batch(self, state: LoopState, progress: float) -> None:
         """Halve the micro-batch until a trial pass before the first step fits in memory; nothing else is changed.
 
         Memory is reserved for optimizer state that does not exist yet and, with several ranks, for the all-reduce
-        buckets. The trial also reveals which parameters get no gradient.
+        buckets.
 
         Raises:
             TrainingError: one sequence does not fit, or the model cannot be compiled.
@@ -45,12 +42,9 @@ class GradientAccumulator:
         while True:
             reserved: list[Tensor] = []
             try:
-                copies = 2 * empty + (self.ranks.world_size > 1)
+                copies = 2 * empty + (self._sum is not None)
                 reserved = [torch.empty_like(p) for p in optimizers.parameters() for _ in range(copies)]
                 self.micro_batch(state.step, 0, self.sequences(state), progress)
-                without = {p for p in optimizers.parameters() if p.grad is None}
-                # Not those that are unused for now only: a rollback may return to steps that use them.
-                self._unused_parameters = frozenset(without.difference(self.task.unused_parameters(progress)))
                 return
             except RuntimeError as error:
                 if not _out_of_memory(error):
@@ -75,7 +69,6 @@ class GradientAccumulator:
             TrainingError: one sequence does not fit.
         """
         while True:
-            self._prepare_sync(progress)
             try:
                 metrics, text_bytes = self._own_shard(state, progress)
                 failed = False
@@ -85,15 +78,15 @@ class GradientAccumulator:
                 metrics, text_bytes, failed = {}, 0, True
             if failed:  # outside the except block, where the failed step's tensors have been freed
                 self._halve(state)
-                if self._sync is None or not self._sync.all_reducing:
+                if self._sum is None or not self._sum.started:
                     continue
-                self._sync.finish_all_reduce()
+            if self._sum is not None:
+                self._sum.finish()
             all_bytes, stopping, failures = self.ranks.sum_numbers(text_bytes, stop.is_set(), failed)
             if not failures:
                 self.ranks.sum_on_device(metrics.values())
                 return metrics, all_bytes, bool(stopping)
             self.task.optimizers.zero_grad()
-            self._close_sync()
 
     def extra_step_seconds(self, state: LoopState, clock: Callable[[], float]) -> float:
         """Average extra seconds of later steps over current ones, as loss terms switch on or off; changes no state."""
@@ -125,11 +118,11 @@ class GradientAccumulator:
         inputs, targets, weights = (_to_device(array, device) for array in (batch.inputs, batch.targets, batch.weights))
         torch.manual_seed(_micro_batch_seed(self.seed, step, first))
         share = count / batches.sequences
-        score = self.task.loss if self._sync is None else self._sync.loss
-        with nullcontext() if self._sync is None else self._sync.micro_batch(last):
-            with self.hardware.autocast():
-                loss = score(inputs, targets, weights, progress, draw_teacher(self.task.teachers))
-            (loss.total * share).backward()
+        with self.hardware.autocast():
+            loss = self.task.loss(inputs, targets, weights, progress, draw_teacher(self.task.teachers))
+        if self._sum is not None:
+            self._sum.prepare(last)
+        (loss.total * share).backward()
         metrics = {"train_loss": loss.train_loss, **loss.parts}
         return {name: value.detach() * share for name, value in metrics.items()}, batch.text_bytes
 
@@ -145,21 +138,6 @@ class GradientAccumulator:
                 sums[name] = sums[name] + value if name in sums else value
             text_bytes += size
         return sums, text_bytes
-
-    def _prepare_sync(self, progress: float) -> None:
-        """With several ranks, set up the gradient all-reduce for the parameters that currently get a gradient."""
-        if self.ranks.world_size == 1:
-            return
-        unused = self._unused_parameters.union(self.task.unused_parameters(progress))
-        if self._sync is not None and self._sync.unused_parameters != unused:
-            self._close_sync()
-        if self._sync is None:
-            self._sync = GradientSync(self.task.modules, self.task.loss, self.ranks, unused)
-
-    def _close_sync(self) -> None:
-        if self._sync is not None:
-            self._sync.close()
-            self._sync = None
 
     def _halve(self, state: LoopState) -> None:
         self.task.optimizers.zero_grad()
@@ -209,80 +187,64 @@ def _micro_batch_seed(seed: int, step: int, first_sequence: int) -> int:
 # --- all-reduce over ranks, in buckets, overlapped with the backward pass -----------------------------------
 
 
-class _WholeLoss(nn.Module):
-    """Wraps a loss and all modules it uses in one module, as DistributedDataParallel requires."""
+class GradientSum:
+    """Sums the gradients over the ranks, bucket by bucket, while the last backward pass of a step is still running.
 
-    def __init__(self, modules: dict[str, nn.Module], loss: Callable[..., Any]) -> None:
-        super().__init__()
-        self.parts = nn.ModuleDict(modules)
-        self.loss = loss
-
-    def forward(self, *inputs: Any) -> Any:
-        return self.loss(*inputs)
-
-
-class _Buckets:
-    """All-reduces the buckets of one backward pass and counts them."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks, self.done = ranks, 0
-
-    def sum(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        self.done += 1
-        return self.ranks.start_sum(bucket.buffer())
-
-
-class GradientSync:
-    """Wraps a loss in ``DistributedDataParallel``; the last backward pass of a step sums the gradients over the ranks.
+    Every rank all-reduces every bucket, in the same order, so none waits forever: if a parameter gets no gradient, or
+    the backward pass runs out of memory, its bucket and those after it are left to ``finish``. Within a module, buckets
+    follow the backward pass, which computes the gradients of the last parameters first.
 
     Gradients are summed, not averaged, because each micro-batch's loss is already weighted by its share of the global
     batch, so ranks may have shards of unequal size.
 
     Args:
-        modules: every module with trainable weights.
-        unused_parameters: those that get no gradient, for which DDP would wait forever.
+        modules: every module with trainable weights; those that may get no gradient, last.
     """
 
-    def __init__(
-        self,
-        modules: dict[str, nn.Module],
-        loss: Callable[..., Any],
-        ranks: Ranks,
-        unused_parameters: frozenset[Tensor],
-    ) -> None:
-        self.unused_parameters, self.buckets = unused_parameters, _Buckets(ranks)
-        self.all_reducing = False  # whether the micro-batch that sums the gradients is in progress
-        whole = _WholeLoss(modules, loss)
-        ignored = [name for name, parameter in whole.named_parameters() if parameter in unused_parameters]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(whole, ignored)
-        # All ranks hold the same weights already (`TrainingLoop._resume`), and no module has buffers that change.
-        self._ddp = DistributedDataParallel(
-            whole, init_sync=False, forward_sync_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB
-        )
-        self._ddp.register_comm_hook(self.buckets, _Buckets.sum)
+    def __init__(self, modules: Iterable[nn.Module], ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._buckets: list[list[nn.Parameter]] = []
+        self._bucket_of: dict[Tensor, int] = {}
+        self._missing: list[int] | None = None  # gradients that each bucket lacks; None unless summing
+        self._sums: list[tuple[Tensor, Callable[[], Any]]] = []  # of the first buckets, with what waits for them
+        size = BUCKET_BYTES
+        for parameter in dict.fromkeys(p for module in modules for p in reversed(list(module.parameters()))):
+            if size >= BUCKET_BYTES:
+                self._buckets.append([])
+                size = 0
+            self._buckets[-1].append(parameter)
+            self._bucket_of[parameter] = len(self._buckets) - 1
+            size += parameter.nbytes
+            parameter.register_post_accumulate_grad_hook(self._count)
 
-    @contextmanager
-    def micro_batch(self, last: bool) -> Iterator[None]:
-        """Wrap a micro-batch's ``loss`` and backward pass; only the ``last`` one sums the gradients."""
-        self.buckets.done, self.all_reducing = 0, last
-        try:
-            with nullcontext() if last else self._ddp.no_sync():
-                yield
-        except dist.DistBackendError as error:
-            raise lost_connection(error) from None
-        self.all_reducing = False
+    @property
+    def started(self) -> bool:
+        """Whether gradients of the current step have been all-reduced, so that other ranks count on this one."""
+        return bool(self._sums)
 
-    def loss(self, *inputs: Any) -> Any:
-        return self._ddp(*inputs)
+    def prepare(self, last: bool) -> None:
+        """Call this before each backward pass; only the step's ``last`` one all-reduces gradients."""
+        self._missing, self._sums = [len(bucket) for bucket in self._buckets] if last else None, []
 
-    def finish_all_reduce(self) -> None:
-        """After a micro-batch failed midway, all-reduce zeros for the remaining buckets, so that no other rank hangs.
+    def finish(self) -> None:
+        """All-reduce the remaining buckets, wait for all, and replace this rank's gradients with the sums."""
+        while len(self._sums) < len(self._buckets):
+            self._start()
+        for bucket, (flat, wait) in zip(self._buckets, self._sums, strict=True):
+            wait()
+            for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                if parameter.grad is not None:
+                    parameter.grad = part.view_as(parameter)
+        self.prepare(last=False)
 
-        The gradients and this object are then unusable: all ranks repeat the step with a new ``GradientSync``.
-        """
-        for bucket in self._ddp.reducer._get_zeros_like_grad_buckets()[self.buckets.done :]:
-            self.buckets.sum(bucket).wait()
+    def _count(self, parameter: Tensor) -> None:
+        if self._missing is None:
+            return
+        self._missing[self._bucket_of[parameter]] -= 1
+        while len(self._sums) < len(self._buckets) and not self._missing[len(self._sums)]:
+            self._start()
 
-    def close(self) -> None:
-        """Remove the autograd hooks."""
-        self._ddp.reducer._remove_autograd_hooks()
+    def _start(self) -> None:
+        bucket = self._buckets[len(self._sums)]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in bucket])
+        self._sums.append((flat, self._ranks.start_sum(flat)))

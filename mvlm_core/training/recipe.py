@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,17 +29,15 @@ class BuiltModel:
 
     Attributes:
         model: the transformers causal language model to export.
-        modules: every module with trainable weights, by name; includes the model as "model".
+        modules: every module with trainable weights, by name: "model", then those that may get no gradient.
         loss: (inputs, targets, document weights, progress, teacher) → ``StepLoss`` or an equivalent object; progress is
             the completed fraction of the run, the teacher a frozen model of the same class to distill from, or None.
-        unused_parameters: progress → parameters that get no gradient from then on, if that changes during a run.
     """
 
     model: Any
     modules: dict[str, nn.Module]
     loss: Callable[..., Any]
     optimizers: Optimizers
-    unused_parameters: Callable[[float], Iterable[Tensor]] = field(default=lambda progress: (), kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from mvlm_core.training import distributed, gradients, launch
 from mvlm_core.training import loop as training_loop
 from mvlm_core.training.checkpoint import newest_checkpoint
 from mvlm_core.training.distributed import SINGLE_RANK, Ranks, join
-from mvlm_core.training.gradients import GradientSync
+from mvlm_core.training.gradients import GradientSum
 from mvlm_core.training.history import read_history
 from mvlm_core.training.loop import TrainingLoop
 from tests.helpers import REPOSITORY, make_loop, tiny_settings
@@ -211,7 +211,7 @@ TURNS = {"two": [(2, 99)], "four": [(4, 99)], "turns": [(1, 13), (2, 10), (4, 12
 )
 def test_several_ranks_reproduce_the_single_process_run(model, turns, tiny_corpus, tmp_path, monkeypatch):
     """Fifty steps in float64, in buckets of a few matrices; model 2's coherence loss ends half-way."""
-    monkeypatch.setattr(gradients, "BUCKET_MB", 0.05)
+    monkeypatch.setattr(gradients, "BUCKET_BYTES", 50_000)
     alone(tiny_corpus, tmp_path / "alone", model, 99)
     for world, steps in TURNS[turns]:
         by(world, tiny_corpus, tmp_path / "others", model, steps)
@@ -235,34 +235,25 @@ def test_further_training_on_two_ranks_matches_one_process(trained, tmp_path):
     assert other_scores == pytest.approx(scores, abs=1e-6)
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
-def test_out_of_memory_on_one_rank_restarts_the_step_on_all(where, tiny_corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize("started", [0, 1])
+def test_out_of_memory_on_one_rank_restarts_the_step_on_all(started, tiny_corpus, tmp_path, monkeypatch):
     """Parts of 2, 3 and 3 sequences. Only the last rank runs out of memory, before it has all-reduced a gradient or
     after its first bucket: the others wait for it, and all restart the step."""
-    monkeypatch.setattr(gradients, "BUCKET_MB", 0.01)
+    monkeypatch.setattr(gradients, "BUCKET_BYTES", 10_000)
     alone(tiny_corpus, tmp_path / "alone", "simone_enhanced", 12)
 
     def train(ranks):
-        real, failures = GradientSync.loss, []
+        real, failures = GradientSum._start, []
 
-        def fill(sync, buckets):
-            if sync.all_reducing and sync.buckets.done == buckets and not failures and ranks.rank == 2:
-                failures.append(buckets)
+        def start(self):
+            if ranks.rank == 2 and len(self._sums) == started and not failures:
+                failures.append(self._missing is not None and len(self._buckets) > 5)
                 raise torch.OutOfMemoryError("CUDA out of memory")
+            real(self)
 
-        def loss(self, *inputs):
-            found = real(self, *inputs)
-            if where == "forward":
-                fill(self, 0)
-            elif not hasattr(self, "hooked"):
-                for parameter in self._ddp.parameters():
-                    parameter.register_post_accumulate_grad_hook(lambda _: fill(self, 1))
-                self.hooked = True
-            return found
-
-        monkeypatch.setattr(GradientSync, "loss", loss)
-        loop = distributed_run.run(tiny_corpus, tmp_path / "others", "simone_enhanced", 13, ranks)
-        assert failures == ([{"forward": 0, "backward": 1}[where]] if ranks.rank == 2 else [])
+        monkeypatch.setattr(GradientSum, "_start", start)
+        loop = distributed_run.run(tiny_corpus, tmp_path / "others", "simone_enhanced", 12 + started, ranks)
+        assert failures == ([True] if ranks.rank == 2 else [])
         assert loop.state.micro_batch == (2 if ranks.rank == 2 else 4)
 
     in_ranks(3, train)
