@@ -30,6 +30,7 @@ from mvlm_core.training.launch import FOLDER_VARIABLE, MEMORY_VARIABLE
 
 _TIMEOUT = timedelta(hours=2)  # one rank may read and check a checkpoint, or compile, while the others wait
 _STEP_TIMEOUT = timedelta(seconds=90)  # less than two minutes including the supervisor's grace period
+_COMPILED_STEP_TIMEOUT = timedelta(minutes=10)  # a rank that halves its micro-batch compiles again, the others wait
 _POLL_SECONDS = 0.1
 _groups = itertools.count()
 
@@ -181,11 +182,12 @@ class Ranks:
                 raise Stopped(signal.SIGTERM)
             time.sleep(_POLL_SECONDS)
 
-    def shorten_timeout(self) -> None:
+    def shorten_timeout(self, compiles: bool) -> None:
         """Lower the timeout of collectives to that of a step; call it once everything is compiled."""
         if self.world_size > 1:
             for group in (dist.group.WORLD, self.cpu_group):
-                dist.distributed_c10d._set_pg_timeout(_STEP_TIMEOUT, group)
+                timeout = _COMPILED_STEP_TIMEOUT if compiles else _STEP_TIMEOUT
+                dist.distributed_c10d._set_pg_timeout(timeout, group)
 
     def destroy(self) -> None:
         """Destroy the process group and restore the thread count, for the main rank's work after training."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -39,6 +40,8 @@ class GradientAccumulator:
         """
         optimizers = self.task.optimizers
         empty = not optimizers.state_tensors()
+        if self._sum is not None:  # NCCL allocates its own memory at the first all-reduce
+            self.ranks.sum_on_device([torch.zeros(1, device=self.hardware.device)])
         while True:
             reserved: list[Tensor] = []
             try:
@@ -207,7 +210,12 @@ class GradientSum:
         self._bucket_of: dict[Tensor, int] = {}
         self._missing: list[int] | None = None  # gradients that each bucket lacks; None unless summing
         self._sums: list[tuple[Tensor, Callable[[], Any]]] = []  # of the first buckets, with what waits for them
-        size = BUCKET_BYTES
+        this, size = weakref.ref(self), BUCKET_BYTES
+
+        def count(parameter: Tensor) -> None:  # with a strong reference, it would keep the model alive after training
+            if (gradient_sum := this()) is not None:
+                gradient_sum._count(parameter)
+
         for parameter in dict.fromkeys(p for module in modules for p in reversed(list(module.parameters()))):
             if size >= BUCKET_BYTES:
                 self._buckets.append([])
@@ -215,7 +223,7 @@ class GradientSum:
             self._buckets[-1].append(parameter)
             self._bucket_of[parameter] = len(self._buckets) - 1
             size += parameter.nbytes
-            parameter.register_post_accumulate_grad_hook(self._count)
+            parameter.register_post_accumulate_grad_hook(count)
 
     @property
     def started(self) -> bool:
@@ -227,14 +235,11 @@ class GradientSum:
         self._missing, self._sums = [len(bucket) for bucket in self._buckets] if last else None, []
 
     def finish(self) -> None:
-        """All-reduce the remaining buckets, wait for all, and replace this rank's gradients with the sums."""
+        """All-reduce the remaining buckets and wait for all: the gradients are then the sums."""
         while len(self._sums) < len(self._buckets):
             self._start()
-        for bucket, (flat, wait) in zip(self._buckets, self._sums, strict=True):
+        for _, wait in self._sums:
             wait()
-            for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                if parameter.grad is not None:
-                    parameter.grad = part.view_as(parameter)
         self.prepare(last=False)
 
     def _count(self, parameter: Tensor) -> None:
@@ -247,4 +252,7 @@ class GradientSum:
     def _start(self) -> None:
         bucket = self._buckets[len(self._sums)]
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in bucket])
+        for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+            if parameter.grad is not None:
+                parameter.grad = part.view_as(parameter)  # instead of a second copy
         self._sums.append((flat, self._ranks.start_sum(flat)))

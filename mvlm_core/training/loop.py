@@ -93,7 +93,7 @@ class TrainingLoop:
             while not self.state.finished:
                 stopping = self.step(stop)
                 if first_step:
-                    self.ranks.shorten_timeout()
+                    self.ranks.shorten_timeout(self.hardware.compiles)
                     first_step = False
                 bar.update(tokens)
                 self._after_step(stopping, bar)
@@ -161,7 +161,7 @@ class TrainingLoop:
             self._save(weights_only=True)
         else:
             return
-        self.ranks.wait_for_main(f"save {step}")  # no timeout, as the main rank's disk may be slow
+        self._wait_for_disk("save")
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -302,6 +302,10 @@ class TrainingLoop:
             self.state.seconds = self._seconds() if self.state.step else 0.0
             self.checkpoints.save(self.state, for_signal_only, weights_only, in_background)
 
+    def _wait_for_disk(self, work: str) -> None:
+        """Wait for the main rank's reading or writing of checkpoints, however long it takes."""
+        self.ranks.wait_for_main(f"{work} {self.state.step} {self.state.guard.rollbacks}")  # unique
+
     def _handle_failed_save(self, error: OSError) -> None:
         step, self.checkpoints.saved_step = self.checkpoints.saved_step, None
         if step == self.state.best_step:
@@ -365,6 +369,7 @@ class TrainingLoop:
             raise TrainingError(f"{reason}, after {diverged.guard.rollbacks} rollbacks: {advice}")
         self.checkpoints.finish(wait=True)
         checkpoint = self.checkpoints.find_before(diverged.guard.trouble_since) if self.ranks.is_main else None
+        self._wait_for_disk("rollback")
         self.step_log.discard()
         if (state := self.checkpoints.restore(checkpoint)) is None:
             raise TrainingError(f"{reason}, and there is no earlier checkpoint: {advice}")

@@ -1,5 +1,6 @@
 """Several ranks match a single process: same curve, same files, and either resumes the other's checkpoint."""
 
+import gc
 import os
 import signal
 import socket
@@ -8,6 +9,7 @@ import sys
 import tempfile
 import time
 import traceback
+import weakref
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -26,7 +28,7 @@ from mvlm_core.training.distributed import SINGLE_RANK, Ranks, join
 from mvlm_core.training.gradients import GradientSum
 from mvlm_core.training.history import read_history
 from mvlm_core.training.loop import TrainingLoop
-from tests.helpers import REPOSITORY, make_loop, tiny_settings
+from tests.helpers import REPOSITORY, StopAfter, make_loop, tiny_settings
 from tests.training import distributed_run
 
 RUN = ("-m", "tests.training.distributed_run")
@@ -164,6 +166,21 @@ def test_hung_rank_ends_the_run_after_a_timeout(tiny_corpus, tmp_path, monkeypat
             assert newest_checkpoint(tmp_path / "mvlm_gpt2" / "checkpoints").step == 10
             os._exit(0)
         distributed_run.run(tiny_corpus, tmp_path, "mvlm_gpt2", 99, ranks)
+
+    in_ranks(2, work)
+
+
+def test_a_trained_model_is_freed(tiny_corpus, tmp_path):
+    """A teacher's weights must not stay in memory while its student trains."""
+
+    def work(ranks):
+        loop = make_loop("simone_enhanced", tiny_settings("simone_enhanced", tiny_corpus, tmp_path, max_steps=2), ranks)
+        parameters = [weakref.ref(p) for p in loop.task.model.parameters()]
+        loop.run(StopAfter())
+        assert all(parameter() is not None for parameter in parameters)
+        del loop
+        gc.collect()
+        assert not any(parameter() is not None for parameter in parameters)
 
     in_ranks(2, work)
 
