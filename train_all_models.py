@@ -28,7 +28,7 @@ from mvlm_core.errors import UserError, run_main
 from mvlm_core.export.formats import NO_GGUF, PACKAGES, missing_packages
 from mvlm_core.files import RunLock, empty_path_problems, output_folder_problems
 from mvlm_core.hardware import resolve_preset, set_process_environment
-from mvlm_core.pipeline.child_process import Signals, log_to_file
+from mvlm_core.pipeline.child_process import SignalForwarder, log_to_file
 from mvlm_core.pipeline.job import Job, probe_hardware, show_plan
 from mvlm_core.run_layout import Layout
 from mvlm_core.settings import DEFAULT_DATA_DIR, PRESET_NAMES, REPOSITORY_ROOT, TrainingSettings, add_options
@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
         return show_plan(job, corpus_is_ready=ready)
     from mvlm_core.pipeline.stages import check_locks, run_stages
 
-    with Signals() as signals:
+    with SignalForwarder() as signals:
         hardware = probe_hardware(job)
         if not options.is_default_corpus:  # check the user's own corpus before writing anything
             job.corpus()

@@ -7,16 +7,12 @@ import fcntl
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import socket
 import stat
 import tempfile
-import threading
-import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +21,6 @@ import psutil
 from mvlm_core.errors import UserError
 
 LOCK_NAME = "run.lock"
-_REFRESH_SECONDS = 60.0
-_STALE_SECONDS = 600.0
 log = logging.getLogger("mvlm")
 
 
@@ -184,41 +178,26 @@ class RunLock:
     """Context manager that allows one run per folder.
 
     The lock file records the process id, host and start time of its holder. A kernel advisory lock on it resolves races
-    and is released when the process ends; the recorded text covers file systems without such locks.
-
-    A process on another host cannot be looked up, and a restarted container has a new host name. The holder therefore
-    updates the file's modification time every minute; after ten minutes without an update it counts as ended, unless
-    the kernel's lock is held. This assumes that the clocks of hosts with a common file system agree within a few
-    minutes.
+    and is released when the process ends, also on another host if the file system supports that; the recorded process
+    covers file systems without such locks.
     """
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
         self.path = Path(folder) / LOCK_NAME
         self.name = name or str(folder)
         self._descriptor: int | None = None
-        self._released = threading.Event()
 
     def __enter__(self) -> RunLock:
         make_folder(self.path.parent)
         while self._descriptor is None:
             self._descriptor = self._try_acquire()
-        self._released.clear()
-        self._refresher = threading.Thread(target=self._refresh, args=(self._descriptor,), name="run lock", daemon=True)
-        self._refresher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._released.set()
-        self._refresher.join()  # before another file can get its descriptor
         self.path.unlink(missing_ok=True)
         if self._descriptor is not None:
             os.close(self._descriptor)
         self._descriptor = None
-
-    def _refresh(self, descriptor: int) -> None:
-        while not self._released.wait(_REFRESH_SECONDS):
-            with suppress(OSError):  # such as a network file system that is away for a moment
-                os.utime(descriptor)
 
     def _try_acquire(self) -> int | None:
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -233,7 +212,10 @@ class RunLock:
             if not os.path.exists(self.path) or os.fstat(descriptor).st_ino != os.stat(self.path).st_ino:
                 os.close(descriptor)  # the holder removed the file between our open and our lock
                 return None
-            self._check_holder(held)
+            if holder := _parse_lock(held):
+                if _is_alive(holder):
+                    raise self._refusal(holder)
+                log.info("took over the stale lock %s of process %s, which has ended", self.path, holder.get("pid"))
             me = {"pid": os.getpid(), "host": socket.gethostname(), "process_started": psutil.Process().create_time()}
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(me).encode(), 0)
@@ -244,34 +226,17 @@ class RunLock:
             raise
 
     def problems(self) -> list[str]:
-        """Name the process that holds the lock, if any, without changing anything."""
+        """Name the process on this machine that holds the lock, if any, without changing anything."""
         try:
             holder = _parse_lock(read_regular(self.path))
-            age = self._age()
         except (OSError, ValueError):
             return []
-        return self._refusal(holder, age).problems if holder and _is_held(holder, age) else []
+        return self._refusal(holder).problems if _is_alive(holder) else []
 
-    def _age(self) -> float:
-        """Seconds since the holder's last update."""
-        return time.time() - os.stat(self.path).st_mtime
-
-    def _check_holder(self, held: bytes) -> None:
-        if holder := _parse_lock(held):
-            age = self._age()
-            if _is_held(holder, age):
-                raise self._refusal(holder, age)
-            log.info("took over the stale lock %s of process %s, which has ended", self.path, holder.get("pid"))
-
-    def _refusal(self, holder: dict[str, Any], age: float | None = None) -> UserError:
-        """Say who holds the lock and what to do; ``age`` is given if only the file says so, not the kernel."""
-        no_longer = "if no such run exists,"
-        if age is not None and _is_elsewhere(holder):
-            minutes = math.ceil((_STALE_SECONDS - age) / 60)
-            no_longer = f"if that machine no longer exists, try again in {minutes} min or"
+    def _refusal(self, holder: dict[str, Any]) -> UserError:
         return UserError(
             f"{self.name} is in use by process {holder.get('pid', 'unknown')} on {holder.get('host', 'this machine')}; "
-            f"wait for it or stop it first ({no_longer} delete {self.path})"
+            f"wait for it or stop it first (if no such run exists, delete {self.path})"
         )
 
 
@@ -286,16 +251,11 @@ def _parse_lock(held: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _is_held(holder: dict[str, Any], age: float) -> bool:
-    return age < _STALE_SECONDS if _is_elsewhere(holder) else _is_alive(holder)
-
-
-def _is_elsewhere(holder: dict[str, Any]) -> bool:
-    return holder.get("host", socket.gethostname()) != socket.gethostname()
-
-
 def _is_alive(holder: dict[str, Any]) -> bool:
+    """Whether the holder is a running process of this host, on which a restarted container has another name."""
     pid = holder.get("pid")
+    if holder.get("host", socket.gethostname()) != socket.gethostname():
+        return False
     if not isinstance(pid, int) or pid <= 0 or pid == os.getpid():
         return False
     try:

@@ -75,7 +75,7 @@ class Hardware:
             return function
         import torch
 
-        torch._dynamo.config.recompile_limit = 32  # layer kinds × (student, teacher) × batch sizes
+        torch.compiler.config.recompile_limit = 32  # layer kinds × (student, teacher) × batch sizes
         return torch.compile(function, fullgraph=True, dynamic=False)
 
     @property

@@ -424,15 +424,15 @@ def test_second_job_in_the_same_folder_is_refused(job):
     assert first.wait(timeout=20) == 143
 
 
-def test_all_locks_of_another_machine_are_named_before_training(job):
+def test_all_folders_in_use_are_named_before_training(job):
     folders = [job.layout.models, job.layout.export("mvlm_gpt2") / "checkpoints" / "teachers" / "1"]
     folders.append(job.layout.export("simone_enhanced"))
     for folder in folders:
         folder.mkdir(parents=True)
-        (folder / LOCK_NAME).write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
+        (folder / LOCK_NAME).write_text(json.dumps({"pid": os.getpid()}))
     before = sorted(job.work_dir.rglob("*"))
-    done = job.run()
-    assert done.returncode == 2 and done.stderr.count("in use by process 1 on elsewhere") == len(folders)
+    done, told = job.run(), f"in use by process {os.getpid()} on this machine"
+    assert done.returncode == 2 and done.stderr.count(told) == len(folders)
     assert all(f"delete {folder / LOCK_NAME})" in done.stderr for folder in folders)
     assert sorted(job.work_dir.rglob("*")) == before
     for folder in folders:

@@ -32,7 +32,7 @@ from mvlm_core.files import RunLock, output_folder_problems
 from mvlm_core.hardware import set_process_environment
 from mvlm_core.machine import available_threads
 from mvlm_core.metrics import BY_NAME as METRICS
-from mvlm_core.pipeline.child_process import Signals
+from mvlm_core.pipeline.child_process import SignalForwarder
 from mvlm_core.settings import CACHE_DIR, DEFAULT_DATA_DIR, REPOSITORY_ROOT, TrainingSettings
 from mvlm_core.signals import PARENT_VARIABLE
 from mvlm_core.training.distillation import teacher_and_student_settings
@@ -148,7 +148,7 @@ def run_one() -> int:
     return train(recipe, settings, ["-m", "benchmarks.experiments.runner", sys.argv[1]])
 
 
-def start(run: Run, signals: Signals, jobs: int) -> subprocess.Popen[bytes]:
+def start(run: Run, signals: SignalForwarder, jobs: int) -> subprocess.Popen[bytes]:
     """Start ``run`` in a child process with its share of the CPU threads; its output is appended to its log file."""
     run.log_file.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {PARENT_VARIABLE: str(os.getpid())}  # the run stops if this process ends
@@ -174,7 +174,7 @@ def run_all(runs: list[Run], folder: Path, options: argparse.Namespace) -> list[
     outlive_terminal()
     setup_logging()
     failed, seconds, late = [], [], False
-    with RunLock(folder), Signals() as signals:
+    with RunLock(folder), SignalForwarder() as signals:
         left = deque(run for run in runs if run.result() is None)
         log.info("%s runs, %s already finished", len(runs), len(runs) - len(left))
         running: dict[subprocess.Popen[bytes], tuple[Run, float]] = {}

@@ -27,6 +27,7 @@ MANIFEST_NAME = "corpus_manifest.json"  # in a built corpus; optional in a user'
 MAX_SCORE = 10.0
 VALIDATION_SUBSET_BYTES = 65_536
 METADATA_LIMIT = 16 << 20  # bytes; the largest in the built corpus is 60 kilobytes
+_LINK = "a symbolic link; copy the text itself"
 _BUILD_IT = "build the corpus with `python prepare_dataset.py`"
 
 
@@ -214,45 +215,24 @@ class _FolderReader:
         return file.relative_to(self.root).as_posix()
 
     def _text_files(self, start: Path) -> Iterator[Path]:
-        """Yield every `.txt` file below `start` once; symbolic links are followed only within `root`."""
-        seen: set[tuple[int, int]] = set()  # folders and files visited, so that links add no duplicates
+        """Yield every `.txt` file below `start`, without following symbolic links."""
 
-        def is_new(status: os.stat_result) -> bool:
-            count = len(seen)
-            seen.add((status.st_dev, status.st_ino))
-            return len(seen) > count
+        def unreadable(error: OSError) -> None:
+            self._skip(Path(error.filename), _reason(error))
 
-        stack = [start]
-        while stack:
-            folder = stack.pop()
-            folders: list[Path] = []
-            links: list[Path] = []
-            try:
-                entries = list(os.scandir(folder)) if is_new(folder.stat()) else []
-            except OSError as error:
-                self._skip(folder, _reason(error))
-                continue
-            for entry in sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name)):
-                path, is_text = Path(entry.path), entry.name.lower().endswith(".txt")
-                try:
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_symlink() and not path.resolve(strict=True).is_relative_to(self.root):
-                        raise ValueError("a symbolic link out of the data folder")
-                    if entry.is_dir():
-                        (links if entry.is_symlink() else folders).append(path)
-                        if is_text:
-                            raise ValueError("a folder named like a text file")
-                    elif is_text:
-                        if not entry.is_file():
-                            raise ValueError("not a regular file")
-                        if not is_new(entry.stat()) and entry.is_symlink():
-                            raise ValueError("a symbolic link to a file already read")
-                        yield path
-                except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a symlink loop, before 3.13
-                    self._skip(path, _reason(error))
-            # Links last, so that a file is found under its own path rather than through a link to its folder.
-            stack = links + stack + folders[::-1]
+        for folder, folders, files in os.walk(start, onerror=unreadable):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for path in [Path(folder, name) for name in folders]:
+                if os.path.islink(path):
+                    self._skip(path, _LINK)
+                elif path.suffix.lower() == ".txt":
+                    self._skip(path, "a folder named like a text file")
+            texts = [Path(folder, name) for name in sorted(files) if not name.startswith(".")]
+            for path in [path for path in texts if path.suffix.lower() == ".txt"]:
+                if os.path.islink(path):
+                    self._skip(path, _LINK)
+                else:
+                    yield path  # `_read_document` refuses what is not a regular file
 
     def _read_document(self, file: Path) -> Document | None:
         path = self._relative(file)

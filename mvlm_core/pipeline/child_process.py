@@ -25,7 +25,7 @@ TAIL_LINES = 40
 log = logging.getLogger("mvlm")
 
 
-class Signals:
+class SignalForwarder:
     """Context manager that forwards SIGINT and SIGTERM once to the running children, or stops the job if none runs.
 
     A second SIGINT kills the children's whole process groups and stops the job.
@@ -168,7 +168,7 @@ class Relay:
                 self.tail.append(text)
 
 
-def run_child(command: list[str], signals: Signals) -> tuple[int, list[str]]:
+def run_child(command: list[str], signals: SignalForwarder) -> tuple[int, list[str]]:
     """Run a command to completion with its output on the console; return its exit code and last lines."""
     environment = os.environ | {PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
     relay = Relay()
@@ -179,7 +179,7 @@ def run_child(command: list[str], signals: Signals) -> tuple[int, list[str]]:
     return signals.wait(child), relay.finish()
 
 
-def run_optional(label: str, command: list[str], signals: Signals) -> bool:
+def run_optional(label: str, command: list[str], signals: SignalForwarder) -> bool:
     """Run an optional script; log a failure and continue. Returns whether it succeeded."""
     code, tail = run_child(command, signals)
     signals.check()

@@ -14,7 +14,7 @@ from mvlm_core.export.archive import matches_export, write_archive
 from mvlm_core.export.formats import NO_GGUF, formats_of, supported
 from mvlm_core.export.manifest import ArchiveError
 from mvlm_core.files import sha256_file, template, write_atomic
-from mvlm_core.pipeline.child_process import Signals, run_optional
+from mvlm_core.pipeline.child_process import SignalForwarder, run_optional
 from mvlm_core.pipeline.job import Job
 from mvlm_core.pipeline.summary import Summary
 from mvlm_core.run_layout import Layout
@@ -23,7 +23,7 @@ INSTRUCTIONS = Path(__file__).with_name("download_instructions.md")
 log = logging.getLogger("mvlm")
 
 
-def pack_models(job: Job, summary: Summary, signals: Signals) -> None:
+def pack_models(job: Job, summary: Summary, signals: SignalForwarder) -> None:
     """Pack every finished model; keep an archive that already holds exactly its export."""
     log.info("=== archives")
     layout = job.layout
@@ -59,7 +59,7 @@ def pack(layout: Layout, folder: Path, archive: Path) -> None:
     log.info("%s: written, %.1f MB", archive.name, archive.stat().st_size / 1e6)
 
 
-def pack_formats(job: Job, summary: Summary, signals: Signals) -> bool:
+def pack_formats(job: Job, summary: Summary, signals: SignalForwarder) -> bool:
     """Convert every finished model to the requested formats that it supports, and pack them.
 
     Keeps files made from the same export by an earlier run. Returns whether all succeeded; a failure does not mark the

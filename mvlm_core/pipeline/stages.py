@@ -28,7 +28,7 @@ from mvlm_core.export.manifest import CHECKPOINTS, MANIFEST, TEACHERS, ArchiveEr
 from mvlm_core.files import LOCK_NAME, RunLock, read_json
 from mvlm_core.monitor import resource_lines
 from mvlm_core.pipeline import plots
-from mvlm_core.pipeline.child_process import TAIL_LINES, Signals, log_to_file, run_child, run_optional
+from mvlm_core.pipeline.child_process import TAIL_LINES, SignalForwarder, log_to_file, run_child, run_optional
 from mvlm_core.pipeline.comparison import compare, scores_by_part, table
 from mvlm_core.pipeline.job import Job, trainer_plan
 from mvlm_core.pipeline.packing import pack_formats, pack_models, write_download_notes
@@ -51,7 +51,7 @@ ORPHAN_SECONDS = 300.0
 log = logging.getLogger("mvlm")
 
 
-def run_stages(job: Job, hardware: dict[str, Any], log_file: Path, signals: Signals) -> int:
+def run_stages(job: Job, hardware: dict[str, Any], log_file: Path, signals: SignalForwarder) -> int:
     """Run every stage in order; return the exit code.
 
     Raises:
@@ -87,7 +87,7 @@ def check_locks(job: Job) -> None:
     """Wait for trainers of a killed job, then check all locks of this one: its own, the models' and their teachers'.
 
     Raises:
-        UserError: names every folder in use, such as those of a job on a machine that no longer exists.
+        UserError: names every folder in use.
     """
     folders = [job.layout.models]
     for export in map(job.layout.export, job.names):
@@ -97,7 +97,7 @@ def check_locks(job: Job) -> None:
         raise UserError(problems)
 
 
-def prepare_corpus(job: Job, signals: Signals) -> None:
+def prepare_corpus(job: Job, signals: SignalForwarder) -> None:
     if job.build_corpus:
         job.build_corpus()
         signals.check()
@@ -124,7 +124,7 @@ def delete_earlier_runs(job: Job) -> None:
             delete_run(folder)
 
 
-def train_models(job: Job, summary: Summary, log_file: Path, signals: Signals) -> list[int]:
+def train_models(job: Job, summary: Summary, log_file: Path, signals: SignalForwarder) -> list[int]:
     """Train the models one after another, continuing after a failure; return their exit codes."""
     codes = []
     with resource_lines(partial(log_to_file, log_file)):  # not on the console, where they would break progress bars
@@ -135,7 +135,7 @@ def train_models(job: Job, summary: Summary, log_file: Path, signals: Signals) -
     return codes
 
 
-def train_model(job: Job, name: str, summary: Summary, signals: Signals) -> int:
+def train_model(job: Job, name: str, summary: Summary, signals: SignalForwarder) -> int:
     """Run one trainer and record the outcome; return its exit code. Raises Stopped after a signal."""
     summary.update(name, status="running")
     start = time.monotonic()
@@ -168,7 +168,7 @@ def train_model(job: Job, name: str, summary: Summary, signals: Signals) -> int:
     return code
 
 
-def run_trainer(job: Job, name: str, signals: Signals) -> tuple[int, list[str]]:
+def run_trainer(job: Job, name: str, signals: SignalForwarder) -> tuple[int, list[str]]:
     """Run a trainer; return its exit code and last lines. Raises Stopped after a signal.
 
     One that failed or was killed is started again, at most ``RETRIES`` times: a transient fault, such as of a GPU, must
@@ -242,7 +242,7 @@ def append_tail(log_file: Path, code: int, tail: list[str]) -> None:
 # --- comparison ---------------------------------------------------------------------------------------------
 
 
-def compare_models(job: Job, summary: Summary, signals: Signals) -> list[str]:
+def compare_models(job: Job, summary: Summary, signals: SignalForwarder) -> list[str]:
     """Compare and plot the finished models of this preset and text; return the table's lines."""
     log.info("=== comparison")
     job.layout.comparison_plot.unlink(missing_ok=True)
@@ -265,7 +265,7 @@ def compare_models(job: Job, summary: Summary, signals: Signals) -> list[str]:
     return table(result, names)
 
 
-def evaluate_suite(job: Job, names: list[str], signals: Signals) -> dict[str, dict[str, Any]]:
+def evaluate_suite(job: Job, names: list[str], signals: SignalForwarder) -> dict[str, dict[str, Any]]:
     """Run the evaluation suite; return results by model name, {} if it failed."""
     exports = {name: str(job.layout.export(name)) for name in names}
     flags = ["--split", "test", "--no_bits_per_byte", "--json", job.layout.evaluation_suite]
@@ -280,7 +280,7 @@ def evaluate_suite(job: Job, names: list[str], signals: Signals) -> dict[str, di
 # --- validation ---------------------------------------------------------------------------------------------
 
 
-def validate_models(job: Job, summary: Summary, signals: Signals) -> bool:
+def validate_models(job: Job, summary: Summary, signals: SignalForwarder) -> bool:
     """Run the validator; remove models that its report fails from the downloads. Returns whether all passed."""
     log.info("=== validation")
     layout = job.layout
@@ -304,7 +304,7 @@ def validate_models(job: Job, summary: Summary, signals: Signals) -> bool:
 # --- report -------------------------------------------------------------------------------------------------
 
 
-def make_report(job: Job, signals: Signals) -> None:
+def make_report(job: Job, signals: SignalForwarder) -> None:
     """Write `models/report.html` and copy it to the downloads."""
     log.info("=== report")
     page = job.layout.report

@@ -43,6 +43,7 @@ class Ranks:
         rank, world_size: as in ``torch.distributed``.
         cpu_group: gloo process group for tensors in host memory; None with a single rank.
         local_rank, local_world_size: rank and world size on this machine.
+        store: key-value store of all ranks; None with a single rank.
         shared_memory: memory shared by CPU ranks started by ``launch``: each writes its own part and reads the others'.
         threads: the process's thread count before ``join``.
     """
@@ -52,6 +53,7 @@ class Ranks:
     cpu_group: Any = None
     local_rank: int = 0
     local_world_size: int = 1
+    store: dist.Store | None = None
     shared_memory: mmap.mmap | None = None
     threads: int = 0
 
@@ -172,12 +174,11 @@ class Ranks:
         self._poll_store(key, self.is_main, 1)
 
     def _poll_store(self, key: str, done: bool, count: int) -> None:
-        if self.world_size == 1:
+        if self.store is None:
             return
-        store = dist.distributed_c10d._get_default_store()  # torch.distributed has no public accessor
         if done:
-            store.add(key, 1)
-        while store.add(key, 0) < count:
+            self.store.add(key, 1)
+        while self.store.add(key, 0) < count:
             if parent_is_gone():
                 raise Stopped(signal.SIGTERM)
             time.sleep(_POLL_SECONDS)
@@ -228,7 +229,7 @@ def join(device: str) -> Ranks:
         if MEMORY_VARIABLE in os.environ:
             shared_memory = mmap.mmap(int(os.environ[MEMORY_VARIABLE]), 0)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return Ranks(rank, world_size, cpu_group, local_rank, local_world_size, shared_memory, threads)
+    return Ranks(rank, world_size, cpu_group, local_rank, local_world_size, store, shared_memory, threads)
 
 
 @cache

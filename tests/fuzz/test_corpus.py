@@ -211,7 +211,7 @@ def test_special_files_are_skipped_without_blocking(folder, name, kind):
     found = reasons(load(folder))
     assert name in found or kind == "locked" and os.geteuid() == 0  # root reads everything
     if kind == "link to a pipe" and name == "x.txt":
-        assert found[name] == "not a regular file"
+        assert "symbolic link" in found[name]
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from tests.helpers import read_all
 CHILD = "for n in range(30_000): print('line', n, 'x' * 100)"
 PARENT = f"""
 import json, sys
-from mvlm_core.pipeline.child_process import Signals, run_child
-with Signals() as signals:
+from mvlm_core.pipeline.child_process import SignalForwarder, run_child
+with SignalForwarder() as signals:
     for _ in range(2):
         code, tail = run_child([sys.executable, "-c", {CHILD!r}], signals)
         print("the child has ended", flush=True)

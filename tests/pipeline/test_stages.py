@@ -13,7 +13,7 @@ from mvlm_core.cost_estimate import PRICE_PER_HOUR
 from mvlm_core.errors import Stopped, UserError
 from mvlm_core.pipeline import job as jobs
 from mvlm_core.pipeline import stages
-from mvlm_core.pipeline.child_process import Signals
+from mvlm_core.pipeline.child_process import SignalForwarder
 from mvlm_core.pipeline.summary import Summary
 from mvlm_core.run_layout import Layout, training_history
 from mvlm_core.signals import PARENT_VARIABLE
@@ -68,7 +68,7 @@ def test_trainer_and_script_commands_include_the_job_settings(tmp_path):
 def test_evaluate_suite_returns_results_by_model_and_limits_verses_by_preset(tmp_path, preset, verses):
     (tmp_path / "script.py").write_text(EVALUATOR)
     job = make_job(tmp_path, preset=preset)
-    with Signals() as signals:
+    with SignalForwarder() as signals:
         found = stages.evaluate_suite(job, ["two"], signals)
     assert list(found) == ["two"]
     flags = found["two"]["flags"]
@@ -91,7 +91,7 @@ def test_hardware_probe_reraises_user_errors_and_tolerates_a_crash(tmp_path, mon
 
 
 def test_only_sigint_and_sigterm_exit_codes_stop_the_job():
-    signals = Signals()
+    signals = SignalForwarder()
     for code in (0, 1, 2, 128 + 9):
         signals.check(code)
     for number in (2, 15):
@@ -153,7 +153,7 @@ def test_a_failed_trainer_is_started_again_twice_if_it_gets_further(
     job.layout.logs.mkdir()
     summary = Summary(job.layout, job.names, preset="smoke", device="cpu")
     stopped = pytest.raises(Stopped) if mode in (130, 143) else nullcontext()
-    with stopped, Signals() as signals:
+    with stopped, SignalForwarder() as signals:
         assert stages.train_model(job, "one", summary, signals) == (128 - mode if mode < 0 else mode)
     assert (job.layout.export("one") / "starts").read_text().split() == ["--fresh", *["5"] * (starts - 1)]
     assert summary.models["one"]["status"] == ("interrupted" if mode in (130, 143) else "failed")
@@ -188,7 +188,7 @@ def test_a_trainer_killed_after_a_checkpoint_resumes_from_it(tmp_path, tiny_corp
     (tmp_path / "script.py").write_text(REAL)
     job = make_job(tmp_path, data_dir=str(tiny_corpus), names=["one"], settings=settings, fresh=True)
     summary = Summary(job.layout, job.names, preset="smoke", device="unknown")
-    with Signals() as signals:
+    with SignalForwarder() as signals:
         assert stages.train_models(job, summary, tmp_path / "job.log", signals) == [0]
     assert summary.models["one"]["status"] == "finished"
     assert [record["step"] for record in training_history(job.layout.export("one"))] == list(range(1, 13))
