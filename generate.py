@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,8 @@ def generate(model: Any, tokenizer: Any, ids: list[int], options: argparse.Names
         show(token.text)
         tokens.append(token.id)
     print(flush=True)
+    if len(tokens) - len(ids) == length < options.max_new_tokens:
+        print(f"stopped after {length} tokens: the model's context is full", file=sys.stderr)
     return tokens
 
 

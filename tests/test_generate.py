@@ -1,6 +1,7 @@
 """``generate.py`` with real exports: folders and archives, reproducible sampling, traces, and refused input."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -41,7 +42,10 @@ def test_temperature_zero_is_deterministic_for_any_seed(trained, capsys):
 
 
 def test_generation_stops_at_the_context_length(trained, capsys):
-    text = generated(capsys, trained / "simone_enhanced", "--max_new_tokens", 500, "--trace", "--device", "cpu")
+    options = [str(trained / "simone_enhanced"), "--max_new_tokens", "500", "--trace", "--device", "cpu"]
+    assert generate.main(options) == 0
+    text, told = capsys.readouterr()
+    assert re.search(r"^stopped after \d\d tokens: the model's context is full$", told, re.M)
     rows = text[text.index("token  ") :].splitlines()[1:]
     assert 2 <= len(rows) <= 32, "no more tokens than the context of 32"
 

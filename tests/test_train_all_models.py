@@ -313,6 +313,10 @@ def test_interrupted_fresh_run_resumes_without_fresh(job):
 def test_dry_run_says_whether_a_finished_model_is_kept_or_trained_on(job):
     assert job.run().returncode == 0
     assert job.run("--dry_run").stdout.count("9 steps; kept") == 2
+    gone = job.run("--dry_run", STEPS="20").stdout
+    assert gone.count("9 steps, but no checkpoint to continue from") == gone.count("REFUSED") == 2
+    for name in ("mvlm_gpt2", "simone_enhanced"):
+        (job.layout.export(name) / "checkpoints" / "step-00000009").mkdir(parents=True)
     assert job.run("--dry_run", STEPS="20").stdout.count("9 steps; continues to 20") == 2
 
 

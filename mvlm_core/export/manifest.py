@@ -22,6 +22,10 @@ TRAINING_CONFIG = "training_config.json"
 TEST_SCORES = "test_scores.json"  # in the export folder but not part of the export: see `scores`
 CHECKPOINTS, HISTORY_LOG, TENSORBOARD = "checkpoints", "training_history.jsonl", "tensorboard"  # likewise
 TEACHERS = Path(CHECKPOINTS, "teachers")  # the runs of a student's own teachers
+NO_CHECKPOINTS = (  # of a finished model that should train longer
+    "but no checkpoint to continue from: train it again with --fresh, or fine-tune it into another folder with "
+    "--init_from"
+)
 EXPECTED_FILES = (
     "config.json",
     "generation_config.json",

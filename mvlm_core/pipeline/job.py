@@ -31,7 +31,7 @@ from mvlm_core.cost_estimate import (
 )
 from mvlm_core.data.corpus import Corpus, load_corpus
 from mvlm_core.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
-from mvlm_core.export.manifest import CHECKPOINTS, ended_by_time, training_config
+from mvlm_core.export.manifest import CHECKPOINTS, NO_CHECKPOINTS, ended_by_time, training_config
 from mvlm_core.hardware import HARDWARE_FLAGS, choose_hardware, describe, missing_gpu
 from mvlm_core.pipeline.summary import finished_models
 from mvlm_core.run_layout import Layout
@@ -266,6 +266,8 @@ def _state(job: Job, name: str, differences: list[str], plan: Plan | None) -> st
         size = f"finished: {results['parameters']:,} parameters, {results['steps']:,} steps"
         if plan is None or _kept(job, name, plan):
             return f"{size}; kept"
+        if not list((job.layout.export(name) / CHECKPOINTS).glob("step-*")):
+            return _refusal([f"{size}, {NO_CHECKPOINTS}"])
         return f"{size}; continues to {plan.steps:,} (estimate: all steps)"
     checkpoints = len(list((job.layout.export(name) / CHECKPOINTS).rglob("step-*")))
     return f"resumes from its checkpoints ({checkpoints})" if checkpoints else "starts from scratch"

@@ -335,3 +335,4 @@ def log_results(layout: Layout, summary: Summary, compared: list[str], log_file:
         host = f"{os.environ.get('USER', 'root')}@{os.uname().nodename}"
         log.info("next, on your own machine:  scp -r %s:%s .", host, shlex.quote(str(layout.downloads)))
         log.info("then follow %s", layout.downloads / "DOWNLOAD_INSTRUCTIONS.md")
+        log.info("to train longer later, copy %s as well: the archives hold no checkpoints", layout.models)

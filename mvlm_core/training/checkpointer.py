@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mvlm_core.errors import TrainingError, UserError
-from mvlm_core.export.manifest import CHECKPOINTS
+from mvlm_core.export.manifest import CHECKPOINTS, NO_CHECKPOINTS, training_config, verify_folder
 from mvlm_core.files import fsync_path
 from mvlm_core.training import checkpoint as checkpoints
 from mvlm_core.training.checkpoint import Checkpoint
@@ -149,13 +149,17 @@ class Checkpointer:
         """Return the checkpoint to resume from: that of ``--resume_from``, or the newest intact one.
 
         Raises:
-            UserError: it belongs to another run, or ``--resume_from`` is not a checkpoint.
+            UserError: it belongs to another run, ``--resume_from`` is not a checkpoint, or a finished, shorter run has
+                none any more.
         """
         if named := self._settings.resume_from:
             checkpoint: Checkpoint | None = checkpoints.named_checkpoint(named)
         else:
             checkpoint = checkpoints.newest_checkpoint(self.root)
         if checkpoint is None:
+            output_dir = self.root.parent
+            if training_config(output_dir) and not verify_folder(output_dir):
+                raise UserError(f"{output_dir} holds a finished model, {NO_CHECKPOINTS}")
             self._step_log.path.unlink(missing_ok=True)
             return None
         check_identity(f"{checkpoint.folder} is", checkpoint.state.get("identity"), self._task.identity)

@@ -169,8 +169,8 @@ def inherit(settings: TrainingSettings, name: str) -> list[str]:
         base = open_export(settings.init_from)
     except UserError as error:
         return [*problems, *error.problems]
-    if settings.output_dir is not None and Path(settings.output_dir).resolve() == base.folder.resolve():
-        problems.append(f"--output_dir {settings.output_dir} is the export of --init_from; choose another folder")
+    if settings.output_dir is not None and Path(settings.output_dir).resolve().is_relative_to(base.folder.resolve()):
+        problems.append(f"--output_dir {settings.output_dir} is in the export of --init_from; choose another folder")
     if base.name != name:
         return [*problems, f"--init_from {settings.init_from} is an export of {base.name}, not of {name}"]
     if settings.preset in (None, "auto") and base.config.get("preset") in PRESET_NAMES:

@@ -269,8 +269,8 @@ def test_unusable_exports_are_refused_with_a_reason(trained, tmp_path):
 
     assert "no such folder or archive" in one(tmp_path / "missing")
     assert "is an export of simone_enhanced, not of mvlm_gpt2" in one(trained / "simone_enhanced")
-    assert "is the export of --init_from" in one(
-        trained / "mvlm_gpt2", "mvlm_gpt2", "--output_dir", trained / "mvlm_gpt2"
+    assert "is in the export of --init_from" in one(
+        trained / "mvlm_gpt2", "mvlm_gpt2", "--output_dir", trained / "mvlm_gpt2" / "finer"
     )
     (tmp_path / "empty").mkdir()
     assert "no manifest, so not a finished export" in one(tmp_path / "empty")

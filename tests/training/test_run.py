@@ -29,6 +29,7 @@ from mvlm_core.training.results import hardware_record, score_test
 from mvlm_core.training.run import run_training
 from mvlm_core.training.task import Run
 from prioritary_mvlm import EnhancedPrioritaryTrainer, PrioritaryConfig
+from tests.export.exports import copy_export
 from tests.helpers import (
     MODELS,
     TINY,
@@ -116,6 +117,18 @@ def test_rerun_of_a_finished_run_changes_nothing(trained, caplog, monkeypatch):
         run_training(recipe_of(name), settings)
     assert "already finished" in caplog.text
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir() if file.is_file()} == before
+
+
+def test_a_finished_model_without_checkpoints_is_not_overwritten_by_a_longer_run(trained, tmp_path):
+    name, settings, folder = trained
+    copy = copy_export(folder, tmp_path / name)
+    longer = replace(settings, output_dir=str(copy), max_steps=settings.max_steps + 1)
+    with pytest.raises(UserError, match="finished model, but no checkpoint to continue from: .* --fresh.* --init_from"):
+        run_training(recipe_of(name), longer)
+    assert not verify_folder(copy)
+    (copy / "README.md").unlink()
+    run_training(recipe_of(name), longer)  # a damaged one is made again
+    assert not verify_folder(copy) and training_config(copy)["results"]["steps"] == longer.max_steps
 
 
 def test_model_with_sdpa_only_ignores_other_attention_kernels(tiny_corpus, tmp_path, caplog):
