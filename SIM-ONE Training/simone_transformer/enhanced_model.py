@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The SIM-ONE Training authors. SPDX-License-Identifier: MIT
 """Enhanced SIM-ONE as a transformers model: a decoder with rotary embeddings, SwiGLU, RMSNorm and governance heads.
 
 Training calls ``EnhancedSIMONEModel.hidden_states`` and ``EnhancedSIMONEBlock``; inference calls ``forward``.

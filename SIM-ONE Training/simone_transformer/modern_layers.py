@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The SIM-ONE Training authors. SPDX-License-Identifier: MIT
 """The layers that replace GPT-2's: RMSNorm and SwiGLU."""
 
 from __future__ import annotations

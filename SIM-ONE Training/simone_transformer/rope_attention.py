@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The SIM-ONE Training authors. SPDX-License-Identifier: MIT
 """Causal self-attention with rotary embeddings and three governance heads: policy, memory and trace.
 
 Read down to ``point`` for the architecture. The rest of the file, from ``ForwardContext`` on, handles the KV cache,

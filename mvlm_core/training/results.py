@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_core.console import progress
-from mvlm_core.data.corpus import Corpus, named_texts
+from mvlm_core.data.corpus import Corpus, Document, named_texts
 from mvlm_core.data.token_store import document_coverage
 from mvlm_core.errors import UserError, printable
 from mvlm_core.evaluation.bits_per_byte import Score, bits_per_byte_by_part, load_export, score_export, score_loaded
@@ -120,11 +120,11 @@ def hardware_record(run: Run) -> dict[str, Any]:
 
 
 def describe_sources(corpus: Corpus) -> str:
-    """Describe the training text for the model card, with titles and authors of texts that belong to no translation."""
+    """Describe the training text for the model card: its translations, and other texts' titles and authors."""
     train = corpus.split("train")
     own = [document for document in train if not document.translation]
+    credits = {document.translation: _credit(document) for document in train if document.translation}
     listed = {
-        "Translations": [document.translation for document in train],
         "Titles": [document.metadata.get("title") for document in own],
         "Authors": [document.metadata.get("author") for document in own],
         "Licenses as recorded in the corpus": [document.metadata.get("license") for document in train],
@@ -133,7 +133,17 @@ def describe_sources(corpus: Corpus) -> str:
     for label, values in listed.items():
         if names := _listed(values):
             sentences.append(f"{label}: {names}.")
+    if credits:
+        sentences.append("Translations:\n\n" + "\n".join(f"- {credits[name]}" for name in sorted(credits)))
     return " ".join(sentences)
+
+
+def _credit(document: Document) -> str:
+    """Name and author of a document's translation; its title is such as ``Genesis (King James Version)``."""
+    title, author = (document.metadata.get(key) for key in ("title", "author"))
+    name = str(title or "").removeprefix(f"{document.book} (").removesuffix(")")
+    by = f", by {author}" if author else ""
+    return printable(f"{document.translation}: {name}{by}" if name or by else str(document.translation), limit=200)
 
 
 def _listed(values: list[Any]) -> str:

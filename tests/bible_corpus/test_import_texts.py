@@ -144,7 +144,12 @@ def test_metadata_beside_a_text_is_imported_with_it(tiny_corpus, folder, capsys)
     assert documents["held"].split == "test" and documents["mine"].split == "train"
     assert documents["mine"].quality_score == 2 and documents["mine"].metadata["word_count"] == 7
     card = describe_sources(corpus)
-    for text in ("Titles: Mine.", "Authors: A. Writer.", "CC-BY-4.0", "Translations: kjv"):
+    for text in (
+        "Titles: Mine.",
+        "Authors: A. Writer.",
+        "CC-BY-4.0",
+        "\n\n- kjv: KJV, by King James Version, 1769 text\n",
+    ):
         assert text in card
 
 

@@ -71,7 +71,7 @@ def test_gain_and_forgetting_match_the_scores_of_both_exports(model, trained, co
     for name in ("validation_bpb_before", "test_bpb_before", "old_test_bpb_before", "old_test_bpb"):
         assert f"| {results[name]:.4f} |" in card
     assert config["init_from"]["manifest_sha256"] == open_export(str(trained / model)).sha256
-    assert "First trained on" in card and "Translations: kjv" in card and "Translations: plain" in card
+    assert "First trained on" in card and "\n- kjv" in card and "\n- plain" in card
     assert (folder / "tokenizer.json").read_bytes() == (trained / model / "tokenizer.json").read_bytes()
 
 
