@@ -68,7 +68,7 @@ def build_app(models: Models, corpus: Callable[[], Corpus], places: str, *, loca
     import gradio as gr
     from fastapi import FastAPI
 
-    from mvlm_core.pipeline.playground import STYLE, compared, scored
+    from mvlm_core.pipeline.playground import STYLE, compare_runs, score_text
 
     with gr.Blocks(title="Playground", analytics_enabled=False, delete_cache=(600, 600)) as blocks:
         gr.Markdown(f"# Playground\n{' and '.join(models)}")
@@ -80,12 +80,12 @@ def build_app(models: Models, corpus: Callable[[], Corpus], places: str, *, loca
                 upload = gr.UploadButton("Upload a .txt file", file_types=[".txt", ".md"])
                 go = gr.Button("Score", variant="primary")
             upload.upload(read_upload, upload, text, api_visibility="private")
-            go.click(show_user_errors(lambda value: scored(models, value, corpus)), text, gr.HTML(), **EVENT)
+            go.click(show_user_errors(lambda value: score_text(models, value, corpus)), text, gr.HTML(), **EVENT)
         with gr.Tab("Compare runs"):
             label = "Exports, archives or folders of them, one path per line"
             paths = gr.Textbox(places, label=label, lines=4, interactive=local)
             go = gr.Button("Compare", variant="primary")
-            compare = show_user_errors(lambda value: iter([compared(value if local else places)]))
+            compare = show_user_errors(lambda value: iter([compare_runs(value if local else places)]))
             go.click(compare, paths, gr.HTML(), **EVENT)
     sans, mono = SYSTEM_FONTS
     return gr.mount_gradio_app(
@@ -104,7 +104,7 @@ def write_tab(models: Models) -> None:
     """Build the "Write" tab: prompt and sampling settings above the models' continuations."""
     import gradio as gr
 
-    from mvlm_core.pipeline.playground import MAX_NEW_TOKENS, written
+    from mvlm_core.pipeline.playground import MAX_NEW_TOKENS, generate_side_by_side
 
     prompt = gr.Textbox("In the beginning", label="Prompt", lines=2)
     with gr.Row():
@@ -115,7 +115,7 @@ def write_tab(models: Models) -> None:
     with gr.Row():
         go, stop = gr.Button("Write", variant="primary"), gr.Button("Stop")
     gr.HTML("<p class=note>Surprisal: 0 bits <span class=legend></span> 12 bits or more</p>")
-    write = show_user_errors(lambda *values: written(models, *values))
+    write = show_user_errors(lambda *values: generate_side_by_side(models, *values))
     inputs = [prompt, seed, temperature, top_p, length]
     run = gr.on([go.click, prompt.submit], write, inputs, gr.HTML(), **EVENT)
     stop.click(None, cancels=run)

@@ -20,7 +20,7 @@ from mvlm_core.evaluation.surprisal import GovernanceTraces, Token
 from mvlm_core.export.archive import write_archive
 from mvlm_core.export.manifest import training_config
 from mvlm_core.pipeline import local_server
-from mvlm_core.pipeline.playground import HTML, TEXT_LIMIT, compared, exports_at, scored, written
+from mvlm_core.pipeline.playground import HTML, TEXT_LIMIT, compare_runs, exports_at, generate_side_by_side, score_text
 from tests.helpers import MODELS
 from tests.test_serve import server
 
@@ -57,7 +57,7 @@ def cells(page):
 
 def test_both_models_stream_their_continuations(models, monkeypatch):
     monkeypatch.setattr("mvlm_core.pipeline.playground.UPDATE_SECONDS", 0)
-    pages = list(written(models, "In the <i>beginning", **DRAW))
+    pages = list(generate_side_by_side(models, "In the <i>beginning", **DRAW))
     assert len(pages) > 8 and all(name in pages[0] for name in MODELS)
     counts = [len(spans(page)) for page in pages]
     assert counts == sorted(counts) and counts[0] < counts[-1]
@@ -72,19 +72,24 @@ def test_both_models_stream_their_continuations(models, monkeypatch):
     assert "<i>" not in pages[-1]
 
 
+def test_a_continuation_that_fills_the_context_says_so(models):
+    *_, last = generate_side_by_side(models, "In the", **DRAW | {"length": 500.0})
+    assert len(re.findall(r"\d\d tokens generated \(the context is full\)", last)) == len(MODELS)
+
+
 def test_the_same_seed_gives_the_same_page(models):
-    last = [list(written(models, "In the", **DRAW | {"seed": seed}))[-1] for seed in (1, 1, 2)]
+    last = [list(generate_side_by_side(models, "In the", **DRAW | {"seed": seed}))[-1] for seed in (1, 1, 2)]
     assert last[0] == last[1] != last[2]
 
 
 def test_all_invalid_settings_are_reported_in_one_error(models):
     with pytest.raises(UserError) as caught:
-        next(written(models, "In the", seed=-1, temperature=3, top_p=0, length=0.5))
+        next(generate_side_by_side(models, "In the", seed=-1, temperature=3, top_p=0, length=0.5))
     assert [problem.split()[0] for problem in caught.value.problems] == ["seed", "temperature", "top-p", "length"]
     with pytest.raises(UserError, match="seed None: must be from 0"):
-        next(written(models, "In the", **DRAW | {"seed": None}))
+        next(generate_side_by_side(models, "In the", **DRAW | {"seed": None}))
     with pytest.raises(UserError, match="cannot be read"):
-        next(written(models, "\ud800", **DRAW))
+        next(generate_side_by_side(models, "\ud800", **DRAW))
 
 
 def test_token_shading_grows_with_bits_and_escapes_html():
@@ -105,7 +110,7 @@ def test_heat_map_has_a_row_per_layer_and_a_column_per_token():
 
 
 def test_sentence_and_whole_text_scores_match_the_evaluation(models, corpus):
-    first, last = scored(models, TEXT, lambda: corpus)
+    first, last = score_text(models, TEXT, lambda: corpus)
     header, *rows = cells(last)
     assert cells(first)[0] == ["", *MODELS] and header == ["", *MODELS, "xz -9e", "PPMd order 6", "PPMd order 16"]
     assert [row[0] for row in rows] == [
@@ -122,14 +127,14 @@ def test_sentence_and_whole_text_scores_match_the_evaluation(models, corpus):
 
 
 def test_models_are_scored_without_a_corpus(models, tmp_path):
-    pages = list(scored(models, TEXT, lambda: load_corpus(tmp_path / "none")))
+    pages = list(score_text(models, TEXT, lambda: load_corpus(tmp_path / "none")))
     assert cells(pages[-1])[0] == ["", *MODELS] and "No compressors" in pages[-1]
 
 
 @pytest.mark.parametrize("text", ("", " \n", "a" * (TEXT_LIMIT + 1)))
 def test_empty_and_oversized_texts_are_refused(models, text):
     with pytest.raises(UserError, match="1 to 65,536 bytes"):
-        next(scored(models, text, lambda: None))
+        next(score_text(models, text, lambda: None))
 
 
 # --- compare ------------------------------------------------------------------------------------------------
@@ -139,7 +144,7 @@ def test_exports_and_archives_are_compared_by_recorded_results(trained, tmp_path
     archive = tmp_path / "mvlm_gpt2_model.tar.gz"
     write_archive(trained / MODELS[0], archive)
     assert exports_at(tmp_path) == [archive] and exports_at(trained) == [trained / name for name in MODELS]
-    header, *rows = cells(compared(f"{trained}\n\n{archive}\n"))
+    header, *rows = cells(compare_runs(f"{trained}\n\n{archive}\n"))
     table = {first: values for first, *values in rows}
     assert header == ["", *MODELS, archive.name]
     assert table["model"] == [*MODELS, MODELS[0]] and table["max_length"] == ["32"] * 3
@@ -155,9 +160,9 @@ def test_missing_and_tampered_exports_are_reported(trained, tmp_path):
     with (copy / "training_config.json").open("a") as file:
         file.write(" ")
     with pytest.raises(UserError, match="SHA-256 differs.*none: no such folder or archive"):
-        compared(f"{copy}\n{tmp_path / 'none'}")
+        compare_runs(f"{copy}\n{tmp_path / 'none'}")
     with pytest.raises(UserError, match="at least one"):
-        compared(" \n")
+        compare_runs(" \n")
 
 
 # --- the page -----------------------------------------------------------------------------------------------

@@ -40,7 +40,9 @@ HTML = template(STYLE.with_suffix(".html")).module
 # --- write --------------------------------------------------------------------------------------------------
 
 
-def written(models: Models, prompt: str, seed: float, temperature: float, top_p: float, length: float) -> Iterator[str]:
+def generate_side_by_side(
+    models: Models, prompt: str, seed: float, temperature: float, top_p: float, length: float
+) -> Iterator[str]:
     """Stream the models' continuations side by side; the last update adds the governance heads.
 
     Raises:
@@ -61,20 +63,24 @@ def written(models: Models, prompt: str, seed: float, temperature: float, top_p:
     prompt, panels, streams = clean(prompt), [], []
     for name, (model, tokenizer) in models.items():
         ids, room = fit_to_context(model, tokenizer, prompt, int(length))
-        panels.append((name, score_tokens(model, tokenizer, ids), list[Token]()))
+        panels.append((name, score_tokens(model, tokenizer, ids), list[Token](), room))
         streams.append(stream_tokens(model, tokenizer, ids, room, temperature=temperature, top_p=top_p, seed=int(seed)))
 
     def page() -> str:
-        return str(HTML.side_by_side([(name, known, new, costs(known, new)) for name, known, new in panels]))
+        rows = [
+            (name, known, new, surprisal_summary(known, new, context_full=len(new) == room < length))
+            for name, known, new, room in panels
+        ]
+        return str(HTML.side_by_side(rows))
 
     shown = 0.0
     for tokens in zip_longest(*streams):
-        for (_, _, new), token in zip(panels, tokens, strict=True):
+        for (_, _, new, _), token in zip(panels, tokens, strict=True):
             new += [token] if token else []
         if time.monotonic() - shown > UPDATE_SECONDS:
             shown = time.monotonic()
             yield page()
-    by_name = {name: governance_traces(*models[name], [*known, *new]) for name, known, new in panels}
+    by_name = {name: governance_traces(*models[name], [*known, *new]) for name, known, new, _ in panels}
     yield page() + "".join(HTML.heat_map(name, heads) for name, heads in by_name.items() if heads)
 
 
@@ -90,7 +96,7 @@ def clean(text: str) -> str:
         raise UserError(f"the text cannot be read: {error}") from None
 
 
-def costs(known: list[Token], new: list[Token]) -> str:
+def surprisal_summary(known: list[Token], new: list[Token], context_full: bool) -> str:
     """Summarize the surprisal of a prompt and its continuation in one line."""
     facts = []
     if known:
@@ -98,7 +104,8 @@ def costs(known: list[Token], new: list[Token]) -> str:
         facts.append(f"prompt {sum(token.bits for token in known) / size:.2f} bits per byte")
     if new:
         mean = sum(token.bits for token in new) / len(new)
-        facts.append(f"{len(new)} tokens generated, {mean:.2f} bits per token")
+        why = " (the context is full)" if context_full else ""
+        facts.append(f"{len(new)} tokens generated{why}, {mean:.2f} bits per token")
         most = sorted(new, key=lambda token: -token.bits)[:3]
         facts.append("most surprising " + ", ".join(f"“{token.text.strip()}” {token.bits:.1f}" for token in most))
     return "; ".join(facts)
@@ -107,7 +114,7 @@ def costs(known: list[Token], new: list[Token]) -> str:
 # --- score --------------------------------------------------------------------------------------------------
 
 
-def scored(models: Models, text: str, corpus: Callable[[], Corpus]) -> Iterator[str]:
+def score_text(models: Models, text: str, corpus: Callable[[], Corpus]) -> Iterator[str]:
     """Yield bits per byte of each sentence and of the whole text, first for the models, then also for compressors.
 
     Args:
@@ -155,7 +162,7 @@ def scored(models: Models, text: str, corpus: Callable[[], Corpus]) -> Iterator[
 # --- compare ------------------------------------------------------------------------------------------------
 
 
-def compared(lines: str) -> str:
+def compare_runs(lines: str) -> str:
     """Tabulate the results of exports and archives side by side.
 
     Args:
