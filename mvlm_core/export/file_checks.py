@@ -31,6 +31,8 @@ from mvlm_core.export.manifest import (
 from mvlm_core.files import LOCK_NAME, read_json, read_regular
 
 # Allowed in an export folder in addition to the manifest's files; never packed into an archive.
+BY_OTHERS = {".DS_Store", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints", ".cache", ".git", ".gitattributes"}
+BY_OTHERS |= {"LICENSE"}  # which whoever publishes a model adds
 BESIDE = {MANIFEST, STAGING_NAME, LOCK_NAME, TEST_SCORES, CHECKPOINTS, HISTORY_LOG, TENSORBOARD}
 PICKLE_SUFFIXES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
 PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch's zip, protocols 2 to 5
@@ -57,7 +59,7 @@ class Checks(list[Check]):
 
 
 def check_export(folder: Path, sources: Path, path: Path | None = None) -> None:
-    """Check an export folder's files.
+    """Check the files of an export that is to be loaded; its card may have been edited.
 
     Args:
         sources: the folder with the repository's own modeling files; no other code is run.
@@ -68,7 +70,7 @@ def check_export(folder: Path, sources: Path, path: Path | None = None) -> None:
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder}: not a finished export (no {MANIFEST})")
     checks = Checks()
-    check_files(folder, checks, sources)
+    check_files(folder, checks, sources, loaded_only=True)
     if failed := [f"{path or folder}: {check.name}: {check.detail}" for check in checks if not check.passed]:
         raise UserError(failed)
 
@@ -96,11 +98,12 @@ def checked_exports(paths: Sequence[Path], sources: Path, problems: Sequence[str
         yield folders
 
 
-def check_files(folder: Path, checks: Checks, sources: Path) -> list[str]:
+def check_files(folder: Path, checks: Checks, sources: Path, *, loaded_only: bool = False) -> list[str]:
     """Check the manifest, that exactly the expected files exist, and their code; return the manifest's files.
 
     Args:
         sources: the folder with the repository's own modeling files.
+        loaded_only: allow that the model card and the plots were edited or deleted.
     """
     try:
         files = list(read_manifest(folder)["files"])
@@ -108,14 +111,18 @@ def check_files(folder: Path, checks: Checks, sources: Path) -> list[str]:
         checks.add("files", "manifest", False, str(error))
         return []
     checks.add("files", "manifest", True, f"{len(files)} files")
-    checks.add_problems("files", "hashes", verify_folder(folder), "every SHA-256 equals the manifest's")
+    checks.add_problems(
+        "files", "hashes", verify_folder(folder, loaded_only=loaded_only), "every SHA-256 equals the manifest's"
+    )
     code = modeling_files(sources, read_json(folder / "config.json"))
     expected = [*EXPECTED_FILES, *sorted(code)]
     missing = [f"{name} is missing" for name in expected if name not in files]
     checks.add_problems("files", "expected files", missing, "all present")
-    known = BESIDE | {file.split("/")[0] for file in files}
+    known = BESIDE | BY_OTHERS | {file.split("/")[0] for file in files}
     extra = sorted(set(files) - set(expected)) + sorted({path.name for path in folder.iterdir()} - known)
-    checks.add_problems("files", "no extra files", [f"unexpected file: {name}" for name in extra], "none")
+    checks.add_problems(
+        "files", "no extra files", [f"{name} is not part of the export; move it away" for name in extra], "none"
+    )
     checks.add_problems("files", "no pickle", pickles(folder, files), "none")
     checks.add_problems("files", "no remote code", remote_code(folder), "auto_map stays inside the folder")
     checks.add_problems("files", "own code", foreign_code(folder, code, sources), "equal to the repository's own")

@@ -37,6 +37,7 @@ EXPECTED_FILES = (
     "training_history.json",
     "training_plots.png",
 )
+DOCUMENTS = {"README.md", "training_plots.png"}  # never loaded, so users may edit or delete them
 SECTIONS = ("settings", "identity", "data", "tokenizer", "hardware", "results")  # objects in training_config.json
 RECORDED: tuple[tuple[str, str, Any, Any], ...] = (  # section, key, type, default
     ("data", "only", str | None, None),
@@ -134,8 +135,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ArchiveError([p if str(path) in p else f"{folder}: {p}" for p in error.problems]) from None
 
 
-def verify_folder(folder: Path) -> list[str]:
-    """Compare an export folder with its manifest; return the problems, [] if every listed file matches its checksum."""
+def verify_folder(folder: Path, *, loaded_only: bool = False) -> list[str]:
+    """Compare an export folder with its manifest; return the problems, [] if every listed file matches its checksum.
+
+    Args:
+        loaded_only: leave out the model card and the plots.
+    """
     try:
         files = read_manifest(folder)["files"]
     except ArchiveError as error:
@@ -143,6 +148,8 @@ def verify_folder(folder: Path) -> list[str]:
     problems = []
     for name, digest in sorted(files.items()):
         path = folder / name
+        if loaded_only and name in DOCUMENTS:
+            continue
         try:
             if any((folder / part).is_symlink() for part in (name, *PurePosixPath(name).parents)):
                 problems.append(f"{path}: a symbolic link, not a file of the export")

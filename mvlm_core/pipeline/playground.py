@@ -205,7 +205,7 @@ def record_of(place: Path) -> dict[str, Any]:
         UserError: not an export, or it does not match its manifest.
     """
     with opened(place) as folder:
-        if problems := verify_folder(folder):
+        if problems := verify_folder(folder, loaded_only=True):
             raise UserError(problems)
         if not (config := training_config(folder)):
             raise UserError(f"{place}: training_config.json is damaged")

@@ -54,6 +54,19 @@ def test_checked_export_opens_valid_exports_and_refuses_damaged_or_missing_ones(
     with checked_exports([packed], MODELING_FILES) as (folder,):
         assert (folder / "enhanced_model.py").is_file()
     assert not folder.exists()
+    (export / "README.md").write_text("# My model")
+    (export / "training_plots.png").unlink()
+    (export / ".DS_Store").write_bytes(b"\0")
+    (export / ".ipynb_checkpoints").mkdir()
+    with checked_exports([export], MODELING_FILES):
+        pass
+    checks = Checks()
+    check_files(export, checks, MODELING_FILES)
+    failed = {check.name: check.detail for check in checks if not check.passed}
+    assert failed.keys() == {"hashes"} and "README.md: SHA-256" in failed["hashes"], "the validator is stricter"
+    (export / "notes.txt").write_text("")
+    with pytest.raises(UserError, match=r"notes\.txt is not part of"), checked_exports([export], MODELING_FILES):
+        pytest.fail("it was opened")
     (export / "config.json").write_text(json.dumps({}))
     with pytest.raises(UserError, match=r"config\.json"), checked_exports([export], MODELING_FILES):
         pytest.fail("it was opened")

@@ -122,11 +122,15 @@ def test_rerun_of_a_finished_run_changes_nothing(trained, caplog, monkeypatch):
 def test_a_finished_model_without_checkpoints_is_not_overwritten_by_a_longer_run(trained, tmp_path):
     name, settings, folder = trained
     copy = copy_export(folder, tmp_path / name)
-    longer = replace(settings, output_dir=str(copy), max_steps=settings.max_steps + 1)
+    settings_there = replace(settings, output_dir=str(copy))
+    longer = replace(settings_there, max_steps=settings.max_steps + 1)
     with pytest.raises(UserError, match="finished model, but no checkpoint to continue from: .* --fresh.* --init_from"):
         run_training(recipe_of(name), longer)
     assert not verify_folder(copy)
-    (copy / "README.md").unlink()
+    (copy / "README.md").write_text("# My model")
+    with pytest.raises(UserError, match="no checkpoint to continue from"):
+        run_training(recipe_of(name), settings_there)
+    (copy / "tokenizer.json").unlink()
     run_training(recipe_of(name), longer)  # a damaged one is made again
     assert not verify_folder(copy) and training_config(copy)["results"]["steps"] == longer.max_steps
 
