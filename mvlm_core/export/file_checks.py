@@ -25,6 +25,7 @@ from mvlm_core.export.manifest import (
     TENSORBOARD,
     TEST_SCORES,
     ArchiveError,
+    exports_in,
     read_manifest,
     verify_folder,
 )
@@ -68,7 +69,9 @@ def check_export(folder: Path, sources: Path, path: Path | None = None) -> None:
         UserError: not a finished export, or it does not match its manifest; lists every problem.
     """
     if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder}: not a finished export (no {MANIFEST})")
+        inside = [*exports_in(folder), *sorted(folder.glob("*_model.tar.gz"))]
+        instead = f"; did you mean {' or '.join(map(str, inside[:4]))}?" if inside else ""
+        raise UserError(f"{folder}: not a finished export (no {MANIFEST}){instead}")
     checks = Checks()
     check_files(folder, checks, sources, loaded_only=True)
     if failed := [f"{path or folder}: {check.name}: {check.detail}" for check in checks if not check.passed]:

@@ -54,6 +54,9 @@ def test_checked_export_opens_valid_exports_and_refuses_damaged_or_missing_ones(
     with checked_exports([packed], MODELING_FILES) as (folder,):
         assert (folder / "enhanced_model.py").is_file()
     assert not folder.exists()
+    told = r"no manifest.json\); did you mean .*mvlm_gpt2 or .*simone_enhanced\?"
+    with pytest.raises(UserError, match=told), checked_exports([trained], MODELING_FILES):
+        pytest.fail("it was opened")
     (export / "README.md").write_text("# My model")
     (export / "training_plots.png").unlink()
     (export / ".DS_Store").write_bytes(b"\0")
