@@ -63,7 +63,8 @@ if mode in ("slow", "deaf") and not (out / "checkpoint").exists():
 time.sleep(float(os.environ.get("SECONDS_EACH", 0)))
 second = name == "simone_enhanced"
 results = {
-    "parameters": 1010 if second else 1000, "steps": 9, "tokens": 500, "bytes": 2000, "seconds": 3.0,
+    "parameters": 1010 if second else 1000, "steps": 9, "tokens": 500, "bytes": 2000,
+    "seconds": float(os.environ.get("SECONDS_TAKEN", 3)),
     "tokens_per_second": 166.0, "validation_bpb": 2.0, "test_bpb": 1.8 if second else 1.9,
     "test_bpb_kjv": 1.7, "peak_memory_bytes": 10**8,
 }
@@ -241,6 +242,24 @@ def test_full_run_then_rerun_keeps_the_archives(tmp_path, tiny_corpus):
     again = Job(tmp_path, tiny_corpus).run()
     assert again.returncode == 0 and again.stdout.count("kept, already up to date") == 2
     assert {p.name: (p.stat().st_mtime_ns, sha256_file(p)) for p in job.layout.downloads.glob("*.gz")} == before
+
+
+def test_dates_are_those_of_the_last_run_that_trained_something(job):
+    old = {"started": "2020-01-01T00:00:00+00:00", "finished": "2020-01-01T01:00:00+00:00"}
+
+    def dates_after(*flags, earlier=old, **extra):
+        job.layout.summary.write_text(json.dumps(job.summary() | earlier))
+        job.run(*flags, **extra)
+        copy = json.loads((job.layout.downloads / "training_summary.json").read_text())
+        assert copy == job.summary()
+        return {key: copy[key] for key in old}
+
+    assert job.run().returncode == 0
+    assert dates_after() == dates_after("--models", "mvlm_gpt2") == old
+    longer, failing = {"SECONDS_TAKEN": "4.5"}, {"MODE_mvlm_gpt2": "fail"}
+    for extra in ({"earlier": old | {"finished": None}}, longer, failing, failing):
+        new = dates_after(**extra)
+        assert old["finished"] < new["started"] <= new["finished"], extra
 
 
 @without_cuda

@@ -82,7 +82,14 @@ class Summary:
         write_json_atomic(self.layout.downloads / self.layout.summary.name, self.value)
 
     def close(self) -> None:
-        """Record the end of the run, also in the copy next to the archives."""
-        self.value["finished"] = timestamp()
+        """Record the end of the run, also in the copy next to the archives.
+
+        If every model is finished with the results of the earlier run, nothing was trained: that run's dates are kept.
+        """
+        kept = self._earlier.get("finished") and self._earlier.get("models") == self.models
+        if kept and self.with_status("finished") == list(self.models):
+            self.value |= {key: self._earlier.get(key) for key in ("started", "finished")}
+        else:
+            self.value["finished"] = timestamp()
         self.save()
         self.copy_to_downloads()
