@@ -65,9 +65,11 @@ second = name == "simone_enhanced"
 results = {
     "parameters": 1010 if second else 1000, "steps": 9, "tokens": 500, "bytes": 2000,
     "seconds": float(os.environ.get("SECONDS_TAKEN", 3)),
-    "tokens_per_second": 166.0, "validation_bpb": 2.0, "test_bpb": 1.8 if second else 1.9,
+    "tokens_per_second": 166.0, "validation_bpb": 1.9 if second else 2.0, "test_bpb": 1.8 if second else 1.9,
     "test_bpb_kjv": 1.7, "peak_memory_bytes": 10**8,
 }
+if "UNTESTED" in os.environ:
+    results["test_bpb"] = results["test_bpb_kjv"] = None
 config = {
     "model": name, "preset": flags["--preset"], "settings": {"seed": 0}, "results": results,
     "data": {"fingerprint": os.environ["FINGERPRINT"], "only": None}, "hardware": {"device": "cpu"},
@@ -242,6 +244,28 @@ def test_full_run_then_rerun_keeps_the_archives(tmp_path, tiny_corpus):
     again = Job(tmp_path, tiny_corpus).run()
     assert again.returncode == 0 and again.stdout.count("kept, already up to date") == 2
     assert {p.name: (p.stat().st_mtime_ns, sha256_file(p)) for p in job.layout.downloads.glob("*.gz")} == before
+
+
+def test_models_of_text_without_a_test_split_are_compared_by_their_validation_scores(job, tmp_path):
+    job.data_dir = tmp_path / "my texts"
+    job.data_dir.mkdir()
+    for name in ("a", "b"):
+        (job.data_dir / f"{name}.txt").write_text(f"The text of {name}.\n")
+    done = job.run(UNTESTED="1")
+    assert done.returncode == 0, done.stdout
+    advice = 'no test text; to hold out a file as test text, set "split": "test" in the .json file of the same name'
+    assert "1 train, 1 validation, 0 test documents" in done.stdout and f"  corpus: {advice}\n" in done.stdout
+    comparison = job.summary()["comparison"]
+    headline = "On the validation text simone_enhanced scores 1.9000 bits per byte, mvlm_gpt2 2.0000: 5.0% lower."
+    assert comparison["sentences"][0] == headline and comparison["sentences"][-1] == f"There is {advice}."
+    assert comparison["test_bpb"] == {"mvlm_gpt2": None, "simone_enhanced": None, "ratio": None}
+    assert comparison["evaluation_suite"] == {} and "the evaluation suite failed" not in done.stdout
+    (job.data_dir / "a.json").write_text('{"split": "test"}')
+    (job.data_dir / "c.txt").write_text("The text of c.\n")
+    done = job.run("--fresh")
+    assert done.returncode == 0 and "no test text" not in done.stdout
+    assert job.summary()["comparison"]["sentences"][0].startswith("On the test text simone_enhanced scores 1.8000")
+    assert "the evaluation suite failed" in done.stdout
 
 
 def test_dates_are_those_of_the_last_run_that_trained_something(job):

@@ -23,6 +23,7 @@ from mvlm_core.errors import UserError, printable
 from mvlm_core.files import read_json, read_regular
 
 SPLITS = ("train", "validation", "test")
+NO_TEST_TEXT = 'no test text; to hold out a file as test text, set "split": "test" in the .json file of the same name'
 MANIFEST_NAME = "corpus_manifest.json"  # in a built corpus; optional in a user's folder
 MAX_SCORE = 10.0
 VALIDATION_SUBSET_BYTES = 65_536

@@ -14,6 +14,7 @@ import numpy as np
 from mvlm_core.settings import Sampling
 
 SAMPLING = Sampling(temperature=1.0, top_p=0.95)  # of the suite's sampled continuations; exports use DEFAULT_SAMPLING
+MISSING = "–"
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,16 @@ def as_json(value: Any) -> Any:
 def share(mean: dict[str, Any], sign: str = "") -> str:
     """Format a mean as a percentage with its standard error."""
     if mean["value"] is None:
-        return "–"
+        return MISSING
     error = "" if mean["error"] is None else f" ± {mean['error']:.1%}"
     return f"{mean['value']:{sign}.1%}{error}"
 
 
 def rows(results: list[dict[str, Any]]) -> list[list[str]]:
-    """Table rows for the results of ``suite.evaluate``: metric, value of the held-out text, one value per model."""
+    """Table rows for the results of ``suite.evaluate``: metric, value of the held-out text, one value per model.
+
+    Rows without any value are left out.
+    """
     table: list[list[str]] = []
     if not results:
         return table
@@ -77,7 +81,7 @@ def rows(results: list[dict[str, Any]]) -> list[list[str]]:
     def cell(value: Any, form: str) -> str:
         if isinstance(value, dict):
             return share(value, form)
-        return "–" if value is None else format(value, form)
+        return MISSING if value is None else format(value, form)
 
     def row(label: str, *keys: str, form: str = "", text: str = "") -> None:
         table.append([label, text, *(cell(reduce(getitem, keys, result), form) for result in results)])
@@ -104,4 +108,4 @@ def rows(results: list[dict[str, Any]]) -> list[list[str]]:
             row(f"{label}, {name}", "repetition", decoding, key, form=form, text=cell(text[key], form))
     for rule, accuracy in first["pairs"].items():
         row(f"{rule} ({accuracy['count']} pairs)", "pairs", rule)
-    return table
+    return [cells for cells in table if {*cells[1:]} - {"", MISSING}]

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from mvlm_core.console import text_table
+from mvlm_core.data.corpus import NO_TEST_TEXT
 from mvlm_core.evaluation.compression import LABELS
 from mvlm_core.evaluation.results import rows as suite_rows
-from mvlm_core.metrics import BY_NAME, METRICS, NOISE_BPB, PRIMARY_TEST_BPB
+from mvlm_core.metrics import BY_NAME, METRICS, NOISE_BPB, PRIMARY_TEST_BPB, Metric
 from mvlm_core.run_layout import finite_number
 
 # Must be equal for a fair comparison: metric, label for the sentence, and relative tolerance.
@@ -67,6 +68,12 @@ def _ratio(values: list[Any]) -> float | None:
     return values[1] / values[0]
 
 
+def score_metric(comparison: dict[str, Any], names: list[str]) -> Metric:
+    """The score by which models are compared: on the test text, or on the validation text if one has no test score."""
+    tested = all(comparison["test_bpb"][name] is not None for name in names)
+    return BY_NAME["test_bpb" if tested else "validation_bpb"]
+
+
 # --- sentences ----------------------------------------------------------------------------------------------
 
 
@@ -82,21 +89,24 @@ def _sentences(result: dict[str, Any], names: list[str]) -> list[str]:
                 verdict = f"matched within {tolerance:.0%}" if matched else unmatched
                 sentences.append(f"Ratio of {label}, {names[1]} to {names[0]}: {ratio:.3f}, {verdict}.")
         sentences.append(f"One run per model: differences below {NOISE_BPB} bits per byte are noise.")
+    if names and all(result["test_bpb"][name] is None for name in names):
+        sentences.append(f"There is {NO_TEST_TEXT}.")
     return sentences + _against_baselines(result, names)
 
 
 def _verdict(result: dict[str, Any], names: list[str]) -> list[str]:
-    """State which of two models scores better on the test text, and by how much."""
-    scores = result["test_bpb"]
+    """State which of two models scores better on the held-out text, and by how much."""
+    metric = score_metric(result, names)
+    scores = result[metric.name]
     if None in (scores[name] for name in names):
         return []
     better, worse = sorted(names, key=lambda name: scores[name])
     difference = scores[worse] - scores[better]
     if difference < NOISE_BPB:
         both = " and ".join(f"{scores[name]:.4f}" for name in names)
-        return [f"On the test text both score the same within noise ({both} bits per byte)."]
+        return [f"On the {metric.label} text both score the same within noise ({both} bits per byte)."]
     return [
-        f"On the test text {better} scores {scores[better]:.4f} bits per byte, {worse} {scores[worse]:.4f}: "
+        f"On the {metric.label} text {better} scores {scores[better]:.4f} bits per byte, {worse} {scores[worse]:.4f}: "
         f"{difference / scores[worse]:.1%} lower."
     ]
 

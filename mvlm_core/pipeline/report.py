@@ -15,8 +15,7 @@ from mvlm_core.export.file_checks import check_export
 from mvlm_core.export.manifest import corpus_choice, training_config
 from mvlm_core.files import read_json, template, write_atomic
 from mvlm_core.hardware import choose_hardware
-from mvlm_core.metrics import BY_NAME
-from mvlm_core.pipeline.comparison import baseline_lines, evaluation_rows, metric_rows
+from mvlm_core.pipeline.comparison import baseline_lines, evaluation_rows, metric_rows, score_metric
 from mvlm_core.pipeline.plots import figures
 from mvlm_core.run_layout import Layout, training_history
 from mvlm_core.settings import DEFAULT_SAMPLING
@@ -132,13 +131,14 @@ def make_report(layout: Layout, data_dir: str, sources: Path, *, device: str, se
     comparison = summary.get("comparison") or {}
     names = [name for name in comparison.get("test_bpb", {}) if name in models]
     configs = {name: training_config(layout.export(name)) for name in models}
+    score = score_metric(comparison, names)
     histories = {name: training_history(layout.export(name)) for name in names or models}
     page = template(TEMPLATE).render(
         facts=facts(summary, {name: config for name, config in configs.items() if config}),
         names=names,
         sentences=comparison.get("sentences", []),
-        test=comparison.get("test_bpb"),
-        test_metric=BY_NAME["test_bpb"],
+        score=score,
+        scores=comparison.get(score.name),
         metrics=metric_rows(comparison, names) if comparison else [],
         baselines=baseline_lines(comparison),
         suite=evaluation_rows(comparison, names),

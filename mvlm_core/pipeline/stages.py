@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from mvlm_core.data.corpus import SPLITS
+from mvlm_core.data.corpus import NO_TEST_TEXT, SPLITS
 from mvlm_core.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, Stopped, UserError
 from mvlm_core.evaluation.compression import compression_baselines
 from mvlm_core.export.folder import delete_run
@@ -105,6 +105,8 @@ def prepare_corpus(job: Job, signals: SignalForwarder) -> None:
     corpus = job.corpus()
     counts = ", ".join(f"{len(corpus.split(split))} {split}" for split in SPLITS)
     log.info("corpus: %s documents; %d files skipped", counts, len(corpus.skipped))
+    if not corpus.split("test"):
+        log.warning("corpus: %s", NO_TEST_TEXT)
 
 
 def delete_earlier_runs(job: Job) -> None:
@@ -254,8 +256,9 @@ def compare_models(job: Job, summary: Summary, signals: SignalForwarder) -> list
     if first is None:
         return ["no finished model to compare"]
     names = [name for name in configs if data[name].get("fingerprint") == first.get("fingerprint")]
-    baselines = compression_baselines(job.corpus(only=first.get("only")), CACHE_DIR)
-    suite = evaluate_suite(job, names, signals)
+    corpus = job.corpus(only=first.get("only"))
+    baselines = compression_baselines(corpus, CACHE_DIR)
+    suite = evaluate_suite(job, names, signals) if corpus.split("test") else {}
     result = compare(summary.models, names, baselines, suite, {name: scores_by_part(configs[name]) for name in names})
     result["costs"] = {name: configs[name]["costs"] for name in names if "costs" in configs[name]}
     summary.value["comparison"] = result

@@ -1,9 +1,11 @@
 """The evaluation set: what it draws from which split."""
 
+from dataclasses import replace
 from functools import partial
 
 from bible_corpus.grammar import RULES
-from mvlm_core.evaluation.suite import draw_evaluation_set
+from mvlm_core.evaluation.results import rows
+from mvlm_core.evaluation.suite import draw_evaluation_set, evaluate
 
 
 def test_evaluation_set_has_held_out_text_and_matching_train_verses(corpus):
@@ -24,3 +26,15 @@ def test_evaluation_set_has_held_out_text_and_matching_train_verses(corpus):
     assert max(sum(pair.rule == rule.name for pair in text.pairs) for rule in RULES) == 3
     assert text == draw(seed=1)
     assert text.verses != draw(seed=2).verses
+
+
+def test_rows_without_any_value_are_left_out(corpus, trained):
+    text = draw_evaluation_set(corpus, "test", RULES, verses=5, prompts=3, words=10, pairs=20, seed=1)
+    every, some = (
+        rows([evaluate(trained / "mvlm_gpt2", chosen, None, device="cpu", bits_per_byte=False)])
+        for chosen in (text, replace(text, verses=[], train_verses=[]))
+    )
+    labels = [row[0] for row in every]
+    assert {"calibration error (ECE)", "last word, full context"} <= set(labels)
+    assert "training verses, expected share read" not in labels, "it is unknown"
+    assert some == every[labels.index("rep-4, greedy") :] and len(some) == 4

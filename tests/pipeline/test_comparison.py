@@ -3,6 +3,7 @@
 import json
 
 from mvlm_core.console import text_table
+from mvlm_core.data.corpus import NO_TEST_TEXT
 from mvlm_core.export.plots import POINTS, thinned
 from mvlm_core.metrics import METRICS
 from mvlm_core.pipeline import comparison, plots
@@ -60,6 +61,17 @@ def test_comparison_handles_a_single_model_with_missing_scores():
     assert result["parameters"]["equal_within_2_percent"] is None
     assert comparison.table(result, ["mvlm_gpt2"])
     json.dumps(result, allow_nan=False)
+
+
+def test_models_without_a_test_score_are_compared_by_validation():
+    untested = {"test_bpb": None, "test_bpb_kjv": None}
+    models = {NAMES[0]: entry(**untested), NAMES[1]: entry(score=1.4, **untested)}
+    first, *_, last = comparison.compare(models, NAMES, {})["sentences"]
+    assert first == "On the validation text simone_enhanced scores 1.4000 bits per byte, mvlm_gpt2 1.5000: 6.7% lower."
+    assert last == f"There is {NO_TEST_TEXT}."
+    models[NAMES[0]]["test_bpb"] = 1.3
+    sentences = comparison.compare(models, NAMES, {})["sentences"]
+    assert sentences[0] == first and "test text" not in " ".join(sentences), "both scores are on the same text"
 
 
 def test_baselines_are_compared_with_the_score_on_the_same_text():

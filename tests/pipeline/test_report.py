@@ -1,5 +1,6 @@
 """``make_report.py``: one self-contained page from a real run's records and exports, also after failures."""
 
+import html
 import re
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import subprocess
 import pytest
 
 import make_report
+from mvlm_core.data.corpus import NO_TEST_TEXT
 from mvlm_core.errors import UserError
 from mvlm_core.export.manifest import training_config
 from mvlm_core.files import write_json_atomic
@@ -96,6 +98,21 @@ def test_report_shows_samples_of_both_models_and_per_token_traces(run):
     first_distances = [float(re.search(r'title="([\d.]+)"', traces[number])[1]) for number in (3, 8)]
     assert min(first_distances) > 0, "the start token, which sees only itself, is left out"
     assert all(0 <= float(share) <= 0.55 for share in re.findall(r"var\(--heat\) / ([\d.]+)\)", page))
+
+
+def test_report_without_test_scores_shows_the_validation_scores(trained, tmp_path):
+    layout, summary = make_run(trained, tmp_path)
+    for entry in summary.models.values():
+        entry["test_bpb"] = entry["test_bpb_kjv"] = None
+    summary.value["comparison"] = comparison.compare(summary.models, list(MODELS), {})
+    summary.save()
+    page = page_of(layout, trained)
+    scores = [summary.models[name]["validation_bpb"] for name in MODELS]
+    numbers = re.findall(r"<dd>(.*?)<small>(.*?)</small>", page)
+    assert numbers[:2] == [(f"{score:.4f}", "bits per byte on held-out validation text") for score in scores]
+    assert numbers[2][0].startswith("−" if scores[1] < scores[0] else "+") and len(numbers) == 3
+    lead, *others = re.findall(r'<p class="(?:lead|note)">(.*?)</p>', page.split("</header>")[0])
+    assert lead.startswith("On the validation text ") and f"There is {NO_TEST_TEXT}." == html.unescape(others[-1])
 
 
 def test_report_of_the_same_run_is_reproducible(run, trained):
