@@ -20,7 +20,15 @@ from mvlm_core.evaluation.surprisal import GovernanceTraces, Token
 from mvlm_core.export.archive import write_archive
 from mvlm_core.export.manifest import training_config
 from mvlm_core.pipeline import local_server
-from mvlm_core.pipeline.playground import HTML, TEXT_LIMIT, compare_runs, exports_at, generate_side_by_side, score_text
+from mvlm_core.pipeline.playground import (
+    HTML,
+    STYLE,
+    TEXT_LIMIT,
+    compare_runs,
+    exports_at,
+    generate_side_by_side,
+    score_text,
+)
 from tests.helpers import MODELS
 from tests.test_serve import server
 
@@ -93,6 +101,7 @@ def test_all_invalid_settings_are_reported_in_one_error(models):
 
 
 def test_token_shading_grows_with_bits_and_escapes_html():
+    assert re.search(r"\.text {[^}]*font-variant-ligatures: none", STYLE.read_text()), "or one shading is lost"
     page = HTML.shaded([Token(1, "a", 0.0), Token(2, "b", 6.0), Token(3, "<c>", 99.0)])
     assert re.findall(r"--heat:([\d.]+)", page) == ["0.00", "0.50", "1.00"]
     assert "&lt;c&gt;" in page and "<c>" not in page

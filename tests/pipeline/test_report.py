@@ -92,6 +92,7 @@ def test_report_shows_samples_of_both_models_and_per_token_traces(run):
     assert page.count("; the original continues: “") == 2 and page.count(", held out") == 4
     traces = re.findall(r'<div class="heat">(.*?)</div>', page, re.S)
     assert len(traces) == 2 * 5, "two verses, five fields, of the one model that has traces"
+    assert re.search(r"\.heat {[^}]*font-variant-ligatures: none", page), "a ligature takes one token's shading"
     assert page.count("attention entropy, in nats") == 2
     counts = [trace.count("<span") for trace in traces]
     assert counts[0] > 10 and counts == [counts[0]] * 5 + [counts[5]] * 5
