@@ -107,11 +107,12 @@ def warn_about_another_corpus(exports: dict[str, Path], corpus: Corpus) -> None:
 
 
 def print_table(split: str, results: dict[str, dict[str, Any]]) -> None:
-    from mvlm_core.evaluation.results import rows
+    from mvlm_core.evaluation.results import DEFINITIONS, rows
 
     head = [split, "reference text", *(Path(name).name for name in results)]
     rule = ["---", *["---:"] * (len(results) + 1)]
     print("\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *rows([*results.values()])]))
+    print("\n".join(["", *(f"{label}: {meaning}." for label, meaning in DEFINITIONS.items())]))
 
 
 def evaluate_exports(options: argparse.Namespace, exports: dict[str, Path]) -> None:
@@ -148,13 +149,14 @@ def evaluate_exports(options: argparse.Namespace, exports: dict[str, Path]) -> N
         (folder, text, mean_coverage(text.train_verses, train, read[name]) if read[name] else None)
         for name, folder in new.items()
     ]
+    first = next(iter(exports))
     for name, result in zip(new, parallel_map(work, jobs, on_cpu=hardware.device == "cpu"), strict=True):
         results[name] = result | {"weights": weights[name]}
         print(f"{name}: done", file=sys.stderr, flush=True)
         if options.json:
-            write_json_atomic(options.json, identity | {"results": results})
+            write_json_atomic(options.json, identity | {"results": results, "notes": notes(results[first], text)})
     print_table(options.split, {name: results[name] for name in exports})
-    print("\n".join(["", *notes(results[next(iter(exports))], text)]))
+    print("\n".join(["", *notes(results[first], text)]))
 
 
 def main(arguments: list[str] | None = None) -> int:

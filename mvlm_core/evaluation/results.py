@@ -15,6 +15,22 @@ from mvlm_core.settings import Sampling
 
 SAMPLING = Sampling(temperature=1.0, top_p=0.95)  # of the suite's sampled continuations; exports use DEFAULT_SAMPLING
 MISSING = "–"
+# What the rows of the table mean, by words of their labels.
+DEFINITIONS = {
+    "±": "standard error over samples",
+    "calibration error (ECE)": "how far the model's confidence, the probability of its most likely next token, is from "
+    "its accuracy on average; 0 is ideal",
+    "last word": "share of verses whose last word is predicted exactly, from all the text before it (full context) or "
+    "the rest of the verse alone (verse only)",
+    "expected share read": "share of the training verses compared here that the model has read",
+    "second half exact": "share of verses whose second half is reproduced word for word, given the first half",
+    "common prefix, longest match": "share of the second half's words reproduced, from its start or in the longest run",
+    "memorized (difference)": "train minus held out: what is reproduced because it was read",
+    "rep-4": "share of a continuation's four-word sequences that repeat earlier ones; ideal: as in the reference text",
+    "distinct-2": "share of distinct two-word sequences in all continuations; ideal: as in the reference text",
+    "greedy, sampled": "the continuation takes the most likely token each time, or draws one at random",
+    "pairs": "share of verses that are more likely than the same verse with one wrong word form",
+}
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,8 @@ def _against_baselines(result: dict[str, Any], names: list[str]) -> list[str]:
         return []
     scores = result[PRIMARY_TEST_BPB if baselines["translation"] else "test_bpb"]
     label, best = LABELS["ppmd_order_16"], baselines["ppmd_order_16"]
-    verdicts = "worse than the compressor: the model is undertrained", "the model predicts this text better"
+    advice = "the model is undertrained; train longer, with a larger --num_epochs or --max_hours"
+    verdicts = f"worse than the compressor: {advice}", "the model predicts this text better"
     return [
         f"{name} scores {scores[name]:.3f} bits per byte on {_baseline_text(baselines)}, {label} {best:.3f}: "
         f"{verdicts[scores[name] < best]}."
@@ -173,9 +174,12 @@ def evaluation_rows(comparison: dict[str, Any], names: list[str]) -> list[list[s
 
 
 def baseline_lines(comparison: dict[str, Any]) -> list[str]:
-    """Format the compression baselines as one line; empty if they were not measured."""
+    """Format the compression baselines and explain PPMd; empty if they were not measured."""
     if not (baselines := comparison.get("compression_baselines")):
         return []
     values = ", ".join(f"{label} {baselines[name]:.3f}" for name, label in LABELS.items())
     text = f"{_baseline_text(baselines)} ({baselines['test_bytes']:,} bytes)"
-    return [f"Compressors primed with the training text, bits per byte of {text}: {values}"]
+    return [
+        f"Compressors primed with the training text, bits per byte of {text}: {values}.",
+        "PPMd, a compressor, predicts each byte from the bytes before it, at most as many as its order.",
+    ]

@@ -11,6 +11,7 @@ from typing import Any
 from mvlm_core.data.corpus import Corpus, load_corpus
 from mvlm_core.data.verses import sample_verses, verses_of
 from mvlm_core.errors import UserError
+from mvlm_core.evaluation.results import DEFINITIONS
 from mvlm_core.export.file_checks import check_export
 from mvlm_core.export.manifest import corpus_choice, training_config
 from mvlm_core.files import read_json, template, write_atomic
@@ -142,6 +143,8 @@ def make_report(layout: Layout, data_dir: str, sources: Path, *, device: str, se
         metrics=metric_rows(comparison, names) if comparison else [],
         baselines=baseline_lines(comparison),
         suite=evaluation_rows(comparison, names),
+        definitions=DEFINITIONS,
+        notes=read_json(layout.evaluation_suite).get("notes", []),
         sampling=DEFAULT_SAMPLING,
         figures=figures(histories, comparison.get("test_bpb_by_book", {})),
         failures=failures,

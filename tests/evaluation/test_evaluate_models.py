@@ -8,7 +8,7 @@ import pytest
 import evaluate_models
 from mvlm_core.data.corpus import load_corpus
 from mvlm_core.errors import UserError
-from mvlm_core.evaluation.results import share
+from mvlm_core.evaluation.results import DEFINITIONS, share
 from mvlm_core.export.archive import write_archive
 from mvlm_core.files import sha256_file
 from tests.export.exports import moved_validation_text
@@ -55,7 +55,14 @@ def test_all_models_share_one_table_and_results_are_cached(evaluate, variant, tr
     labels = [row[0] for row in table]
     sampled = "rep-4, sampled (temperature 1, top-p 0.95)"
     assert {"bits per byte", "· Ruth", "· kjv", "calibration error (ECE)", sampled} <= set(labels)
-    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    for label in labels[labels.index("calibration error (ECE)") :]:
+        words = [word for key in DEFINITIONS for word in key.split(", ")]
+        assert any(word in label for word in words) or label in ("· mean confidence", "· accuracy, next token"), label
+    for label, meaning in DEFINITIONS.items():
+        assert f"\n{label}: {meaning}.\n" in printed.out
+    saved = json.loads((tmp_path / "out.json").read_text())
+    assert printed.out.endswith("\n".join(["", *saved["notes"], ""])) and "12 distinct held-out" in saved["notes"][0]
+    results = saved["results"]
     first = results[str(gpt2)]
     assert f"{first['bits_per_byte']['all']:.4f}" == table[labels.index("bits per byte")][2]
     assert first["memorization"]["train"]["exact"]["count"] == first["cloze"]["full"]["count"] == 12

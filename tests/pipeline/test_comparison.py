@@ -82,7 +82,8 @@ def test_baselines_are_compared_with_the_score_on_the_same_text():
     ):
         result = comparison.compare(model, ["mvlm_gpt2"], BASELINES | {"translation": translation})
         assert words in result["sentences"][-1]
-    assert result["sentences"][-1].endswith("worse than the compressor: the model is undertrained.")
+    advice = "the model is undertrained; train longer, with a larger --num_epochs or --max_hours."
+    assert result["sentences"][-1].endswith(f"worse than the compressor: {advice}")
 
 
 def test_metric_rows_list_all_metrics_books_and_extreme_translations():

@@ -7,11 +7,13 @@ import subprocess
 
 import pytest
 
+import evaluate_models
 import make_report
 from mvlm_core.data.corpus import NO_TEST_TEXT
 from mvlm_core.errors import UserError
+from mvlm_core.evaluation.results import DEFINITIONS
 from mvlm_core.export.manifest import training_config
-from mvlm_core.files import write_json_atomic
+from mvlm_core.files import read_json, write_json_atomic
 from mvlm_core.metrics import BY_NAME, METRICS
 from mvlm_core.pipeline import comparison
 from mvlm_core.pipeline.summary import Summary
@@ -114,6 +116,27 @@ def test_report_without_test_scores_shows_the_validation_scores(trained, tmp_pat
     assert numbers[2][0].startswith("−" if scores[1] < scores[0] else "+") and len(numbers) == 3
     lead, *others = re.findall(r'<p class="(?:lead|note)">(.*?)</p>', page.split("</header>")[0])
     assert lead.startswith("On the validation text ") and f"There is {NO_TEST_TEXT}." == html.unescape(others[-1])
+
+
+def test_evaluation_table_has_definitions_and_sample_sizes_below_it(trained, tmp_path):
+    layout, summary = make_run(trained, tmp_path)
+    exports = [str(layout.export(name)) for name in MODELS]
+    sizes = "--split test --no_bits_per_byte --verses 12 --prompts 4 --words 10 --pairs 25 --device cpu".split()
+    files = ["--data_dir", str(trained / "corpus"), "--json", str(layout.evaluation_suite)]
+    assert evaluate_models.main([*exports, *sizes, *files]) == 0
+    saved = read_json(layout.evaluation_suite)
+    suite = {name: saved["results"][export] for name, export in zip(MODELS, exports, strict=True)}
+    summary.value["comparison"] = comparison.compare(summary.models, list(MODELS), BASELINES, suite)
+    summary.save()
+    page = html.unescape(page_of(layout, trained))
+    below = page[page.index('<th scope="row">rep-4, greedy</th>') : page.index("<h2>Setup")]
+    for label, meaning in DEFINITIONS.items():
+        assert f"<dt>{label}</dt><dd>{meaning}</dd>" in below
+    assert "<dt>±</dt><dd>standard error over samples</dd>" in below and " ± " in page
+    assert all(f'<p class="note">{note}</p>' in below for note in saved["notes"]) and len(saved["notes"]) == 3
+    assert "12 distinct held-out verses" in below and "4 prompts continued by 10 words" in below
+    for words in ("Bits per byte: the bits an ideal code", "PPMd, a compressor, predicts each byte"):
+        assert page.count(words) == 1
 
 
 def test_report_of_the_same_run_is_reproducible(run, trained):
