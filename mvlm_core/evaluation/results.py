@@ -15,14 +15,14 @@ from mvlm_core.settings import Sampling
 
 SAMPLING = Sampling(temperature=1.0, top_p=0.95)  # of the suite's sampled continuations; exports use DEFAULT_SAMPLING
 MISSING = "–"
-# What the rows of the table mean, by words of their labels.
+# What the rows of the table mean, by the first words of their labels.
 DEFINITIONS = {
     "±": "standard error over samples",
     "calibration error (ECE)": "how far the model's confidence, the probability of its most likely next token, is from "
     "its accuracy on average; 0 is ideal",
     "last word": "share of verses whose last word is predicted exactly, from all the text before it (full context) or "
     "the rest of the verse alone (verse only)",
-    "expected share read": "share of the training verses compared here that the model has read",
+    "training verses, expected share read": "share of the training verses compared here that the model has read",
     "second half exact": "share of verses whose second half is reproduced word for word, given the first half",
     "common prefix, longest match": "share of the second half's words reproduced, from its start or in the longest run",
     "memorized (difference)": "train minus held out: what is reproduced because it was read",

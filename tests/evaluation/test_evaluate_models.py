@@ -56,8 +56,8 @@ def test_all_models_share_one_table_and_results_are_cached(evaluate, variant, tr
     sampled = "rep-4, sampled (temperature 1, top-p 0.95)"
     assert {"bits per byte", "· Ruth", "· kjv", "calibration error (ECE)", sampled} <= set(labels)
     for label in labels[labels.index("calibration error (ECE)") :]:
-        words = [word for key in DEFINITIONS for word in key.split(", ")]
-        assert any(word in label for word in words) or label in ("· mean confidence", "· accuracy, next token"), label
+        words = (*(word for key in DEFINITIONS for word in key.split(", ")), "mean confidence", "accuracy, next token")
+        assert label.removeprefix("· ").startswith(words) or label.endswith(" pairs)"), label
     for label, meaning in DEFINITIONS.items():
         assert f"\n{label}: {meaning}.\n" in printed.out
     saved = json.loads((tmp_path / "out.json").read_text())
