@@ -96,12 +96,12 @@ HOUR |= {"weight_decay": 0.2, "num_models": 3, "num_epochs": 9.0}
 # GPT-2 learns too slowly to train teachers as well, or to memorize the other translations (LOG.md, 2026-11-30).
 GPT2_HOUR = {"learning_rate": 3e-3, "weight_decay": 0.4, "max_length": 256, "data_subset": None, "train_mix": None}
 HOUR_PER_MODEL: dict[str, dict[str, Any]] = {
-    "mvlm_gpt2": GPT2_HOUR | {"num_models": 1, "num_epochs": None, "max_steps": 6000},
+    "mvlm_gpt2": GPT2_HOUR | {"num_models": 1, "num_epochs": None, "max_steps": 12_000},
     "simone_enhanced": RATES["simone_enhanced"] | {"adamw_learning_rate": 0.006},
 }
 HOURS = {
     name: Variant(model, overrides=PER_MODEL[model] | HOUR | HOUR_PER_MODEL[model])
-    for name, model in {"hour": "simone_enhanced", "mvlm_gpt2 half hour": "mvlm_gpt2"}.items()
+    for name, model in {"hour": "simone_enhanced", "mvlm_gpt2 hour": "mvlm_gpt2"}.items()
 }
 VARIANTS = PROXIES | HOURS
 
