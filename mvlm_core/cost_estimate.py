@@ -13,7 +13,7 @@ CORPUS_SECONDS = 60.0
 SUITE_SECONDS = 60.0  # per model
 REPORT_SECONDS = 20.0
 PACKING_BYTES_PER_SECOND = 30e6  # weights, compressed into an archive on one core
-RESCORED_SHARE = 1 / 8  # of the test split's windows, during validation
+RESCORED_SHARE = 1 / 8  # of the test split's documents, during validation
 VERIFICATION_BYTES_PER_SECOND = 200e6  # archives, unpacked and hashed
 # Environment variable that makes a trainer's dry run print its plan as JSON, for the main job to add up.
 JSON_VARIABLE = "MVLM_PLAN_AS_JSON"

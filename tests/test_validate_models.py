@@ -4,17 +4,18 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 import validate_models
+from mvlm_core.data.corpus import load_corpus
 from mvlm_core.errors import UserError
+from mvlm_core.evaluation.bits_per_byte import Score, score_export
 from mvlm_core.export import load_probe, scores, validation
-from mvlm_core.export.manifest import TEST_SCORES, training_config
-from mvlm_core.export.scores import read_scores
-from mvlm_core.files import sha256_file
+from mvlm_core.export.manifest import training_config
 from tests.export.exports import change_config, moved_validation_text, pack, seal, set_json
 from tests.helpers import REPOSITORY
 
@@ -143,40 +144,62 @@ def test_validation_text_may_be_in_another_folder(export, tiny_corpus, tmp_path,
     assert failed(capsys, *flags, "--validation_dir", str(own)) == {}
 
 
-def test_stored_scores_are_sampled_and_checked(export, trained, tiny_corpus, tmp_path, capsys, in_this_process):
-    flags = (str(export), "--work_dir", str(tmp_path / "other"), "--data_dir", str(tiny_corpus))
+def test_recorded_scores_are_sampled_and_checked(export, tiny_corpus, real_text, tmp_path, capsys, in_this_process):
+    flags = (str(export), "--work_dir", str(tmp_path / "other"), "--data_dir", str(tiny_corpus), "--seed", "7")
+    chapters = tiny_corpus / "bible" / "kjv" / "chapters"  # not of the primary translation
+    chapters.mkdir()
+    for number, text in enumerate(real_text[:15]):
+        (chapters / f"{number}.txt").write_text(text)
+        (chapters / f"{number}.json").write_text('{"split": "test"}')
+    corpus = load_corpus(tiny_corpus, only="bible/kjv")
+    change_config(export, "data", fingerprint=corpus.fingerprint)
+    score = score_export(export, corpus)
+    drawn = [document.path for document in scores.draw_sample(corpus.split("test"), 7)]
 
-    def store(change):
-        """Writes stored scores with some nats changed, and a training record that agrees with them."""
-        stored = json.loads((trained / "mvlm_gpt2" / TEST_SCORES).read_text())
-        for document in stored["documents"].values():
-            document["nats"] = [change(number, nats) for number, nats in enumerate(document["nats"])]
-        stored["weights"] = sha256_file(export / "model.safetensors")
-        (export / TEST_SCORES).write_text(json.dumps(stored))
-        score = read_scores(export).bits_per_byte  # this corpus has only the primary translation
-        change_config(export, "results", **{"test_bpb": score, "test_bpb_kjv": score})
+    def record(change=lambda path, nats: nats, **results):
+        """Record the scores of all documents, some of them changed, and test scores that agree unless given."""
+        changed = Score({path: replace(it, nats=change(path, it.nats)) for path, it in score.documents.items()})
+        primary = changed.part({document.path for document in corpus.primary_part("test")})
+        nats = {path: document.nats for path, document in changed.documents.items()}
+        set_json(export / "training_config.json", test_nats=nats)
+        agreeing = {"test_bpb": changed.bits_per_byte, "test_bpb_kjv": primary.bits_per_byte}
+        change_config(export, "results", **agreeing | results)
 
-    store(lambda number, nats: nats)
-    assert failed(capsys, *flags, "--seed", "7") == {}
+    record()
+    assert failed(capsys, *flags, "--whole") == failed(capsys, *flags) == {}
     report = json.loads((tmp_path / "other/models/validation_report.json").read_text())
     (sample,) = [check for check in report["models"]["mvlm_gpt2"]["checks"] if check["name"] == "sample"]
-    assert sample["detail"] == "70 of 308 windows as recorded in training, drawn with seed 7"
-    change_config(export, "results", test_bpb=3.0)
-    assert set(failed(capsys, *flags)) == {"test_bpb"}, "the record must be the sum of the parts"
-    store(lambda number, nats: nats * (0.5 if number % 4 == 1 else 1))
-    assert "window 81:" in failed(capsys, *flags, "--seed", "7")["sample"], "a quarter of them is wrong"
-    assert set(failed(capsys, *flags, "--whole")) == {"test_bpb", "test_bpb_kjv"}
-    store(lambda number, nats: nats * 0.9995)
+    assert sample["detail"] == "8 of 16 documents as recorded in training, drawn with seed 7"
+    for name in ("test_bpb", "test_bpb_kjv"):
+        record(**{name: score.bits_per_byte * 1.00001})
+        assert set(failed(capsys, *flags)) == {name}, "the record must be the sum of the parts"
+    for wrong, more in ((drawn[0], ()), (min(score.documents.keys() - drawn), ("--whole",))):
+        record(lambda path, nats, wrong=wrong: nats * 1.01 if path == wrong else nats)
+        found = failed(capsys, *flags, *more)
+        assert set(found) == {"sample"} and found["sample"].startswith(f"{wrong}: ")
+    record(lambda path, nats: nats * 0.9995)
     assert set(failed(capsys, *flags)) == {"sample"}, "each by little, all of them"
-
+    set_json(export / "training_config.json", test_nats={drawn[0]: 1.0})
+    seal(export)
+    assert "test_nats is not a number of nats for each test document" in failed(capsys, *flags)["recomputed"]
     weights = load_file(export / "model.safetensors")
     weights["transformer.wte.weight"] *= 1.2
     save_file(weights, export / "model.safetensors", {"format": "pt"})
-    store(lambda number, nats: nats)
+    record()
     assert set(failed(capsys, *flags)) == {"sample"}, "weights that never had these scores"
-    stored = json.loads((export / TEST_SCORES).read_text()) | {"weights": "0" * 64}
-    (export / TEST_SCORES).write_text(json.dumps(stored))
-    assert set(failed(capsys, *flags)) == {"test_bpb", "test_bpb_kjv"}, "scores of other weights are not read"
+
+
+def test_exports_of_older_versions_are_scored_as_a_whole(export, tiny_corpus, tmp_path, capsys, in_this_process):
+    flags = (str(export), "--work_dir", str(tmp_path / "other"), "--data_dir", str(tiny_corpus))
+    config = training_config(export)
+    del config["test_nats"]
+    (export / "training_config.json").write_text(json.dumps(config))
+    seal(export)
+    (export / "test_scores.json").write_text('{"weights": "", "documents": {}}')  # one of their files
+    assert failed(capsys, *flags) == {}
+    (export / "test_scores.json").unlink()
+    change_config(export, "results", test_bpb=config["results"]["test_bpb"] * 1.001)
+    assert set(failed(capsys, *flags)) == {"test_bpb"}
 
 
 @pytest.mark.parametrize("config", [[], {"results": 3, "data": [], "settings": None}, {"results": {"test_bpb": "low"}}])

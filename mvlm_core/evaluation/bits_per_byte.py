@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +23,12 @@ def bits_per_byte(nats: float, size: float) -> float:
     return nats / (math.log(2) * size) if size else math.nan
 
 
-@dataclass(frozen=True)
+@dataclass
 class DocumentScore:
-    """Negative log-likelihood of a document.
-
-    Attributes:
-        bytes: UTF-8 bytes of its text.
-        tokens: number of tokens.
-        windows: maps window number to nats of the targets first scored in it; see ``windows``.
-    """
+    """Negative log-likelihood of a document in nats, and the UTF-8 bytes of its text."""
 
     bytes: int
-    tokens: int
-    windows: dict[int, float]
-
-    @property
-    def nats(self) -> float:
-        return math.fsum(self.windows.values())
+    nats: float = 0.0
 
 
 @dataclass
@@ -93,30 +81,23 @@ class Window:
     """A window of a document: input tokens, their targets, and the index of the first target not yet scored."""
 
     key: str
-    number: int
     inputs: np.ndarray
     targets: np.ndarray
     first_new: int
 
 
 def windows(key: str, ids: list[int], start_id: int, context: int) -> Iterator[Window]:
-    """Split a document into overlapping windows, numbered from 0, that score each token exactly once.
+    """Split a document into overlapping windows that score each token exactly once.
 
     The first window scores all its targets. Each later one starts half a context further and scores only targets that
     the previous one did not reach, so these have at least half a context of preceding tokens.
     """
     sequence = np.array([start_id, *ids], dtype=np.int64)
-    scored = 0
-    for number in range(window_count(len(ids), context)):
-        begin = number * max(1, context // 2)
+    begin = scored = 0
+    while scored < len(ids):
         end = min(begin + context, len(ids))
-        yield Window(key, number, sequence[begin:end], sequence[begin + 1 : end + 1], scored - begin)
-        scored = end
-
-
-def window_count(tokens: int, context: int) -> int:
-    """Number of windows for a document of ``tokens`` tokens."""
-    return 0 if tokens == 0 else 1 + math.ceil(max(0, tokens - context) / max(1, context // 2))
+        yield Window(key, sequence[begin:end], sequence[begin + 1 : end + 1], scored - begin)
+        begin, scored = begin + max(1, context // 2), end
 
 
 @torch.inference_mode()
@@ -130,7 +111,6 @@ def score_documents(
     batch_size: int = 16,
     device: str = "cpu",
     progress: Callable[[int], None] | None = None,
-    sample: Iterator[bool] | None = None,
 ) -> Score:
     """Score ``(key, text)`` pairs with a transformers causal language model, in the precision of its weights.
 
@@ -138,24 +118,21 @@ def score_documents(
 
     Args:
         progress: called with the bytes of each document once it is split into windows.
-        sample: for each window, in order over all documents, whether to score it; None scores all.
     """
     was_training = model.training
     model.eval()
     scores: dict[str, DocumentScore] = {}
 
-    def selected() -> Iterator[Window]:
+    def all_windows() -> Iterator[Window]:
         for key, text in documents:
-            ids = encode(text)
-            scores[key] = DocumentScore(len(text.encode()), len(ids), {})
-            every = windows(key, ids, start_id, context)
-            yield from every if sample is None else compress(every, sample)
+            scores[key] = DocumentScore(len(text.encode()))
+            yield from windows(key, encode(text), start_id, context)
             if progress is not None:
                 progress(scores[key].bytes)
 
     try:
-        for window, nats in _window_nats(model, _batches(selected(), context, batch_size), batch_size, device):
-            scores[window.key].windows[window.number] = nats
+        for window, nats in _window_nats(model, _batches(all_windows(), context, batch_size), batch_size, device):
+            scores[window.key].nats += nats
     finally:
         model.train(was_training)
     return Score(scores)
@@ -257,7 +234,6 @@ def score_loaded(
     *,
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
-    sample: Iterator[bool] | None = None,
 ) -> Score:
     """``score_documents`` for a model and tokenizer from ``load_export``."""
     return score_documents(
@@ -269,7 +245,6 @@ def score_loaded(
         batch_size=batch_size,
         device=str(model.device),
         progress=progress,
-        sample=sample,
     )
 
 

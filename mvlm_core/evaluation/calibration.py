@@ -65,7 +65,7 @@ def calibration(model: Any, tokenizer: Any, verses: Iterable[Verse]) -> Calibrat
     for verse in verses:
         last = verse_ids(tokenizer, verse)
         ids = np.array((prompt_ids(tokenizer, verse.before, context + 1) + last)[-context - 1 :])
-        items.append(Window(verse.reference, 0, ids[:-1], ids[1:], max(0, len(ids) - 1 - len(last))))
+        items.append(Window(verse.reference, ids[:-1], ids[1:], max(0, len(ids) - 1 - len(last))))
     items.sort(key=lambda item: (len(item.inputs), item.first_new))  # to minimize padding and unused logits
     confidence, correct = [np.empty(0)], [np.empty(0)]
     for start in range(0, len(items), _BATCH_SIZE):

@@ -24,7 +24,7 @@ from mvlm_core.errors import Stopped
 from mvlm_core.export.archive import check_archive, matches_export, read_checksums
 from mvlm_core.export.file_checks import Checks
 from mvlm_core.export.formats import LOGITS_TOLERANCE, formats_of
-from mvlm_core.export.manifest import MANIFEST, TEST_SCORES, training_config
+from mvlm_core.export.manifest import MANIFEST, training_config
 from mvlm_core.files import read_json, sha256_file
 from mvlm_core.metrics import PRIMARY_TEST_BPB
 from mvlm_core.run_layout import Layout
@@ -165,7 +165,7 @@ def check_scores(folder: Path, checks: Checks, *, data_dir: str, seed: int, **op
     """Recompute the test scores and compare them with those recorded in training.
 
     Args:
-        seed: for the sample of windows to rescore if the export folder has a stored score.
+        seed: for the sample of documents to rescore.
         options: the other arguments of ``scores.rescore``.
     """
     config = training_config(folder)
@@ -183,9 +183,9 @@ def check_scores(folder: Path, checks: Checks, *, data_dir: str, seed: int, **op
     if not checks.add("scores", "same text", same_text, detail):
         return
     if sample := answer["sample"]:
-        detail = f"{sample['windows']:,} of {sample['of']:,} windows as recorded in training, drawn with seed {seed}"
-        checks.add_problems("scores", "sample", sample["problems"], detail)
-    where, tolerance = ("the files", answer["tolerance"]) if sample is None else (TEST_SCORES, _SUM_TOLERANCE)
+        good = f"{sample['documents']:,} of {sample['of']:,} documents as recorded in training, drawn with seed {seed}"
+        checks.add_problems("scores", "sample", sample["problems"], good)
+    where, tolerance = ("the files", answer["tolerance"]) if sample is None else ("test_nats", _SUM_TOLERANCE)
     unscored = config.get("settings", {}).get("no_test_score") is True
     for key in ("test_bpb", PRIMARY_TEST_BPB):
         recorded, now = config.get("results", {}).get(key), answer[key]

@@ -17,7 +17,6 @@ from mvlm_core.errors import TrainingError, UserError
 from mvlm_core.export.folder import delete_run, finish_export, stage_model
 from mvlm_core.export.manifest import CHECKPOINTS, training_config
 from mvlm_core.export.model_card import model_card
-from mvlm_core.export.scores import write_scores
 from mvlm_core.files import RunLock
 from mvlm_core.hardware import HARDWARE_FLAGS, caution, choose_hardware, describe, missing_gpu
 from mvlm_core.settings import TrainingSettings
@@ -199,6 +198,7 @@ def _export(
     measured["peak_memory_bytes"] = peak_memory_bytes
     measured["seconds"] += sum(teacher.seconds for teacher in text.teachers)
     config = results.training_config_content(run, text, task.identity, measured)
+    config["test_nats"] = {path: document.nats for path, document in score.documents.items()}
     config["costs"] = _costs(loop.state, prepared, time.perf_counter() - started)
     log.info("seconds: " + ", ".join(f"{name} {seconds:,.1f}" for name, seconds in config["costs"].items()))
     card = model_card(
@@ -210,7 +210,5 @@ def _export(
         remote_code=recipe.remote_code,
     )
     finish_export(staging, config, card, run.output_dir)
-    if score.documents:
-        write_scores(run.output_dir, score)
     results.log_scores(measured, score, text.corpus)
     log.info("exported to %s", run.output_dir)

@@ -10,7 +10,7 @@ from typing import Any
 
 from mvlm_core.data.corpus import load_corpus
 from mvlm_core.export.archive import write_archive
-from mvlm_core.export.manifest import MANIFEST, TEST_SCORES, read_manifest, training_config, write_manifest
+from mvlm_core.export.manifest import MANIFEST, read_manifest, training_config, write_manifest
 from mvlm_core.files import sha256_file
 from mvlm_core.run_layout import Layout
 
@@ -35,8 +35,7 @@ def copy_export(source: Path, target: Path) -> Path:
 def seal(folder: Path, name: str = "mvlm_gpt2") -> None:
     """Rewrite the manifest to match the files that are now in the folder."""
     (folder / MANIFEST).unlink(missing_ok=True)
-    files = [path for path in folder.iterdir() if path.is_file() and path.name != TEST_SCORES]
-    write_manifest(folder, name, {path.name: sha256_file(path) for path in files})
+    write_manifest(folder, name, {path.name: sha256_file(path) for path in folder.iterdir() if path.is_file()})
 
 
 def set_json(path: Path, section: str | None = None, **values: Any) -> None:

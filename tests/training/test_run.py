@@ -180,7 +180,7 @@ def test_the_best_weights_are_exported_and_the_last_kept(tiny_corpus, tmp_path, 
     values = iter([2.0, 3.0, 4.0])
     monkeypatch.setattr(
         "mvlm_core.training.task.score_documents",
-        lambda *_, **__: Score({"all": DocumentScore(1, 1, {0: next(values) * math.log(2)})}),
+        lambda *_, **__: Score({"all": DocumentScore(1, next(values) * math.log(2))}),
     )
     settings = tiny_settings("simone_enhanced", tiny_corpus, tmp_path)
     folder = EnhancedPrioritaryTrainer(settings, tiny_corpus, tmp_path / "out").train()
