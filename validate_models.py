@@ -14,6 +14,7 @@ import argparse
 import os
 import secrets
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import mvlm_trainer
 from mvlm_core.command_line import command_line, device_problems, seed_problems
 from mvlm_core.errors import UserError, printable, run_main
+from mvlm_core.export.archive import opened
 from mvlm_core.export.file_checks import Checks, check_files
 from mvlm_core.export.manifest import MANIFEST, training_config
 from mvlm_core.export.strict_tar import name_problem
@@ -130,8 +132,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """
     parser = command_line(__doc__)
     add = parser.add_argument
-    add("folders", nargs="*", metavar="MODEL_DIR", help="export folders [default: the models of the last run]")
-    add("--work_dir", default=str(REPOSITORY_ROOT), help="parent of models/ and models_for_download/")
+    add(
+        "folders",
+        nargs="*",
+        metavar="MODEL_DIR",
+        help="export folders or archives [default: the models of the last run]",
+    )
+    add("--work_dir", help="parent of models/ and models_for_download/ [default: this repository]")
     text = "corpus used to recompute the test scores [default: the one each model was trained on, if it is still there]"
     add("--data_dir", help=text)
     add("--validation_dir", help="the folder of the validation text, if the models were trained with one")
@@ -143,18 +150,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     paths = {f"--{name}": getattr(options, name) for name in ("work_dir", "data_dir", "validation_dir")}
     problems = empty_path_problems({"MODEL_DIR": options.folders, **paths})
-    problems += [
-        f"{folder}: {'not a folder; unpack an archive first' if Path(folder).exists() else 'no such folder'}"
-        for folder in options.folders
-        if not Path(folder).is_dir()
-    ]
+    problems += [f"{folder}: no such folder or archive" for folder in options.folders if not Path(folder).exists()]
     problems += [] if options.seed is None else seed_problems(options.seed)
     problems += device_problems(options.device)
     if options.data_dir is not None and not options.quick and not Path(options.data_dir).is_dir():
         problems.append(f"--data_dir {options.data_dir}: no such folder (or use --quick to skip the scores)")
-    if not Path(options.work_dir).is_dir():
-        problems.append(f"--work_dir {options.work_dir}: no such folder")
-    problems += output_folder_problems(Path(options.work_dir) / "models", "--work_dir:")
+    work_dir = options.work_dir or REPOSITORY_ROOT
+    if not Path(work_dir).is_dir():
+        problems.append(f"--work_dir {work_dir}: no such folder")
+    problems += output_folder_problems(Path(work_dir) / "models", "--work_dir:")
     if problems:
         raise UserError(problems)
     for name in ("data_dir", "validation_dir"):
@@ -165,14 +169,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def folders_to_check(options: argparse.Namespace, layout: Layout) -> dict[str, Path]:
-    """Return the folders to check, keyed by their name in the report."""
+def folders_to_check(options: argparse.Namespace, layout: Layout, stack: ExitStack) -> dict[str, Path]:
+    """Return the folders to check, keyed by their name in the report; archives are unpacked until ``stack`` closes."""
     if options.folders:
-        folders = [Path(folder).absolute() for folder in options.folders]
-        return {
-            folder.name if sum(other.name == folder.name for other in folders) == 1 else str(folder): folder
-            for folder in folders
-        }
+        given = {path: stack.enter_context(opened(Path(path).absolute())) for path in options.folders}
+        names = [folder.name for folder in given.values()]
+        return {folder.name if names.count(folder.name) == 1 else path: folder for path, folder in given.items()}
     requested = list(requested_models(layout))
     if not requested:  # no run of the whole job, but perhaps of the trainers
         requested = [name for name in MODELS if layout.export(name).is_dir()] or list(MODELS)
@@ -187,22 +189,23 @@ def folders_to_check(options: argparse.Namespace, layout: Layout) -> dict[str, P
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     set_process_environment()
-    layout = Layout(Path(options.work_dir).absolute())
+    layout = Layout(Path(options.work_dir or REPOSITORY_ROOT).absolute())
     models: dict[str, Any] = {}
     failed: list[str] = []
     texts = sample_texts(options.data_dir or str(DEFAULT_DATA_DIR))
-    folders = folders_to_check(options, layout)
-    jobs = [(folder, layout, options, texts) for folder in folders.values()]
-    results = parallel_map(validate_model, jobs, on_cpu=options.device == "cpu" or not gpu_count())
-    for (name, folder), (checks, samples) in zip(folders.items(), results, strict=True):
-        print_checks(name, checks)
-        failed += [f"{name}: {check.name}: {check.detail}" for check in checks if not check.passed]
-        models[name] = {
-            "passed": all(check.passed for check in checks),
-            "folder": printable(str(folder)),
-            "checks": [asdict(check) for check in checks],
-            "samples": samples,
-        }
+    with ExitStack() as stack:
+        folders = folders_to_check(options, layout, stack)
+        jobs = [(folder, layout, options, texts) for folder in folders.values()]
+        results = parallel_map(validate_model, jobs, on_cpu=options.device == "cpu" or not gpu_count())
+        for (name, folder), (checks, samples) in zip(folders.items(), results, strict=True):
+            print_checks(name, checks)
+            failed += [f"{name}: {check.name}: {check.detail}" for check in checks if not check.passed]
+            models[name] = {
+                "passed": all(check.passed for check in checks),
+                "folder": printable(str(folder)),
+                "checks": [asdict(check) for check in checks],
+                "samples": samples,
+            }
     report = {
         "passed": not failed,
         "checked": timestamp(),
@@ -210,10 +213,15 @@ def main(arguments: list[str] | None = None) -> int:
         "models": models,
         "failed": failed,
     }
-    layout.models.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(layout.validation_report, report)
     count = sum(len(model["checks"]) for model in models.values())
-    print(f"{count - len(failed)} of {count} checks passed; report: {layout.validation_report}")
+    print(f"{count - len(failed)} of {count} checks passed", end="")
+    # The record of this repository's run is not overwritten with checks of other models.
+    if options.work_dir is None and any(folder.parent != layout.models for folder in folders.values()):
+        print(" (no report: give --work_dir for one)")
+    else:
+        layout.models.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(layout.validation_report, report)
+        print(f"; report: {layout.validation_report}")
     for line in failed:
         print(f"failed: {line}")
     return 1 if failed else 0

@@ -15,6 +15,7 @@ from mvlm_core.data.corpus import load_corpus
 from mvlm_core.errors import UserError
 from mvlm_core.evaluation.bits_per_byte import Score, score_export
 from mvlm_core.export import load_probe, scores, validation
+from mvlm_core.export.archive import write_archive
 from mvlm_core.export.manifest import training_config
 from tests.export.exports import change_config, moved_validation_text, pack, seal, set_json
 from tests.helpers import REPOSITORY
@@ -256,3 +257,15 @@ def test_missing_models_fail_and_bad_arguments_are_refused(tmp_path, capsys):
         validate_models.main(["", "--quick", "--work_dir", "", "--data_dir", "", "--validation_dir", ""])
     flags = ("MODEL_DIR", "--work_dir", "--data_dir", "--validation_dir")
     assert caught.value.problems == [f"{flag}: an empty path; is a shell variable unset?" for flag in flags]
+
+
+def test_an_archive_is_checked_and_only_a_named_work_dir_gets_a_report(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(validate_models, "REPOSITORY_ROOT", tmp_path)
+    packed = tmp_path / "mvlm_gpt2_model.tar.gz"
+    write_archive(trained / "mvlm_gpt2", packed)
+    assert validate_models.main([str(packed), "--quick"]) == 0
+    assert "checks passed (no report: give --work_dir for one)" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == [packed.name]
+    assert validate_models.main([str(packed), "--quick", "--work_dir", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "models/validation_report.json").read_text())
+    assert report["passed"] and list(report["models"]) == ["mvlm_gpt2"]
