@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import ExitStack
 
 import pytest
 from hypothesis import given
@@ -109,7 +110,7 @@ def test_fuzzed_training_summary_is_read_or_refused(export, seed, value, deep, n
     value = with_a_value_replaced({"models": {name: ENTRY}}, seed, value) if deep else value
     layout.summary.write_text(json.dumps(value))
     options = validate_models.parse(["--quick", "--work_dir", str(layout.root)])
-    folders, message = raises_only(UserError, lambda: validate_models.folders_to_check(options, layout))
+    folders, message = raises_only(UserError, lambda: validate_models.folders_to_check(options, layout, ExitStack()))
     assert (
         folders is None
         and "training_summary.json" in message
