@@ -71,7 +71,7 @@ def validate_model(
             check_scores(folder, checks, data_dir=options.data_dir or corpus_of(folder), **given)
     else:
         checks.add("loading", LOADING, False, "skipped: the file checks failed")
-    if folder.resolve().parent == layout.models.resolve():
+    if is_own(folder, layout):
         archive = layout.archive(folder.name)
         if archive.is_file() or must_be_packed(folder.name, layout, options):
             check_packed("archive", archive, folder, layout, checks)
@@ -80,6 +80,11 @@ def validate_model(
         if samples:  # without a loaded model there are no logits to compare
             check_formats(folder.name, folder, layout, checks)
     return checks, samples
+
+
+def is_own(folder: Path, layout: Layout) -> bool:
+    """Whether the export is one of the work folder's models, which its run packs and records."""
+    return folder.resolve().parent == layout.models.resolve()
 
 
 def corpus_of(export: Path) -> str:
@@ -216,7 +221,8 @@ def main(arguments: list[str] | None = None) -> int:
     count = sum(len(model["checks"]) for model in models.values())
     print(f"{count - len(failed)} of {count} checks passed", end="")
     # The record of this repository's run is not overwritten with checks of other models.
-    if options.work_dir is None and any(folder.parent != layout.models for folder in folders.values()):
+    others = options.folders and not all(is_own(folder, layout) for folder in folders.values())
+    if others and options.work_dir is None:
         print(" (no report: give --work_dir for one)")
     else:
         layout.models.mkdir(parents=True, exist_ok=True)

@@ -266,7 +266,7 @@ def _state(job: Job, name: str, differences: list[str], plan: Plan | None) -> st
         size = f"finished: {results['parameters']:,} parameters, {results['steps']:,} steps"
         if plan is None or _kept(job, name, plan):
             return f"{size}; kept"
-        if not list((job.layout.export(name) / CHECKPOINTS).glob("step-*")):
+        if not any((job.layout.export(name) / CHECKPOINTS).glob("step-*")):
             return _refusal([f"{size}, {NO_CHECKPOINTS}"])
         return f"{size}; continues to {plan.steps:,} (estimate: all steps)"
     checkpoints = len(list((job.layout.export(name) / CHECKPOINTS).rglob("step-*")))

@@ -186,8 +186,8 @@ class Ranks:
     def shorten_timeout(self, compiles: bool) -> None:
         """Lower the timeout of collectives to that of a step; call it once everything is compiled."""
         if self.world_size > 1:
+            timeout = _COMPILED_STEP_TIMEOUT if compiles else _STEP_TIMEOUT
             for group in (dist.group.WORLD, self.cpu_group):
-                timeout = _COMPILED_STEP_TIMEOUT if compiles else _STEP_TIMEOUT
                 dist.distributed_c10d._set_pg_timeout(timeout, group)
 
     def destroy(self) -> None:
