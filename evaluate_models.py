@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mvlm_trainer
-from mvlm_core.command_line import command_line, device_problems, seed_problems
+from mvlm_core.command_line import CommandLine, device_problems, seed_problems
 from mvlm_core.errors import run_main
 from mvlm_core.export.file_checks import checked_exports
 from mvlm_core.files import read_json, sha256_file, write_json_atomic
@@ -43,7 +43,7 @@ SIZES = {
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = command_line(__doc__)
+    parser = CommandLine(__doc__)
     add = parser.add_argument
     default = [REPOSITORY_ROOT / "models" / name for name in MODELS]
     models = f"export folders or .tar.gz [default: models/{MODELS[0]} and models/{MODELS[1]}]"

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mvlm_core.command_line import command_line
+from mvlm_core.command_line import CommandLine
 from mvlm_core.errors import run_main
 from mvlm_core.export.file_checks import checked_exports
 from mvlm_core.export.formats import PACKAGES, missing_packages, write_formats
@@ -29,7 +29,7 @@ from prioritary_mvlm.config import MODELING_FILES
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = command_line(__doc__)
+    parser = CommandLine(__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, help="export folder, unpacked archive or .tar.gz")
     add("--onnx", action="store_true", help="write onnx/model.onnx, for ONNX Runtime")

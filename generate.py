@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mvlm_core.command_line import command_line, device_problems, seed_problems
+from mvlm_core.command_line import CommandLine, device_problems, seed_problems
 from mvlm_core.errors import UserError, printable, run_main
 from mvlm_core.export.file_checks import checked_exports
 from mvlm_core.hardware import set_process_environment
@@ -28,7 +28,7 @@ from prioritary_mvlm.config import MODELING_FILES
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = command_line(__doc__)
+    parser = CommandLine(__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, help="export folder, unpacked archive or .tar.gz")
     add("prompt", nargs="?", default="", help="text to continue [default: the start of a document]")

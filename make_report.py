@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mvlm_core.command_line import command_line, device_problems, seed_problems
+from mvlm_core.command_line import CommandLine, device_problems, seed_problems
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.files import output_folder_problems, read_json
 from mvlm_core.hardware import set_process_environment
@@ -27,7 +27,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     Raises:
         UserError: with all problems at once.
     """
-    parser = command_line(__doc__)
+    parser = CommandLine(__doc__)
     parser.add_argument("--work_dir", type=Path, default=REPOSITORY_ROOT, help="parent of models/ [this repository]")
     parser.add_argument("--data_dir", default=str(DEFAULT_DATA_DIR), help="corpus to draw held-out verses from")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda [default auto]")

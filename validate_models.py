@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import mvlm_trainer
-from mvlm_core.command_line import command_line, device_problems, seed_problems
+from mvlm_core.command_line import CommandLine, device_problems, seed_problems
 from mvlm_core.errors import UserError, printable, run_main
 from mvlm_core.export.archive import opened
 from mvlm_core.export.file_checks import Checks, check_files
@@ -135,7 +135,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     Raises:
         UserError: with all problems at once.
     """
-    parser = command_line(__doc__)
+    parser = CommandLine(__doc__)
     add = parser.add_argument
     add(
         "folders",

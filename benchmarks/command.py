@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mvlm_core.command_line import command_line
+from mvlm_core.command_line import CommandLine
 from mvlm_core.errors import UserError
 from mvlm_core.files import write_json_atomic
 
@@ -17,8 +17,7 @@ EXIT_CODES = "Exit codes: 0 done, 1 something failed, 2 bad arguments, 130/143 s
 
 def new_parser(description: str | None, epilog: str = EXIT_CODES, *, json: bool = True) -> argparse.ArgumentParser:
     """Create a parser that shows the module docstring as help, with a ``--json`` option unless disabled."""
-    parser = command_line(description)
-    parser.epilog = epilog
+    parser = CommandLine(description, epilog)
     if json:
         parser.add_argument("--json", type=Path, help="also write all figures to this file")
     return parser

@@ -3,22 +3,69 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from mvlm_core.console import outlive_terminal, setup_logging
+from mvlm_core.errors import UserError
 from mvlm_core.hardware import DEVICES, set_process_environment
 from mvlm_core.settings import TrainingSettings, add_options
 
 Settings = TypeVar("Settings", bound=TrainingSettings)
 
 
-def command_line(description: str | None) -> argparse.ArgumentParser:
-    """Argument parser whose help shows a script's docstring verbatim."""
-    return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+class CommandLine(argparse.ArgumentParser):
+    """Argument parser whose help shows ``description`` verbatim. Its errors are ``UserError``, without the usage text,
+    and list all unknown options and malformed numbers at once."""
+
+    def __init__(self, description: str | None, epilog: str | None = None) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, epilog=epilog, formatter_class=formatter, allow_abbrev=False)
+        for number, expected in ((int, "a whole number"), (float, "a number")):
+            self.register("type", number, partial(_parse_number, number, expected))
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        options, unknown = self.parse_known_args(args, namespace)
+        values = ((name, part) for name, value in vars(options).items() for part in _parts(value))
+        problems = [f"--{name} {part}: not {part.expected}" for name, part in values if isinstance(part, _Malformed)]
+        if unknown_options := [argument.split("=")[0] for argument in unknown if argument.startswith("-")]:
+            known = re.findall(r"--\w+", self.format_usage())
+            for name in unknown_options:
+                close = difflib.get_close_matches(name.replace("-", "_"), known, 1)
+                advice = f"did you mean {close[0]}?" if close else "--help lists the options"
+                problems.append(f"{name}: no such option; {advice}")
+        elif unknown:
+            problems.append(f"unexpected: {' '.join(unknown)}; --help lists the options")
+        if problems:
+            raise UserError(problems)
+        return options
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')}; --help lists the options")
+
+
+class _Malformed(str):
+    """An argument that should have been a number, and what was expected."""
+
+    expected: str
+
+
+def _parts(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _parse_number(number: type, expected: str, text: str) -> Any:
+    try:
+        return number(text)
+    except ValueError:
+        malformed = _Malformed(text)
+        malformed.expected = expected
+        return malformed
 
 
 def trainer_settings(
@@ -29,8 +76,7 @@ def trainer_settings(
     Raises:
         UserError: lists every problem.
     """
-    parser = command_line(description)
-    parser.epilog = epilog
+    parser = CommandLine(description, epilog)
     add_options(parser, cls)
     given = vars(parser.parse_args(arguments))
     if given["output_dir"] is None:

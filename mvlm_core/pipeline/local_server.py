@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mvlm_core.command_line import command_line, device_problems
+from mvlm_core.command_line import CommandLine, device_problems
 from mvlm_core.errors import UserError
 from mvlm_core.export.file_checks import checked_exports
 from mvlm_core.export.manifest import exports_in
@@ -23,7 +23,7 @@ GRACE = 2  # seconds for open requests to finish after a signal
 
 def parser_of(description: str | None, port: int) -> argparse.ArgumentParser:
     """Argument parser with MODEL …, ``--host``, ``--port`` and ``--device``."""
-    parser = command_line(description)
+    parser = CommandLine(description)
     add = parser.add_argument
     add("models", nargs="*", type=Path, metavar="MODEL", help="export folders or .tar.gz [default: all trained models]")
     add("--port", type=int, default=port, help=f"port to listen on; 0: any free port [default {port}]")
