@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from mvlm_core.signals import PARENT_VARIABLE
-from mvlm_core.training.launch import MEMORY_VARIABLE, rank_environment, shared_memory
+from mvlm_core.training.supervisor import MEMORY_VARIABLE, rank_environment, shared_memory
 
 
 def fork_ranks(world: int, folder: Path) -> int:

@@ -1,7 +1,7 @@
 """Data-parallel training: the collectives of a run, with ``torch.distributed``.
 
 Each process (rank) works on its part of every global batch; gradients are summed, so all ranks take the same step and
-hold the same weights. ``launch`` starts ranks on one machine, ``torchrun`` on several; a single rank has no overhead.
+hold the same weights. ``supervisor`` starts ranks on one machine, ``torchrun`` on several; a single rank has no overhead.
 Only the main rank reads and writes checkpoints; it broadcasts what it reads, so no shared disk is needed.
 """
 
@@ -26,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from mvlm_core.errors import Stopped, TrainingError, UserError
 from mvlm_core.signals import parent_is_gone
-from mvlm_core.training.launch import FOLDER_VARIABLE, MEMORY_VARIABLE
+from mvlm_core.training.supervisor import FOLDER_VARIABLE, MEMORY_VARIABLE
 
 _TIMEOUT = timedelta(hours=2)  # one rank may read and check a checkpoint, or compile, while the others wait
 _STEP_TIMEOUT = timedelta(seconds=90)  # less than two minutes including the supervisor's grace period
@@ -44,7 +44,7 @@ class Ranks:
         cpu_group: gloo process group for tensors in host memory; None with a single rank.
         local_rank, local_world_size: rank and world size on this machine.
         store: key-value store of all ranks; None with a single rank.
-        shared_memory: memory shared by CPU ranks started by ``launch``: each writes its own part and reads the others'.
+        shared_memory: memory shared by CPU ranks started by ``supervisor``: each writes its own part and reads the others'.
         threads: the process's thread count before ``join``.
     """
 
@@ -201,7 +201,7 @@ SINGLE_RANK = Ranks()
 
 
 def join(device: str) -> Ranks:
-    """Join the process group of the ranks that ``launch`` or ``torchrun`` started, if any.
+    """Join the process group of the ranks that ``supervisor`` or ``torchrun`` started, if any.
 
     Raises:
         UserError: more processes than GPUs on this machine.

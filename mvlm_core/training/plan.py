@@ -24,10 +24,10 @@ from mvlm_core.settings import LENGTHS, TrainingSettings
 from mvlm_core.training.cost import OVERHEAD, StepCost, fitting_micro_batch, step_cost
 from mvlm_core.training.distillation import relative_step_cost, teacher_and_student_settings, with_time_left
 from mvlm_core.training.forecast import TEXT_PER_PARAMETER, UNIT_EPOCHS
-from mvlm_core.training.launch import describe_gpus, planned_gpus
 from mvlm_core.training.preparation import check_held_out, read_corpus
 from mvlm_core.training.recipe import Recipe
 from mvlm_core.training.run_length import total_steps
+from mvlm_core.training.supervisor import describe_gpus, planned_gpus
 from mvlm_core.training.text_plan import TextPlan, plan_text
 
 # Assumptions; those that an estimate uses are printed with it.

@@ -26,13 +26,13 @@ from mvlm_core.training.checkpoint import delete_checkpoints
 from mvlm_core.training.distillation import teacher_and_student_settings, with_time_left
 from mvlm_core.training.distributed import join
 from mvlm_core.training.identity import check_earlier_run, is_finished, run_identity
-from mvlm_core.training.launch import FOLDER_VARIABLE, rank_count
 from mvlm_core.training.loop import TrainingLoop
 from mvlm_core.training.plan import plan_run
 from mvlm_core.training.preparation import PreparedText, prepare_text
 from mvlm_core.training.recipe import Recipe
 from mvlm_core.training.run_length import run_length
 from mvlm_core.training.state import LoopState
+from mvlm_core.training.supervisor import FOLDER_VARIABLE, rank_count
 from mvlm_core.training.task import Run, TrainingTask, build_task
 
 log = logging.getLogger("mvlm")

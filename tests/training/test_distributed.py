@@ -21,7 +21,7 @@ import torch.distributed as dist
 from benchmarks.forked_ranks import fork_ranks
 from mvlm_core.errors import TrainingError
 from mvlm_core.export.manifest import TEACHERS, training_config
-from mvlm_core.training import distributed, gradients, launch
+from mvlm_core.training import distributed, gradients, supervisor
 from mvlm_core.training import loop as training_loop
 from mvlm_core.training.checkpoint import newest_checkpoint
 from mvlm_core.training.distributed import SINGLE_RANK, Ranks, join
@@ -102,7 +102,7 @@ def alone(*arguments, **more):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shared", [True, False])
 def test_collectives_are_correct_and_identical_on_all_ranks(dtype, shared, monkeypatch):
-    monkeypatch.setattr(launch, "SHARED_BYTES", 4096)  # so that a sum is split into many pieces
+    monkeypatch.setattr(supervisor, "SHARED_BYTES", 4096)  # so that a sum is split into many pieces
 
     def work(ranks):
         def mine(rank):
@@ -162,7 +162,7 @@ def test_hung_rank_ends_the_run_after_a_timeout(tiny_corpus, tmp_path, monkeypat
         if ranks.is_main:
             with pytest.raises(TrainingError, match="lost their connection"):
                 distributed_run.run(tiny_corpus, tmp_path, "mvlm_gpt2", 99, ranks)
-            assert (Path(os.environ[launch.FOLDER_VARIABLE]) / "lost.0").exists()
+            assert (Path(os.environ[supervisor.FOLDER_VARIABLE]) / "lost.0").exists()
             assert newest_checkpoint(tmp_path / "mvlm_gpt2" / "checkpoints").step == 10
             os._exit(0)
         distributed_run.run(tiny_corpus, tmp_path, "mvlm_gpt2", 99, ranks)

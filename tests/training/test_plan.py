@@ -10,7 +10,7 @@ import pytest
 from mvlm_core.cost_estimate import PRICE_PER_HOUR, Item, format_costs
 from mvlm_core.data.corpus import load_corpus
 from mvlm_core.hardware import choose_hardware
-from mvlm_core.training import launch, text_plan
+from mvlm_core.training import supervisor, text_plan
 from mvlm_core.training.cost import step_cost
 from mvlm_core.training.plan import EXPORT_SECONDS, plan_run, planned_steps
 from mvlm_core.training.preparation import prepare_text, read_corpus
@@ -91,7 +91,7 @@ def test_all_gpus_of_the_machine_are_paid_for(tiny_corpus, tmp_path, monkeypatch
     assert "planned for a machine with 2" in rented[3]
     assert planned(cpu, gpus=8)[:2] == (8, pytest.approx(alone[1] / 4)), "a batch of four sequences"
     assert planned(cpu, preset="smoke")[0] == 0
-    monkeypatch.setattr(launch, "gpu_count", lambda: 8)
+    monkeypatch.setattr(supervisor, "gpu_count", lambda: 8)
     for changes, ranks in (({}, 4), ({"gpus": 2}, 2)):
         here = planned(gpu, **changes)
         assert here[:2] == (8, pytest.approx(alone[1] / ranks)) and here[2].endswith("× 8")

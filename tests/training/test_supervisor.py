@@ -1,4 +1,4 @@
-"""The launcher: number of ranks, their environment, exit codes, and how a run with a dead rank ends."""
+"""The supervisor: number of ranks, their environment, exit codes, and how a run with a dead rank ends."""
 
 import os
 import signal
@@ -17,11 +17,11 @@ from mvlm_core import hardware
 from mvlm_core.errors import Stopped, TrainingError, UserError
 from mvlm_core.export.manifest import TEACHERS, training_config, verify_folder
 from mvlm_core.signals import PARENT_VARIABLE
-from mvlm_core.training import launch
+from mvlm_core.training import supervisor
 from mvlm_core.training.checkpoint import newest_checkpoint
 from mvlm_core.training.history import read_history
-from mvlm_core.training.launch import FOLDER_VARIABLE, Supervisor, describe_gpus, rank_count
 from mvlm_core.training.run import run_training
+from mvlm_core.training.supervisor import FOLDER_VARIABLE, Supervisor, describe_gpus, rank_count
 from tests.helpers import REPOSITORY, TINY, StopAfter, make_loop, recipe_of, tiny_settings
 from tests.training.test_distributed import in_ranks
 
@@ -34,7 +34,7 @@ def settings_with(tmp_path, **changes):
 
 
 def test_all_gpus_are_used_unless_fewer_are_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "gpu_count", lambda: 8)
+    monkeypatch.setattr(supervisor, "gpu_count", lambda: 8)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
     def count(**changes):
@@ -78,7 +78,7 @@ START = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
 @pytest.fixture
 def quick(monkeypatch):
     for name, seconds in (("_POLL_SECONDS", 0.02), ("_GRACE_SECONDS", 0.5)):
-        monkeypatch.setattr(launch, name, seconds)
+        monkeypatch.setattr(supervisor, name, seconds)
 
 
 def supervised(program, world=2, log_file=None):
@@ -95,7 +95,7 @@ def test_supervisor_returns_the_main_ranks_exit_code(code, quick):
 def test_ranks_get_their_environment_and_use_only_the_loopback(tmp_path, quick):
     program = f"""
 keys = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE {FOLDER_VARIABLE} {PARENT_VARIABLE} GLOO_SOCKET_IFNAME".split()
-memory = os.fstat(int(os.environ["{launch.MEMORY_VARIABLE}"])).st_size
+memory = os.fstat(int(os.environ["{supervisor.MEMORY_VARIABLE}"])).st_size
 folder = os.environ["{FOLDER_VARIABLE}"]
 mode = oct(os.stat(folder).st_mode & 0o777)
 open(f"{tmp_path}/seen{{rank}}", "w").write(" ".join([os.environ[key] for key in keys] + [str(memory), mode]))
@@ -104,7 +104,7 @@ print("hello of", rank)
     assert supervised(program, 3, str(tmp_path / "logs" / "train.log")).run() == 0
     seen = [(tmp_path / f"seen{rank}").read_text().split() for rank in range(3)]
     folder = seen[0][4]
-    size = str(3 * launch.SHARED_BYTES)
+    size = str(3 * supervisor.SHARED_BYTES)
     assert seen == [
         [str(r), "3", str(r), "3", folder, str(os.getpid()), "lo", size, oct(stat.S_IRWXU)] for r in range(3)
     ]
