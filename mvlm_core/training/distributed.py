@@ -1,7 +1,8 @@
 """Data-parallel training: the collectives of a run, with ``torch.distributed``.
 
 Each process (rank) works on its part of every global batch; gradients are summed, so all ranks take the same step and
-hold the same weights. ``supervisor`` starts ranks on one machine, ``torchrun`` on several; a single rank has no overhead.
+hold the same weights. ``supervisor`` starts the ranks on one machine, ``torchrun`` on several; a single rank has no
+overhead.
 Only the main rank reads and writes checkpoints; it broadcasts what it reads, so no shared disk is needed.
 """
 
@@ -44,7 +45,7 @@ class Ranks:
         cpu_group: gloo process group for tensors in host memory; None with a single rank.
         local_rank, local_world_size: rank and world size on this machine.
         store: key-value store of all ranks; None with a single rank.
-        shared_memory: memory shared by CPU ranks started by ``supervisor``: each writes its own part and reads the others'.
+        shared_memory: memory shared by the supervisor's CPU ranks: each writes its own part and reads the others'.
         threads: the process's thread count before ``join``.
     """
 
