@@ -187,7 +187,7 @@ def recipe() -> Recipe:
         name=NAME,
         title="MVLM-GPT2",
         description="A standard GPT-2",
-        remote_code=False,
+        modeling_folder=None,
         tokenizer_class=tokenizer_class(),
         build=build,
         law=ScalingLaw(

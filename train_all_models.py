@@ -56,21 +56,21 @@ log = logging.getLogger("mvlm")
 
 def make_parser() -> argparse.ArgumentParser:
     parser = CommandLine(__doc__)
-    add = partial(parser.add_argument, metavar="TEXT")
+    add = parser.add_argument
     presets = f"one of {', '.join(PRESET_NAMES)}; auto: h200 with a CUDA device, else cpu [default auto]"
-    add("--preset", default="auto", help=presets)
+    add("--preset", default="auto", metavar="NAME", help=presets)
     text = "folder of .txt files; the default one is built if missing or damaged"
-    add("--data_dir", default=str(DEFAULT_DATA_DIR), help=text)
+    add("--data_dir", metavar="PATH", default=str(DEFAULT_DATA_DIR), help=text)
     text = "parent of models/, logs/ and models_for_download/ [this repository]"
-    add("--work_dir", default=str(REPOSITORY_ROOT), help=text)
+    add("--work_dir", metavar="PATH", default=str(REPOSITORY_ROOT), help=text)
     text = f"also export to {' or '.join(PACKAGES)}, or both (onnx,gguf); see export_formats.py"
-    add("--formats", default=(), type=comma_separated, help=text)
+    add("--formats", metavar="LIST", default=(), type=comma_separated, help=text)
     text = f"models to train, comma-separated [default {','.join(TRAINERS)}]"
-    add("--models", default=tuple(TRAINERS), type=comma_separated, help=text)
+    add("--models", metavar="LIST", default=tuple(TRAINERS), type=comma_separated, help=text)
     text = "total training time of all models in hours, split equally between them; see the trainers' --help"
-    parser.add_argument("--max_hours", type=float, metavar="X", help=text)
-    parser.add_argument("--fresh", action="store_true", help="delete existing results of these models and start over")
-    parser.add_argument("--dry_run", action="store_true", help="show what would run without running it")
+    add("--max_hours", type=float, metavar="X", help=text)
+    add("--fresh", action="store_true", help="delete existing results of these models and start over")
+    add("--dry_run", action="store_true", help="show what would run without running it")
     title = "passed on to both trainers (their --help has defaults and presets)"
     add_options(parser, TrainingSettings, PASSED_ON, title=title)
     return parser

@@ -35,6 +35,9 @@ PATHS = (  # options that name a path, which must not be empty
 LENGTHS = ("num_epochs", "max_steps", "max_tokens", "max_bytes", "max_hours")
 FINE_TUNING = "init_from"  # key in PRESETS: values that --init_from applies on top of any preset
 FINE_TUNING_RATE = 0.3  # times the preset's peak learning rate
+# Upper limits for fine-tuning: a megabyte of text is only seven steps of the h200 preset's 32,768 tokens per epoch.
+FINE_TUNING_TOKENS = 4096  # per step; measured with 2,048
+FINE_TUNING_INTERVALS = {"eval_interval": 100, "checkpoint_interval": 200}
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ class TrainingSettings:
     data_dir: str = _data(str(DEFAULT_DATA_DIR), "folder of .txt files, each with an optional .json file")
     data_subset: str | None = _data(None, "use only this folder below --data_dir")
     train_mix: str | None = _data(
-        None, "FOLDER=TIMES,...: how often one epoch reads the train text of these folders", identity=True
+        None, "FOLDER=TIMES,...: how many times one epoch repeats the training text of these folders", identity=True
     )
     output_dir: str | None = _data(None, "folder for the finished model and its checkpoints")
     cache_dir: str = _data(str(CACHE_DIR), "folder that keeps tokenizers and tokens between runs")
@@ -163,7 +166,8 @@ class TrainingSettings:
 
     init_from: str | None = _fine_tuning(
         None, "continue training this export (folder or .tar.gz): its weights, shape and tokenizer, and by default its "
-        f"preset, with {FINE_TUNING_RATE} times the learning rate and at most 2 epochs",
+        f"preset, with {FINE_TUNING_RATE} times the learning rate, at most {FINE_TUNING_TOKENS:,} tokens per step and "
+        "at most 2 epochs",
     )  # fmt: skip
     replay: str | None = _fine_tuning(
         None, "FOLDER=SHARE: to reduce forgetting, draw this share of the sequences from that corpus's training text, "
@@ -178,27 +182,28 @@ class TrainingSettings:
         "helps when text is repeated for many epochs", minimum=1,
     )  # fmt: skip
     teacher_epochs: float = _distillation(
-        3.0, "maximum epochs per teacher: without a teacher of its own, a model overfits sooner", above=0
+        3.0, "maximum epochs per teacher: without distillation, a model overfits sooner", above=0
     )
 
     vocab_size: int = _model(32000, "vocabulary size", minimum=MIN_VOCABULARY, maximum=1_000_000)
     hidden_dim: int = _model(768, "hidden size", minimum=2)
     num_heads: int = _model(12, "attention heads per layer", minimum=1)
-    ff_dim: int = _model(3072, "feed-forward size without gating; a gated layer uses 2/3 of it", minimum=1)
+    ff_dim: int = _model(3072, "feed-forward width; SwiGLU uses 2/3 of it, for as many parameters", minimum=1)
     num_layers: int = _model(12, "number of layers", minimum=1)
     max_length: int = _model(1024, "training context in tokens", minimum=2)
-    dropout: float = _model(0.1, "dropout", minimum=0, below=1)
+    dropout: float = _model(0.1, "dropout rate", minimum=0, below=1)
 
     preset: str = option(
         "auto", "model size and training budget; auto: h200 with a CUDA device, else cpu", choices=PRESET_NAMES
     )
     batch_size: int = _optimization(
-        32, "sequences per forward pass on one device, at most; times --gradient_accumulation_steps: sequences per "
-        "optimizer step, whatever the number of devices", minimum=1, identity=False,
+        32, "largest micro-batch per device, in sequences; times --gradient_accumulation_steps, it is the global batch "
+        "size, whatever the number of devices", minimum=1, identity=False,
     )  # fmt: skip
     gradient_accumulation_steps: int = _optimization(
-        1, "micro-batches per optimizer step on one device; several share them", minimum=1, identity=False
-    )
+        1, "micro-batches per optimizer step on one device; more devices split the same batch",
+        minimum=1, identity=False,
+    )  # fmt: skip
     learning_rate: float = _optimization(1e-3, "peak learning rate", above=0)
     lr_schedule: str = _optimization("cosine", "learning rate schedule after warm-up", choices=SCHEDULES)
     warmup_steps: int | None = _optimization(
@@ -215,8 +220,9 @@ class TrainingSettings:
     max_tokens: int | None = _length(None, "stop after this many tokens")
     max_bytes: int | None = _length(None, "stop after this many bytes of training text")
     max_hours: float | None = option(
-        None, "train for at most this many hours, with evaluations and checkpoints, without set-up and final scoring; "
-        "the number of steps is fixed after timing the first minute (or a tenth of the limit)", "length", above=0,
+        None, "train for at most this many hours, including evaluations and checkpoints, but not set-up and final "
+        "scoring; the number of steps is fixed after timing the first minute (or a tenth of the limit)",
+        "length", above=0,
     )  # fmt: skip
     patience: int | None = _length(None, "stop after this many evaluations without improvement (default: never)")
     min_epochs: float = _length(1.0, "no early stopping before this many epochs", minimum=0)
@@ -237,8 +243,9 @@ class TrainingSettings:
     )
     no_compile: bool = _hardware(False, "do not use torch.compile")
     loss_kernel: str = _hardware(
-        "auto", "cross-entropy kernel; auto: compiled if the model is, else blocks", choices=LOSS_KERNELS
-    )
+        "auto", "cross-entropy kernel: compiled, or blocks (in chunks); auto: compiled if the model is",
+        choices=LOSS_KERNELS,
+    )  # fmt: skip
 
     eval_interval: int = option(200, "steps between evaluations", minimum=1)
     log_interval: int = option(10, "steps between log lines", minimum=1)
@@ -293,13 +300,13 @@ class TrainingSettings:
         return []
 
     def _fine_tuning_values(self, chosen: dict[str, Any]) -> dict[str, Any]:
-        """Adapt a preset's values to a run that starts from a trained model."""
-        rates = {
-            entry.name: FINE_TUNING_RATE * chosen.get(entry.name, entry.metadata["default"])
-            for entry in fields(self)
-            if entry.name.endswith("learning_rate")
-        }
-        return chosen | rates | self.preset_values(FINE_TUNING)
+        """Adapt a preset's values to a run that starts from a trained model, maybe with little text."""
+        values = {entry.name: entry.metadata["default"] for entry in fields(self)} | chosen
+        rates = {name: FINE_TUNING_RATE * values[name] for name in values if name.endswith("learning_rate")}
+        sequences = max(1, FINE_TUNING_TOKENS // (self.max_length or values["max_length"]))
+        limits = {"batch_size": sequences} | FINE_TUNING_INTERVALS
+        limited = {name: min(values[name], limit) for name, limit in limits.items()}
+        return chosen | rates | limited | self.preset_values(FINE_TUNING)
 
     def problems(self) -> list[str]:
         """Return every problem with these values, one sentence each."""
@@ -399,9 +406,10 @@ def add_options(
         if value_type is bool:
             add = partial(add, action="store_true")
         elif get_origin(value_type) is Sequence:
-            add = partial(add, nargs="+", metavar="TEXT")
+            add = partial(add, nargs="+", metavar="PATH")
         else:
-            add = partial(add, type=value_type, metavar={int: "N", float: "X"}.get(value_type, "TEXT"))
+            word = "PATH" if entry.name in PATHS else "VALUE"
+            add = partial(add, type=value_type, metavar={int: "N", float: "X"}.get(value_type, word))
         add(f"--{entry.name}", help=help)
         if value_type is bool and entry.metadata["default"]:
             add(f"--no_{entry.name}", action="store_false", help=f"disable --{entry.name}")

@@ -59,12 +59,12 @@ class PrioritaryConfig(BibleSettings):
 
     adamw_learning_rate: float = _own(
         3e-3,
-        "peak AdamW learning rate for parameters not trained by Muon: embeddings, heads, vectors",
+        "peak AdamW learning rate for parameters not trained by Muon: embeddings, heads, 1-D tensors",
         "optimization",
         above=0,
     )
     output_head: str = _own(
-        "tied", "output matrix: tied to the input embedding, or separate", "model", choices=("tied", "own")
+        "tied", "output matrix: tied to the input embedding, or its own (untied)", "model", choices=("tied", "own")
     )
     policy_head: bool = _own(True, "gates on each attention head's output and on the pointer", "governance")
     memory_head: bool = _own(

@@ -18,10 +18,10 @@ from mvlm_core.training.recipe import BuiltModel, Recipe, StepLoss
 from mvlm_core.training.run import run_training
 from prioritary_mvlm.advanced_losses import ComprehensiveTrainingLoss
 from prioritary_mvlm.advanced_tokenizer import AdvancedBPETokenizer
-from prioritary_mvlm.config import NAME, PrioritaryConfig
+from prioritary_mvlm.config import MODELING_FILES, NAME, PrioritaryConfig
 from simone_transformer import EnhancedSIMONEConfig, EnhancedSIMONEModel, swiglu_width
 from simone_transformer.enhanced_model import run_layer
-from simone_transformer.rope_attention import point
+from simone_transformer.rope_attention import pointer_distribution
 
 
 def model_config(config: PrioritaryConfig, tokenizer: ByteLevelBPE, attention_backend: str) -> EnhancedSIMONEConfig:
@@ -62,8 +62,8 @@ def add_training(model: EnhancedSIMONEModel, config: PrioritaryConfig, hardware:
         loss_kernel=hardware.loss_kernel,
     )
     modules: dict[str, nn.Module] = {"model": model, "loss": criterion}
-    layer, pointer = hardware.compiled(run_layer), hardware.compiled(point)
-    hidden_states = partial(EnhancedSIMONEModel.hidden_states, layer_function=layer, point_function=pointer)
+    layer, pointer = hardware.compiled(run_layer), hardware.compiled(pointer_distribution)
+    hidden_states = partial(EnhancedSIMONEModel.hidden_states, layer_function=layer, pointer_function=pointer)
 
     def loss(
         inputs: Tensor,
@@ -100,7 +100,7 @@ RECIPE = Recipe(
     description=(
         "A decoder with rotary position embeddings, SwiGLU, RMSNorm and governance heads (policy, memory and trace)"
     ),
-    remote_code=True,
+    modeling_folder=MODELING_FILES,
     tokenizer_class=AdvancedBPETokenizer,
     build=build,
     law=ScalingLaw(

@@ -38,7 +38,7 @@ from .rope_attention import (
     PointerHead,
     PointerOutput,
     RotaryEmbedding,
-    point,
+    pointer_distribution,
 )
 
 # Initial logit of the pointer's sentinel above the highest possible token score, so that training starts with almost
@@ -177,12 +177,14 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         context: ForwardContext | None = None,
         layer_function: Callable[..., tuple[Tensor, Tensor]] = run_layer,
-        point_function: Callable[..., PointerOutput] = point,
+        pointer_function: Callable[..., PointerOutput] = pointer_distribution,
     ) -> tuple[Tensor, PointerOutput | None]:
         """Return the normalized last hidden states ``[batch, seq, hidden_size]`` and the pointer head's output, if any.
 
         Args:
-            layer_function, point_function: ``run_layer`` and ``point``, or their compiled versions.
+            input_ids: ``[batch, seq]``.
+            inputs_embeds: ``[batch, seq, hidden_size]``, instead of ids.
+            layer_function, pointer_function: ``run_layer`` and ``pointer_distribution``, or their compiled versions.
         """
         context = context or ForwardContext()
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -201,7 +203,7 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
         key = context.cache_pointer_keys(key, input_ids)
         x, _ = layer_function(self.layers[-1], x, rotary, value_residual, context)
         key, ids, visible = context.cached_pointer_keys(key, input_ids)
-        pointer_output = None if ids is None else point_function(query, key, sentinel, ids, visible)
+        pointer_output = None if ids is None else pointer_function(query, key, sentinel, ids, visible)
         return self.final_norm(x), pointer_output
 
     def predict(self, hidden: Tensor, pointer_output: PointerOutput | None) -> Tensor:
@@ -226,6 +228,10 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
         """Compute next-token logits ``[batch, seq, vocab]``, of the last ``logits_to_keep`` positions if not 0.
 
         Args:
+            input_ids: ``[batch, seq]``.
+            attention_mask: ``[batch, keys]``, 1 for real tokens.
+            position_ids: ``[batch, seq]``.
+            inputs_embeds: ``[batch, seq, hidden_size]``, instead of ids.
             labels: ``[batch, seq]``, -100 is ignored; shifted internally, as in other transformers models.
             output_traces: fill ``policy_logits``, ``memory_signals``, ``traces`` and ``pointer_output``.
         Raises:
@@ -233,7 +239,7 @@ class EnhancedSIMONEModel(PreTrainedModel, GenerationMixin):
                 model without a trace head.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+            raise ValueError("specify exactly one of input_ids or inputs_embeds")
         if output_traces and not self.config.trace_head:
             raise ValueError("output_traces=True needs a model with trace_head=True")
         embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds

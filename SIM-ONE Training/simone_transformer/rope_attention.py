@@ -1,8 +1,8 @@
 # Copyright (c) 2026 The SIM-ONE Training authors. SPDX-License-Identifier: MIT
 """Causal self-attention with rotary embeddings and three governance heads: policy, memory and trace.
 
-Read down to ``point`` for the architecture. The rest of the file, from ``ForwardContext`` on, handles the KV cache,
-padding, traces and the choice of attention kernel.
+Read down to ``pointer_distribution`` for the architecture. The rest of the file, from ``ForwardContext`` on, handles
+the KV cache, padding, traces and the choice of attention kernel.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ class RotaryEmbedding(nn.Module):
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply the rotation to ``x`` ``[batch, heads, seq, head_dim]``; pairs are ``(i, i + head_dim / 2)``."""
+    """Rotate ``x`` ``[batch, heads, seq, head_dim]`` by ``cos`` and ``sin`` ``[batch or 1, 1, seq, head_dim]``.
+
+    Pairs are ``(i, i + head_dim / 2)``.
+    """
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -73,7 +76,8 @@ def shift_tokens(values: Tensor, cache_position: Tensor | None = None) -> Tensor
 def shift_keys(key: Tensor) -> Tensor:
     """Shift the odd dimensions of the keys ``[batch, heads, seq, head_dim]`` right by one token.
 
-    This does not split rotary pairs: ``i`` and ``i + head_dim / 2`` are both even or both odd.
+    A variant of the partial key offset of modded-nanogpt (github.com/KellerJordan/modded-nanogpt). This does not split
+    rotary pairs: ``i`` and ``i + head_dim / 2`` are both even or both odd.
     """
     odd = torch.arange(key.shape[-1], device=key.device) % 2 == 1
     return torch.where(odd, shift_tokens(key), key)
@@ -195,37 +199,41 @@ class PointerOutput(NamedTuple):
     """Log probabilities from the pointer's softmax.
 
     Attributes:
-        vocabulary: ``[batch, seq]``, of the sentinel: the vocabulary's share of the prediction.
-        tokens: ``[batch, seq, keys]``, of each context token; the dtype's minimum where masked.
+        log_vocab_share: ``[batch, seq]``, of the sentinel: the vocabulary's share of the prediction.
+        log_token_probs: ``[batch, seq, keys]``, of each context token; the dtype's minimum where masked.
         ids: ``[batch, keys]``, ids of the context tokens.
     """
 
-    vocabulary: Tensor
-    tokens: Tensor
+    log_vocab_share: Tensor
+    log_token_probs: Tensor
     ids: Tensor
 
     def log_prob(self, targets: Tensor) -> Tensor:
         """Log probability of copying ``targets [batch, seq]`` from the context, ``[batch, seq]``."""
         same = self.ids[:, None] == targets[..., None]
-        return self.tokens.masked_fill(~same, torch.finfo(self.tokens.dtype).min).logsumexp(-1)
+        return self.log_token_probs.masked_fill(~same, torch.finfo(self.log_token_probs.dtype).min).logsumexp(-1)
 
     def mix(self, logits: Tensor) -> Tensor:
         """Return log probabilities of vocabulary and pointer combined; both ``[batch, seq, vocab]``."""
-        own = logits.log_softmax(-1, dtype=self.tokens.dtype) + self.vocabulary[..., None]
-        ids = self.ids[:, None].expand_as(self.tokens)
-        copied = torch.zeros_like(own).scatter_add(2, ids, self.tokens.exp())
+        own = logits.log_softmax(-1, dtype=self.log_token_probs.dtype) + self.log_vocab_share[..., None]
+        ids = self.ids[:, None].expand_as(self.log_token_probs)
+        copied = torch.zeros_like(own).scatter_add(2, ids, self.log_token_probs.exp())
         return torch.logaddexp(own, copied.clamp(min=torch.finfo(own.dtype).tiny).log())
 
     def select(self, positions: slice | Tensor) -> PointerOutput:
         """Restrict to these query positions."""
-        return PointerOutput(self.vocabulary[:, positions], self.tokens[:, positions], self.ids)
+        return PointerOutput(self.log_vocab_share[:, positions], self.log_token_probs[:, positions], self.ids)
 
 
-def point(query: Tensor, key: Tensor, sentinel: Tensor, ids: Tensor, visible: Tensor | None = None) -> PointerOutput:
-    """Compute the softmax of a ``PointerHead``.
+def pointer_distribution(
+    query: Tensor, key: Tensor, sentinel: Tensor, ids: Tensor, visible: Tensor | None = None
+) -> PointerOutput:
+    """Compute a ``PointerHead``'s softmax over the context tokens and the sentinel.
 
     Args:
+        query: ``[batch, 1, seq, head_dim]``.
         key: ``[batch, 1, keys, head_dim]``, unshifted.
+        sentinel: ``[batch, seq]``, scores.
         ids: ``[batch, keys]``.
         visible: ``[batch or 1, seq, keys]``, True where a query may attend; None means causal with equal lengths.
     """
@@ -288,7 +296,8 @@ class ForwardContext:
 
     def cached_pointer_keys(self, key: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """After the last layer, return pointer keys ``[batch, 1, keys, head_dim]``, token ids ``[batch, keys]`` (None
-        if unknown) and the ``visible`` mask of ``point``."""
+        if unknown) and the ``visible`` mask of
+        ``pointer_distribution``."""
         visible = None if self.mask is None else self.mask[:, 0]
         if self.pointer_cache is None or self.cache_position is None:
             return key, ids, visible
@@ -315,13 +324,16 @@ def unpack_token_ids(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, shifted: bool, backend: str) -> Tensor:
-    """Softmax attention with the kernel of ``backend``; all tensors are ``[batch, heads, seq, head_dim]``.
+    """Softmax attention with the kernel of ``backend``; returns ``[batch, heads, seq, head_dim]``.
 
     Without a mask, attention is causal with equal lengths, or a single query attends to the whole cache; fused kernels
     handle both without an S×S matrix. A mask (padding, static cache, chunked prefill) is supported by "sdpa" and
     "eager" only; the other backends fall back to "sdpa", as they do where ``_fits_fused_kernels`` is false.
 
     Args:
+        query: ``[batch, heads, seq, head_dim]``.
+        key, value: ``[batch, heads, keys, head_dim]``.
+        mask: ``[batch, 1, seq, keys]``, True where a query may attend.
         shifted: apply ``shift_keys`` to the keys.
     """
     if shifted and backend == "sdpa" and mask is None and query.shape[2] == 1:
@@ -353,7 +365,10 @@ def attend_shifted_decode(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def attention_probabilities(query: Tensor, key: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
-    """Return ``[batch, heads, seq, keys]`` in float32; without a mask, causal by the query ``positions`` ``[seq]``."""
+    """Attend from ``query`` to ``key`` ``[batch, heads, keys, head_dim]``: ``[batch, heads, seq, keys]`` in float32.
+
+    Without a mask, attention is causal by the query ``positions`` ``[seq]``.
+    """
     visible = positions[:, None] >= torch.arange(key.shape[2], device=key.device) if mask is None else mask
     scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
     return scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(dim=-1)
@@ -380,6 +395,10 @@ def trace_heads(
     query: Tensor, key: Tensor, policy_logits: Tensor | None, memory_signals: Tensor | None, context: ForwardContext
 ) -> Tensor:
     """Return the trace ``[batch, seq, heads, 4]`` with the fields of ``TRACE_FIELDS``.
+
+    Args:
+        query, key: ``[batch, heads, seq or keys, head_dim]``, keys already shifted.
+        policy_logits, memory_signals: ``[batch, seq, heads]``, of a layer with these heads.
 
     Computes attention probabilities for a block of query rows at a time, to avoid an S×S matrix.
     """

@@ -152,6 +152,11 @@ def modeling_files(sources: Path, config: dict[str, Any]) -> set[str]:
     return files
 
 
+def has_foreign_code(folder: Path, sources: Path) -> bool:
+    """Whether a finished export's modeling files are not the repository's own, of this version."""
+    return bool(foreign_code(folder, modeling_files(sources, read_json(folder / "config.json")), sources))
+
+
 def foreign_code(folder: Path, code: set[str], sources: Path) -> list[str]:
     """Report modeling files that are not the repository's own; loading the model would run them."""
     problems = []
@@ -162,7 +167,10 @@ def foreign_code(folder: Path, code: set[str], sources: Path) -> list[str]:
             continue
         try:
             if read_regular(folder / name) != read_regular(sources / name):
-                problems.append(f"{name}: differs from the repository's own, so it is not run; export the model again")
+                problems.append(
+                    f"{name}: differs from the repository's own, so it is not run; repeat the training command to "
+                    "export the model again, or load it with transformers"
+                )
         except (OSError, ValueError) as error:
             problems.append(f"{name}: cannot be read ({error})")
     return problems

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ class Recipe:
     Attributes:
         name: used for the export folder and the archive.
         description: of the architecture, for the model card.
+        modeling_folder: contains the modeling files that ship with the export; None if transformers has the class.
         build: (settings, tokenizer, hardware) → newly initialized model on the CPU; the generator is already seeded.
         law: forecasts the score of the ``h200`` preset.
         only_sdpa: whether the model has no attention kernel other than PyTorch's.
@@ -55,7 +57,7 @@ class Recipe:
     name: str
     title: str
     description: str
-    remote_code: bool
+    modeling_folder: Path | None
     tokenizer_class: type[ByteLevelBPE]
     build: Callable[[Any, ByteLevelBPE, Hardware], BuiltModel]
     law: ScalingLaw

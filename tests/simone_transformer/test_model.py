@@ -102,7 +102,9 @@ def test_output_probabilities_are_a_mixture_of_pointer_and_vocabulary():
         for place in range(at + 1):
             expected[ids[0, place]] += weights[place]
         torch.testing.assert_close(output.logits[0, at].exp(), expected, rtol=1e-4, atol=1e-7)
-        torch.testing.assert_close(output.pointer_output.vocabulary[0, at].exp(), weights[-1], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            output.pointer_output.log_vocab_share[0, at].exp(), weights[-1], rtol=1e-4, atol=1e-7
+        )
     assert output.pointer_output.log_prob(ids[:, 1:2].expand_as(ids))[0, 0] < -1e30, (
         "what is not in the context cannot be copied"
     )
@@ -119,8 +121,8 @@ def test_pointer_selects_the_token_after_an_earlier_occurrence():
         norm.weight.fill_(4.0)
     ids = torch.tensor([[5, 6, 4, 7, 6]])
     pointer_output = model(ids, use_cache=False, output_traces=True).pointer_output
-    assert pointer_output.tokens[0, -1].argmax() == 2 and pointer_output.ids[0, 2] == 4
-    assert pointer_output.tokens[0, -1, 2].exp() > 0.9
+    assert pointer_output.log_token_probs[0, -1].argmax() == 2 and pointer_output.ids[0, 2] == 4
+    assert pointer_output.log_token_probs[0, -1, 2].exp() > 0.9
 
 
 @torch.no_grad()
@@ -134,7 +136,7 @@ def test_token_traces_report_which_tokens_were_copied():
     )
     copied = [value > 0 for value in found["copied"][1]]
     assert copied == [False, False, False, True, False, True], "only what stood there before can be copied"
-    weight = output.pointer_output.tokens[0, 2, 1].exp()  # of the first 5, where the second is predicted
+    weight = output.pointer_output.log_token_probs[0, 2, 1].exp()  # of the first 5, where the second is predicted
     assert found["copied"][1][3] == pytest.approx((weight / output.logits[0, 2, 5].exp()).item(), rel=1e-4)
 
 
@@ -146,7 +148,7 @@ def test_positions_given_as_embeddings_are_excluded_from_the_pointer():
     assert model(inputs_embeds=embeddings, use_cache=False, output_traces=True).pointer_output is None
     first = model(inputs_embeds=embeddings, use_cache=True)
     later = model(ids[:, 8:], past_key_values=first.past_key_values, output_traces=True).pointer_output
-    assert torch.all(later.tokens[:, :, :8] < -1e30) and torch.all(later.ids[:, 8:] == ids[:, 8:])
+    assert torch.all(later.log_token_probs[:, :, :8] < -1e30) and torch.all(later.ids[:, 8:] == ids[:, 8:])
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
@@ -401,7 +403,7 @@ def test_autocast_keeps_the_residual_stream_in_float32_and_attention_in_bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         hidden, pointer_output = model.hidden_states(torch.arange(12)[None])
     assert hidden.dtype == torch.bfloat16, "what the output embedding multiplies"
-    assert pointer_output.tokens.dtype == pointer_output.vocabulary.dtype == torch.float32
+    assert pointer_output.log_token_probs.dtype == pointer_output.log_vocab_share.dtype == torch.float32
     for number in range(len(model.layers)):
         assert seen[number] == (torch.float32, torch.float32)
         assert seen[f"attention {number}"] == {torch.bfloat16}, "the fused kernels want one type, tables included"

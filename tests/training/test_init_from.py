@@ -123,7 +123,7 @@ def test_an_archive_gives_the_same_run_as_its_folder(trained, tmp_path):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_shape_preset_and_defaults_come_from_the_export(model, trained, tmp_path):
+def test_shape_preset_and_defaults_come_from_the_export(model, trained, tmp_path, monkeypatch):
     def parse(*arguments):
         given = ["--init_from", str(trained / model), *arguments]
         return parse_settings(CLASSES[model], given, tmp_path / "out")
@@ -139,6 +139,12 @@ def test_shape_preset_and_defaults_come_from_the_export(model, trained, tmp_path
     if model == "simone_enhanced":
         assert settings.adamw_learning_rate == pytest.approx(FINE_TUNING_RATE * usual.adamw_learning_rate)
         assert settings.coherence_weight == 0 and settings.output_head == usual.output_head
+    steps = (settings.batch_size, settings.eval_interval, settings.checkpoint_interval)
+    assert steps == (usual.batch_size, usual.eval_interval, usual.checkpoint_interval)
+    monkeypatch.setattr("mvlm_core.settings.FINE_TUNING_TOKENS", 3 * 32)
+    large = parse("--preset", "h200")
+    assert (large.batch_size, large.eval_interval, large.checkpoint_interval) == (3, 100, 200)
+    assert parse("--preset", "h200", "--batch_size", "5").batch_size == 5
 
 
 @pytest.mark.parametrize("model", MODELS)

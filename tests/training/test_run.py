@@ -14,7 +14,7 @@ from mvlm_core.data.corpus import load_corpus
 from mvlm_core.errors import UserError
 from mvlm_core.evaluation import memorization
 from mvlm_core.evaluation.bits_per_byte import DocumentScore, Score, load_export, score_export
-from mvlm_core.export.manifest import training_config, verify_folder
+from mvlm_core.export.manifest import read_manifest, training_config, verify_folder, write_manifest
 from mvlm_core.export.model_card import model_card
 from mvlm_core.files import sha256_file, write_json_atomic
 from mvlm_core.hardware import choose_hardware
@@ -117,6 +117,18 @@ def test_rerun_of_a_finished_run_changes_nothing(trained, caplog, monkeypatch):
         run_training(recipe_of(name), settings)
     assert "already finished" in caplog.text
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir() if file.is_file()} == before
+
+
+def test_an_export_with_modeling_files_of_another_version_is_made_again(tmp_path):
+    settings = tiny_settings("simone_enhanced", build_tiny_corpus(tmp_path / "corpus"), tmp_path, max_steps=8)
+    folder = run_training(recipe_of("simone_enhanced"), settings)
+    files, modeling = read_manifest(folder)["files"], folder / "modern_layers.py"
+    own, weights = modeling.read_bytes(), files["model.safetensors"]
+    modeling.write_bytes(own + b"# an earlier version\n")
+    write_manifest(folder, "simone_enhanced", files | {modeling.name: sha256_file(modeling)})
+    assert not verify_folder(folder)
+    run_training(recipe_of("simone_enhanced"), settings)
+    assert modeling.read_bytes() == own and read_manifest(folder)["files"]["model.safetensors"] == weights
 
 
 def test_a_finished_model_without_checkpoints_is_not_overwritten_by_a_longer_run(trained, tmp_path):
