@@ -84,7 +84,7 @@ def tokenizer_class() -> type[ByteLevelBPE]:
 
 
 def run_layer(block: Any, x: Tensor, heads: int, rate: float) -> Tensor:
-    """Return the residual stream ``[batch, seq, hidden]`` after one GPT-2 layer, with dropout ``rate``."""
+    """Map the residual stream ``x`` ``[batch, seq, hidden]`` to that after one GPT-2 layer, with dropout ``rate``."""
     from torch.nn.functional import dropout, gelu, scaled_dot_product_attention
 
     qkv = block.attn.c_attn(block.ln_1(x))
@@ -99,7 +99,7 @@ def run_layer(block: Any, x: Tensor, heads: int, rate: float) -> Tensor:
 def hidden_states(
     model: GPT2LMHeadModel, input_ids: Tensor, layer: Callable[[Any, Tensor, int, float], Tensor] = run_layer
 ) -> Tensor:
-    """Run a ``GPT2LMHeadModel`` for training; return the last hidden states ``[batch, seq, hidden]``.
+    """Run a ``GPT2LMHeadModel`` on token ids ``[batch, seq]``; return the last hidden states ``[batch, seq, hidden]``.
 
     Matches transformers' forward to 1e-5 (tested) but is faster: causal attention is fused and needs no mask, GELU is
     one kernel, and disabled dropout costs nothing.

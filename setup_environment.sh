@@ -252,6 +252,9 @@ prepare_environment() {  # prepare_environment "install: why" | "rebuild: why"
     if [ "$free" -lt "$needed" ]; then
         die "error: $free GB free in $ROOT, but packages and downloads need about $needed GB."
     fi
+    if [ -z "$CPU_BUILD" ] && [ "$free" -lt 25 ]; then
+        say "Note: $free GB free in $ROOT; packages and a run of the h200 preset need about 25 GB."
+    fi
     say "Virtual environment: ${state#*: }."
     if [ "${state%%:*}" = rebuild ]; then
         find_python

@@ -93,6 +93,9 @@ def alignment_weights(documents: list[Document], lengths: np.ndarray) -> np.ndar
     """Weight of each document: ``quality_score × biblical_alignment``, scaled to mean 1 over all tokens.
 
     If every product is 0, all documents get weight 1.
+
+    Args:
+        lengths: ``[documents]``, tokens of each document in an epoch.
     """
     raw = np.array([document.quality_score * document.biblical_alignment for document in documents], dtype=np.float64)
     mean = float((raw * lengths).sum() / max(1, lengths.sum()))

@@ -7,6 +7,7 @@ disk writes. Saves run one at a time and none is skipped, so the set of checkpoi
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -85,6 +86,16 @@ def _copy(tensor: Tensor) -> Tensor:
     return memory.copy_(tensor.detach(), non_blocking=True)
 
 
+def disk_bytes(kept: int, weights: int, optimizer: int) -> int:
+    """Size of a run's folder while the last checkpoint is written: checkpoints, best weights and a copy for the export.
+
+    Args:
+        kept: ``--keep_checkpoints``.
+        weights, optimizer: bytes of the weights and of the optimizer's state.
+    """
+    return (kept + 1) * (weights + optimizer) + 2 * weights
+
+
 class Checkpointer:
     """Saves and restores the checkpoints of one run. Only the main rank reads and writes files.
 
@@ -100,6 +111,22 @@ class Checkpointer:
         self.saved_step: int | None = None
         self._settings, self._ranks, self._task, self._step_log = run.settings, run.ranks, task, step_log
         self._writer, self._on_failure = CheckpointWriter(), on_failure
+
+    def check_space(self) -> None:
+        """Check that the disk has room for this run's checkpoints and export, now and not after an hour.
+
+        Raises:
+            UserError: it has not.
+        """
+        weights = sum(tensor.nbytes for tensor in self._task.weights().values())
+        needed = disk_bytes(self._settings.keep_checkpoints, weights, self._task.optimizers.state_bytes)
+        needed -= sum(file.stat().st_size for file in self.root.glob("step-*/*"))
+        if (free := shutil.disk_usage(self.root.parent).free) < needed:
+            raise UserError(
+                f"{self.root.parent}: {free / 1e9:.2g} GB of disk are free, but this run needs up to "
+                f"{needed / 1e9:.2g} GB more for checkpoints and its export: free some space, or choose a "
+                "folder on another disk"
+            )
 
     # -- save -------------------------------------------------------------------------------------------------------
 

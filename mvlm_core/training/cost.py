@@ -99,15 +99,9 @@ def step_cost(
             total.backward()
         parameters = {p for module in built.modules.values() for p in module.parameters()}
         weights = sum(p.nbytes for p in parameters)
-        moments = sum(
-            p.nbytes * (2 if isinstance(part, torch.optim.AdamW) else 1)
-            for part in built.optimizers.parts
-            for group in part.param_groups
-            for p in group["params"]
-        )
         activations = sum(storage.nbytes() for storage in saved - {p.untyped_storage() for p in parameters})
         teachers = settings.num_models - 1 or len(settings.teacher)
-        memory = StepMemory(weights, weights, moments, activations, teachers * weights)
+        memory = StepMemory(weights, weights, built.optimizers.state_bytes, activations, teachers * weights)
         flops = counter.get_total_flops() / (sequences * settings.max_length)
         with FlopCounterMode(display=False) as products:
             for part in built.optimizers.parts:

@@ -66,6 +66,8 @@ class TrainingLoop:
             self.state.before = self.task.score_before()
         if self._is_over:
             return self.state
+        if self.ranks.is_main:
+            self.checkpoints.check_space()
         self.state.finished = False
         stop.defer()
         self.gradients.find_micro_batch(self.state, self.length.progress(self.state.step))

@@ -168,6 +168,16 @@ class Optimizers:
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the moments of all parameters, which exist after the first step."""
+        return sum(
+            p.nbytes * sum(quantity != "step" for quantity in _STATE[type(part)])
+            for part in self.parts
+            for group in part.param_groups
+            for p in group["params"]
+        )
+
     def state_tensors(self) -> dict[str, Tensor]:
         """Return the full state as tensors named ``<parameter>/<quantity>``."""
         return {

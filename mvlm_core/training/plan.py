@@ -21,6 +21,7 @@ from mvlm_core.cost_estimate import (
 from mvlm_core.data.corpus import Corpus
 from mvlm_core.hardware import Hardware
 from mvlm_core.settings import LENGTHS, TrainingSettings
+from mvlm_core.training.checkpointer import disk_bytes
 from mvlm_core.training.cost import OVERHEAD, StepCost, fitting_micro_batch, step_cost
 from mvlm_core.training.distillation import relative_step_cost, teacher_and_student_settings, with_time_left
 from mvlm_core.training.forecast import TEXT_PER_PARAMETER, UNIT_EPOCHS
@@ -226,6 +227,8 @@ def _describe(
     memory = replace(one.memory, activations=one.memory.activations + (batch - 1) * per_sequence)
     step_tokens = settings.sequences_per_step * settings.max_length
     flops = one.flops_per_token
+    teachers = (settings.num_models - 1) * one.memory.weights
+    disk = disk_bytes(settings.keep_checkpoints, one.memory.weights, one.memory.optimizer) + teachers
     return [
         f"{one.parameters:,} parameters; {flops / 1e6:,.0f} MFLOP per token (forward, backward, {hardware.precision})",
         f"about {steps * step_tokens / 1e6:,.1f} M tokens ({step_tokens:,} per step), {steps} steps, "
@@ -235,15 +238,8 @@ def _describe(
         f"memory with a micro-batch of {batch}: "
         + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in vars(memory).items())
         + f", total {memory.total / 1e9:.2f} GB",
-        f"disk: at most {_disk_bytes(settings, one) / 1e9:.2f} GB, for checkpoints, best weights and exports",
+        f"disk: at most {disk / 1e9:.2f} GB, for checkpoints, best weights and exports",
     ]
-
-
-def _disk_bytes(settings: TrainingSettings, cost: StepCost) -> int:
-    """Size of the output folder while the last checkpoint is written: checkpoints, best weights, a copy for the export,
-    and each teacher's export."""
-    weights, whole = cost.memory.weights, cost.memory.weights + cost.memory.optimizer
-    return (settings.keep_checkpoints + 1) * whole + (settings.num_models + 1) * weights
 
 
 def _gpu_sizes(settings: TrainingSettings, one: StepCost, per_sequence: int) -> list[str]:

@@ -17,7 +17,8 @@ from mvlm_core.training.optimizer import Optimizers
 
 @dataclass(frozen=True)
 class StepLoss:
-    """The loss of one micro-batch: ``total`` is minimized, the rest is detached and logged."""
+    """The loss of one micro-batch: ``total`` is minimized, the rest is detached and logged. All are 0-dim, in
+    nats per token."""
 
     total: Tensor
     train_loss: Tensor
@@ -31,8 +32,9 @@ class BuiltModel:
     Attributes:
         model: the transformers causal language model to export.
         modules: every module with trainable weights, by name: "model", then those that may get no gradient.
-        loss: (inputs, targets, document weights, progress, teacher) → ``StepLoss`` or an equivalent object; progress is
-            the completed fraction of the run, the teacher a frozen model of the same class to distill from, or None.
+        loss: (inputs, targets, document weights, each ``[batch, seq]``; progress, teacher) → ``StepLoss`` or an
+            equivalent object; progress is the completed fraction of the run, the teacher a frozen model of the same
+            class to distill from, or None.
     """
 
     model: Any
