@@ -11,7 +11,7 @@ from typing import Any
 from mvlm_core.evaluation.compression import LABELS
 from mvlm_core.export.plots import BY_TEXT, BY_TIME, STYLES, Histories, curves
 from mvlm_core.files import write_atomic
-from mvlm_core.metrics import BY_NAME, PRIMARY_TEST_BPB
+from mvlm_core.metrics import BY_NAME, PRIMARY_TEST_BPB, Metric
 
 TEST = BY_NAME["test_bpb"]
 
@@ -47,29 +47,30 @@ def plot_comparison(comparison: dict[str, Any], histories: Histories, path: Path
     """Write `comparison.png`: validation curves by text and by time, and test scores with compression baselines."""
     from matplotlib.figure import Figure  # not pyplot, which has global state and may need a display
 
-    figure = Figure(figsize=(13, 4.4), layout="constrained")
-    *panels, scores = figure.subplots(1, 3)
-    for axes, x, title in zip(panels, (BY_TEXT, BY_TIME), ("Validation, by text", "Validation, by time"), strict=True):
+    scores = [TEST, BY_NAME[PRIMARY_TEST_BPB]]
+    scores = [metric for metric in scores if any(comparison[metric.name].get(name) is not None for name in histories)]
+    figure = Figure(figsize=(13 if scores else 9, 4.4), layout="constrained")
+    panels = figure.subplots(1, 3 if scores else 2)
+    for axes, x, title in zip(panels, (BY_TEXT, BY_TIME), ("Validation, by text", "Validation, by time"), strict=False):
         if draw := curves(histories, ["validation_bpb"], x, "bits per byte"):
             draw(axes)
         axes.set(title=title)
-    _score_bars(scores, comparison, list(histories))
+    if scores:  # without test text there are none
+        _score_bars(panels[2], comparison, scores, list(histories))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
     write_atomic(path, buffer.getvalue())
 
 
-def _score_bars(axes: Any, comparison: dict[str, Any], names: list[str]) -> None:
+def _score_bars(axes: Any, comparison: dict[str, Any], scores: list[Metric], names: list[str]) -> None:
+    """Draw these scores of each model as bars, and those of the compression baselines as lines."""
     from matplotlib.patheffects import withStroke
 
-    scores = [TEST, BY_NAME[PRIMARY_TEST_BPB]]
-    scores = [metric for metric in scores if any(comparison[metric.name].get(name) is not None for name in names)]
     values = {name: [comparison[metric.name].get(name) or 0 for metric in scores] for name in names}
-    if scores:
-        _bars(axes, values, [metric.label.replace(", ", ",\n") for metric in scores])
+    _bars(axes, values, [metric.label.replace(", ", ",\n") for metric in scores])
     axes.set(ylabel=TEST.unit, title=f"Test scores ({TEST.direction})")
     baselines = comparison["compression_baselines"]
-    if baselines and scores:
+    if baselines:
         last = len(scores) - 1  # baselines are for the primary translation, or for all text if there is none
         halo = [withStroke(linewidth=3, foreground="white")]
         for key in ("xz", "ppmd_order_16"):

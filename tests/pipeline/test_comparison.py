@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from mvlm_core.console import text_table
 from mvlm_core.data.corpus import NO_TEST_TEXT
 from mvlm_core.export.plots import POINTS, thinned
@@ -121,7 +123,13 @@ def test_comparison_plot_is_written_as_an_image(tmp_path):
     result = comparison.compare({NAMES[0]: entry(), NAMES[1]: entry(score=1.4)}, NAMES, BASELINES)
     history = [{"bytes": n * 1000, "seconds": n * 1.0, "validation_bpb": 3 / n} for n in range(1, 6)]
     plots.plot_comparison(result, {name: history for name in NAMES}, tmp_path / "c.png")
-    assert Image.open(tmp_path / "c.png").size[0] > 1000
+    width, height = Image.open(tmp_path / "c.png").size
+    assert width > 1000
+    untested = {name: {**entry(), "test_bpb": None, "test_bpb_kjv": None} for name in NAMES}
+    result = comparison.compare(untested, NAMES, {})
+    plots.plot_comparison(result, {name: history for name in NAMES}, tmp_path / "c.png")
+    narrow, same = Image.open(tmp_path / "c.png").size
+    assert same == height and narrow == pytest.approx(2 / 3 * width, rel=0.05), "no empty third panel"
 
 
 def test_long_curves_are_thinned_and_keep_the_last_point():
