@@ -94,9 +94,7 @@ class ComprehensiveTrainingLoss(nn.Module):
         weight = self.coherence_weight_at(progress)
         parts: dict[str, Tensor] = {}
         if teacher is None:
-            mixture = (
-                None if pointer_output is None else (pointer_output.log_vocab_share, pointer_output.log_prob(targets))
-            )
+            mixture = pointer_output and (pointer_output.log_vocab_prob, pointer_output.log_prob(targets))
             total, nll = cross_entropy(hidden, output_weight, targets, token_weights, mixture=mixture)
         else:
             weight *= 1 - DISTILLATION_WEIGHT

@@ -199,12 +199,12 @@ class PointerOutput(NamedTuple):
     """Log probabilities from the pointer's softmax.
 
     Attributes:
-        log_vocab_share: ``[batch, seq]``, of the sentinel: the vocabulary's share of the prediction.
+        log_vocab_prob: ``[batch, seq]``, of the sentinel: the vocabulary's share of the prediction.
         log_token_probs: ``[batch, seq, keys]``, of each context token; the dtype's minimum where masked.
         ids: ``[batch, keys]``, ids of the context tokens.
     """
 
-    log_vocab_share: Tensor
+    log_vocab_prob: Tensor
     log_token_probs: Tensor
     ids: Tensor
 
@@ -215,14 +215,14 @@ class PointerOutput(NamedTuple):
 
     def mix(self, logits: Tensor) -> Tensor:
         """Return log probabilities of vocabulary and pointer combined; both ``[batch, seq, vocab]``."""
-        own = logits.log_softmax(-1, dtype=self.log_token_probs.dtype) + self.log_vocab_share[..., None]
+        own = logits.log_softmax(-1, dtype=self.log_token_probs.dtype) + self.log_vocab_prob[..., None]
         ids = self.ids[:, None].expand_as(self.log_token_probs)
         copied = torch.zeros_like(own).scatter_add(2, ids, self.log_token_probs.exp())
         return torch.logaddexp(own, copied.clamp(min=torch.finfo(own.dtype).tiny).log())
 
     def select(self, positions: slice | Tensor) -> PointerOutput:
         """Restrict to these query positions."""
-        return PointerOutput(self.log_vocab_share[:, positions], self.log_token_probs[:, positions], self.ids)
+        return PointerOutput(self.log_vocab_prob[:, positions], self.log_token_probs[:, positions], self.ids)
 
 
 def pointer_distribution(

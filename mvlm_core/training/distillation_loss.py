@@ -75,7 +75,7 @@ class _DistillationLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         log_vocab_prob: Tensor | None,
-        log_tokens: Tensor | None,
+        log_token_probs: Tensor | None,
         ids: Tensor | None,
         teacher: Prediction,
         targets: Tensor,
@@ -83,9 +83,9 @@ class _DistillationLoss(torch.autograd.Function):
         distillation_weight: float,
         kernel: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        pointer_output = (
-            None if log_vocab_prob is None or log_tokens is None or ids is None else (log_vocab_prob, log_tokens, ids)
-        )
+        pointer_output = None
+        if log_vocab_prob is not None and log_token_probs is not None and ids is not None:
+            pointer_output = log_vocab_prob, log_token_probs, ids
         student, teacher_prediction = _Rows(Prediction(hidden, weight, pointer_output)), _Rows(teacher)
         count, vocab = targets.numel(), weight.shape[0]
         rows = max(MIN_ROWS, rows_at_a_time(vocab, weight.shape[1], hidden.device.type) // _TENSORS)
@@ -140,15 +140,15 @@ class _Rows:
         self.matrix = F.pad(model.weight.to(self.hidden.dtype), (0, 0, 0, padding))
         self.pointer_output = None
         if model.pointer_output is not None:
-            log_vocab_prob, log_tokens, ids = model.pointer_output
-            self.pointer_output = log_vocab_prob.flatten(), log_tokens.flatten(0, 1), ids
+            log_vocab_prob, log_token_probs, ids = model.pointer_output
+            self.pointer_output = log_vocab_prob.flatten(), log_token_probs.flatten(0, 1), ids
 
     def __getitem__(self, part: slice) -> Prediction:
         pointer_output = self.pointer_output
         if pointer_output is not None:
-            log_vocab_prob, log_tokens, ids = pointer_output
+            log_vocab_prob, log_token_probs, ids = pointer_output
             sequences = torch.arange(part.start, part.stop, device=ids.device) // self.sequence
-            pointer_output = log_vocab_prob[part], log_tokens[part], ids[sequences]
+            pointer_output = log_vocab_prob[part], log_token_probs[part], ids[sequences]
         return Prediction(self.hidden[part], self.matrix, pointer_output)
 
 
@@ -165,9 +165,9 @@ def _distribution(model: Prediction, vocab: int) -> tuple[Tensor, Tensor]:
     if model.pointer_output is None:
         own = own.clamp_(min=torch.finfo(exact).tiny)
         return own, own
-    log_vocab_prob, log_tokens, ids = model.pointer_output
+    log_vocab_prob, log_token_probs, ids = model.pointer_output
     own = own.mul_(log_vocab_prob.to(exact).exp()[:, None]).clamp_(min=torch.finfo(exact).tiny)
-    return own, own.scatter_add(1, ids, log_tokens.to(exact).exp())
+    return own, own.scatter_add(1, ids, log_token_probs.to(exact).exp())
 
 
 def _score_block(
@@ -200,9 +200,9 @@ def _score_block(
     if student.pointer_output is None:
         gradient = own * wanted.sum(1, keepdim=True) - wanted
         return nll, soft, gradient.to(student.hidden.dtype), None
-    log_vocab_prob, log_tokens, ids = student.pointer_output
+    log_vocab_prob, log_token_probs, ids = student.pointer_output
     ratio = wanted.div_(probabilities)
-    grad_tokens = -ratio.gather(1, ids) * log_tokens.exp()
+    grad_tokens = -ratio.gather(1, ids) * log_token_probs.exp()
     explained = ratio.mul_(own)
     total = explained.sum(1)
     gradient = own.mul_((total / log_vocab_prob.exp())[:, None]).sub_(explained)

@@ -102,9 +102,7 @@ def test_output_probabilities_are_a_mixture_of_pointer_and_vocabulary():
         for place in range(at + 1):
             expected[ids[0, place]] += weights[place]
         torch.testing.assert_close(output.logits[0, at].exp(), expected, rtol=1e-4, atol=1e-7)
-        torch.testing.assert_close(
-            output.pointer_output.log_vocab_share[0, at].exp(), weights[-1], rtol=1e-4, atol=1e-7
-        )
+        torch.testing.assert_close(output.pointer_output.log_vocab_prob[0, at].exp(), weights[-1], rtol=1e-4, atol=1e-7)
     assert output.pointer_output.log_prob(ids[:, 1:2].expand_as(ids))[0, 0] < -1e30, (
         "what is not in the context cannot be copied"
     )
@@ -403,7 +401,7 @@ def test_autocast_keeps_the_residual_stream_in_float32_and_attention_in_bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         hidden, pointer_output = model.hidden_states(torch.arange(12)[None])
     assert hidden.dtype == torch.bfloat16, "what the output embedding multiplies"
-    assert pointer_output.log_token_probs.dtype == pointer_output.log_vocab_share.dtype == torch.float32
+    assert pointer_output.log_token_probs.dtype == pointer_output.log_vocab_prob.dtype == torch.float32
     for number in range(len(model.layers)):
         assert seen[number] == (torch.float32, torch.float32)
         assert seen[f"attention {number}"] == {torch.bfloat16}, "the fused kernels want one type, tables included"
