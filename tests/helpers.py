@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import random
 import signal
@@ -43,6 +44,18 @@ FIXTURES = REPOSITORY / "tests" / "fixtures"
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without CUDA")
+needs_peak_reset = pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel resets no peak here"
+)
+
+
+def touched(size: int) -> mmap.mmap:
+    """Memory mapped directly from the system, with every page in use; malloc might keep what is freed."""
+    memory = mmap.mmap(-1, size)
+    for page in range(0, size, mmap.PAGESIZE):
+        memory[page] = 1
+    return memory
+
 
 # --- runs ----------------------------------------------------------------------------------------------------
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
-import os
 import threading
 import time
 from pathlib import Path
@@ -15,18 +13,10 @@ import torch
 
 from mvlm_core import monitor
 from mvlm_core.monitor import memory_in_use, peak_memory, reset_peak_memory, resource_lines
-from tests.helpers import executable, needs_cuda, without_cuda
+from tests.helpers import executable, needs_cuda, needs_peak_reset, touched, without_cuda
 
 
-def touched(size: int) -> mmap.mmap:
-    """Memory mapped directly from the system, with every page in use; malloc might keep what is freed."""
-    memory = mmap.mmap(-1, size)
-    for page in range(0, size, mmap.PAGESIZE):
-        memory[page] = 1
-    return memory
-
-
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel resets no peak here")
+@needs_peak_reset
 def test_peak_memory_includes_freed_memory_until_reset() -> None:
     size = 128 * 2**20
     earlier = touched(2 * size)

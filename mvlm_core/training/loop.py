@@ -21,7 +21,7 @@ from torch import nn
 from mvlm_core.console import progress
 from mvlm_core.errors import Stopped, TrainingError, UserError
 from mvlm_core.hardware import compiled_so_far
-from mvlm_core.monitor import peak_memory
+from mvlm_core.monitor import peak_memory, reset_peak_memory
 from mvlm_core.signals import StopRequest
 from mvlm_core.training.checkpointer import Checkpointer
 from mvlm_core.training.divergence import MAX_ROLLBACKS
@@ -71,6 +71,7 @@ class TrainingLoop:
         self.state.finished = False
         stop.defer()
         self.gradients.find_micro_batch(self.state, self.length.progress(self.state.step))
+        reset_peak_memory(self.hardware.device)  # of teachers, preparation and trials that did not fit
         self._report_compilation()
         if self.state.step == 0:
             self._save(in_background=False)  # fail now, not after an hour, if the disk is full or read-only

@@ -7,9 +7,10 @@ import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
 from mvlm_core.errors import Stopped, TrainingError
+from mvlm_core.monitor import memory_in_use
 from mvlm_core.training.checkpoint import newest_checkpoint
 from mvlm_core.training.history import read_history
-from tests.helpers import StopAfter, make_loop, tiny_settings
+from tests.helpers import StopAfter, make_loop, needs_peak_reset, tiny_settings, touched
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("out of memory")
 
@@ -125,3 +126,19 @@ def test_micro_batch_trial_does_not_affect_training(tiny_corpus, tmp_path):
         found.append((weights, [record["train_loss"] for record in read_history(loop.step_log.path)]))
     assert found[0][1] == found[1][1]
     assert all(torch.equal(found[0][0][name], found[1][0][name]) for name in found[0][0])
+
+
+@needs_peak_reset
+def test_peak_memory_is_that_of_the_steps_not_of_a_trial_that_did_not_fit(tiny_corpus, tmp_path):
+    loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, batch_size=8, max_steps=2))
+    real, size, before = loop.task.loss, 512 * 2**20, memory_in_use()
+
+    def loss(inputs, *rest):
+        if inputs.shape[0] > 4:
+            touched(size).close()
+            raise OUT_OF_MEMORY
+        return real(inputs, *rest)
+
+    object.__setattr__(loop.task, "loss", loss)
+    assert loop.run(StopAfter()).micro_batch == 4
+    assert before <= loop.peak_memory() < before + size / 2
