@@ -17,6 +17,7 @@ from mvlm_core.export.manifest import (
     CHECKPOINTS,
     HISTORY_LOG,
     MANIFEST,
+    TEACHERS,
     TENSORBOARD,
     TEST_SCORES,
     TRAINING_CONFIG,
@@ -76,11 +77,12 @@ def finish_export(staging: Path, config: dict[str, Any], card: str, output_dir: 
 
 
 def delete_run(output_dir: Path, keep: Sequence[Path] = ()) -> None:
-    """Delete only an earlier run's files from the folder, except what contains one of the ``keep`` folders."""
+    """Delete only an earlier run's files from the folder, except the ``keep`` folders and what contains them."""
     output_dir, kept = output_dir.resolve(), [folder.resolve() for folder in keep]
     remove_export(output_dir)
-    for folder in (*(output_dir / CHECKPOINTS).glob("*"), output_dir / TENSORBOARD):
-        if not any(folder in below.parents for below in kept):
+    folders = [*(output_dir / CHECKPOINTS).glob("*"), *(output_dir / TEACHERS).glob("*"), output_dir / TENSORBOARD]
+    for folder in folders:
+        if not any(below.is_relative_to(folder) for below in kept):
             shutil.rmtree(folder, ignore_errors=True)
     for name in (HISTORY_LOG, TEST_SCORES):
         (output_dir / name).unlink(missing_ok=True)

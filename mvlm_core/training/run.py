@@ -80,18 +80,18 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
         for number, teacher in enumerate(teachers, 1):
             log.info("teacher %s of %s: %s", number, len(teachers), teacher.output_dir)
             ranks = join(hardware.device)
-            folder = _run(Run(recipe, teacher, hardware, ranks), stop, student_dir=output_dir)
+            folder = _run(Run(recipe, teacher, hardware, ranks), stop, student=student)
             if ranks.is_main:
                 delete_checkpoints(folder / CHECKPOINTS)  # the student needs only the export
             hardware.release()
         return _run(Run(recipe, student, hardware, join(hardware.device)), stop, own_teachers=bool(teachers))
 
 
-def _run(run: Run, stop: StopRequest, *, student_dir: Path | None = None, own_teachers: bool = False) -> Path:
+def _run(run: Run, stop: StopRequest, *, student: TrainingSettings | None = None, own_teachers: bool = False) -> Path:
     """Run one rank.
 
     Args:
-        student_dir: for a teacher, the output folder of its student, which is also locked and, with --fresh, cleared.
+        student: for a teacher, its student, whose output folder is also locked and, with --fresh, cleared.
         own_teachers: whether this run trained the teachers, which have used part of ``--max_hours``.
     """
     settings, ranks = run.settings, run.ranks
@@ -111,13 +111,14 @@ def _run(run: Run, stop: StopRequest, *, student_dir: Path | None = None, own_te
             "fewer, or raise --batch_size or --gradient_accumulation_steps"
         )
     identity, steps = run_identity(settings, text), run_length(settings, text.batches).limit
-    needed = steps if student_dir is None else None  # a teacher that time has shortened serves a longer student as well
+    needed = steps if student is None else None  # a teacher that time has shortened serves a longer student as well
     with ExitStack() as locks:
-        for folder in (student_dir, run.output_dir):
-            if folder is not None and ranks.is_main:
+        for owner in (student, settings):
+            if owner is not None and ranks.is_main:
+                folder = Path(str(owner.output_dir))
                 locks.enter_context(RunLock(folder))
                 if settings.fresh:
-                    delete_run(folder, keep=[run.output_dir, *(teacher.folder for teacher in text.teachers)])
+                    delete_run(folder, keep=[Path(teacher) for teacher in (student or settings).teacher])
         finished = ranks.is_main and not settings.fresh and is_finished(run.output_dir, identity, needed, settings)
         if finished and student_dir is None and _has_old_code(run):
             log.info("%s: exporting again, with this version's modeling files", run.output_dir)

@@ -173,6 +173,22 @@ def test_fresh_retrains_teacher_and_student(corpus, tmp_path, monkeypatch):
     assert not verify_folder(teacher) and not verify_folder(folder)
 
 
+def test_fresh_with_fewer_models_deletes_the_other_teachers(corpus, tmp_path):
+    def run(**changes):
+        settings = tiny_settings("mvlm_gpt2", corpus, tmp_path, max_steps=2, **changes)
+        return run_training(recipe_of("mvlm_gpt2"), settings)
+
+    def teachers():
+        return sorted(path.name for path in (folder / TEACHERS).glob("*"))
+
+    folder = run(num_models=4)
+    assert teachers() == ["0", "1", "2"]
+    run(num_models=3, fresh=True)
+    assert teachers() == ["0", "1"]
+    run(fresh=True, teacher=(str(folder / TEACHERS / "1"),))
+    assert teachers() == ["1"] and not verify_folder(folder / TEACHERS / "1") and not verify_folder(folder)
+
+
 def test_interrupted_fresh_run_resumes_without_the_old_student(corpus, tmp_path, monkeypatch):
     """--fresh clears the student's folder before the first teacher is trained."""
 
