@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mvlm_core.errors import UserError, printable
+from mvlm_core.errors import TrainingError, UserError, printable
 from mvlm_core.files import fsync_path, load_json_object, make_folder, read_json, sha256_file, write_json_atomic
 
 FORMAT = 1
@@ -35,7 +35,7 @@ _SPARE_BYTES = 1 << 20  # for the JSON files
 log = logging.getLogger("mvlm")
 
 
-class CheckpointError(Exception):
+class CheckpointError(TrainingError):
     """A checkpoint folder does not match its manifest; the message names the file and the reason."""
 
 

@@ -224,6 +224,7 @@ class Checkpointer:
 
         Raises:
             UserError: the checkpoint does not fit the model.
+            CheckpointError: its files, which were intact when it was found, can no longer be read.
         """
         saved = self._ranks.broadcast(checkpoint.state if checkpoint else None)
         if saved is None:

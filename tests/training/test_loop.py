@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 from contextlib import contextmanager
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -315,6 +316,15 @@ def test_without_intact_best_weights_a_finished_run_exports_the_last_ones(tiny_c
     state = again.run(StopAfter())
     assert (state.step, state.best_step, state.best_bpb) == (6, 6, 2.0) and "missing or damaged" in caplog.text
     again.checkpoints.load_best(again.state)
+
+
+def test_a_checkpoint_that_can_no_longer_be_read_is_reported_in_one_sentence(tiny_corpus, tmp_path, monkeypatch):
+    settings = tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path)
+    with pytest.raises(Stopped):
+        make_loop("mvlm_gpt2", settings).run(StopAfter(3))
+    monkeypatch.setattr(checkpoint, "load_file", Mock(side_effect=OSError("input/output error")))
+    with pytest.raises(TrainingError, match="model.safetensors cannot be read: input/output error"):
+        make_loop("mvlm_gpt2", settings).run(StopAfter())
 
 
 def test_disk_without_space_is_reported_before_the_first_step(tiny_corpus, tmp_path):
