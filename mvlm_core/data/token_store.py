@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,12 +122,19 @@ def token_folder(corpus: Corpus, tokenizer: ByteLevelBPE, cache_dir: Path | str)
 
 
 def build_token_store(
-    corpus: Corpus, tokenizer: ByteLevelBPE, cache_dir: Path | str, *, mix: str | None = None, quiet: bool = False
+    corpus: Corpus,
+    tokenizer: ByteLevelBPE,
+    cache_dir: Path | str,
+    *,
+    mix: str | None = None,
+    excluded: Collection[str] = (),
+    quiet: bool = False,
 ) -> TokenStore:
     """Tokenize the corpus's training split, or load it from the cache if corpus and tokenizer are unchanged.
 
     Args:
         mix: how often an epoch reads each folder; see ``document_repeats``.
+        excluded: SHA-256 of documents that are never read.
     """
     documents = corpus.split("train")
     folder = token_folder(corpus, tokenizer, cache_dir)
@@ -137,6 +144,7 @@ def build_token_store(
         if (index := _intact_index(folder, len(documents))) is None:
             raise UserError(f"{folder} changed while it was read; restart the run")
     repeats = document_repeats(documents, mix)
+    repeats[[document.sha256 in excluded for document in documents]] = 0
     lengths = np.array(index["lengths"], dtype=np.int64)
     sizes = np.array([document.size for document in documents], dtype=np.int64)
     return TokenStore(
@@ -146,7 +154,7 @@ def build_token_store(
         weights=alignment_weights(documents, lengths * repeats),
         token_bytes=tokenizer.token_bytes(),
         text_bytes=int(sizes.sum()),
-        bytes_per_token=float((sizes * repeats).sum() / (lengths * repeats).sum()),
+        bytes_per_token=float((sizes * repeats).sum() / max(1, (lengths * repeats).sum())),
     )
 
 

@@ -122,9 +122,10 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
 
 def _replayed(settings: TrainingSettings, new: Corpus, tokenizer: ByteLevelBPE, old: OldText) -> TokenStore:
     """Tokenize the old training text, except documents that the new corpus holds out."""
-    store = build_token_store(old.corpus, tokenizer, settings.cache_dir, mix=old.mix, quiet=settings.quiet)
     held_out = {document.sha256 for document in new.documents if document.split != "train"}
-    store.repeats[[document.sha256 in held_out for document in old.corpus.split("train")]] = 0
+    store = build_token_store(
+        old.corpus, tokenizer, settings.cache_dir, mix=old.mix, excluded=held_out, quiet=settings.quiet
+    )
     log.info("replay: %s tokens of %s (--replay %s)", f"{len(store.tokens):,}", old.corpus.root, settings.replay)
     return store
 

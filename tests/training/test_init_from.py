@@ -188,12 +188,20 @@ def test_replay_uses_the_old_train_text_at_the_requested_share(trained, corpus, 
 
 def test_held_out_documents_of_the_new_text_are_not_replayed(trained, corpus, tmp_path):
     """A train book of the replayed corpus that the new corpus holds out for its test."""
-    plain = corpus / "bible" / "plain"
-    new = shutil.copytree(plain, tmp_path / "new")
+    new, old = (shutil.copytree(corpus / "bible" / "plain", tmp_path / name) for name in ("new", "old"))
     set_json(new / "01-genesis.json", split="test")
-    settings = further("mvlm_gpt2", trained, tmp_path, data_dir=new, data_subset=None, replay=f"{plain}=1/4")
+    set_json(old / "01-genesis.json", quality_score=1.0)
+    settings = further("mvlm_gpt2", trained, tmp_path, data_dir=new, data_subset=None, replay=f"{old}=1/4")
     store = make_loop("mvlm_gpt2", settings).task.batches.replay.store
     assert store.repeats.tolist() == [0, 1, 1, 1]
+    lengths, sizes = np.diff(store.starts), [document.size for document in load_corpus(old).split("train")]
+    assert np.average(store.weights, weights=lengths * store.repeats) == pytest.approx(1)
+    assert store.bytes_per_token == pytest.approx(sum(sizes[1:]) / lengths[1:].sum())
+    for document in load_corpus(old).documents:
+        turned = {"train": "test", "test": "train"}.get(document.split, "validation")
+        set_json((new / document.path).with_suffix(".json"), split=turned)
+    with pytest.raises(UserError, match="--replay .*: the training text has 0 tokens"):
+        make_loop("mvlm_gpt2", settings)
 
 
 @pytest.mark.parametrize("flag", ("init_from", "teacher"))
