@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -190,17 +191,18 @@ def test_recorded_scores_are_sampled_and_checked(export, tiny_corpus, real_text,
     assert set(failed(capsys, *flags)) == {"sample"}, "weights that never had these scores"
 
 
-def test_exports_of_older_versions_are_scored_as_a_whole(export, tiny_corpus, tmp_path, capsys, in_this_process):
+def test_only_an_export_without_test_score_may_lack_the_record(
+    export, tiny_corpus, tmp_path, capsys, in_this_process, monkeypatch
+):
     flags = (str(export), "--work_dir", str(tmp_path / "other"), "--data_dir", str(tiny_corpus))
-    config = training_config(export)
-    del config["test_nats"]
-    (export / "training_config.json").write_text(json.dumps(config))
+    set_json(export / "training_config.json", test_nats={})
     seal(export)
-    (export / "test_scores.json").write_text('{"weights": "", "documents": {}}')  # one of their files
+    assert "test_nats is not a number of nats for each test document" in failed(capsys, *flags)["recomputed"]
+    monkeypatch.setattr(scores, "load_export", Mock(side_effect=AssertionError("there is nothing to rescore")))
+    change_config(export, "settings", no_test_score=True)
+    assert set(failed(capsys, *flags)) == {"test_bpb", "test_bpb_kjv"}, "scores that no run has measured"
+    change_config(export, "results", test_bpb=None, test_bpb_kjv=None)
     assert failed(capsys, *flags) == {}
-    (export / "test_scores.json").unlink()
-    change_config(export, "results", test_bpb=config["results"]["test_bpb"] * 1.001)
-    assert set(failed(capsys, *flags)) == {"test_bpb"}
 
 
 @pytest.mark.parametrize("config", [[], {"results": 3, "data": [], "settings": None}, {"results": {"test_bpb": "low"}}])

@@ -23,7 +23,6 @@ from mvlm_core.export.manifest import (
     HISTORY_LOG,
     MANIFEST,
     TENSORBOARD,
-    TEST_SCORES,
     ArchiveError,
     exports_in,
     read_manifest,
@@ -34,7 +33,7 @@ from mvlm_core.files import LOCK_NAME, read_json, read_regular
 # Allowed in an export folder in addition to the manifest's files; never packed into an archive.
 BY_OTHERS = {".DS_Store", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints", ".cache", ".git", ".gitattributes"}
 BY_OTHERS |= {"LICENSE"}  # which whoever publishes a model adds
-BESIDE = {MANIFEST, STAGING_NAME, LOCK_NAME, TEST_SCORES, CHECKPOINTS, HISTORY_LOG, TENSORBOARD}
+BESIDE = {MANIFEST, STAGING_NAME, LOCK_NAME, CHECKPOINTS, HISTORY_LOG, TENSORBOARD}
 PICKLE_SUFFIXES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
 PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch's zip, protocols 2 to 5
 JSON_LIMIT = 256 << 20  # bytes; a tokenizer is a few MB, the history of a long run tens of MB

@@ -19,7 +19,6 @@ from mvlm_core.export.manifest import (
     MANIFEST,
     TEACHERS,
     TENSORBOARD,
-    TEST_SCORES,
     TRAINING_CONFIG,
     ArchiveError,
     read_manifest,
@@ -84,8 +83,7 @@ def delete_run(output_dir: Path, keep: Sequence[Path] = ()) -> None:
     for folder in folders:
         if not any(below.is_relative_to(folder) for below in kept):
             shutil.rmtree(folder, ignore_errors=True)
-    for name in (HISTORY_LOG, TEST_SCORES):
-        (output_dir / name).unlink(missing_ok=True)
+    (output_dir / HISTORY_LOG).unlink(missing_ok=True)
 
 
 def remove_export(output_dir: Path) -> None:

@@ -19,9 +19,8 @@ MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 MANIFEST_LIMIT = 1 << 20  # bytes; a real one is a few kilobytes
 TRAINING_CONFIG = "training_config.json"
-# In the export folder but not part of the export; older versions wrote the last one.
+# In the export folder but not part of the export.
 CHECKPOINTS, HISTORY_LOG, TENSORBOARD = "checkpoints", "training_history.jsonl", "tensorboard"
-TEST_SCORES = "test_scores.json"
 TEACHERS = Path(CHECKPOINTS, "teachers")  # the runs of a student's own teachers
 NO_CHECKPOINTS = (  # of a finished model that should train longer
     "but no checkpoint to continue from: train it again with --fresh, or fine-tune it into another folder with "

@@ -1,8 +1,7 @@
 """Recompute the test scores of an export and compare them with those recorded in training.
 
 `training_config.json` records the nats of each test document (`test_nats`), which sum to the test scores. So a check of
-the sums and of a random sample of documents is enough. Exports of older versions lack the record and are scored on the
-whole text.
+the sums and of a random sample of documents is enough.
 
     python -m mvlm_core.export.scores REQUEST.json ANSWER.json
 
@@ -36,15 +35,13 @@ _MIN_DOCUMENTS = 8  # in the sample
 _NATS_LIMIT = 2.0**53  # of a document; their sum must be finite
 
 
-def recorded_score(config: dict[str, Any], documents: Sequence[Document]) -> Score | None:
-    """Read the score of the test documents from a training_config.json; None if it has none.
+def recorded_score(config: dict[str, Any], documents: Sequence[Document]) -> Score:
+    """Read the score of the test documents from a training_config.json.
 
     Raises:
         UserError: it is not a valid score of exactly these documents.
     """
-    nats = config.get("test_nats")
-    if not nats:
-        return None
+    nats: Any = config.get("test_nats")
     same = isinstance(nats, dict) and nats.keys() == {document.path for document in documents}
     if not same or not all(isinstance(value, float) and 0 <= value < _NATS_LIMIT for value in nats.values()):
         raise UserError(f"{TRAINING_CONFIG}: test_nats is not a number of nats for each test document")
@@ -78,32 +75,32 @@ def differences(recorded: Score, rescored: Score, tolerance: float) -> list[str]
 def rescore(
     folder: Path, *, data_dir: str, validation_dir: str | None, device: str, seed: int, whole: bool
 ) -> dict[str, Any]:
-    """Recompute the scores of the whole test split and of its primary part; None without such text.
+    """Recompute the scores of the whole test split and of its primary part from the recorded nats of each document.
 
-    If the nats of each document are recorded, the results are their sums, and ``sample`` holds the number of rescored
-    documents (all of them with ``whole``) and the problems. Otherwise everything is rescored and ``sample`` is None.
-    If the corpus is not the one that the model was trained on, the scores are None and the fingerprint differs.
+    ``sample`` holds the number of rescored documents (all of them with ``whole``) and the problems. All three are None
+    without such text or with ``--no_test_score``, and if the corpus is not the one that the model was trained on, whose
+    fingerprint differs.
+
+    Raises:
+        UserError: the export has no valid record.
     """
     config, corpus = training_config(folder), load_corpus(data_dir, **corpus_choice(folder, validation_dir))
     hardware = choose_hardware(device=device)
     hardware.apply()
     on_cpus = config.get("hardware", {}).get("device") == hardware.device == "cpu"
     result: dict[str, Any] = {"fingerprint": corpus.fingerprint, "device": hardware.device}
-    result |= {"tolerance": SAME_MACHINE if on_cpus else OTHER_MACHINE, "sample": None}
-    result |= {"test_bpb": None, PRIMARY_TEST_BPB: None}
-    test = corpus.split("test")
+    result |= {"sample": None, "test_bpb": None, PRIMARY_TEST_BPB: None}
+    test = [] if config.get("settings", {}).get("no_test_score") is True else corpus.split("test")
     if corpus.fingerprint != config.get("data", {}).get("fingerprint") or not test:
         return result
     recorded = recorded_score(config, test)
-    documents = test if whole or recorded is None else draw_sample(test, seed)
-    score = score_loaded(*load_export(folder, hardware.device), named_texts(documents))
-    if recorded:
-        problems = differences(recorded, score, result["tolerance"])
-        result["sample"] = {"documents": len(documents), "of": len(test), "problems": problems}
-        score = recorded
+    documents = test if whole else draw_sample(test, seed)
+    rescored = score_loaded(*load_export(folder, hardware.device), named_texts(documents))
+    problems = differences(recorded, rescored, SAME_MACHINE if on_cpus else OTHER_MACHINE)
+    result["sample"] = {"documents": len(documents), "of": len(test), "problems": problems}
     primary = {document.path for document in corpus.primary_part("test")}
-    result["test_bpb"] = score.bits_per_byte
-    result[PRIMARY_TEST_BPB] = score.part(primary).bits_per_byte if primary else None
+    result["test_bpb"] = recorded.bits_per_byte
+    result[PRIMARY_TEST_BPB] = recorded.part(primary).bits_per_byte if primary else None
     return result
 
 

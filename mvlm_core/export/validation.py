@@ -156,9 +156,11 @@ def check_loading(
 # --- scores -------------------------------------------------------------------------------------------------
 
 
-def same_score(recorded: object, now: object, tolerance: float) -> bool:
+def same_score(recorded: object, now: object) -> bool:
     """Whether two values are floats and close. Integers are invalid, and may be too large to compare."""
-    return isinstance(recorded, float) and isinstance(now, float) and math.isclose(recorded, now, rel_tol=tolerance)
+    return (
+        isinstance(recorded, float) and isinstance(now, float) and math.isclose(recorded, now, rel_tol=_SUM_TOLERANCE)
+    )
 
 
 def check_scores(folder: Path, checks: Checks, *, data_dir: str, seed: int, **options: Any) -> None:
@@ -185,15 +187,14 @@ def check_scores(folder: Path, checks: Checks, *, data_dir: str, seed: int, **op
     if sample := answer["sample"]:
         good = f"{sample['documents']:,} of {sample['of']:,} documents as recorded in training, drawn with seed {seed}"
         checks.add_problems("scores", "sample", sample["problems"], good)
-    where, tolerance = ("the files", answer["tolerance"]) if sample is None else ("test_nats", _SUM_TOLERANCE)
     unscored = config.get("settings", {}).get("no_test_score") is True
     for key in ("test_bpb", PRIMARY_TEST_BPB):
         recorded, now = config.get("results", {}).get(key), answer[key]
-        if recorded is None and (now is None or unscored):
-            checks.add("scores", key, True, "no such text" if now is None else "not scored (--no_test_score)")
+        if recorded is None and now is None:
+            checks.add("scores", key, True, "not scored (--no_test_score)" if unscored else "no such text")
         else:
-            detail = f"{now} from {where}, recorded in training: {recorded}"
-            checks.add("scores", key, same_score(recorded, now, tolerance), detail)
+            detail = f"{now} from test_nats, recorded in training: {recorded}"
+            checks.add("scores", key, same_score(recorded, now), detail)
 
 
 # --- archives -----------------------------------------------------------------------------------------------
