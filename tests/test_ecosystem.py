@@ -8,12 +8,13 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache, Trainer, TrainingArguments, pipeline
 
-from mvlm_core.export.archive import extract_archive, write_archive
+from mvlm_core.export.archive import opened, write_archive
 from tests.helpers import MODELS, sample_books
 
 pytestmark = pytest.mark.integration
@@ -25,11 +26,10 @@ LORA_TARGETS = {"mvlm_gpt2": ["c_attn"], "simone_enhanced": ["q_proj", "v_proj",
 def unpacked(trained, tmp_path_factory):
     """Model name → the folder its archive was extracted to."""
     place = tmp_path_factory.mktemp("elsewhere")
-    folders = {}
-    for name in MODELS:
-        write_archive(trained / name, place / f"{name}.tar.gz")
-        folders[name] = extract_archive(place / f"{name}.tar.gz", place / "unpacked")
-    return folders
+    with ExitStack() as stack:
+        for name in MODELS:
+            write_archive(trained / name, place / f"{name}.tar.gz")
+        yield {name: stack.enter_context(opened(place / f"{name}.tar.gz")) for name in MODELS}
 
 
 @pytest.fixture(params=MODELS)

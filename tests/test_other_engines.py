@@ -19,7 +19,7 @@ from benchmarks.performance.other_engines import gguf_reader, greedy, onnx_reade
 from mvlm_core.errors import UserError
 from mvlm_core.evaluation.bits_per_byte import encode, load_export
 from mvlm_core.evaluation.generation import prompt_ids
-from mvlm_core.export.archive import extract_archive, write_archive
+from mvlm_core.export.archive import opened, write_archive
 from mvlm_core.export.file_checks import Checks
 from mvlm_core.export.formats import LOGITS_TOLERANCE
 from mvlm_core.export.manifest import read_manifest, write_manifest
@@ -61,9 +61,9 @@ def unpacked(request, exports, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     assert not done.stderr and done.stdout.count("\n") == 1, "one line, and nothing of torch's"
     write_archive(place / "formats", place / "formats.tar.gz")
-    folder = extract_archive(place / "formats.tar.gz", place / "elsewhere")
-    assert folder.name == f"{name}_formats"
-    return name, *load_export(exports[name]), folder
+    with opened(place / "formats.tar.gz") as folder:
+        assert folder.name == f"{name}_formats"
+        yield name, *load_export(exports[name]), folder
 
 
 def test_validation_detects_corrupted_onnx_weights(unpacked, exports, tmp_path):

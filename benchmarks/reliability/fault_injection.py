@@ -173,7 +173,7 @@ class Bench:
 
     def result(self, place: Path) -> dict[str, Any]:
         """Return everything in a finished run that must not depend on interruptions."""
-        from mvlm_core.export.archive import check_archive, matches_export
+        from mvlm_core.export.archive import check_archive
         from mvlm_core.files import sha256_file
         from mvlm_core.training.checkpoint import newest_checkpoint
 
@@ -185,7 +185,7 @@ class Bench:
             "state": without_times(newest.state),
             "export": sha256_file(folder / "model.safetensors"),
             "history": self.history(place),
-            "archive": not check_archive(archive) and matches_export(archive, folder),
+            "archive": not check_archive(archive, folder),
         }
 
     def history(self, place: Path) -> list[dict[str, Any]]:

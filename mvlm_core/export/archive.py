@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import os
 import re
-import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -139,8 +138,6 @@ def _read_file(scan: _Scan, entry: Entry, content: Iterator[bytes], destination:
                 manifest += data
             if file:
                 file.write(data)
-    if path:
-        fsync_path(path)
     scan.digests[entry.name] = digest.hexdigest()
     if is_manifest and scan.manifest_bytes is None:
         scan.manifest_bytes = bytes(manifest)
@@ -171,19 +168,21 @@ def _compare_with_manifest(scan: _Scan) -> None:
         scan.problems.append(f"{folder}/: contains none of the manifest's files")
 
 
-def check_archive(archive: Path) -> list[str]:
-    """Return all problems with an archive, each with file name and reason; [] if it is valid."""
-    return [f"{archive.name}: {problem}" for problem in _scan(archive).problems]
+def check_archive(archive: Path, model_dir: Path | None = None) -> list[str]:
+    """Return all problems with an archive, each with file name and reason; [] if it is valid.
 
-
-def matches_export(archive: Path, model_dir: Path) -> bool:
-    """Whether the archive is valid and holds exactly the export in `model_dir`."""
-    try:
-        manifest = (model_dir / MANIFEST).read_bytes()
-    except OSError:
-        return False
+    Args:
+        model_dir: the export of which it must hold exactly the files.
+    """
     scan = _scan(archive)
-    return not scan.problems and scan.manifest_bytes == manifest
+    if model_dir is not None and not scan.problems:
+        try:
+            equal = scan.manifest_bytes == (model_dir / MANIFEST).read_bytes()
+        except OSError:
+            equal = False
+        if not equal:
+            scan.problems.append(f"differs from {model_dir}")
+    return [f"{archive.name}: {problem}" for problem in scan.problems]
 
 
 def read_checksums(path: Path) -> dict[str, str]:
@@ -196,37 +195,12 @@ def read_checksums(path: Path) -> dict[str, str]:
     return {pair[2]: pair[1] for pair in pairs if pair}
 
 
-def extract_archive(archive: Path, destination: Path) -> Path:
-    """Check an archive, then extract it below `destination`; return the top folder.
-
-    Nothing is written before the whole archive has been checked. The second pass checks again while extracting to a
-    temporary folder, so that an archive replaced in between is also rejected.
-
-    Raises:
-        ArchiveError: the archive is invalid, or the folder exists.
-    """
-    first = _scan(archive)
-    if first.problems:
-        raise ArchiveError([f"{archive.name}: {problem}" for problem in first.problems])
-    top = destination / first.manifest["name"]
-    if top.exists() or top.is_symlink():
-        raise ArchiveError(f"{top}: already exists; nothing was unpacked")
-    destination.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".extracting-", dir=destination))
-    try:
-        second = _scan(archive, partial)
-        if second.problems or second.manifest_bytes != first.manifest_bytes:
-            raise ArchiveError([f"{archive.name}: {p}" for p in second.problems or ["changed while it was read"]])
-        os.rename(partial / top.name, top)
-        fsync_path(destination)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return top
-
-
 @contextmanager
 def opened(path: Path) -> Iterator[Path]:
     """Open an export folder, or check a ``.tar.gz`` and extract it to a temporary folder while the context is open.
+
+    Nothing is written before the whole archive has been checked. The second pass checks again while extracting, so that
+    an archive replaced in between is also rejected.
 
     Raises:
         UserError: no such folder or archive, or an invalid archive.
@@ -236,5 +210,11 @@ def opened(path: Path) -> Iterator[Path]:
     if path.is_dir():
         yield path
         return
+    first = _scan(path)
+    if first.problems:
+        raise ArchiveError([f"{path.name}: {problem}" for problem in first.problems])
     with tempfile.TemporaryDirectory(prefix="mvlm-open-") as scratch:
-        yield extract_archive(path, Path(scratch))
+        second = _scan(path, Path(scratch))
+        if second.problems or second.manifest_bytes != first.manifest_bytes:
+            raise ArchiveError([f"{path.name}: {p}" for p in second.problems or ["changed while it was read"]])
+        yield Path(scratch, first.manifest["name"])

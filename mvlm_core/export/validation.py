@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_core.errors import Stopped
-from mvlm_core.export.archive import check_archive, matches_export, read_checksums
+from mvlm_core.export.archive import check_archive, read_checksums
 from mvlm_core.export.file_checks import Checks
 from mvlm_core.export.formats import LOGITS_TOLERANCE, formats_of
 from mvlm_core.export.manifest import MANIFEST, training_config
@@ -206,7 +206,9 @@ def check_packed(group: str, archive: Path, folder: Path, layout: Layout, checks
         checks.add(group, "exists", False, f"{archive} is missing")
         return
     checks.add(group, "exists", True, f"{archive.stat().st_size / 1e6:.1f} MB")
-    good = checks.add_problems(group, "intact and matches its manifest", check_archive(archive), "all files match")
+    equal_to = "the export" if group == "archive" else "its folder"
+    problems = check_archive(archive, folder)
+    checks.add_problems(group, f"intact and equal to {equal_to}", problems, "the same files")
     listed = read_checksums(layout.checksums).get(archive.name)
     try:
         actual = sha256_file(archive)
@@ -214,10 +216,6 @@ def check_packed(group: str, archive: Path, folder: Path, layout: Layout, checks
         actual = f"nothing ({error.strerror})"
     detail = f"{archive.name}: {layout.checksums.name} lists {listed or 'nothing'}, the file has {actual}"
     checks.add(group, "SHA256SUMS", listed == actual, "equal" if listed == actual else detail)
-    if good:
-        equal = matches_export(archive, folder)
-        detail = "the same files" if equal else f"{archive.name} differs from {folder}"
-        checks.add(group, "equals the export" if group == "archive" else "equals its folder", equal, detail)
 
 
 def check_formats(name: str, folder: Path, layout: Layout, checks: Checks) -> None:

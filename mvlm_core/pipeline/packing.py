@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mvlm_core.errors import describe_os_error
-from mvlm_core.export.archive import matches_export, write_archive
+from mvlm_core.export.archive import check_archive, write_archive
 from mvlm_core.export.formats import NO_GGUF, formats_of, supported
 from mvlm_core.export.manifest import ArchiveError
 from mvlm_core.files import sha256_file, template, write_atomic
@@ -47,7 +47,7 @@ def pack(layout: Layout, folder: Path, archive: Path) -> None:
     Raises:
         ArchiveError: it cannot be packed; neither an old archive nor a SHA256SUMS that lists it remains.
     """
-    if matches_export(archive, folder):
+    if not check_archive(archive, folder):
         log.info("%s: kept, already up to date", archive.name)
         return
     try:

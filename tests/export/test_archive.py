@@ -4,11 +4,12 @@ import gzip
 import io
 import os
 import tarfile
+import tempfile
 
 import pytest
 
 from mvlm_core.export import archive as packaging
-from mvlm_core.export.archive import check_archive, extract_archive, matches_export, write_archive
+from mvlm_core.export.archive import check_archive, opened, write_archive
 from mvlm_core.export.manifest import ArchiveError, verify_folder
 from mvlm_core.files import sha256_file
 from tests.export.exports import make_export
@@ -63,15 +64,14 @@ def test_archive_contains_exactly_the_manifests_files_in_one_folder(export, arch
     write_archive(export, archive)
     names = {m.name for m, _ in members(archive)}
     assert names == {"mvlm_gpt2", "mvlm_gpt2/manifest.json", *(f"mvlm_gpt2/{name}" for name in FILES)}
-    assert check_archive(archive) == []
-    assert matches_export(archive, export)
-    top = extract_archive(archive, tmp_path / "elsewhere")
-    assert top == tmp_path / "elsewhere" / "mvlm_gpt2"
-    assert verify_folder(top) == []
-    assert {p.name: p.read_bytes() for p in top.iterdir() if p.name != "manifest.json"} == FILES
-    assert [p.name for p in (tmp_path / "elsewhere").iterdir()] == ["mvlm_gpt2"]
-    with pytest.raises(ArchiveError, match="already exists"):
-        extract_archive(archive, tmp_path / "elsewhere")
+    assert check_archive(archive) == check_archive(archive, export) == []
+    (export / "manifest.json").unlink()
+    assert check_archive(archive, export) == [f"mvlm_gpt2_model.tar.gz: differs from {export}"]
+    with opened(archive) as top:
+        assert verify_folder(top) == []
+        assert {p.name: p.read_bytes() for p in top.iterdir() if p.name != "manifest.json"} == FILES
+        assert [p.name for p in top.parent.iterdir()] == [top.name] == ["mvlm_gpt2"]
+    assert not top.parent.exists()
 
 
 def test_archives_of_equal_exports_are_byte_identical(export, tmp_path):
@@ -95,8 +95,8 @@ def test_member_times_owners_and_modes_are_normalized(archive):
 def test_nested_files_survive_a_round_trip(tmp_path):
     export = make_export(tmp_path / "e", {"a/b/c.json": b"{}", "a/d.json": b"1"})
     write_archive(export, tmp_path / "x.tar.gz")
-    assert check_archive(tmp_path / "x.tar.gz") == []
-    assert (extract_archive(tmp_path / "x.tar.gz", tmp_path / "o") / "a" / "b" / "c.json").read_bytes() == b"{}"
+    with opened(tmp_path / "x.tar.gz") as top:
+        assert (top / "a" / "b" / "c.json").read_bytes() == b"{}" and verify_folder(top) == []
 
 
 def test_damaged_exports_are_refused_and_the_old_archive_is_kept(export, archive, monkeypatch):
@@ -140,14 +140,14 @@ def test_damaged_exports_are_refused_and_the_old_archive_is_kept(export, archive
         (entry("mvlm_gpt2/" + "y" * 150), "long name"),
     ],
 )
-def test_invalid_entries_are_refused_with_a_reason_and_not_extracted(archive, tmp_path, extra, reason):
+def test_invalid_entries_are_refused_with_a_reason_and_not_extracted(archive, monkeypatch, extra, reason):
     repack(archive, [*members(archive), extra])
     problems = check_archive(archive)
     assert any(reason in problem for problem in problems), problems
     assert all(problem.startswith(archive.name) for problem in problems)
-    with pytest.raises(ArchiveError):
-        extract_archive(archive, tmp_path / "elsewhere")
-    assert not (tmp_path / "elsewhere").exists()
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    with pytest.raises(ArchiveError), opened(archive):
+        pass
 
 
 def test_pax_headers_that_rename_an_entry_are_refused(archive):
@@ -194,8 +194,8 @@ def test_paths_that_are_not_archives_are_refused(tmp_path):
     for data in (b"", b"\x1f\x8b", b"PK\x03\x04", gzip.compress(b""), gzip.compress(b"x" * 512)):
         (tmp_path / "bad.tar.gz").write_bytes(data)
         assert check_archive(tmp_path / "bad.tar.gz")
-        with pytest.raises(ArchiveError):
-            extract_archive(tmp_path / "bad.tar.gz", tmp_path / "o")
+        with pytest.raises(ArchiveError), opened(tmp_path / "bad.tar.gz"):
+            pass
 
 
 def test_archive_changed_between_check_and_extraction_is_refused(archive, tmp_path, monkeypatch):
@@ -208,6 +208,9 @@ def test_archive_changed_between_check_and_extraction_is_refused(archive, tmp_pa
         return real(path, destination)
 
     monkeypatch.setattr(packaging, "_scan", scan)
-    with pytest.raises(ArchiveError, match="README.md"):
-        extract_archive(archive, tmp_path / "o")
-    assert list((tmp_path / "o").iterdir()) == []
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    with pytest.raises(ArchiveError, match="README.md"), opened(archive):
+        pass
+    assert list(scratch.iterdir()) == []

@@ -35,10 +35,10 @@ def test_archive_checks_detect_damage_and_mismatches(export, monkeypatch):
     pack(export)
     (export / "README.md").write_text("another card\n")
     seal(export)
-    assert found() == {"equals the export"}
+    assert found() == {"intact and equal to the export"}
     data = bytearray(layout.archive("mvlm_gpt2").read_bytes())
     data[len(data) // 2] ^= 1
     layout.archive("mvlm_gpt2").write_bytes(data)
-    assert found() == {"SHA256SUMS", "intact and matches its manifest"}
+    assert found() == {"SHA256SUMS", "intact and equal to the export"}
     layout.archive("mvlm_gpt2").unlink()
     assert found() == {"exists"}
