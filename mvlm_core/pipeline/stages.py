@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from mvlm_core.data.corpus import NO_TEST_TEXT, SPLITS
-from mvlm_core.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, Stopped, UserError
+from mvlm_core.errors import COMPILATION_FAILED, EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, Stopped, UserError
 from mvlm_core.evaluation.compression import compression_baselines
 from mvlm_core.export.folder import delete_run
 from mvlm_core.export.manifest import CHECKPOINTS, MANIFEST, TEACHERS, ArchiveError, training_config
@@ -175,7 +175,7 @@ def run_trainer(job: Job, name: str, signals: SignalForwarder) -> tuple[int, lis
 
     One that failed or was killed is started again, at most ``RETRIES`` times: a transient fault, such as of a GPU, must
     not cost an unattended job the model. It must have got further since its last start; a fault that does not depend on
-    chance prevents that.
+    chance prevents that. One whose model cannot be compiled is started again without compilation.
     """
     export, log_file, retries = job.layout.export(name), job.layout.log_file(name), 0
     while True:
@@ -186,15 +186,18 @@ def run_trainer(job: Job, name: str, signals: SignalForwarder) -> tuple[int, lis
         may_pass = code == EXIT_FAILED or code > 128
         if not may_pass or retries == RETRIES or not wait_for_orphans(export, ORPHAN_SECONDS):
             return code, tail
-        if progress(export) <= before:
+        uncompilable = [line for line in tail if COMPILATION_FAILED in line and not job.settings.get("no_compile")]
+        if not uncompilable and progress(export) <= before:
             return code, tail
         retries += 1
         append_tail(log_file, code, tail)
         killed = f" (killed by {signal_name(code - 128)})" if code > 128 else ""
-        last = tail[-1] if tail else "none"
+        last = (uncompilable or tail or ["none"])[-1]
         log.warning("%s: ended with exit code %d%s; its last output: %s", name, code, killed, last)
-        log.warning("%s: starts again from its newest checkpoint (retry %d of %d)", name, retries, RETRIES)
-        job = replace(job, fresh=False)
+        how = "without torch.compile, more slowly" if uncompilable else "from its newest checkpoint"
+        log.warning("%s: starts again %s (retry %d of %d)", name, how, retries, RETRIES)
+        changes = {"no_compile": True, "loss_kernel": "blocks"} if uncompilable else {}
+        job = replace(job, fresh=False, settings=job.settings | changes)
 
 
 def progress(export: Path) -> tuple[int, int, int]:

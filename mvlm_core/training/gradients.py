@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mvlm_core.errors import TrainingError
+from mvlm_core.errors import COMPILATION_FAILED, TrainingError
 from mvlm_core.signals import StopRequest
 from mvlm_core.training.distillation import draw_teacher
 from mvlm_core.training.distributed import Ranks
@@ -171,7 +171,7 @@ def _explain_failed_compilation(error: RuntimeError) -> None:
         inner = getattr(error, "inner_exception", error)
         reason = f"{type(inner).__name__}: {str(inner).strip()}".splitlines()[0]
         raise TrainingError(
-            f"torch.compile failed ({reason}): to train without it, more slowly, add --no_compile"
+            f"{COMPILATION_FAILED} ({reason}): to train without it, more slowly, add --no_compile"
         ) from error
 
 

@@ -162,6 +162,43 @@ def test_a_failed_trainer_is_started_again_twice_if_it_gets_further(
     assert (log.read_text().count("--- ended with exit code") if log.exists() else 0) == (0 if mode > 128 else starts)
 
 
+# Cannot compile, as a trainer says it; writes an export without.
+UNCOMPILABLE = """
+import json, sys
+from pathlib import Path
+from mvlm_core.errors import COMPILATION_FAILED
+from mvlm_core.export.manifest import write_manifest
+from mvlm_core.files import sha256_file
+export = Path(sys.argv[sys.argv.index("--output_dir") + 1])
+export.mkdir(parents=True, exist_ok=True)
+print(*sys.argv[-5:], file=open(export / "starts", "a"))
+if "--no_compile" not in sys.argv or "ALWAYS" in sys.argv[0]:
+    sys.exit(f"failed: {COMPILATION_FAILED} (no kernel): add --no_compile\\nand a last line")
+config = export / "training_config.json"
+config.write_text(json.dumps({"results": {"steps": 9}}))
+write_manifest(export, export.name, {config.name: sha256_file(config)})
+"""
+
+
+def test_a_model_that_cannot_be_compiled_is_trained_without_compilation(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(stages.log, "propagate", True)
+    (tmp_path / "script.py").write_text(UNCOMPILABLE)
+    (always := tmp_path / "ALWAYS.py").write_text(UNCOMPILABLE)
+    trainers = {"one": tmp_path / "script.py", "two": always}
+    job = make_job(tmp_path, trainers=trainers, settings={"loss_kernel": "compiled"}, fresh=True)
+    job.layout.logs.mkdir()
+    summary = Summary(job.layout, job.names, preset="smoke", device="cpu")
+    with SignalForwarder() as signals:
+        assert stages.train_models(job, summary, tmp_path / "job.log", signals) == [0, 1]
+    for name in job.names:
+        first, second = (job.layout.export(name) / "starts").read_text().splitlines()
+        assert first.endswith("--loss_kernel compiled --fresh") and "--no_compile" not in first
+        assert second.endswith("--loss_kernel blocks --no_compile"), "which --loss_kernel compiled would contradict"
+        assert f"{name}: ended with exit code 1; its last output: failed: torch.compile failed (no" in caplog.text
+        assert f"{name}: starts again without torch.compile, more slowly (retry 1 of 2)" in caplog.text
+    assert summary.models["one"]["status"] == "finished" and summary.models["two"]["status"] == "failed"
+
+
 # The real trainer of model 1, as a tiny model; the first start is killed while it writes its second checkpoint.
 REAL = f"""
 import os, signal, sys

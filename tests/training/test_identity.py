@@ -16,9 +16,10 @@ from prioritary_mvlm import PrioritaryConfig
 from tests.helpers import recipe_of, tiny_settings
 
 
-def test_the_split_of_a_batch_and_the_length_are_not_part_of_the_identity():
+def test_the_split_of_a_batch_the_length_and_compilation_are_not_part_of_the_identity():
     one = settings_identity(GPT2Settings(preset="cpu", batch_size=8, max_steps=5))
     assert one == settings_identity(GPT2Settings(preset="cpu", batch_size=4, gradient_accumulation_steps=2))
+    assert one == settings_identity(GPT2Settings(preset="cpu", batch_size=8, no_compile=True, loss_kernel="blocks"))
     assert one["--preset"] == "cpu" and one["--batch_size × gradient_accumulation_steps"] == 8
     other = settings_identity(GPT2Settings(preset="cpu", seed=3, batch_size=4))
     assert {name for name in one if one[name] != other[name]} == {
