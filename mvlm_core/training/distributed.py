@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from mvlm_core.errors import Stopped, TrainingError, UserError
+from mvlm_core.errors import Stopped, TrainingError, UserError, printable
 from mvlm_core.signals import parent_is_gone
 from mvlm_core.training.supervisor import FOLDER_VARIABLE, MEMORY_VARIABLE
 
@@ -252,7 +252,8 @@ def _lost_connection(error: Exception) -> TrainingError:
     """Build the error for a failed collective; a marker file tells the supervisor that another rank is the cause."""
     if folder := os.environ.get(FOLDER_VARIABLE):
         Path(folder, f"lost.{os.environ['RANK']}").touch()
+    said = printable(" ".join(str(error).split()))  # NCCL names the cause in its last lines
     return TrainingError(
-        f"the processes of this run lost their connection ({str(error).splitlines()[0]}); look for the error of the "
-        "process that failed first, then restart all: they resume from the newest checkpoint"
+        f"the processes of this run lost their connection ({said}); look for the error of the process that failed "
+        "first, then restart all: they resume from the newest checkpoint"
     )

@@ -239,9 +239,10 @@ class Supervisor:
         causes = sorted((failure, ended, number) for failure, ended, number in outcomes if failure)
         if not causes:
             logs = ", ".join(str(rank.log) for rank in self.ranks[1:])
+            advice = "" if self.shares_memory else "; --gpus 1 trains without NCCL; in Docker, --shm-size=1g may help"
             raise TrainingError(
                 f"the {self.world_size} processes lost each other, and none of them reported why (a GPU fault ends a "
-                f"process this way: see dmesg and {logs}); the same command, without --fresh, resumes"
+                f"process this way: see dmesg and {logs}); the same command, without --fresh, resumes{advice}"
             )
         if causes[0][2] == 0 and main.code == EXIT_FAILED:
             return EXIT_FAILED  # the main rank has already printed the reason

@@ -170,6 +170,18 @@ def test_hung_rank_ends_the_run_after_a_timeout(tiny_corpus, tmp_path, monkeypat
     in_ranks(2, work)
 
 
+def test_a_lost_connection_is_explained_by_all_lines_of_the_error(monkeypatch):
+    monkeypatch.delenv(supervisor.FOLDER_VARIABLE, raising=False)
+    text = "NCCL error in NCCLUtils.cpp:94\nncclSystemError: System call failed.\nLast error:\nno room in /dev/shm\x1b"
+
+    def fail():
+        raise RuntimeError(text)
+
+    with pytest.raises(TrainingError) as error:
+        distributed._collective(fail)
+    assert r"94 ncclSystemError: System call failed. Last error: no room in /dev/shm\x1b); look" in str(error.value)
+
+
 def test_a_trained_model_is_freed(tiny_corpus, tmp_path):
     """A teacher's weights must not stay in memory while its student trains."""
 

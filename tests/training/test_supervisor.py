@@ -81,8 +81,8 @@ def quick(monkeypatch):
         monkeypatch.setattr(supervisor, name, seconds)
 
 
-def supervised(program, world=2, log_file=None):
-    return Supervisor([sys.executable, "-c", START + program], world, log_file, shares_memory=True)
+def supervised(program, world=2, log_file=None, shares_memory=True):
+    return Supervisor([sys.executable, "-c", START + program], world, log_file, shares_memory=shares_memory)
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 130, 143])
@@ -151,6 +151,17 @@ sys.exit(1)
 """
     with pytest.raises(TrainingError, match="process 1 of 3 does not respond"):
         supervised(program, 3, str(tmp_path / "log")).run()
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_ranks_that_lost_each_other_get_advice_about_nccl_only_on_gpus(on_cpu, quick, tmp_path):
+    program = f"""
+open(os.environ["{FOLDER_VARIABLE}"] + f"/lost.{{rank}}", "w")
+sys.exit(1)
+"""
+    with pytest.raises(TrainingError, match="the 2 processes lost each other") as error:
+        supervised(program, 2, str(tmp_path / "log"), shares_memory=on_cpu).run()
+    assert ("--gpus 1 trains without NCCL; in Docker, --shm-size=1g may help" in str(error.value)) is not on_cpu
 
 
 def test_main_rank_failure_is_not_blamed_on_waiting_ranks(quick):
