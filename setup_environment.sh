@@ -162,7 +162,7 @@ if preset == "cpu":
     raise SystemExit(why)
 print("torch uses", why)
 ' 2>&1)" || die "error: torch cannot use the GPU: ${answer##*$'\n'}" \
-        "  Check the driver with nvidia-smi and use the index of a build that supports it, for example:" \
+        "  Check the driver with nvidia-smi; if it is too old for this build, use the index of another, for example:" \
         "    $AGAIN $WHEELS/cu130" "$WITHOUT_GPU"
     say "$answer"
 }

@@ -163,9 +163,22 @@ def cuda_state() -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, (
             f"torch {torch.__version__} finds no usable CUDA device "
-            "(no GPU, driver too old, or hidden by CUDA_VISIBLE_DEVICES: see nvidia-smi)"
+            f"(no GPU, driver too old, or hidden by CUDA_VISIBLE_DEVICES: see nvidia-smi){_cuda_error()}"
         )
     return True, f"CUDA {torch.version.cuda}"  # not the GPU's name: querying it would allocate GPU memory
+
+
+def _cuda_error() -> str:
+    """The error with which CUDA fails to start, which ``is_available`` does not tell."""
+    import torch
+
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        text = str(error).partition("\n")[0]
+        fabric = "; on a machine with NVSwitch, start nvidia-fabricmanager" if "Error 802" in text else ""
+        return f": {text}{fabric}"
+    return ""
 
 
 def gpu_count() -> int:

@@ -17,6 +17,7 @@ from mvlm_core.machine import (
     compiler_problem,
     cpu_has_bf16,
     cpu_name,
+    cuda_state,
     gpu_count,
     nvidia_may_be_there,
     nvidia_seems_there,
@@ -139,6 +140,28 @@ def test_gpus_that_cuda_cannot_use_are_not_counted(monkeypatch) -> None:
     monkeypatch.setattr(machine, "nvidia_may_be_there", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)  # as the driver counts them
     assert gpu_count() == 0
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (RuntimeError("Error 802: system not yet initialized\nframe #0"), "Error 802: system not yet initialized; on"),
+        (RuntimeError("No CUDA GPUs are available"), "No CUDA GPUs are available"),
+        (AssertionError("libcudart functions unavailable"), "libcudart functions unavailable"),
+    ],
+)
+def test_the_error_with_which_cuda_fails_to_start_is_told(monkeypatch, raised: Exception, told: str) -> None:
+    def fail() -> None:
+        raise raised
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", fail)
+    usable, why = cuda_state()
+    assert not usable and f"see nvidia-smi): {told}" in why and "frame" not in why
+    assert ("start nvidia-fabricmanager" in why) == ("802" in told)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cuda_state() == (True, "CUDA 13.0"), "without starting CUDA, which would allocate GPU memory"
 
 
 def test_gpu_hidden_by_cuda_visible_devices_is_ignored(empty_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

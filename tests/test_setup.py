@@ -381,6 +381,22 @@ def test_gpu_that_torch_cannot_use_is_an_error(machine: Machine) -> None:
     assert "--torch_index" in answer.stderr
 
 
+def test_the_error_with_which_cuda_fails_to_start_is_shown(machine: Machine) -> None:
+    machine.add_python()
+    machine.add_gpu("580.65.06")
+    (machine.checkout / "torch.py").write_text("""
+import sys, types
+__version__, version = "2.13.0", types.SimpleNamespace(cuda="13.0")
+class cuda:
+    def is_available(): print("a warning", file=sys.stderr)
+    def init(): raise RuntimeError("Error 802: system not yet initialized\\nframe #0")
+""")
+    answer = machine.run("--no_corpus")
+    assert answer.returncode == 1
+    assert "Error 802: system not yet initialized; on a machine with NVSwitch, start nvidia-fab" in answer.stderr
+    assert "a warning" not in answer.stderr and "if it is too old for this build" in answer.stderr
+
+
 def test_missing_compiler_stops_a_set_up_for_a_gpu_before_anything_is_installed(machine: Machine) -> None:
     machine.add_python()
     without = {"STAND_IN_CUDA": "CUDA 13.0", "WITHOUT_COMPILER": "1"}
