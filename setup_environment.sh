@@ -171,17 +171,17 @@ try_extras() {
     if [ -f "$EXTRAS_TRIED" ]; then return; fi
     local package packages
     packages="$(sed '/^#/d; /^$/d' "$ROOT/requirements-gpu.txt")"
-    say "Trying to install the optional ${packages//$'\n'/ and } (at most 15 minutes each)"
+    say "Trying to install the optional ${packages//$'\n'/ and } (at most 2 minutes each)"
     for package in $packages; do
         # Wheels only: building flash-attn from source takes an hour or more, and it is optional.
         # The constraints prevent packages from replacing torch.
-        if limited 900 "$VENV_PYTHON" -m pip install --only-binary=:all: \
+        if limited 120 "$VENV_PYTHON" -m pip install --only-binary=:all: \
                 --constraint "$ROOT/constraints.txt" "$package" >/dev/null 2>&1 \
                 && in_venv -c "import ${package//-/_}" >/dev/null 2>&1; then
             say "Optional $package: installed."
         else
             "$VENV_PYTHON" -m pip uninstall --yes "$package" >/dev/null 2>&1 || true
-            say "Optional $package: no wheel for this torch; attention uses PyTorch's own kernels."
+            say "Optional $package: no wheel for this torch, or none within 2 minutes; attention uses PyTorch's own kernels."
         fi
     done
     : > "$EXTRAS_TRIED"

@@ -432,6 +432,17 @@ def test_optional_gpu_packages_may_fail_and_are_tried_once(machine: Machine) -> 
     assert "Optional" not in again.stdout
 
 
+def test_optional_gpu_packages_get_two_minutes_each(machine: Machine) -> None:
+    machine.add_python()
+    machine.add_gpu("580.65.06")
+    (machine.bin / "timeout").unlink()
+    times_out = 'case "$*" in "--foreground 120 "*--only-binary*) exit 124 ;; esac'
+    executable(machine.bin / "timeout", f'#!/bin/bash\n{times_out}\nshift 2\nexec "$@"\n')
+    answer = machine.run("--no_corpus", STAND_IN_CUDA="NVIDIA H200")
+    assert answer.returncode == 0 and answer.stdout.count("or none within 2 minutes") == 2
+    assert not any("--only-binary" in line for line in machine.logged())
+
+
 def test_ctrl_c_ends_the_optional_step_and_the_script(machine: Machine) -> None:
     machine.add_python()
     machine.add_gpu("580.65.06")
@@ -450,7 +461,7 @@ def test_ctrl_c_ends_the_optional_step_and_the_script(machine: Machine) -> None:
     output, _ = script.communicate(timeout=15)
     assert script.returncode == 130
     last = output.splitlines()[-1]
-    assert last == "Trying to install the optional flash-attn and xformers (at most 15 minutes each)"
+    assert last == "Trying to install the optional flash-attn and xformers (at most 2 minutes each)"
 
 
 def test_gpu_that_appears_later_gets_a_cuda_build(machine: Machine) -> None:
