@@ -61,6 +61,12 @@ parse_arguments() {
     fi
 }
 
+warn_about_ssh() {  # unless it runs in tmux or screen, or with nohup, which ignores SIGHUP
+    if [ -n "${SSH_CONNECTION-}" ] && [ -z "${TMUX-}${STY-}$(trap -p HUP)" ]; then
+        say "Note: set-up and what follows end with this SSH connection; start tmux first: tmux new -s training"
+    fi
+}
+
 stay_in_this_folder() {
     # Keep the download cache in the checkout and remove it at the end, so that an interrupted set-up does not download
     # gigabytes twice.
@@ -300,6 +306,7 @@ pip_install() {  # modules are compiled when first imported: most never are
 
 main() {
     parse_arguments "$@"
+    warn_about_ssh
     trap 'exit 130' INT  # pip exits with 1 on Ctrl-C, and this script would continue
     stay_in_this_folder
     find_gpu

@@ -164,6 +164,20 @@ def test_no_corpus_skips_the_dataset(machine: Machine) -> None:
     assert not any("prepare_dataset" in line for line in machine.logged())
 
 
+def test_set_up_over_ssh_without_tmux_is_warned_about(machine: Machine) -> None:
+    def is_warned(hangup: str = "default", **environment: str) -> bool:
+        script = machine.checkout / "setup_environment.sh"
+        command = ["env", f"--{hangup}-signal=HUP", "bash", str(script)]
+        variables = machine.environment() | environment
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
+        return "tmux new -s training" in done.stdout
+
+    ssh = {"SSH_CONNECTION": "10.0.0.2 50000 10.0.0.1 22"}
+    assert is_warned(**ssh)
+    assert not is_warned() and not is_warned(hangup="ignore", **ssh), "as with nohup"
+    assert not is_warned(**ssh, TMUX="/tmp/tmux-0/default,1,0") and not is_warned(**ssh, STY="1.pts-0.host")
+
+
 def test_no_usable_python_says_what_to_install(machine: Machine) -> None:
     executable(machine.bin / "python3", "#!/bin/bash\necho 'launcher: python3: not found' >&2; exit 127\n")
     executable(machine.bin / "python3.12", "#!/bin/bash\necho '3.9 /usr'\n")
