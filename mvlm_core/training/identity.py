@@ -14,6 +14,7 @@ from mvlm_core.training.checkpoint import checkpoint_folders, named_checkpoint
 from mvlm_core.training.preparation import PreparedText
 
 TEACHERS_KEY = "--teacher, its manifest"  # the teachers' hashes, separated by commas
+TEACHER_COUNT = "number of teachers"
 
 
 def settings_identity(settings: TrainingSettings) -> dict[str, Any]:
@@ -48,7 +49,12 @@ def check_identity(what: str, recorded: Any, current: dict[str, Any]) -> None:
         problems = [
             f"{what} from a different run: {name} was {old.get(name)}, now {current.get(name)}" for name in differing
         ]
-        raise UserError([*problems, "restore those values, choose another --output_dir, or start over with --fresh"])
+        length = "give --num_epochs instead of --max_hours, " if TEACHER_COUNT in differing else ""
+        advice = (
+            f"restore those values, {length}choose another --output_dir (train_all_models.py: --work_dir), or start "
+            "over with --fresh"
+        )
+        raise UserError([*problems, advice])
 
 
 def check_settings(what: str, recorded: dict[str, Any], settings: TrainingSettings, teachers: int) -> None:
@@ -57,10 +63,10 @@ def check_settings(what: str, recorded: dict[str, Any], settings: TrainingSettin
     Raises:
         UserError: lists every value that differs.
     """
-    expected = settings_identity(settings) | {"number of teachers": teachers}
+    expected = settings_identity(settings) | {TEACHER_COUNT: teachers}
     known = {name: value for name, value in recorded.items() if name in expected}
     hashes = recorded.get(TEACHERS_KEY)
-    check_identity(what, known | {"number of teachers": len(str(hashes).split(",")) if hashes else 0}, expected)
+    check_identity(what, known | {TEACHER_COUNT: len(str(hashes).split(",")) if hashes else 0}, expected)
 
 
 def check_earlier_run(output_dir: Path, settings: TrainingSettings) -> None:

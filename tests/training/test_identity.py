@@ -9,7 +9,7 @@ from mvlm_core.errors import UserError
 from mvlm_core.export.manifest import CHECKPOINTS, MANIFEST, training_config, write_manifest
 from mvlm_core.files import read_json, sha256_file, write_json_atomic
 from mvlm_core.training.checkpoint import checkpoint_folders
-from mvlm_core.training.identity import check_identity, is_finished, settings_identity
+from mvlm_core.training.identity import TEACHERS_KEY, check_identity, check_settings, is_finished, settings_identity
 from mvlm_core.training.run import run_training
 from mvlm_trainer import GPT2Settings
 from prioritary_mvlm import PrioritaryConfig
@@ -26,6 +26,22 @@ def test_the_split_of_a_batch_the_length_and_compilation_are_not_part_of_the_ide
         "--seed",
         "--batch_size × gradient_accumulation_steps",
     }
+
+
+def test_a_longer_time_that_needs_more_teachers_is_refused_with_advice_for_both_commands():
+    default, longer = GPT2Settings(preset="h200"), GPT2Settings(preset="h200", max_hours=2)
+    recorded = settings_identity(default) | {TEACHERS_KEY: ",".join(["hash"] * (default.num_models - 1))}
+    with pytest.raises(UserError) as error:
+        check_settings("a model", recorded, longer, longer.num_models - 1)
+    assert error.value.problems == [
+        "a model from a different run: number of teachers was 3, now 7",
+        "restore those values, give --num_epochs instead of --max_hours, choose another --output_dir "
+        "(train_all_models.py: --work_dir), or start over with --fresh",
+    ]
+    epochs = GPT2Settings(preset="h200", num_epochs=36)
+    check_settings("a model", recorded, epochs, epochs.num_models - 1)
+    with pytest.raises(UserError, match="values, choose another --output_dir"):
+        check_settings("a model", recorded, GPT2Settings(preset="h200", seed=3), 3)
 
 
 @pytest.mark.parametrize("cls", [GPT2Settings, PrioritaryConfig])
