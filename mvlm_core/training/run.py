@@ -120,7 +120,7 @@ def _run(run: Run, stop: StopRequest, *, student: TrainingSettings | None = None
                 if settings.fresh:
                     delete_run(folder, keep=[Path(teacher) for teacher in (student or settings).teacher])
         finished = ranks.is_main and not settings.fresh and is_finished(run.output_dir, identity, needed, settings)
-        if finished and student_dir is None and _has_old_code(run):
+        if finished and student is None and _has_old_code(run):
             log.info("%s: exporting again, with this version's modeling files", run.output_dir)
             finished = False
         if ranks.broadcast(finished and settings.resume_from is None):
