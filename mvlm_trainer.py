@@ -192,8 +192,8 @@ def recipe() -> Recipe:
         build=build,
         law=ScalingLaw(
             scores=((247_552, 3.1755), (889_984, 2.5378), (3_749_376, 2.1666)),
-            gains=((1, 1.0), (3, 0.995), (11, 0.963), (30, 0.955)),
-            gain_error=0.017,
+            score_ratios=((1, 1.0), (3, 0.995), (11, 0.963), (30, 0.955)),
+            ratio_error=0.017,
             reached=(60_000_000, 1.59),  # 1.9 M parameters, 38 MB: test 1.5629, which is 2 % below validation
         ),
         only_sdpa=True,

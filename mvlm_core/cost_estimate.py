@@ -37,7 +37,7 @@ def format_costs(items: list[Item], *, gpus: int) -> list[str]:
     Args:
         gpus: GPUs of the rented machine, whose price is included; 0 if it is not rented.
     """
-    price = f"at {PRICE_PER_HOUR:g} dollars per GPU and hour" + (f" × {gpus}" if gpus > 1 else "")
+    price = f"at {PRICE_PER_HOUR:g} dollars per GPU-hour" + (f" × {gpus}" if gpus > 1 else "")
     total = Item("total", sum(item.seconds for item in items), price if gpus else "")
     width = max(len(item.name) for item in [*items, total])
     lines = []

@@ -23,8 +23,8 @@ from mvlm_core.machine import (
     cpu_has_bf16,
     cpu_name,
     cuda_state,
-    nvidia_may_be_there,
-    nvidia_seems_there,
+    nvidia_gpu_expected,
+    nvidia_gpu_possible,
 )
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -260,12 +260,12 @@ def missing_gpu(hardware: Hardware, preset: str, *, automatic: bool) -> str | No
     The h200 preset is made for a GPU; an automatically chosen preset should use the GPU that seems to be there.
     ``--device cpu`` allows both on the CPU.
     """
-    expected = preset == "h200" or (automatic and nvidia_seems_there())
+    expected = preset == "h200" or (automatic and nvidia_gpu_expected())
     if hardware.device == "cuda" or hardware.reasons["device"] == REQUESTED or not expected:
         return None
     return (
         f"--preset {'auto' if automatic else preset} would train on the CPU: {hardware.reasons['device']}; check that "
-        "nvidia-smi lists the GPU, and that the driver and the torch build fit together (bash setup_environment.sh "
+        "nvidia-smi lists the GPU, and that the driver and the torch build are compatible (bash setup_environment.sh "
         "checks both); to train on the CPU, use --device cpu, with --preset cpu for a small model"
     )
 
@@ -286,7 +286,7 @@ def resolve_preset(preset: str, device: str | None = None) -> tuple[str, str]:
         return preset, REQUESTED
     if device == "cpu":
         return "cpu", "--device cpu"
-    if not nvidia_may_be_there():
+    if not nvidia_gpu_possible():
         return "cpu", "no NVIDIA GPU found"
     usable, why = cuda_state()
     return ("h200", why) if usable else ("cpu", why)
@@ -300,7 +300,7 @@ def _choose_device(requested: str, problems: list[str]) -> tuple[str, str]:
         if not usable:
             problems.append(f"--device cuda: {why}")
         return "cuda", REQUESTED
-    if not usable and not nvidia_may_be_there():
+    if not usable and not nvidia_gpu_possible():
         why = "no NVIDIA GPU found"
     return ("cuda" if usable else "cpu"), why
 

@@ -135,20 +135,20 @@ def compiler_problem() -> str | None:
     return f"torch.compile needs {' and '.join(missing)}: sudo apt-get install {' '.join(missing.values())}"
 
 
-def nvidia_may_be_there() -> bool:
+def nvidia_gpu_possible() -> bool:
     """False only if there is certainly no usable NVIDIA GPU, so that torch need not be imported."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1"):
         return False
     return any(os.path.exists(path) for path in NVIDIA_TRACES) or shutil.which("nvidia-smi") is not None
 
 
-def nvidia_seems_there() -> bool:
+def nvidia_gpu_expected() -> bool:
     """Whether this system seems to have been given an NVIDIA GPU, which torch may or may not be able to use.
 
     The driver's files in /proc are no sign of that: a container without a GPU shows them if its host has one.
     """
     given = os.path.exists(DEVICE_FILE) or shutil.which("nvidia-smi") is not None
-    return nvidia_may_be_there() and given
+    return nvidia_gpu_possible() and given
 
 
 def cuda_state() -> tuple[bool, str]:
@@ -183,7 +183,7 @@ def _cuda_error() -> str:
 
 def gpu_count() -> int:
     """Number of GPUs that torch can use, counted through the driver without allocating GPU memory."""
-    if not nvidia_may_be_there():
+    if not nvidia_gpu_possible():
         return 0
     import torch
 

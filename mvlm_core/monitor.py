@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from mvlm_core.machine import nvidia_may_be_there
+from mvlm_core.machine import nvidia_gpu_possible
 
 log = logging.getLogger("mvlm")
 
@@ -91,7 +91,7 @@ def resource_lines(callback: Callable[[str], None], seconds: float = 30.0) -> It
 
 
 def _open_source() -> tuple[str, Callable[[], str]]:
-    if nvidia_may_be_there():
+    if nvidia_gpu_possible():
         try:
             _sample_nvml()
             return "NVML", _sample_nvml

@@ -231,7 +231,7 @@ def test_named_presets_pass_through() -> None:
 
 
 def test_auto_preset_on_the_cpu_whatever_gpu_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "nvidia_may_be_there", lambda: True)
+    monkeypatch.setattr(hardware, "nvidia_gpu_possible", lambda: True)
     monkeypatch.setattr(hardware, "cuda_state", lambda: (True, "torch uses it"))
     assert resolve_preset("auto", "cpu") == ("cpu", "--device cpu")
     assert resolve_preset("auto", "cuda") == resolve_preset("auto") == ("h200", "torch uses it")
@@ -316,7 +316,7 @@ def test_cpu_in_the_place_of_a_gpu_is_a_problem_unless_requested(monkeypatch: py
     requested = choose_hardware(device="cpu")
     fallback = replace(requested, reasons=requested.reasons | {"device": "driver too old"})
     for gpu_is_there in (True, False):
-        monkeypatch.setattr(hardware, "nvidia_seems_there", lambda found=gpu_is_there: found)
+        monkeypatch.setattr(hardware, "nvidia_gpu_expected", lambda found=gpu_is_there: found)
         problem = missing_gpu(fallback, "h200", automatic=False)
         assert problem.startswith("--preset h200 would train on the CPU: driver too old; check that nvidia-smi lists")
         assert "torch build" in problem and "use --device cpu" in problem

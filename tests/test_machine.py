@@ -19,8 +19,8 @@ from mvlm_core.machine import (
     cpu_name,
     cuda_state,
     gpu_count,
-    nvidia_may_be_there,
-    nvidia_seems_there,
+    nvidia_gpu_expected,
+    nvidia_gpu_possible,
 )
 from tests.helpers import executable, without_cuda
 
@@ -137,7 +137,7 @@ def test_missing_cpuinfo_means_no_bf16(tmp_path: Path) -> None:
 
 @without_cuda
 def test_gpus_that_cuda_cannot_use_are_not_counted(monkeypatch) -> None:
-    monkeypatch.setattr(machine, "nvidia_may_be_there", lambda: True)
+    monkeypatch.setattr(machine, "nvidia_gpu_possible", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)  # as the driver counts them
     assert gpu_count() == 0
 
@@ -166,22 +166,22 @@ def test_the_error_with_which_cuda_fails_to_start_is_told(monkeypatch, raised: E
 
 def test_gpu_hidden_by_cuda_visible_devices_is_ignored(empty_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     executable(empty_path / "nvidia-smi", "#!/bin/sh\nexit 0\n")
-    assert nvidia_may_be_there()
+    assert nvidia_gpu_possible()
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-        assert not nvidia_may_be_there()
+        assert not nvidia_gpu_possible()
 
 
 def test_driver_files_of_the_host_are_no_sign_of_a_gpu(empty_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A container without a GPU shows its host's /proc/driver; one with a GPU also has the device file."""
     (empty_path / "version").touch()
     monkeypatch.setattr(machine, "NVIDIA_TRACES", (str(empty_path / "version"),))
-    assert nvidia_may_be_there() and not nvidia_seems_there()
+    assert nvidia_gpu_possible() and not nvidia_gpu_expected()
     (empty_path / "nvidiactl").touch()
     monkeypatch.setattr(machine, "DEVICE_FILE", str(empty_path / "nvidiactl"))
-    assert nvidia_seems_there()
+    assert nvidia_gpu_expected()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert not nvidia_seems_there(), "hidden on purpose"
+    assert not nvidia_gpu_expected(), "hidden on purpose"
 
 
 def test_compiler_is_looked_for_without_any_package(repository: Path) -> None:

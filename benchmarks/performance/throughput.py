@@ -83,7 +83,7 @@ def ours(name: str, settings: TrainingSettings, options: argparse.Namespace) -> 
     from benchmarks.forked_ranks import fork_ranks
     from mvlm_core.hardware import choose_hardware
     from mvlm_core.signals import StopRequest
-    from mvlm_core.training.distributed import SINGLE_RANK, join
+    from mvlm_core.training.distributed import SINGLE_RANK, init_ranks
     from mvlm_core.training.loop import TrainingLoop
     from mvlm_core.training.preparation import prepare_text
     from mvlm_core.training.task import Run, build_task
@@ -92,7 +92,7 @@ def ours(name: str, settings: TrainingSettings, options: argparse.Namespace) -> 
     text = prepare_text(settings, recipe.tokenizer_class)
     if options.processes > 1:
         fork_ranks(options.processes, Path(tempfile.mkdtemp(dir=options.folder)))
-        ranks = join("cpu")
+        ranks = init_ranks("cpu")
     run = Run(recipe, settings, choose_hardware(precision=options.precision), ranks)
     task = build_task(run, text)
     loop, stop = TrainingLoop(run, task), StopRequest()

@@ -125,7 +125,7 @@ def recorded_job(sender: Connection, model: str, corpus: str, place: str, overri
     from mvlm_core.training import checkpoint as checkpoints
 
     write_at_the_next_step()
-    save, pack, set_aside = checkpoints.save_checkpoint, archive.write_archive, checkpoints.set_aside_later
+    save, pack, set_aside = checkpoints.save_checkpoint, archive.write_archive, checkpoints.set_aside_newer
     recorder = Recorder(Path(place))
 
     def recorded_save(root: Path, step: int, tensors: Any, state: dict[str, Any]) -> Path:
@@ -144,7 +144,7 @@ def recorded_job(sender: Connection, model: str, corpus: str, place: str, overri
         recorder.promise(step=step)
         set_aside(root, step)
 
-    checkpoints.save_checkpoint, checkpoints.set_aside_later = recorded_save, recorded_return
+    checkpoints.save_checkpoint, checkpoints.set_aside_newer = recorded_save, recorded_return
     archive.write_archive = recorded_pack
     train_and_pack(model, corpus, place, **overrides)
     sender.send((recorder.operations, recorder.start))

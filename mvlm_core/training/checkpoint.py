@@ -208,7 +208,7 @@ def named_checkpoint(folder: Path | str) -> Checkpoint:
     return checkpoint
 
 
-def set_aside_later(root: Path, step: int) -> None:
+def set_aside_newer(root: Path, step: int) -> None:
     """Rename the checkpoints after ``step``, from which the run resumes, so that rotation ignores them."""
     for folder in checkpoint_folders(root):
         if _step_of(folder) > step:

@@ -191,7 +191,7 @@ class Checkpointer:
             return None
         check_identity(f"{checkpoint.folder} is", checkpoint.state.get("identity"), self._task.identity)
         if named:
-            checkpoints.set_aside_later(self.root, checkpoint.step)
+            checkpoints.set_aside_newer(self.root, checkpoint.step)
         return checkpoint
 
     def find_before(self, trouble_since: int | None) -> Checkpoint | None:
@@ -204,7 +204,7 @@ class Checkpointer:
         before = None if trouble_since is None else max(1, trouble_since - 1)
         checkpoint = checkpoints.newest_good_checkpoint(self.root, before)
         if checkpoint is not None:
-            checkpoints.set_aside_later(self.root, checkpoint.step)
+            checkpoints.set_aside_newer(self.root, checkpoint.step)
         return checkpoint
 
     def has_best(self, checkpoint: Checkpoint, state: LoopState) -> bool:

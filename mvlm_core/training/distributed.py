@@ -46,7 +46,7 @@ class Ranks:
         local_rank, local_world_size: rank and world size on this machine.
         store: key-value store of all ranks; None with a single rank.
         shared_memory: memory shared by the supervisor's CPU ranks: each writes its own part and reads the others'.
-        threads: the process's thread count before ``join``.
+        threads: the process's thread count before ``init_ranks``.
     """
 
     rank: int = 0
@@ -76,7 +76,7 @@ class Ranks:
                 indices.append(index)
         return sorted(indices)
 
-    def sum_on_device(self, tensors: Iterable[Tensor]) -> None:
+    def all_reduce(self, tensors: Iterable[Tensor]) -> None:
         """Sum each tensor over all ranks, in place, with one all-reduce."""
         if self.world_size == 1:
             return
@@ -102,7 +102,7 @@ class Ranks:
                 self.barrier()
         return gathered.view(-1, *part.shape[1:])
 
-    def sum_numbers(self, *values: float) -> list[float]:
+    def all_reduce_scalars(self, *values: float) -> list[float]:
         """Sum numbers over all ranks, in float64 on the host."""
         if self.world_size == 1:
             return list(values)
@@ -110,7 +110,7 @@ class Ranks:
         _collective(dist.all_reduce, numbers, group=self.cpu_group)
         return numbers.tolist()
 
-    def maximum(self, value: float) -> float:
+    def all_reduce_max(self, value: float) -> float:
         """Return the largest ``value`` of all ranks, in float64 on the host."""
         if self.world_size == 1:
             return value
@@ -118,7 +118,7 @@ class Ranks:
         _collective(dist.all_reduce, number, op=dist.ReduceOp.MAX, group=self.cpu_group)
         return number.item()
 
-    def start_sum(self, flat: Tensor) -> Callable[[], Any]:
+    def all_reduce_async(self, flat: Tensor) -> Callable[[], Any]:
         """Start an in-place all-reduce of a vector; return a function that waits for it."""
         if self.shared_memory is None:
             return partial(_collective, _collective(dist.all_reduce, flat, async_op=True).wait)
@@ -201,7 +201,7 @@ class Ranks:
 SINGLE_RANK = Ranks()
 
 
-def join(device: str) -> Ranks:
+def init_ranks(device: str) -> Ranks:
     """Join the process group of the ranks that ``supervisor`` or ``torchrun`` started, if any.
 
     Raises:

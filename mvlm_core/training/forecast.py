@@ -30,16 +30,16 @@ class ScalingLaw:
     Attributes:
         scores: (parameters, bits per byte) of three sizes, ascending, trained without teachers on a text of
             proportional size for as long as they improve.
-        gains: (compute, score relative to a model without teachers) of students, ascending. Compute includes the
+        score_ratios: (compute, score relative to a model without teachers) of students, ascending. Compute includes the
             teachers, in units of training one model for ``UNIT_EPOCHS``: the first is (1, 1).
-        gain_error: how much the relative scores differ between sizes.
+        ratio_error: how much the relative scores differ between sizes.
         reached: (size, bits per byte): what a much smaller model reaches on as much text as a model of this size has,
             by ``TEXT_PER_PARAMETER``. Models from this size on should score no worse.
     """
 
     scores: tuple[tuple[int, float], tuple[int, float], tuple[int, float]]
-    gains: tuple[tuple[float, float], ...]
-    gain_error: float
+    score_ratios: tuple[tuple[float, float], ...]
+    ratio_error: float
     reached: tuple[int, float]
 
     def forecast(self, parameters: int, compute: float) -> Forecast:
@@ -48,16 +48,16 @@ class ScalingLaw:
         The score is midway between a power law without a floor through the two larger sizes and one with a floor
         through all, or what has been ``reached`` if that is lower; the error is half their difference.
         """
-        gain, (middle, largest) = self._gain(compute), self.scores[1:]
-        low, high = (gain * power_law(middle, largest, parameters, floor) for floor in (0.0, self.floor()))
+        ratio, (middle, largest) = self._ratio(compute), self.scores[1:]
+        low, high = (ratio * power_law(middle, largest, parameters, floor) for floor in (0.0, self.floor()))
         size, reached = self.reached
         if parameters >= size:
             high = max(low, min(high, reached))
         score = (low + high) / 2
-        return Forecast(score, math.hypot((high - low) / 2, self.gain_error * score))
+        return Forecast(score, math.hypot((high - low) / 2, self.ratio_error * score))
 
     def floor(self) -> float:
-        """Bits per byte that a power law through all sizes converges to; 0 if the scores show no floor."""
+        """Irreducible loss, in bits per byte, of the power law through all sizes; 0 if the scores show no floor."""
         smallest, middle, (size, score) = self.scores
         low, high = 0.0, score
         for _ in range(60):  # bisection: the predicted score at the largest size increases with the floor
@@ -89,9 +89,9 @@ class ScalingLaw:
         expected = f"expected bits per byte on the validation books: {', '.join(said)}"
         return [expected, f"  {measured}; {check}"] if said else []
 
-    def _gain(self, compute: float) -> float:
-        """Interpolate the gain linearly in the logarithm of compute."""
-        measured, ratios = zip(*self.gains, strict=True)
+    def _ratio(self, compute: float) -> float:
+        """Interpolate the score ratio linearly in the logarithm of compute."""
+        measured, ratios = zip(*self.score_ratios, strict=True)
         return float(np.interp(math.log(compute), np.log(measured), ratios))
 
 

@@ -27,7 +27,7 @@ class GradientAccumulator:
 
     def __init__(self, run: Run, task: TrainingTask) -> None:
         self.task, self.hardware, self.ranks, self.seed = task, run.hardware, run.ranks, run.settings.seed
-        self._sum = GradientSum(task.modules.values(), run.ranks) if run.ranks.world_size > 1 else None
+        self._reducer = GradientReducer(task.modules.values(), run.ranks) if run.ranks.world_size > 1 else None
 
     def find_micro_batch(self, state: LoopState, progress: float) -> None:
         """Halve the micro-batch until a trial pass before the first step fits in memory; nothing else is changed.
@@ -40,12 +40,12 @@ class GradientAccumulator:
         """
         optimizers = self.task.optimizers
         empty = not optimizers.state_tensors()
-        if self._sum is not None:  # NCCL allocates its own memory at the first all-reduce
-            self.ranks.sum_on_device([torch.zeros(1, device=self.hardware.device)])
+        if self._reducer is not None:  # NCCL allocates its own memory at the first all-reduce
+            self.ranks.all_reduce([torch.zeros(1, device=self.hardware.device)])
         while True:
             reserved: list[Tensor] = []
             try:
-                copies = 2 * empty + (self._sum is not None)
+                copies = 2 * empty + (self._reducer is not None)
                 reserved = [torch.empty_like(p) for p in optimizers.parameters() for _ in range(copies)]
                 self.micro_batch(state.step, 0, self.sequences(state), progress)
                 return
@@ -81,13 +81,13 @@ class GradientAccumulator:
                 metrics, text_bytes, failed = {}, 0, True
             if failed:  # outside the except block, where the failed step's tensors have been freed
                 self._halve(state)
-                if self._sum is None or not self._sum.started:
+                if self._reducer is None or not self._reducer.started:
                     continue
-            if self._sum is not None:
-                self._sum.finish()
-            all_bytes, stopping, failures = self.ranks.sum_numbers(text_bytes, stop.is_set(), failed)
+            if self._reducer is not None:
+                self._reducer.finish()
+            all_bytes, stopping, failures = self.ranks.all_reduce_scalars(text_bytes, stop.is_set(), failed)
             if not failures:
-                self.ranks.sum_on_device(metrics.values())
+                self.ranks.all_reduce(metrics.values())
                 return metrics, all_bytes, bool(stopping)
             self.task.optimizers.zero_grad()
 
@@ -123,8 +123,8 @@ class GradientAccumulator:
         share = count / batches.sequences
         with self.hardware.autocast():
             loss = self.task.loss(inputs, targets, weights, progress, draw_teacher(self.task.teachers))
-        if self._sum is not None:
-            self._sum.prepare(last)
+        if self._reducer is not None:
+            self._reducer.prepare(last)
         (loss.total * share).backward()
         metrics = {"train_loss": loss.train_loss, **loss.parts}
         return {name: value.detach() * share for name, value in metrics.items()}, batch.text_bytes
@@ -190,7 +190,7 @@ def _micro_batch_seed(seed: int, step: int, first_sequence: int) -> int:
 # --- all-reduce over ranks, in buckets, overlapped with the backward pass -----------------------------------
 
 
-class GradientSum:
+class GradientReducer:
     """Sums the gradients over the ranks, bucket by bucket, while the last backward pass of a step is still running.
 
     Every rank all-reduces every bucket, in the same order, so none waits forever: if a parameter gets no gradient, or
@@ -213,8 +213,8 @@ class GradientSum:
         this, size = weakref.ref(self), BUCKET_BYTES
 
         def count(parameter: Tensor) -> None:  # with a strong reference, it would keep the model alive after training
-            if (gradient_sum := this()) is not None:
-                gradient_sum._count(parameter)
+            if (reducer := this()) is not None:
+                reducer._count(parameter)
 
         for parameter in dict.fromkeys(p for module in modules for p in reversed(list(module.parameters()))):
             if size >= BUCKET_BYTES:
@@ -255,4 +255,4 @@ class GradientSum:
         for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
             if parameter.grad is not None:
                 parameter.grad = part.view_as(parameter)  # instead of a second copy
-        self._sums.append((flat, self._ranks.start_sum(flat)))
+        self._sums.append((flat, self._ranks.all_reduce_async(flat)))

@@ -131,7 +131,9 @@ class TrainingLoop:
     def peak_memory(self) -> int:
         """Return the peak memory in bytes: of the fullest GPU, or on a CPU the sum over all processes."""
         own = peak_memory(self.hardware.device)
-        return int(self.ranks.maximum(own) if self.hardware.device == "cuda" else self.ranks.sum_numbers(own)[0])
+        return int(
+            self.ranks.all_reduce_max(own) if self.hardware.device == "cuda" else self.ranks.all_reduce_scalars(own)[0]
+        )
 
     def _after_step(self, stopping: bool, bar: Any) -> None:
         """Read metrics, evaluate, write a checkpoint or roll back, as due after this step."""

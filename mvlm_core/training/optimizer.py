@@ -13,14 +13,14 @@ from mvlm_core.training.distributed import SINGLE_RANK, Ranks
 # Newton–Schulz iteration of Muon (Jordan et al. 2024, github.com/KellerJordan/Muon): a quintic whose slope at zero is
 # large, so that five iterations bring every singular value near 1.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-_LONG = 1.5  # minimum aspect ratio at which iterating on the square Gram matrix is cheaper
+_MIN_ASPECT_RATIO = 1.5  # minimum aspect ratio at which iterating on the square Gram matrix is cheaper
 # AdamW's betas for all parameters, and for those not trained by Muon: in runs of a few hundred to a few thousand steps,
 # less momentum and a longer second-moment average beat the usual 0.9 and 0.95 (benchmarks/LOG.md, 2026-11-29).
 _BETAS, _BETAS_BESIDE_MUON = (0.8, 0.99), (0.5, 0.98)
 
 
 @torch.no_grad()
-def orthogonalize(matrices: Tensor, rounds: int = 5, dtype: torch.dtype | None = None) -> Tensor:
+def orthogonalize(matrices: Tensor, iterations: int = 5, dtype: torch.dtype | None = None) -> Tensor:
     """Approximate the nearest semi-orthogonal matrices to ``matrices`` ``[count, rows, columns]``.
 
     Each round multiplies ``x`` from the left by ``p = a + b·gram + c·gram²`` with ``gram = x·xᵀ``. These factors
@@ -37,17 +37,17 @@ def orthogonalize(matrices: Tensor, rounds: int = 5, dtype: torch.dtype | None =
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    if x.dtype != torch.bfloat16 and x.shape[-1] >= _LONG * x.shape[-2]:
+    if x.dtype != torch.bfloat16 and x.shape[-1] >= _MIN_ASPECT_RATIO * x.shape[-2]:
         gram, product = x @ x.mT, None
-        for number in range(rounds):
+        for number in range(iterations):
             factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             factor.diagonal(dim1=-2, dim2=-1).add_(a)
             product = factor if product is None else factor @ product
-            if number < rounds - 1:
+            if number < iterations - 1:
                 gram = factor @ gram @ factor
         x = product @ x
     else:
-        for _ in range(rounds):
+        for _ in range(iterations):
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
@@ -240,14 +240,14 @@ def build_optimizers(
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         return Optimizers([_adamw(groups, learning_rate, _BETAS)], names)
 
-    def is_inner(name: str, p: Tensor) -> bool:
+    def uses_muon(name: str, p: Tensor) -> bool:
         return p.ndim == 2 and min(p.shape) >= 32 and not any(part in name for part in embedding_names)
 
-    inner = [p for name, p in matrices if is_inner(name, p)]
-    outer = [p for name, p in matrices if not is_inner(name, p)]
-    groups = [{"params": outer, "weight_decay": 0.0}, {"params": vectors, "weight_decay": 0.0}]
+    hidden = [p for name, p in matrices if uses_muon(name, p)]
+    others = [p for name, p in matrices if not uses_muon(name, p)]
+    groups = [{"params": others, "weight_decay": 0.0}, {"params": vectors, "weight_decay": 0.0}]
     adamw = _adamw(groups, adamw_learning_rate or learning_rate, _BETAS_BESIDE_MUON)
-    muon = [Muon(inner, lr=learning_rate, weight_decay=weight_decay, dtype=muon_dtype)] if inner else []
+    muon = [Muon(hidden, lr=learning_rate, weight_decay=weight_decay, dtype=muon_dtype)] if hidden else []
     return Optimizers([*muon, adamw], names)
 
 

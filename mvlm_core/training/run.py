@@ -25,7 +25,7 @@ from mvlm_core.signals import StopRequest
 from mvlm_core.training import results
 from mvlm_core.training.checkpoint import checkpoint_folders, delete_checkpoints
 from mvlm_core.training.distillation import teacher_and_student_settings, with_time_left
-from mvlm_core.training.distributed import join
+from mvlm_core.training.distributed import init_ranks
 from mvlm_core.training.identity import check_earlier_run, is_finished, run_identity
 from mvlm_core.training.loop import TrainingLoop
 from mvlm_core.training.plan import plan_run
@@ -79,12 +79,12 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
     with StopRequest() as stop:
         for number, teacher in enumerate(teachers, 1):
             log.info("teacher %s of %s: %s", number, len(teachers), teacher.output_dir)
-            ranks = join(hardware.device)
+            ranks = init_ranks(hardware.device)
             folder = _run(Run(recipe, teacher, hardware, ranks), stop, student=student)
             if ranks.is_main:
                 delete_checkpoints(folder / CHECKPOINTS)  # the student needs only the export
             hardware.release()
-        return _run(Run(recipe, student, hardware, join(hardware.device)), stop, own_teachers=bool(teachers))
+        return _run(Run(recipe, student, hardware, init_ranks(hardware.device)), stop, own_teachers=bool(teachers))
 
 
 def _run(run: Run, stop: StopRequest, *, student: TrainingSettings | None = None, own_teachers: bool = False) -> Path:

@@ -241,8 +241,9 @@ class Supervisor:
             logs = ", ".join(str(rank.log) for rank in self.ranks[1:])
             advice = "" if self.shares_memory else "; --gpus 1 trains without NCCL; in Docker, --shm-size=1g may help"
             raise TrainingError(
-                f"the {self.world_size} processes lost each other, and none of them reported why (a GPU fault ends a "
-                f"process this way: see dmesg and {logs}); the same command, without --fresh, resumes{advice}"
+                f"the {self.world_size} processes lost contact with each other, and none of them reported why (a GPU "
+                f"fault ends a process this way: see dmesg and {logs}); the same command, without "
+                f"--fresh, resumes{advice}"
             )
         if causes[0][2] == 0 and main.code == EXIT_FAILED:
             return EXIT_FAILED  # the main rank has already printed the reason

@@ -102,7 +102,7 @@ def build_task(run: Run, text: PreparedText) -> TrainingTask:
             context=settings.max_length,
             device=run.hardware.device,
         )
-        return bits_per_byte(*ranks.sum_numbers(score.nats, score.bytes))
+        return bits_per_byte(*ranks.all_reduce_scalars(score.nats, score.bytes))
 
     def evaluate() -> float:
         return bpb(validation, encode)

@@ -261,7 +261,7 @@ def test_planned_total_is_the_sum_of_models_and_stages(tmp_path, capsys):
     total = next(line for line in shown.splitlines()[::-1] if line.startswith("  total "))
     dollars = float(total.split(" dollars")[0].split()[-1])
     assert dollars == pytest.approx(minutes["total"] / 60 * PRICE_PER_HOUR * 8, abs=0.05)
-    assert total.endswith("at 4 dollars per GPU and hour × 8")
+    assert total.endswith("at 4 dollars per GPU-hour × 8")
     together = minutes.pop("total")
     assert together == pytest.approx(sum(minutes.values()), abs=0.4) and together > 62
     jobs.show_plan(make_job(tmp_path), corpus_is_ready=False)

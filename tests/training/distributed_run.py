@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mvlm_core.errors import Stopped
-from mvlm_core.training.distributed import SINGLE_RANK, Ranks, join
+from mvlm_core.training.distributed import SINGLE_RANK, Ranks, init_ranks
 from mvlm_core.training.loop import TrainingLoop
 from tests.helpers import StopAfter, everything_on, make_loop, tiny_settings
 
@@ -35,7 +35,7 @@ def run(corpus: Path, work: Path, model: str, steps: int, ranks: Ranks = SINGLE_
 
 
 def main() -> None:
-    run(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), join("cpu"))
+    run(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), init_ranks("cpu"))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from mvlm_core.training.checkpoint import (
     open_checkpoint,
     rotate_checkpoints,
     save_checkpoint,
-    set_aside_later,
+    set_aside_newer,
 )
 
 
@@ -96,7 +96,7 @@ def test_rotation_keeps_the_newest_and_the_best_checkpoints(tmp_path):
 def test_set_aside_later_hides_later_checkpoints(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
-    set_aside_later(tmp_path, 1)
+    set_aside_newer(tmp_path, 1)
     assert newest_checkpoint(tmp_path).step == 1
 
 

@@ -24,8 +24,8 @@ from mvlm_core.export.manifest import TEACHERS, training_config
 from mvlm_core.training import distributed, gradients, supervisor
 from mvlm_core.training import loop as training_loop
 from mvlm_core.training.checkpoint import newest_checkpoint
-from mvlm_core.training.distributed import SINGLE_RANK, Ranks, join
-from mvlm_core.training.gradients import GradientSum
+from mvlm_core.training.distributed import SINGLE_RANK, Ranks, init_ranks
+from mvlm_core.training.gradients import GradientReducer
 from mvlm_core.training.history import read_history
 from mvlm_core.training.loop import TrainingLoop
 from tests.helpers import REPOSITORY, StopAfter, make_loop, tiny_settings
@@ -63,7 +63,9 @@ def test_shards_cover_every_item_once_and_are_balanced():
         assert sorted(sum(balanced, [])) == list(range(8)) and all(shard == sorted(shard) for shard in balanced)
         loads = [sum(sizes[index] for index in shard) for shard in balanced]
         assert max(loads) == max(9, -(-32 // world)), "no rank has more than it must"
-    assert SINGLE_RANK.is_main and SINGLE_RANK.sum_numbers(1, 2.5) == [1, 2.5] and SINGLE_RANK.broadcast("x") == "x"
+    assert (
+        SINGLE_RANK.is_main and SINGLE_RANK.all_reduce_scalars(1, 2.5) == [1, 2.5] and SINGLE_RANK.broadcast("x") == "x"
+    )
 
 
 def in_ranks(world, work):
@@ -75,7 +77,7 @@ def in_ranks(world, work):
             try:
                 rank = fork_ranks(world, Path(folder))
                 signal.alarm(100)  # a rank that hangs must not block the tests
-                work(join("cpu"))
+                work(init_ranks("cpu"))
                 codes = [os.wait()[1] for _ in range(1, world)] if rank == 0 else []
                 os._exit(int(any(codes)))
             except BaseException:
@@ -112,7 +114,7 @@ def test_collectives_are_correct_and_identical_on_all_ranks(dtype, shared, monke
         assert ranks.shared_memory is not None
         ranks = ranks if shared else replace(ranks, shared_memory=None)
         found = mine(ranks.rank)
-        ranks.sum_on_device(found)
+        ranks.all_reduce(found)
         expected = [sum(parts) for parts in zip(*(mine(rank) for rank in range(3)), strict=True)]
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
@@ -120,7 +122,7 @@ def test_collectives_are_correct_and_identical_on_all_ranks(dtype, shared, monke
         assert torch.equal(
             ranks.broadcast_tensors({"x": torch.arange(5)} if ranks.is_main else {})["x"], torch.arange(5)
         )
-        assert ranks.sum_numbers(ranks.rank, 0.5) == [3.0, 1.5] and ranks.maximum(-ranks.rank) == 0.0
+        assert ranks.all_reduce_scalars(ranks.rank, 0.5) == [3.0, 1.5] and ranks.all_reduce_max(-ranks.rank) == 0.0
         everyones = ranks.all_gather(mine(ranks.rank)[0])
         assert torch.equal(everyones, torch.cat([mine(rank)[0] for rank in range(3)]))
 
@@ -272,7 +274,7 @@ def test_out_of_memory_on_one_rank_restarts_the_step_on_all(started, tiny_corpus
     alone(tiny_corpus, tmp_path / "alone", "simone_enhanced", 12)
 
     def train(ranks):
-        real, failures = GradientSum._start, []
+        real, failures = GradientReducer._start, []
 
         def start(self):
             if ranks.rank == 2 and len(self._sums) == started and not failures:
@@ -280,7 +282,7 @@ def test_out_of_memory_on_one_rank_restarts_the_step_on_all(started, tiny_corpus
                 raise torch.OutOfMemoryError("CUDA out of memory")
             real(self)
 
-        monkeypatch.setattr(GradientSum, "_start", start)
+        monkeypatch.setattr(GradientReducer, "_start", start)
         loop = distributed_run.run(tiny_corpus, tmp_path / "others", "simone_enhanced", 12 + started, ranks)
         assert failures == ([True] if ranks.rank == 2 else [])
         assert loop.state.micro_batch == (2 if ranks.rank == 2 else 4)
@@ -340,12 +342,12 @@ def test_failing_rank_ends_the_torchrun_run(tiny_corpus, tmp_path):
     script = tmp_path / "one_fails.py"
     script.write_text(
         "import os\nfrom tests.training import distributed_run\n"
-        "from mvlm_core.training.distributed import Ranks\nreal = Ranks.sum_numbers\n"
+        "from mvlm_core.training.distributed import Ranks\nreal = Ranks.all_reduce_scalars\n"
         "def failing(self, *values):\n"
         "    failing.calls += 1\n"
         "    if self.rank == 1 and failing.calls == 5: os._exit(9)\n"
         "    return real(self, *values)\n"
-        "failing.calls = 0\nRanks.sum_numbers = failing\n"
+        "failing.calls = 0\nRanks.all_reduce_scalars = failing\n"
         "from mvlm_core.errors import run_main\nrun_main(distributed_run.main)\n"
     )
     result = start(2, tiny_corpus, tmp_path, "mvlm_gpt2", 99, program=[str(script)])

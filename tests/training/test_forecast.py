@@ -14,11 +14,11 @@ from tests.test_docs import page
 SIZES = (250_000, 1_000_000, 4_000_000)
 
 
-def law_of(score, gain_error=0.0):
+def law_of(score, ratio_error=0.0):
     return ScalingLaw(
         tuple((size, score(size)) for size in SIZES),
         ((1, 1.0), (4, 0.96), (16, 0.9)),
-        gain_error,
+        ratio_error,
         reached=(0, math.inf),
     )
 
@@ -55,8 +55,8 @@ def test_forecast_is_no_worse_than_what_a_smaller_model_reached():
     assert replace(law, reached=(200_000_000, 0.1)).forecast(110_000_000, 1) == free
 
 
-def test_gains_are_interpolated_in_log_compute_and_clamped():
-    law = law_of(lambda size: 2.0, gain_error=0.01)
+def test_score_ratios_are_interpolated_in_log_compute_and_clamped():
+    law = law_of(lambda size: 2.0, ratio_error=0.01)
     ratios = {0.5: 1, 1: 1, 2: 0.98, 4: 0.96, 8: 0.93, 16: 0.9, 1000: 0.9}
     for compute, ratio in ratios.items():
         found = law.forecast(SIZES[0], compute)
@@ -64,7 +64,7 @@ def test_gains_are_interpolated_in_log_compute_and_clamped():
 
 
 def test_description_lists_run_lengths_long_enough_for_one_model():
-    law = law_of(lambda size: 2.0, gain_error=0.01)
+    law = law_of(lambda size: 2.0, ratio_error=0.01)
     first, second = law.describe(SIZES[-1], seconds=3600 * 4, unit_seconds=3600)
     assert "1.92 ± 0.02 (this run), 2.00 ± 0.02 (1 h)" in first and "(6 h)" in first and "(0.1 h)" not in first
     assert "4.0 M" in second and "+0.0%" in second
@@ -90,9 +90,9 @@ def test_dry_run_forecasts_only_runs_similar_to_the_measured_ones(model, tiny_co
 def test_laws_match_the_measurements_in_the_log(model):
     law, log = recipe_of(model).law, page("benchmarks/LOG.md")
     assert [size for size, _ in law.scores] == sorted(size for size, _ in law.scores)
-    assert law.gains[0] == (1, 1) and list(law.gains) == sorted(law.gains)
+    assert law.score_ratios[0] == (1, 1) and list(law.score_ratios) == sorted(law.score_ratios)
     assert all(f"{score:.4f}" in log for _, score in law.scores) and all(
-        f"{ratio:.3f}" in log for _, ratio in law.gains[1:]
+        f"{ratio:.3f}" in log for _, ratio in law.score_ratios[1:]
     )
-    assert 0 < law.gain_error < 0.1 and abs(law.relative_error()) < 0.1
+    assert 0 < law.ratio_error < 0.1 and abs(law.relative_error()) < 0.1
     assert TEXT_PER_PARAMETER[0] < TEXT_PER_PARAMETER[1]

@@ -64,7 +64,7 @@ def test_newton_schulz_flops_are_counted(tiny_corpus, tmp_path):
 
 
 def test_the_costs_add_up():
-    for gpus, note in ((1, "at 4 dollars per GPU and hour"), (8, "at 4 dollars per GPU and hour × 8")):
+    for gpus, note in ((1, "at 4 dollars per GPU-hour"), (8, "at 4 dollars per GPU-hour × 8")):
         lines = format_costs([Item("one", 90, "x"), Item("two", 3600)], gpus=gpus)
         assert lines[0].startswith("one") and "1.5 min" in lines[0] and lines[0].endswith("x")
         assert "61.5 min" in lines[-1] and f" {3690 / 3600 * PRICE_PER_HOUR * gpus:.2f} dollars" in lines[-1]
@@ -85,7 +85,7 @@ def test_all_gpus_of_the_machine_are_paid_for(tiny_corpus, tmp_path, monkeypatch
         return plan.gpus, steps, plan.costs()[-1], plan.lines[0]
 
     alone = planned(cpu)
-    assert alone[0] == 1 and alone[2].endswith("dollars per GPU and hour") and "none here" in alone[3]
+    assert alone[0] == 1 and alone[2].endswith("dollars per GPU-hour") and "none here" in alone[3]
     rented = planned(cpu, gpus=2)
     assert rented[:2] == (2, pytest.approx(alone[1] / 2)) and rented[2].endswith("× 2")
     assert "planned for a machine with 2" in rented[3]

@@ -159,7 +159,7 @@ def test_ranks_that_lost_each_other_get_advice_about_nccl_only_on_gpus(on_cpu, q
 open(os.environ["{FOLDER_VARIABLE}"] + f"/lost.{{rank}}", "w")
 sys.exit(1)
 """
-    with pytest.raises(TrainingError, match="the 2 processes lost each other") as error:
+    with pytest.raises(TrainingError, match="the 2 processes lost contact with each other") as error:
         supervised(program, 2, str(tmp_path / "log"), shares_memory=on_cpu).run()
     assert ("--gpus 1 trains without NCCL; in Docker, --shm-size=1g may help" in str(error.value)) is not on_cpu
 
