@@ -142,7 +142,7 @@ class Job:
         self.runner = folder / "runner.py"
         self.runner.write_text(
             textwrap.dedent(f"""
-            import sys
+            import os, sys
             sys.path.insert(0, {str(REPOSITORY)!r})
             from pathlib import Path
             import train_all_models as entry
@@ -156,7 +156,9 @@ class Job:
             stages.CACHE_DIR = here / "cache"
             if not {whole}:     # torch and matplotlib take seconds to import; one test has them
                 entry.probe_hardware = lambda job: {{"device": "cpu: some", "lines": []}}
-                stages.plots.plot_comparison = stages.compression_baselines = lambda *given: {{}}
+                stages.plots.plot_comparison = stages.compression_baselines = (
+                    lambda *given: 1 / 0 if "FAULTY_COMPARISON" in os.environ else {{}}
+                )
             if __name__ == "__main__":  # the hardware probe starts a process
                 run_main(entry.main)
         """)
@@ -234,6 +236,8 @@ def test_full_run_then_rerun_keeps_the_archives(tmp_path, tiny_corpus):
     assert json.loads((job.layout.downloads / "training_summary.json").read_text()) == summary
     assert job.layout.comparison_plot.read_bytes().startswith(b"\x89PNG")
     assert done.stdout.index("mvlm_gpt2 starts") < done.stdout.index("simone_enhanced starts")
+    stages = [done.stdout.index(f"=== {stage}") for stage in ("archives", "validation", "comparison", "report", "done")]
+    assert stages == sorted(stages)
     assert "scp -r" in done.stdout and "test, bits per byte" in done.stdout
     for what in ("evaluation suite", "report"):
         assert f"the {what} failed with exit code 1: not today" in done.stdout
@@ -502,6 +506,18 @@ def test_archives_are_kept_if_validation_cannot_run(job):
     assert job.statuses() == {"finished"} and job.offered() == list(read_checksums(job.layout.checksums)) == ARCHIVES
     done = job.run()
     assert done.returncode == 0 and "unverified" not in done.stdout
+
+
+def test_a_fault_in_the_comparison_does_not_cost_the_archives(job):
+    done = job.run(FAULTY_COMPARISON="1")
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+    assert "=== ended: ZeroDivisionError" in next(job.layout.logs.glob("h200_training_*.log")).read_text()
+    assert job.statuses() == {"finished"} and job.offered() == list(read_checksums(job.layout.checksums)) == ARCHIVES
+    assert json.loads(job.layout.validation_report.read_text())["models"].keys() == job.summary()["models"].keys()
+    copy = job.layout.downloads / "training_summary.json"
+    assert json.loads(copy.read_text())["models"] == job.summary()["models"]
+    assert job.run().returncode == 0 and json.loads(copy.read_text()) == job.summary()
+    assert job.summary()["comparison"]["sentences"]
 
 
 def test_archive_that_cannot_be_written_fails_only_its_model(job):

@@ -195,10 +195,11 @@ def show_plan(job: Job, *, corpus_is_ready: bool) -> int:
         print("\n" + _refusal(others))
     if left := {name: plan for name, plan in plans.items() if plan.items and not _kept(job, name, plan)}:
         _show_costs(left)
-    print(f"\nthen:     comparison -> {job.layout.comparison_plot}\n          archives   -> {job.layout.downloads}")
+    print(f"\nthen:     archives   -> {job.layout.downloads}")
     if job.formats:
         print(f"          {', '.join(job.formats)} -> {job.layout.downloads}")
-    print(f"          validation -> {job.layout.validation_report}\n          report     -> {job.layout.report}")
+    print(f"          validation -> {job.layout.validation_report}")
+    print(f"          comparison -> {job.layout.comparison_plot}\n          report     -> {job.layout.report}")
     return code
 
 

@@ -1,4 +1,4 @@
-"""Stages of the main job: training, comparison, archives, validation, report.
+"""Stages of the main job: training, archives, validation, comparison, report.
 
 Independent of particular models and text: names, scripts and corpus come from the `Job`. Every file is written
 atomically, so the job can be stopped or killed at any point and restarted.
@@ -69,10 +69,10 @@ def run_stages(job: Job, hardware: dict[str, Any], log_file: Path, signals: Sign
     if all(code == EXIT_BAD_INPUT for code in codes):
         summary.restore()
         return EXIT_BAD_INPUT
-    compared = compare_models(job, summary, signals)
     pack_models(job, summary, signals)
     packed = pack_formats(job, summary, signals)
     validated = validate_models(job, summary, signals)
+    compared = compare_models(job, summary, signals)  # a fault in it must not cost the archives
     summary.close()
     make_report(job, signals)
     log_results(job.layout, summary, compared, log_file)
@@ -244,6 +244,30 @@ def append_tail(log_file: Path, code: int, tail: list[str]) -> None:
         file.writelines(f"{line}\n" for line in [f"--- ended with exit code {code}", *missing])
 
 
+# --- validation ---------------------------------------------------------------------------------------------
+
+
+def validate_models(job: Job, summary: Summary, signals: SignalForwarder) -> bool:
+    """Run the validator; remove models that its report fails from the downloads. Returns whether all passed."""
+    log.info("=== validation")
+    layout = job.layout
+    layout.validation_report.unlink(missing_ok=True)
+    code, tail = run_child(job.script_command("validate", "--work_dir", layout.root), signals)
+    signals.check(code)
+    reports = read_json(layout.validation_report).get("models", {})
+    for name in summary.with_status("finished"):
+        if name not in reports or reports[name].get("passed") is True:
+            continue
+        checks = reports[name].get("checks", [])
+        failed = "; ".join(f"{check['name']}: {check['detail']}" for check in checks if not check["passed"])
+        summary.update(name, status="failed", archive=None, error=f"validation: {failed}")
+        log.error("%s: failed validation and was withdrawn from %s", name, layout.downloads)
+    write_download_notes(job, summary)
+    if not reports:  # for example, the disk is full: no reason to delete the archives
+        log.error("no validation report was written (exit code %d): %s", code, tail[-1] if tail else "no output")
+    return code == 0 and bool(reports)
+
+
 # --- comparison ---------------------------------------------------------------------------------------------
 
 
@@ -281,30 +305,6 @@ def evaluate_suite(job: Job, names: list[str], signals: SignalForwarder) -> dict
         return {}
     results = read_json(job.layout.evaluation_suite).get("results", {})
     return {name: results[export] for name, export in exports.items() if export in results}
-
-
-# --- validation ---------------------------------------------------------------------------------------------
-
-
-def validate_models(job: Job, summary: Summary, signals: SignalForwarder) -> bool:
-    """Run the validator; remove models that its report fails from the downloads. Returns whether all passed."""
-    log.info("=== validation")
-    layout = job.layout
-    layout.validation_report.unlink(missing_ok=True)
-    code, tail = run_child(job.script_command("validate", "--work_dir", layout.root), signals)
-    signals.check(code)
-    reports = read_json(layout.validation_report).get("models", {})
-    for name in summary.with_status("finished"):
-        if name not in reports or reports[name].get("passed") is True:
-            continue
-        checks = reports[name].get("checks", [])
-        failed = "; ".join(f"{check['name']}: {check['detail']}" for check in checks if not check["passed"])
-        summary.update(name, status="failed", archive=None, error=f"validation: {failed}")
-        log.error("%s: failed validation and was withdrawn from %s", name, layout.downloads)
-    write_download_notes(job, summary)
-    if not reports:  # for example, the disk is full: no reason to delete the archives
-        log.error("no validation report was written (exit code %d): %s", code, tail[-1] if tail else "no output")
-    return code == 0 and bool(reports)
 
 
 # --- report -------------------------------------------------------------------------------------------------
