@@ -32,6 +32,7 @@ from mvlm_core.pipeline.child_process import SignalForwarder, log_to_file
 from mvlm_core.pipeline.job import Job, probe_hardware, show_plan
 from mvlm_core.run_layout import Layout
 from mvlm_core.settings import DEFAULT_DATA_DIR, PRESET_NAMES, REPOSITORY_ROOT, TrainingSettings, add_options
+from mvlm_core.training.supervisor import rank_count
 
 # In execution order.
 TRAINERS = {
@@ -156,6 +157,8 @@ def main(arguments: list[str] | None = None) -> int:
     outlive_terminal()
     set_process_environment()
     job = make_job(options)
+    if job.settings.get("processes", 1) > 1:  # also refused by the trainers, but only after the corpus is built
+        rank_count(TrainingSettings(preset=job.preset, **job.settings))
     if options.dry_run:
         from bible_corpus import build
 

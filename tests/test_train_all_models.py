@@ -20,6 +20,7 @@ from mvlm_core.export import formats
 from mvlm_core.export.archive import check_archive, read_checksums, sha256_file
 from mvlm_core.files import LOCK_NAME
 from mvlm_core.run_layout import Layout
+from mvlm_core.training import supervisor
 from tests.helpers import REPOSITORY, executable, read_all, without_cuda
 
 # Acts like a trainer; MODE_<model> in the environment selects what it does.
@@ -630,6 +631,17 @@ def test_bad_arguments_write_nothing(tmp_path, tiny_corpus, flags, words):
         train_all_models.main(["--work_dir", str(tmp_path / "w"), "--data_dir", str(tiny_corpus), *flags])
     assert any(words in problem for problem in caught.value.problems)
     assert not (tmp_path / "w").exists()
+
+
+def test_processes_on_a_machine_with_gpus_are_refused_before_anything_is_written(tmp_path, tiny_corpus, monkeypatch):
+    monkeypatch.setattr(supervisor, "gpu_count", lambda: 1)
+    monkeypatch.setattr(train_all_models, "probe_hardware", lambda job: pytest.fail("not refused"))
+    flags = ["--work_dir", str(tmp_path / "w"), "--data_dir", str(tiny_corpus), "--preset", "smoke", "--processes", "2"]
+    with pytest.raises(UserError, match="--processes 2 is for CPU training"):
+        train_all_models.main(flags)
+    assert not (tmp_path / "w").exists()
+    with pytest.raises(pytest.fail.Exception):
+        train_all_models.main([*flags, "--device", "cpu"])
 
 
 def test_missing_format_packages_are_reported_before_training(tmp_path, tiny_corpus, monkeypatch):
