@@ -154,7 +154,6 @@ class Job:
             own = {{"validate": here / "validator.py", "formats": here / "formats.py"}}
             entry.SCRIPTS = dict.fromkeys(entry.SCRIPTS, here / "optional.py") | own
             entry.missing_packages = lambda formats: []
-            stages.CACHE_DIR = here / "cache"
             if not {whole}:     # torch and matplotlib take seconds to import; one test has them
                 entry.probe_hardware = lambda job: {{"device": "cpu: some", "lines": []}}
                 stages.plots.plot_comparison = stages.compression_baselines = (

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import lzma
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from mvlm_core.data.corpus import Corpus
-from mvlm_core.files import read_json, write_json_atomic
-from mvlm_core.run_layout import finite_number
 
 TEXT_LIMIT = 64 << 20  # bytes; beyond that it would take minutes and gigabytes
-VERSION = 2  # part of the cache key; increase it when the measurement changes
-log = logging.getLogger("mvlm")
 
 
 def _xz(data: bytes) -> int:
@@ -27,10 +20,10 @@ ORDERS = {f"ppmd_order_{order}": order for order in (6, 16)}
 LABELS = {"xz": "xz -9e"} | {name: f"PPMd order {order}" for name, order in ORDERS.items()}
 
 
-def compression_baselines(corpus: Corpus, cache_dir: Path) -> dict[str, Any]:
+def compression_baselines(corpus: Corpus) -> dict[str, Any]:
     """Bits per byte by method, on the test text of the primary translation, or on all test text if there is none.
 
-    Cached in ``cache_dir`` by the hash of the text, because 4 MB take about ten seconds.
+    4 MB take about ten seconds.
 
     Returns:
         A value for each of ``LABELS``, ``train_bytes``, ``test_bytes``, and ``translation`` (None for all text); {}
@@ -39,16 +32,7 @@ def compression_baselines(corpus: Corpus, cache_dir: Path) -> dict[str, Any]:
     train, test = compared_texts(corpus)
     if not test:
         return {}
-    key = hashlib.sha256(b"%d %d " % (VERSION, len(train)) + train + test).hexdigest()
-    cache = Path(cache_dir) / "compressors" / f"{key[:32]}.json"
-    values = {name: value for name in LABELS if (value := finite_number(read_json(cache).get(name))) is not None}
-    if len(values) < len(LABELS):  # not cached, or the cache file is damaged
-        values = {name: bits / len(test) for name, (_, bits) in compressed_bits_by_part(train, [test]).items()}
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(cache, values)
-        except OSError as error:
-            log.warning("the compression baselines are not cached: %s", error)
+    values = {name: bits / len(test) for name, (_, bits) in compressed_bits_by_part(train, [test]).items()}
     translation = corpus.primary_translation if corpus.primary_part("test") else None
     return {"translation": translation, "train_bytes": len(train), "test_bytes": len(test)} | values
 

@@ -34,7 +34,6 @@ from mvlm_core.pipeline.job import Job, trainer_plan
 from mvlm_core.pipeline.packing import pack_formats, pack_models, write_download_notes
 from mvlm_core.pipeline.summary import Summary
 from mvlm_core.run_layout import Layout, training_history
-from mvlm_core.settings import CACHE_DIR
 from mvlm_core.signals import PARENT_VARIABLE, signal_name
 
 UNVERIFIED = (
@@ -284,7 +283,7 @@ def compare_models(job: Job, summary: Summary, signals: SignalForwarder) -> list
         return ["no finished model to compare"]
     names = [name for name in configs if data[name].get("fingerprint") == first.get("fingerprint")]
     corpus = job.corpus(only=first.get("only"))
-    baselines = compression_baselines(corpus, CACHE_DIR)
+    baselines = compression_baselines(corpus)
     suite = evaluate_suite(job, names, signals) if corpus.split("test") else {}
     result = compare(summary.models, names, baselines, suite, {name: scores_by_part(configs[name]) for name in names})
     result["costs"] = {name: configs[name]["costs"] for name in names if "costs" in configs[name]}

@@ -1,4 +1,4 @@
-"""Compression baselines: primed with the train text, cached by the text's hash."""
+"""Compression baselines: primed with the train text."""
 
 import gzip
 import lzma
@@ -12,9 +12,9 @@ from mvlm_core.data.corpus import MANIFEST_NAME, load_corpus
 from mvlm_core.evaluation.compression import compared_texts, compressed_bits_by_part, compression_baselines
 
 
-def test_compressors_are_primed_with_the_train_text(tiny_corpus, tmp_path):
+def test_compressors_are_primed_with_the_train_text(tiny_corpus):
     corpus = load_corpus(tiny_corpus)
-    found = compression_baselines(corpus, tmp_path / "cache")
+    found = compression_baselines(corpus)
     train = "".join(d.read() for d in corpus.split("train") if d.translation == "kjv").encode()
     test = "".join(d.read() for d in corpus.split("test") if d.translation == "kjv").encode()
     assert (found["translation"], found["train_bytes"], found["test_bytes"]) == ("kjv", len(train), len(test))
@@ -24,18 +24,12 @@ def test_compressors_are_primed_with_the_train_text(tiny_corpus, tmp_path):
     assert found["ppmd_order_16"] < found["xz"] and found["ppmd_order_6"] < found["xz"]
 
 
-def test_cached_results_are_reused_unless_invalid(tiny_corpus, tmp_path):
+def test_without_a_primary_translation_all_test_text_is_compressed(tiny_corpus):
     (tiny_corpus / MANIFEST_NAME).unlink()
     corpus = load_corpus(tiny_corpus)
-    first = compression_baselines(corpus, tmp_path)
-    assert first["translation"] is None
-    assert first["test_bytes"] == sum(document.size for document in corpus.split("test"))
-    (cache,) = tmp_path.rglob("compressors/*.json")
-    cache.write_text(cache.read_text().replace(str(first["xz"]), "9.5"))
-    assert compression_baselines(corpus, tmp_path) == first | {"xz": 9.5}
-    cache.write_text('{"xz": NaN, "ppmd_order_6": 1.0, "ppmd_order_16": 1.0}')
-    assert compression_baselines(corpus, tmp_path) == first
-    assert compression_baselines(corpus, cache) == first, "not cached: a file in place of the folder"
+    found = compression_baselines(corpus)
+    assert found["translation"] is None
+    assert found["test_bytes"] == sum(document.size for document in corpus.split("test"))
 
 
 def xz_size(data):
