@@ -75,16 +75,13 @@ def recorded_coverage(folder: Path, corpus: Corpus) -> dict[str, float]:
     """Expected share of each train document, by path, that the exported weights have read; {} if not recorded."""
     from mvlm_core.data.token_store import document_coverage, document_repeats
     from mvlm_core.export.manifest import training_config
-    from mvlm_core.run_layout import finite_number, training_history
+    from mvlm_core.run_layout import finite_number
 
     config, train = training_config(folder), corpus.split("train")
-    best = finite_number(config.get("results", {}).get("best_step"))
-    if best is None or config.get("data", {}).get("fingerprint") != corpus.fingerprint:
+    epochs = finite_number(config.get("results", {}).get("best_epoch"))
+    if epochs is None or config.get("data", {}).get("fingerprint") != corpus.fingerprint:
         return {}
-    records = [[finite_number(record.get(key)) for key in ("step", "epoch")] for record in training_history(folder)]
-    epochs = [epoch for step, epoch in records if step is not None and epoch is not None and step <= best]
-    repeats = document_repeats(train, config["data"].get("mix"))
-    return document_coverage(train, repeats, max(epochs)) if epochs else {}
+    return document_coverage(train, document_repeats(train, config["data"].get("mix")), epochs)
 
 
 def reusable_results(saved: dict[str, Any], identity: dict[str, Any], weights: dict[str, str]) -> dict[str, Any]:

@@ -76,6 +76,7 @@ def collect_metrics(model: Any, text: PreparedText, state: LoopState, score: Sco
     return {metric.name: values[metric.name] for metric in METRICS if metric.name in values} | {
         "steps": state.step,
         "best_step": state.best_step,
+        "best_epoch": text.batches.epoch_at(state.best_step or 0),
         "test_bpb_by_book": parts.books,
         "test_bpb_by_translation": parts.translations,
         "micro_batch": state.micro_batch,

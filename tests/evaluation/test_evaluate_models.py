@@ -106,6 +106,9 @@ def test_the_share_read_follows_from_the_recorded_epochs_and_mix(export, trained
         assert shares["bible/kjv/01-genesis.txt"] == pytest.approx(1 - (1 - min(1, epochs)) ** repeats[0])
         assert shares["bible/plain/01-genesis.txt"] == pytest.approx(1 - (1 - min(1, epochs)) ** repeats[1])
         assert len(shares) == len(corpus.split("train")) and 0 < epochs
+    del config["results"]["best_epoch"]
+    file.write_text(json.dumps(config))
+    assert evaluate_models.recorded_coverage(export, corpus) == {}, "not recorded"
 
 
 def test_all_problems_are_reported_before_any_measurement(trained, tmp_path):
