@@ -89,27 +89,20 @@ class ByteLevelBPE:
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
-        """Load ``tokenizer.json``, a folder with it, or a folder with GPT-2's ``vocab.json`` and ``merges.txt``.
+        """Load ``tokenizer.json`` or a folder with it.
 
         Raises:
             UserError: no such file, not a tokenizer, or not lossless.
         """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
-        vocabulary, merges = path / "vocab.json", path / "merges.txt"
         try:
-            if not file.is_file() and vocabulary.is_file() and merges.is_file():
-                tokenizer = cls._with_model(models.BPE.from_file(str(vocabulary), str(merges)))
-                tokenizer.add_special_tokens(
-                    [AddedToken(text, special=True) for text in dict.fromkeys(cls.SPECIAL_TOKENS.values())]
-                )
-            elif file.is_file():
-                tokenizer = Tokenizer.from_str(_checked_json(file))
-                tokenizer.no_truncation()  # the file may enable truncation or padding
-                tokenizer.no_padding()
-                tokenizer.post_processor = None  # transformers adds one, for special tokens, which `encode` leaves out
-            else:
-                raise UserError(f"no tokenizer at {path}: expected tokenizer.json, or vocab.json and merges.txt")
+            if not file.is_file():
+                raise UserError(f"no tokenizer at {path}: expected tokenizer.json")
+            tokenizer = Tokenizer.from_str(_checked_json(file))
+            tokenizer.no_truncation()  # the file may enable truncation or padding
+            tokenizer.no_padding()
+            tokenizer.post_processor = None  # transformers adds one, for special tokens, which `encode` leaves out
         except (UserError, Stopped, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic in the Rust library is a BaseException

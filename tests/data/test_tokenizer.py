@@ -88,13 +88,6 @@ def test_exported_transformers_tokenizer_encodes_identically(tokenizer, real_tex
     )
 
 
-def test_original_gpt2_tokenizer_files_are_accepted(real_text, tmp_path):
-    gpt2 = KINDS["gpt2"].train(real_text, 600)
-    gpt2.tokenizer.model.save(str(tmp_path))
-    again = KINDS["gpt2"].load(tmp_path)
-    assert again.vocab_size == 600 and again.encode(real_text[0]) == gpt2.encode(real_text[0])
-
-
 def test_invalid_tokenizers_are_rejected_with_a_reason(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
     with pytest.raises(UserError, match="not a readable tokenizer"):
