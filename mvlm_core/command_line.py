@@ -33,10 +33,10 @@ class CommandLine(argparse.ArgumentParser):
         options, unknown = self.parse_known_args(args, namespace)
         values = ((name, part) for name, value in vars(options).items() for part in _parts(value))
         problems = [f"--{name} {part}: not {part.expected}" for name, part in values if isinstance(part, _Malformed)]
-        if unknown_options := [argument.split("=")[0] for argument in unknown if argument.startswith("-")]:
+        if unknown_options := [argument.split("=")[0] for argument in unknown if argument.startswith("--")]:
             known = re.findall(r"--\w+", self.format_usage())
             for name in unknown_options:
-                close = difflib.get_close_matches(name.replace("-", "_"), known, 1)
+                close = difflib.get_close_matches("--" + name.lstrip("-").replace("-", "_"), known, 1)
                 advice = f"did you mean {close[0]}?" if close else "--help lists the options"
                 problems.append(f"{name}: no such option; {advice}")
         elif unknown:

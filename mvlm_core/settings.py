@@ -103,7 +103,7 @@ class TrainingSettings:
             "max_hours": 0.5,  # a quarter more than estimated: for a slower GPU the length is fixed to fit
             "teacher_epochs": 3.0,
             "eval_interval": 200,
-            "checkpoint_interval": 1000,  # about 90 s by estimate; more often would keep a slow disk busy
+            "checkpoint_interval": 1000,  # about two minutes by estimate; more often would keep a slow disk busy
             "validation_text": "all",
         },
         "cpu": {
@@ -303,7 +303,8 @@ class TrainingSettings:
         """Adapt a preset's values to a run that starts from a trained model, maybe with little text."""
         values = {entry.name: entry.metadata["default"] for entry in fields(self)} | chosen
         rates = {name: FINE_TUNING_RATE * values[name] for name in values if name.endswith("learning_rate")}
-        sequences = max(1, FINE_TUNING_TOKENS // (self.max_length or values["max_length"]))
+        step = (self.max_length or values["max_length"]) * (self.gradient_accumulation_steps or 1)  # of one sequence
+        sequences = max(1, FINE_TUNING_TOKENS // step)
         limits = {"batch_size": sequences} | FINE_TUNING_INTERVALS
         limited = {name: min(values[name], limit) for name, limit in limits.items()}
         return chosen | rates | limited | self.preset_values(FINE_TUNING)

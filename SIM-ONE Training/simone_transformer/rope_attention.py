@@ -296,8 +296,7 @@ class ForwardContext:
 
     def cached_pointer_keys(self, key: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """After the last layer, return pointer keys ``[batch, 1, keys, head_dim]``, token ids ``[batch, keys]`` (None
-        if unknown) and the ``visible`` mask of
-        ``pointer_distribution``."""
+        if unknown) and the ``visible`` mask for ``pointer_distribution``."""
         visible = None if self.mask is None else self.mask[:, 0]
         if self.pointer_cache is None or self.cache_position is None:
             return key, ids, visible
@@ -365,9 +364,11 @@ def attend_shifted_decode(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def attention_probabilities(query: Tensor, key: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
-    """Attend from ``query`` to ``key`` ``[batch, heads, keys, head_dim]``: ``[batch, heads, seq, keys]`` in float32.
+    """Attention probabilities ``[batch, heads, seq, keys]`` in float32.
 
-    Without a mask, attention is causal by the query ``positions`` ``[seq]``.
+    Args:
+        key: ``[batch, heads, keys, head_dim]``.
+        positions: ``[seq]``, of the queries; without a mask, attention is causal.
     """
     visible = positions[:, None] >= torch.arange(key.shape[2], device=key.device) if mask is None else mask
     scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
@@ -396,11 +397,11 @@ def trace_heads(
 ) -> Tensor:
     """Return the trace ``[batch, seq, heads, 4]`` with the fields of ``TRACE_FIELDS``.
 
+    Computes attention probabilities for a block of query rows at a time, to avoid an S×S matrix.
+
     Args:
         query, key: ``[batch, heads, seq or keys, head_dim]``, keys already shifted.
         policy_logits, memory_signals: ``[batch, seq, heads]``, of a layer with these heads.
-
-    Computes attention probabilities for a block of query rows at a time, to avoid an S×S matrix.
     """
     columns, blocks = torch.arange(key.shape[2], device=key.device), []
     positions = columns if context.cache_position is None else context.cache_position

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,8 +28,9 @@ from mvlm_core.export.manifest import (
     exports_in,
     read_manifest,
     verify_folder,
+    write_manifest,
 )
-from mvlm_core.files import LOCK_NAME, read_json, read_regular
+from mvlm_core.files import LOCK_NAME, read_json, read_regular, sha256_file, write_atomic
 
 # Allowed in an export folder in addition to the manifest's files; never packed into an archive.
 BY_OTHERS = {".DS_Store", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints", ".cache", ".git", ".gitattributes"}
@@ -36,6 +38,7 @@ BY_OTHERS |= {"LICENSE"}  # which whoever publishes a model adds
 BESIDE = {MANIFEST, STAGING_NAME, LOCK_NAME, CHECKPOINTS, HISTORY_LOG, TENSORBOARD}
 PICKLE_SUFFIXES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
 PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch's zip, protocols 2 to 5
+log = logging.getLogger("mvlm")
 JSON_LIMIT = 256 << 20  # bytes; a tokenizer is a few MB, the history of a long run tens of MB
 
 
@@ -151,9 +154,23 @@ def modeling_files(sources: Path, config: dict[str, Any]) -> set[str]:
     return files
 
 
-def has_foreign_code(folder: Path, sources: Path) -> bool:
-    """Whether a finished export's modeling files are not the repository's own, of this version."""
-    return bool(foreign_code(folder, modeling_files(sources, read_json(folder / "config.json")), sources))
+def renew_modeling_files(folder: Path, sources: Path) -> None:
+    """Replace the modeling files of an intact export by those of this version, as no others are run here.
+
+    Whether they still give the recorded scores is left to the validator.
+    """
+    code = modeling_files(sources, read_json(folder / "config.json"))
+    if not foreign_code(folder, code, sources):
+        return
+    manifest = read_manifest(folder)
+    files = {name: digest for name, digest in manifest["files"].items() if not name.endswith(".py")}
+    for name in sorted(code):
+        write_atomic(folder / name, (sources / name).read_bytes())
+        files[name] = sha256_file(folder / name)
+    write_manifest(folder, manifest["name"], files)
+    for name in manifest["files"].keys() - files:
+        (folder / name).unlink(missing_ok=True)
+    log.info("%s: its modeling files were another version's and are replaced by this one's", folder)
 
 
 def foreign_code(folder: Path, code: set[str], sources: Path) -> list[str]:
@@ -167,8 +184,8 @@ def foreign_code(folder: Path, code: set[str], sources: Path) -> list[str]:
         try:
             if read_regular(folder / name) != read_regular(sources / name):
                 problems.append(
-                    f"{name}: differs from the repository's own, so it is not run; repeat the training command to "
-                    "export the model again, or load it with transformers"
+                    f"{name}: differs from the repository's own, so it is not run; repeat the training command, "
+                    "which replaces it, or load the model with transformers"
                 )
         except (OSError, ValueError) as error:
             problems.append(f"{name}: cannot be read ({error})")

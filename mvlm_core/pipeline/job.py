@@ -224,9 +224,9 @@ def _show_costs(plans: dict[str, Plan]) -> None:
     scoring = sum(item.seconds for plan in plans.values() for item in plan.items if item.name == EXPORT)
     checking = scoring * RESCORED_SHARE + size / VERIFICATION_BYTES_PER_SECOND
     items += [
-        Item("evaluation suite", SUITE_SECONDS * count, f"{count} models"),
         Item("archives", size / PACKING_BYTES_PER_SECOND, f"{size / 1e9:.2f} GB of weights"),
         Item("validation", checking, "archives read, scores from a sample"),
+        Item("evaluation suite", SUITE_SECONDS * count, f"{count} models"),
         Item("comparison and report", REPORT_SECONDS),
     ]
     print("\ntotal:")

@@ -68,6 +68,9 @@ def run_stages(job: Job, hardware: dict[str, Any], log_file: Path, signals: Sign
     if all(code == EXIT_BAD_INPUT for code in codes):
         summary.restore()
         return EXIT_BAD_INPUT
+    page = job.layout.report
+    for outdated in (page, job.layout.downloads / page.name):
+        outdated.unlink(missing_ok=True)
     pack_models(job, summary, signals)
     packed = pack_formats(job, summary, signals)
     validated = validate_models(job, summary, signals)
@@ -185,7 +188,8 @@ def run_trainer(job: Job, name: str, signals: SignalForwarder) -> tuple[int, lis
         may_pass = code == EXIT_FAILED or code > 128
         if not may_pass or retries == RETRIES or not wait_for_orphans(export, ORPHAN_SECONDS):
             return code, tail
-        uncompilable = [line for line in tail if COMPILATION_FAILED in line and not job.settings.get("no_compile")]
+        compiled = not job.settings.get("no_compile")
+        uncompilable = [line for line in tail if compiled and COMPILATION_FAILED in line]
         if not uncompilable and progress(export) <= before:
             return code, tail
         retries += 1
@@ -313,11 +317,8 @@ def make_report(job: Job, signals: SignalForwarder) -> None:
     """Write `models/report.html` and copy it to the downloads."""
     log.info("=== report")
     page = job.layout.report
-    copy = job.layout.downloads / page.name
-    for file in (page, copy):
-        file.unlink(missing_ok=True)
     if run_optional("the report", job.script_command("report", "--work_dir", job.layout.root), signals):
-        shutil.copyfile(page, copy)
+        shutil.copyfile(page, job.layout.downloads / page.name)
 
 
 def log_results(layout: Layout, summary: Summary, compared: list[str], log_file: Path) -> None:

@@ -30,7 +30,7 @@ from mvlm_core.files import fsync_path, load_json_object, make_folder, read_json
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY_PREFIX, _DELETED_PREFIX = ".writing-", ".deleting-"
-_DAMAGED_SUFFIX, _LATER_SUFFIX = ".damaged", ".superseded"
+_DAMAGED_SUFFIX, _NEWER_SUFFIX = ".damaged", ".superseded"
 _SPARE_BYTES = 1 << 20  # for the JSON files
 log = logging.getLogger("mvlm")
 
@@ -212,7 +212,7 @@ def set_aside_newer(root: Path, step: int) -> None:
     """Rename the checkpoints after ``step``, from which the run resumes, so that rotation ignores them."""
     for folder in checkpoint_folders(root):
         if _step_of(folder) > step:
-            _set_aside(folder, _LATER_SUFFIX)
+            _set_aside(folder, _NEWER_SUFFIX)
             log.info("renamed %s to *.superseded: the run returns to step %s", folder, step)
     if root.is_dir():
         fsync_path(root)  # before the history is truncated: no checkpoint may be newer than the history

@@ -20,6 +20,7 @@ from torch import Tensor
 from mvlm_core.errors import TrainingError, UserError
 from mvlm_core.export.manifest import CHECKPOINTS, NO_CHECKPOINTS, training_config, verify_folder
 from mvlm_core.files import fsync_path
+from mvlm_core.settings import TrainingSettings
 from mvlm_core.training import checkpoint as checkpoints
 from mvlm_core.training.checkpoint import Checkpoint
 from mvlm_core.training.history import StepLog, truncate_history
@@ -86,13 +87,16 @@ def _copy(tensor: Tensor) -> Tensor:
     return memory.copy_(tensor.detach(), non_blocking=True)
 
 
-def disk_bytes(kept: int, weights: int, optimizer: int) -> int:
+def disk_bytes(settings: TrainingSettings, steps: int | None, weights: int, optimizer: int) -> int:
     """Size of a run's folder while the last checkpoint is written: checkpoints, best weights and a copy for the export.
 
     Args:
-        kept: ``--keep_checkpoints``.
+        steps: length of the run, if known.
         weights, optimizer: bytes of the weights and of the optimizer's state.
     """
+    kept = settings.keep_checkpoints
+    if steps is not None:
+        kept = min(kept, steps // settings.checkpoint_interval + 1)
     return (kept + 1) * (weights + optimizer) + 2 * weights
 
 
@@ -112,19 +116,20 @@ class Checkpointer:
         self._settings, self._ranks, self._task, self._step_log = run.settings, run.ranks, task, step_log
         self._writer, self._on_failure = CheckpointWriter(), on_failure
 
-    def check_space(self) -> None:
-        """Check that the disk has room for this run's checkpoints and export, now and not after an hour.
+    def check_space(self, steps: int | None) -> None:
+        """Check that the disk has room for the checkpoints and the export of a run of ``steps`` (None if unknown), now
+        and not after an hour.
 
         Raises:
-            UserError: it has not.
+            TrainingError: it has not.
         """
         weights = sum(tensor.nbytes for tensor in self._task.weights().values())
-        needed = disk_bytes(self._settings.keep_checkpoints, weights, self._task.optimizers.state_bytes)
+        needed = disk_bytes(self._settings, steps, weights, self._task.optimizers.state_bytes)
         needed -= sum(file.stat().st_size for file in self.root.glob("step-*/*"))
         if (free := shutil.disk_usage(self.root.parent).free) < needed:
-            raise UserError(
-                f"{self.root.parent}: {free / 1e9:.2g} GB of disk are free, but this run needs up to "
-                f"{needed / 1e9:.2g} GB more for checkpoints and its export: free some space, or choose a "
+            raise TrainingError(
+                f"{self.root.parent}: {free / 1e9:,.2f} GB of disk are free, but this run needs up to "
+                f"{needed / 1e9:,.2f} GB more for checkpoints and its export: free some space, or choose a "
                 "folder on another disk"
             )
 

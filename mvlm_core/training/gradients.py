@@ -77,6 +77,7 @@ class GradientAccumulator:
                 failed = False
             except RuntimeError as error:
                 if not _out_of_memory(error):
+                    _explain_failed_compilation(error)
                     raise
                 metrics, text_bytes, failed = {}, 0, True
             if failed:  # outside the except block, where the failed step's tensors have been freed

@@ -67,7 +67,7 @@ class TrainingLoop:
         if self._is_over:
             return self.state
         if self.ranks.is_main:
-            self.checkpoints.check_space()
+            self.checkpoints.check_space(self.length.total)
         self.state.finished = False
         stop.defer()
         self.gradients.find_micro_batch(self.state, self.length.progress(self.state.step))

@@ -13,7 +13,7 @@ from mvlm_core.training.distributed import SINGLE_RANK, Ranks
 # Newton–Schulz iteration of Muon (Jordan et al. 2024, github.com/KellerJordan/Muon): a quintic whose slope at zero is
 # large, so that five iterations bring every singular value near 1.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-_MIN_ASPECT_RATIO = 1.5  # minimum aspect ratio at which iterating on the square Gram matrix is cheaper
+_MIN_ASPECT_RATIO = 1.5  # from here on, iterating on the square Gram matrix is cheaper
 # AdamW's betas for all parameters, and for those not trained by Muon: in runs of a few hundred to a few thousand steps,
 # less momentum and a longer second-moment average beat the usual 0.9 and 0.95 (benchmarks/LOG.md, 2026-11-29).
 _BETAS, _BETAS_BESIDE_MUON = (0.8, 0.99), (0.5, 0.98)
@@ -23,7 +23,7 @@ _BETAS, _BETAS_BESIDE_MUON = (0.8, 0.99), (0.5, 0.98)
 def orthogonalize(matrices: Tensor, iterations: int = 5, dtype: torch.dtype | None = None) -> Tensor:
     """Approximate the nearest semi-orthogonal matrices to ``matrices`` ``[count, rows, columns]``.
 
-    Each round multiplies ``x`` from the left by ``p = a + b·gram + c·gram²`` with ``gram = x·xᵀ``. These factors
+    Each iteration multiplies ``x`` from the left by ``p = a + b·gram + c·gram²`` with ``gram = x·xᵀ``. These factors
     commute, so for wide matrices only the small Gram matrix is iterated, as ``p·gram·p``, and ``x`` is multiplied by
     the product of all ``p`` at the end: the same result with a quarter less work. Squaring the spectrum needs float32
     precision.

@@ -228,7 +228,7 @@ def _describe(
     step_tokens = settings.sequences_per_step * settings.max_length
     flops = one.flops_per_token
     teachers = (settings.num_models - 1) * one.memory.weights
-    disk = disk_bytes(settings.keep_checkpoints, one.memory.weights, one.memory.optimizer) + teachers
+    disk = disk_bytes(settings, steps, one.memory.weights, one.memory.optimizer) + teachers
     return [
         f"{one.parameters:,} parameters; {flops / 1e6:,.0f} MFLOP per token (forward, backward, {hardware.precision})",
         f"about {steps * step_tokens / 1e6:,.1f} M tokens ({step_tokens:,} per step), {steps} steps, "

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from mvlm_core import cost_estimate
 from mvlm_core.console import silence_transformers
 from mvlm_core.errors import TrainingError, UserError
-from mvlm_core.export.file_checks import has_foreign_code
+from mvlm_core.export.file_checks import renew_modeling_files
 from mvlm_core.export.folder import delete_run, finish_export, stage_model
 from mvlm_core.export.manifest import CHECKPOINTS, training_config
 from mvlm_core.export.model_card import model_card
@@ -23,7 +23,7 @@ from mvlm_core.hardware import HARDWARE_FLAGS, caution, choose_hardware, describ
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.signals import StopRequest
 from mvlm_core.training import results
-from mvlm_core.training.checkpoint import checkpoint_folders, delete_checkpoints
+from mvlm_core.training.checkpoint import delete_checkpoints
 from mvlm_core.training.distillation import teacher_and_student_settings, with_time_left
 from mvlm_core.training.distributed import init_ranks
 from mvlm_core.training.identity import check_earlier_run, is_finished, run_identity
@@ -120,9 +120,8 @@ def _run(run: Run, stop: StopRequest, *, student: TrainingSettings | None = None
                 if settings.fresh:
                     delete_run(folder, keep=[Path(teacher) for teacher in (student or settings).teacher])
         finished = ranks.is_main and not settings.fresh and is_finished(run.output_dir, identity, needed, settings)
-        if finished and student is None and _has_old_code(run):
-            log.info("%s: exporting again, with this version's modeling files", run.output_dir)
-            finished = False
+        if finished and student is None and run.recipe.modeling_folder is not None:
+            renew_modeling_files(run.output_dir, run.recipe.modeling_folder)
         if ranks.broadcast(finished and settings.resume_from is None):
             longer = "to train longer, give a larger --num_epochs, --max_steps or --patience; to start over, --fresh"
             log.info("already finished: %s (%s)", run.output_dir, longer)
@@ -143,14 +142,6 @@ def _run(run: Run, stop: StopRequest, *, student: TrainingSettings | None = None
                     f"training finished, but the export cannot be written: {error}; free some space and run again"
                 ) from None
     return run.output_dir
-
-
-def _has_old_code(run: Run) -> bool:
-    """Whether the finished export has modeling files of another version, which nothing here would run, and its
-    checkpoints are still there to export it again."""
-    sources = run.recipe.modeling_folder
-    is_old = sources is not None and has_foreign_code(run.output_dir, sources)
-    return is_old and bool(checkpoint_folders(run.output_dir / CHECKPOINTS))
 
 
 def _log_hardware(run: Run) -> None:

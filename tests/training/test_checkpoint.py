@@ -93,7 +93,7 @@ def test_rotation_keeps_the_newest_and_the_best_checkpoints(tmp_path):
     assert [folder.name[-1] for folder in checkpoint_folders(tmp_path)] == ["2", "5", "6"]
 
 
-def test_set_aside_later_hides_later_checkpoints(tmp_path):
+def test_set_aside_newer_hides_newer_checkpoints(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
     set_aside_newer(tmp_path, 1)

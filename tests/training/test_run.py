@@ -119,16 +119,19 @@ def test_rerun_of_a_finished_run_changes_nothing(trained, caplog, monkeypatch):
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir() if file.is_file()} == before
 
 
-def test_an_export_with_modeling_files_of_another_version_is_made_again(tmp_path):
+def test_modeling_files_of_another_version_are_replaced(tmp_path):
     settings = tiny_settings("simone_enhanced", build_tiny_corpus(tmp_path / "corpus"), tmp_path, max_steps=8)
     folder = run_training(recipe_of("simone_enhanced"), settings)
-    files, modeling = read_manifest(folder)["files"], folder / "modern_layers.py"
-    own, weights = modeling.read_bytes(), files["model.safetensors"]
+    files, modeling, more = read_manifest(folder)["files"], folder / "modern_layers.py", folder / "earlier_layers.py"
+    own = modeling.read_bytes()
     modeling.write_bytes(own + b"# an earlier version\n")
-    write_manifest(folder, "simone_enhanced", files | {modeling.name: sha256_file(modeling)})
+    more.write_text("# a file that it had")
+    write_manifest(folder, "simone_enhanced", files | {file.name: sha256_file(file) for file in (modeling, more)})
     assert not verify_folder(folder)
+    shutil.rmtree(folder / "checkpoints")  # not needed
     run_training(recipe_of("simone_enhanced"), settings)
-    assert modeling.read_bytes() == own and read_manifest(folder)["files"]["model.safetensors"] == weights
+    assert modeling.read_bytes() == own and not more.exists()
+    assert read_manifest(folder)["files"] == files and not verify_folder(folder)
 
 
 def test_a_finished_model_without_checkpoints_is_not_overwritten_by_a_longer_run(trained, tmp_path):
