@@ -155,10 +155,10 @@ def no_value_residual(monkeypatch, _model):
 
 
 def pointer_at_the_next_token(monkeypatch, _model):
-    right = rope_attention.point
+    right = rope_attention.pointer_distribution
     wrong = lambda query, key, sentinel, ids, visible=None: right(query, key, sentinel, ids.roll(-1, 1), visible)  # noqa: E731
     for module in (prioritary_mvlm.enhanced_trainer, simone_transformer.enhanced_model):
-        monkeypatch.setattr(module, "point", wrong)
+        monkeypatch.setattr(module, "pointer_distribution", wrong)
 
 
 def norm_without_its_projection(monkeypatch, _model):
