@@ -334,7 +334,7 @@ main() {
     if [ "$(pwd -P)" != "$ROOT" ]; then say "  cd $(printf '%q' "$ROOT")"; fi
     local device=""  # training does not fall back to the CPU by itself if there seems to be a GPU
     if [ -n "$CPU_BUILD" ] && { [ -n "$GPU" ] || command -v nvidia-smi >/dev/null; }; then device=" --device cpu"; fi
-    say "  .venv/bin/python train_all_models.py$device     train, package, validate and compare both models" \
+    say "  .venv/bin/python train_all_models.py$device     train, compare, validate and package both models" \
         "  .venv/bin/python -m pytest               run the tests"
 }
 

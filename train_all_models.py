@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Train, package, validate and compare both models.
+"""Train, compare, package and validate both models.
 
-    corpus -> model 1 -> model 2, with test scores -> archives -> validation -> evaluation suite and comparison
+    corpus -> model 1 -> model 2 -> test scores, evaluation suite and comparison -> archives -> validation
     -> report
 
 If interrupted, run the same command again, without --fresh: finished stages are skipped and training resumes from its

@@ -195,11 +195,10 @@ def show_plan(job: Job, *, corpus_is_ready: bool) -> int:
         print("\n" + _refusal(others))
     if left := {name: plan for name, plan in plans.items() if plan.items and not _kept(job, name, plan)}:
         _show_costs(left)
-    print(f"\nthen:     archives   -> {job.layout.downloads}")
+    print(f"\nthen:     comparison -> {job.layout.comparison_plot}\n          archives   -> {job.layout.downloads}")
     if job.formats:
         print(f"          {', '.join(job.formats)} -> {job.layout.downloads}")
-    print(f"          validation -> {job.layout.validation_report}")
-    print(f"          comparison -> {job.layout.comparison_plot}\n          report     -> {job.layout.report}")
+    print(f"          validation -> {job.layout.validation_report}\n          report     -> {job.layout.report}")
     return code
 
 
@@ -224,9 +223,9 @@ def _show_costs(plans: dict[str, Plan]) -> None:
     scoring = sum(item.seconds for plan in plans.values() for item in plan.items if item.name == EXPORT)
     checking = scoring * RESCORED_SHARE + size / VERIFICATION_BYTES_PER_SECOND
     items += [
+        Item("evaluation suite", SUITE_SECONDS * count, f"{count} models"),
         Item("archives", size / PACKING_BYTES_PER_SECOND, f"{size / 1e9:.2f} GB of weights"),
         Item("validation", checking, "archives read, scores from a sample"),
-        Item("evaluation suite", SUITE_SECONDS * count, f"{count} models"),
         Item("comparison and report", REPORT_SECONDS),
     ]
     print("\ntotal:")

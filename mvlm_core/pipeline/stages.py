@@ -1,4 +1,4 @@
-"""Stages of the main job: training, archives, validation, comparison, report.
+"""Stages of the main job: training, comparison, archives, validation, report.
 
 Independent of particular models and text: names, scripts and corpus come from the `Job`. Every file is written
 atomically, so the job can be stopped or killed at any point and restarted.
@@ -71,14 +71,14 @@ def run_stages(job: Job, hardware: dict[str, Any], log_file: Path, signals: Sign
     page = job.layout.report
     for outdated in (page, job.layout.downloads / page.name):
         outdated.unlink(missing_ok=True)
+    compared = compare_if_possible(job, summary, signals)
     pack_models(job, summary, signals)
     packed = pack_formats(job, summary, signals)
     validated = validate_models(job, summary, signals)
-    compared = compare_models(job, summary, signals)  # a fault in it must not cost the archives
     summary.close()
     make_report(job, signals)
-    log_results(job.layout, summary, compared, log_file)
-    good = validated and packed and not any(codes) and not summary.with_status("failed")
+    log_results(job.layout, summary, compared or ["no comparison: its error is above"], log_file)
+    good = compared and validated and packed and not any(codes) and not summary.with_status("failed")
     return EXIT_DONE if good else EXIT_FAILED
 
 
@@ -247,31 +247,18 @@ def append_tail(log_file: Path, code: int, tail: list[str]) -> None:
         file.writelines(f"{line}\n" for line in [f"--- ended with exit code {code}", *missing])
 
 
-# --- validation ---------------------------------------------------------------------------------------------
-
-
-def validate_models(job: Job, summary: Summary, signals: SignalForwarder) -> bool:
-    """Run the validator; remove models that its report fails from the downloads. Returns whether all passed."""
-    log.info("=== validation")
-    layout = job.layout
-    layout.validation_report.unlink(missing_ok=True)
-    code, tail = run_child(job.script_command("validate", "--work_dir", layout.root), signals)
-    signals.check(code)
-    reports = read_json(layout.validation_report).get("models", {})
-    for name in summary.with_status("finished"):
-        if name not in reports or reports[name].get("passed") is True:
-            continue
-        checks = reports[name].get("checks", [])
-        failed = "; ".join(f"{check['name']}: {check['detail']}" for check in checks if not check["passed"])
-        summary.update(name, status="failed", archive=None, error=f"validation: {failed}")
-        log.error("%s: failed validation and was withdrawn from %s", name, layout.downloads)
-    write_download_notes(job, summary)
-    if not reports:  # for example, the disk is full: no reason to delete the archives
-        log.error("no validation report was written (exit code %d): %s", code, tail[-1] if tail else "no output")
-    return code == 0 and bool(reports)
-
-
 # --- comparison ---------------------------------------------------------------------------------------------
+
+
+def compare_if_possible(job: Job, summary: Summary, signals: SignalForwarder) -> list[str]:
+    """Compare the models; log a fault in it instead of raising, as it must not cost the archives, and return []."""
+    try:
+        return compare_models(job, summary, signals)
+    except Stopped:
+        raise
+    except Exception:
+        log.exception("the comparison failed; archives and validation follow without it")
+        return []
 
 
 def compare_models(job: Job, summary: Summary, signals: SignalForwarder) -> list[str]:
@@ -308,6 +295,30 @@ def evaluate_suite(job: Job, names: list[str], signals: SignalForwarder) -> dict
         return {}
     results = read_json(job.layout.evaluation_suite).get("results", {})
     return {name: results[export] for name, export in exports.items() if export in results}
+
+
+# --- validation ---------------------------------------------------------------------------------------------
+
+
+def validate_models(job: Job, summary: Summary, signals: SignalForwarder) -> bool:
+    """Run the validator; remove models that its report fails from the downloads. Returns whether all passed."""
+    log.info("=== validation")
+    layout = job.layout
+    layout.validation_report.unlink(missing_ok=True)
+    code, tail = run_child(job.script_command("validate", "--work_dir", layout.root), signals)
+    signals.check(code)
+    reports = read_json(layout.validation_report).get("models", {})
+    for name in summary.with_status("finished"):
+        if name not in reports or reports[name].get("passed") is True:
+            continue
+        checks = reports[name].get("checks", [])
+        failed = "; ".join(f"{check['name']}: {check['detail']}" for check in checks if not check["passed"])
+        summary.update(name, status="failed", archive=None, error=f"validation: {failed}")
+        log.error("%s: failed validation and was withdrawn from %s", name, layout.downloads)
+    write_download_notes(job, summary)
+    if not reports:  # for example, the disk is full: no reason to delete the archives
+        log.error("no validation report was written (exit code %d): %s", code, tail[-1] if tail else "no output")
+    return code == 0 and bool(reports)
 
 
 # --- report -------------------------------------------------------------------------------------------------
