@@ -109,7 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         session = Session(options, hardware, Path(scratch), list(options.checks))
         try:
-            signal.setitimer(signal.ITIMER_REAL, 60 * options.minutes)
+            # Once a second from then on: Python drops an exception that is raised in a callback or a finalizer.
+            signal.setitimer(signal.ITIMER_REAL, 60 * options.minutes, 1.0)
             run_checks(session)
         except OutOfTime:
             pass
