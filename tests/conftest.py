@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mvlm_core.data.corpus import Corpus, load_corpus
 from tests.export.exports import copy_export
 from tests.helpers import MODELS, REPOSITORY, build_tiny_corpus, recipe_of, sample_books, tiny_settings
 
@@ -77,6 +78,12 @@ def real_text() -> list[str]:
 def tiny_corpus(tmp_path: Path) -> Path:
     """Two translations, laid out like the real corpus, with train, validation and test books."""
     return build_tiny_corpus(tmp_path / "corpus")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """The tiny corpus; read-only."""
+    return load_corpus(build_tiny_corpus(tmp_path_factory.mktemp("corpus")))
 
 
 @pytest.fixture(scope="session")

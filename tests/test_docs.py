@@ -11,7 +11,7 @@ from tests.helpers import REPOSITORY
 
 GUIDES = ("docs/h200.md", "docs/your-own-text.md", "docs/troubleshooting.md", "docs/other-formats.md")
 PAGES = ("README.md", "AGENTS.md", *GUIDES, "benchmarks/README.md", "mvlm_training_dataset_complete/README.md")
-RUN_AS_WRITTEN = ("README.md", *GUIDES)
+RUN_AS_WRITTEN = ("docs/your-own-text.md", "docs/other-formats.md", "README.md")  # in this order; no GPU needed
 SCORED = ("README.md", "docs/h200.md", "benchmarks/README.md")
 ENTRY_POINTS = (
     "train_all_models.py",
@@ -28,7 +28,6 @@ ENTRY_POINTS = (
     "setup_environment.sh",
 )
 TORCHRUN_FLAGS = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}
-OTHERS_FLAGS = TORCHRUN_FLAGS | {"--model", "--check", "--format"}  # lm_eval's, ruff's
 LINES_OF_README = 130
 
 
@@ -54,7 +53,7 @@ def helps() -> str:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_documented_flags_exist(name, helps):
-    flags = {flag for flag in re.findall(r"(?<![\w-])--[a-z][a-z_]+", page(name))} - OTHERS_FLAGS
+    flags = {flag for flag in re.findall(r"(?<![\w-])--[a-z][a-z_]+", page(name))} - TORCHRUN_FLAGS
     assert not {flag for flag in flags if not re.search(rf"{flag}\b", helps)}
 
 
@@ -89,8 +88,6 @@ def test_documented_error_messages_occur_in_the_code():
     messages = re.findall(r"^\| `([^`]+)`", page("docs/troubleshooting.md"), re.M)
     assert len(messages) >= 8
     for message in messages:
-        if message.startswith("ModuleNotFoundError"):
-            continue  # Python's own
         parts = [part.strip() for part in re.split(r"…|\bN\b", message) if len(part.strip()) > 4]
         assert parts and all(part in said for part in parts), message
 
@@ -124,7 +121,7 @@ def test_documented_commands_run(tmp_path):
     for number in range(3):
         text = "# A psalm of my own\n\n" + f"Sing, all ye machines, for the {number}th time.\n" * 200
         (clone / "my_texts" / f"psalm{number}.txt").write_text(text)
-    commands = []
+    commands = ["bash setup_environment.sh"]
     for name in RUN_AS_WRITTEN:
         for block in shell_blocks(page(name)):
             commands += [line for line in block.splitlines() if line.strip()]
@@ -132,9 +129,7 @@ def test_documented_commands_run(tmp_path):
     for command in dict.fromkeys(commands):
         command = re.sub(r"train_all_models\.py(?! --preset)", "train_all_models.py --preset smoke", command)
         command = command.replace("--work_dir /tmp/smoke", f"--work_dir {tmp_path / 'smoke'}")
-        command = re.sub(r"_node 8 (.*) --preset h200$", r"_node 2 \1 --preset smoke --fresh", command)
         command = re.sub(r"-m pytest.*", "-m pytest --collect-only --quiet", command)
-        command = re.sub(r"gpu_check$", "gpu_check --device cpu --presets smoke --seconds 0.01", command)
         print(command, flush=True)
         run(["bash", "-ec", command], clone)
     for model in ("mvlm_gpt2", "simone_enhanced"):

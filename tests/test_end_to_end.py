@@ -98,11 +98,11 @@ def test_full_run_produces_all_promised_outputs(reference):
     assert baselines["xz"] == pytest.approx(1.88, abs=0.03)
     assert baselines["ppmd_order_16"] == pytest.approx(1.51, abs=0.03)
     assert list(summary["comparison"]["evaluation_suite"]) == list(TRAINERS)
-    report = json.loads(reference.report.read_text())
+    report = json.loads(reference.validation_report.read_text())
     assert report["passed"] and report["rescored"] and all(len(m["samples"]) == 6 for m in report["models"].values())
     assert run(["sha256sum", "-c", "SHA256SUMS"], cwd=reference.downloads).returncode == 0
     assert json.loads((reference.downloads / "training_summary.json").read_text()) == summary
-    assert len(list(reference.logs.glob("h200_training_*.log"))) == 1 and reference.plot.is_file()
+    assert len(list(reference.logs.glob("h200_training_*.log"))) == 1 and reference.comparison_plot.is_file()
 
 
 def test_job_interrupted_in_both_models_resumes_bit_identically(reference, tmp_path):

@@ -29,10 +29,9 @@ from mvlm_core.pipeline.playground import (
     generate_side_by_side,
     score_text,
 )
-from tests.helpers import MODELS
+from tests.helpers import CHROMIUM, MODELS
 from tests.test_serve import server
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRAW = {"seed": 3.0, "temperature": 0.8, "top_p": 0.95, "length": 12.0}  # a browser sends floats
 TEXT = "And it came to pass. <b>My dog</b> ate a pizza!\nBehold."
 

@@ -3,7 +3,6 @@
 import argparse
 import subprocess
 import sys
-import time
 from dataclasses import fields
 
 import pytest
@@ -16,7 +15,7 @@ from mvlm_core.training.cost import StubTokenizer
 from mvlm_core.training.distillation import teacher_and_student_settings, with_time_left
 from mvlm_trainer import GPT2Settings
 from prioritary_mvlm import PrioritaryConfig
-from tests.helpers import parse_settings, recipe_of
+from tests.helpers import REPOSITORY, parse_settings, recipe_of
 
 CONTRACT = """
 data_dir output_dir tokenizer_path preset batch_size gradient_accumulation_steps max_length learning_rate
@@ -218,18 +217,11 @@ def test_invalid_head_width_and_zero_loss_weights_are_refused():
         parse(PrioritaryConfig, "--preset", "smoke", "--accuracy_weight", "0", "--alignment_weight", "0")
 
 
-@pytest.mark.parametrize(
-    "script",
-    [
-        *("mvlm_trainer.py", "SIM-ONE Training/enhanced_train.py", "SIM-ONE Training/train.py"),
-        *("validate_models.py", "train_all_models.py", "prepare_dataset.py"),
-    ],
-)
-def test_help_does_not_import_heavy_packages(repository, script):
-    code = f"import sys, runpy; sys.argv = ['x', '--help']; sys.path.insert(0, {str((repository / script).parent)!r})\n"
-    code += f"try: runpy.run_path({str(repository / script)!r}, run_name='__main__')\n"
+@pytest.mark.parametrize("script", sorted([*REPOSITORY.glob("*.py"), *REPOSITORY.glob("SIM-ONE Training/*.py")]))
+def test_help_does_not_import_heavy_packages(script):
+    code = f"import sys, runpy; sys.argv = ['x', '--help']; sys.path.insert(0, {str(script.parent)!r})\n"
+    code += f"try: runpy.run_path({str(script)!r}, run_name='__main__')\n"
     code += "finally: assert not {'numpy', 'torch', 'transformers', 'matplotlib'} & sys.modules.keys()\n"
-    started = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("usage:") and time.perf_counter() - started < 30
+    assert result.stdout.startswith("usage:")

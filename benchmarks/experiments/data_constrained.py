@@ -80,7 +80,7 @@ class ProxyRecipe:
 
 
 # Epochs, number of teachers, and epochs of each teacher.
-STUDENTS = [(1, 1, 1), (2, 1, 1), (4.5, 1, 1), (3, 3, 1), (9, 3, 1), (18, 3, 1), (18, 9, 1), (60, 9, 1)]
+STUDENTS = [(1, 1, 1), (2, 1, 1), (4.5, 1, 1), (3, 3, 1), (9, 3, 1), (18, 3, 1), (60, 9, 1)]
 STUDENTS += [(4.5, 1, 3), (9, 1, 3), (18, 3, 3), (36, 14, 3), (52, 7, 3), (180, 20, 3), (210, 20, 1)]
 RECIPES = [ProxyRecipe(epochs) for epochs in (1, 2, 3)]
 RECIPES += [ProxyRecipe(*student) for student in STUDENTS]

@@ -26,7 +26,7 @@ def test_every_variant_is_one_valid_change(tmp_path, preset):
         assert bool(differing) or bool(run.component_swap) == (changed is not reference)
     assert settings["no_coherence"].coherence_weight == 0.0
     assert settings["base_half_rate"].learning_rate == settings["baseline"].learning_rate / 2
-    assert ("tied_head" in settings) == (preset != "h200")
+    assert ("tied_head_layers" in settings) == (preset != "h200")
 
 
 def test_only_option_includes_the_reference_and_refuses_unknown_names(tmp_path):
@@ -73,14 +73,14 @@ def test_table_pairs_by_seed():
             1: figures(1.49, 1300.0, memory=6e8),
             2: figures(1.49, 1200.0, memory=6e8),
         },
-        "tied_head": {1: figures(1.60, 900.0, 1_380_000), 5: figures(9.0)},
+        "tied_head_layers": {1: figures(1.60, 900.0, 1_380_000), 5: figures(9.0)},
         "base_linear": {0: figures(1.7)},
     }
     assert ablations.table(results).splitlines()[2:6] == [
         "| `full` model 2, preset | 1,900,000 | 1.4700 ± 0.0100 (3) |  |  |  | reference |",
         "| `no_coherence` without the coherence loss | 1,900,000 | 1.4867 ± 0.0058 (3) "
         "| +0.0167 (+0.0100 … +0.0200) | 1.200 | 0.750 | hurts |",
-        "| `tied_head` tied output matrix | 1,380,000 (−27.4%) | 5.3000 ± 5.2326 (2) "
+        "| `tied_head_layers` tied output matrix, more layers | 1,380,000 (−27.4%) | 5.3000 ± 5.2326 (2) "
         "| +0.1200 | 0.900 | 1.000 | one seed |",
         "| `base_linear` linear decay to zero instead of cosine | 1,900,000 | 1.7000 (1) |  |  |  | no pair |",
     ]

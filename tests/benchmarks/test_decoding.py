@@ -3,15 +3,8 @@
 import pytest
 
 from benchmarks.experiments import decoding
-from mvlm_core.data.corpus import load_corpus
 from mvlm_core.errors import UserError
 from mvlm_core.evaluation.compression import compared_texts
-from tests.helpers import build_tiny_corpus
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return load_corpus(build_tiny_corpus(tmp_path_factory.mktemp("decoding") / "corpus"))
 
 
 @pytest.fixture(scope="module")

@@ -34,10 +34,6 @@ def test_runs_are_made_seed_by_seed(tmp_path):
     assert not runner.shared_values(options, test_score=True)["no_test_score"]
 
 
-def test_runs_of_different_lengths_use_different_folders(tmp_path):
-    assert options_of(tmp_path).root != options_of(tmp_path, "--max_bytes", "1000").root
-
-
 def test_bad_arguments_are_refused(tmp_path):
     with pytest.raises(UserError, match="--seeds 0"):
         options_of(tmp_path, "--seeds", "0")

@@ -5,7 +5,7 @@ import os
 import signal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import mvlm_trainer
@@ -14,6 +14,7 @@ from mvlm_core.data.token_store import alignment_weights, build_token_store, tok
 from mvlm_core.data.tokenizer import ByteLevelBPE, cached_tokenizer
 from mvlm_core.errors import UserError
 from prioritary_mvlm import AdvancedBPETokenizer, BiblicalBPETokenizer
+from tests.helpers import cases
 
 ODD = [
     "",
@@ -48,7 +49,7 @@ def test_unusual_text_round_trips(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@settings(max_examples=200, deadline=None)
+@cases(200)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=80))
 def test_any_text_round_trips(tokenizer, text):
     ids = tokenizer.encode(text)

@@ -1,16 +1,7 @@
 """Verses of the tiny corpus: their context, samples and matches."""
 
-import pytest
-
-from mvlm_core.data.corpus import load_corpus
 from mvlm_core.data.verses import matched_verses, next_words, sample_verses, verses_of
 from tests.evaluation import verse_of
-from tests.helpers import build_tiny_corpus
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return load_corpus(build_tiny_corpus(tmp_path_factory.mktemp("corpus")))
 
 
 def test_verses_have_their_place_and_preceding_text(corpus):

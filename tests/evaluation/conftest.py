@@ -8,18 +8,11 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mvlm_core.data.corpus import Corpus, load_corpus
 from mvlm_core.data.verses import Verse, verses_of
 from mvlm_core.evaluation.bits_per_byte import encode
 from prioritary_mvlm import AdvancedBPETokenizer
 from simone_transformer import EnhancedSIMONEConfig, EnhancedSIMONEModel
 from tests.evaluation import CONTEXT, KNOWN, VOCABULARY
-from tests.helpers import build_tiny_corpus
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> Corpus:
-    return load_corpus(build_tiny_corpus(tmp_path_factory.mktemp("corpus")))
 
 
 @pytest.fixture(scope="session")

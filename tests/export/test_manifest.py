@@ -4,7 +4,7 @@ import json
 import logging
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mvlm_core.errors import UserError
@@ -19,6 +19,7 @@ from mvlm_core.export.manifest import (
     verify_folder,
 )
 from tests.export.exports import seal
+from tests.helpers import cases
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_duplicate_names_are_refused():
         parse_manifest(text.encode())
 
 
-@settings(max_examples=200, deadline=None)
+@cases(200)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(max_size=8),

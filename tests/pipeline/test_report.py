@@ -18,9 +18,8 @@ from mvlm_core.metrics import BY_NAME, METRICS
 from mvlm_core.pipeline import comparison
 from mvlm_core.pipeline.summary import Summary
 from mvlm_core.run_layout import Layout
-from tests.helpers import MODELS, REPOSITORY
+from tests.helpers import CHROMIUM, MODELS, REPOSITORY
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 BASELINES = {"translation": "kjv", "test_bytes": 1000, "xz": 2.5, "ppmd_order_6": 2.2, "ppmd_order_16": 2.1}
 
 
@@ -169,7 +168,7 @@ def test_a_missing_run_is_refused_with_an_error(tmp_path, trained):
 def test_report_renders_in_chromium_without_console_messages_or_horizontal_scrolling(run, tmp_path, width):
     frame = tmp_path / "frame.html"
     frame.write_text(
-        f'<iframe src="{run[0].page.as_uri()}" width="{width}" height="900" style="border: 0" onload="'
+        f'<iframe src="{run[0].report.as_uri()}" width="{width}" height="900" style="border: 0" onload="'
         "const d = this.contentDocument; document.title = [d.documentElement.scrollWidth, d.images.length, "
         '[...d.images].every(i => i.naturalWidth > 0)].join()"></iframe>',
         encoding="utf-8",

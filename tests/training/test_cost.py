@@ -9,8 +9,6 @@ import pytest
 
 from mvlm_core.hardware import choose_hardware
 from mvlm_core.training.cost import StepMemory, fitting_micro_batch, step_cost
-from mvlm_core.training.run import run_training
-from mvlm_trainer import GPT2Settings
 from tests.helpers import MODELS, REPOSITORY, recipe_of, tiny_settings
 
 SIZES = {
@@ -107,19 +105,8 @@ def test_dry_run_prints_the_cost_and_writes_nothing(tiny_corpus, tmp_path):
     command = [sys.executable, script, "--preset", "h200", "--dry_run", *places]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "MFLOP per token" in done.stdout
+    assert "\n110," in done.stdout and "MFLOP per token" in done.stdout
     for size, count in ((8, 4), (16, 16), (24, 32), (80, 32), (141, 32)):
         assert f"\n{size} GB: a micro-batch of {count} fits" in done.stdout
     assert "for Muon's Newton-Schulz iteration" in done.stdout and done.stdout.count("assumed: ") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
-
-
-def test_in_process_dry_run_prints_the_cost_and_writes_nothing(tiny_corpus, tmp_path, capsys):
-    settings = GPT2Settings(
-        preset="h200", dry_run=True, data_dir=str(tiny_corpus), output_dir=str(tmp_path / "out"), device="cpu"
-    )
-    run_training(recipe_of("mvlm_gpt2"), settings)
-    shown = capsys.readouterr().out
-    assert "\n110," in shown
-    assert "MFLOP per token" in shown and "80 GB: a micro-batch of 32 fits" in shown
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
