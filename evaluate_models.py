@@ -5,7 +5,7 @@
 
 MODEL is an export folder or a .tar.gz. Prints one table with a column per MODEL; ± is the standard error over samples.
 The column "reference text" has the held-out text's own values. Results already in the --json file for the same
-weights, text and options are reused. Sources of the metrics: the modules of mvlm_core/evaluation.
+model, text and options are reused. Sources of the metrics: the modules of mvlm_core/evaluation.
 
 Exit codes: 0 done, 2 bad arguments or unusable models, 130/143 stopped by a signal.
 """
@@ -23,7 +23,7 @@ import mvlm_trainer
 from mvlm_core.command_line import CommandLine, device_problems, seed_problems
 from mvlm_core.errors import run_main
 from mvlm_core.export.file_checks import checked_exports
-from mvlm_core.files import read_json, sha256_file, write_json_atomic
+from mvlm_core.files import read_json, write_json_atomic
 from mvlm_core.hardware import choose_hardware, set_process_environment
 from mvlm_core.pipeline.parallel import parallel_map
 from mvlm_core.settings import DEFAULT_DATA_DIR, REPOSITORY_ROOT
@@ -72,7 +72,7 @@ def option_problems(options: argparse.Namespace) -> list[str]:
 
 
 def recorded_coverage(folder: Path, corpus: Corpus) -> dict[str, float]:
-    """Expected share of each train document, by path, that the exported weights have read; {} if not recorded."""
+    """Expected share of each train document, by path, that the exported weights have seen; {} if not recorded."""
     from mvlm_core.data.token_store import document_coverage, document_repeats
     from mvlm_core.export.manifest import training_config
     from mvlm_core.run_layout import finite_number
@@ -84,12 +84,12 @@ def recorded_coverage(folder: Path, corpus: Corpus) -> dict[str, float]:
     return document_coverage(train, document_repeats(train, config["data"].get("mix")), epochs)
 
 
-def reusable_results(saved: dict[str, Any], identity: dict[str, Any], weights: dict[str, str]) -> dict[str, Any]:
-    """Return the saved results of models with the same weights, if they were measured with the same ``identity``."""
+def reusable_results(saved: dict[str, Any], identity: dict[str, Any], manifests: dict[str, str]) -> dict[str, Any]:
+    """Return the saved results of the same exports, if they were measured with the same ``identity``."""
     if any(saved.get(key) != value for key, value in identity.items()):
         return {}
     results = saved.get("results", {})
-    return {name: results[name] for name in weights if results.get(name, {}).get("weights") == weights[name]}
+    return {name: results[name] for name in manifests if results.get(name, {}).get("manifest") == manifests[name]}
 
 
 def warn_about_another_corpus(exports: dict[str, Path], corpus: Corpus) -> None:
@@ -121,8 +121,8 @@ def evaluate_exports(options: argparse.Namespace, exports: dict[str, Path]) -> N
     from bible_corpus.grammar import RULES
     from mvlm_core.data.corpus import load_corpus
     from mvlm_core.evaluation.memorization import mean_coverage
-    from mvlm_core.evaluation.suite import draw_evaluation_set, evaluate, notes
-    from mvlm_core.export.manifest import corpus_choice
+    from mvlm_core.evaluation.suite import FORMAT, draw_evaluation_set, evaluate, notes
+    from mvlm_core.export.manifest import corpus_choice, manifest_sha256
 
     choice = corpus_choice(next(iter(exports.values())), options.validation_dir)
     corpus = load_corpus(options.data_dir, **choice | ({"only": options.data_subset} if options.data_subset else {}))
@@ -133,12 +133,13 @@ def evaluate_exports(options: argparse.Namespace, exports: dict[str, Path]) -> N
     sizes = {name: getattr(options, name) for name in SIZES}
     text = draw_evaluation_set(corpus, options.split, RULES, seed=options.seed, train=train, **sizes)
     identity = {
+        "format": FORMAT,
         "options": {key: value for key, value in vars(options).items() if key not in ("models", "json")},
         "fingerprint": corpus.fingerprint,
         "unread": sorted({d.path for d in corpus.split("train")} - {d.path for d in train}),
     }
-    weights = {name: sha256_file(folder / "model.safetensors") for name, folder in exports.items()}
-    results = reusable_results(read_json(options.json) if options.json else {}, identity, weights)
+    manifests = {name: manifest_sha256(folder) for name, folder in exports.items()}
+    results = reusable_results(read_json(options.json) if options.json else {}, identity, manifests)
     new = {name: folder for name, folder in exports.items() if name not in results}
     warn_about_another_corpus(new, corpus)
     work = partial(evaluate, device=hardware.device, bits_per_byte=not options.no_bits_per_byte)
@@ -148,7 +149,7 @@ def evaluate_exports(options: argparse.Namespace, exports: dict[str, Path]) -> N
     ]
     first = next(iter(exports))
     for name, result in zip(new, parallel_map(work, jobs, on_cpu=hardware.device == "cpu"), strict=True):
-        results[name] = result | {"weights": weights[name]}
+        results[name] = result | {"manifest": manifests[name]}
         print(f"{name}: done", file=sys.stderr, flush=True)
         if options.json:
             write_json_atomic(options.json, identity | {"results": results, "notes": notes(results[first], text)})

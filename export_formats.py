@@ -10,7 +10,8 @@ MODEL is an export folder, an unpacked archive or a .tar.gz; its files are verif
 The output folder also gets a README.md with commands and a manifest.json with SHA-256 checksums. Requires:
 pip install -r requirements-extras.txt
 
-Exit codes: 0 done, 1 the exported model differs, 2 bad arguments or an unusable model, 130/143 stopped by a signal.
+Exit codes: 0 done, 1 the exported model's outputs differ, 2 bad arguments or unusable model, 130/143 stopped by a
+signal.
 """
 
 from __future__ import annotations

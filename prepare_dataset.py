@@ -17,7 +17,7 @@ from pathlib import Path
 from mvlm_core.command_line import CommandLine
 from mvlm_core.errors import UserError, run_main
 from mvlm_core.files import empty_path_problems
-from mvlm_core.settings import DEFAULT_DATA_DIR
+from mvlm_core.settings import DEFAULT_DATA_DIR, is_default_corpus
 from mvlm_core.signals import end_on_sigterm
 
 
@@ -30,7 +30,7 @@ def list_or_add(args: argparse.Namespace) -> int:
     if args.list:
         print("\n".join(import_texts.listing(load_corpus(args.data_dir))))
         return 0
-    if args.data_dir == DEFAULT_DATA_DIR and corpus_problems(DEFAULT_DATA_DIR):
+    if is_default_corpus(args.data_dir) and corpus_problems(args.data_dir):
         raise UserError(
             "the corpus is not complete; build it first, so that the texts can be compared with its held-out "
             "books: python prepare_dataset.py"
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     problems = corpus_problems(args.data_dir)
     if args.check:
-        place = "" if args.data_dir == DEFAULT_DATA_DIR else f" --data_dir {shlex.quote(str(args.data_dir))}"
+        place = "" if is_default_corpus(args.data_dir) else f" --data_dir {shlex.quote(str(args.data_dir))}"
         repair = f"to rebuild: python prepare_dataset.py{place}"
         print("\n".join([*problems[:20], repair]) if problems else f"{args.data_dir} is complete")
         return 1 if problems else 0

@@ -31,7 +31,14 @@ from mvlm_core.hardware import resolve_preset, set_process_environment
 from mvlm_core.pipeline.child_process import SignalForwarder, log_to_file
 from mvlm_core.pipeline.job import Job, probe_hardware, show_plan
 from mvlm_core.run_layout import Layout
-from mvlm_core.settings import DEFAULT_DATA_DIR, PRESET_NAMES, REPOSITORY_ROOT, TrainingSettings, add_options
+from mvlm_core.settings import (
+    DEFAULT_DATA_DIR,
+    PRESET_NAMES,
+    REPOSITORY_ROOT,
+    TrainingSettings,
+    add_options,
+    is_default_corpus,
+)
 from mvlm_core.training.supervisor import rank_count
 
 # In execution order.
@@ -103,15 +110,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     problems += [f"--formats {problem}" for problem in missing_packages(PACKAGES.keys() & {*options.formats})]
     if options.formats == ("gguf",) and "mvlm_gpt2" not in options.models:
         problems.append(f"--formats gguf: {NO_GGUF}")
-    if options.preset not in PRESET_NAMES:
-        problems.append(f"--preset {options.preset}: unknown; choose one of {', '.join(PRESET_NAMES)}")
-    problems += empty_path_problems({f"--{name}": getattr(options, name) for name in ("data_dir", "work_dir")})
-    options.is_default_corpus = Path(options.data_dir).resolve() == DEFAULT_DATA_DIR.resolve()
-    if not Path(options.data_dir).is_dir() and not options.is_default_corpus:
-        problems.append(f"--data_dir {options.data_dir}: no such folder")
-    preset = options.preset if options.preset in PRESET_NAMES else "smoke"
-    settings = TrainingSettings(preset=preset, **options.settings)
-    problems += settings.problems()
+    problems += empty_path_problems({"--work_dir": options.work_dir})
+    problems += TrainingSettings(preset=options.preset, data_dir=options.data_dir, **options.settings).problems()
     problems += output_folder_problems(options.work_dir, "--work_dir")
     options.names = [name for name in TRAINERS if name in options.models]
     options.layout = layout = Layout(Path(options.work_dir).absolute())
@@ -125,6 +125,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def make_job(options: argparse.Namespace) -> Job:
     preset, reason = resolve_preset(options.preset, options.settings.get("device"))
+    default = is_default_corpus(options.data_dir)
     return Job(
         layout=options.layout,
         trainers=TRAINERS,
@@ -135,7 +136,7 @@ def make_job(options: argparse.Namespace) -> Job:
         data_dir=options.data_dir,
         settings=options.settings,
         fresh=options.fresh,
-        build_corpus=partial(build_corpus, options.settings.get("quiet", False)) if options.is_default_corpus else None,
+        build_corpus=partial(build_corpus, options.settings.get("quiet", False)) if default else None,
         scripts=SCRIPTS,
         prompt=PROMPT,
         formats=options.formats,
@@ -162,13 +163,13 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         from bible_corpus import build
 
-        ready = not (options.is_default_corpus and build.corpus_problems(DEFAULT_DATA_DIR))
+        ready = not (job.build_corpus and build.corpus_problems(DEFAULT_DATA_DIR))
         return show_plan(job, corpus_is_ready=ready)
     from mvlm_core.pipeline.stages import check_locks, run_stages
 
     with SignalForwarder() as signals:
         hardware = probe_hardware(job)
-        if not options.is_default_corpus:  # check the user's own corpus before writing anything
+        if not job.build_corpus:  # check the user's own corpus before writing anything
             job.corpus()
             job.check_finished_models()
         layout = job.layout

@@ -10,7 +10,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -273,11 +272,11 @@ def put_in_place(built: Path, data_dir: Path, manifest: dict[str, Any]) -> None:
     The caller deletes the folder of ``built``: until the replacement, the user's files must also be in the old corpus.
     """
     target, old = data_dir / "bible", built.with_name("old")
+    built_files = _built_files(manifest["files"], read_json(data_dir / MANIFEST).get("files"))
     (data_dir / MANIFEST).unlink(missing_ok=True)
     for file in sorted(target.rglob("*")):
         path = file.relative_to(target).as_posix()
-        built_by_us = f"bible/{path}" in manifest["files"] or re.fullmatch(r"[a-z]+/\d\d-[a-z0-9-]+\.(txt|json)", path)
-        if not built_by_us and (file.is_symlink() or not file.is_dir()):
+        if f"bible/{path}" not in built_files and (file.is_symlink() or not file.is_dir()):
             (built / path).parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(file, built / path, follow_symlinks=False)
@@ -290,6 +289,19 @@ def put_in_place(built: Path, data_dir: Path, manifest: dict[str, Any]) -> None:
     finally:
         put_back(old, target)
     write_json_atomic(data_dir / MANIFEST, manifest)
+
+
+def _built_files(files: Mapping[str, str], earlier: Any) -> set[str]:
+    """Files of the new corpus and of the old one; what else is in its folders is the user's.
+
+    Args:
+        earlier: files of the old corpus. If it has no record of them, as after a build that was killed: every book, in
+            every translation.
+    """
+    if isinstance(earlier, dict):
+        return {*files, *earlier}
+    folders, names = {path.rpartition("/")[0] for path in files}, {path.rpartition("/")[2] for path in files}
+    return {f"{folder}/{name}" for folder in folders for name in names}
 
 
 def put_back(old: Path, target: Path) -> None:

@@ -113,7 +113,7 @@ def _host() -> str:
 def write_atomic(path: Path | str, data: bytes | str) -> None:
     """Write a file atomically: a reader sees the old or the new content, never a partial file."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # see unfinished_writes
     try:
         with open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -123,6 +123,11 @@ def write_atomic(path: Path | str, data: bytes | str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     fsync_path(path.parent)
+
+
+def unfinished_writes(folder: Path) -> list[Path]:
+    """Files that ``write_atomic`` leaves in a folder if the process is killed."""
+    return [path for path in folder.glob(".*.tmp") if re.fullmatch(r"\..+\.\d+\.tmp", path.name)]
 
 
 def write_json_atomic(path: Path | str, value: Any) -> None:

@@ -40,6 +40,11 @@ FINE_TUNING_TOKENS = 4096  # per step; measured with 2,048
 FINE_TUNING_INTERVALS = {"eval_interval": 100, "checkpoint_interval": 200}
 
 
+def is_default_corpus(data_dir: Path | str) -> bool:
+    """Whether ``data_dir``, however it is written, is the folder of the corpus that this repository builds."""
+    return Path(data_dir).resolve() == DEFAULT_DATA_DIR.resolve()
+
+
 @dataclass(frozen=True)
 class Sampling:
     """Sampling parameters: nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751) with a temperature."""

@@ -373,8 +373,16 @@ def test_archive_of_a_deleted_model_is_not_offered(job):
     job.wait_for("mvlm_gpt2", "waiting")
     running.terminate()
     running.wait(timeout=20)
-    assert job.run("--models", "mvlm_gpt2").returncode == 0
+    done = job.run("--models", "mvlm_gpt2")
+    assert done.returncode == 0 and f"{ARCHIVES[1]}: removed, as its model is not finished" in done.stdout
     assert list(read_checksums(job.layout.checksums)) == job.offered() == ARCHIVES[:1]
+
+
+def test_archives_copied_from_elsewhere_are_kept_but_not_listed(job):
+    job.layout.downloads.mkdir(parents=True)
+    job.layout.archive("simone_enhanced").write_bytes(b"downloaded from another machine")
+    assert job.run("--models", "mvlm_gpt2").returncode == 0
+    assert job.offered() == ARCHIVES and list(read_checksums(job.layout.checksums)) == ARCHIVES[:1]
 
 
 def test_model_of_another_text_is_not_packed_beside_a_kept_one(job):
@@ -511,7 +519,7 @@ def test_archives_are_kept_if_validation_cannot_run(job):
 def test_a_fault_in_the_comparison_does_not_cost_the_archives(job):
     done = job.run(FAULTY_COMPARISON="1")
     assert done.returncode == 1 and "ZeroDivisionError" in next(job.layout.logs.glob("h200_training_*.log")).read_text()
-    assert "no comparison: its error is above" in done.stdout
+    assert "comparison failed; see the error above" in done.stdout
     assert job.statuses() == {"finished"} and job.offered() == list(read_checksums(job.layout.checksums)) == ARCHIVES
     assert json.loads(job.layout.validation_report.read_text())["models"].keys() == job.summary()["models"].keys()
     copy = job.layout.downloads / "training_summary.json"

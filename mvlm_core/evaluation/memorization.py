@@ -101,7 +101,7 @@ def extractable_memorization(
     """``extraction``, as JSON, for "train" verses and, as a control, "held_out" validation verses of the same lengths.
 
     Limited to the primary translation if it has validation text: it is read most often and so memorized first. "read"
-    is the share of the train verses that training is expected to have read; documents it never reads are excluded.
+    is the share of the train verses that training is expected to have seen; documents it never reads are excluded.
 
     Args:
         read: ``document_coverage`` of the train documents.

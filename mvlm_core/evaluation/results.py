@@ -22,10 +22,10 @@ DEFINITIONS = {
     "its accuracy on average; 0 is ideal",
     "last word": "share of verses whose last word is predicted exactly, from all the text before it (full context) or "
     "the rest of the verse alone (verse only)",
-    "training verses, expected share read": "share of the training verses compared here that the model has read",
+    "training verses, expected share seen": "share of the training verses compared here that the model has seen",
     "second half exact": "share of verses whose second half is reproduced word for word, given the first half",
     "common prefix, longest match": "share of the second half's words reproduced, from its start or in the longest run",
-    "memorized (difference)": "train minus held out: what is reproduced because it was read",
+    "memorized (difference)": "train minus held out: what is reproduced because it was seen in training",
     "rep-4": "share of a continuation's four-word sequences that repeat earlier ones; ideal: as in the reference text",
     "distinct-2": "share of distinct two-word sequences in all continuations; ideal: as in the reference text",
     "greedy, sampled": "the continuation takes the most likely token each time, or draws one at random",
@@ -112,7 +112,7 @@ def rows(results: list[dict[str, Any]]) -> list[list[str]]:
     row("· accuracy, next token", "calibration", "accuracy", form=".2%")
     row("last word, full context", "cloze", "full")
     row("last word, verse only", "cloze", "alone")
-    row("training verses, expected share read", "memorization", "read", form=".1%")
+    row("training verses, expected share seen", "memorization", "read", form=".1%")
     for key, label in (("exact", "second half exact"), ("prefix", "common prefix"), ("longest", "longest match")):
         row(f"{label}, train", "memorization", "train", key)
         row(f"{label}, held out", "memorization", "held_out", key)

@@ -19,6 +19,8 @@ from mvlm_core.evaluation.memorization import MIN_WORDS, cloze, extraction
 from mvlm_core.evaluation.minimal_pairs import Pair, Rule, minimal_pairs, pair_accuracy
 from mvlm_core.evaluation.results import as_json
 
+FORMAT = 2  # of the results; raise it when a metric or what it is measured on changes, so that no old ones are reused
+
 
 @dataclass(frozen=True)
 class EvaluationSet:
@@ -78,7 +80,7 @@ def evaluate(
     """Run the suite on one export folder.
 
     Args:
-        read: the share of the training verses that the model is expected to have read; None if unknown.
+        read: the share of the training verses that the model is expected to have seen; None if unknown.
         bits_per_byte: also score the held-out documents, the slowest part; training has already done so.
     """
     model, tokenizer = load_export(model_dir, device)
@@ -107,7 +109,7 @@ def notes(result: dict[str, Any], text: EvaluationSet) -> list[str]:
         f"word, {held_out} for memorization, and {train} training verses of the same translations and lengths); "
         f"{result['repetition']['reference']['rep_4']['count']} prompts continued by {text.words} words; seed "
         f"{text.seed}.",
-        f"Share of the training verses that the first model is expected to have read, from its epochs and data mix: "
+        f"Share of the training verses that the first model is expected to have seen, from its epochs and data mix: "
         f"{'unknown' if read is None else f'{read:.1%}'}; documents that it never reads are left out.",
         "Chance level is 50 % for the pairs. They come from all translations, which share wording, so the true errors "
         "are larger than ± indicates.",

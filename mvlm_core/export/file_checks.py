@@ -30,7 +30,7 @@ from mvlm_core.export.manifest import (
     verify_folder,
     write_manifest,
 )
-from mvlm_core.files import LOCK_NAME, read_json, read_regular, sha256_file, write_atomic
+from mvlm_core.files import LOCK_NAME, read_json, read_regular, sha256_file, unfinished_writes, write_atomic
 
 # Allowed in an export folder in addition to the manifest's files; never packed into an archive.
 BY_OTHERS = {".DS_Store", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints", ".cache", ".git", ".gitattributes"}
@@ -124,13 +124,14 @@ def check_files(folder: Path, checks: Checks, sources: Path, *, loaded_only: boo
     missing = [f"{name} is missing" for name in expected if name not in files]
     checks.add_problems("files", "expected files", missing, "all present")
     known = BESIDE | BY_OTHERS | {file.split("/")[0] for file in files}
+    known |= {path.name for path in unfinished_writes(folder)}
     extra = sorted(set(files) - set(expected)) + sorted({path.name for path in folder.iterdir()} - known)
     checks.add_problems(
         "files", "no extra files", [f"{name} is not part of the export; move it away" for name in extra], "none"
     )
     checks.add_problems("files", "no pickle", pickles(folder, files), "none")
     checks.add_problems("files", "no remote code", remote_code(folder), "auto_map stays inside the folder")
-    checks.add_problems("files", "own code", foreign_code(folder, code, sources), "equal to the repository's own")
+    checks.add_problems("files", "modeling code", foreign_code(folder, code, sources), "equal to the repository's own")
     checks.add_problems("files", "readable", unreadable(folder), "JSON and safetensors can be read")
     size = sum((folder / name).stat().st_size for name in files if (folder / name).is_file())
     checks.add("files", "size", size > 0, f"{size / 1e6:.1f} MB")
@@ -155,18 +156,20 @@ def modeling_files(sources: Path, config: dict[str, Any]) -> set[str]:
 
 
 def renew_modeling_files(folder: Path, sources: Path) -> None:
-    """Replace the modeling files of an intact export by those of this version, as no others are run here.
+    """Replace the modeling files of an otherwise intact export by those of this version, as no others are run here.
 
     Whether they still give the recorded scores is left to the validator.
     """
     code = modeling_files(sources, read_json(folder / "config.json"))
-    if not foreign_code(folder, code, sources):
+    if not code <= {path.name for path in sources.glob("*.py")}:  # of a version with other modeling files
         return
     manifest = read_manifest(folder)
     files = {name: digest for name, digest in manifest["files"].items() if not name.endswith(".py")}
+    files |= {name: sha256_file(sources / name) for name in code}
+    if files == manifest["files"] and not foreign_code(folder, code, sources):
+        return
     for name in sorted(code):
         write_atomic(folder / name, (sources / name).read_bytes())
-        files[name] = sha256_file(folder / name)
     write_manifest(folder, manifest["name"], files)
     for name in manifest["files"].keys() - files:
         (folder / name).unlink(missing_ok=True)

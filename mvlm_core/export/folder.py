@@ -25,7 +25,7 @@ from mvlm_core.export.manifest import (
     write_manifest,
 )
 from mvlm_core.export.plots import plot_history
-from mvlm_core.files import LOCK_NAME, fsync_path, sha256_file, write_json_atomic
+from mvlm_core.files import LOCK_NAME, fsync_path, sha256_file, unfinished_writes, write_json_atomic
 from mvlm_core.settings import DEFAULT_SAMPLING
 
 STAGING_NAME = ".export"
@@ -87,11 +87,11 @@ def delete_run(output_dir: Path, keep: Sequence[Path] = ()) -> None:
 
 
 def remove_export(output_dir: Path) -> None:
-    """Delete the manifest of an earlier export and then only the files it lists."""
+    """Delete the manifest of an earlier export and then only the files it lists, and unfinished writes."""
     names: list[str] = []
     with suppress(ArchiveError):  # a damaged manifest cannot be trusted
         names = [name for name in read_manifest(output_dir)["files"] if name != LOCK_NAME and "/" not in name]
     (output_dir / MANIFEST).unlink(missing_ok=True)
-    for name in names:
-        if not (output_dir / name).is_dir():
-            (output_dir / name).unlink(missing_ok=True)
+    for path in [*(output_dir / name for name in names), *unfinished_writes(output_dir)]:
+        if not path.is_dir():
+            path.unlink(missing_ok=True)

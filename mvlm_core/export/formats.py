@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mvlm_core.errors import TrainingError, UserError
-from mvlm_core.export.manifest import MANIFEST, read_manifest, verify_folder, write_manifest
+from mvlm_core.export.manifest import manifest_sha256, read_manifest, verify_folder, write_manifest
 from mvlm_core.files import fsync_path, make_folder, read_json, sha256_file, template, write_json_atomic
 
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "gguf": ("gguf",)}
@@ -43,11 +43,6 @@ def supported(export: Path, formats: Iterable[str]) -> list[str]:
     """Return those of ``formats`` that support the model in the folder ``export``."""
     is_gpt2 = read_json(export / "config.json").get("model_type") == "gpt2"
     return sorted(format for format in formats if format != "gguf" or is_gpt2)
-
-
-def manifest_sha256(export: Path) -> str:
-    """Identify an export by the SHA-256 of its manifest."""
-    return sha256_file(export / MANIFEST)
 
 
 def formats_of(folder: Path, export: Path) -> list[str]:

@@ -39,7 +39,7 @@ class ExportError(Exception):
 
 
 @contextlib.contextmanager
-def blaming(files: str) -> Iterator[None]:
+def attribute_errors_to(files: str) -> Iterator[None]:
     """Report any exception as a fault of ``files``."""
     try:
         yield
@@ -50,7 +50,7 @@ def blaming(files: str) -> Iterator[None]:
         raise ExportError(f"{files}: {type(error).__name__}: {' '.join(lines[:5])}") from None
 
 
-class Barrier(importlib.abc.MetaPathFinder):
+class ImportBlocker(importlib.abc.MetaPathFinder):
     """Blocks imports from the repository, which an editable install would make importable."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
@@ -142,7 +142,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model_dir = request["folder"]
-    with blaming("config.json, generation_config.json or model.safetensors"):
+    with attribute_errors_to("config.json, generation_config.json or model.safetensors"):
         config = json.loads((Path(model_dir) / "config.json").read_text(encoding="utf-8"))
         own_code = "auto_map" in config  # an architecture built into transformers must load without remote code
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -151,10 +151,10 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
         model, info = loaded
         model.eval()
         checks = weight_checks(model, info, request["parameters"])
-    with blaming("tokenizer.json or tokenizer_config.json"):
+    with attribute_errors_to("tokenizer.json or tokenizer_config.json"):
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
         checks += tokenizer_checks(tokenizer, model, request)
-    with blaming("config.json, generation_config.json or tokenizer.json, while generating"):
+    with attribute_errors_to("config.json, generation_config.json or tokenizer.json, while generating"):
         samples, check = generated(model, tokenizer, request["prompts"])
     return {"class": type(model).__name__, "checks": [*checks, check], "samples": samples}
 
@@ -173,7 +173,7 @@ def limit_memory(model_dir: str) -> None:
 def main() -> int:
     request_file, answer_file = map(Path, sys.argv[1:])
     request = json.loads(request_file.read_text(encoding="utf-8"))
-    sys.meta_path.insert(0, Barrier())
+    sys.meta_path.insert(0, ImportBlocker())
     limit_memory(request["folder"])
     try:
         result = probe(request)

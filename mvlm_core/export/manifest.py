@@ -135,11 +135,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ArchiveError([p if str(path) in p else f"{folder}: {p}" for p in error.problems]) from None
 
 
-def verify_folder(folder: Path, *, loaded_only: bool = False) -> list[str]:
+def manifest_sha256(folder: Path) -> str:
+    """Identify an export by the SHA-256 of its manifest."""
+    return sha256_file(folder / MANIFEST)
+
+
+def export_bytes(folder: Path) -> int:
+    """Size of an export: the files of its manifest, and the manifest itself.
+
+    Raises:
+        ArchiveError, OSError: the manifest is damaged, or a file is missing.
+    """
+    return sum((folder / name).stat().st_size for name in (*read_manifest(folder)["files"], MANIFEST))
+
+
+def verify_folder(folder: Path, *, loaded_only: bool = False, code: bool = True) -> list[str]:
     """Compare an export folder with its manifest; return the problems, [] if every listed file matches its checksum.
 
     Args:
         loaded_only: leave out the model card and the plots.
+        code: False leaves out the modeling files, which can be replaced by the repository's own.
     """
     try:
         files = read_manifest(folder)["files"]
@@ -148,7 +163,7 @@ def verify_folder(folder: Path, *, loaded_only: bool = False) -> list[str]:
     problems = []
     for name, digest in sorted(files.items()):
         path = folder / name
-        if loaded_only and name in DOCUMENTS:
+        if (loaded_only and name in DOCUMENTS) or (name.endswith(".py") and not code):
             continue
         try:
             if any((folder / part).is_symlink() for part in (name, *PurePosixPath(name).parents)):

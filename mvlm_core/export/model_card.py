@@ -53,7 +53,7 @@ def _memorization(measured: dict[str, Any] | None) -> list[tuple[str, str]]:
     if measured is None:
         return [(label, "-")]
     read = measured["read"]
-    training = f"training verses (expected share read in training: {'none' if read is None else f'{read:.1%}'})"
+    training = f"training verses (expected share seen in training: {'none' if read is None else f'{read:.1%}'})"
     verses = {"train": training, "held_out": "held-out verses as a control"}
     exact = {part: measured[part]["exact"] for part in verses}
     return [(f"{label}, {verses[part]}", f"{share(exact[part])} of {exact[part]['count']}") for part in verses]

@@ -31,7 +31,7 @@ from mvlm_core.run_layout import Layout
 from mvlm_core.settings import REPOSITORY_ROOT
 from mvlm_core.signals import PARENT_VARIABLE, parent_is_gone
 
-ODD_TEXTS = (
+EDGE_CASE_TEXTS = (
     "",
     " ",
     "  two  spaces  ",
@@ -135,13 +135,18 @@ def check_loading(
     Args:
         files: the manifest's files.
         prompts: to continue.
-        texts: for the tokenizer's round trip, in addition to ``ODD_TEXTS``.
+        texts: for the tokenizer's round trip, in addition to ``EDGE_CASE_TEXTS``.
     """
     with tempfile.TemporaryDirectory(prefix="mvlm-validate-") as scratch:
         elsewhere = Path(scratch)
         copy = elsewhere / f"another_name_{secrets.token_hex(4)}"
         copy_export(folder, [*files, MANIFEST], copy)
-        request = {"folder": str(copy), "prompts": prompts, "texts": [*texts, *ODD_TEXTS], "specials": ORDINARY_WORDS}
+        request = {
+            "folder": str(copy),
+            "prompts": prompts,
+            "texts": [*texts, *EDGE_CASE_TEXTS],
+            "specials": ORDINARY_WORDS,
+        }
         config = training_config(folder)
         request["parameters"] = config.get("results", {}).get("parameters")
         request["vocabulary"] = config.get("tokenizer", {}).get("vocab_size")

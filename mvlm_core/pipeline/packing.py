@@ -38,7 +38,6 @@ def pack_models(job: Job, summary: Summary, signals: SignalForwarder) -> None:
             summary.update(name, status="failed", error=f"not packed: {error}", archive=None)
             continue
         summary.update(name, archive=str(archive.relative_to(layout.root)))
-    write_download_notes(job, summary)
 
 
 def pack(layout: Layout, folder: Path, archive: Path) -> None:
@@ -96,9 +95,12 @@ def write_download_notes(job: Job, summary: Summary) -> None:
     """Write SHA256SUMS, the summary and the download instructions next to the archives."""
     layout, instructions = job.layout, job.layout.downloads / "DOWNLOAD_INSTRUCTIONS.md"
     offered = [name for name in summary.with_status("finished") if layout.archive(name).is_file()]
-    for name in {*job.trainers, *summary.models} - {*offered}:  # do not offer an archive from an earlier run
-        layout.archive(name).unlink(missing_ok=True)
-        layout.formats_archive(name).unlink(missing_ok=True)
+    known = {*summary.models, *filter(summary.was_in_earlier_run, job.trainers)}  # not archives copied from elsewhere
+    for name in sorted(known - {*offered}):
+        for archive in (layout.archive(name), layout.formats_archive(name)):
+            if archive.exists():
+                log.warning("%s: removed, as its model is not finished", archive.name)
+                archive.unlink()
     for file in (layout.checksums, instructions):  # a full disk then leaves none, not those of other archives
         file.unlink(missing_ok=True)
     if offered:

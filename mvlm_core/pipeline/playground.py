@@ -23,7 +23,7 @@ from mvlm_core.evaluation.surprisal import (
     stream_tokens,
 )
 from mvlm_core.export.archive import opened
-from mvlm_core.export.manifest import MANIFEST, exports_in, read_manifest, training_config, verify_folder
+from mvlm_core.export.manifest import MANIFEST, export_bytes, exports_in, training_config, verify_folder
 from mvlm_core.files import template
 from mvlm_core.metrics import BY_NAME, METRICS
 from mvlm_core.pipeline.report import SHAPE
@@ -209,6 +209,5 @@ def record_of(place: Path) -> dict[str, Any]:
             raise UserError(problems)
         if not (config := training_config(folder)):
             raise UserError(f"{place}: training_config.json is damaged")
-        files = [MANIFEST, *read_manifest(folder)["files"]]
-        config.setdefault("results", {})["size_bytes"] = sum((folder / name).stat().st_size for name in files)
+        config.setdefault("results", {})["size_bytes"] = export_bytes(folder)
         return config

@@ -114,7 +114,8 @@ def make_report(layout: Layout, data_dir: str, sources: Path, *, device: str, se
     """
     summary, validation = read_json(layout.summary), read_json(layout.validation_report)
     models: dict[str, dict[str, Any]] = summary.get("models", {})
-    failures = [f"{name}: {entry['error']}" for name, entry in models.items() if entry.get("error")]
+    errors = {name: error for name, entry in models.items() if (error := entry.get("error"))}
+    failures = [f"{name}: {error}" for name, error in errors.items() if not str(error).startswith("validation: ")]
     failures += validation.get("failed", [])
     exports = {}
     for name in [name for name, entry in models.items() if entry.get("status") == "finished"]:

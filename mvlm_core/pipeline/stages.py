@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-import shutil
 import signal
 import time
 from contextlib import ExitStack, suppress
@@ -21,11 +20,19 @@ from typing import Any
 import psutil
 
 from mvlm_core.data.corpus import NO_TEST_TEXT, SPLITS
-from mvlm_core.errors import COMPILATION_FAILED, EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, Stopped, UserError
+from mvlm_core.errors import (
+    COMPILATION_FAILED,
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_FAILED,
+    Stopped,
+    UserError,
+    describe_os_error,
+)
 from mvlm_core.evaluation.compression import compression_baselines
 from mvlm_core.export.folder import delete_run
 from mvlm_core.export.manifest import CHECKPOINTS, MANIFEST, TEACHERS, ArchiveError, training_config
-from mvlm_core.files import LOCK_NAME, RunLock, read_json
+from mvlm_core.files import LOCK_NAME, RunLock, read_json, write_atomic
 from mvlm_core.monitor import resource_lines
 from mvlm_core.pipeline import plots
 from mvlm_core.pipeline.child_process import TAIL_LINES, SignalForwarder, log_to_file, run_child, run_optional
@@ -77,7 +84,7 @@ def run_stages(job: Job, hardware: dict[str, Any], log_file: Path, signals: Sign
     validated = validate_models(job, summary, signals)
     summary.close()
     make_report(job, signals)
-    log_results(job.layout, summary, compared or ["no comparison: its error is above"], log_file)
+    log_results(job.layout, summary, compared or ["comparison failed; see the error above"], log_file)
     good = compared and validated and packed and not any(codes) and not summary.with_status("failed")
     return EXIT_DONE if good else EXIT_FAILED
 
@@ -161,7 +168,7 @@ def train_model(job: Job, name: str, summary: Summary, signals: SignalForwarder)
             tail.append("(often the kernel's out-of-memory killer: end other programs and run again,")
             tail.append("or start over with --fresh and a smaller --batch_size)")
     append_tail(job.layout.log_file(name), code, tail)
-    summary.update(name, status="failed", error="\n".join(tail[-TAIL_LINES:]))
+    summary.update(name, status="failed", error="\n".join(tail[-TAIL_LINES:]) or "no output")
     log.error("%s: FAILED with exit code %d; the end of its output:", name, code)
     for line in tail:
         log.error("    %s", line)
@@ -198,7 +205,7 @@ def run_trainer(job: Job, name: str, signals: SignalForwarder) -> tuple[int, lis
         last = (uncompilable or tail or ["none"])[-1]
         log.warning("%s: ended with exit code %d%s; its last output: %s", name, code, killed, last)
         how = "without torch.compile, more slowly" if uncompilable else "from its newest checkpoint"
-        log.warning("%s: starts again %s (retry %d of %d)", name, how, retries, RETRIES)
+        log.warning("%s: restarting %s (retry %d of %d)", name, how, retries, RETRIES)
         changes = {"no_compile": True, "loss_kernel": "blocks"} if uncompilable else {}
         job = replace(job, fresh=False, settings=job.settings | changes)
 
@@ -329,7 +336,10 @@ def make_report(job: Job, signals: SignalForwarder) -> None:
     log.info("=== report")
     page = job.layout.report
     if run_optional("the report", job.script_command("report", "--work_dir", job.layout.root), signals):
-        shutil.copyfile(page, job.layout.downloads / page.name)
+        try:
+            write_atomic(job.layout.downloads / page.name, page.read_bytes())
+        except OSError as error:
+            log.error("the report cannot be copied to the downloads: %s", describe_os_error(error))
 
 
 def log_results(layout: Layout, summary: Summary, compared: list[str], log_file: Path) -> None:

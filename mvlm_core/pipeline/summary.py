@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from mvlm_core.export.manifest import MANIFEST, hardware_name, read_manifest, training_config
+from mvlm_core.export.manifest import export_bytes, hardware_name, training_config
 from mvlm_core.export.strict_tar import name_problem
 from mvlm_core.files import read_json, write_json_atomic
 from mvlm_core.metrics import METRICS
@@ -62,13 +62,16 @@ class Summary:
         """
         export = self.layout.export(name)
         config = training_config(export)
-        size = sum((export / file).stat().st_size for file in (*read_manifest(export)["files"], MANIFEST))
         if (hardware := config.get("hardware") or {}).get("device"):
             self.value["device"] = f"{hardware['device']}: {hardware_name(hardware)}"
-        self.update(name, **_entry("finished", (config.get("results") or {}) | {"size_bytes": size}))
+        self.update(name, **_entry("finished", (config.get("results") or {}) | {"size_bytes": export_bytes(export)}))
 
     def with_status(self, status: str) -> list[str]:
         return [name for name, entry in self.models.items() if entry["status"] == status]
+
+    def was_in_earlier_run(self, name: str) -> bool:
+        models = self._earlier.get("models")
+        return isinstance(models, dict) and name in models
 
     def save(self) -> None:
         write_json_atomic(self.layout.summary, self.value)

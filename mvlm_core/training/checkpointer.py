@@ -190,7 +190,7 @@ class Checkpointer:
             checkpoint = checkpoints.newest_checkpoint(self.root)
         if checkpoint is None:
             output_dir = self.root.parent
-            if training_config(output_dir) and not verify_folder(output_dir, loaded_only=True):
+            if training_config(output_dir) and not verify_folder(output_dir, loaded_only=True, code=False):
                 raise UserError(f"{output_dir} holds a finished model, {NO_CHECKPOINTS}")
             self._step_log.path.unlink(missing_ok=True)
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.checkpoint import checkpoint_folders, named_checkpoint
 from mvlm_core.training.preparation import PreparedText
 
+log = logging.getLogger("mvlm")
 TEACHERS_KEY = "--teacher, its manifest"  # the teachers' hashes, separated by commas
 TEACHER_COUNT = "number of teachers"
 
@@ -104,4 +106,6 @@ def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None, s
         is_long_enough = is_long_enough or ended_by_time(results)
     if settings.patience and results.get("stopped_early"):
         is_long_enough = is_long_enough or results.get("evaluations_since_best", 0) >= settings.patience
-    return is_long_enough and not verify_folder(output_dir)
+    if damage := verify_folder(output_dir, code=False):
+        log.warning("the finished model is damaged and will be made again: %s", "; ".join(damage[:3]))
+    return is_long_enough and not damage

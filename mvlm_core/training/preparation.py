@@ -161,7 +161,7 @@ def check_held_out(settings: TrainingSettings, corpus: Corpus) -> None:
     Logs the exports whose corpus is not on this machine, which cannot be checked.
 
     Raises:
-        UserError: an export has read held-out text, so that its scores, and those of a model that learns from it, would
+        UserError: an export has seen held-out text, so that its scores, and those of a model that learns from it, would
             be too good.
     """
     exports = [(f"--teacher {path}", open_export(path, "--teacher")) for path in settings.teacher]
@@ -172,7 +172,7 @@ def check_held_out(settings: TrainingSettings, corpus: Corpus) -> None:
         if export.config["data"].get("fingerprint") == corpus.fingerprint:
             continue
         if export.corpus is None:
-            log.info("%s: whether it has read held-out text is unknown: its corpus is not here or has changed", name)
+            log.info("%s: whether it has seen held-out text is unknown: its corpus is not here or has changed", name)
         elif seen := sorted({held_out[d.sha256] for d in export.corpus.split("train") if d.sha256 in held_out}):
             problems.append(
                 f"{name} was trained on {len(seen)} of the documents held out here, such as {printable(seen[0])}; use "

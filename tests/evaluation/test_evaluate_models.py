@@ -8,6 +8,7 @@ import pytest
 import evaluate_models
 from mvlm_core.data.corpus import load_corpus
 from mvlm_core.errors import UserError
+from mvlm_core.evaluation import suite
 from mvlm_core.evaluation.results import DEFINITIONS, share
 from mvlm_core.export.archive import write_archive
 from mvlm_core.files import sha256_file
@@ -45,7 +46,7 @@ def variant(make, tokenizer, trained):
     return variant
 
 
-def test_all_models_share_one_table_and_results_are_cached(evaluate, variant, trained, tmp_path):
+def test_all_models_share_one_table_and_results_are_cached(evaluate, variant, trained, tmp_path, monkeypatch):
     gpt2 = variant(tmp_path / "mvlm_gpt2", 16)
     archive = tmp_path / "simone_enhanced_model.tar.gz"
     write_archive(trained / "simone_enhanced", archive)
@@ -67,12 +68,17 @@ def test_all_models_share_one_table_and_results_are_cached(evaluate, variant, tr
     assert f"{first['bits_per_byte']['all']:.4f}" == table[labels.index("bits per byte")][2]
     assert first["memorization"]["train"]["exact"]["count"] == first["cloze"]["full"]["count"] == 12
     assert "another corpus" not in printed.out
-    read = table[labels.index("training verses, expected share read")][2]
-    assert f"expected to have read, from its epochs and data mix: {read};" in printed.out
+    read = table[labels.index("training verses, expected share seen")][2]
+    assert f"expected to have seen, from its epochs and data mix: {read};" in printed.out
     recorded = json.loads((trained / "mvlm_gpt2" / "training_config.json").read_text())["results"]
     assert read == f"{recorded['memorization']['read']:.1%}" and recorded["best_step"] == 12
     again, printed = evaluate(*arguments)
     assert "mvlm_gpt2:" not in printed.err and again == table, "nothing is measured twice"
+    with monkeypatch.context() as patch:
+        patch.setattr(suite, "FORMAT", suite.FORMAT + 1)
+        again, printed = evaluate(*arguments)
+    assert "mvlm_gpt2:" in printed.err and again == table, "results of an older version are not reused"
+    evaluate(*arguments)
     variant(gpt2, 24)
     changed, printed = evaluate(*arguments)
     assert "mvlm_gpt2:" in printed.err and "tar.gz:" not in printed.err

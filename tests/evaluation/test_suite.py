@@ -36,5 +36,5 @@ def test_rows_without_any_value_are_left_out(corpus, trained):
     )
     labels = [row[0] for row in every]
     assert {"calibration error (ECE)", "last word, full context"} <= set(labels)
-    assert "training verses, expected share read" not in labels, "it is unknown"
+    assert "training verses, expected share seen" not in labels, "it is unknown"
     assert some == every[labels.index("rep-4, greedy") :] and len(some) == 4

@@ -61,6 +61,7 @@ def test_checked_export_opens_valid_exports_and_refuses_damaged_or_missing_ones(
     (export / "training_plots.png").unlink()
     (export / ".DS_Store").write_bytes(b"\0")
     (export / ".ipynb_checkpoints").mkdir()
+    (export / ".training_history.jsonl.123.tmp").write_bytes(b"\0")  # a write that was killed
     with checked_exports([export], MODELING_FILES):
         pass
     checks = Checks()

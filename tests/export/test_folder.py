@@ -48,6 +48,7 @@ def test_an_interrupted_export_is_left_without_a_manifest(staging, monkeypatch):
 
 def test_remove_export_deletes_only_the_exports_files(staging):
     finish_export(staging, CONFIG, "a card\n", staging.parent)
-    (staging.parent / "mine.txt").write_text("mine")
+    for name in ("mine.txt", "mine.tmp", ".manifest.json.123.tmp"):
+        (staging.parent / name).write_text("mine")
     remove_export(staging.parent)
-    assert [path.name for path in staging.parent.iterdir()] == ["mine.txt"]
+    assert sorted(path.name for path in staging.parent.iterdir()) == ["mine.tmp", "mine.txt"]

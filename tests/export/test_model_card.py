@@ -30,7 +30,7 @@ def test_model_card_has_valid_metadata_and_the_runs_results(trained, name):
     assert f"| {results['parameters']:,} |" in card.text
     assert "from scratch on English Bible translations in the public domain." in card.text
     recalled = results["memorization"]
-    assert f"training verses (expected share read in training: {recalled['read']:.1%}) |" in card.text
+    assert f"training verses (expected share seen in training: {recalled['read']:.1%}) |" in card.text
     for part in ("train", "held_out"):
         exact = recalled[part]["exact"]
         assert 0 <= exact["value"] <= 1 and exact["count"] > 0 and f"of {exact['count']} |" in card.text

@@ -199,9 +199,9 @@ ATTACKS = {
     "optimizer state": (put("optimizer.pkl", PICKLED[3]), "no pickle", "optimizer.pkl"),
     "training arguments": (put("training_args.bin", PICKLED[1]), "no pickle", "training_args.bin"),
     "capital suffix": (put("WEIGHTS.PT", PICKLED[3]), "no pickle", "WEIGHTS.PT"),
-    "own auto_map": (add_auto_map("config.json", AutoModelForCausalLM="evil.Model"), "own code", "evil.py"),
-    "own configuration": (add_auto_map("config.json", AutoConfig="evil.Config"), "own code", "evil.py"),
-    "own tokenizer": (add_auto_map("config.json", AutoTokenizer=["evil.A", None]), "own code", "evil.py"),
+    "own auto_map": (add_auto_map("config.json", AutoModelForCausalLM="evil.Model"), "modeling code", "evil.py"),
+    "own configuration": (add_auto_map("config.json", AutoConfig="evil.Config"), "modeling code", "evil.py"),
+    "own tokenizer": (add_auto_map("config.json", AutoTokenizer=["evil.A", None]), "modeling code", "evil.py"),
     "own tokenizer class": (add_auto_map("tokenizer_config.json", A=["evil.A", None]), "no extra files", "evil.py"),
     "remote": (add_auto_map("config.json", AutoModelForCausalLM=REMOTE), "no remote code", REMOTE),
     "remote tokenizer": (add_auto_map("tokenizer_config.json", AutoTokenizer=[None, REMOTE]), "no remote code", REMOTE),
@@ -277,7 +277,7 @@ def test_changed_modeling_files_are_not_run(
     if listed:
         seal(folder)
     found = validate(folder, tiny_corpus, capsys, monkeypatch)
-    assert ".py: " in found["own code"], found
+    assert ".py: " in found["modeling code"], found
     assert (
         "skipped" in found["loads offline in another folder, without this repository"]
         and not (tmp_path / "marker").exists()

@@ -157,7 +157,7 @@ def test_a_failed_trainer_is_started_again_twice_if_it_gets_further(
         assert stages.train_model(job, "one", summary, signals) == (128 - mode if mode < 0 else mode)
     assert (job.layout.export("one") / "starts").read_text().split() == ["--fresh", *["5"] * (starts - 1)]
     assert summary.models["one"]["status"] == ("interrupted" if mode in (130, 143) else "failed")
-    assert ("starts again from its newest checkpoint (retry 2 of 2)" in caplog.text) == (starts == 3)
+    assert ("restarting from its newest checkpoint (retry 2 of 2)" in caplog.text) == (starts == 3)
     log = job.layout.log_file("one")
     assert (log.read_text().count("--- ended with exit code") if log.exists() else 0) == (0 if mode > 128 else starts)
 
@@ -195,7 +195,7 @@ def test_a_model_that_cannot_be_compiled_is_trained_without_compilation(tmp_path
         assert first.endswith("--loss_kernel compiled --fresh") and "--no_compile" not in first
         assert second.endswith("--loss_kernel blocks --no_compile"), "which --loss_kernel compiled would contradict"
         assert f"{name}: ended with exit code 1; its last output: failed: torch.compile failed (no" in caplog.text
-        assert f"{name}: starts again without torch.compile, more slowly (retry 1 of 2)" in caplog.text
+        assert f"{name}: restarting without torch.compile, more slowly (retry 1 of 2)" in caplog.text
     assert summary.models["one"]["status"] == "finished" and summary.models["two"]["status"] == "failed"
 
 

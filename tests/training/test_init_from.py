@@ -227,7 +227,7 @@ def test_held_out_text_that_an_export_was_trained_on_is_refused(flag, trained, c
         assert "such as 01-genesis.txt; use its --data_dir and --validation_split" in str(error.value)
     assert "is unknown" not in caplog.text
     check_held_out(settings(moved), load_corpus(new))
-    assert f"--{flag} {moved}: whether it has read held-out text is unknown" in caplog.text
+    assert f"--{flag} {moved}: whether it has seen held-out text is unknown" in caplog.text
 
 
 def test_planned_steps_match_the_run_with_replay(trained, tmp_path):

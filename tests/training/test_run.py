@@ -14,6 +14,7 @@ from mvlm_core.data.corpus import load_corpus
 from mvlm_core.errors import UserError
 from mvlm_core.evaluation import memorization
 from mvlm_core.evaluation.bits_per_byte import DocumentScore, Score, load_export, score_export
+from mvlm_core.export import file_checks
 from mvlm_core.export.manifest import read_manifest, training_config, verify_folder, write_manifest
 from mvlm_core.export.model_card import model_card
 from mvlm_core.files import sha256_file, write_json_atomic
@@ -119,7 +120,7 @@ def test_rerun_of_a_finished_run_changes_nothing(trained, caplog, monkeypatch):
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir() if file.is_file()} == before
 
 
-def test_modeling_files_of_another_version_are_replaced(tmp_path):
+def test_modeling_files_of_another_version_are_replaced(tmp_path, monkeypatch):
     settings = tiny_settings("simone_enhanced", build_tiny_corpus(tmp_path / "corpus"), tmp_path, max_steps=8)
     folder = run_training(recipe_of("simone_enhanced"), settings)
     files, modeling, more = read_manifest(folder)["files"], folder / "modern_layers.py", folder / "earlier_layers.py"
@@ -129,6 +130,13 @@ def test_modeling_files_of_another_version_are_replaced(tmp_path):
     write_manifest(folder, "simone_enhanced", files | {file.name: sha256_file(file) for file in (modeling, more)})
     assert not verify_folder(folder)
     shutil.rmtree(folder / "checkpoints")  # not needed
+    with monkeypatch.context() as patch:  # killed before the new manifest is written
+        patch.setattr(file_checks, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_training(recipe_of("simone_enhanced"), settings)
+    assert modeling.read_bytes() == own and read_manifest(folder)["files"] != files
+    with pytest.raises(UserError, match="no checkpoint to continue from"):
+        run_training(recipe_of("simone_enhanced"), replace(settings, max_steps=9))
     run_training(recipe_of("simone_enhanced"), settings)
     assert modeling.read_bytes() == own and not more.exists()
     assert read_manifest(folder)["files"] == files and not verify_folder(folder)
