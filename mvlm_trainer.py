@@ -173,6 +173,8 @@ def build(settings: GPT2Settings, tokenizer: ByteLevelBPE, hardware: Hardware) -
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         embedding_names=("wte", "wpe", "lm_head"),
+        transposed=True,  # transformers' Conv1D
+        qkv_name="c_attn",
         muon_dtype=hardware.muon_dtype,
     )
     return BuiltModel(model, {"model": model}, loss, optimizers)

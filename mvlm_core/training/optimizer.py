@@ -56,22 +56,25 @@ def orthogonalize(matrices: Tensor, iterations: int = 5, dtype: torch.dtype | No
 class Muon(torch.optim.Optimizer):
     """Muon: orthogonalized momentum for matrices; matrices of the same shape are batched.
 
-    Follows Jordan et al. (2024): Nesterov momentum, step scaled by sqrt(max(1, rows / columns)), decoupled weight
-    decay. Pass Q, K and V as separate matrices: orthogonalized as one, they would share one spectrum.
+    Follows Jordan et al. (2024): Nesterov momentum, step scaled by sqrt(max(1, outputs / inputs)), decoupled weight
+    decay. A parameter is ``[outputs, inputs]``, or ``[inputs, outputs]`` in groups with ``transposed``. In groups with
+    ``parts``, its outputs are those of several matrices, such as Q, K and V: as one they would share a spectrum.
 
     Args:
+        params: parameters, or groups of them.
         dtype: dtype of the orthogonalization, see ``orthogonalize``.
     """
 
     def __init__(
         self,
-        params: Iterable[Tensor],
+        params: list[Tensor] | list[dict[str, Any]],
         lr: float = 0.02,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(list(params), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        layout = {"transposed": False, "parts": 1}
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay} | layout)
         self.dtype = dtype
         self.ranks: Ranks = SINGLE_RANK
 
@@ -102,12 +105,16 @@ class Muon(torch.optim.Optimizer):
             decay = torch.full_like(found_inf, decay, dtype=parameters[0].dtype).masked_fill_(bad, 1.0)
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         lookahead = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))
-        updates = self._orthogonalize_batch(lookahead)
+        matrices = (
+            (lookahead.mT if group["transposed"] else lookahead).unflatten(-2, (group["parts"], -1)).flatten(0, 1)
+        )
+        outputs, inputs = matrices.shape[-2:]
+        updates = self._orthogonalize_batch(matrices).unflatten(0, (-1, group["parts"])).flatten(1, 2)
+        updates = updates.mT if group["transposed"] else updates
         if found_inf is not None:
-            updates.mul_((1 - found_inf).to(updates.dtype))
-        rows, columns = parameters[0].shape
+            updates = updates * (1 - found_inf).to(updates.dtype)
         torch._foreach_mul_(parameters, decay)
-        torch._foreach_add_(parameters, list(updates.unbind()), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+        torch._foreach_add_(parameters, list(updates.unbind()), alpha=-group["lr"] * max(1.0, outputs / inputs) ** 0.5)
 
     def _orthogonalize_batch(self, matrices: Tensor) -> Tensor:
         """Orthogonalize matrices that all ranks hold; each rank computes its share, followed by an all-gather."""
@@ -220,6 +227,8 @@ def build_optimizers(
     weight_decay: float,
     adamw_learning_rate: float | None = None,
     embedding_names: tuple[str, ...] = (),
+    transposed: bool = False,
+    qkv_name: str | None = None,
     muon_dtype: torch.dtype | None = None,
 ) -> Optimizers:
     """Build the optimizers for named parameters.
@@ -229,6 +238,8 @@ def build_optimizers(
             for embeddings, heads of a few rows and vectors at ``adamw_learning_rate``.
         weight_decay: for matrices, not vectors; with "muon" not for embeddings either.
         embedding_names: substrings of the names of embedding and output matrices, which never use Muon.
+        transposed: whether matrices are stored as ``[inputs, outputs]``, for Muon.
+        qkv_name: substring of the names of matrices that hold those of Q, K and V, for Muon.
         muon_dtype: dtype of Muon's orthogonalization.
     """
     named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
@@ -243,11 +254,15 @@ def build_optimizers(
     def uses_muon(name: str, p: Tensor) -> bool:
         return p.ndim == 2 and min(p.shape) >= 32 and not any(part in name for part in embedding_names)
 
-    hidden = [p for name, p in matrices if uses_muon(name, p)]
+    hidden: dict[int, list[Tensor]] = {1: [], 3: []}  # by the number of matrices that each parameter holds
+    for name, p in matrices:
+        if uses_muon(name, p):
+            hidden[3 if qkv_name is not None and qkv_name in name else 1].append(p)
     others = [p for name, p in matrices if not uses_muon(name, p)]
     groups = [{"params": others, "weight_decay": 0.0}, {"params": vectors, "weight_decay": 0.0}]
     adamw = _adamw(groups, adamw_learning_rate or learning_rate, _BETAS_BESIDE_MUON)
-    muon = [Muon(hidden, lr=learning_rate, weight_decay=weight_decay, dtype=muon_dtype)] if hidden else []
+    layouts = [{"params": found, "parts": parts, "transposed": transposed} for parts, found in hidden.items() if found]
+    muon = [Muon(layouts, lr=learning_rate, weight_decay=weight_decay, dtype=muon_dtype)] if layouts else []
     return Optimizers([*muon, adamw], names)
 
 

@@ -198,3 +198,30 @@ def test_model_too_small_for_muon_uses_adamw_alone():
     optimizers = build_optimizers(layers.named_parameters(), kind="muon", learning_rate=0.02, weight_decay=0.1)
     assert [type(part) for part in optimizers.parts] == [torch.optim.AdamW]
     assert {*optimizers.parameters()} == {*layers.parameters()}
+
+
+def test_muon_on_gpt2_updates_the_same_matrices_as_on_linear_layers():
+    """Conv1D stores its weight as [inputs, outputs] and Q, K and V side by side."""
+    torch.manual_seed(0)
+    ones = torch.ones(32)
+    linear = {"q": (32, 32), "k": (32, 32), "v": (32, 32), "up": (96, 32), "down": (32, 96)}
+    linear = {name: nn.Parameter(torch.randn(shape)) for name, shape in linear.items()} | {"norm": nn.Parameter(ones)}
+    joined = {"norm": ones} | {name: linear[name].detach().T.clone() for name in ("up", "down")}
+    joined["c_attn"] = torch.cat([linear[name].detach().T for name in "qkv"], dim=1)
+    joined = {name: nn.Parameter(value) for name, value in joined.items()}
+    settings = {"kind": "muon", "learning_rate": 0.1, "weight_decay": 0.3}
+    first = build_optimizers(linear.items(), **settings)
+    second = build_optimizers(joined.items(), **settings, transposed=True, qkv_name="c_attn")
+    for _ in range(3):
+        for p in linear.values():
+            p.grad = torch.randn_like(p)
+        for name in ("up", "down"):
+            joined[name].grad = linear[name].grad.T.clone()
+        joined["c_attn"].grad = torch.cat([linear[name].grad.T for name in "qkv"], dim=1)
+        for optimizers in (first, second):
+            optimizers.step(found_inf=torch.tensor(0.0))
+    assert len(first.parts[0].param_groups[0]["params"]) == 5 and len(second.parts[0].param_groups) == 2
+    for name in ("up", "down"):
+        torch.testing.assert_close(joined[name], linear[name].T, rtol=1e-4, atol=1e-5)
+    for name, part in zip("qkv", joined["c_attn"].chunk(3, dim=1), strict=True):
+        torch.testing.assert_close(part, linear[name].T, rtol=1e-4, atol=1e-5)
