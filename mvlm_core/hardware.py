@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib.util
 import logging
 import os
@@ -91,9 +92,10 @@ class Hardware:
             torch.cuda.synchronize()
 
     def release(self) -> None:
-        """Return cached memory to the device. Compiled graphs stay: another model of the same shape uses them too."""
+        """Free the memory of models no longer used. Compiled graphs stay: another model of the same shape uses them."""
         import torch
 
+        gc.collect()  # a training loop and its model refer to each other
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
@@ -136,17 +138,14 @@ def _use_deterministic_kernels() -> None:
     With ``use_deterministic_algorithms``, the backward passes of flash and memory-efficient attention accumulate in a
     fixed order, cuDNN's attention is not chosen (ATen's attention_backward.cu and sdp_utils.cpp), and an operation
     without a deterministic kernel raises an error. The embedding's backward pass, which is not compiled, is sort-based
-    (Embedding.cu). Timing-based autotuning of the compiler, whose choices differ between processes, is also disabled.
+    (Embedding.cu). It also disables timing-based autotuning of the compiler, whose choices differ between processes.
     """
     import torch
-    import torch._inductor.config
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
     torch.use_deterministic_algorithms(True)
     # This code always writes memory before reading it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = False
-    torch._inductor.config.deterministic = True  # otherwise it times matmuls with and without padding
 
 
 def _keep_freed_memory() -> None:

@@ -243,8 +243,8 @@ def rotate_checkpoints(root: Path, keep: int) -> None:
 
 
 def delete_checkpoints(root: Path) -> None:
-    """Delete every checkpoint below ``root``, for example of a finished teacher, of which only the export is needed."""
-    for folder in checkpoint_folders(root):
+    """Delete every checkpoint below ``root``, also those set aside: a finished teacher needs only its export."""
+    for folder in root.glob("step-*"):
         _delete(folder)
 
 

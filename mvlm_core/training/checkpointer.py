@@ -125,7 +125,8 @@ class Checkpointer:
         """
         weights = sum(tensor.nbytes for tensor in self._task.weights().values())
         needed = disk_bytes(self._settings, steps, weights, self._task.optimizers.state_bytes)
-        needed -= sum(file.stat().st_size for file in self.root.glob("step-*/*"))
+        folders = checkpoints.checkpoint_folders(self.root)
+        needed -= sum(file.stat().st_size for folder in folders for file in folder.iterdir())
         if (free := shutil.disk_usage(self.root.parent).free) < needed:
             raise TrainingError(
                 f"{self.root.parent}: {free / 1e9:,.2f} GB of disk are free, but this run needs up to "
@@ -244,7 +245,7 @@ class Checkpointer:
         except (ValueError, RuntimeError) as error:
             where = checkpoint.folder if checkpoint else "the checkpoint"
             raise UserError(f"{where} does not fit this model: {error}; start over with --fresh") from None
-        state.micro_batch = min(state.micro_batch, self._settings.sequences_per_step)
+        state.micro_batch = min(state.micro_batch, self._settings.batch_size)
         self.saved_step = state.step
         if self._ranks.is_main:
             truncate_history(self._step_log.path, state.step)

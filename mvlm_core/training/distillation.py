@@ -30,7 +30,7 @@ def teacher_and_student_settings(settings: TrainingSettings) -> list[TrainingSet
     """Return the settings of each model of ``--num_models``: teachers, then their student, which is exported.
 
     Each teacher has its own seed and is trained for ``--teacher_epochs``, or as long as the student if that is shorter.
-    ``--max_hours`` covers all models; each teacher gets at most the time to read a third of the student's text.
+    ``--max_hours`` covers all models; each teacher gets at most that divided by the number of teachers plus 4.
     """
     count = settings.num_models - 1
     if not count:

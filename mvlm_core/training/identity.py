@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_core.errors import UserError
-from mvlm_core.export.manifest import CHECKPOINTS, ended_by_time, training_config, verify_folder
-from mvlm_core.files import read_json
+from mvlm_core.export.manifest import (
+    CHECKPOINTS,
+    MANIFEST,
+    TEACHERS,
+    ended_by_time,
+    training_config,
+    verify_folder,
+)
+from mvlm_core.files import read_json, sha256_file
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.checkpoint import checkpoint_folders, named_checkpoint
 from mvlm_core.training.preparation import PreparedText
@@ -75,7 +82,8 @@ def check_earlier_run(output_dir: Path, settings: TrainingSettings) -> None:
     """Check, before the text is read and teachers are trained, that the folder does not hold another run.
 
     Raises:
-        UserError: the run has other settings or another number of teachers, or ``--resume_from`` names no checkpoint.
+        UserError: the run has other settings or another number of teachers, its teachers are no longer there, or
+            ``--resume_from`` names no checkpoint.
     """
     if settings.resume_from is not None:
         named_checkpoint(settings.resume_from)
@@ -85,6 +93,12 @@ def check_earlier_run(output_dir: Path, settings: TrainingSettings) -> None:
             recorded, what = read_json(folder / "state.json").get("identity"), f"{folder} is"
     if isinstance(recorded, dict):
         check_settings(what, recorded, settings, len(settings.teacher) or settings.num_models - 1)
+        own = [output_dir / TEACHERS / str(number) / MANIFEST for number in range(settings.num_models - 1)]
+        if own and recorded.get(TEACHERS_KEY) != ",".join(sha256_file(file) for file in own if file.is_file()):
+            raise UserError(
+                f"{output_dir}: its model was trained with teachers that are no longer in {output_dir / TEACHERS}: put "
+                "them back, choose another --output_dir (train_all_models.py: --work_dir), or start over with --fresh"
+            )
 
 
 def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None, settings: TrainingSettings) -> bool:

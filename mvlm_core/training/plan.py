@@ -27,7 +27,7 @@ from mvlm_core.training.distillation import relative_step_cost, teacher_and_stud
 from mvlm_core.training.forecast import TEXT_PER_PARAMETER, UNIT_EPOCHS
 from mvlm_core.training.preparation import check_held_out, read_corpus
 from mvlm_core.training.recipe import Recipe
-from mvlm_core.training.run_length import total_steps
+from mvlm_core.training.run_length import steps_within, total_steps
 from mvlm_core.training.supervisor import describe_gpus, planned_gpus
 from mvlm_core.training.text_plan import TextPlan, plan_text
 
@@ -131,11 +131,17 @@ def _items(
     # Worst case: every evaluation is the best so far and saves its weights.
     best, regular = cost.memory.weights, cost.memory.weights + cost.memory.optimizer
     step_seconds = (model + optimizer) / rate
-    saved_per_step = regular / settings.checkpoint_interval + best / settings.eval_interval
-    overhead = score_flops / score_rate / settings.eval_interval + saved_per_step / HOST_COPY_BYTES_PER_SECOND
     steps = planned_steps(settings, text)
     if settings.max_hours is not None:
-        fitting = max(1, round(settings.max_hours * 3600 / (step_seconds + overhead)))
+        fitting = steps_within(
+            settings.max_hours * 3600,
+            0,
+            step=step_seconds,
+            evaluation=score_flops / score_rate,
+            checkpoint=regular / HOST_COPY_BYTES_PER_SECOND,
+            evaluation_interval=settings.eval_interval,
+            checkpoint_interval=settings.checkpoint_interval,
+        )
         steps = min(steps or fitting, fitting)
     steps = steps or 1
     evaluations = -(-steps // settings.eval_interval)

@@ -32,14 +32,13 @@ class BuiltModel:
     Attributes:
         model: the transformers causal language model to export.
         modules: every module with trainable weights, by name: "model", then those that may get no gradient.
-        loss: (inputs, targets, document weights, each ``[batch, seq]``; progress, teacher) → ``StepLoss`` or an
-            equivalent object; progress is the completed fraction of the run, the teacher a frozen model of the same
-            class to distill from, or None.
+        loss: (inputs, targets, document weights, each ``[batch, seq]``; progress, teacher) → ``StepLoss``; progress is
+            the completed fraction of the run, the teacher a frozen model of the same class to distill from, or None.
     """
 
     model: Any
     modules: dict[str, nn.Module]
-    loss: Callable[..., Any]
+    loss: Callable[..., StepLoss]
     optimizers: Optimizers
 
 

@@ -88,7 +88,7 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
 
 
 def _run(run: Run, stop: StopRequest, *, student: TrainingSettings | None = None, own_teachers: bool = False) -> Path:
-    """Run one rank.
+    """Prepare, train and export one model, on one rank.
 
     Args:
         student: for a teacher, its student, whose output folder is also locked and, with --fresh, cleared.

@@ -3,8 +3,9 @@
 With ``--max_hours``, a run times its steps, then fixes its number of steps once, so that it ends within the limit.
 Until then no step may depend on that number. If other settings limit the length as well, the schedule is theirs unless
 time turns out to be shorter; otherwise the learning rate warms up over a fixed number of steps and stays at its peak,
-and the progress of the run counts as 0. From then on, the schedule runs as usual to the end. Checkpoints store the
-number, or the timings so far, so that a resumed run ends at the same step as an uninterrupted one.
+and the progress of the run counts as 0. From then on, the schedule runs to the end as if it began there: a learning
+rate that has begun to decay returns to its peak, which is at most a tenth higher. Checkpoints store the number, or the
+timings so far, so that a resumed run ends at the same step as an uninterrupted one.
 """
 
 from __future__ import annotations

@@ -146,6 +146,16 @@ def test_rerun_of_finished_teacher_and_student_trains_nothing(corpus, tmp_path, 
     assert (folder / "model.safetensors").read_bytes() == before
 
 
+def test_a_student_without_its_teachers_is_refused_before_they_are_trained_again(corpus, tmp_path):
+    settings = tiny_settings("mvlm_gpt2", corpus, tmp_path, num_models=3, max_steps=4)
+    folder = run_training(recipe_of("mvlm_gpt2"), settings)
+    shutil.rmtree(folder / TEACHERS / "1")
+    for changes in ({}, {"max_steps": 8}, {"dry_run": True}):
+        with pytest.raises(UserError, match="teachers that are no longer in .*teachers: put them back"):
+            run_training(recipe_of("mvlm_gpt2"), replace(settings, **changes))
+    assert not (folder / TEACHERS / "1").exists() and not verify_folder(folder)
+
+
 def test_a_student_trains_longer_with_the_teachers_it_has(corpus, tmp_path):
     """Teachers that time has shortened must not be trained again when the student is to be longer."""
 

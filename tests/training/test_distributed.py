@@ -1,6 +1,5 @@
 """Several ranks match a single process: same curve, same files, and either resumes the other's checkpoint."""
 
-import gc
 import os
 import signal
 import socket
@@ -192,8 +191,9 @@ def test_a_trained_model_is_freed(tiny_corpus, tmp_path):
         parameters = [weakref.ref(p) for p in loop.task.model.parameters()]
         loop.run(StopAfter())
         assert all(parameter() is not None for parameter in parameters)
+        hardware = loop.hardware
         del loop
-        gc.collect()
+        hardware.release()
         assert not any(parameter() is not None for parameter in parameters)
 
     in_ranks(2, work)

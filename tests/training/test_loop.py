@@ -161,9 +161,8 @@ def test_checkpoints_of_a_different_corpus_or_tokenizer_are_rejected(tiny_corpus
 def test_harmless_changes_are_accepted(tiny_corpus, tmp_path):
     make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, max_steps=3)).run(StopAfter())
     changes = {"log_interval": 1, "batch_size": 2, "gradient_accumulation_steps": 2, "keep_checkpoints": 3}
-    assert (
-        make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **changes)).run(StopAfter()).step == 12
-    )
+    state = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, **changes)).run(StopAfter())
+    assert (state.step, state.micro_batch) == (12, 2)
 
 
 def test_resume_from_an_older_checkpoint(tiny_corpus, tmp_path):
