@@ -312,7 +312,7 @@ def full_size_gradients(session: Session, name: str, hardware: Hardware) -> dict
     modules, generator = nn.ModuleDict(loop.task.modules), torch.Generator().manual_seed(0)
     for weight in modules.parameters():  # some are initialized with zeros, which would hide errors
         weight.data += 0.02 * torch.randn(weight.shape, generator=generator).to(weight.device)
-    loop.gradients.micro_batch(0, 0, loop.settings.batch_size, PROGRESS)
+    loop.gradients.run_micro_batch(0, 0, loop.settings.batch_size, PROGRESS)
     return {key: weight.grad.double().cpu() for key, weight in modules.named_parameters() if weight.grad is not None}
 
 

@@ -33,7 +33,7 @@ class Batch:
 
 
 class BatchSource:
-    """Batches of ``sequences`` sequences of ``context`` tokens.
+    """Batches of ``batch_size`` sequences of ``context`` tokens.
 
     Args:
         replay: another text that supplies ``replay_share`` of the sequences, evenly interleaved; epochs still count
@@ -47,12 +47,12 @@ class BatchSource:
         store: TokenStore,
         *,
         context: int,
-        sequences: int,
+        batch_size: int,
         seed: int,
         replay: BatchSource | None = None,
         replay_share: Fraction = Fraction(0),
     ) -> None:
-        self.store, self.context, self.sequences, self.seed = store, context, sequences, seed
+        self.store, self.context, self.batch_size, self.seed = store, context, batch_size, seed
         self.replay, self.replay_share = replay, replay_share
         self.tokens_per_epoch = int((np.diff(store.starts) * store.repeats).sum())
         self.sequences_per_epoch = (self.tokens_per_epoch - 1) // context
@@ -65,7 +65,7 @@ class BatchSource:
 
     @property
     def tokens_per_batch(self) -> int:
-        return self.sequences * self.context
+        return self.batch_size * self.context
 
     @property
     def bytes_per_token(self) -> float:
@@ -77,15 +77,15 @@ class BatchSource:
 
     def epoch_at(self, step: int) -> float:
         """Epochs completed after ``step`` batches."""
-        return float(step * self.sequences * (1 - self.replay_share) / self.sequences_per_epoch)
+        return float(step * self.batch_size * (1 - self.replay_share) / self.sequences_per_epoch)
 
     def steps_for_epochs(self, epochs: float) -> int:
-        return max(1, round(epochs * self.sequences_per_epoch / self.sequences / float(1 - self.replay_share)))
+        return max(1, round(epochs * self.sequences_per_epoch / self.batch_size / float(1 - self.replay_share)))
 
     def batch(self, number: int, first: int = 0, count: int | None = None) -> Batch:
         """Return sequences ``[first, first + count)`` of batch ``number`` (all by default)."""
-        count = self.sequences - first if count is None else count
-        start = number * self.sequences + first
+        count = self.batch_size - first if count is None else count
+        start = number * self.batch_size + first
         rows = [self._row(start + offset) for offset in range(count)]
         inputs, targets = (np.stack([row[n] for row in rows]).astype(np.int64) for n in range(2))
         weights = np.stack([row[2] for row in rows]).astype(np.float32)

@@ -161,13 +161,13 @@ def _distribution(model: Prediction, vocab: int) -> tuple[Tensor, Tensor]:
     if vocab < model.weight.shape[0]:
         logits[:, vocab:] = -torch.inf
     exact = torch.promote_types(logits.dtype, torch.float32)
-    own = logits.softmax(-1, dtype=exact)
+    vocab_probs = logits.softmax(-1, dtype=exact)
     if model.pointer_output is None:
-        own = own.clamp_(min=torch.finfo(exact).tiny)
-        return own, own
+        vocab_probs = vocab_probs.clamp_(min=torch.finfo(exact).tiny)
+        return vocab_probs, vocab_probs
     log_vocab_prob, log_token_probs, ids = model.pointer_output
-    own = own.mul_(log_vocab_prob.to(exact).exp()[:, None]).clamp_(min=torch.finfo(exact).tiny)
-    return own, own.scatter_add(1, ids, log_token_probs.to(exact).exp())
+    vocab_probs = vocab_probs.mul_(log_vocab_prob.to(exact).exp()[:, None]).clamp_(min=torch.finfo(exact).tiny)
+    return vocab_probs, vocab_probs.scatter_add(1, ids, log_token_probs.to(exact).exp())
 
 
 def _score_block(
@@ -182,7 +182,8 @@ def _score_block(
 
     Let T be the weighted target distribution (text and teacher), P the student's, and p the vocabulary's part of P.
     With r = p / P, the gradient of −Σ T log P is p · (Σ T r) / Σ p − T r for the logits, −Σ T r for the vocabulary's
-    log probability, and −T / P times its probability for a context token's log probability.
+    log probability, and −T / P times its probability for a context token's log probability. In the code, T, P and p are
+    ``target_probs``, ``student_probs`` and ``vocab_probs``, and T r is ``vocab_targets``.
 
     Args:
         student, teacher: with batch and sequence flattened: ``[rows, dim]``, ``[padded, dim]``, and for the pointer
@@ -192,18 +193,18 @@ def _score_block(
         the hidden states' dtype, and those of the pointer's first two tensors.
     """
     column = targets[:, None]
-    wanted = _distribution(teacher, vocab)[1]
-    own, probabilities = _distribution(student, vocab)
-    nll = -probabilities.gather(1, column).squeeze(1).log()
-    soft = -(wanted * probabilities.log()).sum(1)
-    wanted = (wanted * distillation_weight).scatter_add_(1, column, text_weights[:, None])
+    target_probs = _distribution(teacher, vocab)[1]
+    vocab_probs, student_probs = _distribution(student, vocab)
+    nll = -student_probs.gather(1, column).squeeze(1).log()
+    soft = -(target_probs * student_probs.log()).sum(1)
+    target_probs = (target_probs * distillation_weight).scatter_add_(1, column, text_weights[:, None])
     if student.pointer_output is None:
-        gradient = own * wanted.sum(1, keepdim=True) - wanted
+        gradient = vocab_probs * target_probs.sum(1, keepdim=True) - target_probs
         return nll, soft, gradient.to(student.hidden.dtype), None
     log_vocab_prob, log_token_probs, ids = student.pointer_output
-    ratio = wanted.div_(probabilities)
+    ratio = target_probs.div_(student_probs)
     grad_tokens = -ratio.gather(1, ids) * log_token_probs.exp()
-    explained = ratio.mul_(own)
-    total = explained.sum(1)
-    gradient = own.mul_((total / log_vocab_prob.exp())[:, None]).sub_(explained)
+    vocab_targets = ratio.mul_(vocab_probs)
+    total = vocab_targets.sum(1)
+    gradient = vocab_probs.mul_((total / log_vocab_prob.exp())[:, None]).sub_(vocab_targets)
     return nll, soft, gradient.to(student.hidden.dtype), (-total, grad_tokens)

@@ -47,7 +47,7 @@ class GradientAccumulator:
             try:
                 copies = 2 * empty + (self._reducer is not None)
                 reserved = [torch.empty_like(p) for p in optimizers.parameters() for _ in range(copies)]
-                self.micro_batch(state.step, 0, self.sequences(state), progress)
+                self.run_micro_batch(state.step, 0, self.micro_batch_size(state), progress)
                 return
             except RuntimeError as error:
                 if not _out_of_memory(error):
@@ -58,9 +58,9 @@ class GradientAccumulator:
                 optimizers.zero_grad()
             self._halve(state)
 
-    def sequences(self, state: LoopState) -> int:
+    def micro_batch_size(self, state: LoopState) -> int:
         """Number of sequences in this rank's first micro-batch of a step."""
-        return min(state.micro_batch, len(self.ranks.shard(self.task.batches.sequences)))
+        return min(state.micro_batch, len(self.ranks.shard(self.task.batches.batch_size)))
 
     def accumulate(self, state: LoopState, progress: float, stop: StopRequest) -> tuple[dict[str, Tensor], float, bool]:
         """Accumulate gradients over a step's global batch; return its metrics, text bytes, and whether to stop.
@@ -94,11 +94,11 @@ class GradientAccumulator:
 
     def extra_step_seconds(self, state: LoopState, clock: Callable[[], float]) -> float:
         """Average extra seconds of later steps over current ones, as loss terms switch on or off; changes no state."""
-        count = self.sequences(state)
+        count = self.micro_batch_size(state)
 
         def seconds(at_progress: float) -> float:
             started = clock()
-            self.micro_batch(state.step, 0, count, at_progress)
+            self.run_micro_batch(state.step, 0, count, at_progress)
             self.hardware.synchronize()
             return clock() - started
 
@@ -106,12 +106,14 @@ class GradientAccumulator:
         rounds = [[seconds(point) for point in points] for _ in range(3)]
         self.task.optimizers.zero_grad()
         first, *later = (min(times) for times in zip(*rounds, strict=True))
-        return (sum(later) / len(later) - first) * -(-len(self.ranks.shard(self.task.batches.sequences)) // count)
+        return (sum(later) / len(later) - first) * -(-len(self.ranks.shard(self.task.batches.batch_size)) // count)
 
-    def micro_batch(
+    def run_micro_batch(
         self, step: int, first: int, count: int, progress: float, last: bool = False
     ) -> tuple[dict[str, Tensor], int]:
-        """Run forward and backward on one micro-batch; metrics are weighted by its share of the global batch.
+        """Run forward and backward on one micro-batch; return its metrics and the UTF-8 bytes of its targets.
+
+        Metrics are weighted by the micro-batch's share of the global batch.
 
         Args:
             first, count: range of sequences in the global batch.
@@ -121,7 +123,7 @@ class GradientAccumulator:
         batch = batches.batch(step, first, count)
         inputs, targets, weights = (_to_device(array, device) for array in (batch.inputs, batch.targets, batch.weights))
         torch.manual_seed(_micro_batch_seed(self.seed, step, first))
-        share = count / batches.sequences
+        share = count / batches.batch_size
         with self.hardware.autocast():
             loss = self.task.loss(inputs, targets, weights, progress, draw_teacher(self.task.teachers))
         if self._reducer is not None:
@@ -134,10 +136,10 @@ class GradientAccumulator:
         """Accumulate gradients over this rank's micro-batches; return summed metrics and text bytes."""
         sums: dict[str, Tensor] = {}
         text_bytes = 0
-        shard = self.ranks.shard(self.task.batches.sequences)
+        shard = self.ranks.shard(self.task.batches.batch_size)
         for first in range(shard.start, shard.stop, state.micro_batch):
             count = min(state.micro_batch, shard.stop - first)
-            metrics, size = self.micro_batch(state.step, first, count, progress, last=first + count == shard.stop)
+            metrics, size = self.run_micro_batch(state.step, first, count, progress, last=first + count == shard.stop)
             for name, value in metrics.items():
                 sums[name] = sums[name] + value if name in sums else value
             text_bytes += size
@@ -145,7 +147,7 @@ class GradientAccumulator:
 
     def _halve(self, state: LoopState) -> None:
         self.task.optimizers.zero_grad()
-        tried = self.sequences(state)
+        tried = self.micro_batch_size(state)
         if tried == 1:
             raise TrainingError(
                 "out of memory with a micro-batch of one sequence: reduce --max_length, --hidden_dim or --num_layers"
@@ -154,7 +156,7 @@ class GradientAccumulator:
         self.hardware.release()
         log.warning(
             f"out of memory: micro-batch halved to {state.micro_batch} sequences; "
-            f"the global batch is still {self.task.batches.sequences}"
+            f"the global batch is still {self.task.batches.batch_size}"
         )
 
 

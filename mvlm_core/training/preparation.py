@@ -107,7 +107,7 @@ def _prepare(settings: TrainingSettings, tokenizer_class: type[ByteLevelBPE]) ->
     batches = partial(
         BatchSource,
         context=settings.max_length,
-        sequences=settings.sequences_per_step,
+        batch_size=settings.sequences_per_step,
         seed=settings.seed,
     )
     if old is None or (replay := replay_of(settings)) is None:

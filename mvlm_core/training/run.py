@@ -105,9 +105,9 @@ def _run(run: Run, stop: StopRequest, *, student: TrainingSettings | None = None
     if settings.prepare_only:
         log.info("prepared: tokenizer and tokens are in %s", settings.cache_dir)
         return run.output_dir
-    if text.batches.sequences < ranks.world_size:
+    if text.batches.batch_size < ranks.world_size:
         raise UserError(
-            f"cannot split a batch of {text.batches.sequences} sequences across {ranks.world_size} processes: start "
+            f"cannot split a batch of {text.batches.batch_size} sequences across {ranks.world_size} processes: start "
             "fewer, or raise --batch_size or --gradient_accumulation_steps"
         )
     identity, steps = run_identity(settings, text), run_length(settings, text.batches).limit

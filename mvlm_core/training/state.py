@@ -34,6 +34,7 @@ class LoopState:
     """Progress of a run, saved in full in every checkpoint.
 
     Attributes:
+        tokens, bytes: training tokens so far, and the UTF-8 bytes of their text.
         seconds: wall time since the first step, including evaluations and checkpoints, excluding interruptions.
         step_seconds: time in training steps only, for throughput.
         best_step, best_bpb: best evaluation so far.

@@ -27,7 +27,7 @@ def make_store(lengths=(100, 37, 250, 8, 90), repeats=None):
 
 
 def source(**changes):
-    return BatchSource(make_store(), **{"context": CONTEXT, "sequences": 4, "seed": 0, **changes})
+    return BatchSource(make_store(), **{"context": CONTEXT, "batch_size": 4, "seed": 0, **changes})
 
 
 def test_batches_depend_only_on_seed_and_number():
@@ -47,7 +47,7 @@ def test_micro_batches_are_slices_of_the_batch():
 
 
 def test_each_token_is_a_target_once_per_epoch():
-    batches = source(sequences=1)
+    batches = source(batch_size=1)
     seen = []
     for epoch in range(3):
         numbers = range(epoch * batches.sequences_per_epoch, (epoch + 1) * batches.sequences_per_epoch)
@@ -70,7 +70,7 @@ def test_targets_are_shifted_inputs_with_their_documents_weight():
 
 def test_a_mix_repeats_documents_as_often_as_specified():
     store = make_store(repeats=[1, 0, 2, 3, 1])
-    batches = BatchSource(store, context=CONTEXT, sequences=1, seed=0)
+    batches = BatchSource(store, context=CONTEXT, batch_size=1, seed=0)
     assert batches.tokens_per_epoch == 100 + 2 * 250 + 3 * 8 + 90
     targets = np.concatenate([batches.batch(number).targets.ravel() for number in range(batches.sequences_per_epoch)])
     times = np.bincount(targets, minlength=485)
@@ -105,7 +105,7 @@ def test_the_expected_share_read_of_a_document_is_what_batches_contain():
     store, documents = make_store((300,) * 60, repeats), [SimpleNamespace(path=str(number)) for number in range(60)]
     found = []
     for seed in range(10):
-        batches = BatchSource(store, context=CONTEXT, sequences=4, seed=seed)
+        batches = BatchSource(store, context=CONTEXT, batch_size=4, seed=seed)
         steps = batches.steps_for_epochs(0.2)
         seen = np.unique([batches.batch(number).targets for number in range(steps)])
         found.append(np.bincount(seen // 6000, minlength=3) / 6000)
@@ -118,4 +118,4 @@ def test_the_expected_share_read_of_a_document_is_what_batches_contain():
 
 def test_text_shorter_than_one_sequence_is_refused():
     with pytest.raises(UserError, match="fewer than one sequence of --max_length"):
-        BatchSource(make_store((5, 4)), context=CONTEXT, sequences=1, seed=0)
+        BatchSource(make_store((5, 4)), context=CONTEXT, batch_size=1, seed=0)

@@ -97,7 +97,7 @@ def test_a_second_model_of_the_same_shape_compiles_nothing(model, graphs, tiny_c
     counts = []
     for seed in range(2):
         settings = tiny_settings(model, tiny_corpus, tmp_path / str(seed), seed=seed)
-        make_loop(model, settings, compiled=True).gradients.micro_batch(0, 0, 4, 0.0)
+        make_loop(model, settings, compiled=True).gradients.run_micro_batch(0, 0, 4, 0.0)
         counts.append(len(graphs))
     assert 0 < counts[0] == counts[1]
 
@@ -129,6 +129,6 @@ def test_teachers_compile_to_separate_graphs(model, own, of_the_teacher, graphs,
     settings = tiny_settings(model, trained / "corpus", tmp_path, teacher=(str(trained / model),))
     plain, compiled = (make_loop(model, settings, compiled=each) for each in (False, True))
     for _ in range(2):
-        expected, found = (loop.gradients.micro_batch(0, 0, 4, 0.0)[0] for loop in (plain, compiled))
+        expected, found = (loop.gradients.run_micro_batch(0, 0, 4, 0.0)[0] for loop in (plain, compiled))
         torch.testing.assert_close(found, expected)
     assert len(graphs) == own + of_the_teacher

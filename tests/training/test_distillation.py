@@ -97,7 +97,7 @@ def test_each_micro_batch_draws_one_teacher_reproducibly(model, trained, corpus,
 
     def losses(*teachers):
         loop = make_loop(model, tiny_settings(model, corpus, tmp_path / "student", teacher=teachers, dropout=0.0))
-        return [loop.gradients.micro_batch(0, first, 1, 0.9)[0]["distillation_loss"].item() for first in range(8)]
+        return [loop.gradients.run_micro_batch(0, first, 1, 0.9)[0]["distillation_loss"].item() for first in range(8)]
 
     alone = [losses(place) for place in places]
     together = losses(*places)

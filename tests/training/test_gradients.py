@@ -49,7 +49,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_curve(tiny_corpus, t
 
 def test_what_is_halved_is_the_micro_batch_that_was_tried(tiny_corpus, tmp_path):
     loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path))
-    assert loop.task.batches.sequences == 4
+    assert loop.task.batches.batch_size == 4
     loop.state.micro_batch = 32  # more than this rank's share of a step
     loop.gradients._halve(loop.state)
     assert loop.state.micro_batch == 2
