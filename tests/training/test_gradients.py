@@ -131,6 +131,7 @@ def test_micro_batch_trial_does_not_affect_training(tiny_corpus, tmp_path):
 @needs_peak_reset
 def test_peak_memory_is_that_of_the_steps_not_of_a_trial_that_did_not_fit(tiny_corpus, tmp_path):
     loop = make_loop("mvlm_gpt2", tiny_settings("mvlm_gpt2", tiny_corpus, tmp_path, batch_size=8, max_steps=2))
+    loop.hardware.release()
     real, size, before = loop.task.loss, 512 * 2**20, memory_in_use()
 
     def loss(inputs, *rest):
