@@ -34,9 +34,8 @@ NVIDIA_DRIVER=/proc/driver/nvidia/version   # also there in a container without 
 say() { printf '%s\n' "$@"; }
 die() { say "$@" >&2; exit 1; }
 misuse() { say "error: $1" >&2; exit 2; }
-limited() {  # limited SECONDS COMMAND: without a limit on macOS, which has no timeout
-    # In the background, timeout's default, the command would not receive Ctrl-C.
-    if command -v timeout >/dev/null; then timeout --foreground "$@"; else shift; "$@"; fi
+limited() {  # limited SECONDS COMMAND: in the foreground, where the command receives Ctrl-C
+    timeout --foreground "$@"
 }
 python_of() {  # python_of PYTHON: its version and base installation
     limited 30 "$1" -c 'import os, sys; print("%d.%d" % sys.version_info[:2], os.path.realpath(sys._base_executable))'
@@ -75,10 +74,8 @@ stay_in_this_folder() {
     export RUSTUP_HOME="$PIP_CACHE_DIR/rustup"  # pip calls rustc --version, and rustup would create ~/.rustup
     unset PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX  # the user's module path would hide missing packages
     # Serialize set-ups in the same folder. The lock is on the folder itself, so no lock file is left behind.
-    if command -v flock >/dev/null; then
-        exec 9<"$ROOT"
-        flock -n 9 || { say "Another set-up is running in this folder; waiting for it to finish."; flock 9; }
-    fi
+    exec 9<"$ROOT"
+    flock -n 9 || { say "Another set-up is running in this folder; waiting for it to finish."; flock 9; }
 }
 
 find_gpu() {  # sets GPU and DRIVER, or GPU and, if it is there but cannot be queried, UNSEEN: why not
@@ -107,11 +104,11 @@ find_gpu() {  # sets GPU and DRIVER, or GPU and, if it is there but cannot be qu
 }
 
 choose_torch_source() {
-    # "default": pip's configured index, which serves the CUDA build on Linux; "cpu": the smaller CPU build, used without
-    # a GPU; otherwise the index given by --torch_index in this or an earlier set-up.
+    # "default": pip's configured index, which serves the CUDA build; "cpu": the smaller CPU build, used without a GPU;
+    # otherwise the index given by --torch_index in this or an earlier set-up.
     local fitting=default
     CPU_BUILD=""
-    if [ "$(uname -s)" != Linux ]; then CPU_BUILD=1; elif [ -z "$GPU" ]; then fitting=cpu; fi
+    if [ -z "$GPU" ]; then fitting=cpu; fi
     TORCH_SOURCE="${ASKED_INDEX:-$(sed -n 's/.*torch_source=//p' "$STAMP" 2>/dev/null || true)}"
     case "$TORCH_SOURCE" in ""|cpu) TORCH_SOURCE=$fitting ;; esac
     case "$TORCH_SOURCE" in cpu|*/cpu) CPU_BUILD=1 ;; esac
@@ -282,7 +279,7 @@ install_packages() {
     local index=()
     say "Installing the packages of requirements-dev.txt; torch $TORCH source: $TORCH_SOURCE"
     if [ "$TORCH_SOURCE" = cpu ]; then
-        # The default index serves the CUDA build on Linux, which needs 3 GB more. Check the CPU index first, because pip
+        # The default index serves the CUDA build, which needs 3 GB more. Check the CPU index first, because pip
         # retries for minutes if it is unreachable.
         if "$VENV_PYTHON" -c "import sys, urllib.request as web; web.urlopen(sys.argv[1], timeout=5)" \
                 "$WHEELS/cpu/torch/" 2>/dev/null; then
@@ -306,6 +303,7 @@ pip_install() {  # modules are compiled when first imported: most never are
 
 main() {
     parse_arguments "$@"
+    [ "$(uname -s)" = Linux ] || die "error: this project runs on Linux only (on Windows: in WSL), not on $(uname -s)."
     warn_about_ssh
     trap 'exit 130' INT  # pip exits with 1 on Ctrl-C, and this script would continue
     stay_in_this_folder

@@ -487,9 +487,16 @@ def test_gpu_that_appears_later_gets_a_cuda_build(machine: Machine) -> None:
     assert re.search("torch_source=cpu, now .* torch_source=default", answer.stdout)
 
 
+def test_other_systems_than_linux_are_refused(machine: Machine) -> None:
+    machine.add_python()
+    (machine.bin / "uname").unlink()
+    executable(machine.bin / "uname", "#!/bin/bash\necho Darwin\n")
+    answer = machine.run("--no_corpus")
+    assert answer.returncode == 1 and "runs on Linux only (on Windows: in WSL), not on Darwin" in answer.stderr
+    assert not (machine.checkout / ".venv").exists()
+
+
 def test_second_set_up_waits_for_the_running_one(machine: Machine) -> None:
-    if shutil.which("flock") is None:
-        pytest.skip("no flock on this machine")
     machine.add_python()
     machine.run("--no_corpus")
     with subprocess.Popen(["flock", str(machine.checkout), "sleep", "1.5"]) as holder:
