@@ -27,9 +27,10 @@ from mvlm_core.training.checkpointer import Checkpointer
 from mvlm_core.training.divergence import MAX_ROLLBACKS
 from mvlm_core.training.gradients import GradientAccumulator
 from mvlm_core.training.history import StepLog, read_history
-from mvlm_core.training.run_length import RunLength, TimeBudget, run_length, steps_within
+from mvlm_core.training.run_length import RunLength, run_length
 from mvlm_core.training.state import LoopState, Overhead
 from mvlm_core.training.task import Run, TrainingTask
+from mvlm_core.training.time_limit import TimeBudget, steps_within
 
 log = logging.getLogger("mvlm")
 
@@ -49,6 +50,7 @@ class TrainingLoop:
         self.gradients = GradientAccumulator(run, task)
         self.step_log = StepLog(run, task.batches.tokens_per_batch)
         self.checkpoints = Checkpointer(run, task, self.step_log, on_failure=self._handle_failed_save)
+        self._bar: Any = None
         self._clock_start = 0.0  # clock reading at the first step, shifted so that interruptions do not count
         self._compiled = compiled_so_far() if run.hardware.compiles else (0, 0.0)  # graphs and seconds
         self._best_before: tuple[int | None, float | None] = (None, None)  # step and score before the latest best
@@ -93,13 +95,14 @@ class TrainingLoop:
         done = self.state.step * tokens
         total = self.length.total and self.length.total * tokens
         with progress(total, "training", "tok", initial=done, quiet=quiet, unit_scale=True) as bar:
+            self._bar = bar
             while not self.state.finished:
                 stopping = self.step(stop)
                 if first_step:
                     self.ranks.shorten_timeout(self.hardware.compiles)
                     first_step = False
                 bar.update(tokens)
-                self._after_step(stopping, bar)
+                self._after_step(stopping)
                 if stopping and not self.state.finished:
                     log.info(
                         f"stopped at step {self.state.step} of {self.length}; run again without --fresh to resume here"
@@ -135,7 +138,7 @@ class TrainingLoop:
             self.ranks.all_reduce_max(own) if self.hardware.device == "cuda" else self.ranks.all_reduce_scalars(own)[0]
         )
 
-    def _after_step(self, stopping: bool, bar: Any) -> None:
+    def _after_step(self, stopping: bool) -> None:
         """Read metrics, evaluate, write a checkpoint or roll back, as due after this step."""
         self.checkpoints.finish(wait=False)
         step, settings = self.state.step, self.settings
@@ -145,16 +148,16 @@ class TrainingLoop:
         due = time_evaluation or time_checkpoint or fix_length or step % settings.checkpoint_interval == 0
         if not (evaluating or stopping or due or step % settings.log_interval == 0):
             return
-        reason = self._read_metrics(bar)
+        reason = self._read_metrics()
         improved = False
         if evaluating and not reason:
             improved, reason = self._evaluate()
         if reason:
-            self._roll_back(reason, bar)
+            self._roll_back(reason)
             return
         self._write_history()
         if fix_length:
-            self._fix_length(bar)
+            self._fix_length()
         if evaluating:
             self.state.stopped_early = not ending and self.ranks.broadcast(self._should_stop_early())
             self.state.finished = ending or self.state.stopped_early
@@ -203,11 +206,11 @@ class TrainingLoop:
         """Wall time since the first step, excluding time between an interruption and the resume."""
         return self.clock() - self._clock_start
 
-    def _read_metrics(self, bar: Any) -> str | None:
+    def _read_metrics(self) -> str | None:
         """Read and show the metrics of the steps since the last call; return the reason for a rollback, if any."""
         self._report_compilation()
         reason = self.step_log.read(self.state, self.clock)
-        self.step_log.show(bar, self.state, self.length)
+        self.step_log.show(self._bar, self.state, self.length)
         return reason
 
     def _report_compilation(self) -> None:
@@ -269,7 +272,7 @@ class TrainingLoop:
         # The main rank decides: the ranks' clocks differ, and only the main rank saves.
         return self.ranks.broadcast(self._budget.due(self.state.step, self.length.limit, self.state.spent))
 
-    def _fix_length(self, bar: Any) -> None:
+    def _fix_length(self) -> None:
         """Fix the number of steps from the measured durations of steps, evaluations and checkpoints."""
         state, settings, budget = self.state, self.settings, self._budget
         assert budget is not None
@@ -285,8 +288,8 @@ class TrainingLoop:
         )
         state.fixed_at, state.fixed_steps, self._budget = state.step, self.ranks.broadcast(reachable), None
         total = self.length.total or 0
-        bar.total = total * self.task.batches.tokens_per_batch
-        bar.refresh()
+        self._bar.total = total * self.task.batches.tokens_per_batch
+        self._bar.refresh()
         measured = ", ".join(f"{kind} {seconds:.3g} s" for kind, seconds in durations.items())
         length = f"{total:,} steps ({self.task.batches.epoch_at(total):.2f} epochs)"
         if total == state.fixed_steps:
@@ -360,7 +363,7 @@ class TrainingLoop:
             "--fresh"
         )
 
-    def _roll_back(self, reason: str, bar: Any) -> None:
+    def _roll_back(self, reason: str) -> None:
         """Return to the newest checkpoint from before the divergence, with a lower learning rate.
 
         Raises:
@@ -383,7 +386,7 @@ class TrainingLoop:
         guard = self.state.guard = diverged.guard.after_rollback(self.state.guard)
         self.state.fixed_at, self.state.fixed_steps = diverged.fixed_at, diverged.fixed_steps
         self.state.micro_batch = min(diverged.micro_batch, self.state.micro_batch)
-        bar.update((self.state.step - diverged.step) * self.task.batches.tokens_per_batch)
+        self._bar.update((self.state.step - diverged.step) * self.task.batches.tokens_per_batch)
         log.warning(
             f"{reason}: rolled back to step {self.state.step}, learning rate scaled by {guard.rate_factor} "
             f"(rollback {guard.rollbacks} of at most {MAX_ROLLBACKS})"

@@ -27,9 +27,10 @@ from mvlm_core.training.distillation import relative_step_cost, teacher_and_stud
 from mvlm_core.training.forecast import TEXT_PER_PARAMETER, UNIT_EPOCHS
 from mvlm_core.training.preparation import check_held_out, read_corpus
 from mvlm_core.training.recipe import Recipe
-from mvlm_core.training.run_length import steps_within, total_steps
+from mvlm_core.training.run_length import total_steps
 from mvlm_core.training.supervisor import describe_gpus, planned_gpus
 from mvlm_core.training.text_plan import TextPlan, plan_text
+from mvlm_core.training.time_limit import steps_within
 
 # Assumptions; those that an estimate uses are printed with it.
 GPU_PEAK = 989e12  # FLOP/s of an H200 or H100, bf16 without sparsity
