@@ -92,11 +92,11 @@ def test_second_sigint_exits_at_once_and_keeps_the_checkpoint(tiny_corpus, tmp_p
         "from mvlm_core.signals import StopRequest\n"
         "from mvlm_core.training.gradients import GradientAccumulator\n"
         "helpers.StopAfter.defer = StopRequest.defer\n"
-        "real = GradientAccumulator.micro_batch\n"
+        "real = GradientAccumulator.run_micro_batch\n"
         "def hanging(self, step, *arguments, **named):\n"
         "    while step == 12: print('hanging', flush=True); time.sleep(0.2)\n"
         "    return real(self, step, *arguments, **named)\n"
-        "GradientAccumulator.micro_batch = hanging\n"
+        "GradientAccumulator.run_micro_batch = hanging\n"
         "distributed_run.main()\n"
     )
     command = [sys.executable, str(script), str(tiny_corpus), str(tmp_path), MODELS[0], "99"]

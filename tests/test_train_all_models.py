@@ -374,7 +374,7 @@ def test_archive_of_a_deleted_model_is_not_offered(job):
     running.terminate()
     running.wait(timeout=20)
     done = job.run("--models", "mvlm_gpt2")
-    assert done.returncode == 0 and f"{ARCHIVES[1]}: removed, as its model is not finished" in done.stdout
+    assert done.returncode == 0 and f"{ARCHIVES[1]}: removed, as this run does not offer its model" in done.stdout
     assert list(read_checksums(job.layout.checksums)) == job.offered() == ARCHIVES[:1]
 
 

@@ -42,7 +42,7 @@ def rates(model: str, preset: str, factor: float) -> dict[str, float]:
 def variants_of(preset: str) -> dict[str, Variant]:
     """Return all variants by name, the most important first.
 
-    Each optimizer is tried at two learning rates: AdamW near the baseline's best, Muon near model 2's.
+    SIM-ONE is tried with AdamW at two learning rates near the baseline's best, GPT-2 with Muon at one near model 2's.
     """
     full, base = partial(Variant, "simone_enhanced"), partial(Variant, "mvlm_gpt2")
     variants = {

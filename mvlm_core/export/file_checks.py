@@ -168,12 +168,12 @@ def renew_modeling_files(folder: Path, sources: Path) -> None:
     files |= {name: sha256_file(sources / name) for name in code}
     if files == manifest["files"] and not foreign_code(folder, code, sources):
         return
+    for name in manifest["files"].keys() - files:
+        (folder / name).unlink(missing_ok=True)
     for name in sorted(code):
         write_atomic(folder / name, (sources / name).read_bytes())
     write_manifest(folder, manifest["name"], files)
-    for name in manifest["files"].keys() - files:
-        (folder / name).unlink(missing_ok=True)
-    log.info("%s: its modeling files were another version's and are replaced by this one's", folder)
+    log.info("%s: its modeling files differed from this version's and are replaced", folder)
 
 
 def foreign_code(folder: Path, code: set[str], sources: Path) -> list[str]:

@@ -99,7 +99,7 @@ def write_download_notes(job: Job, summary: Summary) -> None:
     for name in sorted(known - {*offered}):
         for archive in (layout.archive(name), layout.formats_archive(name)):
             if archive.exists():
-                log.warning("%s: removed, as its model is not finished", archive.name)
+                log.warning("%s: removed, as this run does not offer its model", archive.name)
                 archive.unlink()
     for file in (layout.checksums, instructions):  # a full disk then leaves none, not those of other archives
         file.unlink(missing_ok=True)

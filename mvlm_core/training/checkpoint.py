@@ -162,10 +162,15 @@ def _step_of(folder: Path) -> int:
 
 def newest_checkpoint(root: Path) -> Checkpoint | None:
     """Return the newest intact checkpoint, or None; rename damaged ones with a warning and delete partial ones."""
+    _delete_unfinished(root)
+    return next(_intact_checkpoints(root), None)
+
+
+def _delete_unfinished(root: Path) -> None:
+    """Delete what a killed process was writing or deleting."""
     for prefix in (_TEMPORARY_PREFIX, _DELETED_PREFIX):
         for leftover in root.glob(f"{prefix}*"):
             shutil.rmtree(leftover, ignore_errors=True)
-    return next(_intact_checkpoints(root), None)
 
 
 def newest_good_checkpoint(root: Path, before: int | None) -> Checkpoint | None:
@@ -243,7 +248,8 @@ def rotate_checkpoints(root: Path, keep: int) -> None:
 
 
 def delete_checkpoints(root: Path) -> None:
-    """Delete every checkpoint below ``root``, also those set aside: a finished teacher needs only its export."""
+    """Delete every checkpoint below ``root``, also those set aside or unfinished: a finished teacher needs none."""
+    _delete_unfinished(root)
     for folder in root.glob("step-*"):
         _delete(folder)
 

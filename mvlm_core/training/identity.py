@@ -10,13 +10,13 @@ from typing import Any
 from mvlm_core.errors import UserError
 from mvlm_core.export.manifest import (
     CHECKPOINTS,
-    MANIFEST,
     TEACHERS,
     ended_by_time,
+    manifest_sha256,
     training_config,
     verify_folder,
 )
-from mvlm_core.files import read_json, sha256_file
+from mvlm_core.files import read_json
 from mvlm_core.settings import TrainingSettings
 from mvlm_core.training.checkpoint import checkpoint_folders, named_checkpoint
 from mvlm_core.training.preparation import PreparedText
@@ -82,23 +82,35 @@ def check_earlier_run(output_dir: Path, settings: TrainingSettings) -> None:
     """Check, before the text is read and teachers are trained, that the folder does not hold another run.
 
     Raises:
-        UserError: the run has other settings or another number of teachers, its teachers are no longer there, or
-            ``--resume_from`` names no checkpoint.
+        UserError: the run has other settings or another number of teachers, or ``--resume_from`` names no checkpoint.
     """
     if settings.resume_from is not None:
         named_checkpoint(settings.resume_from)
+    what, recorded = _recorded_identity(output_dir)
+    if recorded:
+        check_settings(what, recorded, settings, len(settings.teacher) or settings.num_models - 1)
+
+
+def lost_teachers(output_dir: Path, settings: TrainingSettings) -> str | None:
+    """The recorded hashes of a run's own teachers if these are no longer in its folder, or damaged; else None.
+
+    Trained again they would not be the same, and the run could not go on with them.
+    """
+    recorded = _recorded_identity(output_dir)[1].get(TEACHERS_KEY)
+    if settings.num_models == 1 or not recorded:
+        return None
+    own = [output_dir / TEACHERS / str(number) for number in range(settings.num_models - 1)]
+    intact = [folder for folder in own if not verify_folder(folder, loaded_only=True, code=False)]
+    return None if recorded == ",".join(map(manifest_sha256, intact)) else recorded
+
+
+def _recorded_identity(output_dir: Path) -> tuple[str, dict[str, Any]]:
+    """What the folder holds, for messages, and its identity; {} if it holds no run."""
     recorded, what = training_config(output_dir, "identity").get("identity"), f"{output_dir} holds a finished model"
     if recorded is None:
         for folder in checkpoint_folders(output_dir / CHECKPOINTS)[-1:]:
             recorded, what = read_json(folder / "state.json").get("identity"), f"{folder} is"
-    if isinstance(recorded, dict):
-        check_settings(what, recorded, settings, len(settings.teacher) or settings.num_models - 1)
-        own = [output_dir / TEACHERS / str(number) / MANIFEST for number in range(settings.num_models - 1)]
-        if own and recorded.get(TEACHERS_KEY) != ",".join(sha256_file(file) for file in own if file.is_file()):
-            raise UserError(
-                f"{output_dir}: its model was trained with teachers that are no longer in {output_dir / TEACHERS}: put "
-                "them back, choose another --output_dir (train_all_models.py: --work_dir), or start over with --fresh"
-            )
+    return what, recorded if isinstance(recorded, dict) else {}
 
 
 def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None, settings: TrainingSettings) -> bool:
@@ -120,6 +132,6 @@ def is_finished(output_dir: Path, identity: dict[str, Any], steps: int | None, s
         is_long_enough = is_long_enough or ended_by_time(results)
     if settings.patience and results.get("stopped_early"):
         is_long_enough = is_long_enough or results.get("evaluations_since_best", 0) >= settings.patience
-    if damage := verify_folder(output_dir, code=False):
-        log.warning("the finished model is damaged and will be made again: %s", "; ".join(damage[:3]))
-    return is_long_enough and not damage
+    if problems := verify_folder(output_dir, code=False):
+        log.warning("the finished model does not match its manifest: %s", "; ".join(problems[:3]))
+    return is_long_enough and not problems

@@ -111,7 +111,7 @@ def _open(path: Path, _written: int) -> PretrainedExport:
     folder = _unpacked.enter_context(opened(path))
     manifest = read_manifest(folder)
     problems = [f"{path}: {name} is missing" for name in NEEDED if name not in manifest["files"]]
-    if problems := problems + verify_folder(folder, loaded_only=True):
+    if problems := problems + verify_folder(folder, loaded_only=True, code=False):
         raise UserError(problems)
     config = training_config(folder, "settings", "data", "tokenizer")
     if not config:

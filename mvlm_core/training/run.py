@@ -16,7 +16,7 @@ from mvlm_core.console import silence_transformers
 from mvlm_core.errors import TrainingError, UserError
 from mvlm_core.export.file_checks import renew_modeling_files
 from mvlm_core.export.folder import delete_run, finish_export, stage_model
-from mvlm_core.export.manifest import CHECKPOINTS, training_config
+from mvlm_core.export.manifest import CHECKPOINTS, TEACHERS, training_config
 from mvlm_core.export.model_card import model_card
 from mvlm_core.files import RunLock
 from mvlm_core.hardware import HARDWARE_FLAGS, caution, choose_hardware, describe, missing_gpu
@@ -26,7 +26,7 @@ from mvlm_core.training import results
 from mvlm_core.training.checkpoint import delete_checkpoints
 from mvlm_core.training.distillation import teacher_and_student_settings, with_time_left
 from mvlm_core.training.distributed import init_ranks
-from mvlm_core.training.identity import check_earlier_run, is_finished, run_identity
+from mvlm_core.training.identity import TEACHERS_KEY, check_earlier_run, is_finished, lost_teachers, run_identity
 from mvlm_core.training.loop import TrainingLoop
 from mvlm_core.training.plan import plan_run
 from mvlm_core.training.preparation import PreparedText, prepare_text
@@ -77,6 +77,9 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
             "this process uses only one of several GPUs; start the trainer from the command line to use all of them"
         )
     with StopRequest() as stop:
+        if not settings.fresh and (lost := lost_teachers(output_dir, settings)):
+            alone = replace(student, teacher=())
+            return _run(Run(recipe, alone, hardware, init_ranks(hardware.device)), stop, lost=lost)
         for number, teacher in enumerate(teachers, 1):
             log.info("teacher %s of %s: %s", number, len(teachers), teacher.output_dir)
             ranks = init_ranks(hardware.device)
@@ -87,12 +90,20 @@ def run_training(recipe: Recipe, settings: TrainingSettings) -> Path:
         return _run(Run(recipe, student, hardware, init_ranks(hardware.device)), stop, own_teachers=bool(teachers))
 
 
-def _run(run: Run, stop: StopRequest, *, student: TrainingSettings | None = None, own_teachers: bool = False) -> Path:
+def _run(
+    run: Run,
+    stop: StopRequest,
+    *,
+    student: TrainingSettings | None = None,
+    own_teachers: bool = False,
+    lost: str | None = None,
+) -> Path:
     """Prepare, train and export one model, on one rank.
 
     Args:
         student: for a teacher, its student, whose output folder is also locked and, with --fresh, cleared.
         own_teachers: whether this run trained the teachers, which have used part of ``--max_hours``.
+        lost: hashes of teachers that are no longer there: the run is kept if it is finished, else refused.
     """
     settings, ranks = run.settings, run.ranks
     _log_hardware(run)
@@ -111,6 +122,8 @@ def _run(run: Run, stop: StopRequest, *, student: TrainingSettings | None = None
             "fewer, or raise --batch_size or --gradient_accumulation_steps"
         )
     identity, steps = run_identity(settings, text), run_length(settings, text.batches).limit
+    if lost is not None:
+        identity[TEACHERS_KEY] = lost
     needed = steps if student is None else None  # a teacher that time has shortened serves a longer student as well
     with ExitStack() as locks:
         for owner in (student, settings):
@@ -127,6 +140,11 @@ def _run(run: Run, stop: StopRequest, *, student: TrainingSettings | None = None
             log.info("already finished: %s (%s)", run.output_dir, longer)
             ranks.destroy()  # a student may still have to be trained
             return run.output_dir
+        if lost is not None:
+            raise UserError(
+                f"{run.output_dir}: its teachers are no longer in {run.output_dir / TEACHERS}, or damaged: put them "
+                "back, choose another --output_dir (train_all_models.py: --work_dir), or start over with --fresh"
+            )
         task = build_task(run, text)
         loop = TrainingLoop(run, task)
         _announce(run, task, steps)

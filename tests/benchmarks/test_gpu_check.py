@@ -89,14 +89,14 @@ def test_a_crashing_check_does_not_stop_the_others(name, code, check, monkeypatc
 
 
 def test_micro_batch_sweep_stops_at_out_of_memory(check, monkeypatch):
-    right = GradientAccumulator.micro_batch
+    right = GradientAccumulator.run_micro_batch
 
     def small(gradients, step, first, count, *rest, **named):
         if count > 2:
             raise torch.OutOfMemoryError
         return right(gradients, step, first, count, *rest, **named)
 
-    monkeypatch.setattr(GradientAccumulator, "micro_batch", small)
+    monkeypatch.setattr(GradientAccumulator, "run_micro_batch", small)
     monkeypatch.setattr(gpu_speed, "MICRO_BATCHES", (2, 4, 8))
     rows = check("--only", "micro_batches")[1]["rows"]
     assert [row["case"] for row in rows] == [f"{model}, {size}" for model in MODELS for size in (2, 4)]

@@ -120,7 +120,7 @@ def test_training_step_does_not_synchronize_with_the_device(model, optimizer, ti
         for _ in range(3):
             loop.step(stop)
         with pytest.raises(AssertionError, match="waits"):
-            loop._read_metrics(bar=None)
+            loop._read_metrics()
 
 
 @pytest.mark.parametrize(("model", "own", "of_the_teacher"), [("mvlm_gpt2", 2, 1), ("simone_enhanced", 5, 3)])

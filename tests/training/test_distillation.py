@@ -138,22 +138,28 @@ def test_rerun_of_finished_teacher_and_student_trains_nothing(corpus, tmp_path, 
     folder = run_training(recipe_of("mvlm_gpt2"), settings)
     before = (folder / "model.safetensors").read_bytes()
     caplog.set_level("INFO", "mvlm")
+    for name in ("step-00000002.superseded", ".deleting-step-00000001"):
+        (folder / TEACHERS / "0" / CHECKPOINTS / name).mkdir()
     assert run_training(recipe_of("mvlm_gpt2"), settings) == folder
     assert caplog.text.count("already finished") == 2
-    assert checkpoint_folders(folder / CHECKPOINTS) and not list((folder / TEACHERS).rglob("step-*")), (
+    assert checkpoint_folders(folder / CHECKPOINTS) and not list((folder / TEACHERS).rglob("*step-*")), (
         "they cost 1 GB each"
     )
     assert (folder / "model.safetensors").read_bytes() == before
 
 
-def test_a_student_without_its_teachers_is_refused_before_they_are_trained_again(corpus, tmp_path):
+@pytest.mark.parametrize("lost", ["removed", "damaged"])
+def test_a_student_without_its_teachers_is_kept_or_refused_before_they_are_trained_again(corpus, tmp_path, lost):
     settings = tiny_settings("mvlm_gpt2", corpus, tmp_path, num_models=3, max_steps=4)
     folder = run_training(recipe_of("mvlm_gpt2"), settings)
-    shutil.rmtree(folder / TEACHERS / "1")
-    for changes in ({}, {"max_steps": 8}, {"dry_run": True}):
-        with pytest.raises(UserError, match="teachers that are no longer in .*teachers: put them back"):
-            run_training(recipe_of("mvlm_gpt2"), replace(settings, **changes))
-    assert not (folder / TEACHERS / "1").exists() and not verify_folder(folder)
+    teacher = folder / TEACHERS / "1"
+    shutil.rmtree(teacher) if lost == "removed" else (teacher / "model.safetensors").write_bytes(b"")
+    before = (folder / MANIFEST).read_bytes(), teacher.exists()
+    assert run_training(recipe_of("mvlm_gpt2"), settings) == folder, "it is finished"
+    with pytest.raises(UserError, match="its teachers are no longer in .*teachers, or damaged: put them back"):
+        run_training(recipe_of("mvlm_gpt2"), replace(settings, max_steps=8))
+    assert ((folder / MANIFEST).read_bytes(), teacher.exists()) == before
+    assert verify_folder(teacher) and not verify_folder(folder)
 
 
 def test_a_student_trains_longer_with_the_teachers_it_has(corpus, tmp_path):
