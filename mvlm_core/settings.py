@@ -32,6 +32,7 @@ PATHS = (  # options that name a path, which must not be empty
     *("data_dir", "output_dir", "cache_dir", "tokenizer_path", "validation_dir"),
     *("init_from", "teacher", "resume_from", "log_file"),
 )
+STUDENT_EPOCHS = 60.0  # with --max_hours: after more, students are worse (benchmarks/README.md, data-constrained)
 LENGTHS = ("num_epochs", "max_steps", "max_tokens", "max_bytes", "max_hours")
 FINE_TUNING = "init_from"  # key in PRESETS: values that --init_from applies on top of any preset
 FINE_TUNING_RATE = 0.3  # times the preset's peak learning rate
@@ -226,7 +227,8 @@ class TrainingSettings:
     max_bytes: int | None = _length(None, "stop after this many bytes of training text")
     max_hours: float | None = option(
         None, "train for at most this many hours, including evaluations and checkpoints, but not set-up and final "
-        "scoring; the number of steps is fixed after timing the first minute (or a tenth of the limit)",
+        "scoring; the number of steps is fixed after timing the first minute (or a tenth of the limit); h200: at most "
+        "60 epochs, or --teacher_epochs without teachers",
         "length", above=0,
     )  # fmt: skip
     patience: int | None = _length(None, "stop after this many evaluations without improvement (default: never)")
@@ -274,12 +276,13 @@ class TrainingSettings:
             self.preset = resolve_preset("auto", self.device)[0]
         chosen = self.preset_values(self.preset)
         by_hours = self.MODELS_BY_HOURS.get(self.preset)
+        if self.max_hours is not None and by_hours and self.init_from is None:
+            chosen["num_models"] = next((models for hours, models in by_hours if self.max_hours <= hours), 1)
+            if self.num_epochs is None:
+                has_teachers = self.teacher or (self.num_models or chosen["num_models"]) > 1
+                self.num_epochs = STUDENT_EPOCHS if has_teachers else self.teacher_epochs or chosen["teacher_epochs"]
         if self.teacher:
             chosen["num_models"] = 1
-        elif self.max_hours is not None and by_hours and self.init_from is None:
-            chosen["num_models"] = next((models for hours, models in by_hours if self.max_hours <= hours), 1)
-            if chosen["num_models"] == 1 and (self.num_models or 1) == 1 and self.num_epochs is None:
-                self.num_epochs = self.teacher_epochs or chosen["teacher_epochs"]
         if self.init_from is not None:
             chosen = self._fine_tuning_values(chosen)
         # An explicit length replaces all of the preset's lengths: --max_steps 5000 means 5,000 steps, not the preset's

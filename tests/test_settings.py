@@ -62,7 +62,10 @@ def test_max_hours_sets_the_number_of_models_and_epochs(cls, alone, counts):
     assert cls(preset="h200").teacher_epochs == alone
     assert cls(preset="h200", max_hours=0.05).num_epochs == alone, "alone a model overfits after that"
     assert cls(preset="h200", max_hours=0.05, teacher_epochs=2).num_epochs == 2
-    assert cls(preset="h200", max_hours=0.5).num_epochs is None
+    assert cls(preset="h200", max_hours=0.5, num_models=1).num_epochs == alone
+    assert cls(preset="h200", max_hours=0.5).num_epochs == cls(preset="h200", max_hours=30.0).num_epochs == 60
+    assert cls(preset="h200", max_hours=0.5, teacher=("models/x",)).num_epochs == 60
+    assert cls(preset="cpu", max_hours=0.5).num_epochs is None
     assert (cls(preset="h200").num_epochs, cls(preset="h200").max_hours) == (18, 0.5)
     assert cls(preset="h200", num_epochs=3.0).max_hours is None, "an explicit length replaces both"
     assert cls(preset="h200", max_hours=0.05, num_epochs=5).num_epochs == 5
@@ -79,7 +82,7 @@ def test_teachers_are_given_or_trained_but_not_both(cls):
 @pytest.mark.parametrize("cls", [GPT2Settings, PrioritaryConfig])
 def test_a_students_length_is_not_limited_like_that_of_a_model_alone(cls):
     student = teacher_and_student_settings(cls(preset="h200", max_hours=0.09, output_dir="models/x"))[-1]
-    assert student.num_epochs is None and with_time_left(student, 200).num_epochs is None
+    assert student.num_epochs == with_time_left(student, 200).num_epochs == 60
 
 
 def test_head_flags_switch_on_and_off_and_the_last_wins():

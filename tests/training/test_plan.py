@@ -102,7 +102,7 @@ def test_plan_uses_up_max_hours(tiny_corpus, tmp_path):
     changes = {"data_dir": str(tiny_corpus), "output_dir": str(tmp_path / "out"), "cache_dir": str(tmp_path / "cache")}
 
     def planned(models, teacher_epochs=3.0):
-        values = changes | {"num_models": models, "teacher_epochs": teacher_epochs}
+        values = changes | {"num_models": models, "teacher_epochs": teacher_epochs, "num_epochs": 1e9}
         settings = PrioritaryConfig(preset="h200", device="cpu", max_hours=0.5, **values)
         items = plan_run(recipe_of("simone_enhanced"), settings, choose_hardware(**CPU)).items
         found = {item.name: item.seconds for item in items}
