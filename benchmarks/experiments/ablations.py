@@ -30,7 +30,6 @@ SIZE_TOLERANCE = 0.02  # relative difference in parameters above which a row sho
 # layers, widened to keep its parameter count.
 DEEPER = {"cpu": {"num_layers": 6, "ff_dim": 640}, "smoke": {"num_layers": 3}}
 WIDER = {"cpu": {"num_layers": 4, "ff_dim": 1054}, "smoke": {"num_layers": 2, "ff_dim": 520}}
-MUON = {"optimizer": "muon", "learning_rate": 0.03}
 
 
 def rates(model: str, preset: str, factor: float) -> dict[str, float]:
@@ -74,7 +73,7 @@ def variants_of(preset: str) -> dict[str, Variant]:
             "no_train_mix": full("each text once per epoch", {"train_mix": ""}),
         }
     variants |= {
-        "base_muon": base("Muon, all learning rates 0.03", MUON),
+        "base_muon": base("Muon, all learning rates 0.015", {"optimizer": "muon", "learning_rate": 0.015}),
         "base_linear": base("linear decay to zero instead of cosine", {"lr_schedule": "linear"}),
     }
     if small:
