@@ -44,7 +44,7 @@ class GPT2Settings(BibleSettings):
         # Uses model 2's vocabulary size to match its parameter count: GPT-2's own 50,257 entries would add 14 %.
         "h200": {"learning_rate": 3e-4, "weight_decay": 0.4, "dropout": 0.0},
         # num_layers and ff_dim match the parameter count of model 2, which has a second embedding matrix.
-        # Batch size 4: AdamW gains from twice as many steps; model 2's Muon gains less than they cost (benchmarks/LOG.md).
+        # Batch size 4: AdamW gains from twice as many steps, Muon (model 2) less than they cost (benchmarks/LOG.md).
         "cpu": {
             "learning_rate": 4.5e-3,
             "batch_size": 4,
