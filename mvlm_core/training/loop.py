@@ -283,7 +283,7 @@ class TrainingLoop:
             budget.seconds - budget.used,
             state.step,
             **durations,
-            evaluation_interval=settings.eval_interval,
+            eval_interval=settings.eval_interval,
             checkpoint_interval=settings.checkpoint_interval,
         )
         state.fixed_at, state.fixed_steps, self._budget = state.step, self.ranks.broadcast(reachable), None

@@ -111,6 +111,29 @@ def planned_steps(settings: TrainingSettings, text: TextPlan) -> int | None:
     return total_steps(settings, text.bytes_per_token, lambda epochs: round(epochs * per_epoch))
 
 
+def _steps_in_time(
+    settings: TrainingSettings, text: TextPlan, step: float, evaluation: float, checkpoint: float
+) -> int:
+    """Number of steps, at most those that fit into ``--max_hours``.
+
+    Args:
+        step, evaluation, checkpoint: seconds for each.
+    """
+    steps = planned_steps(settings, text)
+    if settings.max_hours is not None:
+        fitting = steps_within(
+            settings.max_hours * 3600,
+            0,
+            step=step,
+            evaluation=evaluation,
+            checkpoint=checkpoint,
+            eval_interval=settings.eval_interval,
+            checkpoint_interval=settings.checkpoint_interval,
+        )
+        steps = min(steps or fitting, fitting)
+    return steps or 1
+
+
 def _items(
     settings: TrainingSettings, text: TextPlan, *, cost: StepCost, rate: float, score_rate: float, hardware: Hardware
 ) -> tuple[int, list[Item]]:
@@ -132,19 +155,7 @@ def _items(
     # Worst case: every evaluation is the best so far and saves its weights.
     best, regular = cost.memory.weights, cost.memory.weights + cost.memory.optimizer
     step_seconds = (model + optimizer) / rate
-    steps = planned_steps(settings, text)
-    if settings.max_hours is not None:
-        fitting = steps_within(
-            settings.max_hours * 3600,
-            0,
-            step=step_seconds,
-            evaluation=score_flops / score_rate,
-            checkpoint=regular / HOST_COPY_BYTES_PER_SECOND,
-            evaluation_interval=settings.eval_interval,
-            checkpoint_interval=settings.checkpoint_interval,
-        )
-        steps = min(steps or fitting, fitting)
-    steps = steps or 1
+    steps = _steps_in_time(settings, text, step_seconds, score_flops / score_rate, regular / HOST_COPY_BYTES_PER_SECOND)
     evaluations = -(-steps // settings.eval_interval)
     saves = steps // settings.checkpoint_interval
     test_tokens, test_flops = scoring(text.test_bytes)

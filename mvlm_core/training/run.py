@@ -8,6 +8,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -25,7 +26,7 @@ from mvlm_core.signals import StopRequest
 from mvlm_core.training import results
 from mvlm_core.training.checkpoint import delete_checkpoints
 from mvlm_core.training.distillation import teacher_and_student_settings, with_time_left
-from mvlm_core.training.distributed import init_ranks
+from mvlm_core.training.distributed import Ranks, init_ranks
 from mvlm_core.training.identity import TEACHERS_KEY, check_earlier_run, is_finished, lost_teachers, run_identity
 from mvlm_core.training.loop import TrainingLoop
 from mvlm_core.training.plan import plan_run
@@ -116,14 +117,9 @@ def _run(
     if settings.prepare_only:
         log.info("prepared: tokenizer and tokens are in %s", settings.cache_dir)
         return run.output_dir
-    if text.batches.batch_size < ranks.world_size:
-        raise UserError(
-            f"cannot split a batch of {text.batches.batch_size} sequences across {ranks.world_size} processes: start "
-            "fewer, or raise --batch_size or --gradient_accumulation_steps"
-        )
+    _check_batch(text, ranks)
     identity, steps = run_identity(settings, text), run_length(settings, text.batches).limit
-    if lost is not None:
-        identity[TEACHERS_KEY] = lost
+    identity |= {TEACHERS_KEY: lost} if lost is not None else {}
     needed = steps if student is None else None  # a teacher that time has shortened serves a longer student as well
     with ExitStack() as locks:
         for owner in (student, settings):
@@ -132,12 +128,7 @@ def _run(
                 locks.enter_context(RunLock(folder))
                 if settings.fresh:
                     delete_run(folder, keep=[Path(teacher) for teacher in (student or settings).teacher])
-        finished = ranks.is_main and not settings.fresh and is_finished(run.output_dir, identity, needed, settings)
-        if finished and student is None and run.recipe.modeling_folder is not None:
-            renew_modeling_files(run.output_dir, run.recipe.modeling_folder)
-        if ranks.broadcast(finished and settings.resume_from is None):
-            longer = "to train longer, give a larger --num_epochs, --max_steps or --patience; to start over, --fresh"
-            log.info("already finished: %s (%s)", run.output_dir, longer)
+        if _is_kept(run, identity, needed, renew=student is None):
             ranks.destroy()  # a student may still have to be trained
             return run.output_dir
         if lost is not None:
@@ -160,6 +151,26 @@ def _run(
                     f"training finished, but the export cannot be written: {error}; free some space and run again"
                 ) from None
     return run.output_dir
+
+
+def _check_batch(text: PreparedText, ranks: Ranks) -> None:
+    if text.batches.batch_size < ranks.world_size:
+        raise UserError(
+            f"cannot split a batch of {text.batches.batch_size} sequences across {ranks.world_size} processes: start "
+            "fewer, or raise --batch_size or --gradient_accumulation_steps"
+        )
+
+
+def _is_kept(run: Run, identity: dict[str, Any], steps: int | None, *, renew: bool) -> bool:
+    """Whether the run is already finished, and so kept; ``renew``: with this version's modeling files."""
+    settings, ranks = run.settings, run.ranks
+    finished = ranks.is_main and not settings.fresh and is_finished(run.output_dir, identity, steps, settings)
+    if finished and renew and run.recipe.modeling_folder is not None:
+        renew_modeling_files(run.output_dir, run.recipe.modeling_folder)
+    if kept := ranks.broadcast(finished and settings.resume_from is None):
+        longer = "to train longer, give a larger --num_epochs, --max_steps or --patience; to start over, --fresh"
+        log.info("already finished: %s (%s)", run.output_dir, longer)
+    return kept
 
 
 def _log_hardware(run: Run) -> None:

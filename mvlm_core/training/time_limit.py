@@ -99,7 +99,7 @@ def steps_within(
     step: float,
     evaluation: float,
     checkpoint: float,
-    evaluation_interval: int,
+    eval_interval: int,
     checkpoint_interval: int,
 ) -> int:
     """Largest total number of steps that can be completed in ``seconds`` after ``done`` steps; at least one more.
@@ -109,7 +109,7 @@ def steps_within(
     """
 
     def needed(total: int) -> float:
-        evaluations = -(-total // evaluation_interval) - done // evaluation_interval
+        evaluations = -(-total // eval_interval) - done // eval_interval
         checkpoints = total // checkpoint_interval - done // checkpoint_interval
         return (total - done) * step + evaluations * (evaluation + checkpoint) + checkpoints * checkpoint
 

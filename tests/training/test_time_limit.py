@@ -126,7 +126,7 @@ def test_max_hours_shortens_a_run_that_has_another_limit(clocked_loop, tmp_path)
 
 
 def test_steps_within_matches_step_by_step_counting():
-    pace = {"step": 2, "evaluation": 7, "checkpoint": 5, "evaluation_interval": 4, "checkpoint_interval": 5}
+    pace = {"step": 2, "evaluation": 7, "checkpoint": 5, "eval_interval": 4, "checkpoint_interval": 5}
     for done in (0, 3, 4, 10):
         for seconds in (0, 14, 33, 34, 100, 777):
             # Step by step, with an evaluation at the end as well.
