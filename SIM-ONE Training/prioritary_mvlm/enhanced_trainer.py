@@ -105,7 +105,7 @@ RECIPE = Recipe(
     build=build,
     law=ScalingLaw(
         scores=((246_876, 3.0372), (920_275, 2.3640), (3_776_349, 1.9962)),
-        score_ratios=((1, 1.0), (2.3, 0.95), (5, 0.933)),
+        score_ratios=((1, 1.0), (2.3, 0.95), (5, 0.933), (9, 0.928)),
         ratio_error=0.03,
         reached=(60_000_000, 1.42),  # 1.9 M parameters, 30 MB: test 1.3879, which is 2 % below validation
     ),
