@@ -138,10 +138,14 @@ def check_files(folder: Path, checks: Checks, sources: Path, *, loaded_only: boo
     return files
 
 
+def _python_files(sources: Path) -> set[str]:
+    return {path.name for path in sources.glob("*.py")}
+
+
 def modeling_files(sources: Path, config: dict[str, Any]) -> set[str]:
     """Python files named in `auto_map`, and those that the repository's versions of them import relatively."""
     queue = [target.split(".")[0] for _, target in _strings(config.get("auto_map"))]
-    own = {path.name for path in sources.glob("*.py")}
+    own = _python_files(sources)
     files: set[str] = set()
     while queue:
         file = f"{queue.pop()}.py"
@@ -161,7 +165,7 @@ def renew_modeling_files(folder: Path, sources: Path) -> None:
     Whether they still give the recorded scores is left to the validator.
     """
     code = modeling_files(sources, read_json(folder / "config.json"))
-    if not code <= {path.name for path in sources.glob("*.py")}:  # of a version with other modeling files
+    if not code <= _python_files(sources):  # of a version with other modeling files
         return
     manifest = read_manifest(folder)
     files = {name: digest for name, digest in manifest["files"].items() if not name.endswith(".py")}
@@ -179,7 +183,7 @@ def renew_modeling_files(folder: Path, sources: Path) -> None:
 def foreign_code(folder: Path, code: set[str], sources: Path) -> list[str]:
     """Report modeling files that are not the repository's own; loading the model would run them."""
     problems = []
-    own = {path.name for path in sources.glob("*.py")}  # never a path chosen by the export
+    own = _python_files(sources)  # never a path chosen by the export
     for name in sorted(code):
         if name not in own:
             problems.append(f"{name}: the repository has no modeling file of this name; it is not run")

@@ -22,11 +22,11 @@ from mvlm_core.export.manifest import (
     MANIFEST,
     TRAINING_CONFIG,
     corpus_choice,
+    manifest_sha256,
     read_manifest,
     training_config,
     verify_folder,
 )
-from mvlm_core.files import sha256_file
 from mvlm_core.settings import PRESET_NAMES, TrainingSettings
 
 NEEDED = ("model.safetensors", "tokenizer.json", TRAINING_CONFIG)
@@ -116,7 +116,7 @@ def _open(path: Path, _written: int) -> PretrainedExport:
     config = training_config(folder, "settings", "data", "tokenizer")
     if not config:
         raise UserError(f"{path}: {TRAINING_CONFIG} is damaged")
-    return PretrainedExport(folder, manifest["name"], sha256_file(folder / MANIFEST), config)
+    return PretrainedExport(folder, manifest["name"], manifest_sha256(folder), config)
 
 
 def base_export(settings: TrainingSettings) -> PretrainedExport | None:
